@@ -1,0 +1,85 @@
+"""Level: one packing length with the parallelism and recomputation that serve it (paper section 3.1).
+
+Owns the Level type and the check of an ordered set of levels against a world size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CP_STYLES = ("ulysses",)
+AC_POLICIES = ("none", "full", "keep_attention")
+
+
+@dataclass(frozen=True)
+class Level:
+    """A packing group: packs of at most `max_tokens` tokens, each trained by `cp_degree` ranks.
+
+    max_tokens: capacity of a pack in tokens; also the static length T of its batch.
+    cp_degree: context-parallel degree; dp = world / cp_degree packs run side by side.
+    cp_style: how attention is spread over the cp ranks (see CP_STYLES).
+    ac_policy: activation checkpointing, see AC_POLICIES.
+    ac_layers: the first so many layers are checkpointed; None means all of them.
+
+    Raises ValueError for a value outside these domains or a max_tokens that cp_degree does not divide.
+    """
+
+    max_tokens: int
+    cp_degree: int = 1
+    cp_style: str = "ulysses"
+    ac_policy: str = "none"
+    ac_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        name = f"level of max_tokens={self.max_tokens}"
+        if self.max_tokens < 1 or self.cp_degree < 1:
+            raise ValueError(f"{name}, cp_degree={self.cp_degree}: both must be at least 1")
+        if self.max_tokens % self.cp_degree:
+            raise ValueError(f"{name} is not divisible by its cp_degree={self.cp_degree}: change levels.max_tokens")
+        if self.cp_style not in CP_STYLES:
+            raise ValueError(f"{name}: cp_style={self.cp_style!r} is none of {', '.join(CP_STYLES)}")
+        if self.ac_policy not in AC_POLICIES:
+            raise ValueError(f"{name}: ac_policy={self.ac_policy!r} is none of {', '.join(AC_POLICIES)}")
+        if self.ac_layers is not None and self.ac_layers < 0:
+            raise ValueError(f"{name}: ac_layers={self.ac_layers} is below 0")
+
+    def dp_degree(self, world_size: int) -> int:
+        """Packs that run side by side in one iteration of this level."""
+        return world_size // self.cp_degree
+
+
+def check_levels(levels: Sequence[Level], world_size: int) -> None:
+    """Raise ValueError unless `levels` ascend in max_tokens and each cp_degree divides `world_size`."""
+    if not levels:
+        raise ValueError("no level is given: add at least one [[levels]] block")
+    for low, high in itertools.pairwise(levels):
+        if low.max_tokens >= high.max_tokens:
+            raise ValueError(
+                f"levels must ascend: max_tokens={high.max_tokens} follows max_tokens={low.max_tokens}; "
+                "order the [[levels]] blocks by max_tokens"
+            )
+    for level in levels:
+        if world_size % level.cp_degree:
+            raise ValueError(
+                f"cp_degree={level.cp_degree} of the level with max_tokens={level.max_tokens} does not divide "
+                f"the world size {world_size}: change levels.cp_degree or the number of ranks"
+            )
+
+
+def parse_levels(text: str) -> tuple[Level, ...]:
+    """Levels from the short form "16384:1,131072:8" (max_tokens:cp_degree, ascending)."""
+    levels = []
+    for part in text.split(","):
+        numbers = part.split(":")
+        if len(numbers) not in (1, 2) or not all(number.strip().isdigit() for number in numbers):
+            raise ValueError(f"levels {text!r}: {part!r} is not of the form max_tokens:cp_degree")
+        levels.append(Level(*(int(number) for number in numbers)))
+    return tuple(levels)
+
+
+def level_from_dict(values: dict[str, Any]) -> Level:
+    """A Level from its plain form (as in JSON); keys are the field names."""
+    return Level(**values)
