@@ -1,0 +1,51 @@
+"""The summed cross entropy of a packed batch, without the [T, vocab] logits.
+
+Owns the chunked linear cross entropy. Both gradients are made while a chunk's logits exist (as in Liger Kernel's
+fused_linear_cross_entropy and torch 2.13's linear_cross_entropy, which has no per-token weights and is missing in
+2.11): backward only scales them, and no logits are computed twice or kept.
+
+Shape suffixes: L loss tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
+        grad_hidden_LD = torch.empty_like(hidden_LD)
+        # Many chunks are summed: fp32 keeps what bf16 would round away.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        for start in range(0, hidden_LD.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            hidden_CD, labels_C = hidden_LD[part], labels_L[part]
+            logits_CV = (hidden_CD @ weight_VD.T).to(grad_weight_VD.dtype)
+            loss += F.cross_entropy(logits_CV, labels_C, reduction="sum")
+            # d loss / d logits = softmax - one_hot
+            grad_CV = torch.softmax(logits_CV, dim=-1)
+            grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(labels_C), 1), -1.0))
+            grad_CV = grad_CV.to(hidden_LD.dtype)
+            torch.matmul(grad_CV, weight_VD, out=grad_hidden_LD[part])
+            grad_weight_VD += grad_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden_LD, grad_weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        grad_hidden_LD, grad_weight_VD = ctx.saved_tensors
+        return grad_hidden_LD * grad.to(grad_hidden_LD.dtype), grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None
+
+
+def linear_cross_entropy_sum(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
+    """Sum over L tokens of cross_entropy(hidden @ weight.T, labels), fp32 scalar; L may be 0.
+
+    At most `chunk_tokens` rows of logits exist at one time.
+    """
+    return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, chunk_tokens)

@@ -1,0 +1,124 @@
+"""PackedBatch: one pack as the tensors of a training step, and the context-parallel shard of it.
+
+Owns the layout of a pack: documents one after the other, positions that restart in each, labels shifted inside
+each, padding at the end. For documents a a a and b b with padding up to T = 8:
+
+    input_ids     a0 a1 a2 b0 b1  p  p  p
+    position_ids   0  1  2  0  1  0  1  2
+    labels        a1 a2  .  b1 .  .  .  .     "." = IGNORE_INDEX, also where the loss mask is 0
+    cu_seqlens     0  3  5  8  8 ...          padded with T up to the level's fixed length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbp_titan.packing.level import Level
+
+IGNORE_INDEX = -100
+PAD_DOCUMENT_TOKENS = 1024
+"""Padding is cut into documents of at most so many tokens: its attention stays linear in its length."""
+
+
+class SampleSource(Protocol):
+    """What a batch needs of a token store."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [len] and loss mask [len] of one sample."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One rank's share of a pack. S = T / cp_degree tokens; T = level.max_tokens.
+
+    input_ids, position_ids, labels: int64 [S]. cu_seqlens: int32 [documents + 1], of the whole pack.
+    loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
+    whole pack, padding not counted.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    loss_index: Tensor
+    max_seqlen: int
+    level: int
+    num_tokens: int
+    num_loss_tokens: int
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`; copies run asynchronously from pinned memory."""
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in self._tensors().items()})
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in pinned memory."""
+        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def document_slots(level: Level, max_documents: int) -> int:
+    """Length of cu_seqlens less one for every pack of a level: its most documents and its most padding."""
+    return max_documents + -(-level.max_tokens // PAD_DOCUMENT_TOKENS)
+
+
+def make_batch(
+    store: SampleSource, sample_ids: Sequence[int] | np.ndarray, level: Level, level_index: int, max_documents: int
+) -> PackedBatch:
+    """The whole pack of `sample_ids` as a batch (the shard of cp_degree 1)."""
+    capacity = level.max_tokens
+    input_ids = np.zeros(capacity, dtype=np.int64)
+    position_ids = np.zeros(capacity, dtype=np.int64)
+    labels = np.full(capacity, IGNORE_INDEX, dtype=np.int64)
+    cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
+    cu_seqlens[0] = start = 0
+    for number, sample_id in enumerate(sample_ids):
+        tokens, loss_mask = store.sample(int(sample_id))
+        end = start + len(tokens)
+        assert end <= capacity, f"pack of {end} tokens exceeds its level's {capacity}"
+        input_ids[start:end] = tokens
+        position_ids[start:end] = np.arange(len(tokens))
+        labels[start : end - 1] = np.where(loss_mask[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
+        cu_seqlens[number + 1] = start = end
+    num_tokens, number = start, len(sample_ids)
+    while start < capacity:
+        end = min(start + PAD_DOCUMENT_TOKENS, capacity)
+        position_ids[start:end] = np.arange(end - start)
+        number += 1
+        cu_seqlens[number] = start = end
+    loss_index = np.flatnonzero(labels != IGNORE_INDEX)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        labels=torch.from_numpy(labels),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        loss_index=torch.from_numpy(loss_index),
+        max_seqlen=capacity,
+        level=level_index,
+        num_tokens=num_tokens,
+        num_loss_tokens=len(loss_index),
+    )
+
+
+def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int) -> PackedBatch:
+    """The contiguous sequence shard of `cp_rank`. Labels were shifted before: a border loses no label."""
+    if cp_degree == 1:
+        return batch
+    size = batch.input_ids.shape[0] // cp_degree
+    part = slice(cp_rank * size, (cp_rank + 1) * size)
+    labels = batch.labels[part]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[part],
+        position_ids=batch.position_ids[part],
+        labels=labels,
+        loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
+    )

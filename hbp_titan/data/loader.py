@@ -1,0 +1,98 @@
+"""PackLoader: a rank's batches in the plan's order, prepared ahead by worker processes.
+
+Owns the walk over one epoch's plan. Its state is (epoch, iteration) alone, whatever the number of workers: any
+position is reached at once, without reading what lies before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from hbp_titan.data.batch import PackedBatch, SampleSource, make_batch, shard_batch
+from hbp_titan.packing import Plan
+
+
+class PlanDataset(Dataset[PackedBatch]):
+    """Maps an iteration of the plan to this rank's batch."""
+
+    def __init__(self, plan: Plan, store: SampleSource, rank: int) -> None:
+        self.plan = plan
+        self.store = store
+        self.rank = rank
+        self.max_documents = [plan.max_documents(index) for index in range(len(plan.levels))]
+
+    def __len__(self) -> int:
+        return self.plan.num_iterations
+
+    def __getitem__(self, iteration: int) -> PackedBatch:
+        index = int(self.plan.level_of_iteration[iteration])
+        level = self.plan.levels[index]
+        dp_rank, cp_rank = divmod(self.rank, level.cp_degree)
+        sample_ids = self.plan.pack(iteration, dp_rank)
+        batch = make_batch(self.store, sample_ids, level, index, self.max_documents[index])
+        planned = int(self.plan.loss_tokens[sample_ids].sum())
+        if batch.num_loss_tokens != planned:
+            # The loss is divided by the plan's count: a difference would scale it wrongly in silence.
+            raise RuntimeError(
+                f"iteration {iteration}, samples {sample_ids.tolist()}: the batch has {batch.num_loss_tokens} loss "
+                f"tokens, the plan {planned}"
+            )
+        return shard_batch(batch, cp_rank, level.cp_degree)
+
+
+class _From(Sampler[int]):
+    """Iterations first..end-1 in order."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.end))
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+
+class PackLoader:
+    """Iterates over this rank's batches of one epoch from `first_iteration` on."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: SampleSource,
+        rank: int,
+        *,
+        first_iteration: int = 0,
+        num_workers: int = 0,
+        prefetch_factor: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.iteration = first_iteration
+        self.dataset = PlanDataset(plan, store, rank)
+        self._loader = StatefulDataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=_From(first_iteration, plan.num_iterations),
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for batch in self._loader:
+            self.iteration += 1
+            yield batch
+
+    def batch_of(self, iteration: int) -> PackedBatch:
+        """One batch out of order, made in this process (for the start-up probe)."""
+        return self.dataset[iteration]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as plain values: epoch, iteration and the plan they refer to."""
+        return {"epoch": self.plan.epoch, "iteration": self.iteration, "plan": self.plan.fingerprint}

@@ -1,0 +1,48 @@
+"""The plan of each epoch that a configuration asks for on a token store.
+
+Owns the way from TOML keys to the planner's arguments, and the count of optimizer steps over all epochs.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from hbp_titan.config import JobConfig
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.packing import CostModel, Plan, build_plan
+
+
+class EpochPlans:
+    """Makes the plan of an epoch when it is first asked for and keeps the latest two."""
+
+    def __init__(self, config: JobConfig, store: TokenStore, world_size: int, cost: CostModel) -> None:
+        self.config = config
+        self.store = store
+        self.world_size = world_size
+        self.cost = cost
+        self.of = lru_cache(maxsize=2)(self._build)
+
+    def build(self, method: str, epoch: int) -> Plan:
+        """The plan of `epoch` by `method`; a pure function of configuration, data and world size."""
+        packing = self.config.packing
+        return build_plan(
+            self.store.lengths,
+            self.config.levels,
+            self.world_size,
+            method=method,
+            seed=packing.seed,
+            loss_tokens=self.store.loss_tokens,
+            cost=self.cost,
+            global_batch_tokens=self.config.training.global_batch_tokens,
+            mix=packing.mix,
+            curriculum_steps=packing.curriculum_steps,
+            epoch=epoch,
+        )
+
+    def _build(self, epoch: int) -> Plan:
+        return self.build(self.config.packing.method, epoch)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.config.training
+        return training.steps or sum(self.of(epoch).num_steps for epoch in range(training.epochs))

@@ -1,0 +1,51 @@
+"""Every parallel form and training technique, in the order in which it is applied to the model.
+
+Owns that order and nothing else (after torchtitan v0.2.2 models/llama3/infra/parallelize.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
+from hbp_titan.distributed.compile import apply_compile
+from hbp_titan.distributed.context_parallel import ContextParallelState, apply_context_parallel
+from hbp_titan.distributed.fsdp import apply_fsdp
+from hbp_titan.distributed.mesh import LevelMeshes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """The dtype of parameters in forward and backward; "auto" is bfloat16 on CUDA, float32 on the CPU."""
+    name = config.training.mixed_precision_param
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
+
+
+def parallelize(
+    model: nn.Module,
+    config: JobConfig,
+    device: torch.device,
+    meshes: LevelMeshes,
+    cp_state: ContextParallelState,
+    ac_state: ActivationCheckpointState,
+) -> None:
+    """Apply everything to `model` (best on the meta device) in place."""
+    # Innermost: attention exchanges heads between cp ranks, whatever runs around it.
+    apply_context_parallel(model, cp_state)
+    if config.compile.enable:
+        # Inside checkpointing: a change of policy then needs no new graph.
+        apply_compile(model, config.compile.backend, len(config.levels))
+    # Inside FSDP: recomputation happens while the block's parameters are gathered for its backward.
+    apply_activation_checkpoint(model, ac_state)
+    apply_fsdp(
+        model,
+        meshes.fsdp,
+        param_dtype=compute_dtype(config, device),
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        reshard_after_forward=config.parallelism.reshard_after_forward,
+    )

@@ -1,0 +1,62 @@
+"""The process group and its device: start, stop, and reductions of a few scalars.
+
+Owns the choice of device and backend: NCCL with one GPU a rank where CUDA is present, gloo on the CPU elsewhere.
+Nothing else in the project asks which of the two it is.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+@dataclass(frozen=True)
+class World:
+    """What a rank knows of itself; made once by `init_world`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def init_world(timeout_seconds: int) -> World:
+    """Start the default process group from torchrun's environment (a world of one rank without it)."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return World(rank, size, device)
+
+
+def close_world() -> None:
+    """Stop the default process group when there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeouts(seconds: int) -> None:
+    """Change the timeout of every group: long while things are compiled and allocated, short afterwards."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def all_reduce_values(values: list[float], op: str, device: torch.device) -> list[float]:
+    """Sum ("sum") or maximum ("max") of each value over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return tensor.tolist()

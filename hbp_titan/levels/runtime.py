@@ -1,0 +1,40 @@
+"""LevelRuntime: what a level swap changes, and the swap itself.
+
+Owns the states that the wrapped model reads (context parallelism, activation checkpointing) and this rank's
+place in each level's mesh. A swap assigns a few attributes: no group is made, nothing is rebuilt (paper 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState
+from hbp_titan.distributed.context_parallel import ContextParallelState
+from hbp_titan.distributed.mesh import LevelMeshes
+from hbp_titan.packing.level import Level
+
+
+class LevelRuntime:
+    """Holds the active level; `activate` is called before each iteration."""
+
+    def __init__(self, levels: Sequence[Level], meshes: LevelMeshes, num_layers: int) -> None:
+        self.levels = tuple(levels)
+        self.meshes = meshes
+        self.num_layers = num_layers
+        self.cp_state = ContextParallelState()
+        self.ac_state = ActivationCheckpointState()
+        self.active: int | None = None
+
+    def activate(self, index: int) -> None:
+        """Make level `index` the one that the next forward and backward run."""
+        level = self.levels[index]
+        self.cp_state.degree = level.cp_degree
+        self.cp_state.group = self.meshes.of(level.cp_degree).get_group("cp") if level.cp_degree > 1 else None
+        self.ac_state.policy = level.ac_policy
+        self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
+        self.active = index
+
+    def coordinates(self, index: int) -> tuple[int, int]:
+        """This rank's (dp_rank, cp_rank) in the mesh of level `index`."""
+        mesh = self.meshes.of(self.levels[index].cp_degree)
+        return mesh.get_local_rank("dp"), mesh.get_local_rank("cp")

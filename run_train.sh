@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up once, prepares the data, trains (resuming where a run stopped) and exports HF weights.
+#   ./run_train.sh                                        the debug model on real text, two CPU ranks or all GPUs
+#   NGPU=8 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh --training.steps 1000
+# env: NGPU ranks on this machine; CONFIG_FILE; LOG_RANK the rank that prints; for several nodes NNODES and
+#      RDZV_ENDPOINT=host:port (the same on each). Further arguments override the TOML: --section.key value
+set -euo pipefail
+cd "$(dirname "$0")"
+
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
+NNODES=${NNODES:-1}
+export LOG_RANK=${LOG_RANK:-0}
+
+source scripts/setup_env.sh
+NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+
+for word in "$@"; do
+    case "$word" in -h | --help) exec "$PY" -m hbp_titan.train --help ;; esac
+done
+
+# Every mistake in configuration or data ends here, in one line, before a rank is started.
+"$PY" scripts/prepare_data.py --job.config_file "$CONFIG_FILE" --world_size $((NGPU * NNODES)) "$@"
+
+exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" \
+    --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-hbp_titan}" \
+    -m hbp_titan.train --job.config_file "$CONFIG_FILE" "$@"

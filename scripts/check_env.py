@@ -1,0 +1,51 @@
+"""Check that what pyproject.toml asks for is installed: `python scripts/check_env.py [extra]`.
+
+Prints one line that names every missing or unfitting package and exits 1 when there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def unmet(requirements: list[str]) -> list[str]:
+    """The requirements that the running interpreter does not meet."""
+    # packaging comes with setuptools and with pip's own tools; it is not a dependency of a run.
+    from packaging.requirements import Requirement
+
+    missing = []
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(text)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            missing.append(f"{text} (found {version})")
+    return missing
+
+
+def main() -> None:
+    """Compare pyproject.toml with what is installed."""
+    project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
+    requirements = list(project["dependencies"])
+    if len(sys.argv) > 1 and sys.argv[1]:
+        requirements += project["optional-dependencies"][sys.argv[1]]
+    missing = unmet(requirements)
+    if missing:
+        print(f"error: not installed and not to be had here: {', '.join(missing)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
