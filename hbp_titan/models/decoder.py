@@ -1,0 +1,212 @@
+"""The dense decoder of Llama 3.x, Qwen2.5 and Qwen3 on packed sequences.
+
+Owns ModelArgs (the architecture), Decoder and the initialization of its weights. Single-device code: sharding,
+context parallelism, recomputation and compilation act on it from outside, through three seams: every block holds
+its attention kernel as the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`;
+the head takes the function that turns hidden states and the output matrix into logits or a loss.
+Parameter names are HF's, with the prefixes of models/hf.py exchanged.
+
+Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
+the feed-forward layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hbp_titan.models.attention import VarlenAttention
+from hbp_titan.models.rope import LLAMA3_KEYS, apply_rope, inverse_frequencies, rope_cos_sin
+
+HeadFn = Callable[[Tensor, Tensor], Any]
+"""(normed_TH, output_weight_VH) -> what the head returns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A dense decoder's architecture. Raises ValueError for one that this code does not build.
+
+    name: for logs.
+    hf_model_type: llama, qwen2 or qwen3: what the exported config.json says.
+    qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.
+    qk_norm: RMS norm over the head width of q and k (Qwen3).
+    rope_scaling: None or {"rope_type": "llama3", ...} with the keys of rope.LLAMA3_KEYS.
+    max_position_embeddings: tokens of the longest document; it bounds the data, the code allocates nothing by it.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    hf_model_type: str = "llama"
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model {self.name}: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            if kind != "llama3":
+                raise ValueError(f"model {self.name}: rope_scaling.rope_type={kind!r} is not supported; llama3 is")
+            missing = [key for key in LLAMA3_KEYS if key not in self.rope_scaling]
+            if missing:
+                raise ValueError(f"model {self.name}: rope_scaling lacks {', '.join(missing)}")
+
+
+class Attention(nn.Module):
+    """The projections around attention: hidden states to rotated q, k and v, and heads back to hidden states."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        q_width, kv_width = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
+        self.q_proj = nn.Linear(args.hidden_size, q_width, bias=args.qkv_bias)
+        self.k_proj = nn.Linear(args.hidden_size, kv_width, bias=args.qkv_bias)
+        self.v_proj = nn.Linear(args.hidden_size, kv_width, bias=args.qkv_bias)
+        self.o_proj = nn.Linear(q_width, args.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
+
+    def project(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_TND = self.q_norm(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
+        k_TKD = self.k_norm(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
+        v_TKD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
+        return apply_rope(q_TND, cos_TD, sin_TD), apply_rope(k_TKD, cos_TD, sin_TD), v_TKD
+
+    def output(self, o_TND: Tensor) -> Tensor:
+        return self.o_proj(o_TND.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=False)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+
+
+class DecoderBlock(nn.Module):
+    """One pre-norm layer. Its two halves around `inner_attention` are what recomputation may wrap."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.self_attn = Attention(args)
+        self.inner_attention = VarlenAttention()
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.mlp = FeedForward(args)
+
+    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        q_TND, k_TKD, v_TKD = self.pre_attention(x_TH, cos_TD, sin_TD)
+        return self.post_attention(x_TH, self.inner_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen))
+
+    def pre_attention(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_TND, k_TKD and v_TKD of the normalized input, q and k rotated."""
+        return self.self_attn.project(self.input_layernorm(x_TH), cos_TD, sin_TD)
+
+    def post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
+        """The block's output from its input and the attention's output."""
+        x_TH = x_TH + self.self_attn.output(o_TND)
+        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+
+
+class Head(nn.Module):
+    """Final norm and output matrix."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.output = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def forward(self, hidden_TH: Tensor, head_fn: HeadFn | None = None) -> Any:
+        """head_fn(normed_TH, output_weight_VH); the logits_TV unless a head_fn is given.
+
+        The weight is handed over inside forward because only there a sharded parameter is whole.
+        """
+        return (head_fn or F.linear)(self.norm(hidden_TH), self.output.weight)
+
+
+class Decoder(nn.Module):
+    """Token ids of a pack to logits, or to what `head_fn` makes of the last hidden states."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(args) for _ in range(args.num_layers))
+        self.head = Head(args)
+        if args.tie_embeddings:
+            self.head.output.weight = self.tok_embeddings.weight
+        # A plain attribute, real even when the parameters are on the meta device: to_empty leaves it alone.
+        self.inverse_frequencies = inverse_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        head_fn: HeadFn | None = None,
+    ) -> Any:
+        """input_ids_T, position_ids_T: int64 [T], positions counted from each document's start.
+
+        cu_seqlens, max_seqlen: the documents, as in attention.varlen_attention. Returns logits_TV or head_fn's value.
+        """
+        cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T)
+        x_TH = self.tok_embeddings(input_ids_T)
+        for block in self.layers:
+            x_TH = block(x_TH, cos_TD, sin_TD, cu_seqlens, max_seqlen)
+        return self.head(x_TH, head_fn)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every (whole, unsharded) parameter with `init_parameter`."""
+        for fqn, parameter in self.named_parameters():
+            parameter.copy_(init_parameter(self.args, fqn, parameter.shape, seed, parameter.dtype))
+
+
+def init_parameter(
+    args: ModelArgs, fqn: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The initial value of the whole parameter `fqn`, on the CPU: a function of (seed, fqn) alone.
+
+    So it does not depend on the order of parameters, on their sharding or on the world size. Matrices are normal
+    with std initializer_range, those that write to the residual stream narrower by sqrt(2 * num_layers) (GPT-2);
+    norm weights are 1, biases 0.
+    """
+    if fqn.endswith("bias"):
+        return torch.zeros(*shape, dtype=dtype, device="cpu")
+    if "norm" in fqn.rpartition(".")[0].rpartition(".")[2]:
+        return torch.ones(*shape, dtype=dtype, device="cpu")
+    std = args.initializer_range
+    if fqn.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * args.num_layers) ** 0.5
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(*shape, device="cpu").normal_(std=std, generator=generator).to(dtype)

@@ -1,0 +1,170 @@
+"""Named architectures, the model they build, and the counts that cost models and logs need.
+
+Owns the table of flavors, with the figures of the published HF config.json files (of the base models, where base
+and chat differ), and the counts derived from an architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import nn
+
+from hbp_titan.models.decoder import Decoder, ModelArgs
+
+
+def _llama3(name: str, hidden: int, ffn: int, layers: int, heads: int, head_dim: int, factor: float) -> ModelArgs:
+    return ModelArgs(
+        name=name,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        norm_eps=1e-5,
+        # The small models of 3.2 are tied; they are also those that stretch the context by 32 instead of 8.
+        tie_embeddings=factor == 32.0,
+        hf_model_type="llama",
+    )
+
+
+def _qwen2_5(
+    name: str,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    vocab: int = 152064,
+    context: int = 131072,
+    eps: float = 1e-5,
+    tied: bool = False,
+) -> ModelArgs:
+    return ModelArgs(
+        name=name,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        max_position_embeddings=context,
+        rope_theta=1000000.0,
+        norm_eps=eps,
+        qkv_bias=True,
+        tie_embeddings=tied,
+        hf_model_type="qwen2",
+    )
+
+
+def _qwen3(name: str, hidden: int, ffn: int, layers: int, heads: int, *, tied: bool = False) -> ModelArgs:
+    return ModelArgs(
+        name=name,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_theta=1000000.0,
+        norm_eps=1e-6,
+        qk_norm=True,
+        tie_embeddings=tied,
+        hf_model_type="qwen3",
+    )
+
+
+DEBUG = ModelArgs(
+    name="debug",
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=4096,
+    max_position_embeddings=131072,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
+
+FLAVORS: dict[str, ModelArgs] = {
+    args.name: args
+    for args in (
+        DEBUG,
+        #       name           hidden  ffn   layers heads head_dim rope factor
+        _llama3("llama3_1_8b", 4096, 14336, 32, 32, 128, 8.0),
+        _llama3("llama3_1_70b", 8192, 28672, 80, 64, 128, 8.0),
+        _llama3("llama3_2_1b", 2048, 8192, 16, 32, 64, 32.0),
+        _llama3("llama3_2_3b", 3072, 8192, 28, 24, 128, 32.0),
+        #        name           hidden ffn  layers heads kv_heads
+        _qwen2_5("qwen2_5_0_5b", 896, 4864, 24, 14, 2, vocab=151936, context=32768, eps=1e-6, tied=True),
+        _qwen2_5("qwen2_5_7b", 3584, 18944, 28, 28, 4, eps=1e-6),
+        _qwen2_5("qwen2_5_32b", 5120, 27648, 64, 40, 8),
+        _qwen2_5("qwen2_5_72b", 8192, 29568, 80, 64, 8),
+        #      name      hidden ffn  layers heads
+        _qwen3("qwen3_4b", 2560, 9728, 36, 32, tied=True),
+        _qwen3("qwen3_8b", 4096, 12288, 36, 32),
+        _qwen3("qwen3_32b", 5120, 25600, 64, 64),
+    )
+}
+
+
+def get_flavor(name: str) -> ModelArgs:
+    """The architecture called `name`; ValueError that names the nearest one otherwise."""
+    if name in FLAVORS:
+        return FLAVORS[name]
+    close = difflib.get_close_matches(name, FLAVORS, n=1, cutoff=0.3)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"model.flavor = {name!r} is none of {', '.join(FLAVORS)}{hint}")
+
+
+def build_model(args: ModelArgs) -> Decoder:
+    """The model, with weights not yet meaningful; under `torch.device("meta")` it allocates nothing."""
+    return Decoder(args)
+
+
+def num_params(args: ModelArgs) -> int:
+    """Parameters; a tied embedding counts once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(args).parameters())
+
+
+def linear_params(args: ModelArgs) -> int:
+    """Parameters that every token is multiplied with: all matrices with the head, without the embedding lookup."""
+    with torch.device("meta"):
+        modules = build_model(args).modules()
+        return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+
+def attention_dims(args: ModelArgs) -> tuple[int, int]:
+    """(layers, width of all query heads of one layer): what the cost of attention scales with."""
+    return args.num_layers, args.num_heads * args.head_dim
+
+
+def training_flops(args: ModelArgs, num_tokens: int, sum_squared_lengths: int) -> int:
+    """Floating-point operations of one forward and backward without recomputation.
+
+    num_tokens: tokens of the batch. sum_squared_lengths: sum over its documents of len^2. A multiplied parameter
+    costs 2 forward and 4 backward per token; causal attention has half of len^2 scores, each of 2 products of the
+    head width in the forward (QK^T, PV) and twice that in the backward.
+    """
+    num_layers, width = attention_dims(args)
+    return 6 * linear_params(args) * num_tokens + 6 * num_layers * width * sum_squared_lengths
