@@ -1,23 +1,25 @@
-"""JobConfig: every TOML section as a dataclass, and how a TOML file and the command line fill it.
+"""From a TOML file and the command line to a checked JobConfig, and back to TOML.
 
-Owns the keys, their defaults and their meaning; parsing and overriding; checks that need no data. Precedence:
-command line (`--section.key value`) > TOML file (`--job.config_file X.toml`) > default. An unknown key is an
-error that names the nearest known one. Design after torchtitan v0.2.2 config/job_config.py.
+Owns parsing, overriding, --help and the checks that need no data. Precedence: command line (`--section.key value`)
+> TOML file (`--job.config_file X.toml`) > default. An unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hbp_titan.job_config import JobConfig
 from hbp_titan.packing.level import AC_POLICIES, Level, check_levels, parse_levels
 
 if sys.version_info >= (3, 11):
@@ -25,217 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
-@dataclass
-class Job:
-    config_file: str = ""
-    """The TOML file. Command line only."""
-    dump_folder: str = ""
-    """Run folder; empty means outputs/<name of the config file>."""
-    description: str = "hbp_titan training"
-    """One line for the log."""
-
-
-@dataclass
-class Model:
-    flavor: str = "debug"
-    """A named architecture of models/registry.py; ignored when hf_path is set."""
-    hf_path: str = ""
-    """Folder with an HF config.json: the architecture comes from it."""
-    tokenizer_path: str = ""
-    """Folder with tokenizer.json and tokenizer_config.json; empty means hf_path."""
-
-
-@dataclass
-class Data:
-    train_files: list[str] = field(default_factory=list)
-    """JSONL files, each line an object with a `messages` list of {role, content}."""
-    validation_files: list[str] = field(default_factory=list)
-    """Held-out JSONL files; never trained on."""
-    embedded: str = ""
-    """"stdlib" builds the embedded corpus and its tokenizer in `embedded_folder` when they are not there."""
-    embedded_folder: str = ".data/stdlib"
-    """Where the embedded corpus lives: train.jsonl, validation.jsonl, tokenizer/."""
-    embedded_max_tokens: int = 0
-    """Embedded corpus only: keep samples up to this many tokens; 0 keeps all. The rest are listed as excluded."""
-    cache_folder: str = ".data/cache"
-    """Where token stores are kept, one folder per fingerprint."""
-    max_samples: int = 0
-    """Take a seeded random share of so many samples; 0 takes all."""
-    num_proc: int = 0
-    """Processes for tokenization; 0 means one per core."""
-    num_workers: int = 1
-    """Loader worker processes per rank; 0 loads in the training process."""
-    prefetch_factor: int = 4
-    """Batches that each loader worker prepares ahead."""
-
-
-@dataclass
-class Packing:
-    method: str = "hbp"
-    """Planner: hbp, isf, flat_sorted, ... (packing/plan.py lists them)."""
-    seed: int = 0
-    """Seed of shuffles in the plan; each epoch derives its own."""
-    mix: str = "alternate"
-    """Order of iterations after the curriculum: "alternate" or "interleave"."""
-    curriculum_steps: float = 0
-    """Optimizer steps of the lowest level first; a value below 1 is a share of the first epoch's steps."""
-    print_comparison: bool = True
-    """Print the table of methods at the start of a run."""
-
-
-@dataclass
-class Training:
-    steps: int = 0
-    """Optimizer steps in all; 0 means `epochs` whole epochs."""
-    epochs: int = 1
-    """Epochs to train when steps is 0."""
-    global_batch_tokens: int = 0
-    """Tokens of one optimizer step; 0 means one iteration a step. Reached by gradient accumulation."""
-    max_norm: float = 1.0
-    """Gradient clipping norm over the world; 0 turns it off."""
-    normalizer: str = "ave_token"
-    """Loss normalizer: ave_token (paper section 3.3)."""
-    dtype: str = "float32"
-    """Dtype of the stored parameters and of the optimizer state."""
-    mixed_precision_param: str = "auto"
-    """Compute dtype under FSDP: bfloat16, float32 or auto (bfloat16 on CUDA, float32 on CPU)."""
-    mixed_precision_reduce: str = "float32"
-    """Gradient reduction dtype under FSDP."""
-    seed: int = 42
-    """Seed of weight initialization and of every RNG."""
-    deterministic: bool = False
-    """Refuse nondeterministic kernels."""
-    loss_chunk_tokens: int = 1024
-    """Loss tokens whose logits are held at one time."""
-
-
-@dataclass
-class Optimizer:
-    name: str = "AdamW"
-    """AdamW."""
-    lr: float = 1e-5
-    """Peak learning rate."""
-    beta1: float = 0.9
-    """AdamW beta1."""
-    beta2: float = 0.95
-    """AdamW beta2."""
-    eps: float = 1e-8
-    """AdamW epsilon."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, on every matrix; norms and biases have none."""
-
-
-@dataclass
-class LRScheduler:
-    warmup_steps: float = 0.03
-    """Linear warm-up in steps; a value below 1 is a share of all steps."""
-    decay: str = "cosine"
-    """cosine, linear or constant."""
-    min_lr_factor: float = 0.1
-    """Final learning rate as a share of the peak."""
-
-
-@dataclass
-class Parallelism:
-    reshard_after_forward: bool = True
-    """FSDP2: free the gathered parameters of a block after its forward (ZeRO-3); False keeps them (ZeRO-2)."""
-    init_timeout_seconds: int = 600
-    """Timeout of collectives until the first optimizer step is done."""
-    train_timeout_seconds: int = 300
-    """Timeout of collectives afterwards."""
-
-
-@dataclass
-class ActivationCheckpoint:
-    policy: str = "none"
-    """Policy of levels that name none themselves: none, full or keep_attention."""
-
-
-@dataclass
-class Compile:
-    enable: bool = False
-    """torch.compile each block."""
-    backend: str = "inductor"
-    """Compiler backend."""
-
-
-@dataclass
-class Checkpoint:
-    enable: bool = True
-    """Write checkpoints and resume from the newest one in the run folder."""
-    interval: int = 100
-    """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_latest_k: int = 2
-    """Older checkpoints are deleted; 0 keeps all."""
-    initial_load_path: str = ""
-    """HF folder whose weights start the run when there is nothing to resume."""
-    export_hf: bool = True
-    """Write hf/ into the run folder at the end."""
-    export_dtype: str = "float32"
-    """Dtype of the exported weights: float32 or bfloat16."""
-
-
-@dataclass
-class Validation:
-    enable: bool = False
-    """Evaluate data.validation_files during training."""
-    interval: int = 100
-    """Optimizer steps between evaluations; also at the end."""
-    max_samples: int = 0
-    """Evaluate a seeded share of so many samples; 0 evaluates all."""
-
-
-@dataclass
-class Metrics:
-    log_interval: int = 1
-    """Optimizer steps between console lines; metrics.jsonl has every step."""
-    enable_tensorboard: bool = True
-    """Write tensorboard/ into the run folder."""
-    progress_bar: bool = True
-    """Progress bar with time to finish, on a terminal."""
-
-
-@dataclass
-class Profiling:
-    enable_profiling: bool = False
-    """Write a torch profiler trace into the run folder."""
-    profile_step: int = 10
-    """The optimizer step that is traced."""
-
-
-@dataclass
-class JobConfig:
-    """The whole configuration; one field a TOML section, `levels` an array of tables."""
-
-    job: Job = field(default_factory=Job)
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    packing: Packing = field(default_factory=Packing)
-    levels: list[Level] = field(default_factory=list)
-    training: Training = field(default_factory=Training)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
-    parallelism: Parallelism = field(default_factory=Parallelism)
-    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
-    compile: Compile = field(default_factory=Compile)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    validation: Validation = field(default_factory=Validation)
-    metrics: Metrics = field(default_factory=Metrics)
-    profiling: Profiling = field(default_factory=Profiling)
-
-    @property
-    def dump_folder(self) -> Path:
-        """The run folder."""
-        return Path(self.job.dump_folder or f"outputs/{Path(self.job.config_file or 'default').stem}")
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The folder with the tokenizer's files."""
-        path = self.model.tokenizer_path or self.model.hf_path
-        if not path:
-            raise ValueError("model.tokenizer_path is empty: name a folder with tokenizer.json")
-        return Path(path)
+__all__ = ["JobConfig", "help_text", "load_config", "to_dict", "to_toml", "validate"]
 
 
 def load_config(argv: Sequence[str]) -> JobConfig:
@@ -311,10 +103,6 @@ def help_text() -> str:
 
 def _field_docs(section_type: type) -> dict[str, str]:
     """The string below each field of a section, read from the source (as torchtitan's are)."""
-    import ast
-    import inspect
-    import textwrap
-
     tree = ast.parse(textwrap.dedent(inspect.getsource(section_type)))
     class_def = tree.body[0]
     assert isinstance(class_def, ast.ClassDef)
@@ -461,14 +249,10 @@ def _check_values(config: JobConfig) -> None:
         value = getattr(getattr(config, section), name)
         if value not in choices:
             raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
-    for section in dataclasses.fields(JobConfig):
-        if section.name == "levels":
-            continue
-        values = getattr(config, section.name)
-        for item in dataclasses.fields(values):
-            value = getattr(values, item.name)
+    for section, values in to_dict(config).items():
+        for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{section.name}.{item.name} = {value} must not be negative")
+                raise ValueError(f"{section}.{name} = {value} must not be negative")
     for key, value in (
         ("checkpoint.interval", config.checkpoint.interval),
         ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),

@@ -6,10 +6,12 @@ each of one or more iterations, each iteration of one level on all ranks (design
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,28 +25,304 @@ from hbp_titan.components.loss import linear_cross_entropy_sum
 from hbp_titan.components.metrics import MetricsLogger, peak_flops, peak_memory_gib
 from hbp_titan.components.model_state import export_hf, initialize
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
-from hbp_titan.components.report import Reporter
-from hbp_titan.config import JobConfig, help_text, load_config, to_toml, validate
+from hbp_titan.components.summary import LevelTotals, compare_methods, describe_plan, describe_totals, level_name
+from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PackLoader
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
 from hbp_titan.distributed.world import World, all_reduce_values, close_world, init_world, set_timeouts
 from hbp_titan.levels.runtime import LevelRuntime
-from hbp_titan.models.registry import build_model, model_args_of
+from hbp_titan.models.attention import selected_backend
+from hbp_titan.models.registry import build_model, num_params, training_flops
+from hbp_titan.packing import Plan
+from hbp_titan.preflight import check, cost_model, model_args
 
 
 class Trainer:
     """Everything that a run needs, made in the order in which it depends on what came before."""
 
     def __init__(self, config: JobConfig, world: World) -> None:
-        validate(config, world.size)
         self.config = config
         self.world = world
         self.device = world.device
+        self.folder = config.dump_folder
+        self.prints = world.rank == int(os.environ.get("LOG_RANK", "0"))
         torch.manual_seed(config.training.seed)
         torch.use_deterministic_algorithms(config.training.deterministic)
+
+        # Data and plan: rank 0 prepares, the others then find its work on the shared file system.
+        self.args = model_args(config)
+        self.store = self._open_store()
+        check(config, world.size, self.args, self.store)
+        self.plans = EpochPlans(config, self.store, world.size, cost_model(self.args))
+        self.total_steps = self.plans.total_steps()
+
+        # Model: on meta, parallelized, then given storage and weights shard by shard.
+        meshes = LevelMeshes(self.device, world.size, [level.cp_degree for level in config.levels])
+        self.runtime = LevelRuntime(config.levels, meshes, self.args.num_layers)
+        with torch.device("meta"):
+            self.model = build_model(self.args).to(DTYPES[config.training.dtype])
+        parallelize(self.model, config, self.device, meshes, self.runtime.cp_state, self.runtime.ac_state)
+        initialize(self.model, self.args, self.device, config.training.seed, config.checkpoint.initial_load_path)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, self.total_steps)
+
+        # Position: the whole of what a resumed run needs beside tensors.
+        self.step = 0
+        self.epoch = 0
+        self.step_in_epoch = 0
+        self.checkpointer = Checkpointer(
+            self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
+        )
+        self.totals = [LevelTotals(level) for level in config.levels]
+        self.peak_flops = peak_flops(self.device)
+
+    def _open_store(self) -> TokenStore:
+        if self.world.rank == 0:
+            prepare(self.config)
+        dist.barrier()
+        path, _ = prepare(self.config)
+        return TokenStore.open(path)
+
+    def train(self) -> None:
+        """Run from the newest checkpoint, or from the start, to the last step; then export."""
+        self._resume()
+        self._announce()
+        if self.step >= self.total_steps:
+            self._print(f"{self.folder} is complete at step {self.step}; another --job.dump_folder trains anew")
+            return
+        metrics_config = self.config.metrics
+        with MetricsLogger(
+            self.folder,
+            self.prints,
+            self.step,
+            self.total_steps,
+            log_interval=metrics_config.log_interval,
+            tensorboard=metrics_config.enable_tensorboard,
+            progress_bar=metrics_config.progress_bar,
+        ) as metrics:
+            while self.step < self.total_steps:
+                self._train_epoch(metrics)
+        self._print(describe_totals(self.totals))
+        self._print(f"run folder   {self.folder}")
+        if self.config.checkpoint.export_hf:
+            dtype = DTYPES[self.config.checkpoint.export_dtype]
+            export_hf(self.model, self.args, self.folder / "hf", self.config.tokenizer_path, dtype)
+            self._print(f"HF weights   {self.folder / 'hf'}")
+
+    def _train_epoch(self, metrics: MetricsLogger) -> None:
+        """The rest of the current epoch, or as much of it as the steps that are left need."""
+        plan = self.plans.of(self.epoch)
+        data = self.config.data
+        loader = PackLoader(
+            plan,
+            self.store,
+            self.world.rank,
+            first_iteration=int(plan.step_offsets[self.step_in_epoch]),
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=self.device.type == "cuda",
+        )
+        batches = iter(loader)
+        if not metrics.seconds:
+            self._probe_levels(plan, loader)
+        while self.step_in_epoch < plan.num_steps and self.step < self.total_steps:
+            values = self.train_step(plan, self.step_in_epoch, batches)
+            self.step += 1
+            self.step_in_epoch += 1
+            metrics.log(values)
+            if self.step == 1:
+                set_timeouts(self.config.parallelism.train_timeout_seconds)
+            if self.step % self.config.checkpoint.interval == 0 or self.step == self.total_steps:
+                self._save()
+        if self.step_in_epoch == plan.num_steps:
+            self.epoch += 1
+            self.step_in_epoch = 0
+
+    def _probe_levels(self, plan: Plan, loader: PackLoader) -> None:
+        """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
+        and compilation ends here."""
+        for level in reversed(range(len(plan.levels))):
+            iteration = plan.heaviest_iteration(level)
+            if iteration is not None:
+                self.forward_backward(loader.batch_of(iteration).to(self.device), scale=1.0)
+        self.optimizer.zero_grad()
+
+    def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
+        """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
+        started = time.perf_counter()
+        waited = 0.0
+        # Known from the plan: no rank has to ask the others how many tokens they train (paper section 3.3).
+        scale = 1.0 / max(int(plan.step_loss_tokens[step]), 1)
+        loss_by_level = torch.zeros(len(plan.levels), dtype=torch.float64, device=self.device)
+        iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
+        for _ in iterations:
+            asked = time.perf_counter()
+            batch = next(batches).to(self.device)
+            waited += time.perf_counter() - asked
+            loss_by_level[batch.level] += self.forward_backward(batch, scale)
+        grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
+        learning_rate = float(self.lr_scheduler.get_last_lr()[0])
+        losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
+        if not math.isfinite(sum(losses) + grad_norm):
+            names = ", ".join(sorted({level_name(plan.levels[plan.level_of_iteration[i]]) for i in iterations}))
+            raise RuntimeError(
+                f"step {self.step + 1}, level {names}: loss {sum(losses) * scale}, gradient norm {grad_norm}; "
+                "the parameters were not updated"
+            )
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        (waited,) = all_reduce_values([waited], "max", self.device)
+        seconds = time.perf_counter() - started
+        return self._step_metrics(plan, iterations, losses, grad_norm, learning_rate, waited, seconds)
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """One iteration of the batch's level on this rank; returns the sum of its token losses, unscaled."""
+        self.runtime.activate(batch.level)
+
+        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+            # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
+            chunk = self.config.training.loss_chunk_tokens
+            return linear_cross_entropy_sum(
+                hidden_TH[batch.loss_index], weight_VH, batch.labels[batch.loss_index], chunk
+            )
+
+        loss = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
+        (loss * scale).backward()
+        return loss.detach()
+
+    def _step_metrics(
+        self,
+        plan: Plan,
+        iterations: range,
+        losses: list[float],
+        grad_norm: float,
+        learning_rate: float,
+        waited: float,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl. Tokens and FLOPs come from the plan: padding does no work that counts."""
+        ids = plan.samples_of(iterations.start, iterations.stop)
+        lengths = plan.lengths[ids]
+        tokens, trained = int(lengths.sum()), int(plan.loss_tokens[ids].sum())
+        levels = [int(plan.level_of_iteration[i]) for i in iterations]
+        capacity = sum(plan.levels[k].max_tokens * plan.levels[k].dp_degree(self.world.size) for k in levels)
+        flops = training_flops(self.args, tokens, int((lengths.astype("int64") ** 2).sum()))
+        peak = self.peak_flops
+        loss_by_level = {}
+        for k in sorted(set(levels)):
+            of_level = [i for i in iterations if plan.level_of_iteration[i] == k]
+            of_ids = [plan.samples_of(i, i + 1) for i in of_level]
+            count = sum(int(plan.loss_tokens[part].sum()) for part in of_ids)
+            loss_by_level[k] = losses[k] / max(count, 1)
+            share = sum(int(plan.lengths[part].sum()) for part in of_ids)
+            self.totals[k].add(len(of_level), share, seconds * len(of_level) / len(levels), loss_by_level[k])
+        return {
+            "step": self.step + 1,
+            "epoch": self.epoch,
+            "level": levels[0] if len(loss_by_level) == 1 else None,
+            "level_name": "+".join(level_name(plan.levels[k]) for k in loss_by_level),
+            "iterations": len(levels),
+            "loss": sum(losses) / max(trained, 1),
+            "loss_by_level": loss_by_level,
+            "grad_norm": grad_norm,
+            "lr": learning_rate,
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "tokens_per_second": tokens / seconds,
+            "mfu": 100 * flops / (seconds * peak * self.world.size) if peak else None,
+            "padding": 100 * (1 - tokens / capacity),
+            "data_wait_seconds": waited,
+            "step_seconds": seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+
+    def _save(self) -> None:
+        if not self.config.checkpoint.enable:
+            return
+        plan = self.plans.of(self.epoch)
+        self.checkpointer.save(
+            self.step,
+            {
+                "step": self.step,
+                "loader": {
+                    "epoch": self.epoch,
+                    "iteration": int(plan.step_offsets[self.step_in_epoch]),
+                    "plan": plan.fingerprint,
+                },
+                "data": self.store.fingerprint,
+                "total_steps": self.total_steps,
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "model": dataclasses.asdict(self.args),
+                "tokenizer_path": str(self.config.tokenizer_path),
+            },
+        )
+
+    def _resume(self) -> None:
+        if not self.config.checkpoint.enable:
+            return
+        state = self.checkpointer.load()
+        if state is None:
+            return
+        self.step = state["step"]
+        self.epoch = state["loader"]["epoch"]
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        plan = self.plans.of(self.epoch)
+        differing = {
+            "data": (state["data"], self.store.fingerprint),
+            "ranks": (state["world_size"], self.world.size),
+            "plan": (state["loader"]["plan"], plan.fingerprint),
+        }
+        for what, (saved, now) in differing.items():
+            if saved != now:
+                raise ValueError(
+                    f"{self.folder}/checkpoint/step-{self.step} was made with other {what} ({saved}, now {now}): "
+                    "restore them, or name another --job.dump_folder"
+                )
+        offsets = plan.step_offsets.tolist()
+        self.step_in_epoch = offsets.index(state["loader"]["iteration"])
+
+    def _announce(self) -> None:
+        """The table of methods and every derived number, on the rank that prints; the resolved TOML on disk."""
+        if not self.prints:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(to_toml(self.config))
+        plan = self.plans.of(self.epoch)
+        if self.config.packing.print_comparison:
+            print(compare_methods(self.plans))
+        print(f"model: {self.args.name}, {num_params(self.args):,} parameters, {self.config.training.dtype}, ", end="")
+        print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
+        print(f"attention {selected_backend(self.device)}")
+        print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
+        print(describe_plan(plan, self.total_steps))
+        if self.step:
+            print(f"resumed from step {self.step}", flush=True)
+
+    def _print(self, text: str) -> None:
+        if self.prints:
+            print(text, flush=True)
+
+
+@record
+def main(argv: list[str]) -> None:
+    """Train as the command line asks."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.splitlines()[0], help_text(), sep="\n\n")
+        return
+    config = guarded(lambda: load_config(argv))
+    world = init_world(config.parallelism.init_timeout_seconds)
+    try:
+        trainer = guarded(lambda: Trainer(config, world))
+        trainer.train()
+    finally:
+        close_world()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

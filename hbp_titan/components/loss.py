@@ -38,9 +38,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_LD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_LD * grad.to(grad_hidden_LD.dtype), grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None
+        grad_hidden_LD = grad_hidden_LD * grad.to(grad_hidden_LD.dtype)
+        return grad_hidden_LD, grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None
 
 
 def linear_cross_entropy_sum(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:

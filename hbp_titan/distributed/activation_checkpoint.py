@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from hbp_titan.models.decoder import Decoder, DecoderBlock
 
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -30,13 +33,13 @@ class ActivationCheckpointState:
 class CheckpointedForward:
     """Stands in for `block.forward`; decides at each call how much of the block is recomputed."""
 
-    def __init__(self, block: nn.Module, index: int, state: ActivationCheckpointState) -> None:
+    def __init__(self, block: DecoderBlock, index: int, state: ActivationCheckpointState) -> None:
         self.whole = block.forward
         self.block = block
         self.index = index
         self.state = state
 
-    def __call__(self, x_TH: Tensor, *inputs: Tensor | int) -> Tensor:
+    def __call__(self, x_TH: Tensor, *inputs: Any) -> Tensor:
         policy = self.state.policy if self.index < self.state.layers else "none"
         if policy == "none":
             return self.whole(x_TH, *inputs)
@@ -45,11 +48,11 @@ class CheckpointedForward:
         assert policy == "keep_attention", policy
         cos_TD, sin_TD, cu_seqlens, max_seqlen = inputs
         q_TND, k_TKD, v_TKD = _recompute(self.block.pre_attention, x_TH, cos_TD, sin_TD)
-        o_TND = self.block.attention.inner_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
+        o_TND = self.block.inner_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
         return _recompute(self.block.post_attention, x_TH, o_TND)
 
 
-def apply_activation_checkpoint(model: nn.Module, state: ActivationCheckpointState) -> None:
+def apply_activation_checkpoint(model: Decoder, state: ActivationCheckpointState) -> None:
     """Let every block of `model.layers` obey `state`. The module tree and its names stay as they are."""
-    for index, block in enumerate(model.layers):
-        block.forward = CheckpointedForward(block, index, state)
+    for index, block in enumerate(model.blocks()):
+        block.forward = CheckpointedForward(block, index, state)  # type: ignore[method-assign, assignment]

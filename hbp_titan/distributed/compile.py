@@ -7,12 +7,13 @@ level and checkpointing policy before the compiler gives up.
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from hbp_titan.models.decoder import Decoder
 
 
-def apply_compile(model: nn.Module, backend: str, num_levels: int) -> None:
+def apply_compile(model: Decoder, backend: str, num_levels: int) -> None:
     """Compile every block and its two halves in place; the module tree and its names stay as they are."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_levels)
-    for block in model.layers:
+    for block in model.blocks():
         for name in ("forward", "pre_attention", "post_attention"):
             setattr(block, name, torch.compile(getattr(block, name), backend=backend, fullgraph=True, dynamic=False))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing.level import Level
 
 
@@ -81,10 +82,10 @@ def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     return wait_tensor(all_to_all_single_autograd(x, None, None, group))
 
 
-def apply_context_parallel(model: nn.Module, state: ContextParallelState) -> None:
-    """Wrap the inner attention of every layer of `model` (blocks in `model.layers`, each with `attention`)."""
-    for block in model.layers:
-        block.attention.inner_attention = UlyssesAttention(block.attention.inner_attention, state)
+def apply_context_parallel(model: Decoder, state: ContextParallelState) -> None:
+    """Wrap the inner attention of every layer of `model` (blocks in `model.layers`)."""
+    for block in model.blocks():
+        block.inner_attention = UlyssesAttention(block.inner_attention, state)
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:

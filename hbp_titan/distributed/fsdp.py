@@ -7,13 +7,14 @@ averaged, because the loss is already divided by the tokens of the whole optimiz
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from hbp_titan.models.decoder import Decoder
+
 
 def apply_fsdp(
-    model: nn.Module,
+    model: Decoder,
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
@@ -29,7 +30,7 @@ def apply_fsdp(
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         # The head's backward follows its forward at once: freeing it in between would only gather it twice.
         fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for block in model.layers:
+    for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():

@@ -6,7 +6,6 @@ Owns that order and nothing else (after torchtitan v0.2.2 models/llama3/infra/pa
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
@@ -14,6 +13,7 @@ from hbp_titan.distributed.compile import apply_compile
 from hbp_titan.distributed.context_parallel import ContextParallelState, apply_context_parallel
 from hbp_titan.distributed.fsdp import apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
+from hbp_titan.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,7 +27,7 @@ def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
 
 
 def parallelize(
-    model: nn.Module,
+    model: Decoder,
     config: JobConfig,
     device: torch.device,
     meshes: LevelMeshes,

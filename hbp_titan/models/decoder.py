@@ -13,7 +13,7 @@ the feed-forward layer, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.self_attn = Attention(args)
-        self.inner_attention = VarlenAttention()
+        self.inner_attention: nn.Module = VarlenAttention()
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp = FeedForward(args)
 
@@ -183,6 +183,12 @@ class Decoder(nn.Module):
         for block in self.layers:
             x_TH = block(x_TH, cos_TD, sin_TD, cu_seqlens, max_seqlen)
         return self.head(x_TH, head_fn)
+
+    def blocks(self) -> Iterator[DecoderBlock]:
+        """The layers by their type, which nn.ModuleList forgets."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderBlock)
+            yield layer
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

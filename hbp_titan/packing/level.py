@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 CP_STYLES = ("ulysses",)
 AC_POLICIES = ("none", "full", "keep_attention")
@@ -76,10 +75,5 @@ def parse_levels(text: str) -> tuple[Level, ...]:
         numbers = part.split(":")
         if len(numbers) not in (1, 2) or not all(number.strip().isdigit() for number in numbers):
             raise ValueError(f"levels {text!r}: {part!r} is not of the form max_tokens:cp_degree")
-        levels.append(Level(*(int(number) for number in numbers)))
+        levels.append(Level(max_tokens=int(numbers[0]), cp_degree=int(numbers[-1]) if len(numbers) == 2 else 1))
     return tuple(levels)
-
-
-def level_from_dict(values: dict[str, Any]) -> Level:
-    """A Level from its plain form (as in JSON); keys are the field names."""
-    return Level(**values)

@@ -1,0 +1,83 @@
+"""What a run prints before its first step and after its last: every derived number, for 80 columns.
+
+Owns the wording of these blocks and the running totals per level; the numbers come from configuration and plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hbp_titan.data.planning import EpochPlans
+from hbp_titan.packing import Level, Plan, comparison_table, measure
+
+COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
+
+
+def level_name(level: Level) -> str:
+    """A level in one word: 8K/cp2."""
+    tokens = level.max_tokens
+    return f"{tokens // 1024}K/cp{level.cp_degree}" if tokens % 1024 == 0 else f"{tokens}/cp{level.cp_degree}"
+
+
+def compare_methods(plans: EpochPlans) -> str:
+    """The table method x metrics on the data that is trained: the usual rivals and the configured method."""
+    configured = plans.config.packing.method
+    names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
+    return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
+
+
+def describe_plan(plan: Plan, total_steps: int) -> str:
+    """Levels with their mesh and recomputation, iterations, steps and tokens per step of one epoch."""
+    lines = []
+    iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
+    for level, count in zip(plan.levels, iterations, strict=True):
+        layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
+        recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
+        lines.append(
+            f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}, "
+            f"checkpointing {recomputed}, {count} iterations"
+        )
+    tokens = plan.step_tokens
+    lines.append(
+        f"steps: {total_steps} in all; an epoch has {plan.num_steps} steps of {int(np.mean(tokens)):,} "
+        f"+- {int(np.std(tokens)):,} tokens in {plan.num_iterations} iterations"
+    )
+    return "\n".join(lines)
+
+
+@dataclass
+class LevelTotals:
+    """What one level did in this run, for the table at the end."""
+
+    level: Level
+    iterations: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None
+    last_loss: float = 0.0
+
+    def add(self, iterations: int, tokens: int, seconds: float, loss: float) -> None:
+        """Count one optimizer step's share of this level; `loss` is its mean per loss token."""
+        self.iterations += iterations
+        self.tokens += tokens
+        self.seconds += seconds
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
+
+
+def describe_totals(totals: Sequence[LevelTotals]) -> str:
+    """A table of tokens, time and loss per level; levels without iterations are left out."""
+    lines = [f"{'level':<12}{'iterations':>11}{'tokens':>13}{'seconds':>10}{'tok/s':>10}{'loss':>20}"]
+    for total in totals:
+        if total.first_loss is None:
+            continue
+        rate = total.tokens / max(total.seconds, 1e-9)
+        loss = f"{total.first_loss:.3f} -> {total.last_loss:.3f}"
+        lines.append(
+            f"{level_name(total.level):<12}{total.iterations:>11}{total.tokens:>13,}{total.seconds:>10.1f}"
+            f"{rate:>10,.0f}{loss:>20}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Everything about a run that can be known to be wrong before a rank is started.
+
+Owns the checks that need more than the configuration: the model's heads, the vocabulary, the samples' lengths.
+The same checks run in scripts/prepare_data.py, where a mistake is one line, and again in each trainer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hbp_titan.config import JobConfig, validate
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.hf import args_from_hf
+from hbp_titan.models.registry import get_flavor, linear_params
+from hbp_titan.packing import CostModel
+
+
+def model_args(config: JobConfig) -> ModelArgs:
+    """The architecture that the configuration names: an HF folder's config.json, else a flavor."""
+    return args_from_hf(Path(config.model.hf_path)) if config.model.hf_path else get_flavor(config.model.flavor)
+
+
+def cost_model(args: ModelArgs) -> CostModel:
+    """FLOPs of forward and backward as the planner weighs packs."""
+    head_params = args.vocab_size * args.hidden_size
+    return CostModel.from_dims(
+        num_layers=args.num_layers,
+        layer_params=(linear_params(args) - head_params) // args.num_layers,
+        head_params=head_params,
+        num_heads=args.num_heads,
+        head_dim=args.head_dim,
+    )
+
+
+def check(config: JobConfig, world_size: int, args: ModelArgs, store: TokenStore) -> None:
+    """Raise ValueError for what cannot be trained on `world_size` ranks."""
+    validate(config, world_size)
+    check_heads(config.levels, args.num_heads, args.num_kv_heads)
+    longest = config.levels[-1].max_tokens
+    if longest > args.max_position_embeddings:
+        raise ValueError(
+            f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}"
+        )
+    store.check_lengths(longest)

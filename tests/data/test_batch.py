@@ -1,0 +1,62 @@
+"""The layout of a pack by literals: labels, positions, borders, padding and shards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hbp_titan.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, make_batch, shard_batch
+from hbp_titan.packing import Level
+
+X = IGNORE_INDEX
+
+
+class Samples:
+    """Two samples: a user token and trained tokens (1), as a token store hands them out."""
+
+    rows = (([11, 12, 13], [0, 1, 1]), ([21, 22], [1, 1]), ([31], [1]))
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = self.rows[index]
+        return np.array(tokens, np.uint32), np.array(mask, np.uint8)
+
+
+def test_labels_are_shifted_inside_each_document_and_positions_restart() -> None:
+    batch = make_batch(Samples(), [0, 1], Level(8, 2), 1, max_documents=4)
+    assert batch.input_ids.tolist() == [11, 12, 13, 21, 22, 0, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch.labels.tolist() == [12, 13, X, 22, X, X, X, X]
+    assert batch.loss_index.tolist() == [0, 1, 3]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 8, 8]
+    assert (batch.num_tokens, batch.num_loss_tokens, batch.max_seqlen, batch.level) == (5, 3, 8, 1)
+
+
+def test_shards_cut_the_sequence_but_no_label() -> None:
+    batch = make_batch(Samples(), [0, 1], Level(8, 4), 0, max_documents=2)
+    shards = [shard_batch(batch, rank, 4) for rank in range(4)]
+    assert [shard.input_ids.tolist() for shard in shards] == [[11, 12], [13, 21], [22, 0], [0, 0]]
+    assert [shard.labels.tolist() for shard in shards] == [[12, 13], [X, 22], [X, X], [X, X]]
+    assert [shard.position_ids.tolist() for shard in shards] == [[0, 1], [2, 0], [1, 0], [1, 2]]
+    assert [shard.loss_index.tolist() for shard in shards] == [[0, 1], [1], [], []]
+    assert all(shard.cu_seqlens.equal(batch.cu_seqlens) for shard in shards)
+
+
+def test_single_token_document_trains_nothing_and_an_empty_pack_is_padding() -> None:
+    single = make_batch(Samples(), [2], Level(4), 0, max_documents=1)
+    assert single.labels.tolist() == [X, X, X, X]
+    empty = make_batch(Samples(), [], Level(4), 0, max_documents=1)
+    assert empty.cu_seqlens.tolist() == [0, 4, 4]
+    assert empty.num_tokens == 0
+
+
+def test_padding_is_cut_into_documents_of_bounded_length() -> None:
+    level = Level(4 * PAD_DOCUMENT_TOKENS)
+    batch = make_batch(Samples(), [1], level, 0, max_documents=3)
+    lengths = np.diff(batch.cu_seqlens.numpy())
+    assert lengths.tolist() == [2, 1024, 1024, 1024, 1022, 0, 0]
+    assert batch.position_ids.max() == PAD_DOCUMENT_TOKENS - 1
+
+
+def test_pack_over_its_capacity_is_refused() -> None:
+    with pytest.raises(AssertionError, match="exceeds"):
+        make_batch(Samples(), [0, 1], Level(4), 0, max_documents=2)

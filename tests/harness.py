@@ -1,0 +1,62 @@
+"""The one way in which tests run several ranks: real processes with gloo, results and errors brought back.
+
+A test hands over a module-level function `f(world, *args)`; each rank runs it and returns plain values or tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hbp_titan.distributed.world import World, close_world
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Run `function(world, *args)` on `world_size` ranks; returns what each rank returned, in rank order.
+
+    Raises AssertionError with the traceback of the first rank that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=False)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for rank in range(world_size):
+            error = Path(folder, f"error_{rank}")
+            assert not error.exists(), f"rank {rank}:\n{error.read_text()}"
+        assert not hung, f"ranks {hung} of {world_size} did not end within {timeout} s"
+        return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    try:
+        result = function(World(rank, world_size, torch.device("cpu")), *args)
+        torch.save(result, Path(folder, f"result_{rank}"))
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"error_{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    close_world()

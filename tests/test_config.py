@@ -1,0 +1,119 @@
+"""Precedence, round trip and the one clear error of each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hbp_titan.config import JobConfig, help_text, load_config, to_toml, validate
+from hbp_titan.packing import Level
+
+TOML = """
+[optimizer]
+lr = 1e-4
+beta2 = 0.9
+
+[activation_checkpoint]
+policy = "full"
+
+[[levels]]
+max_tokens = 1024
+
+[[levels]]
+max_tokens = 8192
+cp_degree = 2
+ac_policy = "none"
+"""
+
+
+def _write(folder: Path, text: str) -> list[str]:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return ["--job.config_file", str(path)]
+
+
+def test_command_line_beats_toml_beats_default(tmp_path: Path) -> None:
+    config = load_config([*_write(tmp_path, TOML), "--optimizer.lr", "1e-3", "--compile.enable=true"])
+    assert (config.optimizer.lr, config.optimizer.beta2, config.optimizer.beta1) == (1e-3, 0.9, 0.9)
+    assert config.compile.enable is True
+    assert config.dump_folder == Path("outputs/run")
+
+
+def test_levels_take_the_general_checkpoint_policy_unless_they_name_one(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path, TOML))
+    assert config.levels == [Level(1024, 1, ac_policy="full"), Level(8192, 2, ac_policy="none")]
+
+
+def test_levels_in_short_form_on_the_command_line() -> None:
+    assert load_config(["--levels", "16384:1,131072:8"]).levels == [Level(16384, 1), Level(131072, 8)]
+
+
+def test_written_toml_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config([*_write(tmp_path, TOML), "--data.train_files", "a.jsonl,b.jsonl"])
+    again = load_config(_write(tmp_path, to_toml(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimiser]\nlr = 1.0", r"unknown section \[optimiser\]; did you mean optimizer\?"),
+        ("[optimizer]\nlearning_rate = 1.0", "unknown key optimizer.learning_rate"),
+        ("[training]\nstep = 1", r"unknown key training.step; did you mean training.steps\?"),
+        ("[training]\nsteps = 'ten'", "training.steps = 'ten' must be of type int"),
+        ("[training]\nsteps = true", "training.steps = True must be of type int"),
+        ("[training]\nsteps = -1", "training.steps = -1 must not be negative"),
+        ("[data]\ntrain_files = [1]", r"data.train_files = \[1\] must be of type list\[str\]"),
+        ("[[levels]]\nmax_token = 8", r"unknown key levels.max_token; did you mean max_tokens\?"),
+        ("[[levels]]\ncp_degree = 2", "lacks max_tokens"),
+        ("[[levels]]\nmax_tokens = 9\ncp_degree = 2", "max_tokens=9 is not divisible by its cp_degree=2"),
+        ("[[levels]]\nmax_tokens = 8\nac_policy = 'some'", "ac_policy='some' is none of none, full, keep_attention"),
+        ("[packing]\nmix = 'random'", "packing.mix = 'random' is none of 'alternate', 'interleave'"),
+        ("steps = 1", r"unknown section \[steps\]"),
+        ("[training\n", "not valid TOML"),
+    ],
+)
+def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(_write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.stepz", "3"], r"command line: unknown key training.stepz; did you mean training.steps\?"),
+        (["--training.steps"], "--training.steps has no value"),
+        (["training.steps"], "unexpected argument 'training.steps'"),
+        (["--levels", "1024:x"], "'1024:x' is not of the form max_tokens:cp_degree"),
+    ],
+)
+def test_mistake_on_the_command_line_is_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(argv)
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="no such config file"):
+        load_config(["--job.config_file", "missing.toml"])
+
+
+@pytest.mark.parametrize(
+    ("levels", "world_size", "message"),
+    [
+        ([Level(8, 2)], 3, "cp_degree=2 of the level with max_tokens=8 does not divide the world size 3"),
+        ([Level(8), Level(8)], 2, "levels must ascend: max_tokens=8 follows max_tokens=8"),
+        ([], 2, "no level is given"),
+    ],
+)
+def test_levels_that_do_not_fit_the_world_are_refused(levels: list[Level], world_size: int, message: str) -> None:
+    config = JobConfig(levels=levels)
+    config.data.train_files = ["a.jsonl"]
+    with pytest.raises(ValueError, match=message):
+        validate(config, world_size)
+
+
+def test_help_explains_every_key() -> None:
+    text = help_text()
+    assert "--lr_scheduler.decay str" in text
+    assert "cosine, linear or constant." in text
