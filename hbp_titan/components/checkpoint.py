@@ -85,6 +85,17 @@ def completed(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def save_model_tensors(target: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Write whole tensors by parameter name as a checkpoint that a run may start from. Needs no process group."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dcp.save({"model": tensors}, checkpoint_id=partial, no_dist=True)
+    (partial / "state.json").write_text(json.dumps(state, indent=2))
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
 def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Any]:
     """The full fp32 tensors of checkpoint `path` by parameter name, shaped as those of `model` (may be on meta).
 

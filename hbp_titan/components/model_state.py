@@ -1,4 +1,4 @@
-"""Weights of a sharded model: from a seed, from an HF folder, and out into one.
+"""Weights of a sharded model: from a seed, an HF folder or a checkpoint, and out into an HF folder.
 
 Owns the way between whole tensors and FSDP2's shards, one tensor at a time: no rank holds the whole model.
 """
@@ -10,21 +10,35 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
 
 
-def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: int, hf_path: str) -> None:
-    """Give the meta-device `model` storage on `device` and weights: from `hf_path` where given, else from `seed`.
+def check_load_path(path: str, args: ModelArgs) -> None:
+    """Raise ValueError unless `path` is empty, or an HF folder or checkpoint whose tensors fit `args`."""
+    folder = Path(path)
+    if not path or (folder / "state.json").is_file():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint.initial_load_path = {path!r} holds neither config.json nor state.json")
+    load_hf_tensors(folder, args)
 
-    The same weights result for every world size: each whole tensor is made or read alike on every rank.
+
+def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: int, load_path: str) -> None:
+    """Give the meta-device `model` storage on `device` and weights.
+
+    load_path: an HF folder or a checkpoint; empty means new weights from `seed`, the same for every world size.
     """
     model.to_empty(device=device)
-    if hf_path:
-        tensors = load_hf_tensors(Path(hf_path), args)
+    if load_path and (Path(load_path) / "state.json").is_file():
+        dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=load_path)
+    elif load_path:
+        tensors = load_hf_tensors(Path(load_path), args)
         _fill(model, lambda name, shape: tensors[name])
     else:
         _fill(model, lambda name, shape: init_parameter(args, name, shape, seed))

@@ -1,0 +1,47 @@
+"""Make a checkpoint from an HF folder: python scripts/convert_from_hf.py HF_DIR OUT
+
+OUT is a checkpoint of the model alone, in fp32, that [checkpoint] initial_load_path takes: each rank then reads only its
+own shards. initial_load_path takes HF_DIR itself as well; convert once what is loaded often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from hbp_titan.cli import guarded  # noqa: E402
+from hbp_titan.components.checkpoint import save_model_tensors  # noqa: E402
+from hbp_titan.models.hf import args_from_hf, load_hf_tensors  # noqa: E402
+from hbp_titan.models.registry import build_model  # noqa: E402
+
+
+def convert(hf_folder: Path, out: Path) -> int:
+    """Write the weights of `hf_folder` into the checkpoint `out`; returns the number of tensors."""
+    args = args_from_hf(hf_folder)
+    found = load_hf_tensors(hf_folder, args)
+    with torch.device("meta"):
+        names = build_model(args).state_dict().keys()
+    # A tied output matrix has two names in a checkpoint and one in the folder.
+    tensors = {name: found[name if name in found else "tok_embeddings.weight"].float() for name in names}
+    save_model_tensors(out, tensors, {"model": dataclasses.asdict(args), "tokenizer_path": str(hf_folder)})
+    return len(tensors)
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hf_folder", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    count = guarded(lambda: convert(arguments.hf_folder, arguments.out))
+    print(f"{arguments.hf_folder} -> {arguments.out} ({count} tensors)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Write a checkpoint as an HF folder: python scripts/convert_to_hf.py CHECKPOINT OUT [--dtype bfloat16]
+
+CHECKPOINT is a step-N folder, or a run folder (its newest checkpoint is taken). OUT gets config.json, safetensors and
+the tokenizer's files; transformers, vLLM and SGLang load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from hbp_titan.cli import guarded  # noqa: E402
+from hbp_titan.components.checkpoint import completed, load_model_tensors  # noqa: E402
+from hbp_titan.models.decoder import ModelArgs  # noqa: E402
+from hbp_titan.models.hf import save_hf_folder  # noqa: E402
+from hbp_titan.models.registry import build_model  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that `path` means. Raises ValueError where there is none."""
+    if (path / "state.json").is_file():
+        return path
+    found = completed(path / "checkpoint") or completed(path)
+    if not found:
+        raise ValueError(f"{path}: neither a complete checkpoint (step-N) nor a run folder that holds one")
+    return found[-1]
+
+
+def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
+    """Write `checkpoint` into `out`; returns the step folder that was read."""
+    step_folder = find_checkpoint(checkpoint)
+    state = json.loads((step_folder / "state.json").read_text())
+    args = ModelArgs(**state["model"])
+    with torch.device("meta"):
+        model = build_model(args)
+    tensors = load_model_tensors(step_folder, model)
+    tokenizer_path = Path(state["tokenizer_path"])
+    if not tokenizer_path.is_dir():
+        raise ValueError(f"{tokenizer_path}: the run's tokenizer folder is gone; restore it")
+    save_hf_folder(args, tensors.items(), out, dtype=dtype, tokenizer_path=tokenizer_path)
+    return step_folder
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    arguments = parser.parse_args()
+    source = guarded(lambda: convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype]))
+    print(f"{source} -> {arguments.out} ({arguments.dtype})")
+
+
+if __name__ == "__main__":
+    main()
