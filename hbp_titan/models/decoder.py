@@ -190,6 +190,13 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderBlock)
             yield layer
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        # to_empty makes a new Parameter for each module that holds a shared one: tie them again.
+        super()._apply(fn, recurse)
+        if self.args.tie_embeddings:
+            self.head.output.weight = self.tok_embeddings.weight
+        return self
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every (whole, unsharded) parameter with `init_parameter`."""

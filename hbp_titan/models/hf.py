@@ -1,0 +1,283 @@
+"""HF model folders: names of parameters, weights in safetensors, and the folder that transformers and vLLM read.
+
+Owns the mapping of names, the check of a folder's tensors from their headers, lazy reading, and atomic writing.
+config.json itself is models/hf_config.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.hf_config import (
+    TOKEN_ID_KEYS,
+    args_from_hf,
+    args_to_hf_config,
+    read_json,
+    token_ids_from_hf,
+)
+
+__all__ = [
+    "HFTensors",
+    "args_from_hf",
+    "args_to_hf_config",
+    "from_hf_name",
+    "load_hf_tensors",
+    "save_hf_folder",
+    "to_hf_name",
+    "token_ids_from_hf",
+]
+
+# Ours, HF's. Everything behind the prefix has the same name.
+_PREFIXES = (
+    ("tok_embeddings.", "model.embed_tokens."),
+    ("layers.", "model.layers."),
+    ("head.norm.", "model.norm."),
+    ("head.output.", "lm_head."),
+)
+_TIED_OUTPUT = "head.output.weight"
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def to_hf_name(fqn: str) -> str:
+    """HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
+    for ours, theirs in _PREFIXES:
+        if fqn.startswith(ours):
+            return theirs + fqn[len(ours) :]
+    raise ValueError(f"{fqn!r} is no parameter of a decoder")
+
+
+def from_hf_name(name: str) -> str:
+    """Our name of HF's parameter `name`. Raises ValueError for a name that no decoder has."""
+    for ours, theirs in _PREFIXES:
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    raise ValueError(f"{name!r} is no parameter of a Llama, Qwen2 or Qwen3 model")
+
+
+def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
+    """Shape of every parameter by our name; a tied output matrix is the embedding and not listed."""
+    with torch.device("meta"):
+        return {fqn: parameter.shape for fqn, parameter in Decoder(args).named_parameters()}
+
+
+class HFTensors(Mapping[str, Tensor]):
+    """The weights of an HF folder by our names, each read (memory-mapped, on the CPU) when it is asked for.
+
+    Dtypes are those on disk. Raises ValueError when made, before any tensor is read, with the names of all
+    missing, unknown and misshapen tensors; `args` is the architecture that they are compared with.
+    """
+
+    def __init__(self, folder: str | Path, args: ModelArgs) -> None:
+        self.folder, self.args = Path(folder), args
+        self._files: dict[str, Any] = {}
+        shapes: dict[str, tuple[list[int], str]] = {}
+        for path in _weight_files(self.folder):
+            handle = _open(path)
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name in self._files:
+                    raise ValueError(f"{path}: {name} is also in another file of the folder")
+                header = handle.get_slice(name)
+                self._files[name], shapes[name] = handle, (header.get_shape(), header.get_dtype())
+        _compare(self.folder, shapes, args)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {fqn: to_hf_name(fqn) for fqn in parameter_shapes(self.args)}
+
+    def __getitem__(self, fqn: str) -> Tensor:
+        name = self._names[fqn]
+        tensor = self._files[name].get_tensor(name)
+        if self.args.tie_embeddings and fqn == "tok_embeddings.weight":
+            self._check_tied_output(name, tensor)
+        return tensor
+
+    def _check_tied_output(self, name: str, embedding: Tensor) -> None:
+        output_name = to_hf_name(_TIED_OUTPUT)
+        handle = self._files.get(output_name)
+        if handle is not None and not torch.equal(embedding, handle.get_tensor(output_name)):
+            raise ValueError(
+                f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ: "
+                "set tie_word_embeddings to false or remove one of them"
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_hf_tensors(folder: str | Path, args: ModelArgs | None = None) -> HFTensors:
+    """Lazy mapping of our parameter names to the weights in `folder`; see HFTensors for errors.
+
+    args: the architecture to compare with; config.json's unless given.
+    """
+    return HFTensors(folder, args_from_hf(folder) if args is None else args)
+
+
+def save_hf_folder(
+    args: ModelArgs,
+    tensors: Iterable[tuple[str, Tensor]],
+    out: str | Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer_path: str | Path | None = None,
+    token_ids: Mapping[str, Any] | None = None,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that transformers and vLLM load: config, generation config, weights, tokenizer files.
+
+    tensors: (our name, whole tensor) pairs, each parameter once, in any order, taken one at a time; a tied
+        model's output matrix may come as well and is left out. Each is stored in `dtype`.
+    token_ids: bos_token_id, eos_token_id, pad_token_id as config.json has them; an absent one is null.
+    max_shard_bytes: a weight file is closed before it would grow beyond this.
+    overwrite: replace `out` if it exists and is not empty, which is otherwise a ValueError.
+
+    The folder appears at once, complete, or not at all. Raises ValueError for unknown, repeated, missing or
+    misshapen tensors and for unknown token_ids.
+    """
+    out = Path(out)
+    unknown = set(token_ids or {}) - set(TOKEN_ID_KEYS)
+    if unknown:
+        raise ValueError(f"token_ids has {', '.join(sorted(unknown))}; known are {', '.join(TOKEN_ID_KEYS)}")
+    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: name another folder or remove it")
+    dtype_name = str(dtype).removeprefix("torch.")
+    # transformers before 4.56 and vLLM read torch_dtype, later ones dtype.
+    config = {**args_to_hf_config(args), **(token_ids or {}), "dtype": dtype_name, "torch_dtype": dtype_name}
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "generation_config.json", {key: config[key] for key in TOKEN_ID_KEYS})
+        _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
+        if tokenizer_path is not None:
+            for name in _TOKENIZER_FILES:
+                if (Path(tokenizer_path) / name).is_file():
+                    shutil.copyfile(Path(tokenizer_path) / name, temporary / name)
+        _replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checked(
+    args: ModelArgs, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    expected = parameter_shapes(args)
+    for fqn, tensor in tensors:
+        if args.tie_embeddings and fqn == _TIED_OUTPUT:
+            continue
+        shape = expected.pop(fqn, None)
+        if shape is None:
+            raise ValueError(f"model {args.name}: tensor {fqn} is unknown or came twice")
+        if tensor.shape != shape:
+            raise ValueError(f"model {args.name}: tensor {fqn} is of shape {list(tensor.shape)}, not {list(shape)}")
+        yield to_hf_name(fqn), tensor.detach().to("cpu", dtype).contiguous()
+    if expected:
+        raise ValueError(f"model {args.name}: no tensor came for {_listed(expected)}")
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: float) -> None:
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    shard_bytes = total_bytes = 0
+
+    def close_shard() -> None:
+        nonlocal shard, shard_bytes
+        shards.append(list(shard))
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            close_shard()
+        shard[name] = tensor
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    close_shard()
+    if len(shards) == 1:
+        (folder / "shard-1").rename(folder / _SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / _INDEX_FILE, index)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _SINGLE_FILE).is_file():
+        return [folder / _SINGLE_FILE]
+    index = folder / _INDEX_FILE
+    if not index.is_file():
+        raise ValueError(f"{folder}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map is no object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index}: names {name}, which is not in the folder")
+    return [folder / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: ModelArgs) -> None:
+    expected = {to_hf_name(fqn): list(shape) for fqn, shape in parameter_shapes(args).items()}
+    if args.tie_embeddings and to_hf_name(_TIED_OUTPUT) in found:
+        expected[to_hf_name(_TIED_OUTPUT)] = [args.vocab_size, args.hidden_size]
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    misshapen = [f"{n} {found[n][0]} instead of {expected[n]}" for n in both if found[n][0] != expected[n]]
+    not_float = [f"{n} of type {found[n][1]}" for n in both if found[n][1] not in _FLOAT_DTYPES]
+    kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating point": not_float}
+    faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ValueError(f"{folder}: the weights do not fit {args.hf_model_type} config.json; {'; '.join(faults)}")
+
+
+def _listed(names: Iterable[str], limit: int = 20) -> str:
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = temporary.with_name(f"{temporary.name}.old")
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,191 @@
+"""HF config.json <-> ModelArgs.
+
+Owns which model types and features are supported, the defaults of absent keys (transformers'), and the refusal of
+everything that would change the mathematics unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hbp_titan.models.decoder import ModelArgs
+
+
+class Family(NamedTuple):
+    """What a model_type implies without saying so in its config."""
+
+    architecture: str
+    qkv_bias: bool
+    qk_norm: bool
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", qkv_bias=False, qk_norm=False),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
+    "qwen3": Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True),
+}
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# Keys whose presence with another value would change the model; all of them default to the value given here.
+_ONLY_SUPPORTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+_DEFAULT_THETA = 10000.0
+
+
+def args_from_hf(folder: str | Path) -> ModelArgs:
+    """The architecture in `folder`/config.json, as transformers 4.x or 5.x write it.
+
+    Raises ValueError naming the file and the key for a model type, feature or value that is not supported.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    model_type = values.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type {model_type!r} is not supported; {', '.join(FAMILIES)} are")
+    _refuse_unsupported(values, path)
+    num_heads = values["num_attention_heads"]
+    family = FAMILIES[model_type]
+    theta, scaling = _rope(values, path)
+    # Absent, transformers takes 128 for Qwen3 and the share of the hidden width for the others.
+    head_dim = 128 if model_type == "qwen3" else values["hidden_size"] // num_heads
+    return ModelArgs(
+        name=Path(folder).resolve().name,
+        hf_model_type=model_type,
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        head_dim=values.get("head_dim") or head_dim,
+        vocab_size=values["vocab_size"],
+        max_position_embeddings=values["max_position_embeddings"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tie_embeddings=values.get("tie_word_embeddings", False),
+        initializer_range=values.get("initializer_range", 0.02),
+    )
+
+
+def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
+    """config.json for `args`: rope in the form of transformers 4.x and vLLM and in that of 5.x, with equal values.
+
+    Token ids are null: transformers' defaults (1 and 2) would be wrong for most tokenizers. Raises ValueError where
+    the family cannot express the architecture.
+    """
+    family = FAMILIES.get(args.hf_model_type)
+    if family is None:
+        raise ValueError(f"model {args.name}: hf_model_type {args.hf_model_type!r} is none of {', '.join(FAMILIES)}")
+    if (args.qkv_bias, args.qk_norm) != (family.qkv_bias, family.qk_norm):
+        raise ValueError(
+            f"model {args.name}: {args.hf_model_type} means qkv_bias={family.qkv_bias}, qk_norm={family.qk_norm}, "
+            f"not {args.qkv_bias}, {args.qk_norm}"
+        )
+    rope_parameters = {"rope_type": "default", **(args.rope_scaling or {}), "rope_theta": args.rope_theta}
+    return {
+        "architectures": [family.architecture],
+        "model_type": args.hf_model_type,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.intermediate_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": args.num_heads,
+        "num_key_value_heads": args.num_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": None if args.rope_scaling is None else dict(args.rope_scaling),
+        "rope_parameters": rope_parameters,
+        "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": args.tie_embeddings,
+        "initializer_range": args.initializer_range,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **dict.fromkeys(TOKEN_ID_KEYS),
+        **({"use_sliding_window": False} if args.hf_model_type.startswith("qwen") else {"mlp_bias": False}),
+        **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
+    }
+
+
+def token_ids_from_hf(folder: str | Path) -> dict[str, Any]:
+    """bos, eos and pad token ids of an HF folder: generation_config.json's where it has them, else config.json's.
+
+    An eos may be a list (chat models stop at several tokens).
+    """
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        values = read_json(path) if path.is_file() else {}
+        found.update({key: values[key] for key in TOKEN_ID_KEYS if values.get(key) is not None})
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError naming the file where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
+    optional = [key for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None]
+    wrong = [key for key in (*_REQUIRED, *optional) if not isinstance(values.get(key), int) or values[key] < 1]
+    if wrong:
+        raise ValueError(f"{path}: needs a whole number above 0 for {', '.join(wrong)}")
+    for key, supported in _ONLY_SUPPORTED.items():
+        value = values.get(key)
+        if value is not None and value != supported:
+            raise ValueError(f"{path}: {key} = {value!r} is not supported, only {supported!r} is")
+    other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
+    if other_layers:
+        raise ValueError(f"{path}: layer_types has {', '.join(other_layers)}; only full_attention is supported")
+
+
+def _rope(values: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
+    """theta and the scaling, from rope_parameters (5.x), rope_theta with rope_scaling (4.x), or both where equal."""
+    readings = {}
+    if values.get("rope_parameters"):
+        readings["rope_parameters"] = _rope_reading(values["rope_parameters"], values.get("rope_theta"), path)
+    if values.get("rope_scaling") or not readings:
+        readings["rope_scaling"] = _rope_reading(values.get("rope_scaling") or {}, values.get("rope_theta"), path)
+    theta, scaling = next(iter(readings.values()))
+    if len(readings) == 2 and readings["rope_parameters"] != readings["rope_scaling"]:
+        raise ValueError(f"{path}: rope_parameters and rope_scaling disagree: {readings}")
+    if values.get("rope_theta") not in (None, theta):
+        raise ValueError(f"{path}: rope_theta = {values['rope_theta']} but rope_parameters.rope_theta = {theta}")
+    return theta, scaling
+
+
+def _rope_reading(values: dict[str, Any], outer_theta: float | None, path: Path) -> tuple[float, dict[str, Any] | None]:
+    values = dict(values)
+    theta = float(values.pop("rope_theta", None) or outer_theta or _DEFAULT_THETA)
+    kind = values.pop("rope_type", None) or values.get("type") or "default"
+    values.pop("type", None)
+    if values.pop("partial_rotary_factor", None) not in (None, 1.0):
+        raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not supported")
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{path}: rope_type {kind!r} is not supported; default and llama3 are")
+    return theta, None if kind == "default" else {"rope_type": kind, **values}

@@ -1,0 +1,70 @@
+"""Flavors against the published models, and the counts derived from an architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hbp_titan.models.registry import (
+    FLAVORS,
+    attention_dims,
+    build_model,
+    get_flavor,
+    linear_params,
+    num_params,
+    training_flops,
+)
+
+# The parameter counts that the model hubs show for the published weights.
+PUBLISHED = {
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_1_70b": 70_553_706_496,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen2_5_32b": 32_763_876_352,
+    "qwen2_5_72b": 72_706_203_648,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+}
+
+
+def test_every_flavor_but_debug_has_the_published_parameter_count() -> None:
+    assert {name: num_params(args) for name, args in FLAVORS.items() if name != "debug"} == PUBLISHED
+
+
+def test_debug_flavor_is_small_tied_and_long() -> None:
+    args = get_flavor("debug")
+    # 4096*128 + 4 * (128*128*2 + 128*64*2 + 3*128*352 + 2*128) + 128
+    assert num_params(args) == 1_262_720
+    assert sum(p.numel() for p in build_model(args).parameters()) == 1_262_720
+    assert args.max_position_embeddings >= 16384
+
+
+def test_linear_params_count_the_head_but_not_the_lookup() -> None:
+    tied = get_flavor("debug")
+    # all but the nine norms of 128, the tied matrix counted once as the head
+    assert linear_params(tied) == 1_262_720 - 9 * 128
+    untied = dataclasses.replace(tied, tie_embeddings=False)
+    assert num_params(untied) == 1_262_720 + 4096 * 128
+    assert linear_params(untied) == linear_params(tied)
+    # biases and norms of q and k are no matrices
+    assert linear_params(dataclasses.replace(tied, qkv_bias=True, qk_norm=True)) == linear_params(tied)
+
+
+def test_attention_dims_and_training_flops_of_the_8b_model() -> None:
+    args = get_flavor("llama3_1_8b")
+    assert attention_dims(args) == (32, 4096)
+    assert linear_params(args) == 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    # one document of 8192 tokens: 6 * 7.5e9 * 8192 for the matrices, 6 * 32 * 4096 * 8192^2 for attention
+    assert training_flops(args, 8192, 8192**2) == 6 * 7_504_658_432 * 8192 + 6 * 32 * 4096 * 8192**2
+
+
+def test_unknown_flavor_names_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.flavor = 'llama3_8b' is none of debug, .*; did you mean llama3_1_8b\?"
+    ):
+        get_flavor("llama3_8b")
