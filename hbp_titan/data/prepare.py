@@ -1,0 +1,45 @@
+"""From a configuration to its token stores: what scripts/prepare_data.py and the trainer's first rank both run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hbp_titan.config import JobConfig
+from hbp_titan.data.corpus import ensure_stdlib_corpus
+from hbp_titan.data.token_store import TokenStore, build_token_store, check_fits
+
+
+def prepare(config: JobConfig, progress: bool = True) -> tuple[Path, Path | None]:
+    """Folders of the training store and, where data.validation_files names any, of the validation store.
+
+    Builds the embedded corpus and the stores that are not there yet; what is there is found again in well under a
+    second. The validation store takes its share by validation.max_samples. To be called by one process at a time.
+    Raises ValueError for a malformed row and for a sample longer than the largest level.
+    """
+    data = config.data
+    if data.embedded_max_tokens and not data.embedded:
+        raise ValueError(f"data.embedded_max_tokens = {data.embedded_max_tokens} needs data.embedded: remove it")
+    if data.embedded:
+        ensure_stdlib_corpus(Path(data.embedded_folder))
+    train = _store(config, data.train_files, "data.train_files", data.max_samples, progress)
+    if not data.validation_files:
+        return train, None
+    return train, _store(
+        config, data.validation_files, "data.validation_files", config.validation.max_samples, progress
+    )
+
+
+def _store(config: JobConfig, files: list[str], key: str, max_samples: int, progress: bool) -> Path:
+    folder = build_token_store(
+        files,
+        config.tokenizer_path,
+        Path(config.data.cache_folder),
+        num_proc=config.data.num_proc,
+        max_samples=max_samples,
+        max_tokens=config.data.embedded_max_tokens,
+        progress=progress,
+        key=key,
+    )
+    if config.levels:
+        check_fits(TokenStore.open(folder), config.levels[-1].max_tokens)
+    return folder

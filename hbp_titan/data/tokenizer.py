@@ -1,0 +1,150 @@
+"""Tokenizer folders in the HF layout: training the embedded byte-level BPE, and loading any such folder.
+
+Owns what is read from tokenizer.json, tokenizer_config.json and chat_template.jinja, and what is written there.
+Only data is read: no class or code that a folder names is ever imported or run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+
+PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCAB_SIZE = 4096
+
+CHATML_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Words with their leading space or mark, up to three digits, punctuation with its line ends, blanks: the split of
+# Llama 3's tokenizer, which keeps indentation whole and so serves source code.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """What a tokenizer folder says.
+
+    path: the folder.
+    config: tokenizer_config.json, with the entries of special_tokens_map.json where it lacks them.
+    chat_template: the template's source; "" where the folder has none.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    chat_template: str
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens that a template may use: bos_token, eos_token, pad_token, unk_token, ..."""
+        tokens = {}
+        for name, value in self.config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
+    def load(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json, whose offsets cover every character of the text it encodes.
+
+        Raises ValueError for a file that is not a tokenizer.
+        """
+        file = self.path / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"{file}: not a tokenizer: {error}") from None
+        # The folder's own post-processor would only add a prefix, which the template already writes, and trim
+        # blanks off the offsets, which the loss mask needs whole.
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def read_tokenizer_folder(path: Path) -> TokenizerFolder:
+    """The tokenizer folder at `path`; ValueError names the file that is missing or broken."""
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"model.tokenizer_path: {path} holds no tokenizer.json")
+    config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+    template_file = path / "chat_template.jinja"
+    if template_file.is_file():
+        return TokenizerFolder(path, config, template_file.read_text(encoding="utf-8"))
+    template = config.get("chat_template", "")
+    if isinstance(template, list):
+        # Older folders list several templates by name.
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default", "")
+    if not isinstance(template, str):
+        raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is not a string")
+    return TokenizerFolder(path, config, template)
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Train a byte-level BPE of `vocab_size` entries on `texts` and write it to `folder` as an HF tokenizer.
+
+    The same texts give the same bytes. The folder opens with transformers.AutoTokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": TURN_END,
+        "pad_token": PAD,
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHATML_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return value
