@@ -1,6 +1,6 @@
 """Everything about a run that can be known to be wrong before a rank is started.
 
-Owns the checks that need more than the configuration: the model's heads, the vocabulary, the samples' lengths.
+Owns the checks that need more than the configuration: the model's heads and vocabulary, the weights to start from.
 The same checks run in scripts/prepare_data.py, where a mistake is one line, and again in each trainer.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
@@ -35,12 +36,21 @@ def cost_model(args: ModelArgs) -> CostModel:
 
 
 def check(config: JobConfig, world_size: int, args: ModelArgs, store: TokenStore) -> None:
-    """Raise ValueError for what cannot be trained on `world_size` ranks."""
+    """Raise ValueError for what cannot be trained on `world_size` ranks.
+
+    Over-long samples are refused earlier, when the store is prepared.
+    """
     validate(config, world_size)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     longest = config.levels[-1].max_tokens
     if longest > args.max_position_embeddings:
         raise ValueError(
-            f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}"
+            f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}: "
+            "lower levels.max_tokens"
         )
-    store.check_lengths(longest)
+    if store.meta["vocab_size"] > args.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.tokenizer_path} has {store.meta['vocab_size']} entries, the model {args.name} "
+            f"{args.vocab_size}: change model.tokenizer_path or the model"
+        )
+    check_load_path(config.checkpoint.initial_load_path, args)

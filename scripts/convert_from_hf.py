@@ -1,7 +1,7 @@
 """Make a checkpoint from an HF folder: python scripts/convert_from_hf.py HF_DIR OUT
 
-OUT is a checkpoint of the model alone, in fp32, that [checkpoint] initial_load_path takes: each rank then reads only its
-own shards. initial_load_path takes HF_DIR itself as well; convert once what is loaded often.
+OUT is a checkpoint of the model alone, in fp32, that [checkpoint] initial_load_path takes: each rank then reads only
+its own shards. initial_load_path takes HF_DIR itself as well; convert once what is loaded often.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from hbp_titan.cli import guarded  # noqa: E402
-from hbp_titan.components.checkpoint import save_model_tensors  # noqa: E402
-from hbp_titan.models.hf import args_from_hf, load_hf_tensors  # noqa: E402
-from hbp_titan.models.registry import build_model  # noqa: E402
+from hbp_titan.cli import guarded
+from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.models.hf import args_from_hf, load_hf_tensors
+from hbp_titan.models.registry import build_model
 
 
 def convert(hf_folder: Path, out: Path) -> int:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from hbp_titan.cli import guarded  # noqa: E402
-from hbp_titan.components.checkpoint import completed, load_model_tensors  # noqa: E402
-from hbp_titan.models.decoder import ModelArgs  # noqa: E402
-from hbp_titan.models.hf import save_hf_folder  # noqa: E402
-from hbp_titan.models.registry import build_model  # noqa: E402
+from hbp_titan.cli import guarded
+from hbp_titan.components.checkpoint import completed, load_model_tensors
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.hf import save_hf_folder
+from hbp_titan.models.registry import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from hbp_titan.cli import guarded  # noqa: E402
+from hbp_titan.cli import guarded
 
 
 def questions(path: Path, count: int) -> list[tuple[str, str]]:

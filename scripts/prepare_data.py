@@ -17,10 +17,11 @@ from hbp_titan.config import help_text, load_config, validate
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.report import show, summary
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.preflight import check, model_args
 
 OPTIONS = """
 options of this command:
-  --world_size N    ranks of the run to check the levels for [1]
+  --world_size N    check levels, model and weights for a run of N ranks, as the run itself will [no check]
   --show K          print K samples, trained tokens in green [0]
 """
 
@@ -29,11 +30,13 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}{OPTIONS}\n{help_text()}")
         return
-    world_size, argv = _take_number(argv, "--world_size", 1)
+    world_size, argv = _take_number(argv, "--world_size", 0)
     shown, argv = _take_number(argv, "--show", 0)
     config = load_config(argv)
-    validate(config, max(world_size, 1))
+    validate(config, world_size or 1)
     train, validation = prepare(config)
+    if world_size:
+        check(config, world_size, model_args(config), TokenStore.open(train))
     print(f"tokenizer: {config.tokenizer_path}")
     for name, folder in (("training", train), ("validation", validation)):
         if folder is not None:
