@@ -121,7 +121,11 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
         **dict.fromkeys(TOKEN_ID_KEYS),
-        **({"use_sliding_window": False} if args.hf_model_type.startswith("qwen") else {"mlp_bias": False}),
+        **(
+            {"use_sliding_window": False, "sliding_window": None}
+            if args.hf_model_type.startswith("qwen")
+            else {"mlp_bias": False}
+        ),
         **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
     }
 

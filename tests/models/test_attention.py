@@ -48,8 +48,8 @@ def output_and_grads(function: object, inputs: list[Tensor], *args: object) -> l
     return [o, *torch.autograd.grad((o.double() * weights).sum(), inputs)]
 
 
-# One document; single-token documents; padding repeats; an empty document between others.
-BOUNDARIES = ([0, 40], [0, 1, 2, 19, 39, 40], [0, 7, 40, 40, 40, 40], [0, 12, 12, 12, 13, 40])
+# One document; single-token documents; padding repeats; empty documents between others and in front.
+BOUNDARIES = ([0, 40], [0, 1, 2, 19, 39, 40], [0, 7, 40, 40, 40, 40], [0, 0, 12, 12, 12, 13, 40])
 HEADS = ((4, 4), (4, 2), (4, 1), (6, 3))
 
 

@@ -109,14 +109,14 @@ def test_logits_and_gradients_equal_transformers_per_document(
     args = tiny_args(hf_model_type, heads, kv_heads, tied=tied)
     for seed in (0, 1):
         ours, theirs = build_pair(args, seed)
-        assert largest_difference(ours, theirs, make_pack(args, seed)) < 1e-5
+        assert largest_difference(ours, theirs, make_pack(args, seed)) < 3e-5
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3_SCALING, None])
 def test_positions_far_out_rotate_as_in_transformers(scaling: dict[str, Any] | None) -> None:
     args = tiny_args("llama", 3, 1, tied=False, rope_scaling=scaling, max_position_embeddings=131072)
     ours, theirs = build_pair(args, 5)
-    assert largest_difference(ours, theirs, make_pack(args, 5, first_position=130000)) < 1e-5
+    assert largest_difference(ours, theirs, make_pack(args, 5, first_position=130000)) < 3e-5
 
 
 def test_a_mask_that_lets_documents_see_each_other_is_caught() -> None:
