@@ -1,0 +1,75 @@
+"""Every mistake of a user is one line on stderr before a rank starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import write_tiny_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bad_input")
+
+
+@pytest.fixture(scope="module")
+def argv(folder: Path) -> list[str]:
+    return write_tiny_run(folder)
+
+
+def _prepare(argv: list[str], world_size: int = 4) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/prepare_data.py", "--world_size", str(world_size), *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_good_input_is_prepared(argv: list[str]) -> None:
+    result = _prepare(argv)
+    assert result.returncode == 0, result.stderr
+    assert "training store" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--data.train_files=missing.jsonl"], "missing.jsonl"),
+        (["--data.train_files={folder}/bad.jsonl"], "bad.jsonl:2: "),
+        (["--training.step=1"], "command line: unknown key training.step; did you mean training.steps?"),
+        (["--levels=128:1,512:3"], "max_tokens=512 is not divisible by its cp_degree=3"),
+        (["--levels=128:1,513:3"], "cp_degree=3 of the level with max_tokens=513 does not divide the world size 4"),
+        (["--levels=128:1,512:8"], "cp_degree=8 does not divide the model's 4 attention heads"),
+        (["--levels=32:1,64:2"], "longer than the largest level, levels.max_tokens = 64"),
+        (["--levels=128:1,2048:2"], "levels.max_tokens=2048 exceeds the model's max_position_embeddings=1024"),
+        (["--model.hf_path=", "--model.flavor=debugg", "--model.tokenizer_path={folder}/model"], "did you mean debug?"),
+        (["--model.tokenizer_path=nowhere"], "nowhere"),
+        (["--checkpoint.initial_load_path=nowhere"], "'nowhere' holds neither config.json nor state.json"),
+    ],
+)
+def test_mistake_is_one_line(argv: list[str], folder: Path, changed: list[str], message: str) -> None:
+    (folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [}\n')
+    world_size = 8 if "512:8" in changed[0] else 4
+    result = _prepare([*argv, *(word.format(folder=folder) for word in changed)], world_size)
+    assert result.returncode == 1, result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_run_script_stops_at_a_mistake_before_a_rank_starts() -> None:
+    result = subprocess.run(
+        ["bash", "run_train.sh", "--trainin.steps", "3"],
+        cwd=ROOT,
+        env={**os.environ, "NGPU": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: command line: unknown key trainin.steps; did you mean training.steps?"

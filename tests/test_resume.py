@@ -1,0 +1,89 @@
+"""A run that is killed in mid-epoch and started again repeats the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.tiny_run import write_tiny_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _command(argv: list[str], num_ranks: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    return [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
+
+
+def _start(argv: list[str], num_ranks: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        _command(argv, num_ranks),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def _steps(folder: Path) -> list[dict[str, object]]:
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def _kill_after(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while len(_steps(folder)) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{folder} did not reach step {step}"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture
+def argv(tmp_path: Path) -> list[str]:
+    return [
+        *write_tiny_run(tmp_path, num_rows=150),
+        "--training.epochs=2",
+        "--checkpoint.interval=10",
+        "--data.num_workers=1",
+    ]
+
+
+def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _finish(_start([*argv, f"--job.dump_folder={whole}"]))
+    second = [*argv, f"--job.dump_folder={killed}"]
+    _kill_after(_start(second), killed, step=14)
+    reached = len(_steps(killed))
+    assert 14 <= reached < len(_steps(whole))
+    assert "resumed from step 10" in _finish(_start(second))
+
+    kept = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr", "tokens")
+    expected, found = ([[m[key] for key in kept] for m in _steps(folder)] for folder in (whole, killed))
+    assert found == expected
+    assert expected[-1][1] == 1  # the second epoch was reached, and the first one resumed in its middle
+    weights, again = (load_file(folder / "hf" / "model.safetensors") for folder in (whole, killed))
+    assert weights.keys() == again.keys()
+    assert all(weights[name].equal(again[name]) for name in weights)
+
+    assert "is complete at step" in _finish(_start(second))
+    output = _start(second, num_ranks=4).communicate(timeout=240)[0]
+    assert "was made with other ranks (2, now 4)" in output

@@ -1,0 +1,72 @@
+"""A run small enough for tests: some rows of text, a tokenizer trained on them, a Llama of two layers.
+
+Owns the files of that run and the arguments that train it; nothing here checks anything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hbp_titan.data.tokenizer import train_tokenizer
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.hf import args_to_hf_config
+
+VOCAB_SIZE = 320
+WORDS = "the of level pack rank token length short long cost mesh head loss plan step swap even sort".split()
+
+ARGS = ModelArgs(
+    name="tiny",
+    hf_model_type="llama",
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=1024,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
+
+
+def _row(generator: np.random.Generator, num_words: int) -> dict[str, object]:
+    text = " ".join(generator.choice(WORDS, size=num_words))
+    middle = num_words * 2
+    return {
+        "messages": [
+            {"role": "user", "content": text[:middle]},
+            {"role": "assistant", "content": text[middle:]},
+        ]
+    }
+
+
+def write_tiny_run(folder: Path, num_rows: int = 60, seed: int = 0) -> list[str]:
+    """Data, tokenizer and model configuration in `folder`; returns the command-line arguments of a run on them.
+
+    Most rows have a few words, some a hundred: lengths from about 20 to 250 tokens.
+    """
+    generator = np.random.default_rng(seed)
+    counts = np.where(np.arange(num_rows) % 7 == 0, generator.integers(40, 90, num_rows), 3)
+    rows = [_row(generator, int(count) + int(generator.integers(1, 12))) for count in counts]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = [message["content"] for row in rows for message in row["messages"]]  # type: ignore[attr-defined]
+    train_tokenizer(texts, folder / "model", vocab_size=VOCAB_SIZE)
+    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(ARGS)), encoding="utf-8")
+    return [
+        f"--model.hf_path={folder / 'model'}",
+        f"--data.train_files={folder / 'train.jsonl'}",
+        f"--data.cache_folder={folder / 'cache'}",
+        f"--job.dump_folder={folder / 'run'}",
+        "--data.num_proc=1",
+        "--data.num_workers=0",
+        "--metrics.enable_tensorboard=false",
+        "--metrics.progress_bar=false",
+        "--packing.print_comparison=false",
+        "--optimizer.lr=1e-2",
+        "--levels=128:1,512:2",
+    ]
