@@ -11,7 +11,7 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
 NNODES=${NNODES:-1}
 export LOG_RANK=${LOG_RANK:-0}
 
-source scripts/setup_env.sh
+source scripts/setup_env.sh run
 NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 
 for word in "$@"; do

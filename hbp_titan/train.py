@@ -28,7 +28,7 @@ from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, 
 from hbp_titan.components.summary import LevelTotals, compare_methods, describe_plan, describe_totals, level_name
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.loader import PackLoader
+from hbp_titan.data.loader import PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
@@ -105,6 +105,7 @@ class Trainer:
             tensorboard=metrics_config.enable_tensorboard,
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
+            self._probe_levels()
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
         self._print(describe_totals(self.totals))
@@ -128,8 +129,6 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
-        if not metrics.seconds:
-            self._probe_levels(plan, loader)
         while self.step_in_epoch < plan.num_steps and self.step < self.total_steps:
             values = self.train_step(plan, self.step_in_epoch, batches)
             self.step += 1
@@ -143,13 +142,15 @@ class Trainer:
             self.epoch += 1
             self.step_in_epoch = 0
 
-    def _probe_levels(self, plan: Plan, loader: PackLoader) -> None:
+    def _probe_levels(self) -> None:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
         and compilation ends here."""
+        plan = self.plans.of(self.epoch)
+        batches = PlanDataset(plan, self.store, self.world.rank)
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
-                self.forward_backward(loader.batch_of(iteration).to(self.device), scale=1.0)
+                self.forward_backward(batches[iteration].to(self.device), scale=1.0)
         self.optimizer.zero_grad()
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Check that what pyproject.toml asks for is installed: `python scripts/check_env.py [extra]`.
+"""Check that what pyproject.toml asks for is installed: `python scripts/check_env.py run|dev`.
 
 Prints one line that names every missing or unfitting package and exits 1 when there is one.
 """
@@ -39,8 +39,8 @@ def main() -> None:
     """Compare pyproject.toml with what is installed."""
     project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
     requirements = list(project["dependencies"])
-    if len(sys.argv) > 1 and sys.argv[1]:
-        requirements += project["optional-dependencies"][sys.argv[1]]
+    if sys.argv[1:] == ["dev"]:
+        requirements += project["optional-dependencies"]["dev"]
     missing = unmet(requirements)
     if missing:
         print(f"error: not installed and not to be had here: {', '.join(missing)}", file=sys.stderr)

@@ -1,10 +1,10 @@
 # Sourced by run_train.sh and run_tests.sh: makes .venv once and sets PY to its python.
-# Usage: source scripts/setup_env.sh [dev]      env PYTHON chooses the interpreter (python3 >= 3.10)
+# Usage: source scripts/setup_env.sh run|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
 # A python that already has torch 2.11 to 2.13 is used as it is; else torch is installed by an exact pin.
 
 hbp_setup() {
-    local extra="$1" base="${PYTHON:-python3}" target="." stamp torch_pin="torch==2.13.0"
-    [ -n "$extra" ] && target=".[$extra]"
+    local kind="$1" base="${PYTHON:-python3}" target="." stamp torch_pin="torch==2.13.0"
+    [ "$kind" = dev ] && target=".[dev]"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
         echo "error: $base is missing or older than Python 3.10: set PYTHON to a newer one" >&2
         return 1
@@ -12,7 +12,7 @@ hbp_setup() {
     PY="$PWD/.venv/bin/python"
     stamp=".venv/.hbp_titan-$(cksum < pyproject.toml | cut -d' ' -f1)-"
     # What the tests need holds what a run needs.
-    if [ -e "$stamp$extra" ] || [ -e "${stamp}dev" ]; then return 0; fi
+    if [ -e "$stamp$kind" ] || [ -e "${stamp}dev" ]; then return 0; fi
 
     local fits='import sys, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); sys.exit(not (2, 11) <= v < (2, 14))'
     if "$base" -c "$fits" 2>/dev/null; then
@@ -25,9 +25,9 @@ hbp_setup() {
     # One call with the pin: a second call, or a range, would let pip pick a build with gigabytes of CUDA.
     if ! "$PY" -m pip install --quiet --disable-pip-version-check $torch_pin --editable "$target"; then
         # A machine without a package index may still hold everything.
-        "$PY" scripts/check_env.py "$extra" || return 1
+        "$PY" scripts/check_env.py "$kind" || return 1
     fi
-    touch "$stamp$extra"
+    touch "$stamp$kind"
 }
 
-hbp_setup "${1:-}" || exit 1
+hbp_setup "$1" || exit 1

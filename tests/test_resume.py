@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -31,7 +32,6 @@ def _start(argv: list[str], num_ranks: int = 2) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -53,8 +53,18 @@ def _kill_after(process: subprocess.Popen[str], folder: Path, step: int) -> None
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{folder} did not reach step {step}"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in [*_descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The launcher gives each rank a session of its own: a signal to the group would miss them."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parent_of = {int(child): int(parent) for child, parent in (line.split() for line in listed.splitlines())}
+    found = [child for child, parent in parent_of.items() if parent == pid]
+    return found + [below for child in found for below in _descendants(child)]
 
 
 @pytest.fixture

@@ -15,7 +15,26 @@ from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_to_hf_config
 
 VOCAB_SIZE = 320
-WORDS = "the of level pack rank token length short long cost mesh head loss plan step swap even sort".split()
+WORDS = [
+    "the",
+    "of",
+    "level",
+    "pack",
+    "rank",
+    "token",
+    "length",
+    "short",
+    "long",
+    "cost",
+    "mesh",
+    "head",
+    "loss",
+    "plan",
+    "step",
+    "swap",
+    "even",
+    "sort",
+]
 
 ARGS = ModelArgs(
     name="tiny",
@@ -48,11 +67,12 @@ def _row(generator: np.random.Generator, num_words: int) -> dict[str, object]:
 def write_tiny_run(folder: Path, num_rows: int = 60, seed: int = 0) -> list[str]:
     """Data, tokenizer and model configuration in `folder`; returns the command-line arguments of a run on them.
 
-    Most rows have a few words, some a hundred: lengths from about 20 to 250 tokens.
+    Of 15 rows nine have a few words, five 50 to 80 and one 260 to 340; a word takes one to two tokens.
     """
     generator = np.random.default_rng(seed)
-    counts = np.where(np.arange(num_rows) % 7 == 0, generator.integers(40, 90, num_rows), 3)
-    rows = [_row(generator, int(count) + int(generator.integers(1, 12))) for count in counts]
+    shapes = {0: (260, 340), **dict.fromkeys((3, 5, 8, 11, 14), (50, 80))}
+    counts = [int(generator.integers(*shapes.get(number % 15, (4, 15)))) for number in range(num_rows)]
+    rows = [_row(generator, count) for count in counts]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = [message["content"] for row in rows for message in row["messages"]]  # type: ignore[attr-defined]
     train_tokenizer(texts, folder / "model", vocab_size=VOCAB_SIZE)

@@ -6,6 +6,7 @@ position is reached at once, without reading what lies before it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,23 +76,22 @@ class PackLoader:
         self.plan = plan
         self.iteration = first_iteration
         self.dataset = PlanDataset(plan, store, rank)
-        self._loader = StatefulDataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=_From(first_iteration, plan.num_iterations),
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            pin_memory=pin_memory,
-        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls what torch 2.13 deprecates; nothing here depends on it.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            self._loader = StatefulDataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=_From(first_iteration, plan.num_iterations),
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor if num_workers else None,
+                pin_memory=pin_memory,
+            )
 
     def __iter__(self) -> Iterator[PackedBatch]:
         for batch in self._loader:
             self.iteration += 1
             yield batch
-
-    def batch_of(self, iteration: int) -> PackedBatch:
-        """One batch out of order, made in this process (for the start-up probe)."""
-        return self.dataset[iteration]
 
     def state_dict(self) -> dict[str, Any]:
         """The position as plain values: epoch, iteration and the plan they refer to."""

@@ -3,7 +3,6 @@ several optimizer steps. Packs, context parallelism, recomputation, accumulation
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +51,8 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *arguments,
         f"--job.config_file={folder / 'run.toml'}",
         "--training.global_batch_tokens=700",
+        # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
+        "--optimizer.eps=1e-4",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
     ]
@@ -89,7 +90,7 @@ def _reference(config: JobConfig, world_size: int) -> dict[str, torch.Tensor]:
         [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
         lr=1e-2,
         betas=(0.9, 0.95),
-        eps=1e-8,
+        eps=1e-4,
     )
     plan = plans.of(0)
     factor = lr_factor(config.lr_scheduler, plan.num_steps)
@@ -128,9 +129,11 @@ def test_four_ranks_with_three_levels_equal_transformers_on_one(argv: list[str],
     argv = [*argv, f"--packing.mix={mix}"]
     parameters, levels = run_distributed(_train, 4, argv, False)[0]
     assert levels == {0, 1, 2}
-    assert _worst(parameters, _reference(load_config(argv), 4)) < 1e-5
+    error = _worst(parameters, _reference(load_config(argv), 4))
+    assert error < 1e-5
 
 
 def test_comparison_fails_when_the_all_to_all_is_taken_out(argv: list[str]) -> None:
     parameters, _ = run_distributed(_train, 4, argv, True)[0]
-    assert _worst(parameters, _reference(load_config(argv), 4)) > 1e-3
+    error = _worst(parameters, _reference(load_config(argv), 4))
+    assert error > 1e-3
