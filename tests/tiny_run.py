@@ -15,26 +15,7 @@ from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_to_hf_config
 
 VOCAB_SIZE = 320
-WORDS = [
-    "the",
-    "of",
-    "level",
-    "pack",
-    "rank",
-    "token",
-    "length",
-    "short",
-    "long",
-    "cost",
-    "mesh",
-    "head",
-    "loss",
-    "plan",
-    "step",
-    "swap",
-    "even",
-    "sort",
-]
+WORDS = ["the", "level", "pack", "rank", "token", "length", "short", "long", "cost", "mesh", "head", "loss", "plan"]
 
 ARGS = ModelArgs(
     name="tiny",

@@ -49,7 +49,10 @@ def _hbp(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: St
 
 
 def _hbp_paper(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:
-    return paper_packs(lengths, levels, partial(PACKERS["isf"].pack, stream=stream), stream)
+    def isf(own_lengths: IntArray, capacity: int) -> Ragged:
+        return PACKERS["isf"].pack(own_lengths, capacity, stream)
+
+    return paper_packs(lengths, levels, isf, stream)
 
 
 def _flat(packer: str, lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:

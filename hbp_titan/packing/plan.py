@@ -123,7 +123,7 @@ class Plan:
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
         for name, array in self.arrays().items():
             digest.update(f"{name} {len(array)};".encode())
-            digest.update(np.ascontiguousarray(array, "<i8"))
+            digest.update(np.ascontiguousarray(array, "<i8").data)
         return digest.hexdigest()
 
     def iteration(self, index: int) -> Iteration:
