@@ -14,6 +14,10 @@ export LOG_RANK=${LOG_RANK:-0}
 source scripts/setup_env.sh run
 NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 
+# A rank's share of this machine's cores, at least one.
+CORES=$(($(getconf _NPROCESSORS_ONLN) / NGPU))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}
+
 for word in "$@"; do
     case "$word" in -h | --help) exec "$PY" -m hbp_titan.train --help ;; esac
 done

@@ -22,10 +22,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from hbp_titan.cli import guarded
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.loss import linear_cross_entropy_sum
-from hbp_titan.components.metrics import MetricsLogger, peak_flops, peak_memory_gib
+from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_hf, initialize
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
-from hbp_titan.components.summary import LevelTotals, compare_methods, describe_plan, describe_totals, level_name
+from hbp_titan.components.profiling import profiled_step
+from hbp_titan.components.step_record import StepMeasurements, StepRecorder
+from hbp_titan.components.summary import compare_methods, describe_plan, describe_totals, level_name
+from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PackLoader, PlanDataset
@@ -37,7 +40,7 @@ from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
 from hbp_titan.distributed.world import World, all_reduce_values, close_world, init_world, set_timeouts
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.attention import selected_backend
-from hbp_titan.models.registry import build_model, num_params, training_flops
+from hbp_titan.models.registry import build_model, num_params
 from hbp_titan.packing import Plan
 from hbp_titan.preflight import check, cost_model, model_args
 
@@ -56,10 +59,14 @@ class Trainer:
 
         # Data and plan: rank 0 prepares, the others then find its work on the shared file system.
         self.args = model_args(config)
-        self.store = self._open_store()
+        self.store, held_out = self._open_stores()
         check(config, world.size, self.args, self.store)
-        self.plans = EpochPlans(config, self.store, world.size, cost_model(self.args))
+        cost = cost_model(self.args)
+        self.plans = EpochPlans(config, self.store, world.size, cost)
         self.total_steps = self.plans.total_steps()
+        self.validator = None
+        if config.validation.enable and held_out:
+            self.validator = Validator(EpochPlans(config, held_out, world.size, cost), world)
 
         # Model: on meta, parallelized, then given storage and weights shard by shard.
         meshes = LevelMeshes(self.device, world.size, [level.cp_degree for level in config.levels])
@@ -78,15 +85,14 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
-        self.totals = [LevelTotals(level) for level in config.levels]
-        self.peak_flops = peak_flops(self.device)
+        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device)
 
-    def _open_store(self) -> TokenStore:
+    def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
         if self.world.rank == 0:
             prepare(self.config)
         dist.barrier()
-        path, _ = prepare(self.config)
-        return TokenStore.open(path)
+        train, validation = prepare(self.config)
+        return TokenStore.open(train), TokenStore.open(validation) if validation else None
 
     def train(self) -> None:
         """Run from the newest checkpoint, or from the start, to the last step; then export."""
@@ -108,7 +114,7 @@ class Trainer:
             self._probe_levels()
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
-        self._print(describe_totals(self.totals))
+        self._print(describe_totals(self.recorder.totals))
         self._print(f"run folder   {self.folder}")
         if self.config.checkpoint.export_hf:
             dtype = DTYPES[self.config.checkpoint.export_dtype]
@@ -130,13 +136,17 @@ class Trainer:
         )
         batches = iter(loader)
         while self.step_in_epoch < plan.num_steps and self.step < self.total_steps:
-            values = self.train_step(plan, self.step_in_epoch, batches)
+            with profiled_step(self.config.profiling, self.step + 1, self.folder):
+                values = self.train_step(plan, self.step_in_epoch, batches)
             self.step += 1
             self.step_in_epoch += 1
+            last = self.step == self.total_steps
+            if self.validator and (self.step % self.config.validation.interval == 0 or last):
+                values["validation"] = self.validator.run(self.loss_sum)
             metrics.log(values)
             if self.step == 1:
                 set_timeouts(self.config.parallelism.train_timeout_seconds)
-            if self.step % self.config.checkpoint.interval == 0 or self.step == self.total_steps:
+            if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
             self.epoch += 1
@@ -150,7 +160,7 @@ class Trainer:
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
-                self.forward_backward(batches[iteration].to(self.device), scale=1.0)
+                self.forward_backward(batches[iteration], scale=1.0)
         self.optimizer.zero_grad()
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
@@ -163,7 +173,7 @@ class Trainer:
         iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
         for _ in iterations:
             asked = time.perf_counter()
-            batch = next(batches).to(self.device)
+            batch = next(batches)
             waited += time.perf_counter() - asked
             loss_by_level[batch.level] += self.forward_backward(batch, scale)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
@@ -179,12 +189,13 @@ class Trainer:
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         (waited,) = all_reduce_values([waited], "max", self.device)
-        seconds = time.perf_counter() - started
-        return self._step_metrics(plan, iterations, losses, grad_norm, learning_rate, waited, seconds)
+        measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
+        return self.recorder.record(plan, step, self.step + 1, measured)
 
-    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
-        """One iteration of the batch's level on this rank; returns the sum of its token losses, unscaled."""
+    def loss_sum(self, batch: PackedBatch) -> Tensor:
+        """The sum of this rank's token losses of a batch, at the batch's level."""
         self.runtime.activate(batch.level)
+        batch = batch.to(self.device)
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
@@ -193,55 +204,13 @@ class Trainer:
                 hidden_TH[batch.loss_index], weight_VH, batch.labels[batch.loss_index], chunk
             )
 
-        loss = self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
+        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
+
+    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
+        """One iteration on this rank: gradients of the loss sum times `scale`; returns the loss sum, unscaled."""
+        loss = self.loss_sum(batch)
         (loss * scale).backward()
         return loss.detach()
-
-    def _step_metrics(
-        self,
-        plan: Plan,
-        iterations: range,
-        losses: list[float],
-        grad_norm: float,
-        learning_rate: float,
-        waited: float,
-        seconds: float,
-    ) -> dict[str, Any]:
-        """One line of metrics.jsonl. Tokens and FLOPs come from the plan: padding does no work that counts."""
-        ids = plan.samples_of(iterations.start, iterations.stop)
-        lengths = plan.lengths[ids]
-        tokens, trained = int(lengths.sum()), int(plan.loss_tokens[ids].sum())
-        levels = [int(plan.level_of_iteration[i]) for i in iterations]
-        capacity = sum(plan.levels[k].max_tokens * plan.levels[k].dp_degree(self.world.size) for k in levels)
-        flops = training_flops(self.args, tokens, int((lengths.astype("int64") ** 2).sum()))
-        peak = self.peak_flops
-        loss_by_level = {}
-        for k in sorted(set(levels)):
-            of_level = [i for i in iterations if plan.level_of_iteration[i] == k]
-            of_ids = [plan.samples_of(i, i + 1) for i in of_level]
-            count = sum(int(plan.loss_tokens[part].sum()) for part in of_ids)
-            loss_by_level[k] = losses[k] / max(count, 1)
-            share = sum(int(plan.lengths[part].sum()) for part in of_ids)
-            self.totals[k].add(len(of_level), share, seconds * len(of_level) / len(levels), loss_by_level[k])
-        return {
-            "step": self.step + 1,
-            "epoch": self.epoch,
-            "level": levels[0] if len(loss_by_level) == 1 else None,
-            "level_name": "+".join(level_name(plan.levels[k]) for k in loss_by_level),
-            "iterations": len(levels),
-            "loss": sum(losses) / max(trained, 1),
-            "loss_by_level": loss_by_level,
-            "grad_norm": grad_norm,
-            "lr": learning_rate,
-            "tokens": tokens,
-            "trained_tokens": trained,
-            "tokens_per_second": tokens / seconds,
-            "mfu": 100 * flops / (seconds * peak * self.world.size) if peak else None,
-            "padding": 100 * (1 - tokens / capacity),
-            "data_wait_seconds": waited,
-            "step_seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(self.device),
-        }
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:

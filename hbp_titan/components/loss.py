@@ -49,4 +49,8 @@ def linear_cross_entropy_sum(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Ten
 
     At most `chunk_tokens` rows of logits exist at one time.
     """
+    if not torch.is_grad_enabled():
+        parts = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
+        losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="sum") for h_CD, l_C in parts]
+        return torch.stack(losses).sum()
     return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, chunk_tokens)

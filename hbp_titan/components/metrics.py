@@ -104,7 +104,7 @@ class MetricsLogger:
                 self.bar.close()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Record one step; `metrics` has the keys of metrics.jsonl, "step" and "step_seconds" among them."""
+        """Record one step; `metrics` has the keys of metrics.jsonl (docs/metrics.md), "validation" where it ran."""
         if not self.active:
             return
         step = metrics["step"]
@@ -119,6 +119,11 @@ class MetricsLogger:
             self.bar.update(1)
         if step % self.log_interval == 0 or step in (self.first_step + 1, self.total_steps):
             self.write(self._line(metrics))
+        if "validation" in metrics:
+            means = metrics["validation"]
+            if self.writer:
+                self.writer.add_scalar("validation_metrics/loss", means["loss"], step)
+            self.write(f"step {step} validation  " + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
 
     def write(self, text: str) -> None:
         """Print `text` above the progress bar."""

@@ -1,0 +1,76 @@
+"""One line of metrics.jsonl from what a step planned and what it measured, and the totals per level of the run.
+
+Owns the arithmetic of throughput, MFU, padding and loss per level. Tokens and FLOPs come from the plan: padding
+does no work that counts, and attention counts within documents only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hbp_titan.components.metrics import peak_flops, peak_memory_gib
+from hbp_titan.components.summary import LevelTotals, level_name
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.registry import training_flops
+from hbp_titan.packing import Plan
+
+
+@dataclass(frozen=True)
+class StepMeasurements:
+    """What the trainer measured: losses are sums of token losses per level over all ranks, times in seconds."""
+
+    losses: list[float]
+    grad_norm: float
+    lr: float
+    data_wait_seconds: float
+    step_seconds: float
+
+
+class StepRecorder:
+    """Turns measurements into records. `totals` has one entry a level."""
+
+    def __init__(self, args: ModelArgs, plan: Plan, device: torch.device) -> None:
+        self.args = args
+        self.device = device
+        self.world_peak_flops = (peak_flops(device) or 0.0) * plan.world_size
+        self.totals = [LevelTotals(level) for level in plan.levels]
+
+    def record(self, plan: Plan, step_in_epoch: int, step: int, measured: StepMeasurements) -> dict[str, Any]:
+        """The record of optimizer step `step` (1-based), step `step_in_epoch` (0-based) of `plan`."""
+        first, last = int(plan.step_offsets[step_in_epoch]), int(plan.step_offsets[step_in_epoch + 1])
+        lengths = plan.lengths[plan.samples_of(first, last)]
+        tokens, trained = int(lengths.sum()), int(plan.step_loss_tokens[step_in_epoch])
+        seconds = measured.step_seconds
+        iteration_levels = plan.level_of_iteration[first:last]
+        loss_by_level = {}
+        for k in np.unique(iteration_levels).tolist():
+            of_level = first + np.flatnonzero(iteration_levels == k)
+            ids = np.concatenate([plan.samples_of(i, i + 1) for i in of_level.tolist()])
+            loss_by_level[k] = measured.losses[k] / max(int(plan.loss_tokens[ids].sum()), 1)
+            share = seconds * len(of_level) / len(iteration_levels)
+            self.totals[k].add(len(of_level), int(plan.lengths[ids].sum()), share, loss_by_level[k])
+        capacity = sum(plan.levels[k].max_tokens * plan.levels[k].dp_degree(plan.world_size) for k in iteration_levels)
+        flops = training_flops(self.args, tokens, int((lengths * lengths).sum()))
+        return {
+            "step": step,
+            "epoch": plan.epoch,
+            "level": next(iter(loss_by_level)) if len(loss_by_level) == 1 else None,
+            "level_name": "+".join(level_name(plan.levels[k]) for k in loss_by_level),
+            "iterations": len(iteration_levels),
+            "loss": sum(measured.losses) / max(trained, 1),
+            "loss_by_level": loss_by_level,
+            "grad_norm": measured.grad_norm,
+            "lr": measured.lr,
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "tokens_per_second": tokens / seconds,
+            "mfu": 100 * flops / (seconds * self.world_peak_flops) if self.world_peak_flops else None,
+            "padding": 100 * (1 - tokens / capacity),
+            "data_wait_seconds": measured.data_wait_seconds,
+            "step_seconds": seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
