@@ -1,0 +1,23 @@
+"""Planning room: sample lengths to a plan of balanced packs. NumPy only; usable without the rest of the package."""
+
+from hbp_titan.packing.build import METHODS, build_plan
+from hbp_titan.packing.cost import CostModel
+from hbp_titan.packing.level import Level, check_levels, parse_levels
+from hbp_titan.packing.metrics import Metrics, comparison_table, measure
+from hbp_titan.packing.packers import PACKERS
+from hbp_titan.packing.plan import Iteration, Plan
+
+__all__ = [
+    "METHODS",
+    "PACKERS",
+    "CostModel",
+    "Iteration",
+    "Level",
+    "Metrics",
+    "Plan",
+    "build_plan",
+    "check_levels",
+    "comparison_table",
+    "measure",
+    "parse_levels",
+]

@@ -53,6 +53,8 @@ class Level:
 
 def check_levels(levels: Sequence[Level], world_size: int) -> None:
     """Raise ValueError unless `levels` ascend in max_tokens and each cp_degree divides `world_size`."""
+    if world_size < 1:
+        raise ValueError(f"world size {world_size} must be at least 1")
     if not levels:
         raise ValueError("no level is given: add at least one [[levels]] block")
     for low, high in itertools.pairwise(levels):
@@ -74,9 +76,10 @@ def parse_levels(text: str) -> tuple[Level, ...]:
     levels = []
     for part in text.split(","):
         numbers = part.split(":")
-        if len(numbers) not in (1, 2) or not all(number.strip().isdigit() for number in numbers):
+        if len(numbers) not in (1, 2) or not all(number.strip().isdecimal() for number in numbers):
             raise ValueError(f"levels {text!r}: {part!r} is not of the form max_tokens:cp_degree")
-        levels.append(Level(*(int(number) for number in numbers)))
+        max_tokens, cp_degree = (int(number) for number in (*numbers, "1")[:2])
+        levels.append(Level(max_tokens, cp_degree))
     return tuple(levels)
 
 

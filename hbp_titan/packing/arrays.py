@@ -1,0 +1,117 @@
+"""Array plumbing of the planner: ragged arrays in CSR form, stable integer sorts, reproducible shuffles.
+
+Owns the Ragged type and the only sources of order and randomness in this room, so that a plan is the same bytes on
+every rank, machine and NumPy version: shuffles come from the raw stream of PCG64 (which NumPy guarantees, unlike
+the methods of Generator) and from stable sorts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+Stream = tuple[int, ...]  # non-negative integers that name a stream of random numbers
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of ids of any length, such as samples by pack: row r is ids[offsets[r] : offsets[r + 1]], perhaps empty.
+
+    ids: int64 [num_ids]; offsets: int64 [num_rows + 1], ascending from 0 to num_ids.
+    """
+
+    ids: IntArray
+    offsets: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> IntArray:
+        """Length of each row, int64 [num_rows]."""
+        return np.diff(self.offsets)
+
+    def sums(self, values: IntArray) -> IntArray:
+        """Sum of values[id] over each row, int64 [num_rows]; values is indexed by id."""
+        return self.row_sums(values[self.ids])
+
+    def row_sums(self, values: IntArray) -> IntArray:
+        """Sum over each row of values that lie beside `ids`, int64 [num_ids] -> [num_rows]."""
+        running = np.zeros(len(values) + 1, np.int64)
+        np.cumsum(values, out=running[1:])
+        return np.diff(running[self.offsets])
+
+    def take(self, order: IntArray) -> Ragged:
+        """The rows named by `order`, in that order."""
+        counts = self.counts[order]
+        offsets = offsets_of(counts)
+        shift = np.repeat(self.offsets[:-1][order] - offsets[:-1], counts)
+        shift += np.arange(len(shift))
+        return Ragged(self.ids[shift], offsets)
+
+
+EMPTY = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64))
+
+
+def offsets_of(counts: IntArray) -> IntArray:
+    """CSR offsets [n + 1] of groups with these counts [n]."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def grouped(row_of: NDArray[np.integer], num_rows: int, ids: IntArray) -> Ragged:
+    """Rows in which ids[j] lies in row row_of[j]; within a row the order of `ids` is kept."""
+    counts = np.bincount(row_of, minlength=num_rows)
+    return Ragged(ids[stable_argsort(row_of)], offsets_of(counts))
+
+
+def concatenated(parts: list[Ragged]) -> Ragged:
+    """The rows of all parts in one."""
+    counts = np.concatenate([part.counts for part in parts])
+    return Ragged(np.concatenate([part.ids for part in parts]), offsets_of(counts))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def runs(values: IntArray) -> tuple[IntArray, IntArray]:
+    """Distinct values and counts of an array whose equal values are adjacent, in its order."""
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else values[:0]
+    return values[starts], np.diff(np.append(starts, len(values)))
+
+
+def stable_argsort(keys: NDArray[np.integer]) -> IntArray:
+    """Ascending stable argsort of non-negative integers, O(n) per 16 bits of the largest key."""
+    # NumPy's stable sort is a radix sort for 16-bit keys and a merge sort, ten times slower, for wider ones.
+    highest = int(keys.max()) if len(keys) else 0
+    order = np.argsort(keys.astype(np.uint16), kind="stable")
+    for shift in range(16, highest.bit_length(), 16):
+        digit = (keys >> shift).astype(np.uint16)
+        order = order[np.argsort(digit[order], kind="stable")]
+    return order
+
+
+def random_bits(num: int, *stream: int) -> NDArray[np.uint64]:
+    """`num` random 64-bit words of the stream named by non-negative integers, uint64 [num]."""
+    words = np.random.PCG64(np.random.SeedSequence(stream)).random_raw(num)
+    return np.asarray(words, np.uint64).reshape(num)
+
+
+def shuffled(num: int, *stream: int) -> IntArray:
+    """A permutation of range(num) drawn from the stream named by non-negative integers, int64 [num]."""
+    return np.argsort(random_bits(num, *stream), kind="stable")
+
+
+def longest_first(lengths: IntArray, *stream: int) -> IntArray:
+    """Sample ids by descending length, equal lengths in the random order of the stream, int64 [num_samples]."""
+    # 16 random bits shuffle well enough within a length, and sort in one radix pass.
+    shuffle = np.argsort(random_bits(len(lengths), *stream).astype(np.uint16), kind="stable")
+    descending = lengths.max() - lengths if len(lengths) else lengths
+    return shuffle[stable_argsort(descending[shuffle])]

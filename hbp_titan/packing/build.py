@@ -1,0 +1,199 @@
+"""build_plan: lengths to a plan, the one entry of this room.
+
+Owns the registry of methods and the order of the stages: pack and fill, balance, schedule. The stages themselves
+live in hierarchy.py, packers.py, balance.py and schedule.py. Everything is a pure function of its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hbp_titan.packing.arrays import EMPTY, IntArray, Ragged, Stream, concatenated, longest_first, offsets_of
+from hbp_titan.packing.balance import BALANCERS, whole_iterations
+from hbp_titan.packing.cost import CostModel, costs_per_level
+from hbp_titan.packing.hierarchy import hierarchical_packs, paper_packs
+from hbp_titan.packing.level import Level, check_levels
+from hbp_titan.packing.packers import PACKERS, isf
+from hbp_titan.packing.plan import Plan
+from hbp_titan.packing.schedule import MIXES, schedule
+
+# Names of random streams: with seed and epoch before them, no two stages share numbers.
+PACK_STREAM, BALANCE_STREAM, SCHEDULE_STREAM = 0, 1, 2
+
+LevelPacks = Callable[[IntArray, Sequence[Level], int, Stream], list[Ragged]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How packs are made and put side by side.
+
+    pack(lengths, levels, world_size, stream) -> packs of positions in `lengths` per level, in any number.
+    balancer: a name of BALANCERS. summary: one line for tables and help.
+    """
+
+    pack: LevelPacks
+    balancer: str
+    summary: str
+
+
+def _hbp(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:
+    return hierarchical_packs(lengths, longest_first(lengths, *stream), levels, world_size)
+
+
+def _hbp_paper(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:
+    return paper_packs(lengths, levels, lambda own, capacity: isf(own, capacity, stream), stream)
+
+
+def _flat(packer: str, lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:
+    return [EMPTY] * (len(levels) - 1) + [PACKERS[packer].pack(lengths, levels[-1].max_tokens, stream)]
+
+
+METHODS: dict[str, Method] = {
+    "hbp": Method(_hbp, "cost", "levels, even packs, largest-first fill, balanced by modelled time"),
+    "hbp_paper": Method(_hbp_paper, "attention", "levels as the paper prints it: ISF, greedy fill, sort by sum(len^2)"),
+    "flat_sorted": Method(partial(_flat, "bfd"), "cost", "one length, best-fit decreasing, balanced by modelled time"),
+    **{
+        name: Method(partial(_flat, name), "kept" if name == "sorted" else "shuffled", f"one length: {packer.source}")
+        for name, packer in PACKERS.items()
+    },
+}
+
+
+def build_plan(
+    lengths: ArrayLike,
+    levels: Sequence[Level],
+    world_size: int,
+    method: str = "hbp",
+    seed: int = 0,
+    *,
+    loss_tokens: ArrayLike | None = None,
+    cost: CostModel | Sequence[CostModel] | None = None,
+    global_batch_tokens: int = 0,
+    mix: str = "alternate",
+    curriculum_steps: float = 0,
+    epoch: int = 0,
+) -> Plan:
+    """Plan one epoch: every sample in exactly one pack, every rank the same number of iterations.
+
+    lengths: tokens of each sample, ints [num_samples], at least 1. loss_tokens: how many of them bear loss, default
+        all but the first.
+    levels: ascending in max_tokens; methods other than hbp and hbp_paper use the largest alone.
+    world_size: ranks; an iteration of level i holds world_size / cp_degree_i packs, some empty where samples run out.
+    method: a key of METHODS. seed, epoch: name the random numbers; each epoch packs and orders anew.
+    cost: what balances the packs of an iteration, one model or one per level; default CostModel().
+    global_batch_tokens: real tokens that an optimizer step comes close to; 0 makes each iteration a step.
+    mix: "alternate" (each step one level, in random order) or "interleave" (each step its share of every level).
+    curriculum_steps: steps of the lowest level that come first, in epoch 0 only; below 1 a share of all steps.
+
+    Raises ValueError for a sample longer than the largest level and for values outside these domains.
+    """
+    levels = tuple(levels)
+    check_levels(levels, world_size)
+    lengths = _int_array("lengths", lengths, 1)
+    loss_tokens = lengths - 1 if loss_tokens is None else _int_array("loss_tokens", loss_tokens, 0)
+    _check_samples(lengths, loss_tokens, levels[-1])
+    if method not in METHODS:
+        close = difflib.get_close_matches(method, METHODS, n=1)
+        raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}" + "".join(f"; {c}?" for c in close))
+    if mix not in MIXES:
+        raise ValueError(f"mix={mix!r} is none of {', '.join(MIXES)}")
+    for name, value in (
+        ("seed", seed),
+        ("epoch", epoch),
+        ("global_batch_tokens", global_batch_tokens),
+        ("curriculum_steps", curriculum_steps),
+    ):
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+    unplaced = Plan(
+        levels=levels,
+        world_size=world_size,
+        method=method,
+        seed=seed,
+        epoch=epoch,
+        global_batch_tokens=global_batch_tokens,
+        mix=mix,
+        curriculum_steps=float(curriculum_steps),
+        costs=costs_per_level(cost, len(levels)),
+        lengths=lengths,
+        loss_tokens=loss_tokens,
+        packs=EMPTY,
+        level_of_iteration=EMPTY.ids,
+        step_offsets=EMPTY.offsets,
+    )
+    return place(unplaced, np.arange(len(lengths)))
+
+
+def place(unplaced: Plan, sample_ids: IntArray, curriculum: bool = True) -> Plan:
+    """The plan of these samples (ids into unplaced.lengths, int64 [n]) under the settings of `unplaced`."""
+    stream = (unplaced.seed, unplaced.epoch)
+    method = METHODS[unplaced.method]
+    lengths = unplaced.lengths[sample_ids]
+    per_level = method.pack(lengths, unplaced.levels, unplaced.world_size, (*stream, PACK_STREAM))
+    per_level = [whole_iterations(p, int(dp)) for p, dp in zip(per_level, unplaced.dp_degrees, strict=True)]
+    packs = concatenated(per_level)
+    values = lengths[packs.ids]
+    tokens, sum_sq = packs.row_sums(values), packs.row_sums(values * values)
+
+    balanced = []
+    bounds = offsets_of(np.array([p.num_rows for p in per_level]))
+    for level, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        order = BALANCERS[method.balancer](
+            tokens[start:end], sum_sq[start:end], unplaced.costs[level], (*stream, BALANCE_STREAM, level)
+        )
+        balanced.append(start + order)
+    level_of = np.repeat(np.arange(len(per_level)), np.diff(bounds) // unplaced.dp_degrees)
+    iterations = Ragged(np.concatenate(balanced), offsets_of(unplaced.dp_degrees[level_of]))
+
+    steps = schedule(
+        level_of,
+        iterations.sums(tokens),
+        global_batch_tokens=unplaced.global_batch_tokens,
+        mix=unplaced.mix,
+        curriculum_steps=unplaced.curriculum_steps if curriculum and unplaced.epoch == 0 else 0,
+        stream=(*stream, SCHEDULE_STREAM),
+    )
+    placed = packs.take(iterations.take(steps.ids).ids)
+    return dataclasses.replace(
+        unplaced,
+        packs=Ragged(sample_ids[placed.ids], placed.offsets),
+        level_of_iteration=level_of[steps.ids],
+        step_offsets=steps.offsets,
+    )
+
+
+def _int_array(name: str, values: ArrayLike, lowest: int) -> IntArray:
+    """Values as int64 [n]; ValueError for another shape, a fraction or a value below `lowest`."""
+    array = np.asarray(values)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name} must be one-dimensional and not empty, not of shape {array.shape}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers, not {array.dtype}")
+    array = np.ascontiguousarray(array, np.int64)
+    if array.min() < lowest:
+        at = int(array.argmin())
+        raise ValueError(f"{name}[{at}] = {array[at]} is below {lowest}: leave that sample out")
+    return array
+
+
+def _check_samples(lengths: IntArray, loss_tokens: IntArray, largest: Level) -> None:
+    if len(lengths) != len(loss_tokens):
+        raise ValueError(f"{len(lengths)} lengths but {len(loss_tokens)} loss_tokens: give one of each per sample")
+    at = int(lengths.argmax())
+    if lengths[at] > largest.max_tokens:
+        count = int(np.count_nonzero(lengths > largest.max_tokens))
+        raise ValueError(
+            f"sample {at} has {lengths[at]} tokens, more than the largest level's max_tokens={largest.max_tokens} "
+            f"({count} such samples in all): raise levels.max_tokens, or truncate or leave out these samples"
+        )
+    if np.any(loss_tokens > lengths):
+        at = int(np.argmax(loss_tokens > lengths))
+        raise ValueError(f"sample {at} has {loss_tokens[at]} loss_tokens but only {lengths[at]} tokens")

@@ -1,0 +1,81 @@
+"""CostModel: the time that a pack takes, up to a unit, from its tokens and its squared document lengths.
+
+Owns the coefficients alpha and beta and their derivation from a model's dimensions. The form is that of the paper
+(section 2.1, after Megatron-LM's FLOP count): linear layers cost per token, causal attention per squared length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """cost = alpha * tokens + beta * sum(len^2 of the documents).
+
+    Only the ratio of the two matters to a plan. The default is that of an 8B Llama on one device: a document
+    of 50,000 tokens spends as much in attention as in linear layers.
+    """
+
+    alpha: float = 1.0
+    beta: float = 2e-5
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta <= 0:
+            raise ValueError(f"cost model: alpha={self.alpha}, beta={self.beta} must not be negative, nor both 0")
+
+    def cost(self, tokens: NDArray[np.int64], sum_sq: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Cost of packs: tokens [n] and their sum of squared document lengths [n] -> float64 [n]."""
+        return self.alpha * np.asarray(tokens, np.float64) + self.beta * np.asarray(sum_sq, np.float64)
+
+    @classmethod
+    def from_dims(
+        cls,
+        *,
+        num_layers: int,
+        layer_params: int,
+        head_params: int,
+        num_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        ac_policy: str = "none",
+        ac_layers: int | None = None,
+        backward: bool = True,
+        linear_efficiency: float = 1.0,
+        attention_efficiency: float = 1.0,
+    ) -> CostModel:
+        """FLOPs of one training iteration over a pack of a decoder with causal attention.
+
+        layer_params: parameters of one layer that multiply each token (mixture of experts: the active ones).
+        head_params: parameters of the output projection; the embedding lookup multiplies nothing.
+        num_heads: query heads (attention work does not depend on the number of key and value heads).
+        head_dim: width of queries and keys; v_head_dim: width of values where it differs (DeepSeek's MLA).
+        ac_policy, ac_layers: recomputation, as in Level. backward: False counts the forward pass alone.
+        linear_efficiency, attention_efficiency: reached share of the machine's peak; FLOPs are divided by it.
+
+        Linear: 2 FLOPs a parameter and token. Attention: QK^T and PV take 2 * len^2 * width each, of which a
+        causal kernel does half. The backward pass costs twice the forward pass.
+        """
+        layers = num_layers if ac_layers is None else min(ac_layers, num_layers)
+        again = {"none": 0, "full": layers, "keep_attention": layers}[ac_policy]
+        attention_again = layers if ac_policy == "full" else 0
+        passes = 3 if backward else 1
+        recompute = 1 if backward else 0
+        linear = 2 * (layer_params * (passes * num_layers + recompute * again) + head_params * passes)
+        width = num_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
+        attention = width * (passes * num_layers + recompute * attention_again)
+        return cls(alpha=linear / linear_efficiency, beta=attention / attention_efficiency)
+
+
+def costs_per_level(cost: CostModel | Sequence[CostModel] | None, num_levels: int) -> tuple[CostModel, ...]:
+    """One model per level from one for all, one for each, or none (the default model)."""
+    if cost is None:
+        cost = CostModel()
+    costs = (cost,) * num_levels if isinstance(cost, CostModel) else tuple(cost)
+    if len(costs) != num_levels:
+        raise ValueError(f"{len(costs)} cost models for {num_levels} levels: give one, or one per level")
+    return costs

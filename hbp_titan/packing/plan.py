@@ -1,0 +1,189 @@
+"""Plan: which samples each data-parallel rank trains in each iteration of one epoch, as arrays.
+
+Owns the Plan type: its arrays, what can be asked of it and its fingerprint. Building one is build.py's task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.packing.arrays import IntArray, Ragged, offsets_of
+from hbp_titan.packing.cost import CostModel
+from hbp_titan.packing.level import Level
+
+# Raised whenever the same settings would give another plan.
+PLANNER_VERSION = 1
+
+
+class Iteration(NamedTuple):
+    """One level trained by the whole world: packs[dp_rank] is an int64 array of sample ids, which may be empty."""
+
+    level: int
+    packs: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The iterations of one epoch; every sample lies in exactly one pack.
+
+    levels, world_size, method, seed, epoch, global_batch_tokens, mix, curriculum_steps: the settings it came from.
+    costs: the cost model of each level that balanced it.
+    lengths, loss_tokens: int64 [num_samples], per sample.
+    packs: all packs in training order; iteration i holds the next dp_degree of its level, one per dp rank.
+    level_of_iteration: int64 [num_iterations].
+    step_offsets: int64 [num_steps + 1]; optimizer step s trains iterations step_offsets[s] to step_offsets[s + 1].
+    """
+
+    levels: tuple[Level, ...]
+    world_size: int
+    method: str
+    seed: int
+    epoch: int
+    global_batch_tokens: int
+    mix: str
+    curriculum_steps: float
+    costs: tuple[CostModel, ...]
+    lengths: IntArray
+    loss_tokens: IntArray
+    packs: Ragged
+    level_of_iteration: IntArray
+    step_offsets: IntArray
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_iterations(self) -> int:
+        return len(self.level_of_iteration)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_offsets) - 1
+
+    @cached_property
+    def dp_degrees(self) -> IntArray:
+        """Ragged of one iteration, per level, int64 [num_levels]."""
+        return np.array([level.dp_degree(self.world_size) for level in self.levels], np.int64)
+
+    @cached_property
+    def pack_offsets(self) -> IntArray:
+        """First pack of each iteration, int64 [num_iterations + 1]."""
+        return offsets_of(self.dp_degrees[self.level_of_iteration])
+
+    @cached_property
+    def pack_tokens(self) -> IntArray:
+        """Real tokens of each pack, int64 [num_packs]."""
+        return self.packs.sums(self.lengths)
+
+    @cached_property
+    def pack_sum_sq(self) -> IntArray:
+        """Sum of squared document lengths of each pack, int64 [num_packs]."""
+        return self.packs.sums(self.lengths * self.lengths)
+
+    @cached_property
+    def pack_levels(self) -> IntArray:
+        """Level of each pack, int64 [num_packs]."""
+        return np.repeat(self.level_of_iteration, self.dp_degrees[self.level_of_iteration])
+
+    @cached_property
+    def step_tokens(self) -> IntArray:
+        """Real tokens of each optimizer step, int64 [num_steps]."""
+        return self._per_step(self.lengths)
+
+    @cached_property
+    def step_loss_tokens(self) -> IntArray:
+        """Tokens that bear loss in each optimizer step, int64 [num_steps]."""
+        return self._per_step(self.loss_tokens)
+
+    @cached_property
+    def step_of_iteration(self) -> IntArray:
+        """Optimizer step of each iteration, int64 [num_iterations]."""
+        return np.repeat(np.arange(self.num_steps), np.diff(self.step_offsets))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings and arrays, hex."""
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        for name, array in self.arrays().items():
+            digest.update(f"{name} {len(array)};".encode())
+            digest.update(np.ascontiguousarray(array, "<i8").data)
+        return digest.hexdigest()
+
+    def iteration(self, index: int) -> Iteration:
+        """Iteration `index`, 0 <= index < num_iterations."""
+        level = int(self.level_of_iteration[index])
+        return Iteration(level, tuple(self.pack(index, rank) for rank in range(self.dp_degrees[level])))
+
+    def pack(self, index: int, dp_rank: int) -> IntArray:
+        """Sample ids that data-parallel rank `dp_rank` trains in iteration `index`, int64 [n], n may be 0."""
+        if not 0 <= index < self.num_iterations:
+            raise IndexError(f"iteration {index} of a plan with {self.num_iterations}")
+        at = self.pack_offsets[index] + dp_rank
+        if not self.pack_offsets[index] <= at < self.pack_offsets[index + 1]:
+            raise IndexError(f"dp rank {dp_rank} of iteration {index}, which has {self._dp_degree(index)}")
+        start, end = self.packs.offsets[at : at + 2]
+        return np.asarray(self.packs.ids[start:end], np.int64)
+
+    def max_documents(self, level: int) -> int:
+        """Most samples in any pack of `level`; 0 where it has no iteration."""
+        return int(self.packs.counts[self.pack_levels == level].max(initial=0))
+
+    def heaviest_iteration(self, level: int) -> int | None:
+        """The iteration of `level` with the costliest pack; None where the level has no iteration."""
+        mine = np.flatnonzero(self.level_of_iteration == level)
+        if not len(mine):
+            return None
+        largest = np.maximum.reduceat(self.costs_of_packs(self.costs), self.pack_offsets[:-1])
+        return int(mine[np.argmax(largest[mine])])
+
+    def costs_of_packs(self, costs: Sequence[CostModel]) -> NDArray[np.float64]:
+        """Cost of each pack by the model of its level, float64 [num_packs]; costs: one per level."""
+        result = np.zeros(self.packs.num_rows)
+        for k, cost in enumerate(costs):
+            mine = self.pack_levels == k
+            result[mine] = cost.cost(self.pack_tokens[mine], self.pack_sum_sq[mine])
+        return result
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the arrays that determines the plan, as plain JSON values."""
+        return {
+            "planner_version": PLANNER_VERSION,
+            "levels": [dataclasses.asdict(level) for level in self.levels],
+            "world_size": self.world_size,
+            "method": self.method,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "global_batch_tokens": self.global_batch_tokens,
+            "mix": self.mix,
+            "curriculum_steps": self.curriculum_steps,
+            "costs": [dataclasses.asdict(cost) for cost in self.costs],
+        }
+
+    def arrays(self) -> dict[str, IntArray]:
+        """The arrays that make up the plan, by name."""
+        return {
+            "lengths": self.lengths,
+            "loss_tokens": self.loss_tokens,
+            "ids": self.packs.ids,
+            "offsets": self.packs.offsets,
+            "level_of_iteration": self.level_of_iteration,
+            "step_offsets": self.step_offsets,
+        }
+
+    def _dp_degree(self, index: int) -> int:
+        return int(self.dp_degrees[self.level_of_iteration[index]])
+
+    def _per_step(self, values: IntArray) -> IntArray:
+        running = np.zeros(len(self.packs.ids) + 1, np.int64)
+        np.cumsum(values[self.packs.ids], out=running[1:])
+        return np.diff(running[self.packs.offsets[self.pack_offsets[self.step_offsets]]])
