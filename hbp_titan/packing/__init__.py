@@ -1,7 +1,4 @@
-"""Planning: lengths to levels, packs, iterations and optimizer steps. NumPy only; imports no other room.
-
-build_plan makes a Plan from an array of lengths; measure says how good it is.
-"""
+"""Planning room: sample lengths to a plan of balanced packs. NumPy only; usable without the rest of the package."""
 
 from hbp_titan.packing.build import METHODS, build_plan
 from hbp_titan.packing.cost import CostModel

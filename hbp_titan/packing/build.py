@@ -21,7 +21,7 @@ from hbp_titan.packing.balance import BALANCERS, whole_iterations
 from hbp_titan.packing.cost import CostModel, costs_per_level
 from hbp_titan.packing.hierarchy import hierarchical_packs, paper_packs
 from hbp_titan.packing.level import Level, check_levels
-from hbp_titan.packing.packers import PACKERS
+from hbp_titan.packing.packers import PACKERS, isf
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.schedule import MIXES, schedule
 
@@ -49,10 +49,7 @@ def _hbp(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: St
 
 
 def _hbp_paper(lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:
-    def isf(own_lengths: IntArray, capacity: int) -> Ragged:
-        return PACKERS["isf"].pack(own_lengths, capacity, stream)
-
-    return paper_packs(lengths, levels, isf, stream)
+    return paper_packs(lengths, levels, lambda own, capacity: isf(own, capacity, stream), stream)
 
 
 def _flat(packer: str, lengths: IntArray, levels: Sequence[Level], world_size: int, stream: Stream) -> list[Ragged]:

@@ -142,9 +142,8 @@ def first_fit_fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArr
     """
     block = max(1, int(len(lengths) ** 0.5))
     never = np.iinfo(np.int64).max
-    padded = np.full(-(-len(lengths) // block) * block, never)
-    padded[: len(lengths)] = lengths
-    left = padded.reshape(-1, block)
+    left = np.full((-(-len(lengths) // block), block), never)
+    left.flat[: len(lengths)] = lengths
     shortest = left.min(axis=1)
     positions, packs = array("q"), array("q")
     for pack, room in enumerate(rooms.tolist()):

@@ -7,7 +7,7 @@ degree of its level; T and A count real tokens, never padding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from hbp_titan.packing.plan import Plan
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of a plan, or of one of its levels (`groups` is then N; 0 where levels differ in it).
+    """Figures of a plan or of one of its levels.
 
     dbr: dist balance ratio, mean over iterations of 1 - mean(T) / max(T) over the groups; 0 is best.
     pr: padding ratio, padding / (padding + real tokens), packs being padded to their level's max_tokens.
@@ -26,7 +26,9 @@ class Metrics:
     cr: communication ratio, tokens in packs with cp_degree > 1 / all tokens.
     ave_tokens: mean real tokens of a pack, that is per group and iteration.
     time_imbalance: share of the modelled time that ranks wait for the slowest of their iteration. An iteration
-        takes max(cost) / cp_degree, and its groups work mean(cost) / cp_degree of that.
+        takes max(cost) / cp_degree, of which its groups work mean(cost) / cp_degree.
+    groups: N, the groups that an iteration compares; 0 for a plan whose levels differ in it.
+    per_level: the same for each level, None where it has no iteration; empty in the figures of a level.
     """
 
     dbr: float
@@ -38,68 +40,63 @@ class Metrics:
     iterations: int
     samples_per_pack: float
     groups: int
-    per_level: tuple[Metrics | None, ...] = field(default=())
+    per_level: tuple[Metrics | None, ...] = ()
 
 
 def measure(plan: Plan, cost: CostModel | Sequence[CostModel] | None = None) -> Metrics:
-    """Metrics of a plan; per_level[k] is None where level k has no iteration. cost: default, the plan's own."""
+    """Metrics of a plan. cost: one model or one per level; default, those that the plan was balanced by."""
     costs = plan.costs if cost is None else costs_per_level(cost, len(plan.levels))
-    every = np.arange(plan.num_iterations)
-    levels = tuple(_measure(plan, np.flatnonzero(plan.level_of_iteration == k), costs) for k in range(len(plan.levels)))
-    whole = _measure(plan, every, costs, levels)
-    assert whole is not None, "a plan has iterations"
-    return whole
-
-
-def _measure(
-    plan: Plan,
-    iterations: NDArray[np.int64],
-    costs: Sequence[CostModel],
-    per_level: tuple[Metrics | None, ...] = (),
-) -> Metrics | None:
-    if not len(iterations):
-        return None
-    dp = plan.dp_degrees[plan.level_of_iteration]
-    cp = np.array([level.cp_degree for level in plan.levels])[plan.level_of_iteration]
-    capacity = np.array([level.max_tokens for level in plan.levels])[plan.level_of_iteration]
-    first = plan.pack_offsets[:-1]
-    pack_cost = np.zeros(plan.packs.num_rows)
-    for k, cost in enumerate(costs):
-        mine = plan.pack_levels == k
-        pack_cost[mine] = cost.cost(plan.pack_tokens[mine], plan.pack_sum_sq[mine])
-    slowest = (np.maximum.reduceat(pack_cost, first) / cp)[iterations]
-    mean = (np.add.reduceat(pack_cost, first) / dp / cp)[iterations]
-    tokens = np.add.reduceat(plan.pack_tokens, first)[iterations]
-    samples = np.add.reduceat(plan.packs.counts, first)[iterations]
-    dp, cp, capacity = dp[iterations], cp[iterations], capacity[iterations]
-    return Metrics(
-        dbr=float(_imbalance(plan.pack_tokens, first, plan)[iterations].mean()),
-        pr=float(1 - tokens.sum() / (dp * capacity).sum()),
-        abr=float(_imbalance(plan.pack_sum_sq, first, plan)[iterations].mean()),
-        cr=float(tokens[cp > 1].sum() / tokens.sum()),
-        ave_tokens=float(tokens.sum() / dp.sum()),
-        time_imbalance=float(1 - mean.sum() / slowest.sum()),
-        iterations=len(iterations),
-        samples_per_pack=float(samples.sum() / dp.sum()),
-        groups=int(dp[0]) if np.all(dp == dp[0]) else 0,
-        per_level=per_level,
+    figures = _Figures(plan, costs)
+    level_of = plan.level_of_iteration
+    per_level = tuple(
+        figures.metrics(level_of == k) if np.any(level_of == k) else None for k in range(len(plan.levels))
     )
+    return figures.metrics(np.ones(len(level_of), bool), per_level)
 
 
-def _imbalance(values: NDArray[np.int64], first: NDArray[np.int64], plan: Plan) -> NDArray[np.float64]:
-    largest = np.maximum.reduceat(values, first)
-    mean = np.add.reduceat(values, first) / plan.dp_degrees[plan.level_of_iteration]
-    return np.where(largest > 0, 1 - mean / np.maximum(largest, 1), 0.0)
+class _Figures:
+    """What the metrics average, one value per iteration."""
+
+    def __init__(self, plan: Plan, costs: Sequence[CostModel]) -> None:
+        level_of = plan.level_of_iteration
+        first_pack = plan.pack_offsets[:-1]
+        cost = plan.costs_of_packs(costs)
+        self.dp = plan.dp_degrees[level_of]
+        self.cp = np.array([level.cp_degree for level in plan.levels])[level_of]
+        self.capacity = np.array([level.max_tokens for level in plan.levels])[level_of] * self.dp
+        self.tokens = np.add.reduceat(plan.pack_tokens, first_pack)
+        self.samples = np.add.reduceat(plan.packs.counts, first_pack)
+        self.max_tokens = np.maximum.reduceat(plan.pack_tokens, first_pack)
+        self.attention = np.add.reduceat(plan.pack_sum_sq, first_pack)
+        self.max_attention = np.maximum.reduceat(plan.pack_sum_sq, first_pack)
+        self.work = np.add.reduceat(cost, first_pack) / self.dp / self.cp
+        self.time = np.maximum.reduceat(cost, first_pack) / self.cp
+
+    def metrics(self, chosen: NDArray[np.bool_], per_level: tuple[Metrics | None, ...] = ()) -> Metrics:
+        """Metrics over the chosen iterations, bool [num_iterations], at least one."""
+        dp, tokens = self.dp[chosen], self.tokens[chosen]
+        num_packs, num_tokens = int(dp.sum()), int(tokens.sum())
+        return Metrics(
+            dbr=float(np.mean(1 - tokens / (dp * self.max_tokens[chosen]))),
+            pr=1 - num_tokens / int(self.capacity[chosen].sum()),
+            abr=float(np.mean(1 - self.attention[chosen] / (dp * self.max_attention[chosen]))),
+            cr=int(tokens[self.cp[chosen] > 1].sum()) / num_tokens,
+            ave_tokens=num_tokens / num_packs,
+            # Rounding can make a perfect balance -1e-16.
+            time_imbalance=max(0.0, float(1 - self.work[chosen].sum() / self.time[chosen].sum())),
+            iterations=len(tokens),
+            samples_per_pack=int(self.samples[chosen].sum()) / num_packs,
+            groups=int(dp[0]) if np.all(dp == dp[0]) else 0,
+            per_level=per_level,
+        )
 
 
 def comparison_table(metrics: Mapping[str, Metrics]) -> str:
-    """A table of methods by their metrics in at most 80 columns; ratios to four digits."""
-    lines = [
-        f"{'method':<14}{'DBR':>8}{'PR':>8}{'ABR':>8}{'CR':>8}{'Ave-T':>9}{'imbalance':>11}{'iterations':>12}",
-        *(
-            f"{name:<14}{m.dbr:>8.4f}{m.pr:>8.4f}{m.abr:>8.4f}{m.cr:>8.4f}{m.ave_tokens:>9,.0f}"
-            f"{m.time_imbalance:>11.4f}{m.iterations:>12,}"
-            for name, m in metrics.items()
-        ),
-    ]
+    """A table of at most 80 columns, one method a line, in the given order."""
+    lines = [f"{'method':<13}{'DBR':>8}{'PR':>8}{'ABR':>8}{'CR':>8}{'Ave-T':>10}{'idle time':>11}{'iterations':>12}"]
+    for name, m in metrics.items():
+        lines.append(
+            f"{name:<13}{m.dbr:>8.4f}{m.pr:>8.4f}{m.abr:>8.4f}{m.cr:>8.4f}{m.ave_tokens:>10.0f}"
+            f"{m.time_imbalance:>11.5f}{m.iterations:>12,}"
+        )
     return "\n".join(lines)

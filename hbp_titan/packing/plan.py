@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hbp_titan.packing.arrays import IntArray, Ragged, offsets_of
 from hbp_titan.packing.cost import CostModel
@@ -94,15 +96,6 @@ class Plan:
         return np.repeat(self.level_of_iteration, self.dp_degrees[self.level_of_iteration])
 
     @cached_property
-    def pack_costs(self) -> np.ndarray:
-        """Modelled cost of each pack by `costs`, float64 [num_packs]; packs of one level compare."""
-        result = np.zeros(self.packs.num_rows)
-        for k, cost in enumerate(self.costs):
-            mine = self.pack_levels == k
-            result[mine] = cost.cost(self.pack_tokens[mine], self.pack_sum_sq[mine])
-        return result
-
-    @cached_property
     def step_tokens(self) -> IntArray:
         """Real tokens of each optimizer step, int64 [num_steps]."""
         return self._per_step(self.lengths)
@@ -155,7 +148,16 @@ class Plan:
         mine = np.flatnonzero(self.level_of_iteration == level)
         if not len(mine):
             return None
-        return int(mine[np.argmax(np.maximum.reduceat(self.pack_costs, self.pack_offsets[:-1])[mine])])
+        largest = np.maximum.reduceat(self.costs_of_packs(self.costs), self.pack_offsets[:-1])
+        return int(mine[np.argmax(largest[mine])])
+
+    def costs_of_packs(self, costs: Sequence[CostModel]) -> NDArray[np.float64]:
+        """Cost of each pack by the model of its level, float64 [num_packs]; costs: one per level."""
+        result = np.zeros(self.packs.num_rows)
+        for k, cost in enumerate(costs):
+            mine = self.pack_levels == k
+            result[mine] = cost.cost(self.pack_tokens[mine], self.pack_sum_sq[mine])
+        return result
 
     def settings(self) -> dict[str, Any]:
         """Everything but the arrays that determines the plan, as plain JSON values."""

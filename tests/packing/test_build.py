@@ -1,0 +1,128 @@
+"""Every plan, whatever the method and the data: each sample once, no pack over capacity, equal work for each rank."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbp_titan.packing import METHODS, Level, build_plan, measure, parse_levels
+from hbp_titan.packing.synthetic import tulu3_longcite_like
+
+LEVELS = parse_levels("100:1,800:4")
+WORLDS = (4, 8, 32, 512)
+
+lengths_strategy = st.one_of(
+    st.lists(st.integers(1, 800), min_size=1, max_size=60),
+    st.lists(st.integers(1, 30), min_size=1, max_size=300),
+    st.lists(st.integers(101, 800), min_size=1, max_size=40),
+    st.integers(1, 800).flatmap(lambda length: st.lists(st.just(length), min_size=1, max_size=70)),
+)
+
+
+def check_plan(plan, lengths):
+    """Fails unless the plan holds each sample once, in packs that fit, in whole and non-empty iterations."""
+    seen = []
+    for i in range(plan.num_iterations):
+        level, packs = plan.iteration(i)
+        assert level == plan.level_of_iteration[i]
+        assert len(packs) == plan.world_size // plan.levels[level].cp_degree
+        assert any(len(pack) for pack in packs)
+        for rank, pack in enumerate(packs):
+            assert lengths[pack].sum() <= plan.levels[level].max_tokens
+            assert pack.dtype == np.int64
+            np.testing.assert_array_equal(plan.pack(i, rank), pack)
+            seen.extend(pack.tolist())
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=lengths_strategy,
+    world_size=st.sampled_from(WORLDS),
+    method=st.sampled_from(sorted(METHODS)),
+    mix=st.sampled_from(["alternate", "interleave"]),
+    global_batch_tokens=st.sampled_from([0, 1, 2000, 10**6]),
+    curriculum_steps=st.sampled_from([0, 0.3, 2]),
+    epoch=st.integers(0, 1),
+)
+def test_each_sample_is_in_exactly_one_pack_that_fits(lengths, world_size, method, **options):
+    lengths = np.array(lengths)
+    plan = build_plan(lengths, LEVELS, world_size, method, **options)
+    check_plan(plan, lengths)
+    assert plan.step_offsets[0] == 0
+    assert plan.step_offsets[-1] == plan.num_iterations
+    assert (np.diff(plan.step_offsets) > 0).all()
+    assert plan.step_tokens.sum() == lengths.sum()
+    assert plan.step_loss_tokens.sum() == (lengths - 1).sum()
+    metrics = measure(plan)
+    for value in (metrics.dbr, metrics.pr, metrics.abr, metrics.cr, metrics.time_imbalance):
+        assert 0 <= value <= 1
+
+
+def test_a_plan_can_be_checked_by_hand():
+    # Level 1 (capacity 8, two ranks a pack) holds 7 and, in its free room, 1; level 0 the rest, two packs of 4.
+    plan = build_plan([7, 3, 3, 1, 1, 1], [Level(4), Level(8, 2)], world_size=2)
+    by_level = {plan.iteration(i).level: plan.iteration(i).packs for i in range(plan.num_iterations)}
+    assert plan.num_iterations == 2
+    assert sorted(plan.lengths[by_level[1][0]]) == [1, 7]
+    assert [sorted(plan.lengths[pack]) for pack in by_level[0]] == [[1, 3], [1, 3]]
+    assert plan.max_documents(0) == 2
+    assert plan.level_of_iteration[plan.heaviest_iteration(1)] == 1
+
+
+def test_the_same_inputs_give_the_same_plan_and_any_other_input_another():
+    lengths = tulu3_longcite_like(3000, seed=1)
+    levels = parse_levels("16384:1,131072:8")
+    base = build_plan(lengths, levels, 8, global_batch_tokens=10**6)
+    assert build_plan(lengths.astype(np.int32), levels, 8, global_batch_tokens=10**6).fingerprint == base.fingerprint
+    longer = lengths.copy()
+    longer[7] += 1
+    others = [
+        build_plan(longer, levels, 8, global_batch_tokens=10**6),
+        build_plan(lengths, levels, 16, global_batch_tokens=10**6),
+        build_plan(lengths, levels, 8, global_batch_tokens=10**6, seed=1),
+        build_plan(lengths, levels, 8, global_batch_tokens=10**6, epoch=1),
+        build_plan(lengths, levels, 8, global_batch_tokens=10**6, mix="interleave"),
+        build_plan(
+            lengths, [dataclasses.replace(levels[0], ac_policy="full"), levels[1]], 8, global_batch_tokens=10**6
+        ),
+    ]
+    assert len({plan.fingerprint for plan in [base, *others]}) == 7
+
+
+def test_the_random_numbers_do_not_depend_on_the_machine():
+    # A change of this literal makes every stored plan stale: raise PLANNER_VERSION with it.
+    plan = build_plan([9, 9, 9, 9, 5, 5, 5, 5, 2, 2, 2, 2], [Level(16)], world_size=2, seed=3)
+    assert [[pack.tolist() for pack in plan.iteration(i).packs] for i in range(plan.num_iterations)] == [
+        [[1, 7, 10], [2, 6, 8]],
+        [[3, 4, 9], [0, 5, 11]],
+    ]
+
+
+def test_a_sample_longer_than_the_largest_level_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"sample 1 has 9 tokens.*max_tokens=8 .*levels\.max_tokens"):
+        build_plan([3, 9, 2], [Level(4), Level(8)], world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([], [Level(4)], 1), {}, "lengths .*not empty"),
+        (([1, 0], [Level(4)], 1), {}, r"lengths\[1\] = 0 is below 1"),
+        (([1.5], [Level(4)], 1), {}, "integers"),
+        (([1], [Level(4, 2)], 3), {}, "cp_degree=2 .*world size 3"),
+        (([1], [Level(4)], 0), {}, "world size 0"),
+        (([1], [Level(4)], 1), {"method": "hpb"}, "method='hpb' is none of .*hbp"),
+        (([1], [Level(4)], 1), {"mix": "both"}, "mix='both'"),
+        (([1], [Level(4)], 1), {"epoch": -1}, "epoch=-1"),
+        (([1, 2], [Level(4)], 1), {"loss_tokens": [1]}, "2 lengths but 1 loss_tokens"),
+        (([1, 2], [Level(4)], 1), {"loss_tokens": [1, 3]}, "sample 1 has 3 loss_tokens but only 2 tokens"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_plan(*arguments, **options)
