@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CP_STYLES = ("ulysses",)
 AC_POLICIES = ("none", "full", "keep_attention")
@@ -52,6 +53,8 @@ class Level:
 
 def check_levels(levels: Sequence[Level], world_size: int) -> None:
     """Raise ValueError unless `levels` ascend in max_tokens and each cp_degree divides `world_size`."""
+    if world_size < 1:
+        raise ValueError(f"world size {world_size} must be at least 1")
     if not levels:
         raise ValueError("no level is given: add at least one [[levels]] block")
     for low, high in itertools.pairwise(levels):
@@ -73,7 +76,13 @@ def parse_levels(text: str) -> tuple[Level, ...]:
     levels = []
     for part in text.split(","):
         numbers = part.split(":")
-        if len(numbers) not in (1, 2) or not all(number.strip().isdigit() for number in numbers):
+        if len(numbers) not in (1, 2) or not all(number.strip().isdecimal() for number in numbers):
             raise ValueError(f"levels {text!r}: {part!r} is not of the form max_tokens:cp_degree")
-        levels.append(Level(max_tokens=int(numbers[0]), cp_degree=int(numbers[-1]) if len(numbers) == 2 else 1))
+        max_tokens, cp_degree = (int(number) for number in (*numbers, "1")[:2])
+        levels.append(Level(max_tokens, cp_degree))
     return tuple(levels)
+
+
+def level_from_dict(values: dict[str, Any]) -> Level:
+    """A Level from its plain form (as in JSON); keys are the field names."""
+    return Level(**values)
