@@ -1,0 +1,71 @@
+"""The loader's order, its start in mid-epoch and its check against the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hbp_titan.data.loader import PackLoader, PlanDataset
+from hbp_titan.packing import Level, Plan, build_plan
+
+LEVELS = (Level(16, 1), Level(64, 2))
+LENGTHS = np.array([3, 60, 7, 16, 9, 33, 2, 5, 11, 40, 8, 4])
+
+
+class Samples:
+    """Sample i has tokens i, i + 1, ... and trains all but its first."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(index, index + LENGTHS[index], dtype=np.uint32), np.ones(LENGTHS[index], np.uint8)
+
+
+def _plan(loss_tokens: np.ndarray | None = None) -> Plan:
+    return build_plan(LENGTHS, LEVELS, 2, loss_tokens=loss_tokens)
+
+
+def _ids(plan: Plan, rank: int, **options: int) -> list[list[int]]:
+    return [batch.input_ids.tolist() for batch in PackLoader(plan, Samples(), rank, **options)]
+
+
+def test_loader_yields_the_plan_of_its_rank_in_order() -> None:
+    plan = _plan()
+    for rank in (0, 1):
+        for iteration, batch in enumerate(PackLoader(plan, Samples(), rank)):
+            level = plan.levels[batch.level]
+            dp_rank, cp_rank = divmod(rank, level.cp_degree)
+            tokens = np.concatenate([Samples().sample(i)[0] for i in plan.pack(iteration, dp_rank)] or [[]])
+            padded = np.zeros(level.max_tokens, np.int64)
+            padded[: len(tokens)] = tokens
+            share = level.max_tokens // level.cp_degree
+            assert batch.input_ids.tolist() == padded[cp_rank * share : (cp_rank + 1) * share].tolist()
+        assert iteration == plan.num_iterations - 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_workers: int) -> None:
+    plan = _plan()
+    assert plan.num_iterations >= 4
+    assert _ids(plan, 1, first_iteration=3, num_workers=num_workers) == _ids(plan, 1)[3:]
+    assert _ids(plan, 1, first_iteration=plan.num_iterations, num_workers=num_workers) == []
+
+
+def test_state_names_the_plan_and_the_next_iteration() -> None:
+    plan = _plan()
+    loader = PackLoader(plan, Samples(), 0, first_iteration=1)
+    next(iter(loader))
+    assert loader.state_dict() == {"epoch": 0, "iteration": 2, "plan": plan.fingerprint}
+
+
+def test_batch_whose_loss_tokens_differ_from_the_plan_stops_the_run() -> None:
+    plan = _plan(loss_tokens=np.maximum(LENGTHS - 2, 0))
+    with pytest.raises(RuntimeError, match="loss tokens, the plan"):
+        PlanDataset(plan, Samples(), 0)[0]
+
+
+def test_every_sample_is_loaded_once_by_the_ranks_together() -> None:
+    plan = _plan()
+    seen = []
+    for iteration in range(plan.num_iterations):
+        for dp_rank in range(plan.levels[plan.level_of_iteration[iteration]].dp_degree(2)):
+            seen += plan.pack(iteration, dp_rank).tolist()
+    assert sorted(seen) == list(range(len(LENGTHS)))

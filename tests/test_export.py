@@ -1,0 +1,105 @@
+"""Out to HF and back in: transformers gives the logits that we train, and a run starts from such a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from hbp_titan.config import load_config
+from hbp_titan.distributed.world import World
+from hbp_titan.train import Trainer
+from tests.harness import run_distributed
+from tests.tiny_run import write_tiny_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = torch.arange(5, 105)
+
+
+def _trained_logits(world: World, argv: list[str]) -> torch.Tensor:
+    trainer = Trainer(load_config(argv), world)
+    trainer.train()
+    return _logits(trainer)
+
+
+def _first_logits(world: World, argv: list[str]) -> torch.Tensor:
+    return _logits(Trainer(load_config(argv), world))
+
+
+def _logits(trainer: Trainer) -> torch.Tensor:
+    trainer.runtime.activate(0)
+    cu_seqlens = torch.tensor([0, len(PROMPT)], dtype=torch.int32)
+    with torch.no_grad():
+        return trainer.model(PROMPT, torch.arange(len(PROMPT)), cu_seqlens, len(PROMPT))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, torch.Tensor]:
+    """The arguments of a run of two ranks, its folder, and its logits after training."""
+    folder = tmp_path_factory.mktemp("export")
+    argv = [*write_tiny_run(folder), "--training.steps=6"]
+    return argv, folder, run_distributed(_trained_logits, 2, argv)[0]
+
+
+def _transformers_logits(folder: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(PROMPT[None]).logits[0]
+
+
+def _script(name: str, *argv: object) -> str:
+    command = [sys.executable, f"scripts/{name}", *map(str, argv)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_transformers_gives_the_logits_of_the_exported_run(run: tuple[list[str], Path, torch.Tensor]) -> None:
+    _, folder, logits = run
+    assert logits.std() > 0.1
+    torch.testing.assert_close(_transformers_logits(folder / "run" / "hf"), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_converted_checkpoint_is_the_exported_folder(run: tuple[list[str], Path, torch.Tensor], tmp_path: Path) -> None:
+    _, folder, _ = run
+    _script("convert_to_hf.py", folder / "run", tmp_path / "hf")
+    exported = folder / "run" / "hf"
+    names = sorted(path.name for path in exported.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "hf").iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    for name in names:
+        assert (exported / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
+def test_bfloat16_export_is_the_rounded_fp32_one(run: tuple[list[str], Path, torch.Tensor], tmp_path: Path) -> None:
+    _, folder, _ = run
+    _script("convert_to_hf.py", folder / "run", tmp_path / "hf", "--dtype", "bfloat16")
+    whole = load_file(folder / "run" / "hf" / "model.safetensors")
+    rounded = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(rounded[name].equal(whole[name].bfloat16()) for name in whole)
+
+
+def test_run_starts_from_an_hf_folder_and_from_a_converted_one(
+    run: tuple[list[str], Path, torch.Tensor], tmp_path: Path
+) -> None:
+    argv, folder, logits = run
+    hf_folder = folder / "run" / "hf"
+    _script("convert_from_hf.py", hf_folder, tmp_path / "checkpoint")
+    for path in (hf_folder, tmp_path / "checkpoint"):
+        changed = [*argv, f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={tmp_path / 'new'}"]
+        torch.testing.assert_close(run_distributed(_first_logits, 2, changed)[0], logits, rtol=1e-6, atol=1e-6)
+    without = run_distributed(_first_logits, 2, [*argv, f"--job.dump_folder={tmp_path / 'new'}"])[0]
+    assert (without - logits).abs().max() > 0.1
+
+
+def test_conversion_of_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/convert_to_hf.py", str(tmp_path), str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
