@@ -63,15 +63,11 @@ class ChatTokenizer:
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         marker, opening, closing = _unused_characters(messages, 3)
         if any(self._control_pattern.search(text) for text in _strings(messages)):
-            text, spans, encoding = self._encode_escaped(messages, marker, (opening, closing))
+            spans, encoding = self._encode_escaped(messages, marker, (opening, closing))
         else:
             text, spans = self._render(messages, (opening, closing))
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.uint32)
-        mask = np.zeros(len(ids), dtype=np.bool_)
-        for start, end in spans:
-            mask[_first_token(encoding, start, text) : _end_token(encoding, end, text)] = True
-        return ids, mask
+        return np.array(encoding.ids, dtype=np.uint32), _mask_spans(encoding, spans)
 
     def _render(self, messages: Sequence[Message], sentinels: tuple[str, str]) -> tuple[str, list[Span]]:
         """The conversation's text and the character spans to train."""
@@ -109,8 +105,8 @@ class ChatTokenizer:
 
     def _encode_escaped(
         self, messages: Sequence[Message], marker: str, sentinels: tuple[str, str]
-    ) -> tuple[str, list[Span], Encoding]:
-        """Text, spans and encoding where some message spells a control token.
+    ) -> tuple[list[Span], Encoding]:
+        """Spans and encoding where some message spells a control token.
 
         1. Put `marker` into each control token that a message spells, and render: what now matches is the template's.
         2. Encode the template's control tokens as such, and the text between them with none recognized.
@@ -130,7 +126,7 @@ class ChatTokenizer:
             position = end
         if Encoding.merge(checks, growing_offsets=True).ids != whole.ids:
             raise ValueError("a message spells a control token, and this tokenizer cannot encode it as plain text")
-        return text, [(start, end) for start, end in spans], Encoding.merge(pieces, growing_offsets=True)
+        return [(start, end) for start, end in spans], Encoding.merge(pieces, growing_offsets=True)
 
     def _escape(self, marker: str) -> Callable[[str], str]:
         def split(match: re.Match[str]) -> str:
@@ -184,22 +180,16 @@ def _cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list
     return "".join(text), [(start, end) for start, end in spans if start < end]
 
 
-def _first_token(encoding: Encoding, position: int, text: str) -> int:
-    """Index of the first token that reaches past character `position`."""
-    for character in range(position, len(text)):
-        token = encoding.char_to_token(character)
-        # A normalizer may have dropped the character: then the next one counts.
-        if token is not None:
-            return token
-    return len(encoding.ids)
+def _mask_spans(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """True for each token that shares a character with a span, as transformers' assistant mask has it.
 
-
-def _end_token(encoding: Encoding, position: int, text: str) -> int:
-    """One past the last token that begins before character `position`."""
-    token = _first_token(encoding, position, text)
-    characters = encoding.token_to_chars(token) if token < len(encoding.ids) else None
-    straddles = characters is not None and characters[0] < position
-    return token + 1 if straddles else token
+    From the offsets alone: a merged Encoding no longer answers char_to_token.
+    """
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return mask
 
 
 def _strings(value: Any) -> Iterator[str]:
