@@ -6,6 +6,8 @@ from hbp_titan.packing.level import Level, check_levels, parse_levels
 from hbp_titan.packing.metrics import Metrics, comparison_table, measure
 from hbp_titan.packing.packers import PACKERS
 from hbp_titan.packing.plan import Iteration, Plan
+from hbp_titan.packing.plan_file import load_plan, save_plan
+from hbp_titan.packing.remainder import remainder
 
 __all__ = [
     "METHODS",
@@ -18,6 +20,9 @@ __all__ = [
     "build_plan",
     "check_levels",
     "comparison_table",
+    "load_plan",
     "measure",
     "parse_levels",
+    "remainder",
+    "save_plan",
 ]

@@ -37,13 +37,18 @@ class Ragged:
 
     def sums(self, values: IntArray) -> IntArray:
         """Sum of values[id] over each row, int64 [num_rows]; values is indexed by id."""
-        return self.row_sums(values[self.ids])
+        return self._row_sums(values[self.ids])
 
-    def row_sums(self, values: IntArray) -> IntArray:
-        """Sum over each row of values that lie beside `ids`, int64 [num_ids] -> [num_rows]."""
-        running = np.zeros(len(values) + 1, np.int64)
-        np.cumsum(values, out=running[1:])
-        return np.diff(running[self.offsets])
+    def sums_of_squares(self, values: IntArray) -> IntArray:
+        """Sum of values[id]^2 over each row, int64 [num_rows]; values is indexed by id."""
+        mine = values[self.ids]
+        return self._row_sums(np.multiply(mine, mine, out=mine))
+
+    def _row_sums(self, values: IntArray) -> IntArray:
+        """Row sums of values [num_ids] that lie beside `ids`; overwrites `values`."""
+        np.cumsum(values, out=values)
+        before = np.where(self.offsets > 0, values[self.offsets - 1], 0) if len(values) else 0 * self.offsets
+        return np.diff(before)
 
     def take(self, order: IntArray) -> Ragged:
         """The rows named by `order`, in that order."""

@@ -28,6 +28,8 @@ from hbp_titan.packing.schedule import MIXES, schedule
 # Names of random streams: with seed and epoch before them, no two stages share numbers.
 PACK_STREAM, BALANCE_STREAM, SCHEDULE_STREAM = 0, 1, 2
 
+OVERLONG = ("error", "skip")
+
 LevelPacks = Callable[[IntArray, Sequence[Level], int, Stream], list[Ragged]]
 
 
@@ -80,6 +82,7 @@ def build_plan(
     mix: str = "alternate",
     curriculum_steps: float = 0,
     epoch: int = 0,
+    overlong: str = "error",
 ) -> Plan:
     """Plan one epoch: every sample in exactly one pack, every rank the same number of iterations.
 
@@ -92,6 +95,8 @@ def build_plan(
     global_batch_tokens: real tokens that an optimizer step comes close to; 0 makes each iteration a step.
     mix: "alternate" (each step one level, in random order) or "interleave" (each step its share of every level).
     curriculum_steps: steps of the lowest level that come first, in epoch 0 only; below 1 a share of all steps.
+    overlong: what to do about a sample longer than the largest level: "error", or "skip" it and list it in
+        plan.skipped.
 
     Raises ValueError for a sample longer than the largest level and for values outside these domains.
     """
@@ -99,12 +104,20 @@ def build_plan(
     check_levels(levels, world_size)
     lengths = _int_array("lengths", lengths, 1)
     loss_tokens = lengths - 1 if loss_tokens is None else _int_array("loss_tokens", loss_tokens, 0)
-    _check_samples(lengths, loss_tokens, levels[-1])
+    _check_loss_tokens(lengths, loss_tokens)
+    sample_ids = None
+    if overlong == "error":
+        check_fit(lengths, None, levels[-1])
+    elif np.any(lengths > levels[-1].max_tokens):
+        sample_ids = np.flatnonzero(lengths <= levels[-1].max_tokens)
+        if not len(sample_ids):
+            raise ValueError(f"every sample is longer than max_tokens={levels[-1].max_tokens}: raise levels.max_tokens")
     if method not in METHODS:
         close = difflib.get_close_matches(method, METHODS, n=1)
         raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}" + "".join(f"; {c}?" for c in close))
-    if mix not in MIXES:
-        raise ValueError(f"mix={mix!r} is none of {', '.join(MIXES)}")
+    for name, choice, choices in (("mix", mix, MIXES), ("overlong", overlong, OVERLONG)):
+        if choice not in choices:
+            raise ValueError(f"{name}={choice!r} is none of {', '.join(choices)}")
     for name, value in (
         ("seed", seed),
         ("epoch", epoch),
@@ -129,28 +142,28 @@ def build_plan(
         level_of_iteration=EMPTY.ids,
         step_offsets=EMPTY.offsets,
     )
-    return place(unplaced, np.arange(len(lengths)))
+    return place(unplaced, sample_ids)
 
 
-def place(unplaced: Plan, sample_ids: IntArray, curriculum: bool = True) -> Plan:
-    """The plan of these samples (ids into unplaced.lengths, int64 [n]) under the settings of `unplaced`."""
+def place(unplaced: Plan, sample_ids: IntArray | None = None) -> Plan:
+    """The plan of these samples (ids, int64 [n]; default all) under the settings of `unplaced`."""
     stream = (unplaced.seed, unplaced.epoch)
     method = METHODS[unplaced.method]
-    lengths = unplaced.lengths[sample_ids]
+    lengths = unplaced.lengths if sample_ids is None else unplaced.lengths[sample_ids]
     per_level = method.pack(lengths, unplaced.levels, unplaced.world_size, (*stream, PACK_STREAM))
     per_level = [whole_iterations(p, int(dp)) for p, dp in zip(per_level, unplaced.dp_degrees, strict=True)]
+    bounds = offsets_of(np.array([p.num_rows for p in per_level]))
     packs = concatenated(per_level)
-    values = lengths[packs.ids]
-    tokens, sum_sq = packs.row_sums(values), packs.row_sums(values * values)
+    del per_level  # a fifth of the peak memory
+    tokens, sum_sq = packs.sums(lengths), packs.sums_of_squares(lengths)
 
     balanced = []
-    bounds = offsets_of(np.array([p.num_rows for p in per_level]))
     for level, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
         order = BALANCERS[method.balancer](
             tokens[start:end], sum_sq[start:end], unplaced.costs[level], (*stream, BALANCE_STREAM, level)
         )
         balanced.append(start + order)
-    level_of = np.repeat(np.arange(len(per_level)), np.diff(bounds) // unplaced.dp_degrees)
+    level_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds) // unplaced.dp_degrees)
     iterations = Ragged(np.concatenate(balanced), offsets_of(unplaced.dp_degrees[level_of]))
 
     steps = schedule(
@@ -158,13 +171,13 @@ def place(unplaced: Plan, sample_ids: IntArray, curriculum: bool = True) -> Plan
         iterations.sums(tokens),
         global_batch_tokens=unplaced.global_batch_tokens,
         mix=unplaced.mix,
-        curriculum_steps=unplaced.curriculum_steps if curriculum and unplaced.epoch == 0 else 0,
+        curriculum_steps=unplaced.curriculum_steps if unplaced.epoch == 0 else 0,
         stream=(*stream, SCHEDULE_STREAM),
     )
     placed = packs.take(iterations.take(steps.ids).ids)
     return dataclasses.replace(
         unplaced,
-        packs=Ragged(sample_ids[placed.ids], placed.offsets),
+        packs=placed if sample_ids is None else Ragged(sample_ids[placed.ids], placed.offsets),
         level_of_iteration=level_of[steps.ids],
         step_offsets=steps.offsets,
     )
@@ -184,16 +197,21 @@ def _int_array(name: str, values: ArrayLike, lowest: int) -> IntArray:
     return array
 
 
-def _check_samples(lengths: IntArray, loss_tokens: IntArray, largest: Level) -> None:
+def _check_loss_tokens(lengths: IntArray, loss_tokens: IntArray) -> None:
     if len(lengths) != len(loss_tokens):
         raise ValueError(f"{len(lengths)} lengths but {len(loss_tokens)} loss_tokens: give one of each per sample")
+    if np.any(loss_tokens > lengths):
+        at = int(np.argmax(loss_tokens > lengths))
+        raise ValueError(f"sample {at} has {loss_tokens[at]} loss_tokens but only {lengths[at]} tokens")
+
+
+def check_fit(lengths: IntArray, sample_ids: IntArray | None, largest: Level) -> None:
+    """Raise ValueError, naming its id, for a sample longer than the largest level; sample_ids: default 0 to n - 1."""
     at = int(lengths.argmax())
     if lengths[at] > largest.max_tokens:
         count = int(np.count_nonzero(lengths > largest.max_tokens))
         raise ValueError(
-            f"sample {at} has {lengths[at]} tokens, more than the largest level's max_tokens={largest.max_tokens} "
-            f"({count} such samples in all): raise levels.max_tokens, or truncate or leave out these samples"
+            f"sample {at if sample_ids is None else sample_ids[at]} has {lengths[at]} tokens, more than the largest "
+            f"level's max_tokens={largest.max_tokens} ({count} such samples in all): raise levels.max_tokens, or "
+            "truncate or leave out these samples (overlong)"
         )
-    if np.any(loss_tokens > lengths):
-        at = int(np.argmax(loss_tokens > lengths))
-        raise ValueError(f"sample {at} has {loss_tokens[at]} loss_tokens but only {lengths[at]} tokens")

@@ -10,22 +10,25 @@ Owns the decisions of method "hbp". For each level, the longest first:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hbp_titan.packing.arrays import IntArray, Ragged, Stream, grouped, round_up, shuffled
-from hbp_titan.packing.histogram import best_fit_decreasing, fill, first_fit_fill, longest_processing_time
+from hbp_titan.packing.histogram import PackOf, best_fit_decreasing, fill, first_fit_fill, longest_processing_time
 from hbp_titan.packing.level import Level
 
-# Share of tokens that finish packs by best fit where plain LPT finds no room, and the share of extra packs that is
-# worth an even spread.
-TAIL_SHARE = 0.05
+# Share of the tokens, in the shortest samples, that tops packs up to the same token count.
+TAIL_SHARE = 0.1
+# How far above the mean that token count lies, so that best fit finds room for all.
+TAIL_SLACK = 2e-4
+# Share of extra packs that an even spread is worth.
 EXTRA_PACKS = 3e-4
 
 
 def hierarchical_packs(lengths: IntArray, order: IntArray, levels: Sequence[Level], world_size: int) -> list[Ragged]:
-    """Ragged of every level; their number is a multiple of the level's dp degree, 0 for a level without samples.
+    """Packs of every level; their number is a multiple of the level's dp degree, 0 for a level without samples.
 
     lengths: int64 [num_samples]; order: sample ids by descending length, int64 [num_samples]. Each sample lies in
     exactly one pack, and in a level above its own only where the own samples of that level left room.
@@ -68,14 +71,14 @@ def paper_packs(
         level_of_lower = np.searchsorted([level.max_tokens for level in levels], lengths[lower])
         lower = lower[np.argsort(-level_of_lower, kind="stable")]
         taken, taken_by = first_fit_fill(levels[i].max_tokens - own_packs.sums(lengths[own]), lengths[lower])
-        pack_of = np.repeat(np.arange(own_packs.num_rows), own_packs.counts)
+        pack_of = np.repeat(np.arange(own_packs.num_rows, dtype=np.int32), own_packs.counts)
         members = np.concatenate([own[own_packs.ids], lower[taken]])
         packs.append(grouped(np.concatenate([pack_of, taken_by]), own_packs.num_rows, members))
         remaining = np.delete(lower, taken)
     return packs[::-1]
 
 
-def spread(lengths: IntArray, capacity: int, multiple: int) -> tuple[IntArray, int]:
+def spread(lengths: IntArray, capacity: int, multiple: int) -> tuple[PackOf, int]:
     """Pack samples evenly into as few packs as best-fit decreasing needs, rounded up to `multiple`.
 
     lengths: int64 [n], descending, none above capacity. Returns the pack of each sample [n] and the number of packs.
@@ -93,16 +96,30 @@ def spread(lengths: IntArray, capacity: int, multiple: int) -> tuple[IntArray, i
     return pack_of, num_packs
 
 
-def _spread_over(lengths: IntArray, capacity: int, num_packs: int) -> IntArray | None:
-    """LPT into `num_packs` packs; where it overflows, LPT for the longest samples and best fit for the tail."""
-    pack_of = longest_processing_time(lengths, num_packs, capacity)
-    if pack_of is not None:
-        return pack_of.astype(np.int64)
+def _spread_over(lengths: IntArray, capacity: int, num_packs: int) -> PackOf | None:
+    """The pack of each sample in an even spread over `num_packs` packs, or None where none of three ways fits.
+
+    LPT for the longest samples and best fit for the tail up to the mean token count makes most packs equal to
+    the token, so that the cost sort has only attention to sort. LPT alone stands back where samples are too
+    coarse for that, best fit of the tail up to the capacity where LPT overflows.
+    """
+    if not len(lengths):
+        return np.zeros(0, np.int32)
+    target = min(capacity, math.ceil(int(lengths.sum()) / num_packs * (1 + TAIL_SLACK)))
+    pack_of = _topped_up(lengths, target, num_packs)
+    if pack_of is None:
+        lpt = longest_processing_time(lengths, num_packs, capacity)
+        pack_of = _topped_up(lengths, capacity, num_packs) if lpt is None else lpt
+    return pack_of
+
+
+def _topped_up(lengths: IntArray, target: int, num_packs: int) -> PackOf | None:
+    """LPT for all but the shortest samples, then best fit of these up to `target` tokens a pack."""
     tokens = np.cumsum(lengths)
     num_head = int(np.searchsorted(tokens, (1 - TAIL_SHARE) * tokens[-1]))
-    head = longest_processing_time(lengths[:num_head], num_packs, capacity)
-    if head is None:
+    head = longest_processing_time(lengths[:num_head], num_packs, target)
+    if head is None or lengths[num_head] > target:
         return None
     loads = np.bincount(head, weights=lengths[:num_head], minlength=num_packs).astype(np.int64)
-    tail, needed = best_fit_decreasing(lengths[num_head:], capacity, capacity - loads)
-    return np.concatenate([head.astype(np.int64), tail]) if needed == num_packs else None
+    tail, needed = best_fit_decreasing(lengths[num_head:], target, target - loads)
+    return np.concatenate([head, tail]) if needed == num_packs else None

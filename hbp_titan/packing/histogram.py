@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from hbp_titan.packing.arrays import IntArray, offsets_of, runs, stable_argsort
 
+PackOf = NDArray[np.int32]  # the pack of each sample, in the order of the lengths given
 
-def best_fit_decreasing(lengths: IntArray, capacity: int, opened: IntArray | None = None) -> tuple[IntArray, int]:
+
+def best_fit_decreasing(lengths: IntArray, capacity: int, opened: IntArray | None = None) -> tuple[PackOf, int]:
     """Each sample, longest first, into the fullest pack that still holds it; a new pack where none does.
 
     lengths: int64 [n], descending, none above capacity. opened: free room of packs that exist already, int64 [m].
@@ -51,10 +53,10 @@ def best_fit_decreasing(lengths: IntArray, capacity: int, opened: IntArray | Non
             elif left:
                 groups[left] = packs
                 insort(rooms, left)
-    return np.repeat(np.asarray(placed, np.int64), np.asarray(repeats, np.int64)), num_packs
+    return np.repeat(np.asarray(placed, np.int32), np.asarray(repeats, np.int32)), num_packs
 
 
-def longest_processing_time(lengths: IntArray, num_packs: int, capacity: int) -> NDArray[np.int32] | None:
+def longest_processing_time(lengths: IntArray, num_packs: int, capacity: int) -> PackOf | None:
     """Each sample, longest first, into the emptiest of a fixed number of packs (Graham's LPT).
 
     lengths: int64 [n], descending. Returns the pack of each sample [n], or None when one finds no room below
@@ -75,10 +77,10 @@ def longest_processing_time(lengths: IntArray, num_packs: int, capacity: int) ->
             placed.extend(packs)
             count -= len(packs)
             _join(groups, loads, load + length, packs)
-    return np.frombuffer(placed, np.int32) if placed else np.zeros(0, np.int32)
+    return np.asarray(placed, np.int32)
 
 
-def shortest_pack_first(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
+def shortest_pack_first(lengths: IntArray, capacity: int) -> tuple[PackOf, int]:
     """Each sample, longest first, into the emptiest open pack if that holds it (SPFHP of Krell et al. 2021).
 
     Samples of one length that no open pack holds open one pack each. Arguments, result and cost are those of
@@ -102,10 +104,10 @@ def shortest_pack_first(lengths: IntArray, capacity: int) -> tuple[IntArray, int
             placed.extend(packs)
             count -= len(packs)
             _join(groups, loads, load + length, packs)
-    return np.asarray(placed, np.int64), num_packs
+    return np.asarray(placed, np.int32), num_packs
 
 
-def fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+def fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, PackOf]:
     """Samples into the free room of packs: always the roomiest pack, and the largest sample that fits into it.
 
     rooms: int64 [num_packs], free tokens of each pack; lengths: int64 [n], descending, the samples on offer.
@@ -131,10 +133,10 @@ def fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
         if not available[length]:
             ascending.remove(length)
         _join(groups, heap, room - length, packs, sign=-1)
-    return _positions(lengths, np.asarray(placed_length, np.int64)), np.asarray(placed, np.int64)
+    return _positions(lengths, np.asarray(placed_length, np.int64)), np.asarray(placed, np.int32)
 
 
-def first_fit_fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+def first_fit_fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, PackOf]:
     """GreedyFill as the paper prints it: pack after pack takes each sample, in the given order, that fits.
 
     rooms: int64 [num_packs]; lengths: int64 [n] in any order. Returns what fill returns. O(n + (num_packs + moves)
@@ -145,7 +147,7 @@ def first_fit_fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArr
     left = np.full((-(-len(lengths) // block), block), never)
     left.flat[: len(lengths)] = lengths
     shortest = left.min(axis=1)
-    positions, packs = array("q"), array("q")
+    positions, packs = array("q"), array("i")
     for pack, room in enumerate(rooms.tolist()):
         row, column = 0, 0
         while row < len(left):
@@ -162,7 +164,7 @@ def first_fit_fill(rooms: IntArray, lengths: IntArray) -> tuple[IntArray, IntArr
             if not later.any():
                 break
             row, column = row + 1 + int(later.argmax()), 0
-    return np.asarray(positions, np.int64), np.asarray(packs, np.int64)
+    return np.asarray(positions, np.int64), np.asarray(packs, np.int32)
 
 
 def _length_counts(lengths: IntArray) -> list[tuple[int, int]]:

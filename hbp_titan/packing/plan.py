@@ -33,7 +33,7 @@ class Iteration(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The iterations of one epoch; every sample lies in exactly one pack.
+    """The iterations of one epoch; every sample lies in exactly one pack (of a remainder, each sample that is left).
 
     levels, world_size, method, seed, epoch, global_batch_tokens, mix, curriculum_steps: the settings it came from.
     costs: the cost model of each level that balanced it.
@@ -57,9 +57,11 @@ class Plan:
     packs: Ragged
     level_of_iteration: IntArray
     step_offsets: IntArray
+    planner_version: int = PLANNER_VERSION
 
     @property
     def num_samples(self) -> int:
+        """Samples of the data set; a remainder plans only the ids in packs.ids."""
         return len(self.lengths)
 
     @property
@@ -69,6 +71,11 @@ class Plan:
     @property
     def num_steps(self) -> int:
         return len(self.step_offsets) - 1
+
+    @property
+    def skipped(self) -> IntArray:
+        """Ids of the samples that no level can hold and overlong="skip" left out, int64 [n]."""
+        return np.flatnonzero(self.lengths > self.levels[-1].max_tokens)
 
     @cached_property
     def dp_degrees(self) -> IntArray:
@@ -88,7 +95,7 @@ class Plan:
     @cached_property
     def pack_sum_sq(self) -> IntArray:
         """Sum of squared document lengths of each pack, int64 [num_packs]."""
-        return self.packs.sums(self.lengths * self.lengths)
+        return self.packs.sums_of_squares(self.lengths)
 
     @cached_property
     def pack_levels(self) -> IntArray:
@@ -162,7 +169,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """Everything but the arrays that determines the plan, as plain JSON values."""
         return {
-            "planner_version": PLANNER_VERSION,
+            "planner_version": self.planner_version,
             "levels": [dataclasses.asdict(level) for level in self.levels],
             "world_size": self.world_size,
             "method": self.method,
@@ -189,6 +196,4 @@ class Plan:
         return int(self.dp_degrees[self.level_of_iteration[index]])
 
     def _per_step(self, values: IntArray) -> IntArray:
-        running = np.zeros(len(self.packs.ids) + 1, np.int64)
-        np.cumsum(values[self.packs.ids], out=running[1:])
-        return np.diff(running[self.packs.offsets[self.pack_offsets[self.step_offsets]]])
+        return np.add.reduceat(self.packs.sums(values), self.pack_offsets[self.step_offsets[:-1]])
