@@ -17,8 +17,8 @@ else:
 
 def unmet(requirements: list[str]) -> list[str]:
     """The requirements that the running interpreter does not meet."""
-    # packaging comes with setuptools and with pip's own tools; it is not a dependency of a run.
-    from packaging.requirements import Requirement
+    # pip is in every .venv, and brings the parser that it uses itself.
+    from pip._vendor.packaging.requirements import Requirement
 
     missing = []
     for text in requirements:

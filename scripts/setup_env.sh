@@ -15,11 +15,16 @@ hbp_setup() {
     if [ -e "$stamp$kind" ] || [ -e "${stamp}dev" ]; then return 0; fi
 
     local fits='import sys, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); sys.exit(not (2, 11) <= v < (2, 14))'
-    if "$base" -c "$fits" 2>/dev/null; then
-        [ -x "$PY" ] || "$base" -m venv --system-site-packages .venv
-        torch_pin=""
+    if [ -x "$PY" ]; then
+        "$PY" -c "$fits" 2>/dev/null && torch_pin=""
     else
-        [ -x "$PY" ] || "$base" -m venv .venv
+        "$base" -m venv .venv || return 1
+        if "$base" -c "$fits" 2>/dev/null; then
+            torch_pin=""
+            # By a .pth file, because --system-site-packages does not see those of a base that is itself a venv.
+            "$base" -c 'import site; print("\n".join(site.getsitepackages()))' \
+                > "$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base_python.pth"
+        fi
     fi
     echo "setup: installing into .venv (once) ..."
     # One call with the pin: a second call, or a range, would let pip pick a build with gigabytes of CUDA.
