@@ -113,8 +113,8 @@ def build_plan(
         if not len(sample_ids):
             raise ValueError(f"every sample is longer than max_tokens={levels[-1].max_tokens}: raise levels.max_tokens")
     if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1)
-        raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}" + "".join(f"; {c}?" for c in close))
+        close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(method, METHODS, n=1))
+        raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}{close}")
     for name, choice, choices in (("mix", mix, MIXES), ("overlong", overlong, OVERLONG)):
         if choice not in choices:
             raise ValueError(f"{name}={choice!r} is none of {', '.join(choices)}")

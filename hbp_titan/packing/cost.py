@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.packing.level import AC_POLICIES
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -44,6 +46,7 @@ class CostModel:
         v_head_dim: int | None = None,
         ac_policy: str = "none",
         ac_layers: int | None = None,
+        last_params: int = 0,
         backward: bool = True,
         linear_efficiency: float = 1.0,
         attention_efficiency: float = 1.0,
@@ -54,20 +57,23 @@ class CostModel:
         head_params: parameters of the output projection; the embedding lookup multiplies nothing.
         num_heads: query heads (attention work does not depend on the number of key and value heads).
         head_dim: width of queries and keys; v_head_dim: width of values where it differs (DeepSeek's MLA).
-        ac_policy, ac_layers: recomputation, as in Level. backward: False counts the forward pass alone.
+        ac_policy, ac_layers: recomputation, as in Level. last_params: parameters of the last product of a layer
+            (the MLP's down projection), which torch's checkpoint leaves out: no backward needs its output.
+        backward: False counts the forward pass alone.
         linear_efficiency, attention_efficiency: reached share of the machine's peak; FLOPs are divided by it.
 
         Linear: 2 FLOPs a parameter and token. Attention: QK^T and PV take 2 * len^2 * width each, of which a
         causal kernel does half. The backward pass costs twice the forward pass.
         """
         layers = num_layers if ac_layers is None else min(ac_layers, num_layers)
-        again = {"none": 0, "full": layers, "keep_attention": layers}[ac_policy]
-        attention_again = layers if ac_policy == "full" else 0
+        if ac_policy not in AC_POLICIES:
+            raise ValueError(f"ac_policy={ac_policy!r} is none of {', '.join(AC_POLICIES)}")
+        recomputed = layers if backward and ac_policy != "none" else 0
+        attention_recomputed = recomputed if ac_policy == "full" else 0
         passes = 3 if backward else 1
-        recompute = 1 if backward else 0
-        linear = 2 * (layer_params * (passes * num_layers + recompute * again) + head_params * passes)
+        linear = 2 * passes * (num_layers * layer_params + head_params) + 2 * recomputed * (layer_params - last_params)
         width = num_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
-        attention = width * (passes * num_layers + recompute * attention_again)
+        attention = width * (passes * num_layers + attention_recomputed)
         return cls(alpha=linear / linear_efficiency, beta=attention / attention_efficiency)
 
 

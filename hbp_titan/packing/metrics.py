@@ -100,3 +100,16 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
             f"{m.time_imbalance:>11.5f}{m.iterations:>12,}"
         )
     return "\n".join(lines)
+
+
+def source_mix(plan: Plan, source_of: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Share of each source in the tokens of each iteration, float64 [num_iterations, num_sources].
+
+    source_of: the source of each sample, ints from 0 [num_samples].
+    """
+    num_sources = int(source_of.max()) + 1
+    samples = np.add.reduceat(plan.packs.counts, plan.pack_offsets[:-1])
+    cell = np.repeat(np.arange(plan.num_iterations), samples) * num_sources + source_of[plan.packs.ids]
+    tokens = np.bincount(cell, weights=plan.lengths[plan.packs.ids], minlength=plan.num_iterations * num_sources)
+    mix = tokens.reshape(plan.num_iterations, num_sources)
+    return mix / mix.sum(axis=1, keepdims=True)

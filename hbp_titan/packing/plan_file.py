@@ -57,10 +57,9 @@ def load_plan(path: str | Path, expect: Mapping[str, Any] | None = None) -> Plan
     was made from other values; the message lists every difference.
     """
     path = Path(path)
-    header, start = _read_header(path)
+    described, entries, start = _read_header(path)
     try:
-        described = json.loads(header.pop("__metadata__")["plan"])
-        arrays = {name: _mapped(path, start, entry["data_offsets"]) for name, entry in header.items()}
+        arrays = {name: _mapped(path, start, entry["data_offsets"]) for name, entry in entries.items()}
         plan = _plan(described["settings"], arrays)
         _compare(path, {**described["settings"], **described["inputs"]}, expect or {})
         intact = plan.fingerprint == described["fingerprint"]
@@ -79,13 +78,15 @@ def _plan(settings: dict[str, Any], arrays: dict[str, IntArray]) -> Plan:
     return Plan(**{**settings, **arrays, "levels": levels, "costs": costs, "packs": ragged})
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What the header says of the plan, its entry for each array, and where in the file the arrays start."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(size) if size <= MAX_HEADER_BYTES else b""
     try:
-        header = json.loads(text)
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        entries = json.loads(text)
+        described = json.loads(entries.pop("__metadata__")["plan"])
+        end = max(entry["data_offsets"][1] for entry in entries.values())
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise ValueError(f"{path}: not a plan file") from None
     if path.stat().st_size != 8 + size + end:
@@ -93,7 +94,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             f"{path}: the plan file is damaged: {path.stat().st_size} bytes where its header says {8 + size + end}: "
             "delete it to plan anew"
         )
-    return header, 8 + size
+    return described, entries, 8 + size
 
 
 def _mapped(path: Path, start: int, data_offsets: list[int]) -> IntArray:

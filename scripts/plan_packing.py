@@ -1,0 +1,177 @@
+"""Plan the packing of a data set without training: how full, how balanced, how much communication, by which method.
+
+    python scripts/plan_packing.py --lengths L.npy --world_size 32 --compare --json plan.json --html plan.html
+    python scripts/plan_packing.py --store .data/cache/FOLDER --world_size 32
+    python scripts/plan_packing.py --job.config_file train_configs/X.toml --world_size 32 [--section.key value]
+
+From lengths alone it needs no model, tokenizer or GPU. From a token store folder it also takes the loss tokens; from
+a TOML file the data (prepared where it is not there yet), levels, packing settings and the model's cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from hbp_titan.cli import guarded
+from hbp_titan.config import load_config
+from hbp_titan.packing import METHODS, CostModel, Metrics, Plan, build_plan, comparison_table, measure, parse_levels
+from hbp_titan.packing.html_report import html_report
+from hbp_titan.packing.plan_file import save_plan
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own options, and the words that are configuration overrides."""
+    methods = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
+    parser = argparse.ArgumentParser(
+        prog="plan_packing.py",
+        description=__doc__,
+        epilog=f"methods:\n{methods}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--lengths", type=Path, help="NPY file: tokens of each sample, integers [num_samples]")
+    parser.add_argument("--store", type=Path, help="token store folder: lengths.npy and loss_tokens.npy")
+    parser.add_argument("--world_size", type=int, required=True, help="ranks")
+    parser.add_argument("--levels", help="max_tokens:cp_degree, ascending [16384:1,131072:8, or the TOML's]")
+    parser.add_argument("--method", help="one method [hbp, or the TOML's packing.method]")
+    parser.add_argument("--compare", action="store_true", help="all methods")
+    parser.add_argument("--overlong", choices=("error", "skip", "truncate"), default="error",
+                        help="samples longer than the largest level [error]")  # fmt: skip
+    parser.add_argument("--seed", type=int, help="seed [0, or packing.seed]")
+    parser.add_argument("--epoch", type=int, default=0, help="epoch [0]")
+    parser.add_argument("--mix", help="alternate or interleave [alternate, or packing.mix]")
+    parser.add_argument("--global_batch_tokens", type=int, help="tokens of an optimizer step [0: one iteration]")
+    parser.add_argument("--curriculum_steps", type=float, help="steps of the lowest level first [0]")
+    parser.add_argument("--beta", type=float, help="cost of a squared token, a token being 1 [2e-5, or the model's]")
+    parser.add_argument("--json", type=Path, help="write the metrics there")
+    parser.add_argument("--html", type=Path, help="write a page with charts there; it needs no network")
+    parser.add_argument("--save_plan", type=Path, help="write the plan of the method there (safetensors)")
+    return parser.parse_known_args(argv)
+
+
+def load_lengths(path: Path) -> np.ndarray:
+    """An integer array from an NPY file, int64 [n]; ValueError for anything else."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: not an NPY file of numbers") from None
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{path}: expected one-dimensional integers, the tokens of each sample")
+    return values.astype(np.int64)
+
+
+def default_levels(world_size: int) -> str:
+    """The paper's two levels, with a context-parallel degree that divides the world size."""
+    return f"16384:1,131072:{math.gcd(8, max(world_size, 1))}"
+
+
+def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Lengths int64 [num_samples] and the keyword arguments of build_plan, from arrays or from a configuration."""
+    settings: dict[str, Any] = {"levels": parse_levels(options.levels or default_levels(options.world_size))}
+    if options.lengths or options.store:
+        if overrides:
+            raise ValueError(f"unknown argument {overrides[0]!r}: see --help")
+        lengths = load_lengths(options.lengths or options.store / "lengths.npy")
+        if options.store:
+            settings["loss_tokens"] = load_lengths(options.store / "loss_tokens.npy")
+    else:
+        lengths, settings = from_config(options, overrides)
+    for name in ("method", "seed", "mix", "global_batch_tokens", "curriculum_steps"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    if options.beta is not None:
+        settings["cost"] = CostModel(1.0, options.beta)
+    if options.overlong == "truncate":
+        lengths = np.minimum(lengths, settings["levels"][-1].max_tokens)
+        if "loss_tokens" in settings:
+            # Where the loss lies in a sample is not known here: at most what is left bears loss.
+            settings["loss_tokens"] = np.minimum(settings["loss_tokens"], lengths)
+    settings["overlong"] = "skip" if options.overlong == "skip" else "error"
+    return lengths, {**settings, "world_size": options.world_size, "epoch": options.epoch}
+
+
+def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """What a training run of this configuration would plan from."""
+    if not any(word.startswith("--job.config_file") for word in overrides):
+        raise ValueError("no data is named: give --lengths, --store or --job.config_file")
+    # The rooms above are needed for a configuration alone.
+    from hbp_titan.data.prepare import prepare
+    from hbp_titan.preflight import cost_model, model_args
+
+    config = load_config([*overrides, *(("--levels", options.levels) if options.levels else ())])
+    folder, _ = prepare(config)
+    return load_lengths(folder / "lengths.npy"), {
+        "levels": config.levels,
+        "loss_tokens": load_lengths(folder / "loss_tokens.npy"),
+        "method": config.packing.method,
+        "seed": config.packing.seed,
+        "mix": config.packing.mix,
+        "global_batch_tokens": config.training.global_batch_tokens,
+        "curriculum_steps": config.packing.curriculum_steps,
+        "cost": cost_model(model_args(config)),
+    }
+
+
+def as_json(plan: Plan, compared: dict[str, Metrics], seconds: dict[str, float]) -> dict[str, Any]:
+    """The metrics of every method as plain values."""
+    return {
+        "world_size": plan.world_size,
+        "levels": [{"max_tokens": level.max_tokens, "cp_degree": level.cp_degree} for level in plan.levels],
+        "samples": len(plan.packs.ids),
+        "tokens": int(plan.pack_tokens.sum()),
+        "skipped": plan.skipped.tolist(),
+        "seed": plan.seed,
+        "epoch": plan.epoch,
+        "fingerprint": plan.fingerprint,
+        "methods": {name: {**asdict(m), "seconds": seconds[name]} for name, m in compared.items()},
+    }
+
+
+def main(argv: list[str]) -> None:
+    options, overrides = arguments(argv)
+    lengths, settings = inputs(options, overrides)
+    chosen = settings.pop("method", "hbp")
+    compared: dict[str, Metrics] = {}
+    seconds: dict[str, float] = {}
+    for name in dict.fromkeys([chosen, *(METHODS if options.compare else ())]):
+        start = time.perf_counter()
+        plan = build_plan(lengths, method=name, **settings)
+        seconds[name] = time.perf_counter() - start
+        compared[name] = measure(plan)
+        if name == chosen:
+            chosen_plan = plan
+    levels = ", ".join(f"{level.max_tokens}:{level.cp_degree}" for level in chosen_plan.levels)
+    print(
+        f"{len(chosen_plan.packs.ids):,} samples, {int(chosen_plan.pack_tokens.sum()):,} tokens; "
+        f"world size {chosen_plan.world_size}; levels {levels}"
+    )
+    if len(chosen_plan.skipped):
+        print(f"skipped, being longer than the largest level: {len(chosen_plan.skipped):,} samples")
+    print(comparison_table(compared))
+    print(f"{chosen}: {chosen_plan.num_steps:,} optimizer steps, planned in {seconds[chosen]:.2f} s")
+    for path, text in (
+        (options.json, lambda: json.dumps(as_json(chosen_plan, compared, seconds), indent=1) + "\n"),
+        (options.html, lambda: html_report(chosen_plan, compared)),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(), encoding="utf-8")
+            print(f"wrote {path}")
+    if options.save_plan:
+        save_plan(chosen_plan, options.save_plan)
+        print(f"wrote {options.save_plan}")
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))
