@@ -240,6 +240,7 @@ _CHOICES = {
     "activation_checkpoint.policy": AC_POLICIES,
     "checkpoint.export_dtype": ("float32", "bfloat16"),
     "data.embedded": ("", "stdlib"),
+    "data.overlong": ("error", "skip", "truncate"),
 }
 
 

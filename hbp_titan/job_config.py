@@ -42,8 +42,8 @@ class Data:
     """"stdlib" builds the embedded corpus and its tokenizer in `embedded_folder` when they are not there."""
     embedded_folder: str = ".data/stdlib"
     """Where the embedded corpus lives: train.jsonl, validation.jsonl, tokenizer/."""
-    embedded_max_tokens: int = 0
-    """Embedded corpus only: keep samples up to this many tokens; 0 keeps all. The rest are listed as excluded."""
+    overlong: str = "error"
+    """Samples longer than the largest level: "error", "skip" (left out and listed) or "truncate" (cut and listed)."""
     cache_folder: str = ".data/cache"
     """Where token stores are kept, one folder per fingerprint."""
     max_samples: int = 0

@@ -14,11 +14,10 @@ def prepare(config: JobConfig, progress: bool = True) -> tuple[Path, Path | None
 
     Builds the embedded corpus and the stores that are not there yet; what is there is found again in well under a
     second. The validation store takes its share by validation.max_samples. To be called by one process at a time.
-    Raises ValueError for a malformed row and for a sample longer than the largest level.
+    Raises ValueError for a malformed row and, unless data.overlong says otherwise, for a sample longer than the
+    largest level.
     """
     data = config.data
-    if data.embedded_max_tokens and not data.embedded:
-        raise ValueError(f"data.embedded_max_tokens = {data.embedded_max_tokens} needs data.embedded: remove it")
     if data.embedded:
         ensure_stdlib_corpus(Path(data.embedded_folder))
     train = _store(config, data.train_files, "data.train_files", data.max_samples, progress)
@@ -36,10 +35,10 @@ def _store(config: JobConfig, files: list[str], key: str, max_samples: int, prog
         Path(config.data.cache_folder),
         num_proc=config.data.num_proc,
         max_samples=max_samples,
-        max_tokens=config.data.embedded_max_tokens,
+        max_tokens=0 if config.data.overlong == "error" else config.levels[-1].max_tokens,
+        overlong=config.data.overlong,
         progress=progress,
         key=key,
     )
-    if config.levels:
-        check_fits(TokenStore.open(folder), config.levels[-1].max_tokens)
+    check_fits(TokenStore.open(folder), config.levels[-1].max_tokens)
     return folder

@@ -32,6 +32,8 @@ def summary(store: TokenStore) -> str:
                  f" + {meta['sampled_out']:,} sampled out")  # fmt: skip
     for reason, count in meta["excluded"].items():
         lines.append(f"  excluded, {reason}: {count:,} (listed in {store.folder / 'excluded.jsonl'})")
+    if meta["truncated"]:
+        lines.append(f"  truncated: {meta['truncated']:,} (listed in {store.folder / 'truncated.jsonl'})")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ Owns the folder's format, its making (once per fingerprint, atomically) and its 
     sources.npy       uint16 [N]   index into source_names
     files.npy, lines.npy int64 [N] the row that each sample comes from
     excluded.jsonl    one object for each row left out: file, line, reason, tokens
+    truncated.jsonl   the same for each row that was cut; tokens before the cut
     meta.json         fingerprint, names, counts, settings
 """
 
@@ -32,7 +33,7 @@ from hbp_titan.data.fingerprint import fingerprint
 from hbp_titan.data.sources import RowIndex, check_files, index_rows
 from hbp_titan.data.tokenize_rows import TokenizedChunk, tokenize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SOURCES = 1 << 16
 
 
@@ -82,8 +83,14 @@ class TokenStore:
 
     def excluded(self) -> list[dict[str, Any]]:
         """The rows left out, each with file, line, reason and tokens."""
-        text = (self.folder / "excluded.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._rows("excluded.jsonl")
+
+    def truncated(self) -> list[dict[str, Any]]:
+        """The rows that were cut, in the form of `excluded`."""
+        return self._rows("truncated.jsonl")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
 
     def _load(self, name: str) -> NDArray[Any]:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
@@ -106,8 +113,8 @@ def check_fits(store: TokenStore, max_tokens: int) -> None:
     count = int((store.lengths > max_tokens).sum())
     raise ValueError(
         f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than the largest level, "
-        f"levels.max_tokens = {max_tokens} ({count} of {len(store)} samples are): raise levels.max_tokens, or take "
-        "them out of the data (the embedded corpus: set data.embedded_max_tokens)"
+        f"levels.max_tokens = {max_tokens} ({count} of {len(store)} samples are): raise levels.max_tokens, or set "
+        "data.overlong to skip or truncate"
     )
 
 
@@ -119,6 +126,7 @@ def build_token_store(
     num_proc: int = 0,
     max_samples: int = 0,
     max_tokens: int = 0,
+    overlong: str = "skip",
     seed: int = 0,
     progress: bool = True,
     key: str = "data.train_files",
@@ -127,12 +135,18 @@ def build_token_store(
 
     num_proc: processes; 0 means one per core. It does not change the store.
     max_samples: a random share, by `seed`, of so many rows is tokenized; 0 takes all.
-    max_tokens: longer samples are left out and listed; 0 keeps all.
+    max_tokens: longer samples are left out (overlong="skip") or cut there ("truncate"), and listed; 0 keeps all.
     key: the configuration key of `files`, for messages.
     Raises ValueError "file:line: ..." for a malformed row, and where no sample is left.
     """
     paths = check_files(files, key)
-    settings = {"max_samples": max_samples, "max_tokens": max_tokens, "seed": seed, "format": FORMAT_VERSION}
+    settings = {
+        "max_samples": max_samples,
+        "max_tokens": max_tokens,
+        "overlong": overlong if max_tokens else "",
+        "seed": seed,
+        "format": FORMAT_VERSION,
+    }
     digest = fingerprint(paths, tokenizer_path, settings, cache_folder)
     folder = cache_folder / digest[:16]
     if folder.is_dir():
@@ -164,7 +178,9 @@ def _write_store(
     everything = [index_rows(file) for file in files]
     chosen = _choose(everything, settings["max_samples"], settings["seed"])
     writer = _StoreWriter(folder)
-    chunks = tokenize(chosen, tokenizer_path, num_proc, settings["max_tokens"])
+    chunks = tokenize(
+        chosen, tokenizer_path, num_proc, settings["max_tokens"], truncate=settings["overlong"] == "truncate"
+    )
     # disable=None: a bar on a terminal only.
     with tqdm(total=sum(map(len, chosen)), unit="sample", desc="tokenizing", disable=None if progress else True) as bar:
         for chunk in chunks:
@@ -210,6 +226,7 @@ class _StoreWriter:
         self.source_ids: dict[str, int] = {}
         self.file_ids: dict[Path, int] = {}
         self.reasons: Counter[str] = Counter()
+        self.num_truncated = 0
 
     def append(self, chunk: TokenizedChunk) -> None:
         for name, values in (("tokens.bin", chunk.tokens), ("loss_mask.bin", chunk.loss_mask)):
@@ -224,11 +241,13 @@ class _StoreWriter:
         self.arrays["sources"].append(np.array(source_ids, dtype=np.uint16))
         self.arrays["files"].append(np.full(len(chunk.lines), file_id, dtype=np.int64))
         self.arrays["lines"].append(chunk.lines)
-        with (self.folder / "excluded.jsonl").open("a", encoding="utf-8") as stream:
-            for row in chunk.excluded:
-                self.reasons[row.reason] += 1
-                entry = {"file": str(chunk.file), "line": row.line, "reason": row.reason, "tokens": row.tokens}
-                stream.write(json.dumps(entry) + "\n")
+        self.reasons.update(row.reason for row in chunk.excluded)
+        self.num_truncated += len(chunk.truncated)
+        for name, rows in (("excluded.jsonl", chunk.excluded), ("truncated.jsonl", chunk.truncated)):
+            with (self.folder / name).open("a", encoding="utf-8") as stream:
+                for row in rows:
+                    entry = {"file": str(chunk.file), "line": row.line, "reason": row.reason, "tokens": row.tokens}
+                    stream.write(json.dumps(entry) + "\n")
 
     def finish(self, meta: dict[str, Any]) -> None:
         arrays = {name: np.concatenate(parts) for name, parts in self.arrays.items()}
@@ -248,5 +267,6 @@ class _StoreWriter:
             "num_tokens": num_tokens,
             "num_trained_tokens": int(arrays["loss_tokens"].sum()),
             "excluded": dict(self.reasons),
+            "truncated": self.num_truncated,
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

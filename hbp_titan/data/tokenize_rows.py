@@ -28,11 +28,12 @@ BYTES_PER_PROCESS = 2 * 1024 * 1024
 NO_ASSISTANT_TURN = "no assistant turn"
 NO_TRAINED_TOKEN = "no trained token"
 OVER_MAX_TOKENS = "over max_tokens"
+TRUNCATED = "truncated at max_tokens"
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A row that is not in the store. tokens: its length, 0 where it was not tokenized."""
+    """A row that is not, or not whole, in the store. tokens: its length, 0 where it was not tokenized."""
 
     line: int
     reason: str
@@ -54,12 +55,14 @@ class TokenizedChunk:
     lines: NDArray[np.int64]
     sources: list[str]
     excluded: list[Excluded]
+    truncated: list[Excluded]
 
 
 def tokenize(
-    indexes: Sequence[RowIndex], tokenizer_path: Path, num_proc: int, max_tokens: int
+    indexes: Sequence[RowIndex], tokenizer_path: Path, num_proc: int, max_tokens: int, truncate: bool
 ) -> Iterator[TokenizedChunk]:
-    """The rows of `indexes`, tokenized in chunks; samples of more than `max_tokens` tokens (0: no limit) left out.
+    """The rows of `indexes`, tokenized in chunks; samples of more than `max_tokens` tokens (0: no limit) left out,
+    or cut there with `truncate`.
 
     num_proc: processes; 0 means one per core. Fewer are started where the data is small.
     Raises ValueError "file:line: ..." for the first row that is malformed or that the template refuses.
@@ -68,12 +71,12 @@ def tokenize(
     total_bytes = sum(int(index.sizes.sum()) for index in indexes)
     processes = min(num_proc or _cores(), len(chunks), -(-total_bytes // BYTES_PER_PROCESS))
     if processes <= 1:
-        worker = _Worker(tokenizer_path, max_tokens)
+        worker = _Worker(tokenizer_path, max_tokens, truncate)
         yield from map(worker.tokenize_chunk, chunks)
         return
     # Not forked: the caller may hold threads and device contexts.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (tokenizer_path, max_tokens)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (tokenizer_path, max_tokens, truncate)) as pool:
         try:
             yield from pool.map(_tokenize_chunk, chunks)
         except BrokenProcessPool:
@@ -81,17 +84,21 @@ def tokenize(
 
 
 class _Worker:
-    def __init__(self, tokenizer_path: Path, max_tokens: int) -> None:
+    def __init__(self, tokenizer_path: Path, max_tokens: int, truncate: bool) -> None:
         self.chat_tokenizer = ChatTokenizer(tokenizer_path)
         self.max_tokens = max_tokens
+        self.truncate = truncate
 
     def tokenize_chunk(self, index: RowIndex) -> TokenizedChunk:
-        samples, rows, excluded = [], [], []
+        samples, rows, excluded, truncated = [], [], [], []
         for row in read_rows(index):
             tokens, loss_mask, reason = self._tokenize_row(row)
             if reason:
                 excluded.append(Excluded(row.line, reason, len(tokens)))
                 continue
+            if self.max_tokens and len(tokens) > self.max_tokens:
+                truncated.append(Excluded(row.line, TRUNCATED, len(tokens)))
+                tokens, loss_mask = tokens[: self.max_tokens], loss_mask[: self.max_tokens]
             samples.append((tokens, loss_mask))
             rows.append(row)
         # The empty arrays give a chunk without samples its dtypes.
@@ -105,6 +112,7 @@ class _Worker:
             lines=np.array([row.line for row in rows], dtype=np.int64),
             sources=[row.source for row in rows],
             excluded=excluded,
+            truncated=truncated,
         )
 
     def _tokenize_row(self, row: Row) -> tuple[NDArray[np.uint32], NDArray[np.bool_], str]:
@@ -117,17 +125,18 @@ class _Worker:
             raise ValueError(f"{row.file}:{row.line}: {error}") from None
         except RecursionError:
             raise ValueError(f"{row.file}:{row.line}: nested too deeply") from None
-        if self.max_tokens and len(tokens) > self.max_tokens:
+        if self.max_tokens and len(tokens) > self.max_tokens and not self.truncate:
             return tokens, loss_mask, OVER_MAX_TOKENS
-        return tokens, loss_mask, "" if loss_mask[1:].any() else NO_TRAINED_TOKEN
+        kept = loss_mask[1 : self.max_tokens or None]
+        return tokens, loss_mask, "" if kept.any() else NO_TRAINED_TOKEN
 
 
 _worker: _Worker | None = None
 
 
-def _start_worker(tokenizer_path: Path, max_tokens: int) -> None:
+def _start_worker(tokenizer_path: Path, max_tokens: int, truncate: bool) -> None:
     global _worker
-    _worker = _Worker(tokenizer_path, max_tokens)
+    _worker = _Worker(tokenizer_path, max_tokens, truncate)
 
 
 def _tokenize_chunk(index: RowIndex) -> TokenizedChunk:

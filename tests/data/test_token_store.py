@@ -82,6 +82,21 @@ def test_longer_samples_are_left_out_and_listed_or_refused(folder: Path) -> None
     assert limited.fingerprint != whole.fingerprint
 
 
+def test_longer_samples_are_cut_and_listed_unless_nothing_trained_is_left(folder: Path) -> None:
+    whole = _build(folder)
+    cut = _build(folder, max_tokens=64, overlong="truncate")
+    assert cut.lengths.tolist() == np.minimum(whole.lengths, 64).tolist()
+    for index in range(3):
+        tokens, mask = whole.sample(index)
+        assert cut.sample(index)[0].tolist() == tokens[:64].tolist()
+        assert cut.loss_tokens[index] == mask[1:64].sum()
+    assert [(row["line"], row["tokens"]) for row in cut.truncated()] == [
+        (index_line, int(length)) for index_line, length in zip((1, 3, 4), whole.lengths, strict=True) if length > 64
+    ]
+    with pytest.raises(ValueError, match=r"no sample is left to train on \(3 no trained token, 1 no assistant turn\)"):
+        _build(folder, max_tokens=8, overlong="truncate")
+
+
 def test_unchanged_input_is_found_again_and_a_change_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _build(folder)
     with monkeypatch.context() as patched:
