@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import build_model, num_params
 from hbp_titan.packing import Plan
+from hbp_titan.packing.plan_file import load_plan, save_plan
 from hbp_titan.preflight import check, cost_model, model_args
 
 
@@ -86,6 +88,7 @@ class Trainer:
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
         self.recorder = StepRecorder(self.args, self.plans.of(0), self.device)
+        self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
         if self.world.rank == 0:
@@ -95,8 +98,7 @@ class Trainer:
         return TokenStore.open(train), TokenStore.open(validation) if validation else None
 
     def train(self) -> None:
-        """Run from the newest checkpoint, or from the start, to the last step; then export."""
-        self._resume()
+        """Run from the current step to the last; then export."""
         self._announce()
         if self.step >= self.total_steps:
             self._print(f"{self.folder} is complete at step {self.step}; another --job.dump_folder trains anew")
@@ -124,6 +126,8 @@ class Trainer:
     def _train_epoch(self, metrics: MetricsLogger) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
         plan = self.plans.of(self.epoch)
+        if self.world.rank == 0:
+            save_plan(plan, self._plan_path(self.epoch), inputs={"data": self.store.fingerprint})
         data = self.config.data
         loader = PackLoader(
             plan,
@@ -225,8 +229,6 @@ class Trainer:
                     "iteration": int(plan.step_offsets[self.step_in_epoch]),
                     "plan": plan.fingerprint,
                 },
-                "data": self.store.fingerprint,
-                "total_steps": self.total_steps,
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
@@ -243,19 +245,22 @@ class Trainer:
         self.epoch = state["loader"]["epoch"]
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         plan = self.plans.of(self.epoch)
-        differing = {
-            "data": (state["data"], self.store.fingerprint),
-            "ranks": (state["world_size"], self.world.size),
-            "plan": (state["loader"]["plan"], plan.fingerprint),
-        }
-        for what, (saved, now) in differing.items():
-            if saved != now:
-                raise ValueError(
-                    f"{self.folder}/checkpoint/step-{self.step} was made with other {what} ({saved}, now {now}): "
-                    "restore them, or name another --job.dump_folder"
-                )
+        saved = self._plan_path(self.epoch)
+        mend = "restore that, or name another --job.dump_folder"
+        try:
+            # Compares settings and data; its message names every difference.
+            load_plan(saved, expect={**plan.settings(), "data": self.store.fingerprint})
+        except ValueError as error:
+            raise ValueError(f"cannot resume: {error}; {mend}") from None
+        if state["loader"]["plan"] != plan.fingerprint:
+            raise ValueError(
+                f"cannot resume: {saved} is not the plan of the checkpoint; name another --job.dump_folder"
+            )
         offsets = plan.step_offsets.tolist()
         self.step_in_epoch = offsets.index(state["loader"]["iteration"])
+
+    def _plan_path(self, epoch: int) -> Path:
+        return self.folder / "plan" / f"epoch-{epoch}.safetensors"
 
     def _announce(self) -> None:
         """The table of methods and every derived number, on the rank that prints; the resolved TOML on disk."""

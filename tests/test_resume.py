@@ -96,4 +96,5 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
 
     assert "is complete at step" in _finish(_start(second))
     output = _start(second, num_ranks=4).communicate(timeout=240)[0]
-    assert "was made with other ranks (2, now 4)" in output
+    assert "error: cannot resume: " in output
+    assert "world_size is 2 in the file but 4 here" in output
