@@ -231,7 +231,7 @@ def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
 
 _CHOICES = {
     "packing.mix": ("alternate", "interleave"),
-    "training.normalizer": ("ave_token",),
+    "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),
     "training.dtype": ("float32", "bfloat16"),
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),

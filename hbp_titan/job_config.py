@@ -81,7 +81,7 @@ class Training:
     max_norm: float = 1.0
     """Gradient clipping norm over the world; 0 turns it off."""
     normalizer: str = "ave_token"
-    """Loss normalizer: ave_token (paper section 3.3)."""
+    """Loss normalizer: ave_token, token_mean, sample_mean or sum (components/normalizer.py)."""
     dtype: str = "float32"
     """Dtype of the stored parameters and of the optimizer state."""
     mixed_precision_param: str = "auto"

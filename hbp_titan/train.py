@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.checkpoint import Checkpointer
-from hbp_titan.components.loss import linear_cross_entropy_sum
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_sum
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_hf, initialize
+from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
@@ -114,6 +115,7 @@ class Trainer:
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
             self._probe_levels()
+            set_timeouts(self.config.parallelism.train_timeout_seconds)
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
         self._print(describe_totals(self.recorder.totals))
@@ -133,6 +135,7 @@ class Trainer:
             plan,
             self.store,
             self.world.rank,
+            sample_weights=NORMALIZERS[self.config.training.normalizer],
             first_iteration=int(plan.step_offsets[self.step_in_epoch]),
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
@@ -146,10 +149,8 @@ class Trainer:
             self.step_in_epoch += 1
             last = self.step == self.total_steps
             if self.validator and (self.step % self.config.validation.interval == 0 or last):
-                values["validation"] = self.validator.run(self.loss_sum)
+                values["validation"] = self.validator.run(self.evaluate)
             metrics.log(values)
-            if self.step == 1:
-                set_timeouts(self.config.parallelism.train_timeout_seconds)
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
@@ -164,29 +165,27 @@ class Trainer:
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
-                self.forward_backward(batches[iteration], scale=1.0)
+                self.forward_backward(batches[iteration])
         self.optimizer.zero_grad()
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
         """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
         started = time.perf_counter()
         waited = 0.0
-        # Known from the plan: no rank has to ask the others how many tokens they train (paper section 3.3).
-        scale = 1.0 / max(int(plan.step_loss_tokens[step]), 1)
         loss_by_level = torch.zeros(len(plan.levels), dtype=torch.float64, device=self.device)
         iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
         for _ in iterations:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            loss_by_level[batch.level] += self.forward_backward(batch, scale)
+            loss_by_level[batch.level] += self.forward_backward(batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
         if not math.isfinite(sum(losses) + grad_norm):
             names = ", ".join(sorted({level_name(plan.levels[plan.level_of_iteration[i]]) for i in iterations}))
             raise RuntimeError(
-                f"step {self.step + 1}, level {names}: loss {sum(losses) * scale}, gradient norm {grad_norm}; "
+                f"step {self.step + 1}, level {names}: sum of losses {sum(losses)}, gradient norm {grad_norm}; "
                 "the parameters were not updated"
             )
         self.optimizer.step()
@@ -196,25 +195,30 @@ class Trainer:
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
         return self.recorder.record(plan, step, self.step + 1, measured)
 
-    def loss_sum(self, batch: PackedBatch) -> Tensor:
-        """The sum of this rank's token losses of a batch, at the batch's level."""
+    def forward_backward(self, batch: PackedBatch) -> Tensor:
+        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
+        objective, loss_sum = self._head(batch, linear_cross_entropy)
+        objective.backward()
+        return loss_sum
+
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """The plain sum of this rank's token losses of a batch, without gradients."""
+        return self._head(
+            batch, lambda hidden, weight, labels, _, chunk: linear_cross_entropy_sum(hidden, weight, labels, chunk)
+        )
+
+    def _head(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
+        """The model at the batch's level, with `loss` in place of the logits."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
 
-        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
+            index = batch.loss_index
             chunk = self.config.training.loss_chunk_tokens
-            return linear_cross_entropy_sum(
-                hidden_TH[batch.loss_index], weight_VH, batch.labels[batch.loss_index], chunk
-            )
+            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], chunk)
 
         return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
-
-    def forward_backward(self, batch: PackedBatch, scale: float) -> Tensor:
-        """One iteration on this rank: gradients of the loss sum times `scale`; returns the loss sum, unscaled."""
-        loss = self.loss_sum(batch)
-        (loss * scale).backward()
-        return loss.detach()
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:

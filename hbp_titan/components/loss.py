@@ -18,39 +18,50 @@ from torch.nn import functional as F
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
+    def forward(
+        ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        objective, loss_sum = torch.zeros((2,), dtype=torch.float32, device=hidden_LD.device)
         grad_hidden_LD = torch.empty_like(hidden_LD)
         # Many chunks are summed: fp32 keeps what bf16 would round away.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
         for start in range(0, hidden_LD.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            hidden_CD, labels_C = hidden_LD[part], labels_L[part]
+            hidden_CD, labels_C, weights_C = hidden_LD[part], labels_L[part], token_weights_L[part]
             logits_CV = (hidden_CD @ weight_VD.T).to(grad_weight_VD.dtype)
-            loss += F.cross_entropy(logits_CV, labels_C, reduction="sum")
+            losses_C = F.cross_entropy(logits_CV, labels_C, reduction="none")
+            objective += losses_C @ weights_C.to(losses_C.dtype)
+            loss_sum += losses_C.sum()
             # d loss / d logits = softmax - one_hot
             grad_CV = torch.softmax(logits_CV, dim=-1)
             grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(labels_C), 1), -1.0))
-            grad_CV = grad_CV.to(hidden_LD.dtype)
+            grad_CV = (grad_CV * weights_C[:, None]).to(hidden_LD.dtype)
             torch.matmul(grad_CV, weight_VD, out=grad_hidden_LD[part])
             grad_weight_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_LD, grad_weight_VD.to(weight_VD.dtype))
-        return loss
+        ctx.mark_non_differentiable(loss_sum)
+        return objective, loss_sum
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_LD, grad_weight_VD = ctx.saved_tensors
         grad_hidden_LD = grad_hidden_LD * grad.to(grad_hidden_LD.dtype)
-        return grad_hidden_LD, grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None
+        return grad_hidden_LD, grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Over L tokens of cross_entropy(hidden @ weight.T, labels): the sum by weight, and the plain sum for the log.
+
+    Both are fp32 scalars; only the first is differentiable. token_weights_L: fp32 (components/normalizer.py); L may
+    be 0. At most `chunk_tokens` rows of logits exist at one time.
+    """
+    return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, token_weights_L, chunk_tokens)
 
 
 def linear_cross_entropy_sum(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
-    """Sum over L tokens of cross_entropy(hidden @ weight.T, labels), fp32 scalar; L may be 0.
-
-    At most `chunk_tokens` rows of logits exist at one time.
-    """
-    if not torch.is_grad_enabled():
-        parts = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
-        losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="sum") for h_CD, l_C in parts]
-        return torch.stack(losses).sum()
-    return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, chunk_tokens)
+    """The plain sum alone, without gradients (validation)."""
+    parts = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
+    losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="sum") for h_CD, l_C in parts]
+    return torch.stack(losses).sum()

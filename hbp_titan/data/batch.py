@@ -38,6 +38,7 @@ class PackedBatch:
     """One rank's share of a pack. S = T / cp_degree tokens; T = level.max_tokens.
 
     input_ids, position_ids, labels: int64 [S]. cu_seqlens: int32 [documents + 1], of the whole pack.
+    loss_weights: float32 [S], what the loss of each label counts (0 where there is none).
     loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
     whole pack, padding not counted.
     """
@@ -46,6 +47,7 @@ class PackedBatch:
     position_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
+    loss_weights: Tensor
     loss_index: Tensor
     max_seqlen: int
     level: int
@@ -71,13 +73,22 @@ def document_slots(level: Level, max_documents: int) -> int:
 
 
 def make_batch(
-    store: SampleSource, sample_ids: Sequence[int] | np.ndarray, level: Level, level_index: int, max_documents: int
+    store: SampleSource,
+    sample_ids: Sequence[int] | np.ndarray,
+    level: Level,
+    level_index: int,
+    max_documents: int,
+    sample_weights: np.ndarray | None = None,
 ) -> PackedBatch:
-    """The whole pack of `sample_ids` as a batch (the shard of cp_degree 1)."""
+    """The whole pack of `sample_ids` as a batch (the shard of cp_degree 1).
+
+    sample_weights: float [n], the loss weight of each trained token of each sample; 1 unless given.
+    """
     capacity = level.max_tokens
     input_ids = np.zeros(capacity, dtype=np.int64)
     position_ids = np.zeros(capacity, dtype=np.int64)
     labels = np.full(capacity, IGNORE_INDEX, dtype=np.int64)
+    loss_weights = np.zeros(capacity, dtype=np.float32)
     cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
     cu_seqlens[0] = start = 0
     for number, sample_id in enumerate(sample_ids):
@@ -87,6 +98,8 @@ def make_batch(
         input_ids[start:end] = tokens
         position_ids[start:end] = np.arange(len(tokens))
         labels[start : end - 1] = np.where(loss_mask[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
+        weight = 1.0 if sample_weights is None else sample_weights[number]
+        loss_weights[start : end - 1] = np.where(loss_mask[1:], weight, 0.0)
         cu_seqlens[number + 1] = start = end
     num_tokens, number = start, len(sample_ids)
     while start < capacity:
@@ -100,6 +113,7 @@ def make_batch(
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         cu_seqlens=torch.from_numpy(cu_seqlens),
+        loss_weights=torch.from_numpy(loss_weights),
         loss_index=torch.from_numpy(loss_index),
         max_seqlen=capacity,
         level=level_index,
@@ -120,5 +134,6 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int) -> PackedBatch
         input_ids=batch.input_ids[part],
         position_ids=batch.position_ids[part],
         labels=labels,
+        loss_weights=batch.loss_weights[part],
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
     )

@@ -7,23 +7,29 @@ position is reached at once, without reading what lies before it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hbp_titan.data.batch import PackedBatch, SampleSource, make_batch, shard_batch
 from hbp_titan.packing import Plan
 
+SampleWeights = Callable[[Plan, int, NDArray[np.int64]], NDArray[np.float64]]
+"""(plan, iteration, sample ids [n]) -> the loss weight of each trained token of each sample [n]."""
+
 
 class PlanDataset(Dataset[PackedBatch]):
     """Maps an iteration of the plan to this rank's batch."""
 
-    def __init__(self, plan: Plan, store: SampleSource, rank: int) -> None:
+    def __init__(self, plan: Plan, store: SampleSource, rank: int, sample_weights: SampleWeights | None = None) -> None:
         self.plan = plan
         self.store = store
         self.rank = rank
+        self.sample_weights = sample_weights
         self.max_documents = [plan.max_documents(index) for index in range(len(plan.levels))]
 
     def __len__(self) -> int:
@@ -34,7 +40,8 @@ class PlanDataset(Dataset[PackedBatch]):
         level = self.plan.levels[index]
         dp_rank, cp_rank = divmod(self.rank, level.cp_degree)
         sample_ids = self.plan.pack(iteration, dp_rank)
-        batch = make_batch(self.store, sample_ids, level, index, self.max_documents[index])
+        weights = self.sample_weights(self.plan, iteration, sample_ids) if self.sample_weights else None
+        batch = make_batch(self.store, sample_ids, level, index, self.max_documents[index], weights)
         planned = int(self.plan.loss_tokens[sample_ids].sum())
         if batch.num_loss_tokens != planned:
             # The loss is divided by the plan's count: a difference would scale it wrongly in silence.
@@ -68,6 +75,7 @@ class PackLoader:
         store: SampleSource,
         rank: int,
         *,
+        sample_weights: SampleWeights | None = None,
         first_iteration: int = 0,
         num_workers: int = 0,
         prefetch_factor: int = 4,
@@ -75,7 +83,7 @@ class PackLoader:
     ) -> None:
         self.plan = plan
         self.iteration = first_iteration
-        self.dataset = PlanDataset(plan, store, rank)
+        self.dataset = PlanDataset(plan, store, rank, sample_weights)
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 deprecates; nothing here depends on it.
             warnings.filterwarnings("ignore", message=".*set_vital.*")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hbp_titan.components.loss import linear_cross_entropy_sum
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_sum
 
 
 def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,26 +19,33 @@ def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 20, 64])
 def test_sum_and_gradients_equal_the_whole_logits(chunk_tokens: int) -> None:
     hidden, weight, labels = _inputs(20)
-    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    expected_grads = torch.autograd.grad(expected * 0.25, (hidden, weight))
-    loss = linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens)
-    grads = torch.autograd.grad(loss * 0.25, (hidden, weight))
-    torch.testing.assert_close(loss, expected)
+    token_weights = torch.linspace(0.0, 2.0, 20)
+    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    expected = losses @ token_weights
+    expected_grads = torch.autograd.grad(expected * 0.25, (hidden, weight), retain_graph=True)
+    objective, loss_sum = linear_cross_entropy(hidden, weight, labels, token_weights, chunk_tokens)
+    grads = torch.autograd.grad(objective * 0.25, (hidden, weight))
+    torch.testing.assert_close(objective, expected)
+    torch.testing.assert_close(loss_sum, losses.sum())
     torch.testing.assert_close(grads, expected_grads)
+    assert not loss_sum.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens), losses.sum())
 
 
 def test_no_loss_token_gives_zero_and_zero_gradients() -> None:
     hidden, weight, labels = _inputs(0)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, 8)
+    loss, loss_sum = linear_cross_entropy(hidden, weight, labels, torch.zeros(0), 8)
     loss.backward()
-    assert loss.item() == 0.0
+    assert (loss.item(), loss_sum.item()) == (0.0, 0.0)
+    assert linear_cross_entropy_sum(hidden, weight, labels, 8).item() == 0.0
     assert weight.grad is not None
     assert not weight.grad.any()
 
 
 def test_bfloat16_stays_near_the_fp32_result() -> None:
     hidden, weight, labels = _inputs(300, torch.bfloat16)
-    loss = linear_cross_entropy_sum(hidden, weight, labels, 64)
+    loss, _ = linear_cross_entropy(hidden, weight, labels, torch.ones(300), 64)
     loss.backward()
     hidden_32, weight_32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
     expected = F.cross_entropy(hidden_32 @ weight_32.T, labels, reduction="sum")
@@ -60,5 +67,5 @@ def test_logits_of_one_chunk_only_are_held(monkeypatch: pytest.MonkeyPatch) -> N
         return whole(logits, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "cross_entropy", watched)
-    linear_cross_entropy_sum(hidden, weight, labels, 8)
+    linear_cross_entropy(hidden, weight, labels, torch.ones(20), 8)
     assert rows == [8, 8, 4]
