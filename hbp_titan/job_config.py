@@ -59,7 +59,7 @@ class Data:
 @dataclass
 class Packing:
     method: str = "hbp"
-    """Planner: hbp, isf, flat_sorted, ... (packing/plan.py lists them)."""
+    """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/packing.md lists them; METHODS in packing/build.py)."""
     seed: int = 0
     """Seed of shuffles in the plan; each epoch derives its own."""
     mix: str = "alternate"
