@@ -11,20 +11,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.checkpoint import Checkpointer
-from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_sum
 from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import export_hf, initialize
+from hbp_titan.components.model_state import export_hf
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
@@ -37,12 +35,11 @@ from hbp_titan.data.loader import PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.distributed.world import World, all_reduce_values, close_world, init_world, set_timeouts
-from hbp_titan.levels.runtime import LevelRuntime
+from hbp_titan.levels.engine import Engine
 from hbp_titan.models.attention import selected_backend
-from hbp_titan.models.registry import build_model, num_params
+from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
 from hbp_titan.packing.plan_file import load_plan, save_plan
 from hbp_titan.preflight import check, cost_model, model_args
@@ -71,13 +68,8 @@ class Trainer:
         if config.validation.enable and held_out:
             self.validator = Validator(EpochPlans(config, held_out, world.size, cost), world)
 
-        # Model: on meta, parallelized, then given storage and weights shard by shard.
-        meshes = LevelMeshes(self.device, world.size, [level.cp_degree for level in config.levels])
-        self.runtime = LevelRuntime(config.levels, meshes, self.args.num_layers)
-        with torch.device("meta"):
-            self.model = build_model(self.args).to(DTYPES[config.training.dtype])
-        parallelize(self.model, config, self.device, meshes, self.runtime.cp_state, self.runtime.ac_state)
-        initialize(self.model, self.args, self.device, config.training.seed, config.checkpoint.initial_load_path)
+        self.engine = Engine(config, self.args, world)
+        self.model = self.engine.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, self.total_steps)
 
@@ -149,7 +141,7 @@ class Trainer:
             self.step_in_epoch += 1
             last = self.step == self.total_steps
             if self.validator and (self.step % self.config.validation.interval == 0 or last):
-                values["validation"] = self.validator.run(self.evaluate)
+                values["validation"] = self.validator.run(self.engine.evaluate)
             metrics.log(values)
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
@@ -165,7 +157,7 @@ class Trainer:
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
-                self.forward_backward(batches[iteration])
+                self.engine.forward_backward(batches[iteration])
         self.optimizer.zero_grad()
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
@@ -178,7 +170,7 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            loss_by_level[batch.level] += self.forward_backward(batch)
+            loss_by_level[batch.level] += self.engine.forward_backward(batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
@@ -194,31 +186,6 @@ class Trainer:
         (waited,) = all_reduce_values([waited], "max", self.device)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
         return self.recorder.record(plan, step, self.step + 1, measured)
-
-    def forward_backward(self, batch: PackedBatch) -> Tensor:
-        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
-        objective, loss_sum = self._head(batch, linear_cross_entropy)
-        objective.backward()
-        return loss_sum
-
-    def evaluate(self, batch: PackedBatch) -> Tensor:
-        """The plain sum of this rank's token losses of a batch, without gradients."""
-        return self._head(
-            batch, lambda hidden, weight, labels, _, chunk: linear_cross_entropy_sum(hidden, weight, labels, chunk)
-        )
-
-    def _head(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
-        """The model at the batch's level, with `loss` in place of the logits."""
-        self.runtime.activate(batch.level)
-        batch = batch.to(self.device)
-
-        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
-            # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
-            index = batch.loss_index
-            chunk = self.config.training.loss_chunk_tokens
-            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], chunk)
-
-        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 from hbp_titan.config import load_config
+from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.train import Trainer
-from tests.harness import run_distributed
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def _first_logits(world: World, argv: list[str]) -> torch.Tensor:
 
 
 def _logits(trainer: Trainer) -> torch.Tensor:
-    trainer.runtime.activate(0)
+    trainer.engine.runtime.activate(0)
     cu_seqlens = torch.tensor([0, len(PROMPT)], dtype=torch.int32)
     with torch.no_grad():
         return trainer.model(PROMPT, torch.arange(len(PROMPT)), cu_seqlens, len(PROMPT))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from hbp_titan.config import load_config
+from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.train import Trainer
-from tests.harness import run_distributed
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]

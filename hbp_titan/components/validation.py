@@ -26,7 +26,6 @@ class Validator:
         self.world = world
         self.batches = PlanDataset(self.plan, plans.store, world.rank)
 
-    @torch.no_grad()
     def run(self, loss_sum_of: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
         """Mean loss per loss token, whole and by level; every rank calls it and gets the same.
 

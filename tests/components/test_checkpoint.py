@@ -8,9 +8,9 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from hbp_titan.components.checkpoint import Checkpointer, completed
+from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
-from tests.harness import run_distributed
 
 
 def test_newest_complete_folder_is_by_number_and_partial_ones_are_ignored(tmp_path: Path) -> None:

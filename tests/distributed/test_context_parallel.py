@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from hbp_titan.distributed.context_parallel import ContextParallelState, UlyssesAttention, check_heads
+from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
 from hbp_titan.models.attention import VarlenAttention
 from hbp_titan.packing import Level
-from tests.harness import run_distributed
 
 T = 48
 DOCUMENTS = {

@@ -16,12 +16,12 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import args_to_hf_config, to_hf_name
 from hbp_titan.preflight import cost_model
 from hbp_titan.train import Trainer
-from tests.harness import run_distributed
 from tests.tiny_run import ARGS, write_tiny_run
 
 LEVELS = """

@@ -1,6 +1,6 @@
-"""The one way in which tests run several ranks: real processes with gloo, results and errors brought back.
+"""Several ranks on this machine from within one process: spawned, with gloo, results and errors brought back.
 
-A test hands over a module-level function `f(world, *args)`; each rank runs it and returns plain values or tensors.
+Owns what the multi-process tests and scripts/verify_equivalence.py share. Training starts its ranks by torchrun.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import torch.multiprocessing as mp
 from hbp_titan.distributed.world import World, close_world
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """Run `function(world, *args)` on `world_size` ranks; returns what each rank returned, in rank order.
+class RankError(RuntimeError):
+    """A rank failed or hung; the message holds its traceback."""
 
-    Raises AssertionError with the traceback of the first rank that failed.
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
+
+    Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
@@ -42,8 +46,11 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
                 process.join()
         for rank in range(world_size):
             error = Path(folder, f"error_{rank}")
-            assert not error.exists(), f"rank {rank}:\n{error.read_text()}"
-        assert not hung, f"ranks {hung} of {world_size} did not end within {timeout} s"
+            if error.exists():
+                raise RankError(f"rank {rank}:\n{error.read_text()}")
+        if hung:
+            raise RankError(f"ranks {hung} of {world_size} did not end within {timeout} s")
+        # Written by our own ranks into our own folder a moment ago.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 
 

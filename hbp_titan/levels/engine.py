@@ -1,0 +1,66 @@
+"""Engine: the parallelized model and one iteration on it, at whatever level the batch names.
+
+Owns the way from an architecture to a sharded, initialized model with its level runtime, and the forward and backward
+of a batch. The trainer and the proof of equivalence (verify.py) run this same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_sum
+from hbp_titan.components.model_state import initialize
+from hbp_titan.config import JobConfig
+from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed.mesh import LevelMeshes
+from hbp_titan.distributed.parallelize import DTYPES, parallelize
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.runtime import LevelRuntime
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.registry import build_model
+
+
+class Engine:
+    """`model` is sharded over the world; `runtime` holds the active level."""
+
+    def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
+        self.device = world.device
+        self.chunk_tokens = config.training.loss_chunk_tokens
+        meshes = LevelMeshes(world.device, world.size, [level.cp_degree for level in config.levels])
+        self.runtime = LevelRuntime(config.levels, meshes, args.num_layers)
+        # On meta, parallelized, then given storage and weights shard by shard.
+        with torch.device("meta"):
+            self.model = build_model(args).to(DTYPES[config.training.dtype])
+        parallelize(self.model, config, world.device, meshes, self.runtime.cp_state, self.runtime.ac_state)
+        initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
+
+    def forward_backward(self, batch: PackedBatch) -> Tensor:
+        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
+        objective, loss_sum = self._run(batch, linear_cross_entropy)
+        objective.backward()
+        return loss_sum
+
+    def evaluate(self, batch: PackedBatch) -> Tensor:
+        """The plain sum of this rank's token losses of a batch, without gradients."""
+
+        def plain_sum(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> Tensor:
+            return linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens)
+
+        with torch.no_grad():
+            return self._run(batch, plain_sum)
+
+    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
+        """The model at the batch's level, with `loss` in place of the logits."""
+        self.runtime.activate(batch.level)
+        batch = batch.to(self.device)
+
+        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
+            # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
+            index = batch.loss_index
+            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
+
+        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
