@@ -51,6 +51,10 @@ def load_config(argv: Sequence[str]) -> JobConfig:
 def validate(config: JobConfig, world_size: int) -> None:
     """Raise ValueError where the configuration cannot run on `world_size` ranks."""
     check_levels(config.levels, world_size)
+    if world_size % config.parallelism.dp_replicate:
+        raise ValueError(
+            f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size {world_size}"
+        )
     if not config.data.train_files:
         raise ValueError("data.train_files is empty: name at least one JSONL file")
 
@@ -255,6 +259,7 @@ def _check_values(config: JobConfig) -> None:
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{section}.{name} = {value} must not be negative")
     for key, value in (
+        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
         ("checkpoint.interval", config.checkpoint.interval),
         ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
         ("metrics.log_interval", config.metrics.log_interval),

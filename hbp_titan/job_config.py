@@ -124,6 +124,8 @@ class LRScheduler:
 
 @dataclass
 class Parallelism:
+    dp_replicate: int = 1
+    """Copies of the parameters: each is sharded over world / dp_replicate adjacent ranks (HSDP); 1 shards over all."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered parameters of a block after its forward (ZeRO-3); False keeps them (ZeRO-2)."""
     init_timeout_seconds: int = 600

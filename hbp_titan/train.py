@@ -35,8 +35,16 @@ from hbp_titan.data.loader import PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.mesh import nodes_crossed
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
-from hbp_titan.distributed.world import World, all_reduce_values, close_world, init_world, set_timeouts
+from hbp_titan.distributed.world import (
+    World,
+    all_reduce_values,
+    close_world,
+    init_world,
+    ranks_per_node,
+    set_timeouts,
+)
 from hbp_titan.levels.engine import Engine
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
@@ -246,6 +254,9 @@ class Trainer:
         print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
         print(f"attention {selected_backend(self.device)}")
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
+        crossed = nodes_crossed([level.cp_degree for level in plan.levels], ranks_per_node(self.world.size))
+        if crossed:
+            print(f"warning: groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow")
         print(describe_plan(plan, self.total_steps))
         if self.step:
             print(f"resumed from step {self.step}", flush=True)

@@ -117,3 +117,11 @@ def test_help_explains_every_key() -> None:
     text = help_text()
     assert "--lr_scheduler.decay str" in text
     assert "cosine, linear or constant." in text
+
+
+def test_copies_of_the_parameters_must_divide_the_world() -> None:
+    config = JobConfig(levels=[Level(8)])
+    config.data.train_files = ["a.jsonl"]
+    config.parallelism.dp_replicate = 3
+    with pytest.raises(ValueError, match=r"parallelism\.dp_replicate = 3 does not divide the world size 4"):
+        validate(config, 4)

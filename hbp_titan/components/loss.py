@@ -21,7 +21,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        objective, loss_sum = torch.zeros((2,), dtype=torch.float32, device=hidden_LD.device)
+        objective = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
+        loss_sum = torch.zeros_like(objective)
         grad_hidden_LD = torch.empty_like(hidden_LD)
         # Many chunks are summed: fp32 keeps what bf16 would round away.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""FSDP2 over the flattened world: parameters are sharded once, whatever the level.
+"""FSDP2 over the whole world, or over each group of it (HSDP): parameters are sharded once, whatever the level.
 
 Owns the grouping of parameters and the reduction's arithmetic: gradients are summed in `reduce_dtype`, never
 averaged, because the loss is already divided by the tokens of the whole optimizer step (paper section 3.3).
@@ -20,7 +20,7 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard `model` (tok_embeddings, layers, head) over `mesh` in place.
+    """Shard `model` (tok_embeddings, layers, head) over the last axis of `mesh` in place, copied over a first one.
 
     Tied embeddings stay in the root's group: the same parameter is used first and last.
     """

@@ -1,8 +1,9 @@
-"""Device meshes: one flat mesh that shards the parameters, one (dp, cp) view of the same ranks per cp degree.
+"""Device meshes: one that shards the parameters, and one (dp, cp) view of the same ranks per cp degree.
 
 Owns every process group beside the default one. All groups are made at the start; a level swap only points at
 another view (design after torchtitan v0.2.2 distributed/parallel_dims.py; paper section 3.3, adaptive SP).
-cp ranks are adjacent, so that a cp group lies inside one node.
+cp ranks are adjacent, and so are the ranks that share one copy of the parameters: both lie inside a node, or inside a
+group of nodes, where their number allows it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class LevelMeshes:
-    """The flat "fsdp" mesh of the world and the (dp, cp) mesh of each cp degree in use."""
+    """The mesh of the parameters and the (dp, cp) mesh of each cp degree in use.
 
-    def __init__(self, device: torch.device, world_size: int, cp_degrees: Iterable[int]) -> None:
-        self.fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
+    fsdp: flat, axis "fsdp"; with dp_replicate > 1 it has the axes ("dp_replicate", "fsdp"): parameters are sharded over
+    the last and copied over the first (HSDP).
+    """
+
+    def __init__(self, device: torch.device, world_size: int, cp_degrees: Iterable[int], dp_replicate: int = 1) -> None:
+        if dp_replicate > 1:
+            shape, names = (dp_replicate, world_size // dp_replicate), ("dp_replicate", "fsdp")
+            self.fsdp = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        else:
+            self.fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
         self._by_cp: dict[int, DeviceMesh] = {
             cp: init_device_mesh(device.type, (world_size // cp, cp), mesh_dim_names=("dp", "cp"))
             for cp in sorted(set(cp_degrees))
@@ -26,3 +35,8 @@ class LevelMeshes:
     def of(self, cp_degree: int) -> DeviceMesh:
         """The (dp, cp) mesh with `cp_degree` ranks on its cp axis."""
         return self._by_cp[cp_degree]
+
+
+def nodes_crossed(cp_degrees: Iterable[int], ranks_per_node: int) -> list[int]:
+    """The cp degrees whose groups do not lie inside one node of `ranks_per_node` adjacent ranks."""
+    return sorted({cp for cp in cp_degrees if ranks_per_node % cp})

@@ -43,6 +43,11 @@ def init_world(timeout_seconds: int) -> World:
     return World(rank, size, device)
 
 
+def ranks_per_node(world_size: int) -> int:
+    """Ranks on this node, as torchrun says; all of them without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
 def close_world() -> None:
     """Stop the default process group when there is one."""
     if dist.is_initialized():

@@ -30,7 +30,8 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.chunk_tokens = config.training.loss_chunk_tokens
-        meshes = LevelMeshes(world.device, world.size, [level.cp_degree for level in config.levels])
+        cp_degrees = [level.cp_degree for level in config.levels]
+        meshes = LevelMeshes(world.device, world.size, cp_degrees, config.parallelism.dp_replicate)
         self.runtime = LevelRuntime(config.levels, meshes, args.num_layers)
         # On meta, parallelized, then given storage and weights shard by shard.
         with torch.device("meta"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hbp_titan.distributed.context_parallel import ContextParallelState, UlyssesAttention, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
-from hbp_titan.distributed.mesh import LevelMeshes
+from hbp_titan.distributed.mesh import LevelMeshes, nodes_crossed
 from hbp_titan.distributed.world import World
 from hbp_titan.models.attention import VarlenAttention
 from hbp_titan.packing import Level
@@ -101,3 +101,7 @@ def test_kv_heads_may_be_fewer_or_more_than_ranks() -> None:
     check_heads([Level(128, 8)], num_heads=32, num_kv_heads=8)
     check_heads([Level(128, 8)], num_heads=32, num_kv_heads=2)
     check_heads([Level(128, 2)], num_heads=32, num_kv_heads=8)
+
+
+def test_cp_groups_that_cross_a_node_are_named() -> None:
+    assert nodes_crossed([1, 2, 8, 16, 3], ranks_per_node=8) == [3, 16]

@@ -124,9 +124,9 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
     )
 
 
-@pytest.mark.parametrize("mix", ["alternate", "interleave"])
-def test_four_ranks_with_three_levels_equal_transformers_on_one(argv: list[str], mix: str) -> None:
-    argv = [*argv, f"--packing.mix={mix}"]
+@pytest.mark.parametrize(("mix", "dp_replicate"), [("alternate", 1), ("interleave", 1), ("interleave", 2)])
+def test_four_ranks_with_three_levels_equal_transformers_on_one(argv: list[str], mix: str, dp_replicate: int) -> None:
+    argv = [*argv, f"--packing.mix={mix}", f"--parallelism.dp_replicate={dp_replicate}"]
     parameters, levels = run_distributed(_train, 4, argv, False)[0]
     assert levels == {0, 1, 2}
     error = _worst(parameters, _reference(load_config(argv), 4))
