@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml, validate
-from hbp_titan.packing import Level
+from hbp_titan.packing import METHODS, Level
 
 TOML = """
 [optimizer]
@@ -125,3 +125,14 @@ def test_copies_of_the_parameters_must_divide_the_world() -> None:
     config.parallelism.dp_replicate = 3
     with pytest.raises(ValueError, match=r"parallelism\.dp_replicate = 3 does not divide the world size 4"):
         validate(config, 4)
+
+
+PRESETS = sorted(Path(__file__).resolve().parents[1].glob("train_configs/*.toml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_each_preset_loads_and_fits_its_world(path: Path) -> None:
+    config = load_config(["--job.config_file", str(path)])
+    assert config.packing.method in METHODS
+    for world_size in (2,) if path.stem == "debug_model" else (8, 32, 256):
+        validate(config, world_size)

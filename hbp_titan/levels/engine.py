@@ -41,9 +41,22 @@ class Engine:
 
     def forward_backward(self, batch: PackedBatch) -> Tensor:
         """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
-        objective, loss_sum = self._run(batch, linear_cross_entropy)
-        objective.backward()
+        try:
+            objective, loss_sum = self._run(batch, linear_cross_entropy)
+            objective.backward()
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._out_of_memory(batch)) from error
         return loss_sum
+
+    def _out_of_memory(self, batch: PackedBatch) -> str:
+        level = self.runtime.levels[batch.level]
+        held = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}" if self.device.type == "cuda" else "?"
+        layers = "all" if level.ac_layers is None else level.ac_layers
+        return (
+            f"out of memory at the level with max_tokens={level.max_tokens}, cp_degree={level.cp_degree}, "
+            f"ac_policy={level.ac_policy!r} on {layers} layers, at a peak of {held} GiB: set ac_policy = 'full' on "
+            "more layers of that [[levels]] block, raise its cp_degree, or lower its max_tokens"
+        )
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain sum of this rank's token losses of a batch, without gradients."""
