@@ -7,13 +7,14 @@ The same checks run in scripts/prepare_data.py, where a mistake is one line, and
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.models.decoder import ModelArgs
-from hbp_titan.models.hf import args_from_hf
+from hbp_titan.models.hf import args_from_hf, token_ids_from_hf
 from hbp_titan.models.registry import get_flavor, linear_params
 from hbp_titan.packing import CostModel
 
@@ -21,6 +22,12 @@ from hbp_titan.packing import CostModel
 def model_args(config: JobConfig) -> ModelArgs:
     """The architecture that the configuration names: an HF folder's config.json, else a flavor."""
     return args_from_hf(Path(config.model.hf_path)) if config.model.hf_path else get_flavor(config.model.flavor)
+
+
+def token_ids(config: JobConfig, store: TokenStore) -> dict[str, Any]:
+    """bos, eos and pad token ids for the export: the HF folder's, else those that the tokenizer names."""
+    named = {key: store.meta[key] for key in ("eos_token_id", "pad_token_id") if store.meta[key] is not None}
+    return {**named, **(token_ids_from_hf(config.model.hf_path) if config.model.hf_path else {})}
 
 
 def cost_model(args: ModelArgs) -> CostModel:

@@ -50,7 +50,7 @@ from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
 from hbp_titan.packing.plan_file import load_plan, save_plan
-from hbp_titan.preflight import check, cost_model, model_args
+from hbp_titan.preflight import check, cost_model, model_args, token_ids
 
 
 class Trainer:
@@ -69,6 +69,7 @@ class Trainer:
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.args, self.store)
+        self.token_ids = token_ids(config, self.store)
         cost = cost_model(self.args)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.total_steps = self.plans.total_steps()
@@ -103,6 +104,8 @@ class Trainer:
         self._announce()
         if self.step >= self.total_steps:
             self._print(f"{self.folder} is complete at step {self.step}; another --job.dump_folder trains anew")
+            if not (self.folder / "hf").exists():
+                self._export()
             return
         metrics_config = self.config.metrics
         with MetricsLogger(
@@ -120,10 +123,14 @@ class Trainer:
                 self._train_epoch(metrics)
         self._print(describe_totals(self.recorder.totals))
         self._print(f"run folder   {self.folder}")
-        if self.config.checkpoint.export_hf:
-            dtype = DTYPES[self.config.checkpoint.export_dtype]
-            export_hf(self.model, self.args, self.folder / "hf", self.config.tokenizer_path, dtype)
-            self._print(f"HF weights   {self.folder / 'hf'}")
+        self._export()
+
+    def _export(self) -> None:
+        if not self.config.checkpoint.export_hf:
+            return
+        dtype = DTYPES[self.config.checkpoint.export_dtype]
+        export_hf(self.model, self.args, self.folder / "hf", self.config.tokenizer_path, dtype, self.token_ids)
+        self._print(f"HF weights   {self.folder / 'hf'}")
 
     def _train_epoch(self, metrics: MetricsLogger) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
@@ -211,6 +218,7 @@ class Trainer:
                 "lr_scheduler": self.lr_scheduler.state_dict(),
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
+                "token_ids": self.token_ids,
             },
         )
 

@@ -17,7 +17,7 @@ import torch
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.checkpoint import save_model_tensors
-from hbp_titan.models.hf import args_from_hf, load_hf_tensors
+from hbp_titan.models.hf import args_from_hf, load_hf_tensors, token_ids_from_hf
 from hbp_titan.models.registry import build_model
 
 
@@ -29,7 +29,8 @@ def convert(hf_folder: Path, out: Path) -> int:
         names = build_model(args).state_dict().keys()
     # A tied output matrix has two names in a checkpoint and one in the folder.
     tensors = {name: found[name if name in found else "tok_embeddings.weight"].float() for name in names}
-    save_model_tensors(out, tensors, {"model": dataclasses.asdict(args), "tokenizer_path": str(hf_folder)})
+    state = {"model": dataclasses.asdict(args), "tokenizer_path": str(hf_folder)}
+    save_model_tensors(out, tensors, state | {"token_ids": token_ids_from_hf(hf_folder)})
     return len(tensors)
 
 

@@ -45,7 +45,8 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     tokenizer_path = Path(state["tokenizer_path"])
     if not tokenizer_path.is_dir():
         raise ValueError(f"{tokenizer_path}: the run's tokenizer folder is gone; restore it")
-    save_hf_folder(args, tensors.items(), out, dtype=dtype, tokenizer_path=tokenizer_path)
+    ids = state["token_ids"]
+    save_hf_folder(args, tensors.items(), out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids)
     return step_folder
 
 

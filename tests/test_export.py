@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_converted_checkpoint_is_the_exported_folder(run: tuple[list[str], Path,
     names = sorted(path.name for path in exported.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "hf").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == 3  # <|im_end|>
     for name in names:
         assert (exported / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
@@ -103,3 +105,11 @@ def test_conversion_of_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_longer_run_replaces_its_own_export(run: tuple[list[str], Path, torch.Tensor]) -> None:
+    argv, folder, _ = run
+    before = (folder / "run" / "hf" / "model.safetensors").read_bytes()
+    logits = run_distributed(_trained_logits, 2, [*argv, "--training.steps=8"])[0]
+    assert (folder / "run" / "hf" / "model.safetensors").read_bytes() != before
+    torch.testing.assert_close(_transformers_logits(folder / "run" / "hf"), logits, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,11 +55,15 @@ def _fill(model: nn.Module, whole: Callable[[str, torch.Size], Tensor]) -> None:
         parameter.copy_(value)
 
 
-def export_hf(model: nn.Module, args: ModelArgs, out: Path, tokenizer_path: Path, dtype: torch.dtype) -> None:
-    """Write the sharded model as an HF folder; every rank calls it, rank 0 writes."""
+def export_hf(
+    model: nn.Module, args: ModelArgs, out: Path, tokenizer_path: Path, dtype: torch.dtype, token_ids: dict[str, Any]
+) -> None:
+    """Write the sharded model as an HF folder, replacing one that is there; every rank calls it, rank 0 writes."""
     tensors = _whole_tensors(model)
     if dist.get_rank() == 0:
-        save_hf_folder(args, tensors, out, tokenizer_path=tokenizer_path, dtype=dtype)
+        save_hf_folder(
+            args, tensors, out, tokenizer_path=tokenizer_path, dtype=dtype, token_ids=token_ids, overwrite=True
+        )
     else:
         for _ in tensors:
             pass
