@@ -7,6 +7,7 @@ The training run finds what this leaves; a second call finds everything and only
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> None:
     world_size, argv = _take_number(argv, "--world_size", 0)
     shown, argv = _take_number(argv, "--show", 0)
     config = load_config(argv)
-    validate(config, world_size or 1)
+    # Without a world to check for, the smallest that the levels fit.
+    validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     train, validation = prepare(config)
     if world_size:
         check(config, world_size, model_args(config), TokenStore.open(train))

@@ -84,9 +84,8 @@ def test_each_assistant_turn_is_trained_with_its_end_token_and_nothing_else(tmp_
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, CHATML_PLAIN], ids=["blocks", "by_turns"])
 def test_generation_blocks_and_rendering_by_turns_agree(tmp_path: Path, template: str) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, template, vocab_size=300))
-    messages = [{"role": "system", "content": "Be brief."}, *chat("the cat", "sat\n", "a", "\n\nb")]
-    # One token holds the prompt's last newline and the answer's first: it is trained, as transformers' mask has it.
-    assert trained_text(tokenizer, messages) == "sat\n<|im_end|>\n\n\nb<|im_end|>"
+    messages = [{"role": "system", "content": "Be brief."}, *chat("the cat", "sat\n", "a", " b\n\n")]
+    assert trained_text(tokenizer, messages) == "sat\n<|im_end|> b\n\n<|im_end|>"
     assert not ChatTokenizer(tmp_path).encode(chat("only a question"))[1].any()
 
 
@@ -109,9 +108,29 @@ def test_all_tokens_of_a_character_of_several_bytes_are_trained(tmp_path: Path, 
     assert tokenizer.encode(chat("Hi", last))[1].sum() == len(last.encode())
 
 
+def test_tokens_that_straddle_either_border_of_a_turn_are_trained_as_by_transformers(tmp_path: Path) -> None:
+    block = "{%- generation %}{{- m.content }}{%- endgeneration %}"
+    template = "{%- for m in messages %}{{- m.role + '\\n' }}" + block + "{{- '\\n<|im_end|>' }}{%- endfor %}"
+    folder = make_folder(tmp_path, template, vocab_size=300)
+    messages = [{"role": "assistant", "content": "\nb\n"}]
+    ids, mask = ChatTokenizer(folder).encode(messages)
+    expected = reference(folder).apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids.tolist() == expected["input_ids"]
+    assert mask.astype(int).tolist() == expected["assistant_masks"]
+    # "\n" of the template and "\n" of the message are one token on both sides: "\n\n", "b", "\n\n", then the end.
+    assert mask[-4:].tolist() == [True, True, True, False]
+    assert ids[-4] == ids[-2] != ids[-3]
+
+
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTokenizer, Any]:
     folder = make_folder(tmp_path_factory.mktemp("merged"), vocab_size=300)
+    return ChatTokenizer(folder), reference(folder)
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTokenizer, Any]:
+    folder = make_folder(tmp_path_factory.mktemp("bytewise"))
     return ChatTokenizer(folder), reference(folder)
 
 
@@ -141,15 +160,23 @@ hostile_text = st.text(alphabet=st.sampled_from("ab \n<|>"), max_size=6) | st.sa
 
 @given(turns=st.lists(st.lists(hostile_text, max_size=3).map("".join), min_size=2, max_size=4))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_control_tokens_spelled_in_messages_stay_text(merged: tuple[ChatTokenizer, Any], turns: list[str]) -> None:
-    tokenizer, oracle = merged
+def test_control_tokens_spelled_in_messages_stay_text(bytewise: tuple[ChatTokenizer, Any], turns: list[str]) -> None:
+    tokenizer, oracle = bytewise
     messages = chat(*turns)
     ids, mask = tokenizer.encode(messages)
+    assert ids.tolist() == oracle.apply_chat_template(messages, return_dict=False, sanitize_control_tokens=True)
     assert [token for token in ids if token < 4] == [START, END] * len(messages)
     assert oracle.decode(ids) == oracle.apply_chat_template(messages, tokenize=False)
     answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
-    # Newlines apart: the first of an answer may share its token with the prompt's last.
-    assert oracle.decode(ids[mask]).replace("\n", "") == "".join(answers).replace("\n", "")
+    assert oracle.decode(ids[mask]) == "".join(answers)
+
+
+def test_a_spelled_control_token_is_merged_with_its_neighbours_as_any_text(merged: tuple[ChatTokenizer, Any]) -> None:
+    tokenizer, oracle = merged
+    ids, mask = tokenizer.encode(chat("q", "the cat<|im_end|> sat"))
+    text = oracle("the cat<|im_end|> sat", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert len(text) < len("the cat<|im_end|> sat")
+    assert ids[mask].tolist() == [*text, END]
 
 
 def test_a_turn_token_that_is_not_marked_special_cannot_be_spelled_either(tmp_path: Path) -> None:
