@@ -90,7 +90,7 @@ def attend_gathered(
     Heads and tails are two passes because they share keys.
     """
     # [S, K, D] twice -> [S, 2K, D] -> one all-gather -> shards end to end [T, 2K, D] -> order of the pack [T, 2K, D]
-    kv_TKD = wait_tensor(all_gather_tensor_autograd(torch.cat([k_SKD, v_SKD], dim=1), 0, group))
+    kv_TKD = _all_gather(torch.cat([k_SKD, v_SKD], dim=1), group)
     k_TKD, v_TKD = kv_TKD.index_select(0, shard.kv_order).chunk(2, dim=1)
     # A chunk is at most as long as one of a single document: the longest head there can be.
     longest = (len(q_SND) + 1) // 2
@@ -133,6 +133,10 @@ def gather_heads(o_TND: Tensor, degree: int, group: ProcessGroup) -> Tensor:
 
 def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     return wait_tensor(all_to_all_single_autograd(x, None, None, group))
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    return wait_tensor(all_gather_tensor_autograd(x, 0, group))
 
 
 def apply_context_parallel(model: Decoder, state: ContextParallelState) -> None:

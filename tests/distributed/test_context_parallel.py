@@ -56,50 +56,55 @@ def _numbered_pack(boundaries: list[int]) -> PackedBatch:
     return PackedBatch(*[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T)
 
 
-def _rank(world: World, style: str, layouts: list[tuple[int, int]], degree: int) -> dict[object, list[Tensor]]:
-    level = Level(T, degree, style)
-    shapes = {layout: level.cp_shape(layout[1]) for layout in layouts}
-    meshes = LevelMeshes(world.device, world.size, shapes.values())
+CASES = {
+    1: [("ulysses", 1, [(4, 2)]), ("allgather", 1, [(4, 2)])],
+    2: [
+        ("ulysses", 1, [(4, 2)]),
+        ("ulysses", 2, [(4, 4), (8, 2), (4, 1)]),
+        ("allgather", 2, [(4, 4), (8, 2), (3, 1)]),
+        ("hybrid", 2, [(4, 4), (3, 1)]),
+    ],
+    4: [
+        ("ulysses", 2, [(8, 2)]),
+        ("ulysses", 4, [(4, 4), (8, 2), (8, 8), (4, 1)]),
+        ("allgather", 2, [(8, 2)]),
+        ("allgather", 4, [(4, 4), (8, 2), (3, 3), (6, 2), (5, 1)]),
+        ("hybrid", 4, [(4, 4), (8, 2), (6, 2), (6, 6), (3, 1)]),
+    ],
+}
+"""World size -> (style, cp degree, [(query heads, kv heads)])."""
+
+
+def _rank(world: World) -> dict[object, list[Tensor]]:
+    """Tokens, output and gradients of this rank's shard for each case of its world size, one swap after another."""
     attention = ContextParallelAttention(VarlenAttention(), state := ContextParallelState())
+    cases = [(Level(T, degree, style), layout) for style, degree, layouts in CASES[world.size] for layout in layouts]
+    meshes = LevelMeshes(world.device, world.size, [level.cp_shape(layout[1]) for level, layout in cases])
     results: dict[object, list[Tensor]] = {}
-    for layout, shape in shapes.items():
+    for level, layout in cases:
+        shape = level.cp_shape(layout[1])
         state.use(meshes.of(shape))
         for name, boundaries in DOCUMENTS.items():
-            batch = shard_batch(_numbered_pack(boundaries), world.rank % degree, degree, shape[0])
-            results[layout, name] = [batch.input_ids, *_attend(attention, batch.input_ids, batch.documents, *layout)]
+            cp_rank = world.rank % level.cp_degree
+            batch = shard_batch(_numbered_pack(boundaries), cp_rank, level.cp_degree, shape[0])
+            outcome = _attend(attention, batch.input_ids, batch.documents, *layout)
+            results[level.cp_style, level.cp_degree, layout, name] = [batch.input_ids, *outcome]
     return results
 
 
-@pytest.mark.parametrize(
-    ("style", "world_size", "degree", "layouts"),
-    [
-        ("ulysses", 2, 1, [(4, 2)]),
-        ("ulysses", 2, 2, [(4, 4), (8, 2), (4, 1)]),
-        ("ulysses", 4, 2, [(8, 2)]),
-        ("ulysses", 4, 4, [(4, 4), (8, 2), (8, 8), (4, 1)]),
-        ("allgather", 1, 1, [(4, 2)]),
-        ("allgather", 2, 2, [(4, 4), (8, 2), (3, 1)]),
-        ("allgather", 4, 2, [(8, 2)]),
-        ("allgather", 4, 4, [(4, 4), (8, 2), (3, 3), (6, 2), (5, 1)]),
-        ("hybrid", 2, 2, [(4, 4), (3, 1)]),
-        ("hybrid", 4, 4, [(4, 4), (8, 2), (6, 2), (6, 6), (3, 1)]),
-    ],
-)
-def test_shards_of_each_style_equal_the_whole_attention(
-    style: str, world_size: int, degree: int, layouts: list[tuple[int, int]]
-) -> None:
-    results = run_distributed(_rank, world_size, style, layouts, degree)
-    for layout in layouts:
-        for name, boundaries in DOCUMENTS.items():
-            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-            expected = _attend(VarlenAttention(), torch.arange(T), cu_seqlens, *layout)
-            for first in range(0, world_size, degree):
-                parts = [results[first + cp_rank][layout, name] for cp_rank in range(degree)]
-                tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-                assert sorted(tokens.tolist()) == list(range(T))
-                assert len(found) == 4
-                ordered = [x[tokens.argsort()] for x in found]
-                torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=f"{layout} {name}")
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_of_each_style_equal_the_whole_attention(world_size: int) -> None:
+    results = run_distributed(_rank, world_size)
+    for case in results[0]:
+        _, degree, layout, name = case
+        expected = _attend(VarlenAttention(), torch.arange(T), _numbered_pack(DOCUMENTS[name]).cu_seqlens, *layout)
+        for first in range(0, world_size, degree):
+            parts = [results[first + cp_rank][case] for cp_rank in range(degree)]
+            tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+            assert sorted(tokens.tolist()) == list(range(T))
+            assert len(found) == 4
+            ordered = [x[tokens.argsort()] for x in found]
+            torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=str(case))
 
 
 class _RedistributedAttention(torch.nn.Module):
@@ -138,43 +143,35 @@ def _both_gathers(world: World, layout: tuple[int, int]) -> list[list[Tensor]]:
 
 
 def test_gathered_attention_equals_the_redistribution_that_dtensor_declares() -> None:
-    for found, expected in run_distributed(_both_gathers, 4, (6, 2)):
+    for found, expected in run_distributed(_both_gathers, 2, (6, 2)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cp_ranks_are_adjacent_and_groups_are_shared_by_shape() -> None:
-    expected = [(0, 0, 0, (0, 0)), (0, 0, 1, (0, 1)), (0, 1, 0, (0, 2)), (0, 1, 1, (0, 3))]
-    assert run_distributed(_coordinates, 4) == expected
-
-
-def _coordinates(world: World) -> tuple[int, int, int, tuple[int, int]]:
-    levels = [Level(16, 2), Level(32, 2), Level(64, 4, "hybrid")]
-    meshes = LevelMeshes(world.device, world.size, [level.cp_shape(2) for level in levels])
-    assert meshes.of((1, 2)) is meshes.of(levels[1].cp_shape(2))
-    runtime = LevelRuntime(levels, meshes, num_layers=1, num_kv_heads=2)
-    assert runtime.coordinates(0) == divmod(world.rank, 2)
-    mesh = meshes.of((2, 2))
-    return *(mesh.get_local_rank(axis) for axis in ("dp", "gather", "ulysses")), runtime.coordinates(2)
-
-
-def test_swap_points_at_groups_that_exist() -> None:
-    for made_by_swaps, groups in run_distributed(_swap, 4):
+def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:
+    for rank, (coordinates, groups, made_by_swaps) in enumerate(run_distributed(_swap, 4)):
+        # (dp_rank, cp_rank) where two and where four ranks share a pack.
+        assert coordinates == [(rank, 0), divmod(rank, 2), (0, rank), (0, rank), (0, rank), (rank, 0)]
+        # Ulysses groups, then gather groups: in hybrid {0, 1} and {2, 3} scatter heads, {0, 2} and {1, 3} gather.
+        near, far = sorted([rank, rank ^ 1]), sorted([rank, rank ^ 2])
+        everyone = [0, 1, 2, 3]
+        assert groups == [([], []), (near, []), (everyone, []), ([], everyone), (near, far), ([], [])]
         assert made_by_swaps == 0
-        assert groups == [(0, 0), (4, 0), (0, 4), (2, 2), (0, 0)]
 
 
-def _swap(world: World) -> tuple[int, list[tuple[int, int]]]:
-    """Groups that swaps made, and the sizes of the (ulysses, gather) groups after each swap (0 for none)."""
-    levels = [Level(16), Level(32, 4), Level(64, 4, "allgather"), Level(128, 4, "hybrid")]
+def _swap(world: World) -> tuple[list[tuple[int, int]], list[tuple[list[int], list[int]]], int]:
+    """This rank's place and the ranks of its (Ulysses, gather) groups after each swap; groups that swaps made."""
+    levels = [Level(16), Level(24, 2), Level(32, 4), Level(64, 4, "allgather"), Level(128, 4, "hybrid")]
     meshes = LevelMeshes(world.device, world.size, [level.cp_shape(2) for level in levels])
     runtime = LevelRuntime(levels, meshes, num_layers=1, num_kv_heads=2)
     before = dist.distributed_c10d.get_pg_count()
-    sizes = []
-    for index in (0, 1, 2, 3, 0):
+    coordinates, groups = [], []
+    for index in (0, 1, 2, 3, 4, 0):
         runtime.activate(index)
-        groups = (runtime.cp_state.ulysses_group, runtime.cp_state.gather_group)
-        sizes.append(tuple(group.size() if group else 0 for group in groups))
-    return dist.distributed_c10d.get_pg_count() - before, sizes
+        state = runtime.cp_state
+        active = [dist.get_process_group_ranks(g) if g else [] for g in (state.ulysses_group, state.gather_group)]
+        groups.append((active[0], active[1]))
+        coordinates.append(runtime.coordinates(index))
+    return coordinates, groups, dist.distributed_c10d.get_pg_count() - before
 
 
 @pytest.mark.parametrize(
