@@ -23,16 +23,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import (
-    all_gather_tensor_autograd,
-    all_to_all_single_autograd,
-    wait_tensor,
-)
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing.level import Level
+
+# torch 2.13 has it under the first name and warns at the second, the only one of older versions.
+_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    return wait_tensor(all_gather_tensor_autograd(x, 0, group))
+    return wait_tensor(_gather_autograd(x, 0, group))
 
 
 def apply_context_parallel(model: Decoder, state: ContextParallelState) -> None:

@@ -140,11 +140,14 @@ def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
 
 def _merge_documents(batch: PackedBatch) -> PackedBatch:
     def merged(cu_seqlens: Tensor) -> Tensor:
-        return torch.where(torch.arange(len(cu_seqlens)) == 0, 0, cu_seqlens[-1])
+        ends = torch.full_like(cu_seqlens, int(cu_seqlens[-1]))
+        ends[0] = 0
+        return ends
 
     head_tail = batch.head_tail
     if head_tail is not None:
-        head_tail = HeadTailShard(*(merged(x) for x in head_tail[:4]), kv_order=head_tail.kv_order)
+        head_q, head_k, tail_q, tail_k = (merged(cu_seqlens) for cu_seqlens in head_tail[:4])
+        head_tail = HeadTailShard(head_q, head_k, tail_q, tail_k, head_tail.kv_order)
     return dataclasses.replace(batch, cu_seqlens=merged(batch.cu_seqlens), head_tail=head_tail)
 
 
