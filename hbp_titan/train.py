@@ -73,9 +73,10 @@ class Trainer:
         cost = cost_model(self.args)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.total_steps = self.plans.total_steps()
+        self.gather_degrees = [level.cp_shape(self.args.num_kv_heads)[0] for level in config.levels]
         self.validator = None
         if config.validation.enable and held_out:
-            self.validator = Validator(EpochPlans(config, held_out, world.size, cost), world)
+            self.validator = Validator(EpochPlans(config, held_out, world.size, cost), world, self.gather_degrees)
 
         self.engine = Engine(config, self.args, world)
         self.model = self.engine.model
@@ -143,6 +144,7 @@ class Trainer:
             self.store,
             self.world.rank,
             sample_weights=NORMALIZERS[self.config.training.normalizer],
+            gather_degrees=self.gather_degrees,
             first_iteration=int(plan.step_offsets[self.step_in_epoch]),
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
@@ -168,7 +170,7 @@ class Trainer:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
         and compilation ends here."""
         plan = self.plans.of(self.epoch)
-        batches = PlanDataset(plan, self.store, self.world.rank)
+        batches = PlanDataset(plan, self.store, self.world.rank, gather_degrees=self.gather_degrees)
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:

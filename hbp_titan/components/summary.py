@@ -34,10 +34,11 @@ def describe_plan(plan: Plan, total_steps: int) -> str:
     lines = []
     iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
     for level, count in zip(plan.levels, iterations, strict=True):
+        style = f" ({level.cp_style})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
         lines.append(
-            f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}, "
+            f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
             f"checkpointing {recomputed}, {count} iterations"
         )
     tokens = plan.step_tokens

@@ -6,7 +6,7 @@ are those of the levels; each token counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from hbp_titan.distributed.world import World, all_reduce_values
 class Validator:
     """Evaluates every sample of a store once."""
 
-    def __init__(self, plans: EpochPlans, world: World) -> None:
+    def __init__(self, plans: EpochPlans, world: World, gather_degrees: Sequence[int]) -> None:
         self.plan = plans.of(0)
         self.world = world
-        self.batches = PlanDataset(self.plan, plans.store, world.rank)
+        self.batches = PlanDataset(self.plan, plans.store, world.rank, gather_degrees=gather_degrees)
 
     def run(self, loss_sum_of: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
         """Mean loss per loss token, whole and by level; every rank calls it and gets the same.

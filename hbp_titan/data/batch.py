@@ -11,14 +11,16 @@ each, padding at the end. For documents a a a and b b with padding up to T = 8:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
 from hbp_titan.packing.level import Level
 
 IGNORE_INDEX = -100
@@ -40,7 +42,8 @@ class PackedBatch:
     input_ids, position_ids, labels: int64 [S]. cu_seqlens: int32 [documents + 1], of the whole pack.
     loss_weights: float32 [S], what the loss of each label counts (0 where there is none).
     loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
-    whole pack, padding not counted.
+    whole pack, padding not counted. head_tail: for attention over gathered keys and values, where the shard is one of
+    heads and tails (data/sequence_shard.py); None where it is contiguous.
     """
 
     input_ids: Tensor
@@ -53,18 +56,24 @@ class PackedBatch:
     level: int
     num_tokens: int
     num_loss_tokens: int
+    head_tail: HeadTailShard | None = None
+
+    @property
+    def documents(self) -> Tensor | HeadTailShard:
+        """What attention is told of the pack's documents."""
+        return self.cu_seqlens if self.head_tail is None else self.head_tail
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; copies run asynchronously from pinned memory."""
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in self._tensors().items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in pinned memory."""
-        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _tensors(self) -> dict[str, Any]:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return PackedBatch(**tree_map_only(Tensor, change, values))
 
 
 def document_slots(level: Level, max_documents: int) -> int:
@@ -122,18 +131,28 @@ def make_batch(
     )
 
 
-def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int) -> PackedBatch:
-    """The contiguous sequence shard of `cp_rank`. Labels were shifted before: a border loses no label."""
+def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1) -> PackedBatch:
+    """The sequence shard of `cp_rank`. Labels were shifted before: a border loses no label.
+
+    gather_degree: groups of cp ranks between which keys and values are all-gathered; they hold head-tail shards, and
+    the ranks of a group hold contiguous parts of its shard. 1: contiguous shards of the pack itself.
+    """
     if cp_degree == 1:
         return batch
-    size = batch.input_ids.shape[0] // cp_degree
-    part = slice(cp_rank * size, (cp_rank + 1) * size)
-    labels = batch.labels[part]
+    tokens, head_tail = torch.arange(len(batch.input_ids)), None
+    group, part = divmod(cp_rank, cp_degree // gather_degree)
+    if gather_degree > 1:
+        positions, head_tail = head_tail_shard(batch.cu_seqlens.numpy(), group, gather_degree)
+        tokens = torch.from_numpy(positions)
+    size = len(batch.input_ids) // cp_degree
+    tokens = tokens[part * size : (part + 1) * size]
+    labels = batch.labels[tokens]
     return replace(
         batch,
-        input_ids=batch.input_ids[part],
-        position_ids=batch.position_ids[part],
+        input_ids=batch.input_ids[tokens],
+        position_ids=batch.position_ids[tokens],
         labels=labels,
-        loss_weights=batch.loss_weights[part],
+        loss_weights=batch.loss_weights[tokens],
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
+        head_tail=head_tail,
     )

@@ -7,7 +7,7 @@ position is reached at once, without reading what lies before it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,24 @@ SampleWeights = Callable[[Plan, int, NDArray[np.int64]], NDArray[np.float64]]
 
 
 class PlanDataset(Dataset[PackedBatch]):
-    """Maps an iteration of the plan to this rank's batch."""
+    """Maps an iteration of the plan to this rank's batch.
 
-    def __init__(self, plan: Plan, store: SampleSource, rank: int, sample_weights: SampleWeights | None = None) -> None:
+    gather_degrees: for each level the gather_degree of `shard_batch`; 1 unless given.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: SampleSource,
+        rank: int,
+        sample_weights: SampleWeights | None = None,
+        gather_degrees: Sequence[int] | None = None,
+    ) -> None:
         self.plan = plan
         self.store = store
         self.rank = rank
         self.sample_weights = sample_weights
+        self.gather_degrees = gather_degrees or [1] * len(plan.levels)
         self.max_documents = [plan.max_documents(index) for index in range(len(plan.levels))]
 
     def __len__(self) -> int:
@@ -49,7 +60,7 @@ class PlanDataset(Dataset[PackedBatch]):
                 f"iteration {iteration}, samples {sample_ids.tolist()}: the batch has {batch.num_loss_tokens} loss "
                 f"tokens, the plan {planned}"
             )
-        return shard_batch(batch, cp_rank, level.cp_degree)
+        return shard_batch(batch, cp_rank, level.cp_degree, self.gather_degrees[index])
 
 
 class _From(Sampler[int]):
@@ -76,6 +87,7 @@ class PackLoader:
         rank: int,
         *,
         sample_weights: SampleWeights | None = None,
+        gather_degrees: Sequence[int] | None = None,
         first_iteration: int = 0,
         num_workers: int = 0,
         prefetch_factor: int = 4,
@@ -83,7 +95,7 @@ class PackLoader:
     ) -> None:
         self.plan = plan
         self.iteration = first_iteration
-        self.dataset = PlanDataset(plan, store, rank, sample_weights)
+        self.dataset = PlanDataset(plan, store, rank, sample_weights, gather_degrees)
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 deprecates; nothing here depends on it.
             warnings.filterwarnings("ignore", message=".*set_vital.*")

@@ -1,10 +1,18 @@
 """Context parallelism over packed documents: attention sees whole documents, everything else a sequence shard.
 
-Owns the exchange of q, k, v and o between the cp ranks (Ulysses: arXiv 2309.14509) and the check that a cp
-degree fits the heads. The active degree and group are read at each forward, so that a level swap costs nothing.
+Owns the exchanges between the cp ranks and the check that a cp degree fits the heads. A level's cp ranks form
+gather_degree groups of ulysses_degree ranks (Level.cp_shape), and attention runs through two optional layers:
 
-Shape suffixes: T tokens of the pack, S = T/CP tokens of a rank's shard, N query heads, K key/value heads,
-D head dim, C cp ranks, H = (N + 2K)/C heads that travel to one rank.
+    inside a group    Ulysses (arXiv 2309.14509): all-to-alls give each rank the group's sequence for some of the heads
+    between groups    keys and values are all-gathered (arXiv 2407.21783, section 3.3.2), queries stay; backward
+                      reduce-scatters their gradients. The groups hold head-tail shards (data/sequence_shard.py), so
+                      their causal work is even
+
+"ulysses" is the first alone, "allgather" the second alone, "hybrid" both. The active groups are read at each forward,
+so that a level swap costs nothing.
+
+Shape suffixes: T tokens of the pack (of the group's shard inside Ulysses), S tokens of a rank's shard, N query heads,
+K key/value heads, D head dim, C ranks of a group, H = (N + 2K)/C heads that travel to one rank.
 """
 
 from __future__ import annotations
@@ -15,25 +23,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing.level import Level
+
+# torch 2.13 has it under the first name and warns at the second, the only one of older versions.
+_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 @dataclass
 class ContextParallelState:
-    """What the attention layers read: the cp group of the active level, None where cp_degree is 1."""
+    """What the attention layers read: the groups of the active level, None where their degree is 1."""
 
-    degree: int = 1
-    group: ProcessGroup | None = None
+    ulysses_degree: int = 1
+    ulysses_group: ProcessGroup | None = None
+    gather_group: ProcessGroup | None = None
+
+    def use(self, mesh: DeviceMesh) -> None:
+        """Make the groups of a (dp, gather, ulysses) mesh the active ones."""
+        _, gather_degree, self.ulysses_degree = mesh.shape
+        self.ulysses_group = mesh.get_group("ulysses") if self.ulysses_degree > 1 else None
+        self.gather_group = mesh.get_group("gather") if gather_degree > 1 else None
 
 
-class UlyssesAttention(nn.Module):
-    """Wraps a model's inner attention: heads are scattered and the sequence gathered around it.
+class ContextParallelAttention(nn.Module):
+    """Wraps a model's inner attention with the exchanges that the active level asks for; without any it is that.
 
-    forward takes q [S, N, D] and k, v [S, K, D], the rank's contiguous sequence shard, and the cu_seqlens of the
-    whole pack; returns o [S, N, D]. With degree 1 it is the inner attention itself.
+    forward takes q [S, N, D] and k, v [S, K, D] of the rank's sequence shard, and the documents of the whole pack
+    (PackedBatch.documents): a HeadTailShard where keys and values are gathered, else cu_seqlens. Returns o [S, N, D].
     """
 
     def __init__(self, inner: nn.Module, state: ContextParallelState) -> None:
@@ -41,13 +62,45 @@ class UlyssesAttention(nn.Module):
         self.inner = inner
         self.state = state
 
-    def forward(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        degree, group = self.state.degree, self.state.group
-        if group is None:
-            return self.inner(q_SND, k_SKD, v_SKD, cu_seqlens, max_seqlen)
-        q_TND, k_TKD, v_TKD = scatter_heads(q_SND, k_SKD, v_SKD, degree, group)
-        o_TND = self.inner(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
-        return gather_heads(o_TND, degree, group)
+    def forward(
+        self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Tensor | HeadTailShard, max_seqlen: int
+    ) -> Tensor:
+        degree, group, gather_group = self.state.ulysses_degree, self.state.ulysses_group, self.state.gather_group
+        if group is not None:
+            q_SND, k_SKD, v_SKD = scatter_heads(q_SND, k_SKD, v_SKD, degree, group)
+        if gather_group is None:
+            o_SND = self.inner(q_SND, k_SKD, v_SKD, documents, max_seqlen)
+        else:
+            assert isinstance(documents, HeadTailShard)
+            o_SND = attend_gathered(self.inner, q_SND, k_SKD, v_SKD, documents, max_seqlen, gather_group)
+        return o_SND if group is None else gather_heads(o_SND, degree, group)
+
+
+def attend_gathered(
+    inner: nn.Module,
+    q_SND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    shard: HeadTailShard,
+    max_seqlen: int,
+    group: ProcessGroup,
+) -> Tensor:
+    """Attention of a head-tail shard's queries to the keys and values of the whole pack; returns o [S, N, D].
+
+    Heads and tails are two passes because they share keys.
+    """
+    # [S, K, D] twice -> [S, 2K, D] -> one all-gather -> shards end to end [T, 2K, D] -> order of the pack [T, 2K, D]
+    kv_TKD = _all_gather(torch.cat([k_SKD, v_SKD], dim=1), group)
+    k_TKD, v_TKD = kv_TKD.index_select(0, shard.kv_order).chunk(2, dim=1)
+    # A chunk is at most as long as one of a single document: the longest head there can be.
+    longest = (len(q_SND) + 1) // 2
+    head_SND, tail_SND = q_SND.split([longest, len(q_SND) - longest])
+    return torch.cat(
+        [
+            inner(head_SND, k_TKD, v_TKD, shard.head_q, longest, shard.head_k, max_seqlen),
+            inner(tail_SND, k_TKD, v_TKD, shard.tail_q, longest, shard.tail_k, max_seqlen),
+        ]
+    )
 
 
 def scatter_heads(
@@ -82,17 +135,23 @@ def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     return wait_tensor(all_to_all_single_autograd(x, None, None, group))
 
 
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    return wait_tensor(_gather_autograd(x, 0, group))
+
+
 def apply_context_parallel(model: Decoder, state: ContextParallelState) -> None:
     """Wrap the inner attention of every layer of `model` (blocks in `model.layers`)."""
     for block in model.blocks():
-        block.inner_attention = UlyssesAttention(block.inner_attention, state)
+        block.inner_attention = ContextParallelAttention(block.inner_attention, state)
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:
-    """Raise ValueError where a level's cp_degree does not fit the model's heads."""
+    """Raise ValueError where the cp_degree of a level of style "ulysses" does not fit the model's heads."""
     for level in levels:
+        if level.cp_style != "ulysses":
+            continue
         cp = level.cp_degree
-        where = f"the level with max_tokens={level.max_tokens}: change levels.cp_degree"
+        where = f'the level with max_tokens={level.max_tokens}: change levels.cp_degree, or cp_style to "hybrid"'
         if num_heads % cp:
             raise ValueError(f"cp_degree={cp} does not divide the model's {num_heads} attention heads in {where}")
         if num_kv_heads % cp and cp % num_kv_heads:

@@ -1,4 +1,4 @@
-"""Device meshes: one that shards the parameters, and one (dp, cp) view of the same ranks per cp degree.
+"""Device meshes: one that shards the parameters, and one view of the same ranks per form of context parallelism.
 
 Owns every process group beside the default one. All groups are made at the start; a level swap only points at
 another view (design after torchtitan v0.2.2 distributed/parallel_dims.py; paper section 3.3, adaptive SP).
@@ -15,26 +15,34 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 class LevelMeshes:
-    """The mesh of the parameters and the (dp, cp) mesh of each cp degree in use.
+    """The mesh of the parameters and the (dp, gather, ulysses) mesh of each cp shape in use.
 
     fsdp: flat, axis "fsdp"; with dp_replicate > 1 it has the axes ("dp_replicate", "fsdp"): parameters are sharded over
     the last and copied over the first (HSDP).
+    cp_shapes: (gather_degree, ulysses_degree) as from `Level.cp_shape`. A cp rank is gather_rank * ulysses_degree +
+    ulysses_rank: the ranks that scatter heads, the more frequent exchange, are the nearest.
     """
 
-    def __init__(self, device: torch.device, world_size: int, cp_degrees: Iterable[int], dp_replicate: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, world_size: int, cp_shapes: Iterable[tuple[int, int]], dp_replicate: int = 1
+    ) -> None:
         if dp_replicate > 1:
             shape, names = (dp_replicate, world_size // dp_replicate), ("dp_replicate", "fsdp")
             self.fsdp = init_device_mesh(device.type, shape, mesh_dim_names=names)
         else:
             self.fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
-        self._by_cp: dict[int, DeviceMesh] = {
-            cp: init_device_mesh(device.type, (world_size // cp, cp), mesh_dim_names=("dp", "cp"))
-            for cp in sorted(set(cp_degrees))
+        self._by_shape: dict[tuple[int, int], DeviceMesh] = {
+            (gather, ulysses): init_device_mesh(
+                device.type,
+                (world_size // (gather * ulysses), gather, ulysses),
+                mesh_dim_names=("dp", "gather", "ulysses"),
+            )
+            for gather, ulysses in sorted(set(cp_shapes))
         }
 
-    def of(self, cp_degree: int) -> DeviceMesh:
-        """The (dp, cp) mesh with `cp_degree` ranks on its cp axis."""
-        return self._by_cp[cp_degree]
+    def of(self, cp_shape: tuple[int, int]) -> DeviceMesh:
+        """The (dp, gather, ulysses) mesh with these degrees on its last two axes."""
+        return self._by_shape[cp_shape]
 
 
 def nodes_crossed(cp_degrees: Iterable[int], ranks_per_node: int) -> list[int]:

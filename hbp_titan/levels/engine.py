@@ -30,9 +30,9 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.chunk_tokens = config.training.loss_chunk_tokens
-        cp_degrees = [level.cp_degree for level in config.levels]
-        meshes = LevelMeshes(world.device, world.size, cp_degrees, config.parallelism.dp_replicate)
-        self.runtime = LevelRuntime(config.levels, meshes, args.num_layers)
+        cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
+        meshes = LevelMeshes(world.device, world.size, cp_shapes, config.parallelism.dp_replicate)
+        self.runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
         # On meta, parallelized, then given storage and weights shard by shard.
         with torch.device("meta"):
             self.model = build_model(args).to(DTYPES[config.training.dtype])
@@ -77,4 +77,4 @@ class Engine:
             index = batch.loss_index
             return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
 
-        return self.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, loss_of)
+        return self.model(batch.input_ids, batch.position_ids, batch.documents, batch.max_seqlen, loss_of)

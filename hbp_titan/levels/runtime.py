@@ -17,9 +17,9 @@ from hbp_titan.packing.level import Level
 class LevelRuntime:
     """Holds the active level; `activate` is called before each iteration."""
 
-    def __init__(self, levels: Sequence[Level], meshes: LevelMeshes, num_layers: int) -> None:
+    def __init__(self, levels: Sequence[Level], meshes: LevelMeshes, num_layers: int, num_kv_heads: int) -> None:
         self.levels = tuple(levels)
-        self.meshes = meshes
+        self.meshes = [meshes.of(level.cp_shape(num_kv_heads)) for level in levels]
         self.num_layers = num_layers
         self.cp_state = ContextParallelState()
         self.ac_state = ActivationCheckpointState()
@@ -28,13 +28,13 @@ class LevelRuntime:
     def activate(self, index: int) -> None:
         """Make level `index` the one that the next forward and backward run."""
         level = self.levels[index]
-        self.cp_state.degree = level.cp_degree
-        self.cp_state.group = self.meshes.of(level.cp_degree).get_group("cp") if level.cp_degree > 1 else None
+        self.cp_state.use(self.meshes[index])
         self.ac_state.policy = level.ac_policy
         self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
         self.active = index
 
     def coordinates(self, index: int) -> tuple[int, int]:
         """This rank's (dp_rank, cp_rank) in the mesh of level `index`."""
-        mesh = self.meshes.of(self.levels[index].cp_degree)
-        return mesh.get_local_rank("dp"), mesh.get_local_rank("cp")
+        mesh = self.meshes[index]
+        cp_rank = mesh.get_local_rank("gather") * mesh.size(2) + mesh.get_local_rank("ulysses")
+        return mesh.get_local_rank("dp"), cp_rank

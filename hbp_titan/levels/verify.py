@@ -22,12 +22,14 @@ from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
 from hbp_titan.data.loader import PlanDataset
+from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.engine import Engine
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.packing import Level, build_plan
+from hbp_titan.packing.level import CP_STYLES
 
 LOSS_TOLERANCE = 1e-5
 GRAD_TOLERANCE = 1e-4
@@ -103,12 +105,13 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     largest = levels[-1].max_tokens
     cases = []
     for world in world_sizes:
-        fitted = tuple(dataclasses.replace(k, cp_degree=_fitting_cp(k.cp_degree, world, args)) for k in levels)
+        fitted = tuple(dataclasses.replace(k, cp_degree=_fitting_cp(k, world, args)) for k in levels)
         cases.append(Case(f"one level, {world} ranks", world, (Level(largest),)))
+        shared = [Level(largest, cp, style) for style in CP_STYLES for cp in (2, 4, 8)]
         cases += [
-            Case(f"one level, {world} ranks, ulysses cp {cp}", world, (Level(largest, cp),))
-            for cp in (2, 4, 8)
-            if cp == _fitting_cp(cp, world, args)
+            Case(f"one level, {world} ranks, {level.cp_style} cp {level.cp_degree}", world, (level,))
+            for level in shared
+            if level.cp_degree == _fitting_cp(level, world, args)
         ]
         cases.append(Case(f"configured levels, {world} ranks", world, fitted))
     world = world_sizes[-1]
@@ -125,19 +128,27 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     return cases
 
 
-def _fitting_cp(cp_degree: int, world_size: int, args: ModelArgs) -> int:
-    """The largest divisor of `cp_degree` that the world and the heads allow."""
-    for cp in range(cp_degree, 0, -1):
+def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
+    """The largest divisor of the level's cp degree that the world and, for "ulysses", the heads allow."""
+    for cp in range(level.cp_degree, 0, -1):
         kv_heads_fit = args.num_kv_heads % cp == 0 or cp % args.num_kv_heads == 0
-        if cp_degree % cp == 0 and world_size % cp == 0 and args.num_heads % cp == 0 and kv_heads_fit:
+        heads_fit = level.cp_style != "ulysses" or (args.num_heads % cp == 0 and kv_heads_fit)
+        if level.cp_degree % cp == 0 and world_size % cp == 0 and heads_fit:
             return cp
     raise AssertionError("1 always fits")
 
 
 def _merge_documents(batch: PackedBatch) -> PackedBatch:
-    cu_seqlens = torch.full_like(batch.cu_seqlens, batch.max_seqlen)
-    cu_seqlens[0] = 0
-    return dataclasses.replace(batch, cu_seqlens=cu_seqlens)
+    def merged(cu_seqlens: Tensor) -> Tensor:
+        ends = torch.full_like(cu_seqlens, int(cu_seqlens[-1]))
+        ends[0] = 0
+        return ends
+
+    head_tail = batch.head_tail
+    if head_tail is not None:
+        head_q, head_k, tail_q, tail_k = (merged(cu_seqlens) for cu_seqlens in head_tail[:4])
+        head_tail = HeadTailShard(head_q, head_k, tail_q, tail_k, head_tail.kv_order)
+    return dataclasses.replace(batch, cu_seqlens=merged(batch.cu_seqlens), head_tail=head_tail)
 
 
 def _run_positions_on(batch: PackedBatch) -> PackedBatch:
@@ -189,7 +200,8 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
         global_batch_tokens=case.global_batch_tokens,
         mix=case.mix,
     )
-    batches = PlanDataset(plan, samples, world.rank, NORMALIZERS[case.normalizer])
+    gather_degrees = [level.cp_shape(args.num_kv_heads)[0] for level in case.levels]
+    batches = PlanDataset(plan, samples, world.rank, NORMALIZERS[case.normalizer], gather_degrees)
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
     joined = {name: torch.zeros(p.shape) for name, p in engine.model.named_parameters()}
     loss_sum = 0.0

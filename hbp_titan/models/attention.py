@@ -7,8 +7,12 @@ Owns `varlen_attention`, the module that models call it through, and the choice 
     cpu        one CPU flash kernel per document (models/attention_cpu.py)
     reference  plain softmax(QK^T)V per document: slow, any device and dtype, for tests
 
-Shape suffixes: T tokens of the pack, N query heads, K key/value heads (K divides N), G = N / K, D head width,
-L tokens of one document.
+Every backend aligns the causal mask at the bottom right: the last query of a document sees its last key
+(flash-attn since 2.1, https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag; torch's varlen
+is the same kernel).
+
+Shape suffixes: T query tokens, S key/value tokens, N query heads, K key/value heads (K divides N), G = N / K,
+D head width, L and M queries and keys of one document.
 """
 
 from __future__ import annotations
@@ -23,29 +27,43 @@ from torch.nn.attention.varlen import varlen_attn
 
 from hbp_titan.models.attention_cpu import document_lengths, varlen_attention_cpu
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
+"""(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale) -> o_TND."""
 
 # The argument is newer than the kernel's support; without it the key/value heads are repeated by hand.
 _TORCH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen_attention(
-    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Causal softmax attention where a token sees its own document only.
 
-    q_TND, k_TKD, v_TKD: one dtype and one device; query head n reads key/value head n // (N / K).
+    q_TND, k_SKD, v_SKD: one dtype and one device; query head n reads key/value head n // (N / K).
     cu_seqlens: int32 [documents + 1], 0 first and T last, ascending; repeats (empty documents) are skipped, so it
         may be padded at its end with T.
     max_seqlen: at least the longest document; a fixed upper bound (the level's capacity) keeps graphs static.
     scale: factor of the logits, 1 / sqrt(D) unless given.
+    cu_seqlens_k, max_seqlen_k: where the keys of a document are not those of its queries: int32 [documents + 1], 0
+        first and S last, and the bound of its lengths. The queries are the last tokens of a document's keys, so it
+        has at least as many keys as queries; it may have no query.
     Returns o_TND in the dtype of q. Raises ValueError where N is no multiple of K or the backend lacks the dtype.
     """
-    num_heads, num_kv_heads = q_TND.shape[1], k_TKD.shape[1]
+    num_heads, num_kv_heads = q_TND.shape[1], k_SKD.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
     backend = BACKENDS[selected_backend(q_TND.device)]
-    return backend(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen, q_TND.shape[-1] ** -0.5 if scale is None else scale)
+    if cu_seqlens_k is None or max_seqlen_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
+    return backend(q_TND, k_SKD, v_SKD, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale)
 
 
 class VarlenAttention(nn.Module):
@@ -58,8 +76,17 @@ class VarlenAttention(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return varlen_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen, self.scale)
+    def forward(
+        self,
+        q_TND: Tensor,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> Tensor:
+        return varlen_attention(q_TND, k_SKD, v_SKD, cu_seqlens, max_seqlen, self.scale, cu_seqlens_k, max_seqlen_k)
 
 
 def set_backend(name: str) -> None:
@@ -89,53 +116,88 @@ def flash_attn_installed() -> bool:
     return True
 
 
-def _cpu(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    return varlen_attention_cpu(q_TND, k_TKD, v_TKD, cu_seqlens, scale)[0]
+def _cpu(
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    return varlen_attention_cpu(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, scale)[0]
 
 
-def _flash(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def _flash(
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     _check_half_precision("flash", q_TND)
     return flash_attn_varlen_func(
         q_TND,
-        k_TKD,
-        v_TKD,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+        k_SKD,
+        v_SKD,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
         softmax_scale=scale,
         causal=True,
     )
 
 
-def _torch(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def _torch(
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
     _check_half_precision("torch", q_TND)
     # A tuple: with a list the comparison that turns causality on is false and the mask is lost without a word.
     options: dict = {"scale": scale, "window_size": (-1, 0)}
     if _TORCH_HAS_GQA:
         options["enable_gqa"] = True
     else:
-        group = q_TND.shape[1] // k_TKD.shape[1]
-        k_TKD, v_TKD = k_TKD.repeat_interleave(group, dim=1), v_TKD.repeat_interleave(group, dim=1)
-    o_TND = varlen_attn(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        group = q_TND.shape[1] // k_SKD.shape[1]
+        k_SKD, v_SKD = k_SKD.repeat_interleave(group, dim=1), v_SKD.repeat_interleave(group, dim=1)
+    o_TND = varlen_attn(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
     assert isinstance(o_TND, Tensor)
     return o_TND
 
 
 def _reference(
-    q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
 ) -> Tensor:
-    lengths = document_lengths(cu_seqlens, q_TND.shape[0])
-    group = q_TND.shape[1] // k_TKD.shape[1]
+    lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
+    group = q_TND.shape[1] // k_SKD.shape[1]
+    queries, keys = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
     outputs = []
-    for q_LND, k_LKD, v_LKD in zip(*(t.split(lengths) for t in (q_TND, k_TKD, v_TKD)), strict=True):
-        length = q_LND.shape[0]
-        scores_NLL = torch.einsum("qnd,knd->nqk", q_LND, k_LKD.repeat_interleave(group, dim=1)) * scale
-        future_LL = torch.ones(length, length, dtype=torch.bool, device=q_TND.device).triu(1)
-        weights_NLL = scores_NLL.masked_fill(future_LL, -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("nqk,knd->qnd", weights_NLL, v_LKD.repeat_interleave(group, dim=1)))
+    for q_LND, k_MKD, v_MKD in zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), strict=True):
+        length, width = len(q_LND), len(k_MKD)
+        scores_NLM = torch.einsum("qnd,knd->nqk", q_LND, k_MKD.repeat_interleave(group, dim=1)) * scale
+        future_LM = torch.ones(length, width, dtype=torch.bool, device=q_TND.device).triu(1 + width - length)
+        weights_NLM = scores_NLM.masked_fill(future_LM, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("nqk,knd->qnd", weights_NLM, v_MKD.repeat_interleave(group, dim=1)))
     return torch.cat(outputs)
 
 

@@ -176,7 +176,9 @@ class Decoder(nn.Module):
     ) -> Any:
         """input_ids_T, position_ids_T: int64 [T], positions counted from each document's start.
 
-        cu_seqlens, max_seqlen: the documents, as in attention.varlen_attention. Returns logits_TV or head_fn's value.
+        cu_seqlens, max_seqlen: the documents, as in attention.varlen_attention; handed to inner_attention as they are,
+            so what wraps that may define cu_seqlens otherwise.
+        Returns logits_TV or head_fn's value.
         """
         cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T)
         x_TH = self.tok_embeddings(input_ids_T)

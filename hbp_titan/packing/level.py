@@ -6,11 +6,14 @@ Owns the Level type and the check of an ordered set of levels against a world si
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CP_STYLES = ("ulysses",)
+CP_STYLES = ("ulysses", "allgather", "hybrid")
+"""How attention is spread over cp ranks: heads are scattered (ulysses), keys and values are gathered (allgather), or
+groups of ranks scatter heads and gather keys and values from each other (hybrid)."""
 AC_POLICIES = ("none", "full", "keep_attention")
 
 
@@ -49,6 +52,16 @@ class Level:
     def dp_degree(self, world_size: int) -> int:
         """Packs that run side by side in one iteration of this level."""
         return world_size // self.cp_degree
+
+    def cp_shape(self, num_kv_heads: int) -> tuple[int, int]:
+        """(gather_degree, ulysses_degree), whose product is cp_degree.
+
+        Keys and values are all-gathered between gather_degree groups of ulysses_degree ranks, each of which scatters
+        heads. For "hybrid" ulysses_degree is the largest that divides cp_degree and the model's kv heads.
+        """
+        shared = math.gcd(self.cp_degree, num_kv_heads)
+        ulysses_degree = {"ulysses": self.cp_degree, "allgather": 1, "hybrid": shared}[self.cp_style]
+        return self.cp_degree // ulysses_degree, ulysses_degree
 
 
 def check_levels(levels: Sequence[Level], world_size: int) -> None:

@@ -23,7 +23,7 @@ def test_newest_complete_folder_is_by_number_and_partial_ones_are_ignored(tmp_pa
 def _model(world: World, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = torch.nn.Linear(6, 5)
-    fully_shard(model, mesh=LevelMeshes(world.device, world.size, [1]).fsdp)
+    fully_shard(model, mesh=LevelMeshes(world.device, world.size, []).fsdp)
     return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from hbp_titan.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, make_batch, shard_batch
 from hbp_titan.packing import Level
@@ -39,6 +40,45 @@ def test_shards_cut_the_sequence_but_no_label() -> None:
     assert [shard.position_ids.tolist() for shard in shards] == [[0, 1], [2, 0], [1, 0], [1, 2]]
     assert [shard.loss_index.tolist() for shard in shards] == [[0, 1], [1], [], []]
     assert all(shard.cu_seqlens.equal(batch.cu_seqlens) for shard in shards)
+
+
+def test_head_tail_shards_take_labels_positions_and_weights_along() -> None:
+    # Documents of 3, 2 and 3 (padding) tokens in four chunks: 0 | 1 | 2 | - and 3 | - | - | 4 and - | 5 | 6 | 7.
+    batch = make_batch(Samples(), [0, 1], Level(8, 2, "allgather"), 0, 2, np.array([0.5, 2.0]))
+    first, second = (shard_batch(batch, rank, 2, gather_degree=2) for rank in range(2))
+    assert first.input_ids.tolist() == [11, 21, 22, 0]
+    assert first.position_ids.tolist() == [0, 0, 1, 2]
+    assert first.labels.tolist() == [12, 22, X, X]
+    assert first.loss_weights.tolist() == [0.5, 2.0, 0.0, 0.0]
+    assert first.loss_index.tolist() == [0, 1]
+    assert second.input_ids.tolist() == [12, 0, 13, 0]
+    assert second.labels.tolist() == [13, X, X, X]
+    assert second.loss_index.tolist() == [0]
+    assert first.documents is first.head_tail
+    assert batch.documents is batch.cu_seqlens
+
+
+def test_ranks_of_a_group_hold_contiguous_parts_of_its_head_tail_shard() -> None:
+    batch = make_batch(Samples(), [0, 1], Level(8, 4, "hybrid"), 0, max_documents=2)
+    shards = [shard_batch(batch, rank, 4, gather_degree=2) for rank in range(4)]
+    assert [shard.input_ids.tolist() for shard in shards] == [[11, 21], [22, 0], [12, 0], [13, 0]]
+    assert [shard.loss_index.tolist() for shard in shards] == [[0, 1], [], [0], []]
+
+
+def test_head_tail_tensors_have_one_length_for_every_pack_of_a_level() -> None:
+    packs = ([], [2], [0, 1], [0, 1, 2])
+    batches = [make_batch(Samples(), pack, Level(8, 2, "allgather"), 0, max_documents=3) for pack in packs]
+    lengths = [[len(part) for part in shard_batch(batch, 1, 2, 2).head_tail or ()] for batch in batches]
+    # Three documents and one of padding, each with a chunk and a rest: nine boundaries; kv_order has the pack's tokens.
+    assert lengths == [[9, 9, 9, 9, 8]] * 4
+
+
+def test_moving_a_batch_moves_every_tensor() -> None:
+    batch = make_batch(Samples(), [0, 1], Level(8, 2, "allgather"), 0, max_documents=2)
+    moved = shard_batch(batch, 0, 2, gather_degree=2).to(torch.device("meta"))
+    assert moved.head_tail is not None
+    assert {tensor.device.type for tensor in (moved.input_ids, moved.cu_seqlens, *moved.head_tail)} == {"meta"}
+    assert (moved.max_seqlen, moved.num_tokens) == (8, 5)
 
 
 def test_single_token_document_trains_nothing_and_an_empty_pack_is_padding() -> None:

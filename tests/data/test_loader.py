@@ -41,6 +41,20 @@ def test_loader_yields_the_plan_of_its_rank_in_order() -> None:
         assert iteration == plan.num_iterations - 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ranks_that_gather_hold_each_token_of_the_pack_once(num_workers: int) -> None:
+    plan = _plan()
+    options = {"gather_degrees": [1, 2], "num_workers": num_workers}
+    shards = [list(PackLoader(plan, Samples(), rank, **options)) for rank in (0, 1)]
+    contiguous = [list(PackLoader(plan, Samples(), rank)) for rank in (0, 1)]
+    for iteration, (first, second) in enumerate(zip(*shards, strict=True)):
+        wanted = [batches[iteration] for batches in contiguous]
+        assert (first.head_tail is not None) == (first.level == 1)
+        for name in ("input_ids", "position_ids", "labels"):
+            found = [*getattr(first, name).tolist(), *getattr(second, name).tolist()]
+            assert sorted(found) == sorted(value for batch in wanted for value in getattr(batch, name).tolist())
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_workers: int) -> None:
     plan = _plan()

@@ -21,6 +21,7 @@ max_tokens = 128
 [[levels]]
 max_tokens = 512
 cp_degree = 2
+cp_style = "{style}"
 ac_policy = "{policy}"
 """
 
@@ -36,10 +37,14 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
 
 
 # The halves of a block are graphs of their own where attention is kept.
-@pytest.mark.parametrize(("policy", "graphs"), [("full", 2), ("keep_attention", 3)])
-def test_compiled_run_equals_the_eager_one_with_one_graph_a_level(policy: str, graphs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("style", "policy", "graphs"), [("ulysses", "full", 2), ("ulysses", "keep_attention", 3), ("allgather", "full", 2)]
+)
+def test_compiled_run_equals_the_eager_one_with_one_graph_a_level(
+    style: str, policy: str, graphs: int, tmp_path: Path
+) -> None:
     argv = [word for word in write_tiny_run(tmp_path) if not word.startswith("--levels")]
-    (tmp_path / "run.toml").write_text(LEVELS.format(policy=policy))
+    (tmp_path / "run.toml").write_text(LEVELS.format(style=style, policy=policy))
     argv += [
         f"--job.config_file={tmp_path / 'run.toml'}",
         "--checkpoint.enable=false",

@@ -1,23 +1,30 @@
-"""Ulysses attention over gloo ranks against the same attention on one process, forward and backward."""
+"""Each style of context parallelism over gloo ranks against the same attention on one process, forward and backward."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from hbp_titan.distributed.context_parallel import ContextParallelState, UlyssesAttention, check_heads
+from hbp_titan.data.batch import PackedBatch, shard_batch
+from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, nodes_crossed
 from hbp_titan.distributed.world import World
-from hbp_titan.models.attention import VarlenAttention
+from hbp_titan.levels.runtime import LevelRuntime
+from hbp_titan.models.attention import VarlenAttention, varlen_attention
 from hbp_titan.packing import Level
 
-T = 48
+# Four ranks have 15 tokens each: 8 of heads and 7 of tails.
+T = 60
 DOCUMENTS = {
-    "uneven, with padding of cu_seqlens": [0, 1, 14, 15, 41, 48, 48, 48],
-    "one document": [0, 48],
-    "single tokens": list(range(49)),
+    "uneven, with padding of cu_seqlens": [0, 1, 14, 15, 41, 60, 60, 60],
+    "one document": [0, 60],
+    "single tokens": list(range(61)),
+    "shorter than the chunks are many": [0, 2, 5, 9, 14, 20, 27, 60],
 }
 
 
@@ -29,60 +36,159 @@ def _inputs(num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _attend(
-    attention: torch.nn.Module, shard: slice, cu_seqlens: list[int], num_heads: int, num_kv_heads: int
+    attention: torch.nn.Module,
+    tokens: Tensor,
+    documents: Tensor | HeadTailShard,
+    num_heads: int,
+    num_kv_heads: int,
 ) -> list[Tensor]:
-    """Output and gradients of q, k, v of one shard, the output's gradient given."""
-    *inputs, grad_TND = (x[shard] for x in _inputs(num_heads, num_kv_heads))
+    """Output and gradients of q, k, v of the shard that holds `tokens`, the output's gradient given."""
+    *inputs, grad_TND = (x[tokens] for x in _inputs(num_heads, num_kv_heads))
     leaves = [x.clone().requires_grad_() for x in inputs]
-    o_TND = attention(*leaves, torch.tensor(cu_seqlens, dtype=torch.int32), T)
+    o_TND = attention(*leaves, documents, T)
     o_TND.backward(grad_TND)
     return [o_TND.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def _rank(world: World, layouts: list[tuple[int, int]], degree: int) -> dict[object, list[Tensor]]:
-    mesh = LevelMeshes(world.device, world.size, [degree]).of(degree)
-    state = ContextParallelState(degree, mesh.get_group("cp") if degree > 1 else None)
-    attention = UlyssesAttention(VarlenAttention(), state)
-    cp_rank = mesh.get_local_rank("cp")
-    shard = slice(cp_rank * T // degree, (cp_rank + 1) * T // degree)
-    return {
-        (layout, name): _attend(attention, shard, cu_seqlens, *layout)
-        for layout in layouts
-        for name, cu_seqlens in DOCUMENTS.items()
-    }
+def _numbered_pack(boundaries: list[int]) -> PackedBatch:
+    """A pack whose input_ids say which token of the pack each is."""
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    return PackedBatch(*[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T)
+
+
+CASES = {
+    1: [("ulysses", 1, [(4, 2)]), ("allgather", 1, [(4, 2)])],
+    2: [
+        ("ulysses", 1, [(4, 2)]),
+        ("ulysses", 2, [(4, 4), (8, 2), (4, 1)]),
+        ("allgather", 2, [(4, 4), (8, 2), (3, 1)]),
+        ("hybrid", 2, [(4, 4), (3, 1)]),
+    ],
+    4: [
+        ("ulysses", 2, [(8, 2)]),
+        ("ulysses", 4, [(4, 4), (8, 2), (8, 8), (4, 1)]),
+        ("allgather", 2, [(8, 2)]),
+        ("allgather", 4, [(4, 4), (8, 2), (3, 3), (6, 2), (5, 1)]),
+        ("hybrid", 4, [(4, 4), (8, 2), (6, 2), (6, 6), (3, 1)]),
+    ],
+}
+"""World size -> (style, cp degree, [(query heads, kv heads)])."""
+
+
+def _rank(world: World) -> dict[object, list[Tensor]]:
+    """Tokens, output and gradients of this rank's shard for each case of its world size, one swap after another."""
+    attention = ContextParallelAttention(VarlenAttention(), state := ContextParallelState())
+    cases = [(Level(T, degree, style), layout) for style, degree, layouts in CASES[world.size] for layout in layouts]
+    meshes = LevelMeshes(world.device, world.size, [level.cp_shape(layout[1]) for level, layout in cases])
+    results: dict[object, list[Tensor]] = {}
+    for level, layout in cases:
+        shape = level.cp_shape(layout[1])
+        state.use(meshes.of(shape))
+        for name, boundaries in DOCUMENTS.items():
+            cp_rank = world.rank % level.cp_degree
+            batch = shard_batch(_numbered_pack(boundaries), cp_rank, level.cp_degree, shape[0])
+            outcome = _attend(attention, batch.input_ids, batch.documents, *layout)
+            results[level.cp_style, level.cp_degree, layout, name] = [batch.input_ids, *outcome]
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_of_each_style_equal_the_whole_attention(world_size: int) -> None:
+    results = run_distributed(_rank, world_size)
+    for case in results[0]:
+        _, degree, layout, name = case
+        expected = _attend(VarlenAttention(), torch.arange(T), _numbered_pack(DOCUMENTS[name]).cu_seqlens, *layout)
+        for first in range(0, world_size, degree):
+            parts = [results[first + cp_rank][case] for cp_rank in range(degree)]
+            tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+            assert sorted(tokens.tolist()) == list(range(T))
+            assert len(found) == 4
+            ordered = [x[tokens.argsort()] for x in found]
+            torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=str(case))
+
+
+class _RedistributedAttention(torch.nn.Module):
+    """The all-gather as DTensor declares it: keys and values sharded over the gather axis are made whole on each rank,
+    their gradients are partial sums. Each query then attends by itself to the keys that its chunk is said to see."""
+
+    def __init__(self, world: World, degree: int) -> None:
+        super().__init__()
+        self.axis = LevelMeshes(world.device, world.size, [(degree, 1)]).of((degree, 1))["gather"]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shard: HeadTailShard, max_seqlen: int) -> Tensor:
+        k, v = (
+            DTensor.from_local(x, self.axis, [Shard(0)])
+            .redistribute(placements=[Replicate()])
+            .to_local(grad_placements=[Partial()])[shard.kv_order]
+            for x in (k, v)
+        )
+        outputs = []
+        for cu_q, cu_k in ((shard.head_q, shard.head_k), (shard.tail_q, shard.tail_k)):
+            for i in range(len(cu_q) - 1):
+                for back in range(int(cu_q[i + 1] - cu_q[i]), 0, -1):
+                    query = q[len(outputs)][None]
+                    seen = slice(int(cu_k[i]), int(cu_k[i + 1]) - back + 1)
+                    ends = torch.tensor([0, 1]), torch.tensor([0, seen.stop - seen.start])
+                    outputs.append(varlen_attention(query, k[seen], v[seen], ends[0], 1, None, ends[1], T))
+        return torch.cat(outputs)
+
+
+def _both_gathers(world: World, layout: tuple[int, int]) -> list[list[Tensor]]:
+    batch = shard_batch(_numbered_pack([0, 1, 14, 15, 41, 60, 60]), world.rank, world.size, world.size)
+    state = ContextParallelState()
+    state.use(LevelMeshes(world.device, world.size, [(world.size, 1)]).of((world.size, 1)))
+    ours = ContextParallelAttention(VarlenAttention(), state)
+    attentions = (ours, _RedistributedAttention(world, world.size))
+    return [_attend(attention, batch.input_ids, batch.documents, *layout) for attention in attentions]
+
+
+def test_gathered_attention_equals_the_redistribution_that_dtensor_declares() -> None:
+    for found, expected in run_distributed(_both_gathers, 2, (6, 2)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:
+    for rank, (coordinates, groups, made_by_swaps) in enumerate(run_distributed(_swap, 4)):
+        # (dp_rank, cp_rank) where two and where four ranks share a pack.
+        assert coordinates == [(rank, 0), divmod(rank, 2), (0, rank), (0, rank), (0, rank), (rank, 0)]
+        # Ulysses groups, then gather groups: in hybrid {0, 1} and {2, 3} scatter heads, {0, 2} and {1, 3} gather.
+        near, far = sorted([rank, rank ^ 1]), sorted([rank, rank ^ 2])
+        everyone = [0, 1, 2, 3]
+        assert groups == [([], []), (near, []), (everyone, []), ([], everyone), (near, far), ([], [])]
+        assert made_by_swaps == 0
+
+
+def _swap(world: World) -> tuple[list[tuple[int, int]], list[tuple[list[int], list[int]]], int]:
+    """This rank's place and the ranks of its (Ulysses, gather) groups after each swap; groups that swaps made."""
+    levels = [Level(16), Level(24, 2), Level(32, 4), Level(64, 4, "allgather"), Level(128, 4, "hybrid")]
+    meshes = LevelMeshes(world.device, world.size, [level.cp_shape(2) for level in levels])
+    runtime = LevelRuntime(levels, meshes, num_layers=1, num_kv_heads=2)
+    before = dist.distributed_c10d.get_pg_count()
+    coordinates, groups = [], []
+    for index in (0, 1, 2, 3, 4, 0):
+        runtime.activate(index)
+        state = runtime.cp_state
+        active = [dist.get_process_group_ranks(g) if g else [] for g in (state.ulysses_group, state.gather_group)]
+        groups.append((active[0], active[1]))
+        coordinates.append(runtime.coordinates(index))
+    return coordinates, groups, dist.distributed_c10d.get_pg_count() - before
 
 
 @pytest.mark.parametrize(
-    ("world_size", "degree", "layouts"),
+    ("cp_degree", "style", "num_kv_heads", "shape"),
     [
-        (2, 1, [(4, 2)]),
-        (2, 2, [(4, 4), (8, 2), (4, 1)]),
-        (4, 2, [(8, 2)]),
-        (4, 4, [(4, 4), (8, 2), (8, 8), (4, 1)]),
+        (8, "ulysses", 2, (1, 8)),
+        (8, "allgather", 8, (8, 1)),
+        (8, "hybrid", 8, (1, 8)),
+        (16, "hybrid", 8, (2, 8)),
+        (6, "hybrid", 8, (3, 2)),
+        (4, "hybrid", 1, (4, 1)),
     ],
 )
-def test_shards_of_ulysses_equal_the_whole_attention(
-    world_size: int, degree: int, layouts: list[tuple[int, int]]
+def test_hybrid_scatters_as_many_heads_as_the_kv_heads_allow(
+    cp_degree: int, style: str, num_kv_heads: int, shape: tuple[int, int]
 ) -> None:
-    results = run_distributed(_rank, world_size, layouts, degree)
-    for layout in layouts:
-        for name, cu_seqlens in DOCUMENTS.items():
-            expected = _attend(VarlenAttention(), slice(None), cu_seqlens, *layout)
-            for first in range(0, world_size, degree):
-                parts = [results[first + cp_rank][layout, name] for cp_rank in range(degree)]
-                found = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-                assert len(found) == 4
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=f"{layout} {name}")
-
-
-def test_cp_ranks_are_adjacent_and_groups_are_shared_by_degree() -> None:
-    assert run_distributed(_coordinates, 4) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
-def _coordinates(world: World) -> tuple[int, int]:
-    meshes = LevelMeshes(world.device, world.size, [2, 2, 1])
-    assert meshes.of(2) is meshes.of(2)
-    return meshes.of(2).get_local_rank("dp"), meshes.of(2).get_local_rank("cp")
+    assert Level(48 * cp_degree, cp_degree, style).cp_shape(num_kv_heads) == shape
 
 
 @pytest.mark.parametrize(
@@ -95,6 +201,11 @@ def _coordinates(world: World) -> tuple[int, int]:
 def test_heads_that_do_not_fit_are_refused(cp_degree: int, num_heads: int, num_kv_heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_heads([Level(64), Level(128, cp_degree)], num_heads, num_kv_heads)
+
+
+@pytest.mark.parametrize("style", ["allgather", "hybrid"])
+def test_styles_that_gather_take_any_heads(style: str) -> None:
+    check_heads([Level(128, 4, style)], num_heads=6, num_kv_heads=3)
 
 
 def test_kv_heads_may_be_fewer_or_more_than_ranks() -> None:

@@ -1,5 +1,6 @@
 """Four ranks with three levels against transformers on one process: the same samples, the same parameters after
-several optimizer steps. Packs, context parallelism, recomputation, accumulation, loss, clipping and AdamW in one."""
+several optimizer steps. Packs, each style of context parallelism, recomputation, accumulation, loss, clipping and
+AdamW in one."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from hbp_titan.preflight import cost_model
 from hbp_titan.train import Trainer
 from tests.tiny_run import ARGS, write_tiny_run
 
-LEVELS = """
+ULYSSES = """
 [[levels]]
 max_tokens = 64
 cp_degree = 1
@@ -42,25 +43,48 @@ ac_layers = 1
 """
 
 
+STYLES = """
+[[levels]]
+max_tokens = 64
+cp_degree = 2
+
+[[levels]]
+max_tokens = 128
+cp_degree = 4
+cp_style = "allgather"
+ac_policy = "full"
+
+[[levels]]
+max_tokens = 512
+cp_degree = 4
+cp_style = "hybrid"
+ac_policy = "keep_attention"
+"""
+
+
 @pytest.fixture(scope="module")
-def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The command line of a run on each set of levels."""
     folder = tmp_path_factory.mktemp("equivalence")
     arguments = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
-    (folder / "run.toml").write_text(LEVELS)
-    return [
-        *arguments,
-        f"--job.config_file={folder / 'run.toml'}",
+    for name, levels in (("ulysses", ULYSSES), ("styles", STYLES)):
+        (folder / f"{name}.toml").write_text(levels)
+    arguments += [
         "--training.global_batch_tokens=700",
         # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
         "--optimizer.eps=1e-4",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
     ]
+    return {name: [*arguments, f"--job.config_file={folder / name}.toml"] for name in ("ulysses", "styles")}
 
 
-def _train(world: World, argv: list[str], without_all_to_all: bool) -> tuple[dict[str, torch.Tensor], set[int]]:
-    if without_all_to_all:
-        context_parallel._all_to_all = lambda x, group: x  # this process ends with the test
+def _train(world: World, argv: list[str], without: str | None) -> tuple[dict[str, torch.Tensor], set[int]]:
+    # A collective is taken out for good: this process ends with the test.
+    if without == "all-to-all":
+        context_parallel._all_to_all = lambda x, group: x
+    if without == "all-gather":
+        context_parallel._all_gather = lambda x, group: torch.cat([x] * group.size())
     trainer = Trainer(load_config(argv), world)
     trained: set[int] = set()
     whole_step = trainer.train_step
@@ -124,16 +148,29 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
     )
 
 
-@pytest.mark.parametrize(("mix", "dp_replicate"), [("alternate", 1), ("interleave", 1), ("interleave", 2)])
-def test_four_ranks_with_three_levels_equal_transformers_on_one(argv: list[str], mix: str, dp_replicate: int) -> None:
-    argv = [*argv, f"--packing.mix={mix}", f"--parallelism.dp_replicate={dp_replicate}"]
-    parameters, levels = run_distributed(_train, 4, argv, False)[0]
-    assert levels == {0, 1, 2}
+@pytest.mark.parametrize(
+    ("levels", "mix", "dp_replicate"),
+    [
+        ("ulysses", "alternate", 1),
+        ("ulysses", "interleave", 1),
+        ("ulysses", "interleave", 2),
+        ("styles", "interleave", 1),
+    ],
+)
+def test_four_ranks_with_three_levels_equal_transformers_on_one(
+    argv_of: dict[str, list[str]], levels: str, mix: str, dp_replicate: int
+) -> None:
+    argv = [*argv_of[levels], f"--packing.mix={mix}", f"--parallelism.dp_replicate={dp_replicate}"]
+    parameters, trained = run_distributed(_train, 4, argv, None)[0]
+    assert trained == {0, 1, 2}
     error = _worst(parameters, _reference(load_config(argv), 4))
     assert error < 1e-5
 
 
-def test_comparison_fails_when_the_all_to_all_is_taken_out(argv: list[str]) -> None:
-    parameters, _ = run_distributed(_train, 4, argv, True)[0]
-    error = _worst(parameters, _reference(load_config(argv), 4))
+@pytest.mark.parametrize(("levels", "without"), [("ulysses", "all-to-all"), ("styles", "all-gather")])
+def test_comparison_fails_when_a_collective_is_taken_out(
+    argv_of: dict[str, list[str]], levels: str, without: str
+) -> None:
+    parameters, _ = run_distributed(_train, 4, argv_of[levels], without)[0]
+    error = _worst(parameters, _reference(load_config(argv_of[levels]), 4))
     assert error > 1e-3

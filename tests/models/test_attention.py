@@ -71,6 +71,66 @@ def test_outputs_and_gradients_equal_plain_attention(
             assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+# Documents of 12, 1 and 27 tokens. Queries: tokens 5 to 8 of the first, none of the second, 13 to 29 of the third.
+# A document's keys after its last query are a document without queries.
+CHUNK_Q = [0, 4, 4, 4, 21, 21, 21]
+CHUNK_K = [0, 9, 12, 13, 30, 40, 40]
+CHUNK_TOKENS = [*range(5, 9), *range(13, 30)]
+
+
+def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of the chunks by varlen_attention, and of the same tokens in the plain whole."""
+    q, k, v = make_inputs(40, heads, kv_heads, 16, dtype, device)
+
+    def chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (CHUNK_Q, CHUNK_K))
+        return varlen_attention(q[CHUNK_TOKENS], k, v, cu_q, 17, 0.25, cu_k, 40)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q, k, v, [0, 12, 13, 40], 0.25)[CHUNK_TOKENS]
+
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    return output_and_grads(chunks, [q, k, v]), output_and_grads(whole, doubles)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_queries_at_the_end_of_longer_keys_equal_the_same_tokens_of_the_whole(
+    backend: str, heads: int, kv_heads: int
+) -> None:
+    set_backend(backend)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        for found, wanted in zip(*_chunks_and_whole("cpu", dtype, heads, kv_heads), strict=True):
+            assert found.dtype == dtype
+            assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_last_query_sees_the_last_key(backend: str) -> None:
+    set_backend(backend)
+    # Queries of zero weigh every visible value alike: two queries over values 1, 3, 5, 7 see three and four of them.
+    v = torch.tensor([1.0, 3.0, 5.0, 7.0])[:, None, None]
+    cu_q, cu_k = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    o = varlen_attention(torch.zeros(2, 1, 1), torch.ones(4, 1, 1), v, cu_q, 2, None, cu_k, 4)
+    torch.testing.assert_close(o.flatten(), torch.tensor([3.0, 4.0]))
+
+
+def test_cpu_kernel_with_longer_keys_passes_gradcheck_in_float64() -> None:
+    cu_q, cu_k = torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.tensor([0, 5, 7, 10], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 4, 4), (10, 2, 4), (10, 2, 4))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, cu_q, 3, None, cu_k, 5), inputs)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_fewer_keys_than_queries_are_refused(backend: str) -> None:
+    set_backend(backend)
+    cu_q, cu_k = torch.tensor([0, 5, 8], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="a document has 5 queries but 4 keys"):
+        varlen_attention(*make_inputs(8, 2, 2, 4, torch.float32), cu_q, 8, None, cu_k, 8)
+
+
 def test_scale_multiplies_the_logits() -> None:
     inputs = make_inputs(9, 2, 1, 8, torch.float64)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -87,7 +147,7 @@ def test_cpu_kernel_passes_gradcheck_in_float64() -> None:
 def test_cpu_kernel_obeys_the_custom_op_rules() -> None:
     cu_seqlens = torch.tensor([0, 3, 8, 8], dtype=torch.int32)
     inputs = make_inputs(8, 4, 2, 4, torch.float32)
-    torch.library.opcheck(torch.ops.hbp_titan.varlen_attention_cpu.default, (*inputs, cu_seqlens, 0.5))
+    torch.library.opcheck(torch.ops.hbp_titan.varlen_attention_cpu.default, (*inputs, cu_seqlens, cu_seqlens, 0.5))
 
 
 def test_strided_views_of_one_projection_are_read_rightly() -> None:
@@ -128,8 +188,8 @@ def test_backward_keeps_no_score_matrix() -> None:
     inputs = make_inputs(64, 4, 2, 8, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         varlen_attention(*inputs, torch.tensor([0, 64], dtype=torch.int32), 64)
-    # q, k, v, output, logsumexp and the three boundaries
-    assert sum(saved) <= 64 * 8 * (4 + 2 + 2 + 4) + 64 * 4 + 3
+    # q, k, v, output, logsumexp and the two boundaries of queries and of keys
+    assert sum(saved) <= 64 * 8 * (4 + 2 + 2 + 4) + 64 * 4 + 4
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -169,9 +229,10 @@ def test_torch_kernel_is_called_causally_with_the_heads_it_can_serve(
     monkeypatch.setattr(attention, "varlen_attn", record)
     monkeypatch.setattr(attention, "_TORCH_HAS_GQA", has_gqa)
     set_backend("torch")
-    varlen_attention(*make_inputs(8, 4, 2, 4, torch.bfloat16), torch.tensor([0, 8], dtype=torch.int32), 8)
+    boundaries = torch.tensor([0, 8], dtype=torch.int32)
+    varlen_attention(*make_inputs(8, 4, 2, 4, torch.bfloat16), boundaries, 8, None, boundaries, 16)
     options = {"scale": 0.5, "window_size": (-1, 0)}
-    assert calls == [(2, 2, (8, 8), options | {"enable_gqa": True}) if has_gqa else (4, 4, (8, 8), options)]
+    assert calls == [(2, 2, (8, 16), options | {"enable_gqa": True}) if has_gqa else (4, 4, (8, 16), options)]
 
 
 def test_backend_follows_the_device_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,4 +262,15 @@ def test_gpu_kernels_equal_plain_attention_in_bfloat16(backend: str, heads: int,
     actual = output_and_grads(varlen_attention, inputs, cu_seqlens, 512)
     for found, wanted in zip(actual, expected, strict=True):
         # Without the document or the causal mask the difference is of the order of the norm itself.
+        assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
+def test_gpu_kernels_align_queries_with_the_end_of_longer_keys(backend: str, heads: int, kv_heads: int) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    set_backend(backend)
+    for found, wanted in zip(*_chunks_and_whole("cuda", torch.bfloat16, heads, kv_heads), strict=True):
         assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()
