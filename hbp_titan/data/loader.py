@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,14 +92,12 @@ class PackLoader:
         prefetch_factor: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        self.plan = plan
-        self.iteration = first_iteration
-        self.dataset = PlanDataset(plan, store, rank, sample_weights, gather_degrees)
+        dataset = PlanDataset(plan, store, rank, sample_weights, gather_degrees)
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 deprecates; nothing here depends on it.
             warnings.filterwarnings("ignore", message=".*set_vital.*")
             self._loader = StatefulDataLoader(
-                self.dataset,
+                dataset,
                 batch_size=None,
                 sampler=_From(first_iteration, plan.num_iterations),
                 num_workers=num_workers,
@@ -109,10 +106,4 @@ class PackLoader:
             )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in self._loader:
-            self.iteration += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position as plain values: epoch, iteration and the plan they refer to."""
-        return {"epoch": self.plan.epoch, "iteration": self.iteration, "plan": self.plan.fingerprint}
+        return iter(self._loader)

@@ -63,13 +63,6 @@ def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_worker
     assert _ids(plan, 1, first_iteration=plan.num_iterations, num_workers=num_workers) == []
 
 
-def test_state_names_the_plan_and_the_next_iteration() -> None:
-    plan = _plan()
-    loader = PackLoader(plan, Samples(), 0, first_iteration=1)
-    next(iter(loader))
-    assert loader.state_dict() == {"epoch": 0, "iteration": 2, "plan": plan.fingerprint}
-
-
 def test_batch_whose_loss_tokens_differ_from_the_plan_stops_the_run() -> None:
     plan = _plan(loss_tokens=np.maximum(LENGTHS - 2, 0))
     with pytest.raises(RuntimeError, match="loss tokens, the plan"):
