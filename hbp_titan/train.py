@@ -27,11 +27,11 @@ from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
-from hbp_titan.components.summary import compare_methods, describe_plan, describe_totals, level_name
+from hbp_titan.components.summary import compare_methods, describe_plan, describe_totals, describe_wait, level_name
 from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.loader import PackLoader, PlanDataset
+from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
@@ -68,15 +68,17 @@ class Trainer:
         # Data and plan: rank 0 prepares, the others then find its work on the shared file system.
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
-        check(config, world.size, self.args, self.store)
+        check(config, world.size, self.device, self.args, self.store)
         self.token_ids = token_ids(config, self.store)
         cost = cost_model(self.args)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.total_steps = self.plans.total_steps()
-        self.gather_degrees = [level.cp_shape(self.args.num_kv_heads)[0] for level in config.levels]
+        self.shapes = BatchShapes.of(self.plans.of(0), self.args.num_kv_heads)
         self.validator = None
         if config.validation.enable and held_out:
-            self.validator = Validator(EpochPlans(config, held_out, world.size, cost), world, self.gather_degrees)
+            plan = EpochPlans(config, held_out, world.size, cost).of(0)
+            self.shapes = self.shapes.covering(plan)
+            self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), world)
 
         self.engine = Engine(config, self.args, world)
         self.model = self.engine.model
@@ -90,7 +92,8 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
-        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device)
+        self.normalizer = NORMALIZERS[config.training.normalizer]
+        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer)
         self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
@@ -123,6 +126,7 @@ class Trainer:
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
         self._print(describe_totals(self.recorder.totals))
+        self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
         self._print(f"run folder   {self.folder}")
         self._export()
 
@@ -139,12 +143,13 @@ class Trainer:
         if self.world.rank == 0:
             save_plan(plan, self._plan_path(self.epoch), inputs={"data": self.store.fingerprint})
         data = self.config.data
+        self.shapes = self.shapes.covering(plan)
         loader = PackLoader(
             plan,
             self.store,
             self.world.rank,
-            sample_weights=NORMALIZERS[self.config.training.normalizer],
-            gather_degrees=self.gather_degrees,
+            self.shapes,
+            sample_weights=self.normalizer,
             first_iteration=int(plan.step_offsets[self.step_in_epoch]),
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
@@ -170,11 +175,14 @@ class Trainer:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
         and compilation ends here."""
         plan = self.plans.of(self.epoch)
-        batches = PlanDataset(plan, self.store, self.world.rank, gather_degrees=self.gather_degrees)
+        self.shapes = self.shapes.covering(plan)
+        batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
                 self.engine.forward_backward(batches[iteration])
+                if self.validator:
+                    self.engine.evaluate(batches[iteration])
         self.optimizer.zero_grad()
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:

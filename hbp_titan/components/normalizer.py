@@ -60,6 +60,18 @@ NORMALIZERS: dict[str, SampleWeights] = {
 }
 
 
+def weight_range(normalizer: SampleWeights, plan: Plan, step: int) -> tuple[float, float]:
+    """Smallest and largest weight of any trained token of an optimizer step, as multiples of ave_token's 1 / T.
+
+    (1, 1) says that every token counts the same; (0.2, 9) that some count 45 times as much as others.
+    """
+    first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
+    packs = [(i, pack) for i in range(first, last) for pack in plan.iteration(i).packs]
+    weights = np.concatenate([normalizer(plan, i, pack) for i, pack in packs])
+    weights = weights[weights > 0] * int(plan.step_loss_tokens[step])
+    return (float(weights.min()), float(weights.max())) if len(weights) else (0.0, 0.0)
+
+
 def _iterations_of_step(plan: Plan, iteration: int) -> tuple[int, int]:
     step = int(plan.step_of_iteration[iteration])
     return int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])

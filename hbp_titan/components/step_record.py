@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from hbp_titan.components.metrics import peak_flops, peak_memory_gib
+from hbp_titan.components.normalizer import weight_range
 from hbp_titan.components.summary import LevelTotals, level_name
+from hbp_titan.data.loader import SampleWeights
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan
@@ -31,13 +33,15 @@ class StepMeasurements:
 
 
 class StepRecorder:
-    """Turns measurements into records. `totals` has one entry a level."""
+    """Turns measurements into records. `totals` has one entry a level; the seconds are those of all recorded steps."""
 
-    def __init__(self, args: ModelArgs, plan: Plan, device: torch.device) -> None:
+    def __init__(self, args: ModelArgs, plan: Plan, device: torch.device, normalizer: SampleWeights) -> None:
         self.args = args
+        self.normalizer = normalizer
         self.device = device
         self.world_peak_flops = (peak_flops(device) or 0.0) * plan.world_size
         self.totals = [LevelTotals(level) for level in plan.levels]
+        self.seconds = self.data_wait_seconds = 0.0
 
     def record(self, plan: Plan, step_in_epoch: int, step: int, measured: StepMeasurements) -> dict[str, Any]:
         """The record of optimizer step `step` (1-based), step `step_in_epoch` (0-based) of `plan`."""
@@ -45,6 +49,8 @@ class StepRecorder:
         lengths = plan.lengths[plan.samples_of(first, last)]
         tokens, trained = int(lengths.sum()), int(plan.step_loss_tokens[step_in_epoch])
         seconds = measured.step_seconds
+        self.seconds += seconds
+        self.data_wait_seconds += measured.data_wait_seconds
         iteration_levels = plan.level_of_iteration[first:last]
         loss_by_level = {}
         for k in np.unique(iteration_levels).tolist():
@@ -67,6 +73,7 @@ class StepRecorder:
             "lr": measured.lr,
             "tokens": tokens,
             "trained_tokens": trained,
+            "token_weights": weight_range(self.normalizer, plan, step_in_epoch),
             "tokens_per_second": tokens / seconds,
             "mfu": 100 * flops / (seconds * self.world_peak_flops) if self.world_peak_flops else None,
             "padding": 100 * (1 - tokens / capacity),

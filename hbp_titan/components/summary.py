@@ -82,3 +82,8 @@ def describe_totals(totals: Sequence[LevelTotals]) -> str:
             f"{rate:>10,.0f}{loss:>20}"
         )
     return "\n".join(lines)
+
+
+def describe_wait(data_wait_seconds: float, seconds: float) -> str:
+    """How much of the time of all steps the slowest rank waited for data."""
+    return f"waiting for data: {data_wait_seconds:.2f} s of {seconds:.1f} s, {100 * data_wait_seconds / seconds:.2f}%"

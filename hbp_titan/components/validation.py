@@ -6,7 +6,7 @@ are those of the levels; each token counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,17 +14,16 @@ from torch import Tensor
 from hbp_titan.components.summary import level_name
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
-from hbp_titan.data.planning import EpochPlans
 from hbp_titan.distributed.world import World, all_reduce_values
 
 
 class Validator:
-    """Evaluates every sample of a store once."""
+    """Evaluates every sample of a plan once."""
 
-    def __init__(self, plans: EpochPlans, world: World, gather_degrees: Sequence[int]) -> None:
-        self.plan = plans.of(0)
+    def __init__(self, batches: PlanDataset, world: World) -> None:
+        self.plan = batches.plan
+        self.batches = batches
         self.world = world
-        self.batches = PlanDataset(self.plan, plans.store, world.rank, gather_degrees=gather_degrees)
 
     def run(self, loss_sum_of: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
         """Mean loss per loss token, whole and by level; every rank calls it and gets the same.

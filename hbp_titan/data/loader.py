@@ -7,7 +7,8 @@ position is reached at once, without reading what lies before it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,34 @@ SampleWeights = Callable[[Plan, int, NDArray[np.int64]], NDArray[np.float64]]
 """(plan, iteration, sample ids [n]) -> the loss weight of each trained token of each sample [n]."""
 
 
+@dataclass(frozen=True)
+class BatchShapes:
+    """What fixes the shape of each level's batches beside its max_tokens; one entry a level.
+
+    gather_degrees: groups between which keys and values are gathered (`shard_batch`). max_documents: at least the most
+    documents of a pack. Epochs differ by a few documents in their fullest pack: one power of two for all of them, and
+    for validation, means that a compiled block meets no new shape after the first iterations.
+    """
+
+    gather_degrees: tuple[int, ...]
+    max_documents: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, num_kv_heads: int) -> BatchShapes:
+        """The shapes that `plan` needs for a model with `num_kv_heads`."""
+        gather_degrees = tuple(level.cp_shape(num_kv_heads)[0] for level in plan.levels)
+        return cls(gather_degrees, (1,) * len(plan.levels)).covering(plan)
+
+    def covering(self, plan: Plan) -> BatchShapes:
+        """These shapes, or larger ones where a pack of `plan` has more documents."""
+        needed = [1 << max(plan.max_documents(k) - 1, 0).bit_length() for k in range(len(plan.levels))]
+        return replace(self, max_documents=tuple(map(max, self.max_documents, needed)))
+
+
 class PlanDataset(Dataset[PackedBatch]):
     """Maps an iteration of the plan to this rank's batch.
 
-    gather_degrees: for each level the gather_degree of `shard_batch`; 1 unless given.
+    shapes: of this plan or of more (`BatchShapes.covering`). sample_weights: the normalizer; weights of 1 unless given.
     """
 
     def __init__(
@@ -32,15 +57,14 @@ class PlanDataset(Dataset[PackedBatch]):
         plan: Plan,
         store: SampleSource,
         rank: int,
+        shapes: BatchShapes,
         sample_weights: SampleWeights | None = None,
-        gather_degrees: Sequence[int] | None = None,
     ) -> None:
         self.plan = plan
         self.store = store
         self.rank = rank
         self.sample_weights = sample_weights
-        self.gather_degrees = gather_degrees or [1] * len(plan.levels)
-        self.max_documents = [plan.max_documents(index) for index in range(len(plan.levels))]
+        self.shapes = shapes
 
     def __len__(self) -> int:
         return self.plan.num_iterations
@@ -51,7 +75,7 @@ class PlanDataset(Dataset[PackedBatch]):
         dp_rank, cp_rank = divmod(self.rank, level.cp_degree)
         sample_ids = self.plan.pack(iteration, dp_rank)
         weights = self.sample_weights(self.plan, iteration, sample_ids) if self.sample_weights else None
-        batch = make_batch(self.store, sample_ids, level, index, self.max_documents[index], weights)
+        batch = make_batch(self.store, sample_ids, level, index, self.shapes.max_documents[index], weights)
         planned = int(self.plan.loss_tokens[sample_ids].sum())
         if batch.num_loss_tokens != planned:
             # The loss is divided by the plan's count: a difference would scale it wrongly in silence.
@@ -59,7 +83,7 @@ class PlanDataset(Dataset[PackedBatch]):
                 f"iteration {iteration}, samples {sample_ids.tolist()}: the batch has {batch.num_loss_tokens} loss "
                 f"tokens, the plan {planned}"
             )
-        return shard_batch(batch, cp_rank, level.cp_degree, self.gather_degrees[index])
+        return shard_batch(batch, cp_rank, level.cp_degree, self.shapes.gather_degrees[index])
 
 
 class _From(Sampler[int]):
@@ -84,15 +108,15 @@ class PackLoader:
         plan: Plan,
         store: SampleSource,
         rank: int,
+        shapes: BatchShapes,
         *,
         sample_weights: SampleWeights | None = None,
-        gather_degrees: Sequence[int] | None = None,
         first_iteration: int = 0,
         num_workers: int = 0,
         prefetch_factor: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        dataset = PlanDataset(plan, store, rank, sample_weights, gather_degrees)
+        dataset = PlanDataset(plan, store, rank, shapes, sample_weights)
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 deprecates; nothing here depends on it.
             warnings.filterwarnings("ignore", message=".*set_vital.*")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
-from hbp_titan.data.loader import PlanDataset
+from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
@@ -200,8 +200,8 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
         global_batch_tokens=case.global_batch_tokens,
         mix=case.mix,
     )
-    gather_degrees = [level.cp_shape(args.num_kv_heads)[0] for level in case.levels]
-    batches = PlanDataset(plan, samples, world.rank, NORMALIZERS[case.normalizer], gather_degrees)
+    shapes = BatchShapes.of(plan, args.num_kv_heads)
+    batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.normalizer])
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
     joined = {name: torch.zeros(p.shape) for name, p in engine.model.named_parameters()}
     loss_sum = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hbp_titan.components.normalizer import NORMALIZERS
+from hbp_titan.components.normalizer import NORMALIZERS, weight_range
 from hbp_titan.packing import Level, Plan, build_plan
 
 LENGTHS = np.array([3, 60, 7, 16, 9, 33, 2, 5, 11, 40, 8, 4, 6, 12])
@@ -64,3 +64,19 @@ def test_ave_token_alone_does_not_depend_on_how_samples_are_packed() -> None:
     values = {name: [_objective(plan, name, 0, losses) for plan in plans] for name in NORMALIZERS}
     assert values["ave_token"] == pytest.approx([values["ave_token"][0]] * 3, rel=1e-12)
     assert values["token_mean"] != pytest.approx([values["token_mean"][0]] * 3, rel=1e-3)
+
+
+def test_weight_range_says_how_unevenly_tokens_count() -> None:
+    # One step of two packs: samples with 8 and with 1 + 1 trained tokens; T = 10.
+    plan = build_plan([16, 9, 2], [Level(16)], 2, loss_tokens=[8, 1, 1])
+    assert plan.num_steps == 1
+    expected = {
+        "ave_token": (1, 1),
+        # Packs of 8 and of 2 trained tokens: 10 / (8 * 2) and 10 / (2 * 2).
+        "token_mean": (0.625, 2.5),
+        # Samples of 8, 1 and 1: 10 / (8 * 3) and 10 / (1 * 3).
+        "sample_mean": (10 / 24, 10 / 3),
+        "sum": (10, 10),
+    }
+    for name, bounds in expected.items():
+        assert weight_range(NORMALIZERS[name], plan, 0) == pytest.approx(bounds), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hbp_titan.data.loader import PackLoader, PlanDataset
+from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.packing import Level, Plan, build_plan
 
 LEVELS = (Level(16, 1), Level(64, 2))
@@ -23,14 +23,18 @@ def _plan(loss_tokens: np.ndarray | None = None) -> Plan:
     return build_plan(LENGTHS, LEVELS, 2, loss_tokens=loss_tokens)
 
 
+# Two kv heads: no level gathers keys and values.
+SHAPES = BatchShapes((1, 1), (16, 16))
+
+
 def _ids(plan: Plan, rank: int, **options: int) -> list[list[int]]:
-    return [batch.input_ids.tolist() for batch in PackLoader(plan, Samples(), rank, **options)]
+    return [batch.input_ids.tolist() for batch in PackLoader(plan, Samples(), rank, SHAPES, **options)]
 
 
 def test_loader_yields_the_plan_of_its_rank_in_order() -> None:
     plan = _plan()
     for rank in (0, 1):
-        for iteration, batch in enumerate(PackLoader(plan, Samples(), rank)):
+        for iteration, batch in enumerate(PackLoader(plan, Samples(), rank, SHAPES)):
             level = plan.levels[batch.level]
             dp_rank, cp_rank = divmod(rank, level.cp_degree)
             tokens = np.concatenate([Samples().sample(i)[0] for i in plan.pack(iteration, dp_rank)] or [[]])
@@ -44,9 +48,9 @@ def test_loader_yields_the_plan_of_its_rank_in_order() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ranks_that_gather_hold_each_token_of_the_pack_once(num_workers: int) -> None:
     plan = _plan()
-    options = {"gather_degrees": [1, 2], "num_workers": num_workers}
-    shards = [list(PackLoader(plan, Samples(), rank, **options)) for rank in (0, 1)]
-    contiguous = [list(PackLoader(plan, Samples(), rank)) for rank in (0, 1)]
+    shapes = BatchShapes((1, 2), (16, 16))
+    shards = [list(PackLoader(plan, Samples(), rank, shapes, num_workers=num_workers)) for rank in (0, 1)]
+    contiguous = [list(PackLoader(plan, Samples(), rank, SHAPES)) for rank in (0, 1)]
     for iteration, (first, second) in enumerate(zip(*shards, strict=True)):
         wanted = [batches[iteration] for batches in contiguous]
         assert (first.head_tail is not None) == (first.level == 1)
@@ -66,7 +70,7 @@ def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_worker
 def test_batch_whose_loss_tokens_differ_from_the_plan_stops_the_run() -> None:
     plan = _plan(loss_tokens=np.maximum(LENGTHS - 2, 0))
     with pytest.raises(RuntimeError, match="loss tokens, the plan"):
-        PlanDataset(plan, Samples(), 0)[0]
+        PlanDataset(plan, Samples(), 0, SHAPES)[0]
 
 
 def test_every_sample_is_loaded_once_by_the_ranks_together() -> None:
@@ -76,3 +80,13 @@ def test_every_sample_is_loaded_once_by_the_ranks_together() -> None:
         for dp_rank in range(plan.levels[plan.level_of_iteration[iteration]].dp_degree(2)):
             seen += plan.pack(iteration, dp_rank).tolist()
     assert sorted(seen) == list(range(len(LENGTHS)))
+
+
+def test_shapes_cover_every_plan_in_powers_of_two() -> None:
+    few, many = (build_plan(lengths, [Level(16)], 2) for lengths in ([4] * 4, [3] * 6))
+    assert [few.max_documents(0), many.max_documents(0)] == [2, 3]
+    shapes = BatchShapes.of(few, num_kv_heads=2)
+    assert shapes == BatchShapes((1,), (2,))
+    assert shapes.covering(many) == BatchShapes((1,), (4,))
+    assert shapes.covering(many).covering(few) == shapes.covering(many)
+    assert BatchShapes.of(build_plan([3], [Level(16, 2, "allgather")], 2), 2).gather_degrees == (2,)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hbp_titan.config import load_config
+from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.train import Trainer
@@ -20,7 +21,7 @@ max_tokens = 128
 
 [[levels]]
 max_tokens = 512
-cp_degree = 2
+cp_degree = {cp}
 cp_style = "{style}"
 ac_policy = "{policy}"
 """
@@ -38,21 +39,78 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
 
 # The halves of a block are graphs of their own where attention is kept.
 @pytest.mark.parametrize(
-    ("style", "policy", "graphs"), [("ulysses", "full", 2), ("ulysses", "keep_attention", 3), ("allgather", "full", 2)]
+    ("style", "cp", "policy", "graphs"),
+    [
+        ("ulysses", 2, "full", 2),
+        ("ulysses", 2, "keep_attention", 3),
+        ("allgather", 2, "full", 2),
+        # Two kv heads: two groups that gather from each other, of two ranks each.
+        ("hybrid", 4, "keep_attention", 3),
+    ],
 )
 def test_compiled_run_equals_the_eager_one_with_one_graph_a_level(
-    style: str, policy: str, graphs: int, tmp_path: Path
+    style: str, cp: int, policy: str, graphs: int, tmp_path: Path
 ) -> None:
     argv = [word for word in write_tiny_run(tmp_path) if not word.startswith("--levels")]
-    (tmp_path / "run.toml").write_text(LEVELS.format(style=style, policy=policy))
+    (tmp_path / "run.toml").write_text(LEVELS.format(style=style, cp=cp, policy=policy))
     argv += [
         f"--job.config_file={tmp_path / 'run.toml'}",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
         "--optimizer.eps=1e-4",
     ]
-    expected, _ = run_distributed(_train, 2, argv)[0]
-    found, seen = run_distributed(_train, 2, [*argv, "--compile.enable=true", "--compile.backend=aot_eager"])[0]
+    expected, _ = run_distributed(_train, cp, argv)[0]
+    found, seen = run_distributed(_train, cp, [*argv, "--compile.enable=true", "--compile.backend=aot_eager"])[0]
     assert seen == {"graphs": graphs, "breaks": 0}
     for name, value in expected.items():
         assert (found[name] - value).norm() < 1e-5 * value.norm(), name
+
+
+def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int, int]:
+    """Graphs of the first iterations, graphs of the whole run, and how many different packs the blocks saw."""
+    from torch._dynamo.utils import counters
+
+    trainer = Trainer(load_config(argv), world)
+    probe, forward_backward = trainer._probe_levels, trainer.engine.forward_backward
+    after_probe: list[int] = []
+    seen = set()
+
+    def probe_then_forbid() -> None:
+        probe()
+        after_probe.append(counters["stats"]["unique_graphs"])
+        torch._dynamo.config.error_on_recompile = True
+
+    def watched(batch: PackedBatch) -> torch.Tensor:
+        seen.add(tuple(batch.cu_seqlens.tolist()))
+        return forward_backward(batch)
+
+    trainer._probe_levels = probe_then_forbid  # type: ignore[method-assign]
+    trainer.engine.forward_backward = watched  # type: ignore[method-assign]
+    trainer.train()
+    assert not counters["graph_break"]
+    return after_probe[0], counters["stats"]["unique_graphs"], len(seen)
+
+
+def test_no_new_graph_in_200_iterations_two_epochs_and_validation(tmp_path: Path) -> None:
+    argv = [word for word in write_tiny_run(tmp_path, num_rows=700) if not word.startswith("--levels")]
+    held_out = "".join((tmp_path / "train.jsonl").read_text().splitlines(keepends=True)[:40])
+    (tmp_path / "validation.jsonl").write_text(held_out)
+    (tmp_path / "run.toml").write_text(LEVELS.format(style="ulysses", cp=2, policy="full"))
+    argv += [
+        f"--job.config_file={tmp_path / 'run.toml'}",
+        f"--data.validation_files={tmp_path / 'validation.jsonl'}",
+        "--validation.enable=true",
+        "--validation.interval=50",
+        "--training.epochs=2",
+        "--checkpoint.enable=false",
+        "--checkpoint.export_hf=false",
+        "--compile.enable=true",
+        "--compile.backend=aot_eager",
+    ]
+    steps = 0
+    for first, all_graphs, packs in run_distributed(_train_without_recompiling, 2, argv):
+        # Two levels, each with and without gradients.
+        assert (first, all_graphs) == (4, 4)
+        assert packs > 50
+        steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert steps >= 200
