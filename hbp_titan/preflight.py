@@ -9,10 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_from_hf, token_ids_from_hf
 from hbp_titan.models.registry import get_flavor, linear_params
@@ -42,12 +45,26 @@ def cost_model(args: ModelArgs) -> CostModel:
     )
 
 
-def check(config: JobConfig, world_size: int, args: ModelArgs, store: TokenStore) -> None:
-    """Raise ValueError for what cannot be trained on `world_size` ranks.
+def check_device(config: JobConfig, device: torch.device) -> None:
+    """Raise ValueError for what `device`, or this torch, cannot compute."""
+    if device.type == "cuda" and compute_dtype(config, device) == torch.float32:
+        raise ValueError(
+            'training.mixed_precision_param = "float32" has no attention kernel for packed documents on a GPU: set '
+            "it to bfloat16"
+        )
+    if config.compile.enable:
+        backends = torch.compiler.list_backends(exclude_tags=None)
+        if config.compile.backend not in backends:
+            raise ValueError(f"compile.backend = {config.compile.backend!r} is none of {', '.join(backends)}")
+
+
+def check(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs, store: TokenStore) -> None:
+    """Raise ValueError for what cannot be trained on `world_size` ranks with such a device each.
 
     Over-long samples are refused earlier, when the store is prepared.
     """
     validate(config, world_size)
+    check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     longest = config.levels[-1].max_tokens
     if longest > args.max_position_embeddings:

@@ -18,6 +18,7 @@ from hbp_titan.config import help_text, load_config, validate
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.report import show, summary
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.world import local_device
 from hbp_titan.preflight import check, model_args
 
 OPTIONS = """
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     train, validation = prepare(config)
     if world_size:
-        check(config, world_size, model_args(config), TokenStore.open(train))
+        check(config, world_size, local_device(), model_args(config), TokenStore.open(train))
     print(f"tokenizer: {config.tokenizer_path}")
     for name, folder in (("training", train), ("validation", validation)):
         if folder is not None:

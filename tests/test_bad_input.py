@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hbp_titan.config import JobConfig
+from hbp_titan.preflight import check_device
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,7 @@ def test_good_input_is_prepared(argv: list[str]) -> None:
         (["--levels=128:1,2048:2"], "levels.max_tokens=2048 exceeds the model's max_position_embeddings=1024"),
         (["--model.hf_path=", "--model.flavor=debugg", "--model.tokenizer_path={folder}/model"], "did you mean debug?"),
         (["--model.tokenizer_path=nowhere"], "nowhere"),
+        (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend = 'inducto' is none of "),
         (["--checkpoint.initial_load_path=nowhere"], "'nowhere' holds neither config.json nor state.json"),
     ],
 )
@@ -73,3 +77,11 @@ def test_run_script_stops_at_a_mistake_before_a_rank_starts() -> None:
     )
     assert result.returncode == 1
     assert result.stderr.strip() == "error: command line: unknown key trainin.steps; did you mean training.steps?"
+
+
+def test_float32_is_refused_on_a_gpu_before_one_is_asked_for() -> None:
+    config = JobConfig()
+    config.training.mixed_precision_param = "float32"
+    check_device(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match="set it to bfloat16"):
+        check_device(config, torch.device("cuda"))

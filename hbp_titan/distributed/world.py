@@ -24,16 +24,21 @@ class World:
     device: torch.device
 
 
+def local_device() -> torch.device:
+    """The device of this rank: the GPU that torchrun's local rank numbers, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def init_world(timeout_seconds: int) -> World:
     """Start the default process group from torchrun's environment (a world of one rank without it)."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = local_device()
+    backend = "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

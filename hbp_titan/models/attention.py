@@ -152,6 +152,8 @@ def _flash(
         max_seqlen_k,
         softmax_scale=scale,
         causal=True,
+        # Its backward adds up in a varying order unless told otherwise; torch's own kernel obeys the global switch.
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
