@@ -92,7 +92,10 @@ def to_toml(config: JobConfig) -> str:
 def help_text() -> str:
     """Every key with its default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
-    lines.append("  --levels 1024:1,8192:2    levels as max_tokens:cp_degree; in TOML, [[levels]] blocks")
+    lines.append(
+        "  --levels 1024:1,8192:2    levels as max_tokens:cp_degree[:cp_style[:ac_policy[:ac_layers]]]; in TOML,"
+    )
+    lines.append("                            [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":
             continue
@@ -240,6 +243,7 @@ _CHOICES = {
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
     "optimizer.name": ("AdamW",),
+    "parallelism.cp_collectives": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "activation_checkpoint.policy": AC_POLICIES,
     "checkpoint.export_dtype": ("float32", "bfloat16"),
@@ -268,3 +272,8 @@ def _check_values(config: JobConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"{key} = {value} must be at least 1")
+    if config.compile.enable and config.parallelism.cp_collectives != "fused":
+        raise ValueError(
+            f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
+            "redistribution would break the graph of a block; set one of the two back"
+        )

@@ -128,6 +128,8 @@ class Parallelism:
     """Copies of the parameters: each is sharded over world / dp_replicate adjacent ranks (HSDP); 1 shards over all."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered parameters of a block after its forward (ZeRO-3); False keeps them (ZeRO-2)."""
+    cp_collectives: str = "fused"
+    """Exchanges between cp ranks: fused (few, written out) or dtensor (derived from placements: the reference)."""
     init_timeout_seconds: int = 600
     """Timeout of collectives until the first optimizer step is done."""
     train_timeout_seconds: int = 300

@@ -275,7 +275,7 @@ class Trainer:
         crossed = nodes_crossed([level.cp_degree for level in plan.levels], ranks_per_node(self.world.size))
         if crossed:
             print(f"warning: groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow")
-        print(describe_plan(plan, self.total_steps))
+        print(describe_plan(plan, self.total_steps, self.config.parallelism.cp_collectives))
         if self.step:
             print(f"resumed from step {self.step}", flush=True)
 

@@ -86,11 +86,28 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--training.steps"], "--training.steps has no value"),
         (["training.steps"], "unexpected argument 'training.steps'"),
         (["--levels", "1024:x"], "'1024:x' is not of the form max_tokens:cp_degree"),
+        (["--levels", "1024:2:rings"], "cp_style='rings' is none of ulysses, allgather, hybrid"),
+        (["--levels", "64:1:ulysses:full:2:3"], "'64:1:ulysses:full:2:3' is not of the form"),
+        (
+            ["--compile.enable=true", "--parallelism.cp_collectives=dtensor"],
+            "compile.enable with parallelism.cp_collectives = 'dtensor'",
+        ),
     ],
 )
 def test_mistake_on_the_command_line_is_named(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(argv)
+
+
+def test_levels_in_short_form_have_the_fields_of_a_level_in_their_order() -> None:
+    config = load_config(["--levels", "64,128:2,256:4:hybrid,512:4:allgather:full,1024:8:ulysses:keep_attention:3"])
+    assert config.levels == [
+        Level(64),
+        Level(128, 2),
+        Level(256, 4, "hybrid"),
+        Level(512, 4, "allgather", "full"),
+        Level(1024, 8, "ulysses", "keep_attention", 3),
+    ]
 
 
 def test_missing_file_is_named() -> None:

@@ -29,12 +29,12 @@ def compare_methods(plans: EpochPlans) -> str:
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
 
 
-def describe_plan(plan: Plan, total_steps: int) -> str:
-    """Levels with their mesh and recomputation, iterations, steps and tokens per step of one epoch."""
+def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:
+    """Levels with their mesh, exchanges and recomputation, iterations, steps and tokens per step of one epoch."""
     lines = []
     iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
     for level, count in zip(plan.levels, iterations, strict=True):
-        style = f" ({level.cp_style})" if level.cp_degree > 1 else ""
+        style = f" ({level.cp_style}, {cp_collectives})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
         lines.append(

@@ -9,7 +9,7 @@ gather_degree groups of ulysses_degree ranks (Level.cp_shape), and attention run
                       their causal work is even
 
 "ulysses" is the first alone, "allgather" the second alone, "hybrid" both. The active groups are read at each forward,
-so that a level swap costs nothing.
+so that a level swap costs nothing. context_parallel_dtensor.py declares the same exchanges as DTensor placements.
 
 Shape suffixes: T tokens of the pack (of the group's shard inside Ulysses), S tokens of a rank's shard, N query heads,
 K key/value heads, D head dim, C ranks of a group, H = (N + 2K)/C heads that travel to one rank.
@@ -28,7 +28,6 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing.level import Level
 
 # torch 2.13 has it under the first name and warns at the second, the only one of older versions.
@@ -37,14 +36,16 @@ _gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or c
 
 @dataclass
 class ContextParallelState:
-    """What the attention layers read: the groups of the active level, None where their degree is 1."""
+    """What the attention layers read: the active level's (dp, gather, ulysses) mesh, its groups (None of degree 1)."""
 
     ulysses_degree: int = 1
     ulysses_group: ProcessGroup | None = None
     gather_group: ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
 
     def use(self, mesh: DeviceMesh) -> None:
         """Make the groups of a (dp, gather, ulysses) mesh the active ones."""
+        self.mesh = mesh
         _, gather_degree, self.ulysses_degree = mesh.shape
         self.ulysses_group = mesh.get_group("ulysses") if self.ulysses_degree > 1 else None
         self.gather_group = mesh.get_group("gather") if gather_degree > 1 else None
@@ -65,33 +66,44 @@ class ContextParallelAttention(nn.Module):
     def forward(
         self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Tensor | HeadTailShard, max_seqlen: int
     ) -> Tensor:
-        degree, group, gather_group = self.state.ulysses_degree, self.state.ulysses_group, self.state.gather_group
-        if group is not None:
-            q_SND, k_SKD, v_SKD = scatter_heads(q_SND, k_SKD, v_SKD, degree, group)
-        if gather_group is None:
-            o_SND = self.inner(q_SND, k_SKD, v_SKD, documents, max_seqlen)
-        else:
+        scatters, gathers = self.state.ulysses_group is not None, self.state.gather_group is not None
+        if scatters:
+            q_SND, k_SKD, v_SKD = self.scatter_heads(q_SND, k_SKD, v_SKD)
+        if gathers:
             assert isinstance(documents, HeadTailShard)
-            o_SND = attend_gathered(self.inner, q_SND, k_SKD, v_SKD, documents, max_seqlen, gather_group)
-        return o_SND if group is None else gather_heads(o_SND, degree, group)
+            k_TKD, v_TKD = self.gather_sequence(k_SKD, v_SKD)
+            o_SND = attend_shard(self.inner, q_SND, k_TKD, v_TKD, documents, max_seqlen)
+        else:
+            o_SND = self.inner(q_SND, k_SKD, v_SKD, documents, max_seqlen)
+        return self.gather_heads(o_SND) if scatters else o_SND
+
+    def scatter_heads(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequence shards with all heads -> the group's sequence [T, ., D] with this rank's heads."""
+        assert self.state.ulysses_group is not None
+        return scatter_heads(q_SND, k_SKD, v_SKD, self.state.ulysses_degree, self.state.ulysses_group)
+
+    def gather_heads(self, o_TND: Tensor) -> Tensor:
+        """The group's sequence with this rank's heads -> this rank's sequence shard with all heads, [S, N, D]."""
+        assert self.state.ulysses_group is not None
+        return gather_heads(o_TND, self.state.ulysses_degree, self.state.ulysses_group)
+
+    def gather_sequence(self, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a shard -> of all shards, end to end, [T, K, D] each; one collective for both."""
+        assert self.state.gather_group is not None
+        # [S, K, D] twice -> [S, 2K, D] -> all-gather -> [T, 2K, D]
+        kv_TKD = _all_gather(torch.cat([k_SKD, v_SKD], dim=1), self.state.gather_group)
+        k_TKD, v_TKD = kv_TKD.chunk(2, dim=1)
+        return k_TKD, v_TKD
 
 
-def attend_gathered(
-    inner: nn.Module,
-    q_SND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    shard: HeadTailShard,
-    max_seqlen: int,
-    group: ProcessGroup,
+def attend_shard(
+    inner: nn.Module, q_SND: Tensor, k_TKD: Tensor, v_TKD: Tensor, shard: HeadTailShard, max_seqlen: int
 ) -> Tensor:
-    """Attention of a head-tail shard's queries to the keys and values of the whole pack; returns o [S, N, D].
+    """Attention of a head-tail shard's queries to the keys and values of all shards end to end; returns o [S, N, D].
 
     Heads and tails are two passes because they share keys.
     """
-    # [S, K, D] twice -> [S, 2K, D] -> one all-gather -> shards end to end [T, 2K, D] -> order of the pack [T, 2K, D]
-    kv_TKD = _all_gather(torch.cat([k_SKD, v_SKD], dim=1), group)
-    k_TKD, v_TKD = kv_TKD.index_select(0, shard.kv_order).chunk(2, dim=1)
+    k_TKD, v_TKD = (x.index_select(0, shard.kv_order) for x in (k_TKD, v_TKD))
     # A chunk is at most as long as one of a single document: the longest head there can be.
     longest = (len(q_SND) + 1) // 2
     head_SND, tail_SND = q_SND.split([longest, len(q_SND) - longest])
@@ -137,12 +149,6 @@ def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     return wait_tensor(_gather_autograd(x, 0, group))
-
-
-def apply_context_parallel(model: Decoder, state: ContextParallelState) -> None:
-    """Wrap the inner attention of every layer of `model` (blocks in `model.layers`)."""
-    for block in model.blocks():
-        block.inner_attention = ContextParallelAttention(block.inner_attention, state)
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:

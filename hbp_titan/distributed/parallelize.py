@@ -10,12 +10,15 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.compile import apply_compile
-from hbp_titan.distributed.context_parallel import ContextParallelState, apply_context_parallel
+from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
+from hbp_titan.distributed.context_parallel_dtensor import DTensorContextParallelAttention
 from hbp_titan.distributed.fsdp import apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CP_ATTENTION = {"fused": ContextParallelAttention, "dtensor": DTensorContextParallelAttention}
+"""Which exchanges run between cp ranks, by parallelism.cp_collectives."""
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
@@ -36,7 +39,8 @@ def parallelize(
 ) -> None:
     """Apply everything to `model` (best on the meta device) in place."""
     # Innermost: attention exchanges heads between cp ranks, whatever runs around it.
-    apply_context_parallel(model, cp_state)
+    for block in model.blocks():
+        block.inner_attention = CP_ATTENTION[config.parallelism.cp_collectives](block.inner_attention, cp_state)
     if config.compile.enable:
         # Inside checkpointing: a change of policy then needs no new graph.
         apply_compile(model, config.compile.backend, len(config.levels))

@@ -85,14 +85,21 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
 
 
 def parse_levels(text: str) -> tuple[Level, ...]:
-    """Levels from the short form "16384:1,131072:8" (max_tokens:cp_degree, ascending)."""
+    """Levels from the short form "16384:1,131072:8:ulysses:full:28", whose fields are Level's in their order.
+
+    Those that are left out have Level's defaults.
+    """
+    types = (int, int, str, str, int)
     levels = []
     for part in text.split(","):
-        numbers = part.split(":")
-        if len(numbers) not in (1, 2) or not all(number.strip().isdecimal() for number in numbers):
-            raise ValueError(f"levels {text!r}: {part!r} is not of the form max_tokens:cp_degree")
-        max_tokens, cp_degree = (int(number) for number in (*numbers, "1")[:2])
-        levels.append(Level(max_tokens, cp_degree))
+        words = [word.strip() for word in part.split(":")]
+        numeric = all(word.isdecimal() for word, kind in zip(words, types, strict=False) if kind is int)
+        if len(words) > len(types) or not numeric:
+            form = "max_tokens:cp_degree:cp_style:ac_policy:ac_layers"
+            raise ValueError(
+                f"levels {text!r}: {part!r} is not of the form {form} (all but max_tokens may be left out)"
+            )
+        levels.append(Level(*(kind(word) for word, kind in zip(words, types, strict=False))))
     return tuple(levels)
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
 from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState, check_heads
+from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, nodes_crossed
+from hbp_titan.distributed.parallelize import CP_ATTENTION
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
-from hbp_titan.models.attention import VarlenAttention, varlen_attention
+from hbp_titan.models.attention import VarlenAttention
 from hbp_titan.packing import Level
 
 # Four ranks have 15 tokens each: 8 of heads and 7 of tails.
@@ -75,9 +75,9 @@ CASES = {
 """World size -> (style, cp degree, [(query heads, kv heads)])."""
 
 
-def _rank(world: World) -> dict[object, list[Tensor]]:
+def _rank(world: World, collectives: str) -> dict[object, list[Tensor]]:
     """Tokens, output and gradients of this rank's shard for each case of its world size, one swap after another."""
-    attention = ContextParallelAttention(VarlenAttention(), state := ContextParallelState())
+    attention = CP_ATTENTION[collectives](VarlenAttention(), state := ContextParallelState())
     cases = [(Level(T, degree, style), layout) for style, degree, layouts in CASES[world.size] for layout in layouts]
     meshes = LevelMeshes(world.device, world.size, [level.cp_shape(layout[1]) for level, layout in cases])
     results: dict[object, list[Tensor]] = {}
@@ -92,9 +92,10 @@ def _rank(world: World) -> dict[object, list[Tensor]]:
     return results
 
 
+@pytest.mark.parametrize("collectives", CP_ATTENTION)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shards_of_each_style_equal_the_whole_attention(world_size: int) -> None:
-    results = run_distributed(_rank, world_size)
+def test_shards_of_each_style_equal_the_whole_attention(world_size: int, collectives: str) -> None:
+    results = run_distributed(_rank, world_size, collectives)
     for case in results[0]:
         _, degree, layout, name = case
         expected = _attend(VarlenAttention(), torch.arange(T), _numbered_pack(DOCUMENTS[name]).cu_seqlens, *layout)
@@ -105,46 +106,6 @@ def test_shards_of_each_style_equal_the_whole_attention(world_size: int) -> None
             assert len(found) == 4
             ordered = [x[tokens.argsort()] for x in found]
             torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=str(case))
-
-
-class _RedistributedAttention(torch.nn.Module):
-    """The all-gather as DTensor declares it: keys and values sharded over the gather axis are made whole on each rank,
-    their gradients are partial sums. Each query then attends by itself to the keys that its chunk is said to see."""
-
-    def __init__(self, world: World, degree: int) -> None:
-        super().__init__()
-        self.axis = LevelMeshes(world.device, world.size, [(degree, 1)]).of((degree, 1))["gather"]
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shard: HeadTailShard, max_seqlen: int) -> Tensor:
-        k, v = (
-            DTensor.from_local(x, self.axis, [Shard(0)])
-            .redistribute(placements=[Replicate()])
-            .to_local(grad_placements=[Partial()])[shard.kv_order]
-            for x in (k, v)
-        )
-        outputs = []
-        for cu_q, cu_k in ((shard.head_q, shard.head_k), (shard.tail_q, shard.tail_k)):
-            for i in range(len(cu_q) - 1):
-                for back in range(int(cu_q[i + 1] - cu_q[i]), 0, -1):
-                    query = q[len(outputs)][None]
-                    seen = slice(int(cu_k[i]), int(cu_k[i + 1]) - back + 1)
-                    ends = torch.tensor([0, 1]), torch.tensor([0, seen.stop - seen.start])
-                    outputs.append(varlen_attention(query, k[seen], v[seen], ends[0], 1, None, ends[1], T))
-        return torch.cat(outputs)
-
-
-def _both_gathers(world: World, layout: tuple[int, int]) -> list[list[Tensor]]:
-    batch = shard_batch(_numbered_pack([0, 1, 14, 15, 41, 60, 60]), world.rank, world.size, world.size)
-    state = ContextParallelState()
-    state.use(LevelMeshes(world.device, world.size, [(world.size, 1)]).of((world.size, 1)))
-    ours = ContextParallelAttention(VarlenAttention(), state)
-    attentions = (ours, _RedistributedAttention(world, world.size))
-    return [_attend(attention, batch.input_ids, batch.documents, *layout) for attention in attentions]
-
-
-def test_gathered_attention_equals_the_redistribution_that_dtensor_declares() -> None:
-    for found, expected in run_distributed(_both_gathers, 2, (6, 2)):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:

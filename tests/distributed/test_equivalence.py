@@ -1,6 +1,6 @@
-"""Four ranks with three levels against transformers on one process: the same samples, the same parameters after
-several optimizer steps. Packs, each style of context parallelism, recomputation, accumulation, loss, clipping and
-AdamW in one."""
+"""Four and eight ranks with three levels against transformers on one process: the same samples, the same parameters
+after several optimizer steps. Packs, each style of context parallelism, recomputation, accumulation, loss, clipping
+and AdamW in one."""
 
 from __future__ import annotations
 
@@ -61,13 +61,34 @@ cp_style = "hybrid"
 ac_policy = "keep_attention"
 """
 
+EIGHT_RANKS = """
+[[levels]]
+max_tokens = 64
+cp_degree = 1
+
+[[levels]]
+max_tokens = 128
+cp_degree = 8
+cp_style = "allgather"
+ac_policy = "full"
+ac_layers = 1
+
+[[levels]]
+max_tokens = 512
+cp_degree = 8
+cp_style = "hybrid"
+ac_policy = "keep_attention"
+"""
+
+LEVELS = {"ulysses": ULYSSES, "styles": STYLES, "eight ranks": EIGHT_RANKS}
+
 
 @pytest.fixture(scope="module")
 def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The command line of a run on each set of levels."""
     folder = tmp_path_factory.mktemp("equivalence")
     arguments = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
-    for name, levels in (("ulysses", ULYSSES), ("styles", STYLES)):
+    for name, levels in LEVELS.items():
         (folder / f"{name}.toml").write_text(levels)
     arguments += [
         "--training.global_batch_tokens=700",
@@ -76,7 +97,7 @@ def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
     ]
-    return {name: [*arguments, f"--job.config_file={folder / name}.toml"] for name in ("ulysses", "styles")}
+    return {name: [*arguments, f"--job.config_file={folder / name}.toml"] for name in LEVELS}
 
 
 def _train(world: World, argv: list[str], without: str | None) -> tuple[dict[str, torch.Tensor], set[int]]:
@@ -149,21 +170,23 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize(
-    ("levels", "mix", "dp_replicate"),
+    ("world_size", "levels", "options"),
     [
-        ("ulysses", "alternate", 1),
-        ("ulysses", "interleave", 1),
-        ("ulysses", "interleave", 2),
-        ("styles", "interleave", 1),
+        (4, "ulysses", ["--packing.mix=alternate"]),
+        (4, "ulysses", ["--packing.mix=interleave"]),
+        (4, "ulysses", ["--packing.mix=interleave", "--parallelism.dp_replicate=2"]),
+        (4, "styles", ["--packing.mix=interleave"]),
+        (4, "styles", ["--packing.mix=interleave", "--parallelism.cp_collectives=dtensor"]),
+        (8, "eight ranks", ["--packing.mix=alternate", "--parallelism.dp_replicate=2"]),
     ],
 )
-def test_four_ranks_with_three_levels_equal_transformers_on_one(
-    argv_of: dict[str, list[str]], levels: str, mix: str, dp_replicate: int
+def test_ranks_with_three_levels_equal_transformers_on_one(
+    argv_of: dict[str, list[str]], world_size: int, levels: str, options: list[str]
 ) -> None:
-    argv = [*argv_of[levels], f"--packing.mix={mix}", f"--parallelism.dp_replicate={dp_replicate}"]
-    parameters, trained = run_distributed(_train, 4, argv, None)[0]
+    argv = [*argv_of[levels], *options]
+    parameters, trained = run_distributed(_train, world_size, argv, None)[0]
     assert trained == {0, 1, 2}
-    error = _worst(parameters, _reference(load_config(argv), 4))
+    error = _worst(parameters, _reference(load_config(argv), world_size))
     assert error < 1e-5
 
 

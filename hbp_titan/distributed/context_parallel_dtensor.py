@@ -1,0 +1,64 @@
+"""The exchanges of context parallelism as DTensor placements: the reference of those in context_parallel.py.
+
+Owns the placements of queries, keys, values and outputs on a level's (gather, ulysses) mesh. DTensor derives the
+collectives and their gradients from them: slower, with a collective per tensor, and not compiled, but it states in
+three lines what the fast path must do, and it takes over where a backend lacks what that calls
+(parallelism.cp_collectives = "dtensor").
+
+Shape suffixes as in context_parallel.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from hbp_titan.distributed.context_parallel import ContextParallelAttention
+
+# On the axes (gather, ulysses), for tensors [T, heads, D]: dim 0 is the sequence, dim 1 the heads.
+SEQUENCE_SHARD = (Shard(0), Shard(0))
+HEADS_OF_GROUP = (Shard(0), Shard(1))
+HEADS_OF_ALL = (Replicate(), Shard(1))
+
+
+class DTensorContextParallelAttention(ContextParallelAttention):
+    """ContextParallelAttention whose exchanges are redistributions of DTensors."""
+
+    def scatter_heads(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        repeats = max(self.state.ulysses_degree // k_SKD.shape[1], 1)
+        k_SKD, v_SKD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
+        q_TND, k_TKD, v_TKD = (
+            redistribute(x, self.mesh, SEQUENCE_SHARD, HEADS_OF_GROUP) for x in (q_SND, k_SKD, v_SKD)
+        )
+        return q_TND, k_TKD, v_TKD
+
+    def gather_heads(self, o_TND: Tensor) -> Tensor:
+        return redistribute(o_TND, self.mesh, HEADS_OF_GROUP, SEQUENCE_SHARD)
+
+    def gather_sequence(self, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor]:
+        # Each rank's queries contribute to the gradient of all keys.
+        gradient = (Partial(), Shard(1))
+        k_TKD, v_TKD = (redistribute(x, self.mesh, HEADS_OF_GROUP, HEADS_OF_ALL, gradient) for x in (k_SKD, v_SKD))
+        return k_TKD, v_TKD
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The (gather, ulysses) axes of the active level's mesh."""
+        assert self.state.mesh is not None
+        return self.state.mesh["gather", "ulysses"]
+
+
+def redistribute(
+    local: Tensor,
+    mesh: DeviceMesh,
+    source: Sequence[Placement],
+    target: Sequence[Placement],
+    gradient: Sequence[Placement] | None = None,
+) -> Tensor:
+    """This rank's part of a tensor placed as `source` -> as `target`; gradient: how the result's gradient is placed."""
+    placed = DTensor.from_local(local, mesh, source, run_check=False).redistribute(placements=target)
+    return placed.to_local(grad_placements=gradient)
