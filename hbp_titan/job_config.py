@@ -180,6 +180,8 @@ class Validation:
 class Metrics:
     log_interval: int = 1
     """Optimizer steps between console lines; metrics.jsonl has every step."""
+    live_check_interval: int = 20
+    """Optimizer steps between comparisons of measured times with the plan's model (an epoch's end has one); 0: none."""
     enable_tensorboard: bool = True
     """Write tensorboard/ into the run folder."""
     progress_bar: bool = True

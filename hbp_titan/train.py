@@ -46,6 +46,7 @@ from hbp_titan.distributed.world import (
     set_timeouts,
 )
 from hbp_titan.levels.engine import Engine
+from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
@@ -92,6 +93,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
+        self.live_check = LiveCheck(self.model, world, None, config.metrics.live_check_interval)
         self.normalizer = NORMALIZERS[config.training.normalizer]
         self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer)
         self._resume()
@@ -156,6 +158,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
+        names = [level_name(level) for level in plan.levels]
         while self.step_in_epoch < plan.num_steps and self.step < self.total_steps:
             with profiled_step(self.config.profiling, self.step + 1, self.folder):
                 values = self.train_step(plan, self.step_in_epoch, batches)
@@ -164,7 +167,12 @@ class Trainer:
             last = self.step == self.total_steps
             if self.validator and (self.step % self.config.validation.interval == 0 or last):
                 values["validation"] = self.validator.run(self.engine.evaluate)
+            report = self.live_check.report(plan, self.step_in_epoch)
+            if report:
+                values["live_check"] = report.as_dict(names)
             metrics.log(values)
+            for line in [report.line(names), *report.warnings(names)] if report else ():
+                metrics.write(line)
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
@@ -191,11 +199,12 @@ class Trainer:
         waited = 0.0
         loss_by_level = torch.zeros(len(plan.levels), dtype=torch.float64, device=self.device)
         iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
-        for _ in iterations:
+        for iteration in iterations:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            loss_by_level[batch.level] += self.engine.forward_backward(batch)
+            with self.live_check.iteration(iteration):
+                loss_by_level[batch.level] += self.engine.forward_backward(batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
