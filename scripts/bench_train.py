@@ -119,6 +119,8 @@ def swap(options: argparse.Namespace, config: JobConfig, world: World, flavor: s
     layers = parse_layers(options.layers, args.num_layers)
     if not layers:
         raise ValueError("--layers auto does not go with --swap: name a number")
+    if options.optimizer_step:
+        raise ValueError("--optimizer_step does not go with --swap: a swap lies between forward and backward passes")
     args = dataclasses.replace(args, num_layers=layers)
     lengths = parse_levels(options.lengths)
     check_levels(lengths, world.size)
@@ -129,7 +131,8 @@ def swap(options: argparse.Namespace, config: JobConfig, world: World, flavor: s
     for documents in parse_documents(options.documents):
         cost = measure_swap(config, args, world, levels, documents, options.swap_iterations, options.repeats)
         say(world, f"{flavor}, compile {'on' if config.compile.enable else 'off'}, documents {documents}: {cost}")
-        found.append({"model": flavor, "documents": str(documents), **dataclasses.asdict(cost)})
+        setting = {"model": flavor, "layers": layers, "compile": config.compile.enable, "documents": str(documents)}
+        found.append({**setting, **dataclasses.asdict(cost)})
     return found
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
@@ -21,7 +22,6 @@ from hbp_titan.distributed.world import World
 from hbp_titan.levels.bench_batch import Documents, random_batches
 from hbp_titan.levels.bench_engine import EngineSlot
 from hbp_titan.levels.engine import Engine
-from hbp_titan.levels.memory import measure_memory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import linear_params, training_flops
 from hbp_titan.packing import CostModel, Level
@@ -67,7 +67,8 @@ class Measurement:
 
     tokens: of one iteration over all ranks. flops: of one iteration and rank, without recomputation, attention within
     documents. flops_ratio: FLOPs with recomputation / without. seconds: of each timed iteration, the slowest rank.
-    peak_bytes: the most that a rank holds during an iteration, parameters (and optimizer state) with it.
+    peak_bytes: the most that a rank holds during an iteration, parameters (and optimizer state) with it; on a CPU with
+    several ranks a bound from above, because what the threads of gloo release is not seen.
     saved_bytes: what a layer under the policy keeps from forward to backward for each token of a rank's shard.
     """
 
@@ -109,9 +110,6 @@ class Bench:
         config.levels = self.levels
         config.checkpoint.initial_load_path = ""
         self.config = config
-        if config.compile.enable:
-            # Graphs of an earlier model would count towards the compiler's limit.
-            torch._dynamo.reset()
         self.slot = EngineSlot(config, args, world, settings.optimizer_step)
         self.slot.set_layers(settings.layers or args.num_layers)
         self.too_big: set[tuple[str, int | None, int]] = set()
@@ -158,7 +156,7 @@ class Bench:
             batches = [
                 b for k in range(len(self.settings.lengths)) for b in self._batches(k, self.settings.documents[0])
             ]
-            held.append([slot.attempt(lambda engine, b=batch: _held_for_backward(engine, b)) for batch in batches])
+            held.append([slot.attempt(lambda engine, b=batch: _saved_for_backward(engine, b)) for batch in batches])
             slot.clear()
         sizes = [level.max_tokens // level.cp_degree * (DEPTHS[1] - DEPTHS[0]) for level in self.levels]
         return [
@@ -191,13 +189,19 @@ class Bench:
         return peak
 
     def _seconds(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
-        """Seconds of each timed iteration by level, round robin; the first round does not count."""
+        """Seconds of each timed iteration by level, round robin; the first round does not count.
+
+        A level whose memory does not suffice after all is left out, so that the others' rounds stay comparable.
+        """
         seconds: dict[int, list[float]] = {batch.level: [] for batch in batches}
         for number in range(self.settings.repeats + 1):
-            start = number % max(len(batches), 1)
-            for batch in batches[start:] + batches[:start]:
+            timed = [batch for batch in batches if batch.level in seconds]
+            start = number % max(len(timed), 1)
+            for batch in timed[start:] + timed[:start]:
                 taken = self.slot.attempt(self.slot.seconds, [batch])
-                if number and taken is not None:
+                if taken is None:
+                    del seconds[batch.level]
+                elif number:
                     seconds[batch.level].append(taken)
         return seconds
 
@@ -221,15 +225,24 @@ class Bench:
         )
 
 
-def _held_for_backward(engine: Engine, batch: PackedBatch) -> int:
-    """Bytes that a forward leaves behind for its backward, once everything lazy has been made."""
-    engine.forward_backward(batch)
-    engine.model.zero_grad()
-    with measure_memory(engine.device) as use:
+def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
+    """Bytes that autograd keeps from a forward for its backward; a storage counts once, a freed one not at all.
+
+    Counted by autograd's own hooks, because a CPU's allocation records miss what the threads of gloo release.
+    """
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         objective, _ = engine.forward(batch)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    saved.clear()
     objective.backward()
     engine.model.zero_grad()
-    return use.held_bytes
+    return sum(sizes.values())
 
 
 def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:

@@ -61,6 +61,8 @@ class EngineSlot:
         """
         try:
             if self.engine is None:
+                # Graphs of an earlier model would count towards the compiler's limit.
+                torch._dynamo.reset()
                 self.engine = Engine(self.config, self.args, self.world)
                 if self.optimizer_step:
                     self.optimizer = build_optimizer(self.engine.model, self.config.optimizer)

@@ -45,7 +45,7 @@ def relative_times(found: Measurement, base: Measurement | None) -> tuple[float,
     """(median, least, greatest) over the rounds of the time of `found` / `base`; None where one did not fit."""
     if base is None or not found.fits or not base.fits:
         return None
-    ratios = [a / b for a, b in zip(found.seconds, base.seconds, strict=False)]
+    ratios = [a / b for a, b in zip(found.seconds, base.seconds, strict=True)]
     return median(ratios), min(ratios), max(ratios)
 
 
