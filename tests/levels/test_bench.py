@@ -173,5 +173,7 @@ def test_only_want_of_memory_on_one_rank_is_caught(world: World) -> None:
 def test_policies_are_parsed_and_mistakes_named() -> None:
     assert parse_policies("none, full:8,keep_attention") == (("none", None), ("full", 8), ("keep_attention", None))
     for text, word in (("none,all", "all"), ("full:", "full:"), ("full:x", "full:x"), ("", "")):
-        with pytest.raises(ValueError, match=f"'{word}' is not of the form policy:layers, of none, full, keep_attention"):
+        with pytest.raises(
+            ValueError, match=f"'{word}' is not of the form policy:layers, of none, full, keep_attention"
+        ):
             parse_policies(text)
