@@ -124,10 +124,11 @@ def test_want_of_memory_is_a_row_and_is_not_tried_again_at_greater_lengths(
 
 
 def test_auto_halves_the_layers_until_every_policy_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    _run_out_of_memory(monkeypatch, lambda policy, tokens, layers: policy == "none" and tokens * layers > 256)
-    rows = _rows(_bench(world, "64,128,256,512", layers=0))
+    _run_out_of_memory(monkeypatch, lambda policy, tokens, layers: policy == "none" and tokens * layers > 200)
+    rows = _rows(_bench(world, "32,64,128,256", layers=0))
+    # 3 layers of 64 tokens would fit.
     assert [m.layers for m in rows] == [4] * 3 + [2] * 3 + [1] * 6
-    # One layer is the least: at 512 tokens nothing is left to halve.
+    # One layer is the least: at 256 tokens nothing is left to halve.
     assert [m.fits for m in rows] == [True] * 9 + [False, True, True]
 
 
