@@ -42,11 +42,15 @@ class Engine:
     def forward_backward(self, batch: PackedBatch) -> Tensor:
         """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
         try:
-            objective, loss_sum = self._run(batch, linear_cross_entropy)
+            objective, loss_sum = self.forward(batch)
             objective.backward()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(self._out_of_memory(batch)) from error
         return loss_sum
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """The weighted loss of this rank, to be differentiated, and the plain sum of its token losses."""
+        return self._run(batch, linear_cross_entropy)
 
     def _out_of_memory(self, batch: PackedBatch) -> str:
         level = self.runtime.levels[batch.level]

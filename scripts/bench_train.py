@@ -1,0 +1,168 @@
+"""Measure training per level and activation-checkpoint policy: tokens/s, MFU, peak memory, what a layer keeps.
+
+    python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,32768,65536,131072
+    torchrun --nproc_per_node 8 scripts/bench_train.py --flavors llama3_1_8b --lengths 16384:1,131072:8 --compile on
+    python scripts/bench_train.py --flavors debug --lengths 1024,8192 --swap
+
+Random weights and tokens; one pack a data-parallel rank, full to its length, every token but each document's first
+trained. The engine is the trainer's, on the GPU where there is one. An iteration is forward and backward, with
+--optimizer_step also AdamW's step, and its state is held. TFLOP/s and MFU are a rank's and count what the documents
+need: no recomputation, attention within documents. B/token/layer is what a layer under the policy keeps for backward.
+Policies are timed in turn: "time / none" is the median over the rounds, with the least and the greatest; "FLOPs / none"
+is what recomputation adds by count. A row may be "out of memory": fewer --layers, or auto, fit. Every key of the
+configuration can be given too, e.g. --training.dtype bfloat16 or --compile.backend aot_eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+# torch's profiler, which counts memory on a CPU, writes a line on stderr at each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from hbp_titan.cli import guarded
+from hbp_titan.components.metrics import peak_flops
+from hbp_titan.config import JobConfig, load_config
+from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.levels.bench import Bench, Settings, parse_policies
+from hbp_titan.levels.bench_batch import parse_documents
+from hbp_titan.levels.bench_swap import measure_swap
+from hbp_titan.levels.bench_table import header, rows
+from hbp_titan.models.attention import selected_backend
+from hbp_titan.models.registry import get_flavor
+from hbp_titan.packing.level import check_levels, parse_levels
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, JobConfig]:
+    """The benchmark's own options and the configuration that the others make."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--flavors", default="debug", help="models of models/registry.py, by commas [debug]")
+    parser.add_argument("--layers", default="all", help="all, a number, or auto: halved until all policies fit [all]")
+    parser.add_argument(
+        "--lengths", default="1024,8192", help="pack lengths, ascending, each with :cp_degree [1024,8192]"
+    )
+    parser.add_argument(
+        "--policies", default="none,full,keep_attention", help="each with :layers [none,full,keep_attention]"
+    )
+    parser.add_argument(
+        "--documents", default="one,600", help="how packs are filled: one document, a median length [one,600]"
+    )
+    parser.add_argument("--compile", default="off", choices=("off", "on", "both"), help="torch.compile of blocks [off]")
+    parser.add_argument("--optimizer_step", action="store_true", help="AdamW belongs to every iteration")
+    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each row, rounds of --swap [5]")
+    parser.add_argument("--swap", action="store_true", help="measure alternating against grouped levels instead")
+    parser.add_argument("--swap_iterations", type=int, default=4, help="packs of each level in a round of --swap [4]")
+    parser.add_argument("--json", type=Path, help="write every measurement there")
+    options, overrides = parser.parse_known_args(argv)
+    if options.repeats < 1 or options.swap_iterations < 1:
+        raise ValueError(f"--repeats {options.repeats}, --swap_iterations {options.swap_iterations}: at least 1 each")
+    return options, load_config(overrides)
+
+
+def main(argv: list[str]) -> None:
+    """Run what the command line asks for; rank 0 prints and writes."""
+    options, config = parse(argv)
+    world = init_world(config.parallelism.init_timeout_seconds)
+    try:
+        report: dict[str, Any] = {**describe(config, world), "command": " ".join(sys.argv)}
+        say(world, "\n".join(f"{key}: {value}" for key, value in report.items()))
+        if not options.swap:
+            say(world, "\n" + header())
+        report["measurements"] = []
+        for flavor in options.flavors.split(","):
+            for enable in {"off": (False,), "on": (True,), "both": (False, True)}[options.compile]:
+                config.compile.enable = enable
+                report["measurements"] += (swap if options.swap else bench)(options, config, world, flavor)
+        if options.json and world.rank == 0:
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    finally:
+        close_world()
+
+
+def bench(options: argparse.Namespace, config: JobConfig, world: World, flavor: str) -> list[dict[str, Any]]:
+    """The table of one model."""
+    args = get_flavor(flavor)
+    settings = Settings(
+        lengths=parse_levels(options.lengths),
+        policies=parse_policies(options.policies),
+        documents=parse_documents(options.documents),
+        layers=parse_layers(options.layers, args.num_layers),
+        repeats=options.repeats,
+        optimizer_step=options.optimizer_step,
+    )
+    check_levels(settings.lengths, world.size)
+    check_heads(settings.lengths, args.num_heads, args.num_kv_heads)
+    found = []
+    for group in Bench(config, args, world, settings).run():
+        say(world, "\n".join(rows(group, peak_flops(world.device))))
+        found += group
+    return [dataclasses.asdict(measurement) for measurement in found]
+
+
+def swap(options: argparse.Namespace, config: JobConfig, world: World, flavor: str) -> list[dict[str, Any]]:
+    """The cost of a swap between all lengths and policies of one model, for each kind of documents."""
+    args = get_flavor(flavor)
+    layers = parse_layers(options.layers, args.num_layers)
+    if not layers:
+        raise ValueError("--layers auto does not go with --swap: name a number")
+    if options.optimizer_step:
+        raise ValueError("--optimizer_step does not go with --swap: a swap lies between forward and backward passes")
+    args = dataclasses.replace(args, num_layers=layers)
+    lengths = parse_levels(options.lengths)
+    check_levels(lengths, world.size)
+    check_heads(lengths, args.num_heads, args.num_kv_heads)
+    policies = parse_policies(options.policies)
+    levels = [dataclasses.replace(k, ac_policy=name, ac_layers=n) for k in lengths for name, n in policies]
+    found = []
+    for documents in parse_documents(options.documents):
+        cost = measure_swap(config, args, world, levels, documents, options.swap_iterations, options.repeats)
+        say(world, f"{flavor}, compile {'on' if config.compile.enable else 'off'}, documents {documents}: {cost}")
+        setting = {"model": flavor, "layers": layers, "compile": config.compile.enable, "documents": str(documents)}
+        found.append({**setting, **dataclasses.asdict(cost)})
+    return found
+
+
+def parse_layers(text: str, num_layers: int) -> int:
+    """The number of layers; 0 for "auto"."""
+    if text in ("all", "auto"):
+        return num_layers if text == "all" else 0
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--layers {text!r} is neither all, auto nor a number of at least 1")
+    return int(text)
+
+
+def describe(config: JobConfig, world: World) -> dict[str, Any]:
+    """What the figures hold for."""
+    on_gpu = world.device.type == "cuda"
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else cpu,
+        "ranks": world.size,
+        "torch": torch.__version__,
+        "attention": selected_backend(world.device),
+        "parameters": config.training.dtype,
+        "computed in": str(compute_dtype(config, world.device)).removeprefix("torch."),
+    }
+
+
+def say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))
