@@ -78,22 +78,44 @@ class ContextParallelAttention(nn.Module):
         return self.gather_heads(o_SND) if scatters else o_SND
 
     def scatter_heads(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequence shards with all heads -> the group's sequence [T, ., D] with this rank's heads."""
-        assert self.state.ulysses_group is not None
-        return scatter_heads(q_SND, k_SKD, v_SKD, self.state.ulysses_degree, self.state.ulysses_group)
+        """Sequence shards with all heads -> the group's sequence with this rank's heads; one collective for all three.
+
+        Fewer kv heads than ranks are repeated, so that each rank holds the kv head that its query heads use.
+        Returns q [T, N/C, D], k and v [T, max(K, C)/C, D].
+        """
+        degree, num_kv_heads = self.state.ulysses_degree, k_SKD.shape[1]
+        if num_kv_heads < degree:
+            k_SKD = k_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
+            v_SKD = v_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
+        # [S, N, D] -> [S, C, N/C, D]: consecutive heads go to the same rank; q, k, v side by side on the head dim.
+        parts = [x.unflatten(1, (degree, -1)) for x in (q_SND, k_SKD, v_SKD)]
+        # [S, C, H, D] -> [C, S, H, D] -> all-to-all over dim 0 -> [C, S, H, D], now dim 0 is the sequence -> [T, H, D]
+        qkv_CSHD = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
+        qkv_THD = self.all_to_all(qkv_CSHD).flatten(0, 1)
+        q_TND, k_TKD, v_TKD = qkv_THD.split([part.shape[2] for part in parts], dim=1)
+        return q_TND, k_TKD, v_TKD
 
     def gather_heads(self, o_TND: Tensor) -> Tensor:
         """The group's sequence with this rank's heads -> this rank's sequence shard with all heads, [S, N, D]."""
-        assert self.state.ulysses_group is not None
-        return gather_heads(o_TND, self.state.ulysses_degree, self.state.ulysses_group)
+        # [T, N/C, D] -> [C, S, N/C, D] -> all-to-all -> [C, S, N/C, D], now dim 0 is the heads -> [S, C, N/C, D]
+        o_CSND = o_TND.unflatten(0, (self.state.ulysses_degree, -1)).contiguous()
+        return self.all_to_all(o_CSND).transpose(0, 1).flatten(1, 2)
 
     def gather_sequence(self, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a shard -> of all shards, end to end, [T, K, D] each; one collective for both."""
-        assert self.state.gather_group is not None
         # [S, K, D] twice -> [S, 2K, D] -> all-gather -> [T, 2K, D]
-        kv_TKD = _all_gather(torch.cat([k_SKD, v_SKD], dim=1), self.state.gather_group)
-        k_TKD, v_TKD = kv_TKD.chunk(2, dim=1)
+        k_TKD, v_TKD = self.all_gather(torch.cat([k_SKD, v_SKD], dim=1)).chunk(2, dim=1)
         return k_TKD, v_TKD
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Part i of dim 0 goes to rank i of the Ulysses group; differentiable."""
+        assert self.state.ulysses_group is not None
+        return wait_tensor(all_to_all_single_autograd(x, None, None, self.state.ulysses_group))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The parts of all ranks of the gather group, end to end on dim 0; differentiable."""
+        assert self.state.gather_group is not None
+        return wait_tensor(_gather_autograd(x, 0, self.state.gather_group))
 
 
 def attend_shard(
@@ -113,42 +135,6 @@ def attend_shard(
             inner(tail_SND, k_TKD, v_TKD, shard.tail_q, longest, shard.tail_k, max_seqlen),
         ]
     )
-
-
-def scatter_heads(
-    q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, degree: int, group: ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequence shards with all heads -> the whole sequence with this rank's heads; one collective for q, k and v.
-
-    Fewer kv heads than ranks are repeated, so that each rank holds the kv head that its query heads use.
-    Returns q [T, N/C, D], k and v [T, max(K, C)/C, D].
-    """
-    num_kv_heads = k_SKD.shape[1]
-    if num_kv_heads < degree:
-        k_SKD = k_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
-        v_SKD = v_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
-    # [S, N, D] -> [S, C, N/C, D]: consecutive heads go to the same rank; q, k, v side by side on the head dim.
-    parts = [x.unflatten(1, (degree, -1)) for x in (q_SND, k_SKD, v_SKD)]
-    # [S, C, H, D] -> [C, S, H, D] -> all-to-all over dim 0 -> [C, S, H, D], now dim 0 is the sequence -> [T, H, D]
-    qkv_CSHD = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
-    qkv_THD = _all_to_all(qkv_CSHD, group).flatten(0, 1)
-    q_TND, k_TKD, v_TKD = qkv_THD.split([part.shape[2] for part in parts], dim=1)
-    return q_TND, k_TKD, v_TKD
-
-
-def gather_heads(o_TND: Tensor, degree: int, group: ProcessGroup) -> Tensor:
-    """The whole sequence with this rank's heads -> this rank's sequence shard with all heads, [S, N, D]."""
-    # [T, N/C, D] -> [C, S, N/C, D] -> all-to-all -> [C, S, N/C, D], now dim 0 is the heads -> [S, C, N/C, D]
-    o_CSND = o_TND.unflatten(0, (degree, -1)).contiguous()
-    return _all_to_all(o_CSND, group).transpose(0, 1).flatten(1, 2)
-
-
-def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    return wait_tensor(all_to_all_single_autograd(x, None, None, group))
-
-
-def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    return wait_tensor(_gather_autograd(x, 0, group))
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 
 from hbp_titan.components.loss import linear_cross_entropy
 from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.distributed import context_parallel
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, CheckpointedForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
@@ -101,9 +98,9 @@ def block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type:
 @lru_cache(maxsize=1024)
 def _block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> PieceMemory:
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
-    with FakeTensorMode(), _exchanges_without_ranks(gather_degree):
+    with FakeTensorMode():
         block = _make(DecoderBlock, args, dtype, device_type)
-        block.inner_attention = ContextParallelAttention(block.inner_attention, _cp_state(args, level))
+        block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
         forward = CheckpointedForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
         size = level.max_tokens // level.cp_degree
         x_SH = torch.empty(size, args.hidden_size, dtype=dtype, requires_grad=True)
@@ -249,15 +246,15 @@ class _Exchange(torch.autograd.Function):
         return grad.contiguous().new_empty(ctx.shape), None
 
 
-@contextmanager
-def _exchanges_without_ranks(gather_degree: int) -> Iterator[None]:
-    """Context parallelism's collectives are replaced by their shapes: a dry run has one process."""
+class _AttentionWithoutRanks(ContextParallelAttention):
+    """Context parallelism in one process: its collectives are replaced by their shapes."""
 
-    def all_to_all(x: Tensor, group: object) -> Tensor:
+    def __init__(self, inner: nn.Module, state: ContextParallelState, gather_degree: int) -> None:
+        super().__init__(inner, state)
+        self.gather_degree = gather_degree
+
+    def all_to_all(self, x: Tensor) -> Tensor:
         return _Exchange.apply(x, 1)
 
-    def all_gather(x: Tensor, group: object) -> Tensor:
-        return _Exchange.apply(x, gather_degree)
-
-    with mock.patch.multiple(context_parallel, _all_to_all=all_to_all, _all_gather=all_gather):
-        yield
+    def all_gather(self, x: Tensor) -> Tensor:
+        return _Exchange.apply(x, self.gather_degree)
