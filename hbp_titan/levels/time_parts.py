@@ -191,7 +191,7 @@ class TimeModel:
         return params * (ranks - 1) / ranks / bus
 
     def _exposed_fsdp(self, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
-        """Traffic beyond what the matrix products of the same direction hide; attention is not relied on to hide any."""
+        """Traffic beyond what the matrix products of the same direction hide; attention is not relied on for it."""
         forward, backward = self.fsdp_seconds()
         return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
 
