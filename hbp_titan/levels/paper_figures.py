@@ -8,7 +8,7 @@ the figures are from another series of measurements. GPU days of whole methods a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,11 @@ from hbp_titan.levels.flexsp import plan_flexsp, replay_concurrent
 from hbp_titan.levels.hardware import get_hardware
 from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.levels.model_dims import get_dims
+from hbp_titan.levels.replay_methods import without_balance
 from hbp_titan.levels.simulate import Replay, replay
 from hbp_titan.levels.time_parts import TimeModel
 from hbp_titan.packing import Level, Plan, build_plan, measure
-from hbp_titan.packing.arrays import IntArray, shuffled
+from hbp_titan.packing.arrays import IntArray
 
 WORLD_SIZE = 32
 # Assumed of the trade-off: "equal tokens" means 16K for each GPU, the packs hold the short data (at most 32K a sample).
@@ -171,10 +172,41 @@ def _predicted(plan: Plan, model: TimeModel) -> Prediction:
     return Prediction(metrics.abr, metrics.cr, replay(plan, model))
 
 
-def without_balance(plan: Plan) -> Plan:
-    """The same packs, put side by side at random within each level (the paper's row without balance batching)."""
-    order = np.arange(plan.packs.num_rows)
-    for level in range(len(plan.levels)):
-        mine = np.flatnonzero(plan.pack_levels == level)
-        order[mine] = mine[shuffled(len(mine), plan.seed, level)]
-    return dataclasses.replace(plan, packs=plan.packs.take(order))
+def fit_table(fit: PaperFit) -> str:
+    """The coefficients and every residual of the fit, Markdown."""
+    computation, sp, fixed, scale = fit.factors
+    hardware = fit.model.hardware
+    lines = [
+        f"Fitted: {hardware.linear_efficiency:.1%} of the peak in matrix products ({computation:.2f} times the seconds "
+        f"assumed), SP collectives {sp:.2f} times, {fixed * 1000:.0f} ms fixed an iteration, the second series scaled "
+        f"by {scale:.3f}.",
+        "",
+        "| level | SP | layers recomputed | paper, s | fit, s | residual |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, seconds in zip(TRADE_OFFS, fit.predicted.tolist(), strict=True):
+        level = row.level
+        lines.append(
+            f"| {level.max_tokens // 1024}K{', second series' if row.series else ''} | {level.cp_degree} | "
+            f"{level.ac_layers} | {row.seconds:.2f} | {seconds:.2f} | {seconds / row.seconds - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def prediction_table(predictions: Mapping[PaperMethod, Prediction]) -> str:
+    """Every row of METHODS beside the paper's, Markdown."""
+    isf = next(row for row in predictions if row.name == "isf")
+    lines = [
+        "| method | GPU days: paper | simulated | residual | over ISF: paper | simulated | residual | ABR: paper | "
+        "simulated | CR: paper | simulated |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, p in predictions.items():
+        days, up = p.replay.gpu_days, isf.gpu_days / row.gpu_days
+        simulated = predictions[isf].replay.gpu_days / days
+        abr, cr = ("-" if value is None else str(value) for value in (row.abr, row.cr))
+        lines.append(
+            f"| {row.name} | {row.gpu_days} | {days:.2f} | {days / row.gpu_days - 1:+.0%} | {up:.2f}x | "
+            f"{simulated:.2f}x | {simulated / up - 1:+.0%} | {abr} | {p.abr:.3f} | {cr} | {p.cr:.3f} |"
+        )
+    return "\n".join(lines)

@@ -13,9 +13,10 @@ import numpy as np
 
 from hbp_titan.levels.hardware import Hardware
 from hbp_titan.levels.model_dims import ModelDims, get_dims
-from hbp_titan.levels.simulate import Replay, replay
+from hbp_titan.levels.replay_methods import replay_methods
+from hbp_titan.levels.simulate import Replay
 from hbp_titan.levels.time_parts import Sharding, TimeModel
-from hbp_titan.packing import CostModel, Level, build_plan
+from hbp_titan.packing import Level
 from hbp_titan.packing.arrays import IntArray
 from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart, short
 from hbp_titan.packing.synthetic import tulu3_longcite_like
@@ -100,18 +101,7 @@ def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray,
         return Scenario(dims, context, world_size, None)
     sharding = Sharding(expert_parallel=min(8, world_size) if dims.expert_params else 1)
     model = TimeModel(dims, hardware, world_size, sharding)
-    costs = [level_cost(model, level) for level in levels]
-    replays = {m: replay(build_plan(lengths, levels, world_size, m, cost=costs), model) for m in METHODS}
-    return Scenario(dims, context, world_size, replays)
-
-
-def level_cost(model: TimeModel, level: Level) -> CostModel:
-    """What balances packs of the level: their seconds, less what all packs have in common.
-
-    A pack is padded to the level's length, so its tokens count through the loss head alone.
-    """
-    time = model.level_time(level)
-    return CostModel(time.per_loss_token, time.per_square)
+    return Scenario(dims, context, world_size, replay_methods(lengths, levels, model, METHODS))
 
 
 def scale_table(scenarios: Sequence[Scenario]) -> str:

@@ -112,7 +112,7 @@ def replay_table(replays: Mapping[str, Replay], baseline: str | None = None) -> 
     """One line a method and one for each of its levels; speed-up over `baseline`, default the first."""
     base = replays[baseline or next(iter(replays))].seconds
     lines = [
-        f"{'method':<16}{'GPU days':>10}{'speed-up':>10}{'idle':>8}{'SP':>8}{'recomp.':>9}{'FSDP':>8}{'experts':>9}"
+        f"{'method':<18}{'GPU days':>10}{'speed-up':>10}{'idle':>8}{'SP':>8}{'recomp.':>9}{'FSDP':>8}{'experts':>9}"
         f"{'fixed':>8}{'CR':>7}{'iterations':>12}"
     ]
     for name, whole in replays.items():
@@ -125,7 +125,7 @@ def replay_table(replays: Mapping[str, Replay], baseline: str | None = None) -> 
 
 def _line(name: str, r: Replay, speed_up: str) -> str:
     return (
-        f"{name:<16}{r.gpu_days:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
+        f"{name:<18}{r.gpu_days:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
         f"{r.share('recompute'):>9.1%}{r.share('fsdp'):>8.1%}{r.share('experts'):>9.1%}{r.share('fixed'):>8.1%}"
         f"{r.cr:>7.3f}{r.iterations:>12,}"
     )
