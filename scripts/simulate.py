@@ -25,6 +25,7 @@ import numpy as np
 
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config
+from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.levels.calibrate import calibrate, load_measured
 from hbp_titan.levels.estimate import MEMORY_MARGIN, estimate_candidates, time_model
 from hbp_titan.levels.hardware import HARDWARE, get_hardware
@@ -35,7 +36,7 @@ from hbp_titan.levels.scale import scale_svg, scale_table, simulate_scale
 from hbp_titan.levels.simulate import replay, replay_table
 from hbp_titan.levels.time_parts import TimeModel
 from hbp_titan.models.registry import get_flavor
-from hbp_titan.packing import METHODS, Level, build_plan, parse_levels
+from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
 from hbp_titan.packing.synthetic import tulu3_longcite_like
 from hbp_titan.preflight import model_args
 
@@ -102,11 +103,10 @@ def configuration(options: argparse.Namespace, overrides: list[str]) -> JobConfi
 
 
 def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Level], TimeModel]:
-    """Print what each level takes; the levels with their recomputation and the model of time.
-
-    Raises ValueError where a level does not fit.
-    """
+    """Print what each level takes; the levels that fit, with their recomputation, and the model of time."""
     args, hardware = model_args(config), get_hardware(machine)
+    check_levels(config.levels, world_size)
+    check_heads(config.levels, args.num_heads, args.num_kv_heads)
     model = time_model(args, config, hardware, world_size)
     candidates = estimate_candidates(args, config, hardware, world_size, config.levels)
     print(
