@@ -31,6 +31,7 @@ from hbp_titan.levels.estimate import MEMORY_MARGIN, estimate_candidates, time_m
 from hbp_titan.levels.hardware import HARDWARE, get_hardware
 from hbp_titan.levels.level_time import predict_epoch
 from hbp_titan.levels.paper_figures import fit_table, fit_trade_offs, predict_methods, prediction_table
+from hbp_titan.levels.paper_models import models_table, predict_models
 from hbp_titan.levels.replay_methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
 from hbp_titan.levels.scale import scale_svg, scale_table, simulate_scale
 from hbp_titan.levels.simulate import replay, replay_table
@@ -169,7 +170,8 @@ def report_paper(options: argparse.Namespace) -> None:
     lengths = load_lengths(options)
     fit = fit_trade_offs(lengths)
     print(fit_table(fit), end="\n\n")
-    print(prediction_table(dict(predict_methods(lengths, fit.model, options.seed))))
+    print(prediction_table(dict(predict_methods(lengths, fit.model, options.seed))), end="\n\n")
+    print(models_table(predict_models(lengths, fit.model, options.seed)))
 
 
 def report_scale(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from hbp_titan.config import JobConfig
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.hardware import Hardware
-from hbp_titan.levels.memory_estimate import estimate_memory
+from hbp_titan.levels.memory_estimate import estimate_memory, fewest_layers
 from hbp_titan.levels.model_dims import ModelDims
 from hbp_titan.levels.time_parts import Sharding, TimeModel
 from hbp_titan.models.decoder import ModelArgs
@@ -62,16 +62,15 @@ def _least_recomputation(
     """The level with the fewest checkpointed layers whose peak is at most `limit`, or all of them; and its peak."""
 
     def peak(layers: int | None) -> int:
-        return estimate_memory(args, dataclasses.replace(level, ac_layers=layers), config, world_size).peak_bytes
+        at_depth = dataclasses.replace(level, ac_layers=layers)
+        return estimate_memory(args, at_depth, config, world_size, device_type="cuda").peak_bytes
 
     if level.ac_policy == "none" or level.ac_layers is not None:
         return level, peak(level.ac_layers)
-    # Memory falls with every layer: bisect.
-    low, high = 0, args.num_layers
-    while low < high:
-        middle = (low + high) // 2
-        if peak(middle) <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    return dataclasses.replace(level, ac_layers=low), peak(low)
+    depth = args.num_layers
+    layers = fewest_layers(peak(depth), peak(0), depth, 0, limit)
+    layers = depth if layers is None else layers
+    # Between its two ends the peak is not quite a straight line.
+    while layers < depth and peak(layers) > limit:
+        layers += 1
+    return dataclasses.replace(level, ac_layers=layers), peak(layers)

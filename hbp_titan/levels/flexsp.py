@@ -33,7 +33,7 @@ FILL, MICRO_BATCHES = 0.95, 4
 GRID = 2 ** (1 / 32)
 TOLERANCE = 0.01
 
-# A group in the making: degree (its place in the list of levels), token room, time room, (bucket, count) taken.
+# A group in the making: its level, and what it takes as (bucket, count).
 Group = tuple[int, list[tuple[int, int]]]
 
 

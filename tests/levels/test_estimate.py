@@ -24,7 +24,7 @@ LIMIT = int(H100.memory_bytes * 0.95)
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 GiB, and 4 GiB for each layer that is not checkpointed: 16 layers fit beside 10 GiB into 75.1 GiB."""
 
-    def estimate_memory(args: Any, level: Level, config: JobConfig, world_size: int) -> SimpleNamespace:
+    def estimate_memory(args: Any, level: Level, config: JobConfig, world_size: int, **_: Any) -> SimpleNamespace:
         layers = args.num_layers if level.ac_layers is None else level.ac_layers
         kept = args.num_layers - (0 if level.ac_policy == "none" else layers)
         return SimpleNamespace(peak_bytes=(10 + 4 * kept) * 2**30)

@@ -12,6 +12,7 @@ from hbp_titan.levels.paper_figures import (
     predict_methods,
     prediction_table,
 )
+from hbp_titan.levels.paper_models import PAPER_MODELS, models_table, predict_models
 from hbp_titan.packing.synthetic import tulu3_longcite_like
 
 LENGTHS = tulu3_longcite_like(150_000)
@@ -48,3 +49,10 @@ def test_the_methods_keep_the_papers_order_and_every_row_is_reported() -> None:
     table = prediction_table(predictions).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [row.name for row in METHODS]
     assert len(fit_table(FIT).splitlines()) == 4 + len(TRADE_OFFS)
+
+
+def test_larger_models_are_predicted_row_by_row() -> None:
+    predictions = list(predict_models(LENGTHS, FIT.model))
+    assert [row.flavor for row, _ in predictions] == [row.flavor for row in PAPER_MODELS]
+    assert all(simulated > 1.0 for _, simulated in predictions)
+    assert len(models_table(iter(predictions)).splitlines()) == 2 + len(PAPER_MODELS)
