@@ -150,7 +150,7 @@ def _make(piece: type[Piece], args: ModelArgs, dtype: torch.dtype, device_type: 
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         if device_type == "cuda" and isinstance(part, nn.RMSNorm):
-            part.forward = _fused_norm(part)  # type: ignore[method-assign]
+            part.forward = _fused_norm(part)  # type: ignore[method-assign, assignment]
     return module
 
 
@@ -209,8 +209,8 @@ def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
 def _documents(level: Level, args: ModelArgs) -> Tensor | HeadTailShard:
     if level.cp_shape(args.num_kv_heads)[0] == 1:
         return torch.empty(2, dtype=torch.int32)
-    borders = [torch.empty(3, dtype=torch.int32) for _ in range(4)]
-    return HeadTailShard(*borders, kv_order=torch.empty(level.max_tokens, dtype=torch.int64))
+    borders = torch.empty(3, dtype=torch.int32)
+    return HeadTailShard(borders, borders, borders, borders, torch.empty(level.max_tokens, dtype=torch.int64))
 
 
 class _FusedNorm(torch.autograd.Function):
