@@ -6,15 +6,16 @@ fit is called one.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hbp_titan.levels.level_time import FloatArray, LevelTime
+from hbp_titan.levels.time_fit import nonnegative_least_squares
 from hbp_titan.packing.level import Level, level_from_dict
 
 # A prediction that misses by more is not one to plan with.
@@ -65,13 +66,16 @@ class Calibration:
 
 
 def load_measured(path: Path) -> Measured:
-    """Read {"levels": [{"max_tokens", "cp_degree", ...}], "step_seconds": s (optional), "iterations": [{"level": k,
-    "loads": [[1, trained tokens, squared tokens, documents], one for each dp rank], "seconds": s}]}.
+    """Read measured iterations, or the file of a profile (levels/profile_file.py), whose packs ran one at a time.
 
+    The form: {"levels": [{"max_tokens", "cp_degree", ...}], "step_seconds": s (optional), "iterations": [{"level": k,
+    "loads": [[1, trained tokens, squared tokens, documents], one for each dp rank], "seconds": s}]}.
     Raises ValueError that names the file for anything else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if "measurements" in values:
+            values = _of_profile(values)
         levels = tuple(level_from_dict(level) for level in values["levels"])
         rows = []
         for row in values["iterations"]:
@@ -84,9 +88,24 @@ def load_measured(path: Path) -> Measured:
         if not 0 <= row.level < len(levels) or row.seconds <= 0 or not len(row.loads):
             raise ValueError(f"{path}: iterations[{number}] has level {row.level} and {row.seconds} seconds")
     missing = set(range(len(levels))) - {row.level for row in measured.iterations}
-    if missing:
-        raise ValueError(f"{path}: no iteration of level {min(missing)} was measured")
+    if missing or not levels:
+        raise ValueError(f"{path}: no iteration of level {min(missing, default=0)} was measured")
     return measured
+
+
+def _of_profile(values: dict[str, Any]) -> dict[str, Any]:
+    """A profile's timed measurements in the form of load_measured: each its own level, each pack an iteration."""
+    timed = [row for row in values["measurements"] if row["seconds"]]
+    iterations = [
+        {"level": k, "loads": [loads], "seconds": seconds}
+        for k, row in enumerate(timed)
+        for loads, seconds in zip(row["loads"], row["seconds"], strict=True)
+    ]
+    return {
+        "levels": [row["level"] for row in timed],
+        "iterations": iterations,
+        "step_seconds": values["step_seconds"],
+    }
 
 
 def calibrate(measured: Measured) -> Calibration:
@@ -112,7 +131,7 @@ def _fit(rows: Sequence[MeasuredIteration]) -> LevelTime:
     slowest = [int(np.argmax(row.loads[:, 2])) for row in rows]
     for _ in range(20):
         loads = np.stack([row.loads[s] for row, s in zip(rows, slowest, strict=True)])
-        time = LevelTime(*non_negative_fit(loads, seconds).tolist())
+        time = LevelTime(*relative_fit(loads, seconds).tolist())
         chosen = [int(np.argmax(time.seconds(row.loads))) for row in rows]
         if chosen == slowest:
             break
@@ -120,21 +139,6 @@ def _fit(rows: Sequence[MeasuredIteration]) -> LevelTime:
     return time
 
 
-def non_negative_fit(columns: FloatArray, target: FloatArray) -> FloatArray:
-    """Coefficients x >= 0 that minimize the squared relative error of columns @ x to target.
-
-    columns: [n, k], k small: every subset is tried; target: [n], positive. Of equally good fits the one of fewest
-    columns. Returns [k].
-    """
-    rows = columns / target[:, None]
-    scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
-    rows = rows / scale
-    best, best_error = np.zeros(columns.shape[1]), float(len(target))
-    for size in range(1, columns.shape[1] + 1):
-        for chosen in itertools.combinations(range(columns.shape[1]), size):
-            x, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(target)), rcond=1e-10)
-            error = float(np.sum((rows[:, chosen] @ x - 1) ** 2))
-            if np.all(x >= 0) and error < best_error - 1e-12:
-                best, best_error = np.zeros(columns.shape[1]), error
-                best[list(chosen)] = x
-    return best / scale
+def relative_fit(columns: FloatArray, target: FloatArray) -> FloatArray:
+    """Coefficients x >= 0 [k] of the least squared relative error of columns [n, k] @ x to target [n], positive."""
+    return nonnegative_least_squares(columns / target[:, None], np.ones(len(target)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hbp_titan.levels.calibrate import non_negative_fit
+from hbp_titan.levels.calibrate import relative_fit
 from hbp_titan.levels.flexsp import plan_flexsp, replay_concurrent
 from hbp_titan.levels.hardware import get_hardware
 from hbp_titan.levels.level_time import FloatArray
@@ -104,7 +104,7 @@ def fit_trade_offs(lengths: IntArray) -> PaperFit:
     best: tuple[float, FloatArray, float] = (np.inf, np.zeros(3), 1.0)
     for scale in np.arange(0.5, 3.0, 0.005).tolist():
         target = np.where(series == 1, seconds / scale, seconds)
-        x = non_negative_fit(columns, target)
+        x = relative_fit(columns, target)
         error = float(np.sum((columns @ x / target - 1) ** 2))
         if error < best[0]:
             best = (error, x, scale)

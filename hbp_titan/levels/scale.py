@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hbp_titan.job_config import JobConfig
+from hbp_titan.levels.estimate import MEMORY_MARGIN, estimate_candidates
 from hbp_titan.levels.hardware import Hardware
 from hbp_titan.levels.model_dims import ModelDims, get_dims
 from hbp_titan.levels.replay_methods import replay_methods
 from hbp_titan.levels.simulate import Replay
 from hbp_titan.levels.time_parts import Sharding, TimeModel
+from hbp_titan.models.registry import FLAVORS
 from hbp_titan.packing import Level
 from hbp_titan.packing.arrays import IntArray
 from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart, short
@@ -28,14 +31,13 @@ METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
 # Levels are given so many tokens for each of their ranks, as the paper's two levels are.
 TOKENS_PER_RANK = 16_384
 BASE_CONTEXT = 131_072
-# Enough for many iterations of every level; a margin of memory for what the allocator and NCCL need.
+# Enough for many iterations of every level.
 ITERATIONS, MOST_SAMPLES = 100, 8_000_000
-MEMORY_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """replays: by method, in the order of METHODS; None where the state does not fit the machines' memory."""
+    """replays: by method, in the order of METHODS; None where memory does not suffice."""
 
     dims: ModelDims
     context: int
@@ -49,7 +51,7 @@ class Scenario:
 
 
 def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:
-    """16K on one rank, 128K on 8 and the context on as many ranks as hold 16K tokens each; all layers recomputed.
+    """16K on one rank, 128K on 8 and the context on as many ranks as hold 16K tokens each; recomputation open.
 
     A world with fewer ranks gives the level all of them. Where the degree does not divide the kv heads, the style is
     hybrid.
@@ -96,12 +98,24 @@ def simulate_scale(
 
 
 def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray, hardware: Hardware) -> Scenario:
-    levels = scale_levels(dims, context, world_size)
-    if max(state_bytes(dims, level, world_size) for level in levels) > hardware.memory_bytes * (1 - MEMORY_MARGIN):
+    levels = fitting_levels(dims, scale_levels(dims, context, world_size), world_size, hardware)
+    if levels is None:
         return Scenario(dims, context, world_size, None)
     sharding = Sharding(expert_parallel=min(8, world_size) if dims.expert_params else 1)
     model = TimeModel(dims, hardware, world_size, sharding)
     return Scenario(dims, context, world_size, replay_methods(lengths, levels, model, METHODS))
+
+
+def fitting_levels(dims: ModelDims, levels: Sequence[Level], world_size: int, hardware: Hardware) -> list[Level] | None:
+    """The levels with the fewest layers recomputed that fit; None where one does not fit with all of them.
+
+    DeepSeek-V2, which this code does not build, recomputes all layers and is refused by its state_bytes alone.
+    """
+    if dims.name in FLAVORS:
+        candidates = estimate_candidates(FLAVORS[dims.name], JobConfig(), hardware, world_size, levels)
+        return [c.level for c in candidates] if all(c.fits for c in candidates) else None
+    limit = hardware.memory_bytes * (1 - MEMORY_MARGIN)
+    return list(levels) if all(state_bytes(dims, level, world_size) <= limit for level in levels) else None
 
 
 def scale_table(scenarios: Sequence[Scenario]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.levels.calibrate import Measured, MeasuredIteration, calibrate, load_measured, non_negative_fit
+from hbp_titan.levels.calibrate import Measured, MeasuredIteration, calibrate, load_measured, relative_fit
 from hbp_titan.levels.level_time import LevelTime
 from hbp_titan.packing import Level
 
@@ -57,7 +57,7 @@ def test_a_poor_fit_is_called_one() -> None:
 def test_a_coefficient_below_zero_is_left_out() -> None:
     # y = 3 - x: the best non-negative fit in relative error is a constant, sum(1/y) / sum(1/y^2).
     x, y = np.array([0.0, 1.0, 2.0]), np.array([3.0, 2.0, 1.0])
-    fitted = non_negative_fit(np.stack([np.ones(3), x], axis=1), y)
+    fitted = relative_fit(np.stack([np.ones(3), x], axis=1), y)
     np.testing.assert_allclose(fitted, [(1 / y).sum() / (1 / y**2).sum(), 0.0])
 
 
@@ -81,3 +81,17 @@ def test_the_file_form_and_its_errors(tmp_path: Path) -> None:
     path.write_text(json.dumps({**values, "iterations": [{"level": 0, "loads": [[1, 2, 3]]}]}))
     with pytest.raises(ValueError, match=r"m\.json: not measured iterations"):
         load_measured(path)
+
+
+def test_the_file_of_a_profile_is_read_as_one_pack_an_iteration(tmp_path: Path) -> None:
+    row = {"level": {"max_tokens": 64}, "peak_bytes": 1, "loads": [[1, 60, 900, 3], [1, 50, 800, 2]], "seconds": [2, 3]}
+    untimed = {"level": {"max_tokens": 32}, "peak_bytes": 1, "loads": [], "seconds": []}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"measurements": [untimed, row], "step_seconds": 0.25}))
+    read = load_measured(path)
+    assert read.levels == (Level(64),)
+    assert [(r.level, r.loads.tolist(), r.seconds) for r in read.iterations] == [
+        (0, [[1, 60, 900, 3]], 2.0),
+        (0, [[1, 50, 800, 2]], 3.0),
+    ]
+    assert read.step_seconds == 0.25

@@ -38,14 +38,14 @@ def test_state_by_hand() -> None:
 
 def test_a_scenario_runs_the_methods_or_says_that_it_does_not_fit() -> None:
     h100 = get_hardware("h100-80gb")
-    scenarios = list(simulate_scale(h100, ("llama3_1_8b", "llama3_1_70b"), (131_072,), (8, 32)))
+    scenarios = list(simulate_scale(h100, ("llama3_1_8b", "deepseek_v2_236b"), (131_072,), (8, 64)))
     assert [(s.dims.name, s.world_size, s.replays is None) for s in scenarios] == [
         ("llama3_1_8b", 8, False),
-        ("llama3_1_70b", 8, True),
-        ("llama3_1_8b", 32, False),
-        ("llama3_1_70b", 32, False),
+        ("deepseek_v2_236b", 8, True),
+        ("llama3_1_8b", 64, False),
+        ("deepseek_v2_236b", 64, False),
     ]
-    # One group of 8 has nobody to wait for; four have.
+    # One group of 8 has nobody to wait for; eight have.
     assert scenarios[0].speed_up("flat_sorted") == pytest.approx(1.0, abs=0.01)
     assert scenarios[2].speed_up("hbp") > scenarios[2].speed_up("flat_sorted") > 1.2
     rows = scale_table(scenarios).splitlines()
