@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     levels, model = estimated(config, options.estimate or options.hardware, options.world_size)
     if len(levels) < len(config.levels):
         raise ValueError("not every level fits: raise the world size or the cp_degree, or recompute more layers")
-    if options.methods or not options.estimate:
+    if options.methods or options.lengths or not options.estimate:
         compare(options, config, levels, model)
     return None
 
