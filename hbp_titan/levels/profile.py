@@ -45,7 +45,7 @@ def profile_levels(
     *,
     memory_limit: int | None = None,
     margin: float = 0.05,
-    iterations: int = 6,
+    iterations: int = 8,
 ) -> Profile:
     """Measure `candidates` on this machine; every rank calls it and gets the same Profile.
 

@@ -59,9 +59,7 @@ def test_the_estimate_is_what_an_iteration_takes(
     levels = _levels(lengths, forms)
     results = run_distributed(_measured_and_resident, world_size, args, levels)
     measured = dict(zip(levels, results[0][0], strict=True))
-    estimates = {
-        level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels
-    }
+    estimates = {level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels}
     for level, peak in measured.items():
         assert estimates[level].peak_bytes == pytest.approx(peak, rel=TOLERANCE), level
     for rank in results:
