@@ -12,7 +12,7 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.dry_run import block_memory
+from hbp_titan.levels.dry_run import _head_memory, _shape, block_memory, head_memory
 from hbp_titan.levels.memory_estimate import estimate_memory, fewest_layers
 from hbp_titan.levels.profile_engine import ProfileEngine
 from hbp_titan.levels.profile_packs import Packs
@@ -86,6 +86,12 @@ def test_the_dry_run_counts_what_a_gpu_keeps_of_a_layer() -> None:
     assert block_memory(args, Level(tokens, ac_policy="full"), torch.bfloat16, "cuda").saved == 0
     attention = block_memory(args, Level(tokens, ac_policy="keep_attention"), torch.bfloat16, "cuda").saved / tokens
     assert attention == pytest.approx(2 * hidden + 2 * kv + 4 * 32, abs=1)
+
+
+def test_many_chunks_of_the_loss_are_counted_without_running_them() -> None:
+    few, many = (head_memory(DEBUG, 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000))
+    whole = [_head_memory(_shape(DEBUG), 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000)]
+    assert [few, many] == whole
 
 
 def test_resident_memory_is_sharded_over_the_ranks_of_a_copy() -> None:
