@@ -45,13 +45,14 @@ def profile_levels(
     *,
     memory_limit: int | None = None,
     margin: float = 0.05,
-    iterations: int = 8,
+    iterations: int = 6,
 ) -> Profile:
     """Measure `candidates` on this machine; every rank calls it and gets the same Profile.
 
     lengths, loss_tokens: tokens and trained tokens of the user's samples, int64 [N]. candidates: in any order; their
     ac_layers do not count. memory_limit: bytes of a rank; what the device has unless given. margin: share of it that
-    stays free. iterations: timed ones of each level, each on another pack.
+    stays free. iterations: timed ones of each level, each on another pack. The key is that of `profile_key` with
+    candidates (a list), memory_limit, margin and iterations as its settings.
     Raises ValueError where no candidate, or a margin outside [0, 1), is given.
     """
     if not candidates:
@@ -72,7 +73,11 @@ def profile_levels(
         run.packs[max_tokens] = Packs.draw(max_tokens, lengths, loss_tokens, iterations, args.vocab_size)
     fitting = run.find_fitting()
     results = run.time(fitting, iterations)
-    resident, step_seconds = run.engine.held_bytes(), run.engine.step_seconds()
+    if any(result.fits for result in results):
+        resident, step_seconds = run.engine.held_bytes(), run.engine.step_seconds()
+    else:
+        # Not even the parameters may fit.
+        resident, step_seconds = run.estimate(run.candidates[0]).resident_bytes, 0.0
     run.engine.clear()
     return Profile(key, limit, resident, step_seconds, run.measurements, [*results, *run.beyond])
 
@@ -125,7 +130,7 @@ class _Run:
         if peak_all is None:
             self.beyond.append(Candidate(replace(level, ac_layers=every), None, self._last_peak()))
             return None
-        estimates = [self._estimate(replace(level, ac_layers=depth)).peak_bytes for depth in (every, 0)]
+        estimates = [self.estimate(replace(level, ac_layers=depth)).peak_bytes for depth in (every, 0)]
         guess = fewest_layers(estimates[0], estimates[1], every, 0, self.limit)
         # The second depth: near where the answer is expected, so that little is left to extrapolation.
         fewer = every // 2 if guess is None else min(guess, every - 1)
@@ -144,7 +149,7 @@ class _Run:
 
     def _within(self, level: Level) -> int | None:
         """The measured peak of `level` where it is within the limit; not run where the estimate is clearly beyond."""
-        estimate = self._estimate(level)
+        estimate = self.estimate(level)
         if estimate.peak_bytes > self.limit * ESTIMATE_TOLERANCE:
             self.measurements.append(Measurement(level, estimate.peak_bytes, out_of_memory=True, estimated=True))
             return None
@@ -159,7 +164,8 @@ class _Run:
     def _last_peak(self) -> int | None:
         return self.measurements[-1].peak_bytes
 
-    def _estimate(self, level: Level) -> MemoryEstimate:
+    def estimate(self, level: Level) -> MemoryEstimate:
+        """What `level` takes, with as many trained tokens as the packs that are timed."""
         return estimate_memory(
             self.args,
             level,
