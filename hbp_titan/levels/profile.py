@@ -22,6 +22,7 @@ import numpy as np
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
+from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.levels.memory_estimate import MemoryEstimate, estimate_memory, fewest_layers
 from hbp_titan.levels.profile_engine import ProfileEngine, available_memory
 from hbp_titan.levels.profile_file import Measurement, Profile, profile_key
@@ -99,6 +100,7 @@ class _Run:
         self.config, self.args, self.world, self.limit = config, args, world, limit
         self.candidates = list(dict.fromkeys(replace(level, ac_layers=None) for level in candidates))
         self.engine = ProfileEngine(config, args, world, self.candidates)
+        self.order: list[int] = []
         self.packs: dict[int, Packs] = {}
         self.measurements: list[Measurement] = []
         self.beyond: list[Candidate] = []
@@ -178,23 +180,29 @@ class _Run:
     def time(self, fitting: list[_Fitting], iterations: int) -> list[Candidate]:
         """Time the levels round robin; one that runs out of memory after all is left out, the others go on."""
         seconds: dict[Level, list[float]] = {found.level: [] for found in fitting}
-        for number in range(iterations):
+        # Not from light to heavy: what drifts over the rounds would look like the packs' work.
+        self.order = np.random.default_rng(0).permutation(iterations).tolist()
+        for number, pack in enumerate(self.order):
             start = number % max(len(seconds), 1)
             levels = list(seconds)
             for level in levels[start:] + levels[:start]:
-                taken = self.engine.seconds(level, self.packs[level.max_tokens], number)
+                taken = self.engine.seconds(level, self.packs[level.max_tokens], pack)
                 if taken is None:
                     taken_before = seconds.pop(level)
-                    loads = self.packs[level.max_tokens].loads[: len(taken_before)].tolist()
+                    loads = self._loads(level)[: len(taken_before)].tolist()
                     self.measurements.append(Measurement(level, out_of_memory=True, loads=loads, seconds=taken_before))
                 else:
                     seconds[level].append(taken)
         return [self._candidate(found, seconds.get(found.level)) for found in fitting]
 
+    def _loads(self, level: Level) -> FloatArray:
+        """What the packs hold that `level` is timed on, in the order of their rounds."""
+        return self.packs[level.max_tokens].loads[self.order]
+
     def _candidate(self, found: _Fitting, seconds: list[float] | None) -> Candidate:
         if seconds is None:
             return Candidate(found.level, None, found.peak_bytes)
-        loads = self.packs[found.level.max_tokens].loads
+        loads = self._loads(found.level)
         time, error = fit_level_time(loads, np.array(seconds))
         self.measurements.append(
             Measurement(found.level, found.peak_bytes, loads=loads.tolist(), seconds=seconds, error=error)
