@@ -257,7 +257,7 @@ def _check_values(config: JobConfig) -> None:
         if value not in choices:
             raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
     if config.packing.levels == "auto" and config.levels:
-        raise ValueError('packing.levels = "auto" chooses the levels: leave out [[levels]] and --levels, or set it to ""')
+        raise ValueError('packing.levels = "auto" chooses the levels: leave [[levels]] and --levels out')
     for section, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int | float) and value < 0:

@@ -32,9 +32,7 @@ def prepare(config: JobConfig, progress: bool = True, most_tokens: int | None = 
     )
 
 
-def _store(
-    config: JobConfig, files: list[str], key: str, max_samples: int, most_tokens: int, progress: bool
-) -> Path:
+def _store(config: JobConfig, files: list[str], key: str, max_samples: int, most_tokens: int, progress: bool) -> Path:
     folder = build_token_store(
         files,
         config.tokenizer_path,

@@ -23,7 +23,14 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime
-from hbp_titan.levels.profile import Profile, default_candidates, load_profile, profile_key, profile_levels, save_profile
+from hbp_titan.levels.profile import (
+    Profile,
+    default_candidates,
+    load_profile,
+    profile_key,
+    profile_levels,
+    save_profile,
+)
 from hbp_titan.levels.select import select_paper, select_search
 from hbp_titan.levels.selection import Selection, Workload, describe, rivals
 from hbp_titan.models.decoder import ModelArgs
@@ -49,7 +56,7 @@ def resolve_levels(
     log gets the table of what was chosen. Raises ValueError on every rank where nothing fits.
     """
     folder = config.dump_folder
-    levels = from_rank_0(world, lambda: _levels_of_checkpoint(config))
+    levels: Sequence[Level] | None = from_rank_0(world, lambda: _levels_of_checkpoint(config))
     if levels is None:
         profile = measured(config, args, world, stores, folder / "profile.json")
 

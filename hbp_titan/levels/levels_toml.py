@@ -84,4 +84,4 @@ def _check(text: str, result: str, levels: Sequence[Level], name: str) -> None:
     except (tomllib.TOMLDecodeError, TypeError):
         found, blocks = {}, []
     if found != expected or blocks != list(levels):
-        raise ValueError(f"{name}: its levels are not written as [[levels]] blocks: write them so, or leave out --output")
+        raise ValueError(f"{name}: levels are not written as [[levels]] blocks: write them so, or leave --output out")
