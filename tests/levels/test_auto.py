@@ -87,7 +87,7 @@ def test_where_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
 def test_blocks_and_auto_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'packing.levels = "auto" chooses the levels: leave \[\[levels\]\]'):
         load_config(["--packing.levels=auto", "--levels=128:1"])
-    with pytest.raises(ValueError, match="packing.levels = 'best' is none of '', 'auto'"):
+    with pytest.raises(ValueError, match=r"packing\.levels = 'best' is none of '', 'auto'"):
         load_config(["--packing.levels=best"])
 
 

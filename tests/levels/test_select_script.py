@@ -86,12 +86,11 @@ def test_named_candidates_are_the_only_ones_and_levels_are_printed(folder: Path,
 def test_two_ranks_measure_and_speak_once(folder: Path) -> None:
     output, cache = folder / "measured.toml", folder / "profile.json"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", SCRIPT, *words, "--profile_cache", cache]
-        + ["--output", output],
-        capture_output=True, text=True, cwd=ROOT, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    launcher += ["--rdzv-endpoint=localhost:0"]
+    words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2", "--profile_cache", cache]
+    argv = [sys.executable, *launcher, SCRIPT, *words, "--output", output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("settings fit in memory") == 1
     assert load_config(["--job.config_file", str(output)]).levels[-1].max_tokens == 1024
