@@ -137,7 +137,7 @@ def holding(candidates: Sequence[Candidate], tokens: int) -> int:
     if tried:
         raise ValueError(
             f"no setting of max_tokens={tried[0]} or more, which the longest sample of {tokens} tokens needs, fits in "
-            "memory: use more ranks, a higher cp_degree, or a smaller max_tokens with data.overlong"
+            "memory: use more ranks or a higher cp_degree, or leave such samples out (data.overlong)"
         )
     raise ValueError(f"no candidate holds the longest sample, of {tokens} tokens: add a larger max_tokens")
 

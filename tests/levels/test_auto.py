@@ -81,7 +81,7 @@ def test_every_rank_trains_the_levels_that_rank_0_chose_and_so_does_a_resumed_ru
 def test_where_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
     for result in run_distributed(_run, 2, _auto_run(tmp_path), [None, None], False):
         assert "no setting of max_tokens=1024 or more" in result["error"]
-        assert "use more ranks" in result["error"]
+        assert "use more ranks or a higher cp_degree" in result["error"]
 
 
 def test_blocks_and_auto_exclude_each_other(tmp_path: Path) -> None:
