@@ -1,0 +1,254 @@
+"""Dry runs: the allocations of a piece of the model, from the real code on tensors without data.
+
+Owns the counting of a block's and the head's forward and backward under torch's FakeTensorMode: every operator runs
+for its shapes alone, and each storage counts from its making to its release. So whatever a policy, a context-parallel
+style or a new model keeps is found without a formula, at any length, on a machine that need not have a GPU.
+
+What stands in for what: collectives are their shapes. Attention is the CPU's operator, which like the flash kernels
+keeps q, k, v, its output and a float32 logsumexp per query and head; what a kernel allocates inside is not seen, and
+`_attention_workspaces` gives it. For a GPU the RMS norm is one fused kernel; on a CPU it is made of several operators,
+which keep more. Compiled blocks keep less than this says: the compiler fuses and recomputes.
+
+Shape suffixes: S tokens of a rank's shard, H hidden size, D head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hbp_titan.components.loss import linear_cross_entropy
+from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.distributed import context_parallel
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, CheckpointedForward
+from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
+from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
+from hbp_titan.packing import Level
+
+Piece = TypeVar("Piece", bound=nn.Module)
+
+_ATTENTION_FORWARD = torch.ops.hbp_titan.varlen_attention_cpu.default
+_ATTENTION_BACKWARD = torch.ops.hbp_titan.varlen_attention_cpu_backward.default
+
+
+@dataclass(frozen=True)
+class PieceMemory:
+    """Bytes above what is held when the piece begins: its input and its parameters do not count.
+
+    forward: the most during forward. saved: held from forward to backward, the output not counted. backward: the most
+    during backward, above what is held when it begins (the gradient of the output is held then); gradients of the
+    piece's parameters are in it. output: of the output alone.
+    """
+
+    forward: int
+    saved: int
+    backward: int
+    output: int
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Counts the storages that operators make while it is active; those of `known` tensors do not count.
+
+    workspaces: bytes that an operator allocates inside, beside its results.
+    """
+
+    def __init__(self, known: list[Tensor], workspaces: dict[Any, int]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.workspaces = workspaces
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live + self.workspaces.get(func, 0))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> PieceMemory:
+    """One decoder block on a rank's share of a pack of `level`, under the checkpoint policy of `level`.
+
+    dtype: of parameters and hidden states. device_type: "cpu" or "cuda"; neither needs to be there.
+    """
+    return _block_memory(_shape(args), dataclasses.replace(level, ac_layers=None), dtype, device_type)
+
+
+@lru_cache(maxsize=1024)
+def _block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> PieceMemory:
+    gather_degree = level.cp_shape(args.num_kv_heads)[0]
+    with FakeTensorMode(), _exchanges_without_ranks(gather_degree):
+        block = _make(DecoderBlock, args, dtype, device_type)
+        block.inner_attention = ContextParallelAttention(block.inner_attention, _cp_state(args, level))
+        forward = CheckpointedForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
+        size = level.max_tokens // level.cp_degree
+        x_SH = torch.empty(size, args.hidden_size, dtype=dtype, requires_grad=True)
+        rope_SD = [torch.empty(size, args.head_dim) for _ in range(2)]
+        documents = _documents(level, args)
+        inputs = (x_SH, *rope_SD, documents, level.max_tokens)
+        return _measure(block, forward, inputs, _attention_workspaces(args, level, dtype, device_type))
+
+
+def head_memory(
+    args: ModelArgs, tokens: int, loss_tokens: int, chunk_tokens: int, dtype: torch.dtype, device_type: str
+) -> PieceMemory:
+    """Final norm and loss over `tokens` hidden states, of which `loss_tokens` meet the vocabulary."""
+    return _head_memory(_shape(args), tokens, loss_tokens, chunk_tokens, dtype, device_type)
+
+
+@lru_cache(maxsize=1024)
+def _head_memory(
+    args: ModelArgs, tokens: int, loss_tokens: int, chunk_tokens: int, dtype: torch.dtype, device_type: str
+) -> PieceMemory:
+    with FakeTensorMode():
+        head = _make(Head, args, dtype, device_type)
+        index = torch.empty(loss_tokens, dtype=torch.int64)
+        weights = torch.empty(loss_tokens)
+
+        def loss(hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden_SH[index], weight_VH, index, weights, chunk_tokens)[0]
+
+        x_SH = torch.empty(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
+        return _measure(head, head, (x_SH, loss))
+
+
+def _shape(args: ModelArgs) -> ModelArgs:
+    """What of an architecture one piece's memory depends on: one entry in the cache for all depths."""
+    return dataclasses.replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False)
+
+
+def _make(piece: type[Piece], args: ModelArgs, dtype: torch.dtype, device_type: str) -> Piece:
+    """A piece of the model with fake parameters, and what `device_type` computes otherwise put in its place."""
+    with torch.device("meta"):
+        module = piece(args)
+    # nn.Module.to does not work on fake tensors.
+    for part in list(module.modules()):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+        if device_type == "cuda" and isinstance(part, nn.RMSNorm):
+            part.forward = _fused_norm(part)  # type: ignore[method-assign, assignment]
+    return module
+
+
+def _fused_norm(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
+    return lambda x: _FusedNorm.apply(x, norm.weight)
+
+
+def _measure(
+    module: nn.Module, forward: Any, inputs: tuple[Any, ...], workspaces: dict[Any, int] | None = None
+) -> PieceMemory:
+    known = [*module.parameters(), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))]
+    with AllocationTracker(known, workspaces or {}) as tracker:
+        output = forward(*inputs)
+        output_bytes = output.untyped_storage().nbytes()
+        saved = tracker.live - output_bytes
+        forward_peak = tracker.peak
+        grad = torch.empty_like(output)
+        tracker.peak = start = tracker.live
+        # The engine drops the output of a block as soon as the next one has it.
+        graph = torch.autograd.graph.get_gradient_edge(output)
+        del output
+        torch.autograd.backward([graph], [grad])
+        backward_peak = tracker.peak - start
+    return PieceMemory(forward_peak, saved, max(backward_peak, 0), output_bytes)
+
+
+def _attention_workspaces(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> dict[Any, int]:
+    """Bytes that the attention kernels allocate inside, for one document that fills the pack.
+
+    cpu (models/attention_cpu.py): a document's output, and its dq, dk and dv with keys repeated for each query head.
+    cuda (flash-attn and torch's varlen, which is the same kernel): dq in float32, and with fewer kv than query heads
+    dk and dv for each query head, which are then summed.
+    """
+    gather_degree, ulysses_degree = level.cp_shape(args.num_kv_heads)
+    width = args.num_heads // ulysses_degree * args.head_dim
+    keys = level.max_tokens
+    # Where keys are gathered, each of two passes has half of the shard's queries.
+    queries = keys if gather_degree == 1 else -(-keys // (2 * gather_degree))
+    if device_type == "cuda":
+        repeated = 2 * keys * width * dtype.itemsize if args.num_heads > args.num_kv_heads else 0
+        return {_ATTENTION_BACKWARD: 4 * queries * width + repeated}
+    return {
+        _ATTENTION_FORWARD: queries * width * dtype.itemsize,
+        _ATTENTION_BACKWARD: (queries + 2 * keys) * width * dtype.itemsize,
+    }
+
+
+def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
+    gather_degree, ulysses_degree = level.cp_shape(args.num_kv_heads)
+    group: Any = object()
+    return ContextParallelState(
+        ulysses_degree, group if ulysses_degree > 1 else None, group if gather_degree > 1 else None
+    )
+
+
+def _documents(level: Level, args: ModelArgs) -> Tensor | HeadTailShard:
+    if level.cp_shape(args.num_kv_heads)[0] == 1:
+        return torch.empty(2, dtype=torch.int32)
+    borders = torch.empty(3, dtype=torch.int32)
+    return HeadTailShard(borders, borders, borders, borders, torch.empty(level.max_tokens, dtype=torch.int64))
+
+
+class _FusedNorm(torch.autograd.Function):
+    """CUDA's RMS norm as its shapes: one kernel, which keeps a float32 per row beside its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Exchange(torch.autograd.Function):
+    """A collective as its shapes: `times` as many rows come out as go in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, times: int) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(times * x.shape[0], *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.contiguous().new_empty(ctx.shape), None
+
+
+@contextmanager
+def _exchanges_without_ranks(gather_degree: int) -> Iterator[None]:
+    """Context parallelism's collectives are replaced by their shapes: a dry run has one process."""
+
+    def all_to_all(x: Tensor, group: object) -> Tensor:
+        return _Exchange.apply(x, 1)
+
+    def all_gather(x: Tensor, group: object) -> Tensor:
+        return _Exchange.apply(x, gather_degree)
+
+    with mock.patch.multiple(context_parallel, _all_to_all=all_to_all, _all_gather=all_gather):
+        yield
