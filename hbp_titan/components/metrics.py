@@ -1,7 +1,7 @@
 """What a run tells: one line a step on the console, TensorBoard, and metrics.jsonl.
 
-Owns the names and the formatting of metrics, the peak FLOP/s of known devices, and the memory reading. Throughput
-counts real tokens, never padding; MFU counts the attention that the documents need, not that of the full pack.
+Owns the names and the formatting of metrics, and the memory reading. Throughput counts real tokens, never padding;
+MFU counts the attention that the documents need, not that of the full pack.
 """
 
 from __future__ import annotations
@@ -18,19 +18,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# Dense bf16 FLOP/s by the vendors' datasheets (after torchtitan v0.2.2 tools/utils.py); the first match counts.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "B200": 2250e12,
-    "MI300X": 1300e12,
-    "MI325X": 1300e12,
-    "MI355X": 2500e12,
-}
 _TENSORBOARD_NAMES = {
     "loss": "loss_metrics/global_avg_loss",
     "grad_norm": "grad_norm",
@@ -43,14 +30,6 @@ _TENSORBOARD_NAMES = {
     "step_seconds": "time_metrics/end_to_end(s)",
     "peak_memory_gib": "memory/max_active(GiB)",
 }
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device, None where it is not known (a CPU, a new GPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

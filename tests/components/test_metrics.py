@@ -1,4 +1,4 @@
-"""metrics.jsonl across a resume, and what is known of devices."""
+"""metrics.jsonl across a resume."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from hbp_titan.components.metrics import MetricsLogger, keep_steps_up_to, peak_flops
+from hbp_titan.components.metrics import MetricsLogger, keep_steps_up_to
 
 
 def _values(step: int) -> dict[str, object]:
@@ -47,7 +46,3 @@ def test_each_step_is_written_and_the_interval_printed(tmp_path: Path, capsys: p
     assert "tok/s 12,346" in lines[0]
     assert "eta 00:00:18" in lines[0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
-
-
-def test_peak_of_a_cpu_is_unknown() -> None:
-    assert peak_flops(torch.device("cpu")) is None

@@ -1,0 +1,218 @@
+"""Simulate a training epoch without a GPU: memory, time and idle share of each level and packing method.
+
+    python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8
+    python scripts/simulate.py --job.config_file train_configs/X.toml --lengths L.npy --world_size 32 --methods isf,hbp
+    python scripts/simulate.py --calibrate measured.json [--lengths L.npy]
+    python scripts/simulate.py --paper | --scale | --speed
+
+Nothing that it prints is measured but what --calibrate reads and the seconds of --speed. Without --lengths the data is
+a synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
+1024, "cp_degree": 1}], "step_seconds": 0.1, "iterations": [{"level": 0, "seconds": 0.8, "loads": [[1, trained tokens,
+squared tokens, documents], one for each data-parallel rank]}]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from hbp_titan.cli import guarded
+from hbp_titan.config import JobConfig, load_config
+from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.levels.calibrate import calibrate, load_measured
+from hbp_titan.levels.estimate import MEMORY_MARGIN, estimate_candidates, time_model
+from hbp_titan.levels.hardware import HARDWARE, get_hardware
+from hbp_titan.levels.level_time import predict_epoch
+from hbp_titan.levels.paper_figures import fit_table, fit_trade_offs, predict_methods, prediction_table
+from hbp_titan.levels.paper_models import models_table, predict_models
+from hbp_titan.levels.replay_methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
+from hbp_titan.levels.scale import scale_svg, scale_table, simulate_scale
+from hbp_titan.levels.simulate import replay, replay_table
+from hbp_titan.levels.time_parts import TimeModel
+from hbp_titan.models.registry import get_flavor
+from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
+from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.preflight import model_args
+
+PAPER_SAMPLES = 941_344
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own options, and the words that are configuration overrides."""
+    named = {**{name: method.summary for name, method in METHODS.items()}, **EXTRA_METHODS}
+    parser = argparse.ArgumentParser(
+        prog="simulate.py",
+        description=__doc__,
+        epilog="methods:\n" + "\n".join(f"  {name:<18}{text}" for name, text in named.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--estimate", metavar="MACHINE", help=f"memory and time of each level on {', '.join(HARDWARE)}")
+    parser.add_argument("--hardware", default="h100-80gb", help="machine of the other forms [h100-80gb]")
+    parser.add_argument("--world_size", type=int, default=32, help="ranks [32]")
+    parser.add_argument("--flavor", help="model [llama3_1_8b, or the TOML's]")
+    parser.add_argument("--levels", help="max_tokens:cp_degree, ascending [16384:1,131072:8, or the TOML's]")
+    parser.add_argument(
+        "--ac_policy", default="full", help="recomputation of --levels: none, full, keep_attention [full]"
+    )
+    parser.add_argument("--ac_layers", type=int, help="layers recomputed [the fewest that fit into memory]")
+    parser.add_argument("--config", help="a TOML file, as --job.config_file")
+    parser.add_argument("--methods", help=f"comma-separated [{','.join(DEFAULT_METHODS)}]")
+    parser.add_argument("--lengths", type=Path, help="NPY file: tokens of each sample, integers [num_samples]")
+    parser.add_argument("--num_samples", type=int, default=PAPER_SAMPLES, help=f"synthetic samples [{PAPER_SAMPLES}]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and plans [0]")
+    parser.add_argument("--calibrate", type=Path, help="fit to measured iterations; prints every residual")
+    parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, predict its comparison")
+    parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
+    parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
+    parser.add_argument("--speed", action="store_true", help="time planner and simulator: 10M samples, 4096 ranks")
+    return parser.parse_known_args(argv)
+
+
+def load_lengths(options: argparse.Namespace) -> np.ndarray:
+    """int64 [num_samples]: of the file, else synthetic."""
+    if options.lengths is None:
+        return tulu3_longcite_like(options.num_samples, options.seed)
+    values = np.load(options.lengths, allow_pickle=False)
+    if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{options.lengths}: expected one-dimensional integers, the tokens of each sample")
+    return values.astype(np.int64)
+
+
+def configuration(options: argparse.Namespace, overrides: list[str]) -> JobConfig:
+    """Of the TOML file where one is named; --flavor and --levels replace what it says."""
+    words = [*(("--job.config_file", options.config) if options.config else ()), *overrides]
+    config = load_config(words)
+    if options.flavor or not words:
+        config.model.hf_path, config.model.flavor = "", options.flavor or "llama3_1_8b"
+    if options.levels or not config.levels:
+        asked = parse_levels(options.levels or "16384:1,131072:8")
+        config.levels = [
+            dataclasses.replace(
+                level, ac_policy=options.ac_policy, ac_layers=None if options.ac_policy == "none" else options.ac_layers
+            )
+            for level in asked
+        ]
+    return config
+
+
+def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Level], TimeModel]:
+    """Print what each level takes; the levels that fit, with their recomputation, and the model of time."""
+    args, hardware = model_args(config), get_hardware(machine)
+    check_levels(config.levels, world_size)
+    check_heads(config.levels, args.num_heads, args.num_kv_heads)
+    model = time_model(args, config, hardware, world_size)
+    candidates = estimate_candidates(args, config, hardware, world_size, config.levels)
+    print(
+        f"{args.name} on {world_size} x {hardware.name} (estimated, not measured); memory "
+        f"{hardware.memory_bytes / 2**30:.1f} GiB less {MEMORY_MARGIN:.0%}; seconds of an iteration with documents of "
+        "1000 tokens, and with one of full length"
+    )
+    print(f"{'level':<18}{'recomputed':<22}{'peak GiB':>9}{'fits':>6}{'short':>9}{'long':>9}{'tokens/s/GPU':>14}")
+    for candidate in candidates:
+        level, peak = candidate.level, (candidate.peak_bytes or 0) / 2**30
+        layers = "all" if level.ac_layers is None else level.ac_layers
+        recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy}, {layers} of {args.num_layers}"
+        name, fits = f"{level.max_tokens}:{level.cp_degree}", "yes" if candidate.fits else "NO"
+        line = f"{name:<18}{recomputed:<22}{peak:>9.1f}{fits:>6}"
+        if candidate.time is not None:
+            trained = level.max_tokens
+            loads = np.array([[1, trained, trained * 1000.0, trained / 1000], [1, trained, float(trained) ** 2, 1]])
+            short, long = candidate.time.seconds(loads)
+            line += f"{short:>9.3f}{long:>9.3f}{trained / level.cp_degree / short:>14,.0f}"
+        print(line)
+    return [candidate.level for candidate in candidates if candidate.fits], model
+
+
+def compare(options: argparse.Namespace, config: JobConfig, levels: list[Level], model: TimeModel) -> None:
+    """Replay the methods."""
+    names = options.methods.split(",") if options.methods else list(DEFAULT_METHODS)
+    check_methods(names)
+    lengths = load_lengths(options)
+    print(f"{len(lengths):,} samples, {lengths.sum():,} tokens, one epoch; simulated, speed-up over {names[0]}")
+    print(replay_table(replay_methods(lengths, levels, model, names, options.seed)))
+
+
+def report_calibration(options: argparse.Namespace) -> None:
+    """Coefficients, every residual, the verdict; with --lengths the methods' epochs by these coefficients."""
+    measured = load_measured(options.calibrate)
+    result = calibrate(measured)
+    for level, fitted in zip(measured.levels, result.times, strict=True):
+        print(
+            f"level {level.max_tokens}:{level.cp_degree}: {fitted.base:.4g} s + {fitted.per_loss_token:.3g} a trained "
+            f"token + {fitted.per_square:.3g} a squared token + {fitted.per_document:.3g} a document"
+        )
+    print(f"{'iteration':<12}{'level':>8}{'measured s':>12}{'predicted s':>13}{'residual':>10}")
+    for number, row in enumerate(measured.iterations):
+        note = "  held out" if result.held_out[number] else ""
+        print(
+            f"{number:<12}{measured.levels[row.level].max_tokens:>8}{row.seconds:>12.4f}{result.predicted[number]:>13.4f}"
+            f"{result.residuals[number]:>10.1%}{note}"
+        )
+    print(result.verdict())
+    if options.lengths:
+        lengths = load_lengths(options)
+        for name in (options.methods or "isf,flat_sorted,hbp_paper,hbp").split(","):
+            plan = build_plan(lengths, measured.levels, options.world_size, name, options.seed)
+            epoch = predict_epoch(plan, result.times, measured.step_seconds)
+            print(f"{name:<16}{epoch.seconds:>12.1f} s an epoch, idle {epoch.idle:.1%}")
+
+
+def report_paper(options: argparse.Namespace) -> None:
+    """The fit to the trade-off and the prediction of the comparison, in Markdown, with every residual."""
+    lengths = load_lengths(options)
+    fit = fit_trade_offs(lengths)
+    print(fit_table(fit), end="\n\n")
+    print(prediction_table(dict(predict_methods(lengths, fit.model, options.seed))), end="\n\n")
+    print(models_table(predict_models(lengths, fit.model, options.seed)))
+
+
+def report_scale(options: argparse.Namespace) -> None:
+    scenarios = list(simulate_scale(get_hardware(options.hardware)))
+    print(f"simulated on {options.hardware}, not measured\n\n{scale_table(scenarios)}")
+    if options.svg:
+        options.svg.write_text(scale_svg(scenarios), encoding="utf-8")
+        print(f"wrote {options.svg}")
+
+
+def report_speed(options: argparse.Namespace) -> None:
+    """Seconds that planner and simulator themselves take."""
+    lengths = tulu3_longcite_like(10_000_000, options.seed)
+    config = configuration(options, [])
+    model = time_model(get_flavor(config.model.flavor), config, get_hardware(options.hardware), 4096)
+    for name in ("isf", "flat_sorted", "hbp_paper", "hbp"):
+        start = time.perf_counter()
+        plan = build_plan(lengths, config.levels, 4096, name, options.seed)
+        planned = time.perf_counter()
+        replay(plan, model)
+        print(f"{name:<12} planned in {planned - start:.1f} s, replayed in {time.perf_counter() - planned:.1f} s")
+
+
+def main(argv: list[str]) -> None:
+    options, overrides = arguments(argv)
+    if options.calibrate:
+        return report_calibration(options)
+    if options.paper:
+        return report_paper(options)
+    if options.scale:
+        return report_scale(options)
+    if options.speed:
+        return report_speed(options)
+    config = configuration(options, overrides)
+    levels, model = estimated(config, options.estimate or options.hardware, options.world_size)
+    if len(levels) < len(config.levels):
+        raise ValueError("not every level fits: raise the world size or the cp_degree, or recompute more layers")
+    if options.methods or not options.estimate:
+        compare(options, config, levels, model)
+    return None
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))
