@@ -23,12 +23,11 @@ from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World, close_world, init_world
-from hbp_titan.levels.auto import choices, from_rank_0, measured
+from hbp_titan.levels.auto import candidate_levels, choices, from_rank_0, measured
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.estimate import estimate_candidates
 from hbp_titan.levels.hardware import HARDWARE, get_hardware
 from hbp_titan.levels.levels_toml import levels_block, replace_levels
-from hbp_titan.levels.profile import default_candidates
 from hbp_titan.levels.selection import Workload
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
@@ -90,7 +89,7 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
     stores = open_stores(config, args)
     workload = Workload.of(config, options.world_size, cost_model(args), stores)
     levels = named_candidates(options.candidates, args, options.world_size)
-    levels = levels or default_candidates(workload.most_tokens, options.world_size, args)
+    levels = levels or candidate_levels(workload.lengths, workload.most_tokens, options.world_size, args)
     return estimate_candidates(args, config, hardware, options.world_size, levels), workload
 
 

@@ -11,8 +11,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,22 +23,20 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
+from hbp_titan.levels.default_candidates import default_candidates
 from hbp_titan.levels.level_time import LevelTime
-from hbp_titan.levels.profile import (
-    Profile,
-    default_candidates,
-    load_profile,
-    profile_key,
-    profile_levels,
-    save_profile,
-)
+from hbp_titan.levels.profile import profile_levels
+from hbp_titan.levels.profile_file import Profile, load_profile, profile_key, save_profile
 from hbp_titan.levels.select import select_paper, select_search
 from hbp_titan.levels.selection import Selection, Workload, describe, rivals
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import CostModel, Level
+from hbp_titan.packing.arrays import IntArray
 from hbp_titan.packing.level import level_from_dict
 
 LEVEL_TIMES = "level_times.json"
+# Named here because a kept profile holds for these alone.
+PROFILE_SETTINGS: dict[str, Any] = {"memory_limit": None, "margin": 0.05, "iterations": 6}
 
 Result = TypeVar("Result")
 
@@ -73,6 +72,17 @@ def resolve_levels(
     config.packing.levels = ""
 
 
+def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
+    """The usual candidates for such samples, none of them longer than the model's limit."""
+    median, limit = int(np.median(lengths)), args.max_position_embeddings
+    return list(
+        dict.fromkeys(
+            dataclasses.replace(level, max_tokens=min(level.max_tokens, limit - limit % level.cp_degree))
+            for level in default_candidates(longest, world_size, args, median=median)
+        )
+    )
+
+
 def measured(
     config: JobConfig,
     args: ModelArgs,
@@ -82,16 +92,19 @@ def measured(
     levels: Sequence[Level] = (),
 ) -> Profile:
     """The profile of `levels` (default: the usual candidates) on this world, from `path` where it was kept there."""
+    lengths, loss_tokens = stores[0].lengths, stores[0].loss_tokens
     longest = max(int(store.lengths.max()) for store in stores)
-    levels = [*levels] or default_candidates(longest, world.size, args)
-    levels = [level for level in levels if level.max_tokens <= args.max_position_embeddings]
-    key = profile_key(config, args, world, levels)
-    kept = from_rank_0(world, lambda: load_profile(path, key))
-    if kept is not None:
-        return kept
-    profile = profile_levels(config, args, world, stores[0].lengths, stores[0].loss_tokens, levels)
-    if world.rank == 0:
-        save_profile(profile, path)
+    levels = levels or candidate_levels(lengths, longest, world.size, args)
+
+    def kept() -> Profile | None:
+        key = profile_key(config, args, world, lengths, loss_tokens, candidates=levels, **PROFILE_SETTINGS)
+        return load_profile(path, key)
+
+    profile = from_rank_0(world, kept)
+    if profile is None:
+        profile = profile_levels(config, args, world, lengths, loss_tokens, levels, **PROFILE_SETTINGS)
+        if world.rank == 0:
+            save_profile(profile, path)
     return profile
 
 

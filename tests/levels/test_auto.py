@@ -15,7 +15,7 @@ from hbp_titan.levels import auto
 from hbp_titan.levels.auto import LEVEL_TIMES, load_level_times, save_level_times
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime
-from hbp_titan.levels.profile import Profile
+from hbp_titan.levels.profile_file import Profile
 from hbp_titan.levels.selection import Workload, selected
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.train import Trainer
@@ -35,7 +35,7 @@ def _profile(slow: Level | None, fits: bool = True) -> Profile:
     for level in (SHORT, LONG, LONG_ALONE):
         seconds = level.max_tokens / level.cp_degree * (1e-4 if level == slow else 1e-6 if level == SHORT else 2e-6)
         candidates.append(Candidate(level, LevelTime(seconds) if fits and level != LONG_ALONE else None))
-    return Profile("key", 10**9, 10**6, 0.0, (), tuple(candidates))
+    return Profile({}, 10**9, 10**6, 0.0, [], candidates)
 
 
 def _run(world: World, argv: list[str], slow: list[Level | None], fits: bool = True, steps: int = 4) -> dict[str, Any]:
