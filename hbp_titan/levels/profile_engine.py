@@ -112,10 +112,10 @@ class ProfileEngine:
 
     def held_bytes(self) -> int:
         """What a rank holds between iterations."""
+        parameters = list(self.engine.model.parameters())
         if self.world.device.type == "cuda":
             return torch.cuda.memory_allocated(self.world.device)
         assert self._optimizer is not None
-        parameters = list(self.engine.model.parameters())
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         held: list[Tensor] = [*parameters, *(p.grad for p in parameters if p.grad is not None), *states]
         return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in held)
