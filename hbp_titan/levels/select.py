@@ -188,9 +188,11 @@ def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selecti
     best, largest = fastest(list(stage1.values())), stage1[longest]
     chosen = {c.level.max_tokens: c for c in (best, largest)}
     notes = []
-    for source in (best, largest):
-        wanted = source.level.max_tokens // source.level.cp_degree
-        if wanted in chosen or (source is largest and wanted <= best.level.max_tokens):
+    wanted_alone = [source.level.max_tokens // source.level.cp_degree for source in (best, largest)]
+    if wanted_alone[1] <= best.level.max_tokens:
+        del wanted_alone[1]
+    for wanted in wanted_alone:
+        if wanted in chosen:
             continue
         alone = [c for c in fitting if c.level.cp_degree == 1 and c.level.max_tokens <= wanted]
         length = max((c.level.max_tokens for c in alone), default=0)

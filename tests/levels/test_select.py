@@ -73,6 +73,12 @@ def test_stage_two_merges_what_lies_below_the_best_length() -> None:
     assert _shape(selection.levels) == [(16 * K, 1), (32 * K, 2), (128 * K, 8)]
 
 
+def test_stage_two_divides_a_best_length_that_holds_every_sample() -> None:
+    candidates = _paper_world((128 * K, 8), (128 * K, 8), [8 * K, 16 * K])
+    selection = select_paper(candidates, _workload([100, 100 * K], 8))
+    assert _shape(selection.levels) == [(16 * K, 1), (128 * K, 8)]
+
+
 def test_a_length_of_stage_two_that_was_not_measured_gives_way_to_a_shorter_one() -> None:
     workload = _workload([100, 100 * K], 8)
     with_shorter = select_paper(_paper_world((32 * K, 2), (128 * K, 8), [8 * K]), workload)
