@@ -103,7 +103,12 @@ def measured_here(
     stores = open_stores(config, args)
     levels = named_candidates(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
-    profile = measured(config, args, world, stores, path, levels)
+
+    def log(text: str) -> None:
+        if world.rank == 0:
+            print(text, flush=True)
+
+    profile = measured(config, args, world, stores, path, log, levels)
     return profile.candidates, Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
 
 

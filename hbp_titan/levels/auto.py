@@ -57,7 +57,7 @@ def resolve_levels(
     folder = config.dump_folder
     levels: Sequence[Level] | None = from_rank_0(world, lambda: _levels_of_checkpoint(config))
     if levels is None:
-        profile = measured(config, args, world, stores, folder / "profile.json")
+        profile = measured(config, args, world, stores, folder / "profile.json", log)
 
         def choose() -> tuple[Sequence[Level], str]:
             workload = Workload.of(config, world.size, cost, stores, profile.step_seconds)
@@ -89,6 +89,7 @@ def measured(
     world: World,
     stores: Sequence[TokenStore],
     path: Path,
+    log: Callable[[str], None],
     levels: Sequence[Level] = (),
 ) -> Profile:
     """The profile of `levels` (default: the usual candidates) on this world, from `path` where it was kept there."""
@@ -102,6 +103,7 @@ def measured(
 
     profile = from_rank_0(world, kept)
     if profile is None:
+        log(f"measuring {len(levels)} candidate levels, to be kept in {path}")
         profile = profile_levels(config, args, world, lengths, loss_tokens, levels, **PROFILE_SETTINGS)
         if world.rank == 0:
             save_profile(profile, path)
