@@ -117,7 +117,16 @@ def head_memory(
     args: ModelArgs, tokens: int, loss_tokens: int, chunk_tokens: int, dtype: torch.dtype, device_type: str
 ) -> PieceMemory:
     """Final norm and loss over `tokens` hidden states, of which `loss_tokens` meet the vocabulary."""
-    return _head_memory(_shape(args), tokens, loss_tokens, chunk_tokens, dtype, device_type)
+
+    def run(count: int) -> PieceMemory:
+        return _head_memory(_shape(args), tokens, count, chunk_tokens, dtype, device_type)
+
+    # After a few chunks every size is linear in their number: a million tokens need no thousand chunks.
+    few, more = 4 * chunk_tokens, 8 * chunk_tokens
+    if loss_tokens <= more:
+        return run(loss_tokens)
+    sizes = zip(dataclasses.astuple(run(few)), dataclasses.astuple(run(more)), strict=True)
+    return PieceMemory(*(low + (high - low) * (loss_tokens - few) // (more - few) for low, high in sizes))
 
 
 @lru_cache(maxsize=1024)

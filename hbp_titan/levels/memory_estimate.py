@@ -54,7 +54,7 @@ def estimate_memory(
 
 
 def fewest_layers(peak_all: float, peak_fewer: float, depth_all: int, depth_fewer: int, limit: float) -> int | None:
-    """The fewest layers to checkpoint for a peak of at most `limit` bytes (the paper's GreedyProfileCkpt, appendix).
+    """The fewest layers to checkpoint for a peak of at most `limit` bytes (the paper's GreedyProfileCkpt).
 
     peak_all, peak_fewer: peaks with depth_all and depth_fewer layers checkpointed, measured or estimated;
     depth_all is all layers. Each layer saves (peak_fewer - peak_all) / (depth_all - depth_fewer). None where not even

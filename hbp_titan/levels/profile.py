@@ -22,6 +22,7 @@ import numpy as np
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
+from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.levels.memory_estimate import MemoryEstimate, estimate_memory, fewest_layers
 from hbp_titan.levels.profile_engine import ProfileEngine, available_memory
 from hbp_titan.levels.profile_file import Measurement, Profile, profile_key
@@ -51,7 +52,8 @@ def profile_levels(
 
     lengths, loss_tokens: tokens and trained tokens of the user's samples, int64 [N]. candidates: in any order; their
     ac_layers do not count. memory_limit: bytes of a rank; what the device has unless given. margin: share of it that
-    stays free. iterations: timed ones of each level, each on another pack.
+    stays free. iterations: timed ones of each level, each on another pack. The key is that of `profile_key` with
+    candidates (a list), memory_limit, margin and iterations as its settings.
     Raises ValueError where no candidate, or a margin outside [0, 1), is given.
     """
     if not candidates:
@@ -72,7 +74,11 @@ def profile_levels(
         run.packs[max_tokens] = Packs.draw(max_tokens, lengths, loss_tokens, iterations, args.vocab_size)
     fitting = run.find_fitting()
     results = run.time(fitting, iterations)
-    resident, step_seconds = run.engine.held_bytes(), run.engine.step_seconds()
+    if any(result.fits for result in results):
+        resident, step_seconds = run.engine.held_bytes(), run.engine.step_seconds()
+    else:
+        # Not even the parameters may fit.
+        resident, step_seconds = run.estimate(run.candidates[0]).resident_bytes, 0.0
     run.engine.clear()
     return Profile(key, limit, resident, step_seconds, run.measurements, [*results, *run.beyond])
 
@@ -94,6 +100,7 @@ class _Run:
         self.config, self.args, self.world, self.limit = config, args, world, limit
         self.candidates = list(dict.fromkeys(replace(level, ac_layers=None) for level in candidates))
         self.engine = ProfileEngine(config, args, world, self.candidates)
+        self.order: list[int] = []
         self.packs: dict[int, Packs] = {}
         self.measurements: list[Measurement] = []
         self.beyond: list[Candidate] = []
@@ -125,7 +132,7 @@ class _Run:
         if peak_all is None:
             self.beyond.append(Candidate(replace(level, ac_layers=every), None, self._last_peak()))
             return None
-        estimates = [self._estimate(replace(level, ac_layers=depth)).peak_bytes for depth in (every, 0)]
+        estimates = [self.estimate(replace(level, ac_layers=depth)).peak_bytes for depth in (every, 0)]
         guess = fewest_layers(estimates[0], estimates[1], every, 0, self.limit)
         # The second depth: near where the answer is expected, so that little is left to extrapolation.
         fewer = every // 2 if guess is None else min(guess, every - 1)
@@ -144,7 +151,7 @@ class _Run:
 
     def _within(self, level: Level) -> int | None:
         """The measured peak of `level` where it is within the limit; not run where the estimate is clearly beyond."""
-        estimate = self._estimate(level)
+        estimate = self.estimate(level)
         if estimate.peak_bytes > self.limit * ESTIMATE_TOLERANCE:
             self.measurements.append(Measurement(level, estimate.peak_bytes, out_of_memory=True, estimated=True))
             return None
@@ -159,7 +166,8 @@ class _Run:
     def _last_peak(self) -> int | None:
         return self.measurements[-1].peak_bytes
 
-    def _estimate(self, level: Level) -> MemoryEstimate:
+    def estimate(self, level: Level) -> MemoryEstimate:
+        """What `level` takes, with as many trained tokens as the packs that are timed."""
         return estimate_memory(
             self.args,
             level,
@@ -172,23 +180,29 @@ class _Run:
     def time(self, fitting: list[_Fitting], iterations: int) -> list[Candidate]:
         """Time the levels round robin; one that runs out of memory after all is left out, the others go on."""
         seconds: dict[Level, list[float]] = {found.level: [] for found in fitting}
-        for number in range(iterations):
+        # Not from light to heavy: what drifts over the rounds would look like the packs' work.
+        self.order = np.random.default_rng(0).permutation(iterations).tolist()
+        for number, pack in enumerate(self.order):
             start = number % max(len(seconds), 1)
             levels = list(seconds)
             for level in levels[start:] + levels[:start]:
-                taken = self.engine.seconds(level, self.packs[level.max_tokens], number)
+                taken = self.engine.seconds(level, self.packs[level.max_tokens], pack)
                 if taken is None:
                     taken_before = seconds.pop(level)
-                    loads = self.packs[level.max_tokens].loads[: len(taken_before)].tolist()
+                    loads = self._loads(level)[: len(taken_before)].tolist()
                     self.measurements.append(Measurement(level, out_of_memory=True, loads=loads, seconds=taken_before))
                 else:
                     seconds[level].append(taken)
         return [self._candidate(found, seconds.get(found.level)) for found in fitting]
 
+    def _loads(self, level: Level) -> FloatArray:
+        """What the packs hold that `level` is timed on, in the order of their rounds."""
+        return self.packs[level.max_tokens].loads[self.order]
+
     def _candidate(self, found: _Fitting, seconds: list[float] | None) -> Candidate:
         if seconds is None:
             return Candidate(found.level, None, found.peak_bytes)
-        loads = self.packs[found.level.max_tokens].loads
+        loads = self._loads(found.level)
         time, error = fit_level_time(loads, np.array(seconds))
         self.measurements.append(
             Measurement(found.level, found.peak_bytes, loads=loads.tolist(), seconds=seconds, error=error)

@@ -13,22 +13,28 @@ import numpy as np
 
 from hbp_titan.levels.level_time import FloatArray, LevelTime
 
-WORTH = 1.05
-"""A larger set of columns is taken only where it lowers the squared error by at least this factor."""
+WORTH = 1.5
+"""A column is used only where it lowers the squared error by more than this factor: few noisy packs fit anything."""
 
 
 def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTime, float]:
     """The time model of a level, and the root mean square of its error relative to the mean of `seconds`.
 
     loads: of the timed packs, [n, 4] as from pack_loads, n at least 1; seconds: [n].
-    Of all sets of columns that reach the least error (up to WORTH) the smallest is taken, one with the base first.
+    Of all sets of columns the one with the least squared error * WORTH ** columns is taken. The base is no column to
+    save on: shapes are static, so there is one.
     """
     loads, seconds = np.asarray(loads, np.float64), np.asarray(seconds, np.float64)
     assert loads.shape == (len(seconds), 4), loads.shape
     fits = _nonnegative_fits(loads, seconds)
     rounding = (1e-9 * float(np.linalg.norm(seconds))) ** 2
-    best = min(error for _, error in fits)
-    coefficients, error = next(fit for fit in fits if fit[1] <= WORTH * best + rounding)
+
+    def score(fit: tuple[FloatArray, float]) -> float:
+        coefficients, error = fit
+        columns = np.count_nonzero(coefficients[1:]) + (coefficients[0] == 0)
+        return (error + rounding) * WORTH ** float(columns)
+
+    coefficients, error = min(fits, key=score)
     return LevelTime(*coefficients.tolist()), float(np.sqrt(error / len(seconds)) / seconds.mean())
 
 

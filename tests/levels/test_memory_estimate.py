@@ -12,7 +12,7 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.dry_run import block_memory
+from hbp_titan.levels.dry_run import _head_memory, _shape, block_memory, head_memory
 from hbp_titan.levels.memory_estimate import estimate_memory, fewest_layers
 from hbp_titan.levels.profile_engine import ProfileEngine
 from hbp_titan.levels.profile_packs import Packs
@@ -48,7 +48,7 @@ CASES = [
     (DEBUG, 1, (512, 1024), [(1, "ulysses")]),
     (WIDE, 1, (512,), [(1, "ulysses")]),
     (DEBUG, 2, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]),
-    (WIDE, 2, (512,), [(2, "ulysses"), (2, "hybrid")]),
+    (WIDE, 2, (512,), [(2, "allgather")]),
 ]
 
 
@@ -59,17 +59,16 @@ def test_the_estimate_is_what_an_iteration_takes(
     levels = _levels(lengths, forms)
     results = run_distributed(_measured_and_resident, world_size, args, levels)
     measured = dict(zip(levels, results[0][0], strict=True))
-    estimates = {
-        level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels
-    }
+    estimates = {level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels}
     for level, peak in measured.items():
         assert estimates[level].peak_bytes == pytest.approx(peak, rel=TOLERANCE), level
     for rank in results:
         # Odd parameters are padded to the world size.
         assert estimates[levels[0]].resident_bytes == pytest.approx(rank[1][0], rel=1e-3)
-    # What a layer saves: the difference between two depths.
+    # What a layer saves: the difference between two depths. With several ranks it drowns in the collectives' buffers,
+    # whose release by gloo's threads the CPU's records miss.
     for level in levels:
-        if level.ac_layers == 2:
+        if level.ac_layers == 2 and world_size == 1:
             every = dataclasses.replace(level, ac_layers=None)
             saved = estimates[level].peak_bytes - estimates[every].peak_bytes
             assert saved == pytest.approx(measured[level] - measured[every], rel=0.15), level
@@ -88,6 +87,30 @@ def test_the_dry_run_counts_what_a_gpu_keeps_of_a_layer() -> None:
     assert block_memory(args, Level(tokens, ac_policy="full"), torch.bfloat16, "cuda").saved == 0
     attention = block_memory(args, Level(tokens, ac_policy="keep_attention"), torch.bfloat16, "cuda").saved / tokens
     assert attention == pytest.approx(2 * hidden + 2 * kv + 4 * 32, abs=1)
+
+
+def test_each_style_keeps_what_its_exchanges_leave() -> None:
+    # The debug model: 4 query and 2 kv heads of 32 in float32; 4 ranks with 1024 of 4096 tokens each. For each style
+    # queries, keys with values, the attention's output, the same back in the shard, and the logsumexp.
+    head = 1024 * 32 * 4
+    lse = 1024 * 4 * 4
+    by_hand = {
+        # one query head, one repeated key head and one value head of all tokens
+        "ulysses": 4 * head + 8 * head + 4 * head + 4 * head + lse,
+        # own queries of all heads; 2 key and 2 value heads of all tokens
+        "allgather": 4 * head + 16 * head + 4 * head + 4 * head + lse,
+        # half of the tokens for half of the heads, keys and values before their gathering with them; then both gathered
+        "hybrid": (4 + 2 + 2) * head + 8 * head + 4 * head + 4 * head + lse,
+    }
+    for style, kept in by_hand.items():
+        level = Level(4096, 4, style, "keep_attention")
+        assert block_memory(DEBUG, level, torch.float32, "cpu").saved == kept, style
+
+
+def test_many_chunks_of_the_loss_are_counted_without_running_them() -> None:
+    few, many = (head_memory(DEBUG, 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000))
+    whole = [_head_memory(_shape(DEBUG), 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000)]
+    assert [few, many] == whole
 
 
 def test_resident_memory_is_sharded_over_the_ranks_of_a_copy() -> None:

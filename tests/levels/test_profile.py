@@ -123,6 +123,12 @@ def test_what_cannot_fit_is_not_run(tmp_path: Path) -> None:
     assert all(row.estimated for row in profile.measurements if row.level.max_tokens == 1 << 20)
 
 
+def test_where_nothing_fits_that_is_the_result(tmp_path: Path) -> None:
+    profile = _run(tmp_path, [SHORT], memory_limit=1000)
+    assert [candidate.fits for candidate in profile.candidates] == [False]
+    assert profile.resident_bytes > 1000
+
+
 def _made_up(key: dict[str, Any]) -> Profile:
     level = Level(512, 2, "hybrid", "full", 3)
     rows = [

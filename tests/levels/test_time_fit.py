@@ -30,7 +30,9 @@ def test_nothing_is_below_every_column_that_only_hurts() -> None:
 
 def test_the_coefficients_of_a_made_up_level_are_recovered() -> None:
     # 1, trained tokens, squared tokens, documents
-    loads = np.array([[1, 100, 5000, 7], [1, 900, 90000, 3], [1, 400, 640000, 1], [1, 800, 20000, 60], [1, 50, 9000, 2]])
+    loads = np.array(
+        [[1, 100, 5000, 7], [1, 900, 90000, 3], [1, 400, 640000, 1], [1, 800, 20000, 60], [1, 50, 9000, 2]]
+    )
     truth = LevelTime(base=0.2, per_loss_token=1e-4, per_square=2e-7, per_document=3e-3)
     found, error = fit_level_time(loads, truth.seconds(loads))
     np.testing.assert_allclose(
