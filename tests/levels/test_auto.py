@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from hbp_titan.config import load_config
+from hbp_titan.data.prepare import prepare
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.levels import auto
 from hbp_titan.levels.auto import LEVEL_TIMES, load_level_times, save_level_times
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime
-from hbp_titan.levels.profile_file import Profile
+from hbp_titan.levels.profile_file import Profile, profile_key
 from hbp_titan.levels.selection import Workload, selected
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.train import Trainer
-from tests.tiny_run import write_tiny_run
+from tests.tiny_run import ARGS, write_tiny_run
 
 SHORT, LONG, LONG_ALONE = Level(128), Level(1024, 2, ac_policy="full"), Level(1024)
 
@@ -76,6 +79,30 @@ def test_every_rank_trains_the_levels_that_rank_0_chose_and_so_does_a_resumed_ru
     assert [(r["measured"], r["first"], r["levels"], r["plan"]) for r in second] == [
         (0, 2, first[0]["levels"], first[0]["plan"])
     ] * 2
+
+
+def _measure_twice(world: World, argv: list[str], path: Path) -> tuple[int, bool, bool]:
+    """How often two equal calls and one for other levels measured, and what the second gave."""
+    calls = []
+
+    def profile_levels(config: Any, args: Any, world: World, *data: Any, **settings: Any) -> Profile:
+        calls.append(1)
+        lengths, loss_tokens, levels = data
+        key = profile_key(config, args, world, lengths, loss_tokens, candidates=levels, **settings)
+        return Profile(key, 10**9, 10**6, 0.0, [], _profile(None).candidates)
+
+    auto.profile_levels = profile_levels  # type: ignore[assignment]
+    config = load_config(argv)
+    folder, _ = auto.from_rank_0(world, lambda: prepare(config, most_tokens=1024))
+    for levels in ([SHORT, LONG], [SHORT, LONG], [LONG]):
+        profile = auto.measured(config, ARGS, world, [TokenStore.open(folder)], path, lambda text: None, levels)
+        dist.barrier()
+    return len(calls), profile.candidates == _profile(None).candidates, path.exists()
+
+
+def test_a_kept_profile_is_measured_again_only_for_other_levels(tmp_path: Path) -> None:
+    found = run_distributed(_measure_twice, 2, _auto_run(tmp_path), tmp_path / "profile.json")
+    assert found == [(2, True, True)] * 2
 
 
 def test_where_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
