@@ -49,8 +49,9 @@ def load_config(argv: Sequence[str]) -> JobConfig:
 
 
 def validate(config: JobConfig, world_size: int) -> None:
-    """Raise ValueError where the configuration cannot run on `world_size` ranks."""
-    check_levels(config.levels, world_size)
+    """Raise ValueError where the configuration cannot run on `world_size` ranks; levels still to be chosen may."""
+    if not config.selects_levels:
+        check_levels(config.levels, world_size)
     if world_size % config.parallelism.dp_replicate:
         raise ValueError(
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size {world_size}"
@@ -237,6 +238,7 @@ def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
 
 
 _CHOICES = {
+    "packing.levels": ("", "auto"),
     "packing.mix": ("alternate", "interleave"),
     "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),
     "training.dtype": ("float32", "bfloat16"),
@@ -258,6 +260,8 @@ def _check_values(config: JobConfig) -> None:
         value = getattr(getattr(config, section), name)
         if value not in choices:
             raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
+    if config.packing.levels == "auto" and config.levels:
+        raise ValueError('packing.levels = "auto" chooses the levels: leave [[levels]] and --levels out')
     for section, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int | float) and value < 0:

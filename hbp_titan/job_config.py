@@ -60,6 +60,10 @@ class Data:
 class Packing:
     method: str = "hbp"
     """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/packing.md lists them; METHODS in packing/build.py)."""
+    levels: str = ""
+    """Where levels come from: "" the [[levels]] blocks, "auto" a measurement at the start (docs/selection.md)."""
+    auto_max_tokens: int = 0
+    """With levels = "auto": tokens that a sample may have (data.overlong); 0 means the model's limit."""
     seed: int = 0
     """Seed of shuffles in the plan; each epoch derives its own."""
     mix: str = "alternate"
@@ -220,6 +224,11 @@ class JobConfig:
     def dump_folder(self) -> Path:
         """The run folder."""
         return Path(self.job.dump_folder or f"outputs/{Path(self.job.config_file or 'default').stem}")
+
+    @property
+    def selects_levels(self) -> bool:
+        """Whether the levels are still to be chosen."""
+        return self.packing.levels == "auto" and not self.levels
 
     @property
     def tokenizer_path(self) -> Path:

@@ -45,6 +45,13 @@ def cost_model(args: ModelArgs) -> CostModel:
     )
 
 
+def most_tokens(config: JobConfig, args: ModelArgs) -> int:
+    """The most tokens of a sample: those of the largest level, or the limit where levels are still to be chosen."""
+    if config.levels:
+        return config.levels[-1].max_tokens
+    return min(config.packing.auto_max_tokens or args.max_position_embeddings, args.max_position_embeddings)
+
+
 def check_device(config: JobConfig, device: torch.device) -> None:
     """Raise ValueError for what `device`, or this torch, cannot compute."""
     if device.type == "cuda" and compute_dtype(config, device) == torch.float32:
@@ -66,7 +73,7 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     validate(config, world_size)
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
-    longest = config.levels[-1].max_tokens
+    longest = most_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(
             f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}: "

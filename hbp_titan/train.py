@@ -45,13 +45,14 @@ from hbp_titan.distributed.world import (
     ranks_per_node,
     set_timeouts,
 )
+from hbp_titan.levels.auto import resolve_levels
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
 from hbp_titan.packing.plan_file import load_plan, save_plan
-from hbp_titan.preflight import check, cost_model, model_args, token_ids
+from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 
 
 class Trainer:
@@ -70,8 +71,11 @@ class Trainer:
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
-        self.token_ids = token_ids(config, self.store)
         cost = cost_model(self.args)
+        if config.selects_levels:
+            resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
+            check(config, world.size, self.device, self.args, self.store)
+        self.token_ids = token_ids(config, self.store)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.total_steps = self.plans.total_steps()
         self.shapes = BatchShapes.of(self.plans.of(0), self.args.num_kv_heads)
@@ -99,10 +103,11 @@ class Trainer:
         self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
+        limit = most_tokens(self.config, self.args)
         if self.world.rank == 0:
-            prepare(self.config)
+            prepare(self.config, most_tokens=limit)
         dist.barrier()
-        train, validation = prepare(self.config)
+        train, validation = prepare(self.config, most_tokens=limit)
         return TokenStore.open(train), TokenStore.open(validation) if validation else None
 
     def train(self) -> None:

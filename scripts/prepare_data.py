@@ -19,7 +19,7 @@ from hbp_titan.data.prepare import prepare
 from hbp_titan.data.report import show, summary
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import local_device
-from hbp_titan.preflight import check, model_args
+from hbp_titan.preflight import check, model_args, most_tokens
 
 OPTIONS = """
 options of this command:
@@ -37,9 +37,10 @@ def main(argv: list[str]) -> None:
     config = load_config(argv)
     # Without a world to check for, the smallest that the levels fit.
     validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
-    train, validation = prepare(config)
+    args = model_args(config)
+    train, validation = prepare(config, most_tokens=most_tokens(config, args))
     if world_size:
-        check(config, world_size, local_device(), model_args(config), TokenStore.open(train))
+        check(config, world_size, local_device(), args, TokenStore.open(train))
     print(f"tokenizer: {config.tokenizer_path}")
     for name, folder in (("training", train), ("validation", validation)):
         if folder is not None:

@@ -38,8 +38,9 @@ def main() -> int:
     world_sizes = sorted(int(size) for size in options.world_sizes.split(","))
     validate(config, max(level.cp_degree for level in config.levels) if config.levels else 1)
     args = shrunk(model_args(config)) if options.shrink else model_args(config)
+    store = TokenStore.open(prepare(config)[0])
     levels = scaled_levels(config.levels, options.max_tokens)
-    samples = choose_samples(TokenStore.open(prepare(config)[0]), options.num_samples, levels[-1].max_tokens)
+    samples = choose_samples(store, options.num_samples, levels[-1].max_tokens)
     cases = [case for case in build_cases(levels, world_sizes, args) if options.only in case.name]
     print(
         f"{args.name}: {len(samples.lengths)} samples, {samples.lengths.sum():,} tokens, the longest of "

@@ -105,16 +105,15 @@ class TokenStore:
         return values
 
 
-def check_fits(store: TokenStore, max_tokens: int) -> None:
-    """Raise ValueError where a sample is longer than the largest level's `max_tokens`."""
+def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest level, levels.max_tokens") -> None:
+    """Raise ValueError where a sample is longer than `max_tokens`, which is called `limit`."""
     longest = int(store.lengths.argmax())
     if store.lengths[longest] <= max_tokens:
         return
     count = int((store.lengths > max_tokens).sum())
     raise ValueError(
-        f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than the largest level, "
-        f"levels.max_tokens = {max_tokens} ({count} of {len(store)} samples are): raise levels.max_tokens, or set "
-        "data.overlong to skip or truncate"
+        f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than {limit} = "
+        f"{max_tokens} ({count} of {len(store)} samples are): raise it, or set data.overlong to skip or truncate"
     )
 
 

@@ -67,6 +67,18 @@ def test_a_sample_longer_than_the_largest_level_stops_before_training(config_fil
         prepare(config(config_file, "--levels", "64:1,128:2"))
 
 
+def test_samples_have_a_limit_of_their_own_where_levels_are_still_to_be_chosen(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text().split("[[levels]]")[0])
+    with pytest.raises(ValueError, match="no level is given: add at least one"):
+        prepare(config(config_file))
+    auto = config(config_file, "--packing.levels=auto")
+    with pytest.raises(ValueError, match=r"151 tokens is longer than packing.auto_max_tokens .* = 128"):
+        prepare(auto, most_tokens=128)
+    assert int(TokenStore.open(prepare(auto, most_tokens=151)[0]).lengths.max()) == 151
+    auto.data.overlong = "skip"
+    assert int(TokenStore.open(prepare(auto, most_tokens=128)[0]).lengths.max()) <= 128
+
+
 def test_a_missing_validation_file_is_named_with_its_key(config_file: Path) -> None:
     with pytest.raises(ValueError, match=r"data.validation_files: no such file: gone.jsonl"):
         prepare(config(config_file, "--data.validation_files", "gone.jsonl"))

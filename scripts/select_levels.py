@@ -1,0 +1,152 @@
+"""Choose the packing levels of a run: measured on the machines it will use, or estimated without a GPU.
+
+    torchrun --nproc-per-node 8 scripts/select_levels.py --job.config_file train_configs/X.toml --output levels.toml
+    python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32
+
+Measures (or estimates) time and memory of an iteration for candidates of length, context parallelism and activation
+checkpointing, predicts the whole epoch of this data for sets of them, and prints the best set, that of the paper's two
+stages, and flat packing. The levels of the TOML file, if any, are not used. Further arguments override the TOML:
+--section.key value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hbp_titan.cli import guarded
+from hbp_titan.config import JobConfig, load_config, validate
+from hbp_titan.data.prepare import prepare
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.levels.auto import candidate_levels, choices, from_rank_0, measured
+from hbp_titan.levels.candidate import Candidate
+from hbp_titan.levels.estimate import estimate_candidates
+from hbp_titan.levels.hardware import HARDWARE, get_hardware
+from hbp_titan.levels.levels_toml import levels_block, replace_levels
+from hbp_titan.levels.selection import Workload
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.packing import Level, check_levels, parse_levels
+from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own options, and the words that are configuration overrides."""
+    parser = argparse.ArgumentParser(
+        prog="select_levels.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--method",
+        choices=("search", "paper"),
+        default="search",
+        help="what is written: the least predicted time, or the paper's two stages [search]",
+    )
+    parser.add_argument("--estimate", metavar="HARDWARE", help=f"do not measure: one of {', '.join(HARDWARE)}")
+    parser.add_argument("--world_size", type=int, help="ranks of the run; with --estimate only")
+    parser.add_argument("--candidates", help="max_tokens:cp_degree,...: only these, each with every AC policy")
+    parser.add_argument("--output", type=Path, help="write the TOML file with the chosen [[levels]] there [print them]")
+    parser.add_argument("--profile_cache", type=Path, help="where measurements are kept [run folder/profile.json]")
+    return parser.parse_known_args(argv)
+
+
+def still_to_choose(config: JobConfig) -> JobConfig:
+    """The configuration as if it named no levels; where they decide which samples are too long, that stays."""
+    if config.levels and config.data.overlong != "error":
+        config.packing.auto_max_tokens = config.levels[-1].max_tokens
+    config.levels, config.packing.levels = [], "auto"
+    return config
+
+
+def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list[Level]:
+    """A level with each AC policy for every max_tokens:cp_degree of `text`; none without a text."""
+    levels = []
+    for named in parse_levels(text) if text else ():
+        check_levels([named], world_size)
+        shares_kv_heads = args.num_kv_heads % named.cp_degree == 0 and args.num_heads % named.cp_degree == 0
+        style = "ulysses" if shares_kv_heads else "hybrid"
+        levels += [Level(named.max_tokens, named.cp_degree, style, policy) for policy in AC_POLICIES]
+    return levels
+
+
+def open_stores(config: JobConfig, args: ModelArgs) -> list[TokenStore]:
+    """The training store and, if any, the validation store, made where they are not there yet."""
+    folders = prepare(config, most_tokens=most_tokens(config, args))
+    return [TokenStore.open(folder) for folder in folders if folder is not None]
+
+
+def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -> tuple[list[Candidate], Workload]:
+    """Candidates and workload without a GPU."""
+    validate(config, options.world_size)
+    hardware = get_hardware(options.estimate)
+    stores = open_stores(config, args)
+    workload = Workload.of(config, options.world_size, cost_model(args), stores)
+    levels = named_candidates(options.candidates, args, options.world_size)
+    levels = levels or candidate_levels(workload.lengths, workload.most_tokens, options.world_size, args)
+    return estimate_candidates(args, config, hardware, options.world_size, levels), workload
+
+
+def measured_here(
+    options: argparse.Namespace, config: JobConfig, args: ModelArgs, world: World
+) -> tuple[Sequence[Candidate], Workload]:
+    """Candidates and workload of this world."""
+    validate(config, world.size)
+    check_device(config, world.device)
+    from_rank_0(world, lambda: prepare(config, most_tokens=most_tokens(config, args)))
+    stores = open_stores(config, args)
+    levels = named_candidates(options.candidates, args, world.size)
+    path = options.profile_cache or config.dump_folder / "profile.json"
+
+    def log(text: str) -> None:
+        if world.rank == 0:
+            print(text, flush=True)
+
+    profile = measured(config, args, world, stores, path, log, levels)
+    return profile.candidates, Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
+
+
+def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[Candidate], workload: Workload) -> None:
+    """Print both selections beside the rivals; write or print the blocks of the one that was asked for."""
+    selections, text = choices(candidates, workload)
+    print(
+        f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest of "
+        f"{workload.most_tokens:,}; world size {workload.world_size}\n{text}\n"
+    )
+    levels = selections[options.method].levels
+    if options.output is None:
+        print(levels_block(levels), end="")
+        return
+    source = config.job.config_file
+    before = Path(source).read_text(encoding="utf-8") if source else ""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(replace_levels(before, levels, source), encoding="utf-8")
+    print(f"wrote {options.output}")
+
+
+def main(argv: list[str]) -> None:
+    options, overrides = arguments(argv)
+    if (options.estimate is None) != (options.world_size is None):
+        raise ValueError("--estimate HARDWARE and --world_size N go together; torchrun says how many ranks measure")
+    config = still_to_choose(load_config(overrides))
+    args = model_args(config)
+    if options.estimate:
+        report(options, config, *estimated(options, config, args))
+        return
+    world = init_world(config.parallelism.init_timeout_seconds)
+    try:
+        candidates, workload = measured_here(options, config, args, world)
+        # The others wait, and end with the same message where nothing can be chosen.
+        from_rank_0(world, lambda: report(options, config, candidates, workload))
+    finally:
+        close_world()
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))

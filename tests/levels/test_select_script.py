@@ -1,0 +1,120 @@
+"""scripts/select_levels.py: what it prints and writes, and that a mistake ends in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hbp_titan.config import load_config
+from tests.tiny_run import write_tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "scripts" / "select_levels.py")
+
+Capture = pytest.CaptureFixture[str]
+
+TOML = """\
+# The user's own file.
+[data]
+train_files = ["{folder}/train.jsonl"]
+overlong = "error"  # none is longer
+cache_folder = "{folder}/cache"
+num_proc = 1
+
+[[levels]]
+max_tokens = 64  # too short for the data
+
+[model]
+hf_path = "{folder}/model"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("select")
+    write_tiny_run(path)
+    (path / "run.toml").write_text(TOML.format(folder=path))
+    return path
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("select_levels", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _main(folder: Path, *words: object) -> None:
+    _script().main(["--job.config_file", str(folder / "run.toml"), *map(str, words)])
+
+
+ESTIMATE = ("--estimate", "h100-80gb", "--world_size", "8")
+
+
+def test_an_estimate_writes_the_user_s_file_with_levels_that_hold_the_data(folder: Path, capsys: Capture) -> None:
+    output = folder / "new" / "levels.toml"
+    _main(folder, *ESTIMATE, "--output", output)
+    printed = capsys.readouterr().out
+    for row in ("search", "paper", "ISF", r"flat \+ sort"):
+        assert re.search(rf"^{row} .*%", printed, re.MULTILINE), printed
+    text = output.read_text()
+    assert text.startswith("# The user's own file.\n[data]\n")
+    assert 'overlong = "error"  # none is longer\n' in text
+    assert "max_tokens = 64  #" not in text
+    config = load_config(["--job.config_file", str(output)])
+    assert config.levels[-1].max_tokens > 340
+    assert all(8 % level.cp_degree == 0 for level in config.levels)
+
+
+def test_named_candidates_are_the_only_ones_and_levels_are_printed(folder: Path, capsys: Capture) -> None:
+    _main(folder, *ESTIMATE, "--candidates", "128:1,1024:1,1024:2", "--method", "paper")
+    printed = capsys.readouterr().out
+    assert " of 9 settings fit in memory" in printed
+    blocks = printed[printed.index("[[levels]]") :]
+    assert set(re.findall(r"max_tokens = (\d+)", blocks)) <= {"128", "1024"}
+
+
+def test_two_ranks_measure_and_speak_once(folder: Path) -> None:
+    output, cache = folder / "measured.toml", folder / "profile.json"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0"]
+    words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2", "--profile_cache", cache]
+    argv = [sys.executable, *launcher, SCRIPT, *words, "--output", output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("settings fit in memory") == 1
+    assert load_config(["--job.config_file", str(output)]).levels[-1].max_tokens == 1024
+    assert cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (ESTIMATE[:2], "--estimate HARDWARE and --world_size N go together"),
+        (("--estimate", "h10", "--world_size", "8"), "hardware 'h10' is none of .*; did you mean"),
+        ((*ESTIMATE, "--candidates", "1023:3"), "cp_degree=3 of the level with max_tokens=1023 does not divide the"),
+        ((*ESTIMATE, "--candidates", "128:1"), "no candidate holds the longest sample"),
+        (("--packing.levles", "auto"), "command line: unknown key packing.levles; did you mean packing.levels"),
+        ((*ESTIMATE, "--packing.auto_max_tokens", "99"), r"is longer than packing\.auto_max_tokens"),
+    ],
+)
+def test_a_mistake_is_named(folder: Path, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _main(folder, *words)
+
+
+def test_a_mistake_is_one_line(folder: Path) -> None:
+    argv = [sys.executable, SCRIPT, "--estimate", "h100-80gb"]
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 1
+    assert re.fullmatch("error: --estimate HARDWARE .*\n", result.stderr)
