@@ -8,6 +8,7 @@ drift of the machine meets each run alike.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,9 +85,9 @@ class Outcome:
     train_loss: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; the levels of the run beside its name."""
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        return {**plain, "run": str(self.run)}
+        return {**plain, "run": str(self.run), "levels": [dataclasses.asdict(level) for level in self.run.levels]}
 
 
 class MeasuredEpoch(Trainer):

@@ -45,7 +45,7 @@ from hbp_titan.distributed.world import (
     ranks_per_node,
     set_timeouts,
 )
-from hbp_titan.levels.auto import resolve_levels
+from hbp_titan.levels.auto import load_level_times, resolve_levels
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.models.attention import selected_backend
@@ -97,7 +97,8 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
         )
-        self.live_check = LiveCheck(self.model, world, None, config.metrics.live_check_interval)
+        times = load_level_times(self.folder, config.levels)
+        self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
         self.normalizer = NORMALIZERS[config.training.normalizer]
         self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer)
         self._resume()

@@ -3,12 +3,14 @@
     python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8
     python scripts/simulate.py --job.config_file train_configs/X.toml --lengths L.npy --world_size 32 --methods isf,hbp
     python scripts/simulate.py --calibrate measured.json [--lengths L.npy]
+    python scripts/simulate.py --validate compared.json --profile profile.json
     python scripts/simulate.py --paper | --scale | --speed
 
 Nothing that it prints is measured but what --calibrate reads and the seconds of --speed. Without --lengths the data is
 a synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
 1024, "cp_degree": 1}], "step_seconds": 0.1, "iterations": [{"level": 0, "seconds": 0.8, "loads": [[1, trained tokens,
-squared tokens, documents], one for each data-parallel rank]}]}.
+squared tokens, documents], one for each data-parallel rank]}]}. --validate takes the epochs that
+scripts/compare_methods.py --json measured and the times of the levels that scripts/select_levels.py measured.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import numpy as np
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.levels import epoch_check
 from hbp_titan.levels.calibrate import calibrate, load_measured
 from hbp_titan.levels.estimate import MEMORY_MARGIN, estimate_candidates, time_model
 from hbp_titan.levels.hardware import HARDWARE, get_hardware
 from hbp_titan.levels.level_time import predict_epoch
 from hbp_titan.levels.paper_figures import fit_table, fit_trade_offs, predict_methods, prediction_table
 from hbp_titan.levels.paper_models import models_table, predict_models
+from hbp_titan.levels.profile_file import read_profile
 from hbp_titan.levels.replay_methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
 from hbp_titan.levels.scale import scale_svg, scale_table, simulate_scale
 from hbp_titan.levels.simulate import replay, replay_table
@@ -69,6 +73,8 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_samples", type=int, default=PAPER_SAMPLES, help=f"synthetic samples [{PAPER_SAMPLES}]")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and plans [0]")
     parser.add_argument("--calibrate", type=Path, help="fit to measured iterations; prints every residual")
+    parser.add_argument("--validate", type=Path, help="measured epochs, to be predicted from --profile")
+    parser.add_argument("--profile", type=Path, help="with --validate: profile.json of scripts/select_levels.py")
     parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, predict its comparison")
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
@@ -165,6 +171,17 @@ def report_calibration(options: argparse.Namespace) -> None:
             print(f"{name:<16}{epoch.seconds:>12.1f} s an epoch, idle {epoch.idle:.1%}")
 
 
+def report_validation(options: argparse.Namespace) -> None:
+    """Each measured epoch beside its prediction."""
+    if options.profile is None:
+        raise ValueError("--validate needs --profile: the profile.json of the same model and machine")
+    print(
+        epoch_check.table(
+            epoch_check.check_epochs(epoch_check.load_outcomes(options.validate), read_profile(options.profile))
+        )
+    )
+
+
 def report_paper(options: argparse.Namespace) -> None:
     """The fit to the trade-off and the prediction of the comparison, in Markdown, with every residual."""
     lengths = load_lengths(options)
@@ -199,6 +216,8 @@ def main(argv: list[str]) -> None:
     options, overrides = arguments(argv)
     if options.calibrate:
         return report_calibration(options)
+    if options.validate:
+        return report_validation(options)
     if options.paper:
         return report_paper(options)
     if options.scale:

@@ -100,7 +100,7 @@ def profile_key(
         "dp_replicate": config.parallelism.dp_replicate,
         "reshard_after_forward": config.parallelism.reshard_after_forward,
         "lengths": digest.hexdigest(),
-        "versions": {"torch": torch.__version__, "hbp_titan": __version__},
+        "versions": {"torch": torch.__version__, "hbp_titan": __version__, "format": FORMAT_VERSION},
         "settings": settings,
     }
     return json.loads(json.dumps(key, default=dataclasses.asdict))
@@ -110,8 +110,7 @@ def save_profile(profile: Profile, path: Path) -> None:
     """Write the profile as JSON, every measurement in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(profile)}
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(dataclasses.asdict(profile), indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -122,28 +121,45 @@ def load_profile(path: Path, key: dict[str, Any], report: Callable[[str], None] 
     """
     if not path.is_file():
         return None
-    mend = "delete it, and it is measured again"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format_version"]
-        stored = values["key"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a profile ({error!r}): {mend}") from None
-    if version != FORMAT_VERSION:
-        report(f"{path}: format {version} is not this version's {FORMAT_VERSION}: measured anew")
-        return None
+    values = _read(path)
+    stored = values["key"]
     differing = [name for name in (*key, *(stored.keys() - key.keys())) if stored.get(name) != key.get(name)]
     if differing:
         report(f"{path}: was measured with another {', another '.join(differing)}: measured anew")
         return None
-    return Profile(
-        key=stored,
-        memory_limit=values["memory_limit"],
-        resident_bytes=values["resident_bytes"],
-        step_seconds=values["step_seconds"],
-        measurements=[Measurement(**{**row, "level": Level(**row["level"])}) for row in values["measurements"]],
-        candidates=[_candidate(row) for row in values["candidates"]],
-    )
+    return _profile(values, path)
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in `path`, whatever it was measured for; ValueError for a file that is not a profile."""
+    return _profile(_read(path), path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["key"].keys()
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise _not_a_profile(path, error) from None
+    return values
+
+
+def _profile(values: dict[str, Any], path: Path) -> Profile:
+    try:
+        return Profile(
+            key=values["key"],
+            memory_limit=values["memory_limit"],
+            resident_bytes=values["resident_bytes"],
+            step_seconds=values["step_seconds"],
+            measurements=[Measurement(**{**row, "level": Level(**row["level"])}) for row in values["measurements"]],
+            candidates=[_candidate(row) for row in values["candidates"]],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_a_profile(path, error) from None
+
+
+def _not_a_profile(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a profile ({error!r}): delete it, and it is measured again")
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
