@@ -45,7 +45,6 @@ from hbp_titan.distributed.world import (
     ranks_per_node,
     set_timeouts,
 )
-from hbp_titan.levels.auto import load_level_times, resolve_levels
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.models.attention import selected_backend
@@ -53,6 +52,7 @@ from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
 from hbp_titan.packing.plan_file import load_plan, save_plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
+from hbp_titan.selection.auto import load_level_times, resolve_levels
 
 
 class Trainer:

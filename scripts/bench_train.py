@@ -30,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from hbp_titan.benchmark.batch import parse_documents
+from hbp_titan.benchmark.bench import Bench, Settings, parse_policies
+from hbp_titan.benchmark.swap import measure_swap
+from hbp_titan.benchmark.table import header, rows
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.distributed.hardware import peak_flops
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, close_world, init_world
-from hbp_titan.levels.bench import Bench, Settings, parse_policies
-from hbp_titan.levels.bench_batch import parse_documents
-from hbp_titan.levels.bench_swap import measure_swap
-from hbp_titan.levels.bench_table import header, rows
-from hbp_titan.levels.hardware import peak_flops
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing.level import check_levels, parse_levels

@@ -16,7 +16,7 @@ from hbp_titan.components.metrics import peak_memory_gib
 from hbp_titan.components.normalizer import weight_range
 from hbp_titan.components.summary import LevelTotals, level_name
 from hbp_titan.data.loader import SampleWeights
-from hbp_titan.levels.hardware import peak_flops
+from hbp_titan.distributed.hardware import peak_flops
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan

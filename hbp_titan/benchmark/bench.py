@@ -1,0 +1,260 @@
+"""The cost of training at each level under each activation-checkpoint policy: time, memory, what is kept for backward.
+
+Owns the measurement; the iterations are the engine's that trains. Policies of one length are levels of one engine that
+differ in nothing else (a swap costs nothing), and their iterations are timed round robin, so that drift of the machine
+meets each alike. Memory is measured in iterations of their own, because watching it takes time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hbp_titan.benchmark.batch import Documents, random_batches
+from hbp_titan.benchmark.engine import EngineSlot
+from hbp_titan.config import JobConfig
+from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.engine import Engine
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.registry import linear_params, training_flops
+from hbp_titan.packing import CostModel, Level
+from hbp_titan.packing.level import AC_POLICIES
+
+DEPTHS = (2, 3)
+"""Layers of the two models whose difference is what one layer keeps."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: every length under every policy, filled with each kind of documents.
+
+    lengths: ascending; their own policy does not count. policies: (ac_policy, ac_layers), as in Level. layers: of the
+    model; 0 begins with all and halves them until every policy fits. repeats: timed iterations of each.
+    optimizer_step: AdamW's state is held and its step belongs to every iteration.
+    """
+
+    lengths: tuple[Level, ...]
+    policies: tuple[tuple[str, int | None], ...]
+    documents: tuple[Documents, ...]
+    layers: int = 0
+    repeats: int = 5
+    optimizer_step: bool = False
+
+
+def parse_policies(text: str) -> tuple[tuple[str, int | None], ...]:
+    """From "none,full,keep_attention:8": policies, each with the number of layers that it covers (all of them)."""
+    policies = []
+    for word in text.split(","):
+        name, colon, layers = word.strip().partition(":")
+        if name not in AC_POLICIES or (colon and not layers.isdecimal()):
+            raise ValueError(
+                f"policies {text!r}: {word!r} is not of the form policy:layers, of {', '.join(AC_POLICIES)}"
+            )
+        policies.append((name, int(layers) if colon else None))
+    return tuple(policies)
+
+
+@dataclass
+class Measurement:
+    """One level under one policy. Nothing but the description is set where memory did not suffice.
+
+    tokens: of one iteration over all ranks. flops: of one iteration and rank, without recomputation, attention within
+    documents. flops_ratio: FLOPs with recomputation / without. seconds: of each timed iteration, the slowest rank.
+    peak_bytes: the most that a rank holds during an iteration, parameters (and optimizer state) with it; on a CPU with
+    several ranks a bound from above, because what the threads of gloo release is not seen.
+    saved_bytes: what a layer under the policy keeps from forward to backward for each token of a rank's shard.
+    """
+
+    model: str
+    layers: int
+    max_tokens: int
+    cp_degree: int
+    documents: str
+    ac_policy: str
+    ac_layers: int | None
+    compile: bool
+    optimizer_step: bool
+    tokens: int
+    flops: float
+    flops_ratio: float
+    saved_bytes: float | None = None
+    peak_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory sufficed."""
+        return bool(self.seconds)
+
+
+class Bench:
+    """Measures one model. `run` yields the policies of one length and kind of documents at a time."""
+
+    def __init__(self, config: JobConfig, args: ModelArgs, world: World, settings: Settings) -> None:
+        self.settings = settings
+        self.args = args
+        self.world = world
+        self.levels = [
+            dataclasses.replace(length, ac_policy=policy, ac_layers=layers)
+            for length in settings.lengths
+            for policy, layers in settings.policies
+        ]
+        config = copy.deepcopy(config)
+        config.levels = self.levels
+        config.checkpoint.initial_load_path = ""
+        self.config = config
+        self.slot = EngineSlot(config, args, world, settings.optimizer_step)
+        self.slot.set_layers(settings.layers or args.num_layers)
+        self.too_big: set[tuple[str, int | None, int]] = set()
+
+    def run(self) -> Iterator[list[Measurement]]:
+        """All measurements, shortest length first."""
+        saved = self._saved_bytes()
+        for index, length in enumerate(self.settings.lengths):
+            for documents in self.settings.documents:
+                lengths = documents.lengths(length.max_tokens, seed=0)
+                batches = self._batches(index, documents)
+                peaks = self._peaks(batches)
+                seconds = self._seconds([b for b in batches if peaks[b.level]])
+                group = [self._describe(batch.level, documents, lengths) for batch in batches]
+                for batch, found in zip(batches, group, strict=True):
+                    found.saved_bytes = saved[batch.level]
+                    found.seconds = seconds.get(batch.level, [])
+                    found.peak_bytes = peaks[batch.level] if found.fits else None
+                yield group
+        self.slot.clear()
+
+    def _batches(self, index: int, documents: Documents) -> list[PackedBatch]:
+        """One batch of length `index` for each policy: the same one at another level."""
+        first = index * len(self.settings.policies)
+        level = self.levels[first]
+        lengths = documents.lengths(level.max_tokens, seed=0)
+        (batch,) = random_batches([lengths], self.args, level, first, self.world.rank)
+        if self.world.device.type == "cuda":
+            batch = batch.pin_memory()
+        return [dataclasses.replace(batch, level=first + k) for k in range(len(self.settings.policies))]
+
+    def _saved_bytes(self) -> list[float | None]:
+        """For each level what one layer under its policy keeps per token: the difference between two depths.
+
+        Embedding, head and loss drop out of it. Measured before the whole model is built, which may leave no room.
+        """
+        config = copy.deepcopy(self.config)
+        # Gathered parameters of a layer would count as what it keeps.
+        config.parallelism.reshard_after_forward = True
+        config.levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
+        held: list[list[int | None]] = []
+        for depth in DEPTHS:
+            slot = EngineSlot(config, dataclasses.replace(self.args, num_layers=depth), self.world)
+            batches = [
+                b for k in range(len(self.settings.lengths)) for b in self._batches(k, self.settings.documents[0])
+            ]
+            held.append([slot.attempt(lambda engine, b=batch: _saved_for_backward(engine, b)) for batch in batches])
+            slot.clear()
+        sizes = [level.max_tokens // level.cp_degree * (DEPTHS[1] - DEPTHS[0]) for level in self.levels]
+        return [
+            None if few is None or more is None else (more - few) / size
+            for few, more, size in zip(*held, sizes, strict=True)
+        ]
+
+    def _peaks(self, batches: Sequence[PackedBatch]) -> dict[int, int | None]:
+        """Peak memory by level, None where it does not suffice; with layers = 0 on as many layers as fit."""
+        while True:
+            peaks = {batch.level: self._peak(batch) for batch in batches}
+            layers = self.slot.args.num_layers
+            if self.settings.layers != 0 or None not in peaks.values() or layers == 1:
+                return peaks
+            self.slot.set_layers(layers // 2)
+
+    def _peak(self, batch: PackedBatch) -> int | None:
+        level = self.levels[batch.level]
+        key = (level.ac_policy, level.ac_layers, self.slot.args.num_layers)
+        if key in self.too_big:
+            return None  # it did not fit at a shorter length
+
+        def after_warm_up(engine: Engine) -> int:
+            self.slot.iterate(engine, batch)
+            return self.slot.peak_bytes(engine, batch)
+
+        peak = self.slot.attempt(after_warm_up)
+        if peak is None:
+            self.too_big.add(key)
+        return peak
+
+    def _seconds(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
+        """Seconds of each timed iteration by level, round robin; the first round does not count.
+
+        A level whose memory does not suffice after all is left out, so that the others' rounds stay comparable.
+        """
+        seconds: dict[int, list[float]] = {batch.level: [] for batch in batches}
+        for number in range(self.settings.repeats + 1):
+            timed = [batch for batch in batches if batch.level in seconds]
+            start = number % max(len(timed), 1)
+            for batch in timed[start:] + timed[:start]:
+                taken = self.slot.attempt(self.slot.seconds, [batch])
+                if taken is None:
+                    del seconds[batch.level]
+                elif number:
+                    seconds[batch.level].append(taken)
+        return seconds
+
+    def _describe(self, index: int, documents: Documents, lengths: np.ndarray) -> Measurement:
+        level, args = self.levels[index], self.slot.args
+        dp_degree = level.dp_degree(self.world.size)
+        sum_squared = int((lengths * lengths).sum())
+        return Measurement(
+            model=args.name,
+            layers=args.num_layers,
+            max_tokens=level.max_tokens,
+            cp_degree=level.cp_degree,
+            documents=str(documents),
+            ac_policy=level.ac_policy,
+            ac_layers=level.ac_layers,
+            compile=self.config.compile.enable,
+            optimizer_step=self.settings.optimizer_step,
+            tokens=level.max_tokens * dp_degree,
+            flops=training_flops(args, level.max_tokens, sum_squared) / level.cp_degree,
+            flops_ratio=_flops(args, level, sum_squared) / _flops(args, Level(level.max_tokens), sum_squared),
+        )
+
+
+def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
+    """Bytes that autograd keeps from a forward for its backward; a storage counts once, a freed one not at all.
+
+    Counted by autograd's own hooks, because a CPU's allocation records miss what the threads of gloo release.
+    """
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective, _ = engine.forward(batch)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    saved.clear()
+    objective.backward()
+    engine.model.zero_grad()
+    return sum(sizes.values())
+
+
+def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:
+    head_params = args.vocab_size * args.hidden_size
+    cost = CostModel.from_dims(
+        num_layers=args.num_layers,
+        layer_params=(linear_params(args) - head_params) // args.num_layers,
+        head_params=head_params,
+        num_heads=args.num_heads,
+        head_dim=args.head_dim,
+        ac_policy=level.ac_policy,
+        ac_layers=level.ac_layers,
+        last_params=args.intermediate_size * args.hidden_size,
+    )
+    return float(cost.cost(np.array(level.max_tokens), np.array(sum_squared)))

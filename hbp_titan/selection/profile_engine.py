@@ -1,0 +1,172 @@
+"""The engine as a profile uses it: any level at any depth, iterations timed, peaks measured, out of memory survived.
+
+Owns what one measured iteration is, what is held beside it, and what happens when memory does not suffice.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
+from hbp_titan.levels.engine import Engine
+from hbp_titan.levels.memory import measure_memory
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.packing import Level
+from hbp_titan.selection.profile_packs import Packs
+
+T = TypeVar("T")
+
+
+def available_memory(world: World) -> int:
+    """Bytes that a rank can use, the least over all ranks: of its GPU what others leave, of a machine its share."""
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        own = free + torch.cuda.memory_reserved(world.device)
+    else:
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node(world.size)
+    return int(-all_reduce_values([-float(own)], "max", world.device)[0])
+
+
+class ProfileEngine:
+    """At most one engine with its optimizer, made when it is first needed.
+
+    Out of memory: torch.OutOfMemoryError ends the iteration on the rank where it is raised. Every rank runs the same
+    shapes on packs with the same documents, so ranks run out together, at the same operator; they then agree by a
+    reduction, and the engine is made anew, because FSDP's state is not to be trusted after a broken iteration. Should
+    one rank alone run out, the others wait in a collective until the process group's timeout ends the run: an estimate
+    keeps what surely does not fit from being tried.
+    """
+
+    def __init__(self, config: JobConfig, args: ModelArgs, world: World, levels: Sequence[Level]) -> None:
+        self.config = copy.deepcopy(config)
+        self.config.levels = list(levels)
+        # Weights do not matter to time or memory.
+        self.config.checkpoint.initial_load_path = ""
+        self.args, self.world = args, world
+        self._engine: Engine | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def clear(self) -> None:
+        """Free the engine."""
+        self._engine = self._optimizer = None
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def peak_bytes(self, level: Level, packs: Packs) -> int | None:
+        """The most that a rank holds during an iteration on the heaviest pack; None where memory does not suffice.
+
+        Gradients and optimizer state are there before, as in every step but a run's first.
+        """
+
+        def measured() -> int:
+            if self.config.compile.enable:
+                self._iterate(level, packs, packs.heaviest)  # compilation has a peak of its own
+            held = self.held_bytes()
+            with measure_memory(self.world.device) as use:
+                self._iterate(level, packs, packs.heaviest)
+            return held + use.peak_bytes
+
+        peak = self._attempt(measured)
+        return None if peak is None else int(all_reduce_values([float(peak)], "max", self.world.device)[0])
+
+    def seconds(self, level: Level, packs: Packs, number: int) -> float | None:
+        """Time of an iteration, from when all ranks are ready to when the slowest is done; None: out of memory."""
+
+        def timed() -> float:
+            batch = packs.batch(number, level, self._index(level), self.args, self.world.rank)
+            self._wait()
+            started = time.perf_counter()
+            self.engine.forward_backward(batch)
+            self._wait_for_device()
+            return time.perf_counter() - started
+
+        taken = self._attempt(timed)
+        return None if taken is None else all_reduce_values([taken], "max", self.world.device)[0]
+
+    def step_seconds(self, repeats: int = 3) -> float:
+        """Time of clipping, the optimizer's step and the reduction of the losses; the median of a few."""
+        engine, taken = self.engine, []
+        assert self._optimizer is not None
+        for _ in range(repeats):
+            self._wait()
+            started = time.perf_counter()
+            float(clip_grad_norm(engine.model, self.config.training.max_norm))
+            all_reduce_values([0.0] * len(self.config.levels), "sum", self.world.device)
+            self._optimizer.step()
+            self._wait_for_device()
+            taken.append(time.perf_counter() - started)
+        return all_reduce_values([sorted(taken)[repeats // 2]], "max", self.world.device)[0]
+
+    def held_bytes(self) -> int:
+        """What a rank holds between iterations."""
+        parameters = list(self.engine.model.parameters())
+        if self.world.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.world.device)
+        assert self._optimizer is not None
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        held: list[Tensor] = [*parameters, *(p.grad for p in parameters if p.grad is not None), *states]
+        return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in held)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, with gradients of zero and the optimizer's state."""
+        if self._engine is None:
+            # Graphs of an earlier engine would count towards the compiler's limit.
+            torch._dynamo.reset()
+            self._engine = Engine(self.config, self.args, self.world)
+            for parameter in self._engine.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
+            self._optimizer.step()
+        return self._engine
+
+    def _index(self, level: Level) -> int:
+        """Where the engine has `level`; another depth or policy of a level that it was made with is added."""
+        runtime = self.engine.runtime
+        if level not in runtime.levels:
+            shape = level.cp_shape(self.args.num_kv_heads)
+            same = [k for k, other in enumerate(runtime.levels) if other.cp_shape(self.args.num_kv_heads) == shape]
+            runtime.levels = (*runtime.levels, level)
+            runtime.meshes.append(runtime.meshes[same[0]])
+        return runtime.levels.index(level)
+
+    def _iterate(self, level: Level, packs: Packs, number: int) -> None:
+        self.engine.forward_backward(packs.batch(number, level, self._index(level), self.args, self.world.rank))
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None on every rank where any ran out of memory."""
+        result, failed = None, False
+        try:
+            result = work()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not isinstance(
+                error.__cause__, torch.OutOfMemoryError
+            ):
+                raise
+            failed = True
+        # Here the exception is gone, and the tensors that its traceback held.
+        if all_reduce_values([float(failed)], "max", self.world.device)[0]:
+            self.clear()
+            return None
+        return result
+
+    def _wait(self) -> None:
+        self._wait_for_device()
+        dist.barrier()
+
+    def _wait_for_device(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)

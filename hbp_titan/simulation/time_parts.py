@@ -1,0 +1,201 @@
+"""The seconds of an iteration of a level, part by part, from a model's dimensions and a hardware table.
+
+Owns the model of time that needs no GPU: matrix products, attention, recomputation, the collectives of context and
+expert parallelism, FSDP's traffic that computation does not hide, launches and fixed costs. One pack is one
+data-parallel rank's work of one iteration; its cp ranks share it evenly. Everything is linear in what the pack holds,
+so that a level with its static length T has the form of a LevelTime; only a run without packing, whose batch has no
+static shape, varies T itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hbp_titan.distributed.hardware import Hardware
+from hbp_titan.levels.level_time import FloatArray, LevelTime
+from hbp_titan.packing import CostModel, Level
+from hbp_titan.simulation.model_dims import ModelDims
+
+PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "fixed")
+"""What an iteration's time consists of: matrix products; attention; recomputation of both; collectives of context
+parallelism; all-to-alls of expert parallelism; FSDP's traffic that is not hidden; launches that are not hidden, and
+the fixed costs."""
+
+# Kernels of one layer's forward and backward in eager mode, without recomputation (about a third of them forward).
+LAYER_KERNELS = 150
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How parameters are spread: as in the [parallelism] section; bytes of a parameter and of a reduced gradient.
+
+    expert_parallel: adjacent ranks that share the experts of a layer, 1 for a dense model.
+    """
+
+    dp_replicate: int = 1
+    reshard_after_forward: bool = True
+    expert_parallel: int = 1
+    param_bytes: int = 2
+    reduce_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Predicts iterations of any level. fixed_seconds: of each iteration, whatever it holds (data, synchronization)."""
+
+    dims: ModelDims
+    hardware: Hardware
+    world_size: int
+    sharding: Sharding = field(default_factory=Sharding)
+    fixed_seconds: float = 0.0
+
+    def parts(self, level: Level, loads: FloatArray, tokens: FloatArray | None = None) -> dict[str, FloatArray]:
+        """Seconds of each of PARTS for each pack, float64 [n].
+
+        loads: as from pack_loads, [n, 4]. tokens: positions that are computed, [n]; default the level's max_tokens.
+        """
+        trained, squares = loads[:, 1], loads[:, 2]
+        if tokens is None:
+            tokens = np.full(len(loads), float(level.max_tokens))
+        own = tokens / level.cp_degree
+        plain, full = self._flops("none", None), self._flops(level.ac_policy, level.ac_layers)
+        head = 6 * self.dims.head_params * trained / level.cp_degree / self._linear_rate
+        linear = plain.alpha * own / self._linear_rate
+        recomputed = (full.alpha - plain.alpha) * own / self._linear_rate
+        square_rate = level.cp_degree * self.hardware.peak_flops * self.hardware.attention_efficiency
+        return {
+            "linear": linear + head,
+            "attention": plain.beta * squares / square_rate,
+            "recompute": recomputed + (full.beta - plain.beta) * squares / square_rate,
+            "sp": own * self.exchange_seconds_per_token(level) + self._exchange_latency(level) * (own > 0),
+            "experts": own * self.expert_seconds_per_token(level),
+            "fsdp": self._exposed_fsdp(linear, recomputed),
+            "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
+        }
+
+    def level_time(self, level: Level) -> LevelTime:
+        """The same as a LevelTime: what an empty pack takes, and what each trained or squared token adds."""
+        base = sum(part[0] for part in self.parts(level, np.zeros((1, 4))).values())
+        # Without tokens what is left are the parts that vary: no difference of nearly equal sums.
+        varying = self.parts(level, np.array([[0.0, 1, 1, 0]]), np.zeros(1))
+        per_square = varying["attention"][0] + varying["recompute"][0]
+        return LevelTime(float(base), float(varying["linear"][0]), float(per_square))
+
+    def step_seconds(self) -> float:
+        """AdamW on a rank's shard: fp32 parameter, gradient and two moments are read, all but the gradient written."""
+        return 28 * self.dims.params / self._shards / self.hardware.memory_bandwidth
+
+    def exchange_seconds_per_token(self, level: Level) -> float:
+        """Seconds of the level's collectives inside attention for each token of a rank's shard, over all layers."""
+        rate = self.hardware.exchange_efficiency
+        gather, scatter = level.cp_shape(self.dims.num_kv_heads)
+        node = self.hardware.gpus_per_node
+        seconds = 0.0
+        if scatter > 1:
+            inside = min(scatter, node)
+            sent = self.scatter_bytes_per_token(scatter)
+            intra = sent * (inside - 1) / scatter / self.hardware.intra_node_bandwidth
+            inter = sent * (scatter - inside) / scatter / self.hardware.inter_node_bandwidth
+            seconds += max(intra, inter)
+        if gather > 1:
+            # The groups' ranks with the same place gather from each other: scatter ranks apart.
+            bus = self.hardware.bus_bandwidth(gather, max(1, node // scatter))
+            seconds += self.gather_bytes_per_token(scatter) * (gather - 1) / bus
+        return seconds * self._exchange_passes(level) / rate
+
+    def scatter_bytes_per_token(self, degree: int) -> int:
+        """Bytes of q, k, v and the output of one token in one layer that a Ulysses exchange deals out, forward."""
+        d = self.dims
+        kv_heads = max(d.num_kv_heads, degree)
+        qkv = d.num_heads * d.head_dim + kv_heads * (d.head_dim + d.v_head_dim)
+        return self.sharding.param_bytes * (qkv + d.num_heads * d.v_head_dim)
+
+    def gather_bytes_per_token(self, scatter: int) -> float:
+        """Bytes of k and v of one token in one layer that each rank of a gather group hands to each other, forward.
+
+        Inside groups of `scatter` ranks heads are dealt out first: a rank then holds its heads of `scatter` shards.
+        """
+        d = self.dims
+        kv_heads = max(d.num_kv_heads, scatter)
+        return self.sharding.param_bytes * kv_heads * (d.head_dim + d.v_head_dim)
+
+    def expert_seconds_per_token(self, level: Level) -> float:
+        """Seconds of dispatch and combine for each token of a rank's shard, over all layers."""
+        degree = self.sharding.expert_parallel
+        if degree == 1 or not self.dims.experts_per_token:
+            return 0.0
+        sent = 2 * self.sharding.param_bytes * self.dims.experts_per_token * self.dims.hidden_size
+        inside = min(degree, self.hardware.gpus_per_node)
+        intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
+        inter = sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth
+        passes = 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy != "none" else 0)
+        return max(intra, inter) * passes / self.hardware.exchange_efficiency
+
+    def fsdp_seconds(self) -> tuple[float, float]:
+        """All traffic of the parameters in forward and in backward, hidden or not."""
+        s, d = self.sharding, self.dims
+        node = self.hardware.gpus_per_node
+        dense = self._ring(d.params - d.expert_params, self._shards, node)
+        # A layer's experts lie on expert_parallel adjacent ranks; their shards are that far apart.
+        spread = s.expert_parallel
+        experts = self._ring(d.expert_params / spread, max(1, self._shards // spread), max(1, node // spread))
+        hops = d.num_layers * self.hardware.hop_seconds * np.log2(max(2, self._shards)) * (self._shards > 1)
+        gather = (dense + experts) * s.param_bytes + hops
+        reduce = (dense + experts) * s.reduce_bytes + hops
+        if s.dp_replicate > 1:
+            own = d.params / self._shards * s.reduce_bytes
+            reduce += 2 * own * (s.dp_replicate - 1) / s.dp_replicate / self.hardware.inter_node_bandwidth
+        return gather, reduce + (gather if s.reshard_after_forward else 0.0)
+
+    @property
+    def _linear_rate(self) -> float:
+        return self.hardware.peak_flops * self.hardware.linear_efficiency
+
+    @property
+    def _shards(self) -> int:
+        return self.world_size // self.sharding.dp_replicate
+
+    def _flops(self, ac_policy: str, ac_layers: int | None) -> CostModel:
+        d = self.dims
+        # The head meets trained tokens alone: it is counted apart.
+        return CostModel.from_dims(
+            num_layers=d.num_layers,
+            layer_params=d.active_body_params // d.num_layers,
+            head_params=0,
+            num_heads=d.num_heads,
+            head_dim=d.head_dim,
+            v_head_dim=d.v_head_dim,
+            ac_policy=ac_policy,
+            ac_layers=ac_layers,
+            last_params=d.last_params // d.num_layers,
+        )
+
+    def _recomputed(self, level: Level) -> int:
+        return self.dims.num_layers if level.ac_layers is None else min(level.ac_layers, self.dims.num_layers)
+
+    def _exchange_passes(self, level: Level) -> int:
+        """Forward, backward, and forward again in the layers whose attention is recomputed."""
+        return 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy == "full" else 0)
+
+    def _exchange_latency(self, level: Level) -> float:
+        """Ulysses: one collective each of q, k, v and of the output; gathering: one of k and v."""
+        gather, scatter = level.cp_shape(self.dims.num_kv_heads)
+        hops = (2 * np.log2(scatter) if scatter > 1 else 0.0) + (np.log2(gather) if gather > 1 else 0.0)
+        return float(hops) * self.hardware.hop_seconds * self._exchange_passes(level)
+
+    def _ring(self, params: float, ranks: int, ranks_per_node: int) -> float:
+        """Seconds for each byte of a parameter: every rank receives the (ranks - 1) / ranks that it does not hold."""
+        bus = self.hardware.bus_bandwidth(ranks, ranks_per_node) * self.hardware.gather_efficiency
+        return params * (ranks - 1) / ranks / bus
+
+    def _exposed_fsdp(self, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
+        """Traffic beyond what the matrix products of the same direction hide; attention is not relied on for it."""
+        forward, backward = self.fsdp_seconds()
+        return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
+
+    def _exposed_launches(self, matrix_seconds: FloatArray, level: Level) -> FloatArray:
+        """The CPU's time for launches, where it is more than the GPU's for the matrix products."""
+        layers = self.dims.num_layers + (self._recomputed(level) / 3 if level.ac_policy != "none" else 0)
+        return np.maximum(0, layers * LAYER_KERNELS * self.hardware.launch_seconds - matrix_seconds)
