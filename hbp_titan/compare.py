@@ -122,7 +122,7 @@ class _IterationLog:
 def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     """Train one epoch of `run`; a collective. config: everything but method and levels."""
     config = copy.deepcopy(config)
-    config.packing.method, config.levels = run.method, list(run.levels)
+    config.packing.method, config.packing.levels, config.levels = run.method, "", list(run.levels)
     config.training.epochs, config.training.steps = 1, 0
     config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
     # At the last step only.

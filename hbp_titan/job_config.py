@@ -230,6 +230,12 @@ class JobConfig:
         """Whether the levels are still to be chosen."""
         return self.packing.levels == "auto" and not self.levels
 
+    def forget_levels(self) -> None:
+        """As if no level were named; where the largest decides which samples are too long, that stays."""
+        if self.levels and self.data.overlong != "error":
+            self.packing.auto_max_tokens = self.levels[-1].max_tokens
+        self.levels, self.packing.levels = [], "auto"
+
     @property
     def tokenizer_path(self) -> Path:
         """The folder with the tokenizer's files."""

@@ -1,14 +1,17 @@
 """Train the same samples by several packing methods and compare epoch time, idle share and loss, in one run.
 
     torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file train_configs/debug_model.toml
+    torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file X.toml --select
     torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file X.toml \\
         --runs "isf@8192:1;flat_sorted@8192:1;hbp_paper@1024:1,8192:2;hbp@1024:1,8192:2" --repeats 3 --json out.json
 
 Each run trains one epoch from the same weights; speed-ups are over the first run of the same round, as their median
 with the least and the greatest. Without --runs: ISF and flat + sort at the configuration's largest level, HBP as
-printed and ours on its levels. Every key of the configuration can be given too: data.max_samples shortens it, and
-training.global_batch_tokens gives methods with large iterations and small ones the same steps. Validation samples
-(validation.enable) give the loss after the epoch. --json keeps every iteration, for scripts/simulate.py --calibrate.
+printed and ours on its levels; with --select all four at what a profile of this machine finds best for them (kept in
+the run folder, as scripts/select_levels.py does). Every key of the configuration can be given too: data.max_samples
+shortens the epoch, and training.global_batch_tokens gives methods with large iterations and small ones the same
+steps. Validation samples (validation.enable) give the loss after the epoch. --json keeps every iteration, for
+scripts/simulate.py --validate.
 """
 
 from __future__ import annotations
@@ -24,10 +27,35 @@ import torch
 
 from hbp_titan.cli import guarded
 from hbp_titan.compare import Run, compare, parse_runs, table
-from hbp_titan.config import load_config
-from hbp_titan.distributed.world import close_world, init_world
+from hbp_titan.config import JobConfig, load_config
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
+from hbp_titan.selection.auto import from_rank_0, measured
+from hbp_titan.selection.select import select_search
+from hbp_titan.selection.selection import Workload, rivals
 
 METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
+
+
+def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
+    """Each of METHODS on the levels that measurement finds best for it; those of HBP as printed are ours."""
+    config.forget_levels()
+    args = model_args(config)
+    check_device(config, world.device)
+    limit = most_tokens(config, args)
+    from_rank_0(world, lambda: open_stores(config, limit))
+    stores = open_stores(config, limit)
+    path = config.dump_folder / "profile.json"
+    profile = measured(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
+
+    def choose() -> tuple[Run, ...]:
+        workload = Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
+        levels = select_search(profile.candidates, workload).levels
+        flat = {name: rival.levels for name, rival in rivals(profile.candidates, workload).items()}
+        return tuple(Run(method, flat.get(method, levels)) for method in METHODS)
+
+    return from_rank_0(world, choose)
 
 
 def main() -> None:
@@ -36,17 +64,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--runs", default="", help="method@levels, several by semicolons; the first is the base")
+    parser.add_argument("--select", action="store_true", help="choose the levels of each method by measurement first")
     parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
     parser.add_argument("--json", type=Path, help="write every outcome there")
     options, overrides = parser.parse_known_args()
     config = load_config(overrides)
+    if options.repeats < 1 or (options.runs and options.select):
+        raise ValueError(f"--repeats {options.repeats}: at least 1; --runs and --select do not go together")
     levels = tuple(config.levels)
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: at least 1")
     runs = parse_runs(options.runs) if options.runs else tuple(Run(method, levels) for method in METHODS)
     world = init_world(config.parallelism.init_timeout_seconds)
     outcomes = []
     try:
+        if options.select:
+            runs = select_runs(config, world)
         for outcome in compare(config, world, runs, options.repeats):
             outcomes.append(outcome)
             if world.rank == 0:

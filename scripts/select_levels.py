@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
-from hbp_titan.data.prepare import prepare
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.hardware import HARDWARE, get_hardware
 from hbp_titan.distributed.world import World, close_world, init_world
 from hbp_titan.levels.candidate import Candidate
@@ -57,14 +56,6 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def still_to_choose(config: JobConfig) -> JobConfig:
-    """The configuration as if it named no levels; where they decide which samples are too long, that stays."""
-    if config.levels and config.data.overlong != "error":
-        config.packing.auto_max_tokens = config.levels[-1].max_tokens
-    config.levels, config.packing.levels = [], "auto"
-    return config
-
-
 def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list[Level]:
     """A level with each AC policy for every max_tokens:cp_degree of `text`; none without a text."""
     levels = []
@@ -76,17 +67,11 @@ def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list
     return levels
 
 
-def open_stores(config: JobConfig, args: ModelArgs) -> list[TokenStore]:
-    """The training store and, if any, the validation store, made where they are not there yet."""
-    folders = prepare(config, most_tokens=most_tokens(config, args))
-    return [TokenStore.open(folder) for folder in folders if folder is not None]
-
-
 def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -> tuple[list[Candidate], Workload]:
     """Candidates and workload without a GPU."""
     validate(config, options.world_size)
     hardware = get_hardware(options.estimate)
-    stores = open_stores(config, args)
+    stores = open_stores(config, most_tokens(config, args))
     workload = Workload.of(config, options.world_size, cost_model(args), stores)
     levels = named_candidates(options.candidates, args, options.world_size)
     levels = levels or candidate_levels(workload.lengths, workload.most_tokens, options.world_size, args)
@@ -99,8 +84,9 @@ def measured_here(
     """Candidates and workload of this world."""
     validate(config, world.size)
     check_device(config, world.device)
-    from_rank_0(world, lambda: prepare(config, most_tokens=most_tokens(config, args)))
-    stores = open_stores(config, args)
+    limit = most_tokens(config, args)
+    from_rank_0(world, lambda: open_stores(config, limit))
+    stores = open_stores(config, limit)
     levels = named_candidates(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
 
@@ -134,7 +120,8 @@ def main(argv: list[str]) -> None:
     options, overrides = arguments(argv)
     if (options.estimate is None) != (options.world_size is None):
         raise ValueError("--estimate HARDWARE and --world_size N go together; torchrun says how many ranks measure")
-    config = still_to_choose(load_config(overrides))
+    config = load_config(overrides)
+    config.forget_levels()
     args = model_args(config)
     if options.estimate:
         report(options, config, *estimated(options, config, args))

@@ -32,6 +32,12 @@ def prepare(config: JobConfig, progress: bool = True, most_tokens: int | None = 
     )
 
 
+def open_stores(config: JobConfig, most_tokens: int) -> list[TokenStore]:
+    """The training store and, if any, the validation store, made where they are not there yet; as `prepare`."""
+    folders = prepare(config, most_tokens=most_tokens)
+    return [TokenStore.open(folder) for folder in folders if folder is not None]
+
+
 def _store(config: JobConfig, files: list[str], key: str, max_samples: int, most_tokens: int, progress: bool) -> Path:
     folder = build_token_store(
         files,
