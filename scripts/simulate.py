@@ -3,14 +3,15 @@
     python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8
     python scripts/simulate.py --job.config_file train_configs/X.toml --lengths L.npy --world_size 32 --methods isf,hbp
     python scripts/simulate.py --calibrate measured.json [--lengths L.npy]
-    python scripts/simulate.py --validate compared.json --profile profile.json
+    python scripts/simulate.py --validate compared.json --profile profile.json | --fit "isf@8192:1;hbp@1024:1,8192:2"
     python scripts/simulate.py --paper | --scale | --speed
 
 Nothing that it prints is measured but what --calibrate reads and the seconds of --speed. Without --lengths the data is
 a synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
 1024, "cp_degree": 1}], "step_seconds": 0.1, "iterations": [{"level": 0, "seconds": 0.8, "loads": [[1, trained tokens,
 squared tokens, documents], one for each data-parallel rank]}]}. --validate takes the epochs that
-scripts/compare_methods.py --json measured and the times of the levels that scripts/select_levels.py measured.
+scripts/compare_methods.py --json measured, and foretells them from the profile.json of scripts/select_levels.py or from
+the iterations of some of the runs.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_samples", type=int, default=PAPER_SAMPLES, help=f"synthetic samples [{PAPER_SAMPLES}]")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and plans [0]")
     parser.add_argument("--calibrate", type=Path, help="fit to measured iterations; prints every residual")
-    parser.add_argument("--validate", type=Path, help="measured epochs, to be predicted from --profile")
-    parser.add_argument("--profile", type=Path, help="with --validate: profile.json of scripts/select_levels.py")
+    parser.add_argument("--validate", type=Path, help="measured epochs beside predicted ones")
+    parser.add_argument("--profile", type=Path, help="with --validate: predict from this profile.json")
+    parser.add_argument("--fit", default="", help="with --validate: predict from these runs, by semicolons")
     parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, predict its comparison")
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
@@ -173,13 +175,14 @@ def report_calibration(options: argparse.Namespace) -> None:
 
 def report_validation(options: argparse.Namespace) -> None:
     """Each measured epoch beside its prediction."""
-    if options.profile is None:
-        raise ValueError("--validate needs --profile: the profile.json of the same model and machine")
-    print(
-        epoch_check.table(
-            epoch_check.check_epochs(epoch_check.load_outcomes(options.validate), read_profile(options.profile))
-        )
-    )
+    if (options.profile is None) == (not options.fit):
+        raise ValueError("--validate needs either --profile profile.json or --fit with some of its runs")
+    outcomes = epoch_check.load_outcomes(options.validate)
+    if options.fit:
+        checks = epoch_check.fitted(outcomes, [run.strip() for run in options.fit.split(";")])
+    else:
+        checks = epoch_check.profiled(outcomes, read_profile(options.profile))
+    print(epoch_check.table(checks))
 
 
 def report_paper(options: argparse.Namespace) -> None:

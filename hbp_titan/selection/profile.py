@@ -32,6 +32,8 @@ from hbp_titan.selection.profile_file import Measurement, Profile, profile_key
 from hbp_titan.selection.profile_packs import Packs
 from hbp_titan.selection.time_fit import fit_level_time
 
+ROUNDS = 2
+"""How often each pack is timed; the least counts, because what disturbs a machine only adds time."""
 ESTIMATE_TOLERANCE = 1.15
 """An estimate beyond the limit by this factor settles that a level does not fit."""
 
@@ -52,7 +54,7 @@ def profile_levels(
 
     lengths, loss_tokens: tokens and trained tokens of the user's samples, int64 [N]. candidates: in any order; their
     ac_layers do not count. memory_limit: bytes of a rank; what the device has unless given. margin: share of it that
-    stays free. iterations: timed ones of each level, each on another pack. The key is that of `profile_key` with
+    stays free. iterations: packs that each level is timed on, ROUNDS times each. The key is that of `profile_key` with
     candidates (a list), memory_limit, margin and iterations as its settings.
     Raises ValueError where no candidate, or a margin outside [0, 1), is given.
     """
@@ -181,7 +183,8 @@ class _Run:
         """Time the levels round robin; one that runs out of memory after all is left out, the others go on."""
         seconds: dict[Level, list[float]] = {found.level: [] for found in fitting}
         # Not from light to heavy: what drifts over the rounds would look like the packs' work.
-        self.order = np.random.default_rng(0).permutation(iterations).tolist()
+        generator = np.random.default_rng(0)
+        self.order = [pack for _ in range(ROUNDS) for pack in generator.permutation(iterations).tolist()]
         for number, pack in enumerate(self.order):
             start = number % max(len(seconds), 1)
             levels = list(seconds)
@@ -203,7 +206,11 @@ class _Run:
         if seconds is None:
             return Candidate(found.level, None, found.peak_bytes)
         loads = self._loads(found.level)
-        time, error = fit_level_time(loads, np.array(seconds))
+        order, least = np.array(self.order), np.array(seconds)
+        packs = np.unique(order)
+        time, error = fit_level_time(
+            self.packs[found.level.max_tokens].loads[packs], np.array([least[order == pack].min() for pack in packs])
+        )
         self.measurements.append(
             Measurement(found.level, found.peak_bytes, loads=loads.tolist(), seconds=seconds, error=error)
         )

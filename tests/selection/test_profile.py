@@ -68,9 +68,11 @@ def test_every_level_that_fits_gets_a_time_and_every_measurement_is_kept(tmp_pat
     for candidate in profile.candidates:
         row = timed[candidate.level]
         assert candidate.time is not None
-        assert len(row.seconds) == len(row.loads) == 3
+        # Three packs, each timed twice; the lesser time of each counts.
+        assert len(row.seconds) == len(row.loads) == 6
         assert min(row.seconds) > 0
-        assert candidate.time.seconds(np.array(row.loads)).mean() == pytest.approx(np.mean(row.seconds), rel=0.5)
+        least = [min(s for s, other in zip(row.seconds, row.loads, strict=True) if other == load) for load in row.loads]
+        assert candidate.time.seconds(np.array(row.loads)).mean() == pytest.approx(np.mean(least), rel=0.5)
         assert candidate.peak_bytes is not None
         assert profile.resident_bytes < candidate.peak_bytes < profile.memory_limit
     assert profile.step_seconds > 0
