@@ -24,8 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# torch's profiler, which counts memory on a CPU, writes a line on stderr at each start and stop.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
