@@ -24,8 +24,13 @@ WIDE = dataclasses.replace(
     DEBUG, name="wide", hidden_size=256, intermediate_size=704, num_heads=8, vocab_size=2048, tie_embeddings=False
 )
 POLICIES = (("none", None), ("full", None), ("full", 2), ("keep_attention", None), ("keep_attention", 2))
-TOLERANCE = 0.05
-"""The promise is 15%."""
+READINGS = 3
+"""With several ranks the CPU's records miss what gloo's threads free: a reading can be too high, never too low."""
+
+
+def _tolerance(world_size: int) -> float:
+    # The promise is 15%.
+    return 0.05 if world_size == 1 else 0.15
 
 
 def _levels(lengths: Sequence[int], forms: Sequence[tuple[int, str]]) -> list[Level]:
@@ -36,7 +41,8 @@ def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level]) -
     torch.set_num_threads(1)
     engine = ProfileEngine(JobConfig(), args, world, levels)
     packs = {level.max_tokens: _one_document(level.max_tokens, args) for level in levels}
-    peaks = [engine.peak_bytes(level, packs[level.max_tokens]) for level in levels]
+    readings = 1 if world.size == 1 else READINGS
+    peaks = [min(engine.peak_bytes(level, packs[level.max_tokens]) for _ in range(readings)) for level in levels]
     return [peaks, [engine.held_bytes()]]
 
 
@@ -61,12 +67,11 @@ def test_the_estimate_is_what_an_iteration_takes(
     measured = dict(zip(levels, results[0][0], strict=True))
     estimates = {level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels}
     for level, peak in measured.items():
-        assert estimates[level].peak_bytes == pytest.approx(peak, rel=TOLERANCE), level
+        assert estimates[level].peak_bytes == pytest.approx(peak, rel=_tolerance(world_size)), level
     for rank in results:
         # Odd parameters are padded to the world size.
         assert estimates[levels[0]].resident_bytes == pytest.approx(rank[1][0], rel=1e-3)
-    # What a layer saves: the difference between two depths. With several ranks it drowns in the collectives' buffers,
-    # whose release by gloo's threads the CPU's records miss.
+    # What a layer saves: the difference between two depths. With several ranks it drowns in the collectives' buffers.
     for level in levels:
         if level.ac_layers == 2 and world_size == 1:
             every = dataclasses.replace(level, ac_layers=None)
