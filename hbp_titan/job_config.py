@@ -33,21 +33,63 @@ class Model:
 
 
 @dataclass
+class DataSource:
+    """One [[data.sources]] or [[data.validation_sources]] block."""
+
+    path: str = ""
+    """JSONL (.gz, .zst), Parquet or Arrow file, HF `datasets` folder saved to disk, or local dataset repository."""
+    name: str = ""
+    """The source's name in summaries and metrics; empty means each row's own `source`, else its file's name."""
+    split: str = "train"
+    """Split of a folder."""
+    config: str = ""
+    """Configuration of a dataset repository; empty means its only one, or the one called default."""
+    format: str = "auto"
+    """messages, sharegpt, alpaca, prompt_completion, or auto: told from the first row's columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where columns have other names: the format's column = the data's, as {messages = "dialog", content = "text"}."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Where roles have other names: the data's role = system, user, assistant or tool."""
+    limit: int = 0
+    """Take a seeded random share of so many rows; 0 takes all."""
+    repeat: float = 1
+    """Times that each sample is trained in an epoch; of a fraction, a seeded random share is."""
+    weight: float = 0
+    """Share of the epoch's samples among the sources with weights, none trained more than `repeat` times; 0: all."""
+
+
+@dataclass
 class Data:
     train_files: list[str] = field(default_factory=list)
-    """JSONL files, each line an object with a `messages` list of {role, content}."""
+    """Paths of sources without settings of their own; sources comes on top."""
+    sources: list[DataSource] = field(default_factory=list)
+    """[[data.sources]] blocks (docs/data.md)."""
     validation_files: list[str] = field(default_factory=list)
-    """Held-out JSONL files; never trained on."""
+    """Paths of held-out sources; never trained on."""
+    validation_sources: list[DataSource] = field(default_factory=list)
+    """[[data.validation_sources]] blocks."""
     embedded: str = ""
     """"stdlib" builds the embedded corpus and its tokenizer in `embedded_folder` when they are not there."""
     embedded_folder: str = ".data/stdlib"
     """Where the embedded corpus lives: train.jsonl, validation.jsonl, tokenizer/."""
+    train_on: str = "assistant"
+    """Turns that are trained: "assistant", "last" (the last assistant turn only) or "all" (every token)."""
     overlong: str = "error"
-    """Samples longer than the largest level: "error", "skip" (left out and listed) or "truncate" (cut and listed)."""
+    """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn borders); all are listed."""
+    malformed: str = "error"
+    """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (left out and listed)."""
+    duplicates: str = "keep"
+    """Samples with the same tokens and mask as an earlier one: "keep" or "skip" (left out and listed)."""
+    strict: bool = False
+    """Any row that is left out or cut is an error."""
+    max_errors_shown: int = 10
+    """Faulty rows that an error shows."""
+    max_row_bytes: int = 33554432
+    """A larger row is malformed."""
     cache_folder: str = ".data/cache"
     """Where token stores are kept, one folder per fingerprint."""
     max_samples: int = 0
-    """Take a seeded random share of so many samples; 0 takes all."""
+    """Take a seeded random share of so many rows of all sources together; 0 takes all."""
     num_proc: int = 0
     """Processes for tokenization; 0 means one per core."""
     num_workers: int = 1
