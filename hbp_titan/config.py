@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hbp_titan.job_config import JobConfig
-from hbp_titan.packing.level import AC_POLICIES, Level, check_levels, parse_levels
+from hbp_titan.config_checks import check_values
+from hbp_titan.job_config import DataSource, JobConfig, to_dict
+from hbp_titan.packing.level import Level, check_levels, parse_levels
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +45,7 @@ def load_config(argv: Sequence[str]) -> JobConfig:
     config = _from_toml(values, config_file or "")
     for key, text in overrides.items():
         _override(config, key, text)
-    _check_values(config)
+    check_values(config)
     return config
 
 
@@ -56,38 +57,34 @@ def validate(config: JobConfig, world_size: int) -> None:
         raise ValueError(
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size {world_size}"
         )
-    if not config.data.train_files:
-        raise ValueError("data.train_files is empty: name at least one JSONL file")
-
-
-def to_dict(config: JobConfig) -> dict[str, Any]:
-    """The resolved configuration as plain values, None left out (TOML has no null)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if item is not None}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value
-
-    return plain(dataclasses.asdict(config))
+    if not (config.data.train_files or config.data.sources):
+        raise ValueError("data.train_files is empty: name at least one file, or add a [[data.sources]] block")
 
 
 def to_toml(config: JobConfig) -> str:
     """The resolved configuration as TOML text that `load_config` reads back to the same values."""
 
-    def table(header: str, values: dict[str, Any]) -> str:
+    def value(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{" + ", ".join(f"{json.dumps(key)} = {value(entry)}" for key, entry in item.items()) + "}"
         # JSON's strings, numbers, booleans and flat arrays are TOML's.
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if key != "config_file"]
-        return "\n".join([header, *lines, ""])
+        return json.dumps(item)
 
-    blocks = []
-    for section, values in to_dict(config).items():
+    def tables(header: str, values: Any) -> list[str]:
         if isinstance(values, list):
-            blocks += [table(f"[[{section}]]", item) for item in values]
-        else:
-            blocks.append(table(f"[{section}]", values))
-    return "\n".join(blocks)
+            return [block for item in values for block in tables(f"[{header}]", item)]
+        inner = {key: item for key, item in values.items() if _is_tables(item)}
+        lines = [f"{key} = {value(item)}" for key, item in values.items() if key not in ("config_file", *inner)]
+        name = header.strip("[]")
+        return ["\n".join([header, *lines, ""])] + [
+            block for key, item in inner.items() for block in tables(f"[{name}.{key}]", item)
+        ]
+
+    return "\n".join(block for section, values in to_dict(config).items() for block in tables(f"[{section}]", values))
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def help_text() -> str:
@@ -104,8 +101,16 @@ def help_text() -> str:
         docs = _field_docs(section_type)
         for item in dataclasses.fields(section_type):
             default = getattr(section_type(), item.name)
-            lines.append(f"  --{section.name}.{item.name} {item.type}  [{json.dumps(default)}]")
+            if item.type == "list[DataSource]":
+                lines.append(f"  [[{section.name}.{item.name}]] blocks, in TOML only")
+            else:
+                lines.append(f"  --{section.name}.{item.name} {item.type}  [{json.dumps(default)}]")
             lines.append(f"        {docs[item.name]}")
+    lines.append("keys of a [[data.sources]] or [[data.validation_sources]] block:")
+    docs = _field_docs(DataSource)
+    for item in dataclasses.fields(DataSource):
+        lines.append(f"  {item.name} {item.type}  [{json.dumps(getattr(DataSource(), item.name))}]")
+        lines.append(f"        {docs[item.name]}")
     return "\n".join(lines)
 
 
@@ -171,14 +176,27 @@ def _levels_from_toml(blocks: Any, default_policy: str, where: str) -> list[Leve
     types_of = get_type_hints(Level)
     levels = []
     for block in blocks:
-        for key, value in block.items():
-            if key not in types_of:
-                raise ValueError(f"{where}: unknown key levels.{key}{_nearest(key, types_of)}")
-            _check_type(f"levels.{key}", value, types_of[key], where)
-        if "max_tokens" not in block:
-            raise ValueError(f"{where}: a [[levels]] block lacks max_tokens")
+        _check_block("levels", block, types_of, "max_tokens", where)
         levels.append(Level(**{"ac_policy": default_policy, **block}))
     return levels
+
+
+def _sources_from_toml(key: str, blocks: Any, where: str) -> list[DataSource]:
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise ValueError(f"{where}: {key} must be [[{key}]] blocks")
+    types_of = get_type_hints(DataSource)
+    for number, block in enumerate(blocks, start=1):
+        _check_block(f"{key}[{number}]", block, types_of, "path", where)
+    return [DataSource(**block) for block in blocks]
+
+
+def _check_block(name: str, block: dict[str, Any], types_of: dict[str, Any], needed: str, where: str) -> None:
+    for key, value in block.items():
+        if key not in types_of:
+            raise ValueError(f"{where}: unknown key {name}.{key}{_nearest(key, types_of)}")
+        _check_type(f"{name}.{key}", value, types_of[key], where)
+    if needed not in block:
+        raise ValueError(f"{where}: {name} lacks {needed}")
 
 
 def _override(config: JobConfig, key: str, text: str) -> None:
@@ -199,7 +217,14 @@ def _override(config: JobConfig, key: str, text: str) -> None:
 
 def _set(config: JobConfig, key: str, value: Any, where: str) -> None:
     expected = _type_of(key, where)
-    _check_type(key, value, expected, where)
+    if expected == list[DataSource]:
+        if where == "command line":
+            raise ValueError(
+                f"command line: {key} takes blocks, which only a TOML file has; data.train_files takes paths"
+            )
+        value = _sources_from_toml(key, value, where)
+    else:
+        _check_type(key, value, expected, where)
     section, _, name = key.partition(".")
     setattr(getattr(config, section), name, float(value) if expected is float else value)
 
@@ -221,6 +246,8 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
     if origin is list:
         (item,) = get_args(expected)
         fits = isinstance(value, list) and all(isinstance(entry, item) for entry in value)
+    elif origin is dict:
+        fits = isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     elif origin in (typing.Union, types.UnionType):
         fits = isinstance(value, get_args(expected)) and not isinstance(value, bool)
     elif expected is float:
@@ -235,49 +262,3 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
 def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-_CHOICES = {
-    "packing.levels": ("", "auto"),
-    "packing.mix": ("alternate", "interleave"),
-    "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),
-    "training.dtype": ("float32", "bfloat16"),
-    "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
-    "training.mixed_precision_reduce": ("float32", "bfloat16"),
-    "optimizer.name": ("AdamW",),
-    "parallelism.cp_collectives": ("fused", "dtensor"),
-    "lr_scheduler.decay": ("cosine", "linear", "constant"),
-    "activation_checkpoint.policy": AC_POLICIES,
-    "checkpoint.export_dtype": ("float32", "bfloat16"),
-    "data.embedded": ("", "stdlib"),
-    "data.overlong": ("error", "skip", "truncate"),
-}
-
-
-def _check_values(config: JobConfig) -> None:
-    for key, choices in _CHOICES.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if value not in choices:
-            raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
-    if config.packing.levels == "auto" and config.levels:
-        raise ValueError('packing.levels = "auto" chooses the levels: leave [[levels]] and --levels out')
-    for section, values in to_dict(config).items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{section}.{name} = {value} must not be negative")
-    for key, value in (
-        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
-        ("checkpoint.interval", config.checkpoint.interval),
-        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
-        ("metrics.log_interval", config.metrics.log_interval),
-        ("data.prefetch_factor", config.data.prefetch_factor),
-        ("validation.interval", config.validation.interval),
-    ):
-        if value < 1:
-            raise ValueError(f"{key} = {value} must be at least 1")
-    if config.compile.enable and config.parallelism.cp_collectives != "fused":
-        raise ValueError(
-            f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
-            "redistribution would break the graph of a block; set one of the two back"
-        )

@@ -6,8 +6,10 @@ command line fill them is config.py's.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hbp_titan.packing.level import Level
 
@@ -75,7 +77,7 @@ class Data:
     train_on: str = "assistant"
     """Turns that are trained: "assistant", "last" (the last assistant turn only) or "all" (every token)."""
     overlong: str = "error"
-    """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn borders); all are listed."""
+    """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn borders); listed."""
     malformed: str = "error"
     """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (left out and listed)."""
     duplicates: str = "keep"
@@ -285,3 +287,16 @@ class JobConfig:
         if not path:
             raise ValueError("model.tokenizer_path is empty: name a folder with tokenizer.json")
         return Path(path)
+
+
+def to_dict(config: JobConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, None left out (TOML has no null)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items() if item is not None}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))

@@ -6,8 +6,10 @@ Prints one line that names every missing or unfitting package and exits 1 when t
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,12 +37,21 @@ def unmet(requirements: list[str]) -> list[str]:
     return missing
 
 
+def _extra(project: dict[str, Any], name: str) -> list[str]:
+    """What an extra asks for, and the extras of this project that it names."""
+    requirements = []
+    for text in project["optional-dependencies"][name]:
+        own = re.fullmatch(re.escape(project["name"]) + r"\[(\w+)\]", text)
+        requirements += _extra(project, own[1]) if own else [text]
+    return requirements
+
+
 def main() -> None:
     """Compare pyproject.toml with what is installed."""
     project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
     requirements = list(project["dependencies"])
     if sys.argv[1:] == ["dev"]:
-        requirements += project["optional-dependencies"]["dev"]
+        requirements += _extra(project, "dev")
     missing = unmet(requirements)
     if missing:
         print(f"error: not installed and not to be had here: {', '.join(missing)}", file=sys.stderr)

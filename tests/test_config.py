@@ -55,6 +55,30 @@ def test_written_toml_reads_back_equal(tmp_path: Path) -> None:
     assert again == config
 
 
+def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
+    text = """
+    [data]
+    cache_folder = "c"
+    [[data.sources]]
+    path = "tulu3"
+    name = "tulu3"
+    weight = 0.8
+    columns = { messages = "dialog", content = "text" }
+    roles = { "the bot" = "assistant" }
+    [[data.sources]]
+    path = "longcite.jsonl.gz"
+    repeat = 2
+    [training]
+    epochs = 2
+    """
+    config = load_config(_write(tmp_path, text))
+    assert [source.path for source in config.data.sources] == ["tulu3", "longcite.jsonl.gz"]
+    assert config.data.sources[0].columns == {"messages": "dialog", "content": "text"}
+    assert config.data.sources[1].repeat == 2
+    again = load_config(_write(tmp_path, to_toml(config)))
+    assert again == config
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -70,6 +94,21 @@ def test_written_toml_reads_back_equal(tmp_path: Path) -> None:
         ("[[levels]]\nmax_tokens = 9\ncp_degree = 2", "max_tokens=9 is not divisible by its cp_degree=2"),
         ("[[levels]]\nmax_tokens = 8\nac_policy = 'some'", "ac_policy='some' is none of none, full, keep_attention"),
         ("[packing]\nmix = 'random'", "packing.mix = 'random' is none of 'alternate', 'interleave'"),
+        ("[[data.sources]]\nname = 'a'", r"data.sources\[1\] lacks path"),
+        ("[[data.sources]]\npath = 'a'\nrepeats = 2", r"unknown key data.sources\[1\].repeats; did you mean repeat\?"),
+        (
+            "[[data.sources]]\npath = 'a'\nweight = nan",
+            r"data.sources\[1\].weight = nan must be a number of at least 0",
+        ),
+        ("[[data.sources]]\npath = 'a'\nrepeat = 0", r"data.sources\[1\].repeat = 0 trains nothing"),
+        ("[[data.sources]]\npath = 'a'\nlimit = -1", r"data.sources\[1\].limit = -1 must be a number of at least 0"),
+        ("[[data.sources]]\npath = 'a'\nformat = 'csv'", r"data.sources\[1\].format = 'csv' is none of 'auto', 'mess"),
+        ("[[data.sources]]\npath = 'a'\nroles = {bot = 'robot'}", r"roles: 'bot' = 'robot' is none of system, user"),
+        (
+            "[[data.sources]]\npath = 'a'\ncolumns = {role = 1}",
+            r"data.sources\[1\].columns = {'role': 1} must be of type",
+        ),
+        ("[data]\nsources = ['a']", r"data.sources must be \[\[data.sources\]\] blocks"),
         ("steps = 1", r"unknown section \[steps\]"),
         ("[training\n", "not valid TOML"),
     ],

@@ -1,0 +1,81 @@
+"""What each key of a configuration may be: choices, ranges and pairs that contradict each other.
+
+Owns the checks that need neither data nor world.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hbp_titan.job_config import DataSource, JobConfig, to_dict
+from hbp_titan.packing.level import AC_POLICIES
+
+FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion")
+ROLES = ("system", "user", "assistant", "tool")
+_CHOICES = {
+    "packing.levels": ("", "auto"),
+    "packing.mix": ("alternate", "interleave"),
+    "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),
+    "training.dtype": ("float32", "bfloat16"),
+    "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
+    "training.mixed_precision_reduce": ("float32", "bfloat16"),
+    "optimizer.name": ("AdamW",),
+    "parallelism.cp_collectives": ("fused", "dtensor"),
+    "lr_scheduler.decay": ("cosine", "linear", "constant"),
+    "activation_checkpoint.policy": AC_POLICIES,
+    "checkpoint.export_dtype": ("float32", "bfloat16"),
+    "data.embedded": ("", "stdlib"),
+    "data.train_on": ("assistant", "last", "all"),
+    "data.overlong": ("error", "skip", "truncate", "split"),
+    "data.malformed": ("error", "skip"),
+    "data.duplicates": ("keep", "skip"),
+}
+
+
+def check_values(config: JobConfig) -> None:
+    """Raise ValueError for the first key whose value is out of its range or contradicts another key."""
+    for key, choices in _CHOICES.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value not in choices:
+            raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
+    if config.packing.levels == "auto" and config.levels:
+        raise ValueError('packing.levels = "auto" chooses the levels: leave [[levels]] and --levels out')
+    for section, values in to_dict(config).items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{section}.{name} = {value} must not be negative")
+    for key in ("sources", "validation_sources"):
+        for number, source in enumerate(getattr(config.data, key), start=1):
+            _check_source(f"data.{key}[{number}]", source)
+    for key, value in (
+        ("data.max_errors_shown", config.data.max_errors_shown),
+        ("data.max_row_bytes", config.data.max_row_bytes),
+        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
+        ("checkpoint.interval", config.checkpoint.interval),
+        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
+        ("metrics.log_interval", config.metrics.log_interval),
+        ("data.prefetch_factor", config.data.prefetch_factor),
+        ("validation.interval", config.validation.interval),
+    ):
+        if value < 1:
+            raise ValueError(f"{key} = {value} must be at least 1")
+    if config.compile.enable and config.parallelism.cp_collectives != "fused":
+        raise ValueError(
+            f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
+            "redistribution would break the graph of a block; set one of the two back"
+        )
+
+
+def _check_source(name: str, source: DataSource) -> None:
+    for key, least in (("limit", 0), ("repeat", 0), ("weight", 0)):
+        value = getattr(source, key)
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{name}.{key} = {value} must be a number of at least {least}")
+    if source.repeat == 0:
+        raise ValueError(f"{name}.repeat = 0 trains nothing: leave the block out")
+    if source.format not in FORMATS:
+        raise ValueError(f"{name}.format = {source.format!r} is none of {', '.join(repr(f) for f in FORMATS)}")
+    for role, ours in source.roles.items():
+        if ours not in ROLES:
+            raise ValueError(f"{name}.roles: {role!r} = {ours!r} is none of {', '.join(ROLES)}")
