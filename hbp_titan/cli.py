@@ -1,8 +1,8 @@
 """How every command of the project ends: the result, or one line on stderr that names the mistake.
 
-Owns the guard that turns a user's mistake (ValueError, OSError) into one line and exit code 1. The traceback
-of such an error is shown when the environment has HBP_TRACEBACK=1. Any other exception keeps its traceback:
-it is our bug.
+Owns the guard that turns a user's mistake (ValueError, OSError; Mistakes are several) into one line each and exit
+code 1. The traceback of such an error is shown when the environment has HBP_TRACEBACK=1. Any other exception keeps its
+traceback: it is our bug.
 """
 
 from __future__ import annotations
@@ -10,10 +10,21 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Result = TypeVar("Result")
+
+
+class Mistakes(ValueError):
+    """Several mistakes of the user's in one error, a line each; raised by every rank alike, shown by the first."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+    def __reduce__(self) -> tuple[type[Mistakes], tuple[list[str]]]:
+        return Mistakes, (self.lines,)
 
 
 def one_line(error: BaseException) -> str:
@@ -30,5 +41,8 @@ def guarded(function: Callable[[], Result]) -> Result:
     except (ValueError, OSError) as error:
         if os.environ.get("HBP_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        lines = error.lines if isinstance(error, Mistakes) else [one_line(error)]
+        if isinstance(error, Mistakes) and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(1) from None
+        print("\n".join(f"error: {' '.join(line.split())}" for line in lines), file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from hbp_titan.cli import guarded
@@ -33,7 +32,8 @@ from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.prepare import prepare
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.team import Team
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import nodes_crossed
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
@@ -41,6 +41,7 @@ from hbp_titan.distributed.world import (
     World,
     all_reduce_values,
     close_world,
+    gather_values,
     init_world,
     ranks_per_node,
     set_timeouts,
@@ -67,7 +68,7 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         torch.use_deterministic_algorithms(config.training.deterministic)
 
-        # Data and plan: rank 0 prepares, the others then find its work on the shared file system.
+        # Data and plan: all ranks prepare, each its share, and find the others' on the shared file system.
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
@@ -104,12 +105,9 @@ class Trainer:
         self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
-        limit = most_tokens(self.config, self.args)
-        if self.world.rank == 0:
-            prepare(self.config, most_tokens=limit)
-        dist.barrier()
-        train, validation = prepare(self.config, most_tokens=limit)
-        return TokenStore.open(train), TokenStore.open(validation) if validation else None
+        team = Team(self.world.rank, self.world.size, gather_values)
+        stores = open_stores(self.config, most_tokens(self.config, self.args), team)
+        return stores[0], stores[1] if len(stores) == 2 else None
 
     def train(self) -> None:
         """Run from the current step to the last; then export."""

@@ -39,7 +39,7 @@ def unmet(requirements: list[str]) -> list[str]:
 
 def _extra(project: dict[str, Any], name: str) -> list[str]:
     """What an extra asks for, and the extras of this project that it names."""
-    requirements = []
+    requirements: list[str] = []
     for text in project["optional-dependencies"][name]:
         own = re.fullmatch(re.escape(project["name"]) + r"\[(\w+)\]", text)
         requirements += _extra(project, own[1]) if own else [text]

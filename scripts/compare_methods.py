@@ -29,7 +29,8 @@ from hbp_titan.cli import guarded
 from hbp_titan.compare import Run, compare, parse_runs, table
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.data.team import Team
+from hbp_titan.distributed.world import World, close_world, gather_values, init_world
 from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
 from hbp_titan.selection.auto import from_rank_0, measured
 from hbp_titan.selection.select import select_search
@@ -44,8 +45,7 @@ def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     args = model_args(config)
     check_device(config, world.device)
     limit = most_tokens(config, args)
-    from_rank_0(world, lambda: open_stores(config, limit))
-    stores = open_stores(config, limit)
+    stores = open_stores(config, limit, Team(world.rank, world.size, gather_values))
     path = config.dump_folder / "profile.json"
     profile = measured(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
 

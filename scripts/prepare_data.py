@@ -1,31 +1,38 @@
 """Prepare the data of a run: embedded corpus and tokenizer where asked for, token stores, summary.
 
-    python scripts/prepare_data.py --job.config_file train_configs/debug_model.toml [--world_size N] [--show K]
+    python scripts/prepare_data.py --job.config_file train_configs/debug_model.toml [--show K] [--strict]
+    torchrun --nproc_per_node N scripts/prepare_data.py ...     ranks and nodes of a shared file system share the work
 
-The training run finds what this leaves; a second call finds everything and only prints the summary.
+The training run finds what this leaves; a second call finds everything and only prints the summary. After a kill the
+next call goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
-from hbp_titan.config import help_text, load_config, validate
-from hbp_titan.data.prepare import prepare
+from hbp_titan.config import JobConfig, help_text, load_config, validate
+from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.report import show, summary
+from hbp_titan.data.team import Team
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.world import local_device
+from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
 from hbp_titan.preflight import check, model_args, most_tokens
 
 OPTIONS = """
 options of this command:
   --world_size N    check levels, model and weights for a run of N ranks, as the run itself will [no check]
   --show K          print K samples, trained tokens in green [0]
+  --strict          any row that is left out or cut is an error (data.strict)
 """
+# Ranks wait for each other at the end of their shares.
+TIMEOUT_SECONDS = 24 * 3600
 
 
 def main(argv: list[str]) -> None:
@@ -34,20 +41,31 @@ def main(argv: list[str]) -> None:
         return
     world_size, argv = _take_number(argv, "--world_size", 0)
     shown, argv = _take_number(argv, "--show", 0)
-    config = load_config(argv)
+    config = load_config([word for word in argv if word != "--strict"])
+    config.data.strict = config.data.strict or "--strict" in argv
     # Without a world to check for, the smallest that the levels fit.
     validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     args = model_args(config)
-    train, validation = prepare(config, most_tokens=most_tokens(config, args))
+    stores = _prepared(config, most_tokens(config, args))
+    if os.environ.get("RANK", "0") != "0":
+        return
     if world_size:
-        check(config, world_size, local_device(), args, TokenStore.open(train))
+        check(config, world_size, local_device(), args, stores[0])
     print(f"tokenizer: {config.tokenizer_path}")
-    for name, folder in (("training", train), ("validation", validation)):
-        if folder is not None:
-            store = TokenStore.open(folder)
-            print(f"\n{name} store: {folder}\n{summary(store)}")
+    for name, store in zip(("training", "validation"), stores, strict=False):
+        print(f"\n{name} store: {store.folder}\n{summary(store)}")
     if shown:
-        print(show(TokenStore.open(train), shown, config.tokenizer_path))
+        print(show(stores[0], shown, config.tokenizer_path))
+
+
+def _prepared(config: JobConfig, limit: int) -> list[TokenStore]:
+    if "RANK" not in os.environ:
+        return open_stores(config, limit)
+    world = init_world(TIMEOUT_SECONDS)
+    try:
+        return open_stores(config, limit, Team(world.rank, world.size, gather_values))
+    finally:
+        close_world()
 
 
 def _take_number(argv: list[str], option: str, default: int) -> tuple[int, list[str]]:

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.team import Team
 from hbp_titan.distributed.hardware import HARDWARE, get_hardware
-from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.distributed.world import World, close_world, gather_values, init_world
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
@@ -85,8 +86,7 @@ def measured_here(
     validate(config, world.size)
     check_device(config, world.device)
     limit = most_tokens(config, args)
-    from_rank_0(world, lambda: open_stores(config, limit))
-    stores = open_stores(config, limit)
+    stores = open_stores(config, limit, Team(world.rank, world.size, gather_values))
     levels = named_candidates(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
 

@@ -13,24 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hbp_titan.data.tokenizer import TOKENIZER_FILES
-
-DIGESTS_FILE = "file_digests.json"
+from hbp_titan.data.team import Team
 
 
-def fingerprint(files: Sequence[Path], tokenizer_path: Path, settings: dict[str, Any], cache_folder: Path) -> str:
-    """Hex SHA-256 over the content of `files` and of the tokenizer's files (its template among them) and `settings`.
-
-    The name of a source file counts without its folder, because it names the rows' source.
-    """
-    tokenizer_files = [tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-    digests = _file_digests([*files, *tokenizer_files], cache_folder / DIGESTS_FILE)
-    parts = {
-        "sources": [[file.name, digests[file]] for file in files],
-        "tokenizer": [[file.name, digests[file]] for file in tokenizer_files],
-        "settings": settings,
-    }
+def fingerprint(parts: Any) -> str:
+    """Hex SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_digests(files: Sequence[Path], memory: Path, team: Team) -> list[str]:
+    """Hex SHA-256 of each file's content, read by the ranks in turn; `memory`: folder that keeps them."""
+    own = {number: _remembered_digest(files[number], memory) for number in team.share(len(files))}
+    merged: dict[int, str] = {}
+    for found in team.run(lambda: own):
+        merged.update(found)
+    return [merged[number] for number in range(len(files))]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -40,22 +37,19 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _file_digests(files: Sequence[Path], memory: Path) -> dict[Path, str]:
+def _remembered_digest(file: Path, memory: Path) -> str:
+    stat = file.stat()
+    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    kept = memory / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    digests, learned = {}, {}
-    for file in files:
-        stat = file.stat()
-        key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in known:
-            learned[key] = _digest(file)
-        digests[file] = {**known, **learned}[key]
-    if learned:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps({**known, **learned}, indent=0))
-    return digests
+        digest = kept.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        digest = ""
+    if len(digest) != 64:
+        digest = _digest(file)
+        memory.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, digest)
+    return digest
 
 
 def _digest(file: Path) -> str:

@@ -18,7 +18,7 @@ _TRAINED, _RESET = "\x1b[32m", "\x1b[0m"
 
 def summary(store: TokenStore) -> str:
     """Counts, tokens, trained tokens, percentiles and histogram of each source, and the rows left out."""
-    lengths, meta = store.lengths, store.meta
+    lengths = store.lengths
     columns = f"{'source':24} {'samples':>9} {'tokens':>13} {'trained':>13} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>7}"
     top = int(np.log2(lengths.max())) + 1
     lines = [f"{columns}  2^0..2^{top} tokens"]
@@ -28,13 +28,26 @@ def summary(store: TokenStore) -> str:
     if len(counts) > SHOWN_SOURCES:
         lines.append(f"... and {len(counts) - SHOWN_SOURCES} smaller sources")
     lines.append(_line("all", store, np.ones(len(store), dtype=bool), top))
-    lines.append(f"rows: {meta['rows']:,} = {len(store):,} samples + {sum(meta['excluded'].values()):,} excluded"
-                 f" + {meta['sampled_out']:,} sampled out")  # fmt: skip
-    for reason, count in meta["excluded"].items():
-        lines.append(f"  excluded, {reason}: {count:,} (listed in {store.folder / 'excluded.jsonl'})")
-    if meta["truncated"]:
-        lines.append(f"  truncated: {meta['truncated']:,} (listed in {store.folder / 'truncated.jsonl'})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_totals(store)])
+
+
+def _totals(store: TokenStore) -> list[str]:
+    """The ledger's sums, and where its rows are listed."""
+    totals = store.totals()
+    parts = {key.removeprefix("excluded: "): count for key, count in totals.items() if key.startswith("excluded: ")}
+    named = {"whole": totals["whole"], "truncated": totals["truncated"], "split": totals["split"], **parts,
+             "outside the limit": totals["not_chosen"]}  # fmt: skip
+    lines = [f"rows: {totals['rows']:,} = {_sum(named)}"]
+    named = {"trained": totals["trained"], "duplicate": totals["duplicate"], "not drawn": totals["not drawn"]}
+    lines.append(f"samples made of them: {totals['samples_made']:,} = {_sum(named)}")
+    lines.append(f"samples of an epoch: {totals['samples']:,} = {_sum({k: totals[k] for k in ('trained', 'copies')})}")
+    cut = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
+    lines += [f"  listed in {folder / 'ledger.jsonl'}" for folder in cut]
+    return lines
+
+
+def _sum(parts: dict[str, int]) -> str:
+    return " + ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "0"
 
 
 def _line(name: str, store: TokenStore, chosen: NDArray[np.bool_], top: int) -> str:

@@ -1,44 +1,39 @@
-"""Token store: the tokens, loss masks and lengths of a data set in one folder, read through memory maps.
+"""Token store: the samples of one epoch, of one source or a mixture of several, as planner and loader see them.
 
-Owns the folder's format, its making (once per fingerprint, atomically) and its reading. N samples, T tokens in all:
+Owns the folder of such a set, which only points into source stores (data/source_store.py), and its reading. N samples,
+copies counted:
 
-    tokens.bin        uint32 [T]   token ids, sample after sample
-    loss_mask.bin     uint8  [T]   1 where the token is trained (assistant turns)
-    offsets.npy       int64  [N+1] sample i is tokens[offsets[i]:offsets[i+1]]
-    lengths.npy       int64  [N]   tokens of each sample
-    loss_tokens.npy   int64  [N]   trained positions after the shift: loss_mask[1:].sum() of each sample
-    sources.npy       uint16 [N]   index into source_names
-    files.npy, lines.npy int64 [N] the row that each sample comes from
-    excluded.jsonl    one object for each row left out: file, line, reason, tokens
-    truncated.jsonl   the same for each row that was cut; tokens before the cut
-    meta.json         fingerprint, names, counts, settings
+    lengths.npy      int64  [N]   tokens of each sample
+    loss_tokens.npy  int64  [N]   trained positions after the shift: loss_mask[1:].sum()
+    sources.npy      uint16 [N]   index into source_names
+    stores.npy       uint16 [N]   index into the source stores
+    places.npy       int64  [N]   sample of that store
+    dropped.npy      int64  [n,3] store, sample and reason (index into DROPPED) of samples that the epoch does not train
+    meta.json        fingerprint, names, counts, folders of the source stores, tokenizer
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from hbp_titan.data.chat_template import ChatTokenizer
-from hbp_titan.data.fingerprint import fingerprint
-from hbp_titan.data.sources import RowIndex, check_files, index_rows
-from hbp_titan.data.tokenize_rows import TokenizedChunk, tokenize
+from hbp_titan.cli import Mistakes
+from hbp_titan.data.source_store import FORMAT_VERSION, SourceStore, publish
 
-FORMAT_VERSION = 2
 MAX_SOURCES = 1 << 16
+DUPLICATE, NOT_DRAWN = "duplicate", "not drawn"
+DROPPED = (DUPLICATE, NOT_DRAWN)
 
 
 class TokenStore:
-    """A token store opened for reading; its arrays are memory maps, so opening costs nothing per sample.
+    """A set of samples opened for reading; its arrays are memory maps, so opening costs nothing per sample.
 
     lengths, loss_tokens: int64 [N]; sources: uint16 [N] into source_names; fingerprint: hex SHA-256;
     meta: meta.json, which also holds vocab_size, pad_token_id and eos_token_id (None where the folder names none).
@@ -59,50 +54,144 @@ class TokenStore:
         self.lengths: NDArray[np.int64] = self._load("lengths")
         self.loss_tokens: NDArray[np.int64] = self._load("loss_tokens")
         self.sources: NDArray[np.uint16] = self._load("sources")
-        self._offsets: NDArray[np.int64] = self._load("offsets")
-        self._tokens: NDArray[np.uint32] = self._map("tokens.bin", np.uint32)
-        self._loss_mask: NDArray[np.bool_] = self._map("loss_mask.bin", np.bool_)
+        self._store_of: NDArray[np.uint16] = self._load("stores")
+        self._place: NDArray[np.int64] = self._load("places")
+        self.stores = [SourceStore(folder.parent / name) for name in self.meta["stores"]]
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenStore:
         """The store in `folder`; ValueError where there is none, or it is of another format or damaged."""
         return cls(Path(folder))
 
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+        # Loader processes open the maps again: nothing of them is copied.
+        return TokenStore, (self.folder,)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sample(self, index: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Token ids [L] uint32 and loss mask [L] bool of one sample: read-only views of the memory map."""
-        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        return self._tokens[start:end], self._loss_mask[start:end]
+        """Token ids [L] uint32 and loss mask [L] bool of one sample: read-only views of the memory maps."""
+        return self.stores[self._store_of[index]].sample(int(self._place[index]))
 
     def where(self, index: int) -> str:
         """The row that a sample comes from, as file:line."""
-        file = self.meta["files"][int(self._load("files")[index])]
-        return f"{file}:{int(self._load('lines')[index])}"
+        return self.stores[self._store_of[index]].where(int(self._place[index]))
 
-    def excluded(self) -> list[dict[str, Any]]:
-        """The rows left out, each with file, line, reason and tokens."""
-        return self._rows("excluded.jsonl")
+    def ledger(self) -> Iterator[dict[str, Any]]:
+        """Every row or sample that is read but not trained whole, as `SourceStore.ledger` has it.
 
-    def truncated(self) -> list[dict[str, Any]]:
-        """The rows that were cut, in the form of `excluded`."""
-        return self._rows("truncated.jsonl")
+        A sample that is a duplicate or not drawn has these as outcome and reason. Rows outside a limit were not read:
+        not_chosen.npy of each source store lists them.
+        """
+        for store in self.stores:
+            yield from store.ledger()
+        for number, place, reason in self._load("dropped").tolist():
+            store, why = self.stores[number], DROPPED[reason]
+            file, line = store.where(place).rsplit(":", 1)
+            tokens = int(store.samples[place]["length"])
+            yield {"file": file, "line": int(line), "outcome": why, "reason": why, "tokens": tokens, "samples": 0,
+                   "detail": ""}  # fmt: skip
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+    def totals(self) -> dict[str, int]:
+        """Counts of rows by outcome and of samples, which were seen to add up when the set was made:
+
+        rows = not_chosen + excluded: each reason + whole + truncated + split
+        samples_made (of the last three) = duplicate + not drawn + trained
+        samples (of an epoch) = trained + copies
+        """
+        return dict(self.meta["totals"])
 
     def _load(self, name: str) -> NDArray[Any]:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
-    def _map(self, name: str, dtype: Any) -> NDArray[Any]:
-        values = np.memmap(self.folder / name, dtype=dtype, mode="r").view(np.ndarray)
-        if len(values) != self.meta["num_tokens"]:
-            raise ValueError(
-                f"{self.folder / name}: {len(values)} tokens where meta.json says {self.meta['num_tokens']}: "
-                "the store is damaged: delete its folder"
-            )
-        return values
+
+def write_set(
+    folder: Path,
+    stores: Sequence[SourceStore],
+    drawn: Sequence[NDArray[np.int64]],
+    dropped: NDArray[np.int64],
+    meta: dict[str, Any],
+) -> None:
+    """Write the set in `folder`, atomically. drawn: samples of each store, copies included; dropped, meta: see above.
+
+    Raises ValueError where no sample is left and where sources have too many names.
+    """
+    if not sum(map(len, drawn)):
+        found = "; ".join(f"{store.meta['files'][0]}: {_reasons(store)}" for store in stores)
+        raise ValueError(f"no sample is left to train on: {found}")
+    names: dict[str, int] = {}
+    columns: dict[str, list[NDArray[Any]]] = {
+        name: [] for name in ("lengths", "loss_tokens", "sources", "stores", "places")
+    }
+    for number, (store, places) in enumerate(zip(stores, drawn, strict=True)):
+        ids = np.array([names.setdefault(name, len(names)) for name in store.meta["source_names"]], dtype=np.int64)
+        taken = store.samples[places]
+        columns["lengths"].append(taken["length"])
+        columns["loss_tokens"].append(taken["loss_tokens"])
+        columns["sources"].append(ids[taken["source"]] if len(taken) else ids[:0])
+        columns["stores"].append(np.full(len(places), number, dtype=np.uint16))
+        columns["places"].append(places)
+    if len(names) > MAX_SOURCES:
+        raise ValueError(
+            f"more than {MAX_SOURCES} different `source` values: give data.sources a name, or map no column"
+        )
+    totals = _totals(stores, drawn, dropped)
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    for name, parts in columns.items():
+        np.save(
+            temporary / f"{name}.npy", np.concatenate(parts).astype(np.uint16 if name == "sources" else parts[0].dtype)
+        )
+    np.save(temporary / "dropped.npy", dropped)
+    lengths = np.concatenate(columns["lengths"])
+    meta = {
+        "format_version": FORMAT_VERSION,
+        **meta,
+        "stores": [store.folder.name for store in stores],
+        "source_names": list(names),
+        "num_samples": len(lengths),
+        "num_tokens": int(lengths.sum()),
+        "num_trained_tokens": int(sum(part.sum() for part in columns["loss_tokens"])),
+        "totals": totals,
+    }
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    publish(temporary, folder)
+
+
+def _totals(
+    stores: Sequence[SourceStore], drawn: Sequence[NDArray[np.int64]], dropped: NDArray[np.int64]
+) -> dict[str, int]:
+    """See TokenStore.totals; each count is taken where it arises, and the sums must agree."""
+    metas = [store.meta for store in stores]
+    rows = {key: sum(meta[key] for meta in metas) for key in ("rows", "whole", "truncated", "split", "not_chosen")}
+    excluded: Counter[str] = Counter()
+    for meta in metas:
+        excluded.update(meta["excluded"])
+    trained = 0
+    for store, places in zip(stores, drawn, strict=True):
+        is_trained = np.zeros(len(store), dtype=np.bool_)
+        is_trained[places] = True
+        trained += int(is_trained.sum())
+    samples = sum(map(len, drawn))
+    reasons = np.bincount(dropped[:, 2], minlength=len(DROPPED)).tolist()
+    made = sum(map(len, stores))
+    counted = rows["whole"] + rows["truncated"] + rows["split"] + rows["not_chosen"] + excluded.total()
+    assert rows["rows"] == counted, "a row was lost"
+    assert made == trained + sum(reasons), "a sample was lost"
+    return {
+        **rows,
+        **{f"excluded: {reason}": count for reason, count in sorted(excluded.items())},
+        "samples_made": made,
+        **dict(zip(DROPPED, reasons, strict=True)),
+        "trained": trained,
+        "copies": samples - trained,
+        "samples": samples,
+    }
+
+
+def _reasons(store: SourceStore) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in store.meta["excluded"].items()) or "no row"
 
 
 def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest level, levels.max_tokens") -> None:
@@ -112,160 +201,20 @@ def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest lev
         return
     count = int((store.lengths > max_tokens).sum())
     raise ValueError(
-        f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than {limit} = "
-        f"{max_tokens} ({count} of {len(store)} samples are): raise it, or set data.overlong to skip or truncate"
+        f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than {limit} = {max_tokens} "
+        f"({count} of {len(store)} samples are): raise it, or set data.overlong to skip, truncate or split"
     )
 
 
-def build_token_store(
-    files: Sequence[str | Path],
-    tokenizer_path: Path,
-    cache_folder: Path,
-    *,
-    num_proc: int = 0,
-    max_samples: int = 0,
-    max_tokens: int = 0,
-    overlong: str = "skip",
-    seed: int = 0,
-    progress: bool = True,
-    key: str = "data.train_files",
-) -> Path:
-    """The folder of the token store of `files`, made where the cache has none of the same fingerprint.
-
-    num_proc: processes; 0 means one per core. It does not change the store.
-    max_samples: a random share, by `seed`, of so many rows is tokenized; 0 takes all.
-    max_tokens: longer samples are left out (overlong="skip") or cut there ("truncate"), and listed; 0 keeps all.
-    key: the configuration key of `files`, for messages.
-    Raises ValueError "file:line: ..." for a malformed row, and where no sample is left.
-    """
-    paths = check_files(files, key)
-    settings = {
-        "max_samples": max_samples,
-        "max_tokens": max_tokens,
-        "overlong": overlong if max_tokens else "",
-        "seed": seed,
-        "format": FORMAT_VERSION,
-    }
-    digest = fingerprint(paths, tokenizer_path, settings, cache_folder)
-    folder = cache_folder / digest[:16]
-    if folder.is_dir():
-        return folder
-    temporary = cache_folder / f".{folder.name}-{secrets.token_hex(4)}"
-    temporary.mkdir(parents=True)
-    try:
-        meta = {"format_version": FORMAT_VERSION, "fingerprint": digest, "settings": settings}
-        _write_store(temporary, paths, tokenizer_path, num_proc, meta, progress)
-        _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        # Another process made the same store meanwhile.
-        if not folder.is_dir():
-            raise
-
-
-def _write_store(
-    folder: Path, files: list[Path], tokenizer_path: Path, num_proc: int, meta: dict[str, Any], progress: bool
-) -> None:
-    settings = meta["settings"]
-    everything = [index_rows(file) for file in files]
-    chosen = _choose(everything, settings["max_samples"], settings["seed"])
-    writer = _StoreWriter(folder)
-    chunks = tokenize(
-        chosen, tokenizer_path, num_proc, settings["max_tokens"], truncate=settings["overlong"] == "truncate"
-    )
-    # disable=None: a bar on a terminal only.
-    with tqdm(total=sum(map(len, chosen)), unit="sample", desc="tokenizing", disable=None if progress else True) as bar:
-        for chunk in chunks:
-            writer.append(chunk)
-            bar.update(len(chunk.lines) + len(chunk.excluded))
-    rows = sum(map(len, everything))
-    chat_tokenizer = ChatTokenizer(tokenizer_path)
-    writer.finish(
-        {
-            **meta,
-            "files": [str(file) for file in files],
-            "rows": rows,
-            "sampled_out": rows - sum(map(len, chosen)),
-            "tokenizer_path": str(tokenizer_path),
-            "vocab_size": chat_tokenizer.vocab_size,
-            "pad_token_id": chat_tokenizer.token_id("pad_token"),
-            "eos_token_id": chat_tokenizer.token_id("eos_token"),
-        }
-    )
-
-
-def _choose(indexes: list[RowIndex], max_samples: int, seed: int) -> list[RowIndex]:
-    """A random share of `max_samples` rows of all files together, in their order; 0 takes all."""
-    counts = [len(index) for index in indexes]
-    if not max_samples or max_samples >= sum(counts):
-        return indexes
-    chosen = np.sort(np.random.default_rng(seed).choice(sum(counts), size=max_samples, replace=False))
-    ends = np.cumsum(counts)
-    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    return [
-        index.take(part - end + count) for index, part, end, count in zip(indexes, parts, ends, counts, strict=True)
-    ]
-
-
-class _StoreWriter:
-    """Appends chunks to the token files of a store's folder; small arrays stay in memory until the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.arrays: dict[str, list[NDArray[Any]]] = {
-            name: [] for name in ("lengths", "loss_tokens", "sources", "files", "lines")
-        }
-        self.source_ids: dict[str, int] = {}
-        self.file_ids: dict[Path, int] = {}
-        self.reasons: Counter[str] = Counter()
-        self.num_truncated = 0
-
-    def append(self, chunk: TokenizedChunk) -> None:
-        for name, values in (("tokens.bin", chunk.tokens), ("loss_mask.bin", chunk.loss_mask)):
-            with (self.folder / name).open("ab") as stream:
-                stream.write(np.ascontiguousarray(values).data)
-        source_ids = [self.source_ids.setdefault(name, len(self.source_ids)) for name in chunk.sources]
-        if len(self.source_ids) > MAX_SOURCES:
-            raise ValueError(f"{chunk.file}: more than {MAX_SOURCES} different `source` values: name fewer, or none")
-        file_id = self.file_ids.setdefault(chunk.file, len(self.file_ids))
-        self.arrays["lengths"].append(chunk.lengths)
-        self.arrays["loss_tokens"].append(chunk.loss_tokens)
-        self.arrays["sources"].append(np.array(source_ids, dtype=np.uint16))
-        self.arrays["files"].append(np.full(len(chunk.lines), file_id, dtype=np.int64))
-        self.arrays["lines"].append(chunk.lines)
-        self.reasons.update(row.reason for row in chunk.excluded)
-        self.num_truncated += len(chunk.truncated)
-        for name, rows in (("excluded.jsonl", chunk.excluded), ("truncated.jsonl", chunk.truncated)):
-            with (self.folder / name).open("a", encoding="utf-8") as stream:
-                for row in rows:
-                    entry = {"file": str(chunk.file), "line": row.line, "reason": row.reason, "tokens": row.tokens}
-                    stream.write(json.dumps(entry) + "\n")
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        arrays = {name: np.concatenate(parts) for name, parts in self.arrays.items()}
-        num_samples, num_tokens = len(arrays["lengths"]), int(arrays["lengths"].sum())
-        if not num_samples:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-            raise ValueError(f"{', '.join(meta['files'])}: no sample is left to train on ({reasons})")
-        assert num_samples + self.reasons.total() + meta["sampled_out"] == meta["rows"], "a row was lost"
-        for name, values in arrays.items():
-            np.save(self.folder / f"{name}.npy", values)
-        np.save(self.folder / "offsets.npy", np.concatenate([[0], np.cumsum(arrays["lengths"])]))
-        meta = {
-            **meta,
-            "files": [str(file) for file in self.file_ids],
-            "source_names": list(self.source_ids),
-            "num_samples": num_samples,
-            "num_tokens": num_tokens,
-            "num_trained_tokens": int(arrays["loss_tokens"].sum()),
-            "excluded": dict(self.reasons),
-            "truncated": self.num_truncated,
-        }
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+def check_strict(store: TokenStore, most_shown: int) -> None:
+    """Raise Mistakes, with the first `most_shown` of them, where any row is left out or cut (data.strict)."""
+    lines, count = [], 0
+    for entry in store.ledger():
+        count += 1
+        if len(lines) < most_shown:
+            why = f"{entry['outcome']}: {entry['reason']}" if entry["outcome"] != entry["reason"] else entry["reason"]
+            lines.append(f"{entry['file']}:{entry['line']}: {why}{': ' if entry['detail'] else ''}{entry['detail']}")
+    if count:
+        raise Mistakes(
+            [*lines, f"data.strict: {count} rows are not trained whole; mend them or set data.strict = false"]
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,13 @@ def set_timeouts(seconds: int) -> None:
     """Change the timeout of every group: long while things are compiled and allocated, short afterwards."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def gather_values(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; pickled between ranks of one run, never from outside."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_values(values: list[float], op: str, device: torch.device) -> list[float]:
