@@ -1,0 +1,185 @@
+"""A Jinja sandbox in which a render has a budget: a template that loops, recurses or multiplies text ends in an error.
+
+Owns the accounting. Each pass of a loop and each call of a macro costs ITERATION units, each 1024 characters or 64
+list items that an operator, method, filter or output makes cost one; what would be large is charged before it is made.
+Owns the refusal of what reaches other templates ({% import %}, {% include %}, {% extends %}) and of what differs from
+run to run (the filter `random`, the function `lipsum`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# About a second of loop passes, or 2 GB of text made: 40 operators over a message of 50 MB.
+BUDGET = 2_000_000
+ITERATION = 2
+
+# Filters that pass values on; every other filter may write a list or dict out as text.
+_STRUCTURAL = frozenset(
+    "abs attr batch count d default dictsort first float groupby int items last length list map max min reject "
+    "rejectattr reverse round select selectattr slice sort sum unique".split()
+)
+_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*(\{|\d{6})")
+
+
+class TemplateBudgetError(jinja2.TemplateError):
+    """A render over its budget."""
+
+
+class BudgetedEnvironment(ImmutableSandboxedEnvironment):
+    """An immutable sandbox whose templates must be rendered after `start_render`, one at a time."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._left = BUDGET
+        self.finalize = self.charge_value
+        del self.filters["random"], self.globals["lipsum"]
+        for name, function in self.filters.items():
+            self.filters[name] = self.charged_filter(name, function)
+
+    def start_render(self) -> None:
+        """Grant the budget anew."""
+        self._left = BUDGET
+
+    def charge(self, units: int) -> bool:
+        """Pay `units`; raises TemplateBudgetError where they are not left. True, to stand in a loop's condition."""
+        self._left -= units
+        if self._left < 0:
+            raise TemplateBudgetError("it loops, recurses or multiplies text beyond any conversation's need")
+        return True
+
+    def charge_value(self, value: Any) -> Any:
+        """Pay for a value that is written out; returns it."""
+        if isinstance(value, (str, bytes)):
+            self.charge(len(value) >> 10)
+        elif isinstance(value, (list, tuple, dict)):
+            # A list that holds another twice, and so on, is small until it is written.
+            self.charge(1 + (len(value) >> 6))
+            for item in value:
+                self.charge_value(item)
+            if isinstance(value, dict):
+                for item in value.values():
+                    self.charge_value(item)
+        return value
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            self.charge(_product_units(left, right))
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self.charge((left.bit_length() * abs(right)) >> 10)
+        elif operator == "%" and isinstance(left, str):
+            self._charge_format(left, right if isinstance(right, tuple) else (right,))
+        result = super().call_binop(context, operator, left, right)
+        self._charge_size(result)
+        return result
+
+    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, (str, bytes, int)):
+            __self._charge_growth(__obj.__name__, owner, [*args, *kwargs.values()])
+        result = super().call(__context, __obj, *args, **kwargs)
+        __self._charge_size(result)
+        return result
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # str.translate can grow a text by any factor.
+        return attr != "translate" and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def charged(*args: Any, **kwargs: Any) -> str:
+            self._charge_format(value.__self__, (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return charged
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for node in template.find_all((nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
+            tag = {"FromImport": "from"}.get(type(node).__name__, type(node).__name__.lower())
+            raise jinja2.TemplateSyntaxError(f"a chat template is one file: no {{% {tag} %}}", node.lineno, name)
+        for loop in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            cost = ITERATION + sum(len(data.data) for data in loop.find_all(nodes.TemplateData)) // 1024
+            loop.body.insert(0, nodes.ExprStmt(_call("charge", nodes.Const(cost)), lineno=loop.lineno))
+            if isinstance(loop, nodes.For) and loop.test is not None:
+                loop.test = nodes.And(_call("charge", nodes.Const(cost)), loop.test, lineno=loop.lineno)
+        for concat in template.find_all(nodes.Concat):
+            concat.nodes = [_call("charge_value", item) for item in concat.nodes]
+        template.set_environment(self)
+        return template
+
+    def charged_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            # The environment or context that some filters take comes first.
+            position = 1 if hasattr(function, "jinja_pass_arg") else 0
+            if len(args) > position:
+                value, more = args[position], [*args[position + 1 :], *kwargs.values()]
+                self.charge(1)
+                self._charge_size(value)
+                if name not in _STRUCTURAL:
+                    self.charge_value(value)
+                if name == "format":
+                    self._charge_format(str(value), tuple(more))
+                elif name not in ("default", "d"):
+                    self._charge_growth(name, value, more)
+            result = function(*args, **kwargs)
+            self._charge_size(result)
+            return result
+
+        return charged
+
+    def _charge_size(self, value: Any) -> None:
+        if isinstance(value, (str, bytes)):
+            self.charge(len(value) >> 10)
+        elif isinstance(value, (list, tuple, dict, range)):
+            self.charge(len(value) >> 6)
+
+    def _charge_growth(self, name: str, value: Any, args: list[Any]) -> None:
+        """Pay for what a method or filter may add to `value`: up to the largest number or text among its arguments,
+        once or, where it repeats that, as often as it may."""
+        texts = [len(arg) for arg in args if isinstance(arg, str)]
+        numbers = [arg for arg in args if isinstance(arg, int)]
+        if not texts and not numbers and name != "join":
+            return
+        times = 1
+        if name == "replace" and isinstance(value, str) and args and isinstance(args[0], str):
+            times = value.count(args[0])
+        elif name == "join":
+            times = max([len(item) for item in (value, *args) if isinstance(item, (list, tuple, range))], default=1)
+            texts += [len(value)] if isinstance(value, str) else []
+        elif name in ("indent", "expandtabs", "wordwrap", "tojson"):
+            times = len(str(value))
+        self.charge((times * max([0, *texts, *numbers])) >> 10)
+
+    def _charge_format(self, text: str, values: tuple[Any, ...]) -> None:
+        if _WIDE_FORMAT.search(text):
+            raise TemplateBudgetError("it formats with a width of six digits or one that is computed")
+        largest = max([len(value) for value in values if isinstance(value, str)], default=0)
+        self.charge(((text.count("{") + text.count("%")) * largest) >> 10)
+
+
+def _product_units(left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return (left.bit_length() + right.bit_length()) >> 10
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
+            return (len(value) * max(times, 0)) >> 10
+    return 0
+
+
+def _call(name: str, argument: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None)
