@@ -80,7 +80,7 @@ def test_samples_have_a_limit_of_their_own_where_levels_are_still_to_be_chosen(c
 
 
 def test_a_missing_validation_file_is_named_with_its_key(config_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.validation_files: no such file: gone.jsonl"):
+    with pytest.raises(ValueError, match=r"data.validation_files: no such file or folder: gone.jsonl"):
         prepare(config(config_file, "--data.validation_files", "gone.jsonl"))
 
 
@@ -99,9 +99,10 @@ def test_the_embedded_corpus_is_built_and_its_long_samples_are_listed(
     overrides += ["--data.overlong", "skip", "--levels", "256:1"]
     store = TokenStore.open(prepare(config(config_file, *overrides))[0])
     assert store.lengths.max() <= 256
-    assert store.meta["excluded"] == {"over max_tokens": 12}  # four kinds of three modules hold the whole source
+    # Four kinds of three modules hold the whole source.
+    assert store.totals()["excluded: over max_tokens"] == 12
     monkeypatch.setattr(corpus, "build_stdlib_corpus", None)
-    monkeypatch.setattr(prepare_module, "build_token_store", lambda *args, **kwargs: store.folder)
+    monkeypatch.setattr(prepare_module, "build_source_store", None)
     assert prepare(config(config_file, *overrides))[0] == store.folder
 
 
@@ -112,7 +113,32 @@ def test_the_summary_counts_each_source(config_file: Path) -> None:
     assert lines[1].split()[:8] == ["wide", "9", "819", "549", "91", "133", "140", "141"]
     assert lines[2].split()[:4] == ["rare", "3", "333", "243"]
     assert lines[3].split()[:4] == ["all", "12", "1,152", "792"]
-    assert lines[4] == "rows: 12 = 12 samples + 0 excluded + 0 sampled out"
+    assert lines[4:] == [
+        "rows: 12 = 12 whole",
+        "samples made of them: 12 = 12 trained",
+        "samples of an epoch: 12 = 12 trained",
+    ]
+
+
+def test_the_summary_adds_up_and_says_where_rows_are_listed(config_file: Path) -> None:
+    source = f"""
+[[data.sources]]
+path = "{config_file.parent}/train.jsonl"
+limit = 10
+repeat = 2
+"""
+    config_file.write_text(config_file.read_text().replace("[[levels]]", source + "[[levels]]", 1))
+    overrides = ("--data.train_files", "[]", "--data.overlong", "skip", "--levels", "128:1")
+    store = TokenStore.open(prepare(config(config_file, *overrides), progress=False)[0])
+    # Of twelve rows, the answers of 100 bytes and more do not fit; which two the limit leaves out is random.
+    whole = len(store) // 2
+    left_out = 10 - whole
+    assert summary(store).splitlines()[-4:] == [
+        f"rows: 12 = {whole} whole + {left_out} over max_tokens + 2 outside the limit",
+        f"samples made of them: {whole} = {whole} trained",
+        f"samples of an epoch: {2 * whole} = {whole} trained + {whole} copies",
+        f"  listed in {store.stores[0].folder / 'ledger.jsonl'}",
+    ]
 
 
 def test_shown_samples_have_their_trained_tokens_in_green(config_file: Path) -> None:
@@ -132,7 +158,7 @@ def test_the_command_prepares_and_a_second_call_finds_everything(config_file: Pa
     arguments = ("--job.config_file", str(config_file), "--world_size", "2")
     first, second = run(*arguments), run(*arguments, "--show", "2")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "rows: 12 = 12 samples" in first.stdout
+    assert "rows: 12 = 12 whole" in first.stdout
     assert second.stdout.startswith(first.stdout)
     assert second.stdout.count("--- sample") == 2
     assert first.stderr == second.stderr == ""
@@ -141,7 +167,7 @@ def test_the_command_prepares_and_a_second_call_finds_everything(config_file: Pa
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["--data.train_files", "gone.jsonl"], "error: data.train_files: no such file: gone.jsonl\n"),
+        (["--data.train_files", "gone.jsonl"], "error: data.train_files: no such file or folder: gone.jsonl\n"),
         (["--world_size=3"], "error: cp_degree=2 of the level with max_tokens=256 does not divide the world size 3"),
         (["--world_size", "x"], "error: --world_size needs a number, not 'x'\n"),
         (
@@ -156,6 +182,48 @@ def test_a_mistake_is_one_line(config_file: Path, overrides: list[str], complain
     assert result.stderr.startswith(complaint)
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def stored(cache: Path) -> dict[str, bytes]:
+    files = [path for path in cache.rglob("*") if path.is_file() and path.parent.name != "digests"]
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
+
+
+def test_ranks_under_torchrun_leave_the_same_bytes_and_one_summary(config_file: Path) -> None:
+    folder = config_file.parent
+    (folder / "train.jsonl").write_text("".join(row("q" * 500, "a" * (k % 90)) for k in range(1, 4000)))
+    arguments = [str(SCRIPT), "--job.config_file", str(config_file), "--levels", "1024:1", "--data.num_proc", "1"]
+    launched = {}
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += [*arguments, "--data.cache_folder", str(folder / f"cache{ranks}")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        launched[ranks] = result.stdout.replace(f"cache{ranks}", "cache")
+    assert launched[1] == launched[2]
+    assert launched[1].count("rows: 3,999 = 3,999 whole") == 1
+    one, two = stored(folder / "cache1"), stored(folder / "cache2")
+    assert one == two
+    assert sum(name.endswith("tokens.bin") for name in one) > 2
+
+
+def test_a_mistake_that_ranks_meet_is_said_once(config_file: Path) -> None:
+    (config_file.parent / "train.jsonl").write_text(row("q", "a") + "not json\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    result = subprocess.run(
+        [*command, "--job.config_file", str(config_file)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("train.jsonl:2: not JSON") == 1
+
+
+def test_strict_is_an_option_of_the_command(config_file: Path) -> None:
+    file = config_file.parent / "train.jsonl"
+    file.write_text(row("q", "a") + '{"messages": [{"role": "user", "content": "q"}]}\n')
+    assert run("--job.config_file", str(config_file)).returncode == 0
+    result = run("--job.config_file", str(config_file), "--strict")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {file}:2: excluded: no assistant turn\nerror: data.strict: 1 rows")
 
 
 def test_help_explains_the_options() -> None:
