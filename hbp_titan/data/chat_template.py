@@ -53,9 +53,7 @@ class ChatTokenizer:
         text = self._template.special_tokens.get(name)
         return None if text is None else self.tokenizer.token_to_id(text)
 
-    def encode(
-        self, messages: Sequence[Message], tools: Tools = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    def encode(self, messages: Sequence[Message], tools: Tools = None) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Token ids [L] uint32 and loss mask [L] bool of one conversation.
 
         messages: dicts with a `role`; `train: False` on a message that is not to be trained.

@@ -99,7 +99,9 @@ class TurnLocator:
             raise ValueError(f"{turn} has no prompt that asks for it, so the loss mask is unknown: {error}") from None
         answered = text if index + 1 == len(messages) else render(messages[: index + 1])
         if not answered.startswith(prompt):
-            raise ValueError(f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}")
+            raise ValueError(
+                f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}"
+            )
         if not text.startswith(answered):
             answered = self._answered_earlier(messages, index, render)
             if answered is None or not answered.startswith(prompt) or not text.startswith(answered):

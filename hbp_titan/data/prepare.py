@@ -90,8 +90,9 @@ class _Preparation:
         self.config, self.data, self.team, self.progress = config, config.data, team, progress
         self.cache = Path(config.data.cache_folder)
         self.sources, self.max_samples, self.most_tokens = sources, max_samples, most_tokens
-        cuts = {} if self.data.overlong == "error" else {"max_tokens": most_tokens, "overlong": self.data.overlong}
-        self.recipe = Recipe(config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes, **cuts)
+        self.recipe = Recipe(config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes)
+        if self.data.overlong != "error":
+            self.recipe = dataclasses.replace(self.recipe, max_tokens=most_tokens, overlong=self.data.overlong)
 
     def run(self) -> Path:
         """The folder of the set, made where it is not there yet; the checks that its configuration asks for."""

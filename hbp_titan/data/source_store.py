@@ -137,6 +137,8 @@ def publish(temporary: Path, folder: Path) -> None:
 
 def malformed_rows(faults: list[str], count: int) -> Mistakes:
     """The error of `count` malformed rows, the first of which are `faults`."""
+    if count == 1:
+        return Mistakes([f'{faults[0]}; mend the row, or set data.malformed = "skip" to leave it out and list it'])
     more = f"{count - len(faults)} more malformed rows are not shown; " if count > len(faults) else ""
     return Mistakes([*faults, f'{more}mend the rows, or set data.malformed = "skip" to leave them out and list them'])
 
@@ -146,7 +148,7 @@ def _finish(
 ) -> None:
     """Write what lies over all shards; meta.json last."""
     reports = [read_report(folder / shard.name) for shard in shards]
-    samples = [np.load(folder / shard.name / "samples.npy", allow_pickle=False) for shard in shards]
+    samples: list[NDArray[Any]] = [np.load(folder / shard.name / "samples.npy", allow_pickle=False) for shard in shards]
     names: dict[str, int] = {}
     placed = np.concatenate(
         [
@@ -168,6 +170,7 @@ def _finish(
                     reasons[entry["reason"]] += 1
                 stream.write(line)
     rows, tokenized = sum(map(len, indexes)), sum(map(len, chosen))
+    whole = tokenized - outcomes.total()
     meta = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
@@ -178,12 +181,11 @@ def _finish(
         "excluded": dict(sorted(reasons.items())),
         "truncated": outcomes[TRUNCATED],
         "split": outcomes[SPLIT],
-        "whole": tokenized - outcomes.total(),
+        "whole": whole,
         "samples": len(placed),
         "shard_tokens": [int(part["length"].sum()) for part in samples],
     }
-    in_samples = meta["whole"] + outcomes[TRUNCATED] + outcomes[SPLIT]
-    assert in_samples == int((placed["part"] == 0).sum()), "a row was lost"
+    assert whole + outcomes[TRUNCATED] + outcomes[SPLIT] == int((placed["part"] == 0).sum()), "a row was lost"
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 

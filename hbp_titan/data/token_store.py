@@ -208,7 +208,8 @@ def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest lev
 
 def check_strict(store: TokenStore, most_shown: int) -> None:
     """Raise Mistakes, with the first `most_shown` of them, where any row is left out or cut (data.strict)."""
-    lines, count = [], 0
+    lines: list[str] = []
+    count = 0
     for entry in store.ledger():
         count += 1
         if len(lines) < most_shown:

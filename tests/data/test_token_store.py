@@ -156,7 +156,12 @@ def test_a_malformed_row_is_named_whatever_process_reads_it(tmp_path: Path, num_
     config = job(tmp_path, train_files=[str(file)], num_proc=num_proc)
     with pytest.raises(Mistakes, match=r"a.jsonl:41: ") as caught:
         prepare(config)
-    assert caught.value.lines[-1].startswith("mend the rows, or set data.malformed")
+    assert "a.jsonl:45: not JSON" in caught.value.lines[1]
+    assert caught.value.lines[2].startswith("mend the rows, or set data.malformed")
+    write(tmp_path / "a.jsonl", *many(4), "not json\n")
+    with pytest.raises(Mistakes, match=r"a.jsonl:5: not JSON.*; mend the row, or set data.malformed") as caught:
+        prepare(config)
+    assert len(caught.value.lines) == 1
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("set-")]
 
 
