@@ -10,8 +10,6 @@ import math
 from hbp_titan.job_config import DataSource, JobConfig, to_dict
 from hbp_titan.packing.level import AC_POLICIES
 
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion")
-ROLES = ("system", "user", "assistant", "tool")
 _CHOICES = {
     "packing.levels": ("", "auto"),
     "packing.mix": ("alternate", "interleave"),
@@ -74,8 +72,3 @@ def _check_source(name: str, source: DataSource) -> None:
             raise ValueError(f"{name}.{key} = {value} must be a number of at least {least}")
     if source.repeat == 0:
         raise ValueError(f"{name}.repeat = 0 trains nothing: leave the block out")
-    if source.format not in FORMATS:
-        raise ValueError(f"{name}.format = {source.format!r} is none of {', '.join(repr(f) for f in FORMATS)}")
-    for role, ours in source.roles.items():
-        if ours not in ROLES:
-            raise ValueError(f"{name}.roles: {role!r} = {ours!r} is none of {', '.join(ROLES)}")

@@ -102,8 +102,6 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
         ),
         ("[[data.sources]]\npath = 'a'\nrepeat = 0", r"data.sources\[1\].repeat = 0 trains nothing"),
         ("[[data.sources]]\npath = 'a'\nlimit = -1", r"data.sources\[1\].limit = -1 must be a number of at least 0"),
-        ("[[data.sources]]\npath = 'a'\nformat = 'csv'", r"data.sources\[1\].format = 'csv' is none of 'auto', 'mess"),
-        ("[[data.sources]]\npath = 'a'\nroles = {bot = 'robot'}", r"roles: 'bot' = 'robot' is none of system, user"),
         (
             "[[data.sources]]\npath = 'a'\ncolumns = {role = 1}",
             r"data.sources\[1\].columns = {'role': 1} must be of type",

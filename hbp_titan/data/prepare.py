@@ -17,7 +17,7 @@ from hbp_titan.data.corpus import ensure_stdlib_corpus
 from hbp_titan.data.fingerprint import file_digests, fingerprint
 from hbp_titan.data.mixture import draw, epoch_counts, first_of_each, share_out
 from hbp_titan.data.row_files import RowIndex, index_rows, read_records
-from hbp_titan.data.row_formats import detect_format
+from hbp_titan.data.row_formats import check_mapping, detect_format
 from hbp_titan.data.source_files import source_files
 from hbp_titan.data.source_store import FORMAT_VERSION, SourceStore, build_source_store, malformed_rows
 from hbp_titan.data.team import Team, own_cores
@@ -96,6 +96,8 @@ class _Preparation:
 
     def run(self) -> Path:
         """The folder of the set, made where it is not there yet; the checks that its configuration asks for."""
+        for key, source in self.sources:
+            check_mapping(source.format, source.columns, source.roles, key)
         files = [source_files(source, key) for key, source in self.sources]
         tokenizer_files = [self.config.tokenizer_path / name for name in TOKENIZER_FILES]
         tokenizer_files = [file for file in tokenizer_files if file.is_file()]

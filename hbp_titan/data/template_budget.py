@@ -24,8 +24,36 @@ ITERATION = 2
 
 # Filters that pass values on; every other filter may write a list or dict out as text.
 _STRUCTURAL = frozenset(
-    "abs attr batch count d default dictsort first float groupby int items last length list map max min reject "
-    "rejectattr reverse round select selectattr slice sort sum unique".split()
+    [
+        "abs",
+        "attr",
+        "batch",
+        "count",
+        "d",
+        "default",
+        "dictsort",
+        "first",
+        "float",
+        "groupby",
+        "int",
+        "items",
+        "last",
+        "length",
+        "list",
+        "map",
+        "max",
+        "min",
+        "reject",
+        "rejectattr",
+        "reverse",
+        "round",
+        "select",
+        "selectattr",
+        "slice",
+        "sort",
+        "sum",
+        "unique",
+    ]
 )
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*(\{|\d{6})")
 
@@ -83,7 +111,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self._charge_size(result)
         return result
 
-    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             __self._charge_growth(__obj.__name__, owner, [*args, *kwargs.values()])

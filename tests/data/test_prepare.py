@@ -84,6 +84,23 @@ def test_a_missing_validation_file_is_named_with_its_key(config_file: Path) -> N
         prepare(config(config_file, "--data.validation_files", "gone.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("format = 'csv'", r"data.sources\[1\].format is \"csv\": expected auto or one of messages, sharegpt, alpaca"),
+        ("roles = {bot = 'robot'}", r"data.sources\[1\].roles: \"bot\" is \"robot\": expected one of system, user"),
+        ("columns = {dialog = 'd'}", r"data.sources\[1\].columns: \"dialog\" is no column of messages"),
+        ("columns = {messages = 'd'}", r"train.jsonl:1: no known format: found the columns \"messages\".*sources\[1\]"),
+        ("split = 'test'", r"data.sources\[1\].split is test, but .*train.jsonl is a file, which has none"),
+    ],
+)
+def test_a_source_that_does_not_fit_its_data_is_named(config_file: Path, key: str, message: str) -> None:
+    block = f'[[data.sources]]\npath = "{config_file.parent}/train.jsonl"\n{key}\n'
+    config_file.write_text(config_file.read_text().replace("[[levels]]", block + "[[levels]]", 1))
+    with pytest.raises(ValueError, match=message):
+        prepare(config(config_file, "--data.train_files", "[]"), progress=False)
+
+
 def test_the_embedded_corpus_is_built_and_its_long_samples_are_listed(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
