@@ -14,9 +14,6 @@ from tokenizers import Encoding, Tokenizer
 
 from hbp_titan.data.jinja_template import ChatTemplate
 
-Span = tuple[int, int]
-
-
 class ControlTokens:
     """The control tokens of a tokenizer and its template: the special tokens, and other added tokens by which the
     template opens turns (DeepSeek-V3's).
@@ -40,9 +37,7 @@ class ControlTokens:
 
     def escape(self, value: Any, marker: str) -> Any:
         """The JSON value with `marker` put into each control token that its strings spell."""
-        return map_strings(
-            value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
-        )
+        return map_strings(value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text))
 
     def encode_escaped(self, marked: str, marker: str) -> Encoding:
         """Encoding of a text without its markers, in which only unmarked control tokens are such: they are encoded
@@ -107,6 +102,7 @@ def map_strings(value: Any, function: Any) -> Any:
 
 def unused_characters(texts: list[str], count: int) -> list[str]:
     """Characters of the private use plane that no text holds."""
+    texts = [text for text in texts if not text.isascii()]
     unused: list[str] = []
     candidate = 0x100000
     while len(unused) < count:
