@@ -169,7 +169,7 @@ def inside(name: Any, where: str) -> str:
 
 
 def _splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
-    """The files of each split by the first rule that fits: shards in data/, names of folders, of files, or all files."""
+    """The files of each split by the first rule that fits: shards in data/, names of folders, of files, or all."""
     sharded: dict[str, list[str]] = {}
     for name in names:
         if match := _SHARD.fullmatch(name):

@@ -29,7 +29,7 @@ def parse_json(text: str | bytes) -> Any:
     except _DuplicateKey:
         raise
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except ValueError as error:  # an integer of too many digits
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
