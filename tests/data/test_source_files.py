@@ -262,3 +262,10 @@ def test_a_source_that_is_none_is_named_with_its_key(tmp_path: Path, source: Dat
     source.path = source.path.format(folder)
     with pytest.raises(ValueError, match=complaint):
         source_files(source, "data.sources[0]")
+
+
+def test_files_may_be_links_as_a_hub_cache_has_them(tmp_path: Path) -> None:
+    folder = make(tmp_path, ["x"])
+    (folder / "x").rename(tmp_path / "blob")
+    (folder / "train.jsonl").symlink_to(tmp_path / "blob")
+    assert read(tmp_path) == oracle(tmp_path) == [{"file": "x", "row": 0}, {"file": "x", "row": 1}]
