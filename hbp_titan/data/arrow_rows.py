@@ -35,7 +35,7 @@ def require(module: str, file: Path) -> Any:
 def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Position, estimated bytes and number (from 1) of each row: int64 [R] each. name: the file's name in messages."""
     try:
-        batches, ends = _open(file)
+        batches, ends = _open(file, file.stat().st_mtime_ns)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}:1: not a readable Arrow file: {first_line(error)}") from None
     for batch, start in zip(batches, ends[:-1].tolist(), strict=True):
@@ -58,8 +58,11 @@ def _check_batch(batch: Any, where: str) -> None:
 
 
 @lru_cache(maxsize=4)
-def _open(file: Path) -> tuple[list[Any], NDArray[np.int64]]:
-    """The record batches of a file, and the rows up to each: int64 [batches + 1]."""
+def _open(file: Path, mtime_ns: int) -> tuple[list[Any], NDArray[np.int64]]:
+    """The record batches of a file, and the rows up to each: int64 [batches + 1].
+
+    mtime_ns: of the file, which is another after a change.
+    """
     arrow = require("pyarrow", file)
     source = arrow.memory_map(str(file))
     try:
@@ -73,7 +76,7 @@ def _open(file: Path) -> tuple[list[Any], NDArray[np.int64]]:
 
 def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
     """The records of the rows at these positions; a ValueError in the place of one that is malformed."""
-    batches, ends = _open(file)
+    batches, ends = _open(file, file.stat().st_mtime_ns)
     numbers = np.searchsorted(ends, positions, side="right") - 1
     new_run = (np.diff(positions) != 1) | (np.diff(numbers) != 0)
     for run in np.split(np.arange(len(positions)), np.flatnonzero(new_run) + 1):

@@ -13,7 +13,7 @@ from typing import IO
 
 _BLOCK_CHARACTERS = 1 << 20
 # More text than this without an end is no row.
-_MAX_ELEMENT_CHARACTERS = 1 << 28
+_MAX_ELEMENT_CHARACTERS = 1 << 27
 _WHITESPACE = " \t\r\n"
 
 

@@ -7,6 +7,7 @@ where text is used, half surrogates, values that JSON has not, and nesting of mo
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 # Far above any tool's schema, far below Python's recursion limit, which templates share.
@@ -29,7 +30,7 @@ def parse_json(text: str | bytes) -> Any:
     except _DuplicateKey:
         raise
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except ValueError as error:  # an integer of too many digits
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
@@ -39,8 +40,7 @@ def parse_json(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _DuplicateKey(f"an object has the key {shown(twice)} twice")
     return values
 
