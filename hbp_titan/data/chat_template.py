@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from hbp_titan.data.control_tokens import ControlTokens, strings, unused_characters
 from hbp_titan.data.jinja_template import ChatTemplate, Message, plain_messages
-from hbp_titan.data.loss_mask import Span, Tools, TurnLocator, mask_spans, mask_spans_by_offsets
+from hbp_titan.data.loss_mask import Tools, TurnLocator
+from hbp_titan.data.text_encoder import Span, TextEncoder, mask_spans
 from hbp_titan.data.tokenizer import read_tokenizer_folder
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -39,6 +40,7 @@ class ChatTokenizer:
         folder = read_tokenizer_folder(path)
         self.tokenizer = folder.load()
         self.train_on = train_on
+        self._encoder = TextEncoder(self.tokenizer)
         self._template = ChatTemplate(folder)
         self._control = ControlTokens(self.tokenizer, self._template)
         self._locator = TurnLocator(self._template, self._control.pattern)
@@ -71,12 +73,11 @@ class ChatTokenizer:
         if any(map(self._control.pattern.search, texts)):
             text, spans = self._locate_escaped(messages, tools, turns, marker, (opening, closing))
             encoding = self._control.encode_escaped(text, marker)
-            mask = mask_spans_by_offsets(encoding, spans)
+            ids, mask = np.array(encoding.ids, dtype=np.uint32), mask_spans(encoding, spans)
         else:
             text, spans = self._locator.locate(messages, tools, turns, (opening, closing))
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            mask = mask_spans(encoding, spans)
-        return np.array(encoding.ids, dtype=np.uint32), ~mask if self.train_on == "all" else mask
+            ids, mask = self._encoder.encode(text, spans)
+        return ids, ~mask if self.train_on == "all" else mask
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """The messages whose place must be known: those that are trained; under "all", those that are not."""

@@ -14,9 +14,6 @@ from tokenizers import Encoding, Tokenizer
 
 from hbp_titan.data.jinja_template import ChatTemplate
 
-Span = tuple[int, int]
-
-
 class ControlTokens:
     """The control tokens of a tokenizer and its template: the special tokens, and other added tokens by which the
     template opens turns (DeepSeek-V3's).
@@ -105,6 +102,7 @@ def map_strings(value: Any, function: Any) -> Any:
 
 def unused_characters(texts: list[str], count: int) -> list[str]:
     """Characters of the private use plane that no text holds."""
+    texts = [text for text in texts if not text.isascii()]
     unused: list[str] = []
     candidate = 0x100000
     while len(unused) < count:

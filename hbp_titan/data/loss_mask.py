@@ -1,4 +1,4 @@
-"""Where the assistant's turns lie in a rendered conversation, and which tokens that makes trained.
+"""Where the assistant's turns lie in a rendered conversation.
 
 Owns the rule of what is trained: the text of an assistant turn with its end token. Where it begins and ends is said
 by the template's `{% generation %}` blocks; without them, by rendering the conversation turn by turn. A turn whose
@@ -11,13 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding
-
 from hbp_titan.data.jinja_template import ChatTemplate, Message
+from hbp_titan.data.text_encoder import Span
 
-Span = tuple[int, int]
 Tools = Sequence[dict[str, Any]] | None
 
 _USE_BLOCKS = "so the loss mask is unknown: use a template with {% generation %} blocks"
@@ -156,30 +152,3 @@ def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[
     if starts or closing in first:
         raise ValueError("the chat template cuts its {% generation %} blocks apart: the loss mask is unknown")
     return "".join(text), [(start, end) for start, end in spans if start < end]
-
-
-def mask_spans(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """True for each token that shares a character with a span, as transformers' assistant mask has it.
-
-    encoding: of one text, not merged: only such an Encoding answers char_to_token.
-    """
-    mask = np.zeros(len(encoding), dtype=np.bool_)
-    for start, end in spans:
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        if first is None or last is None:
-            # A normalizer took the character away.
-            return mask_spans_by_offsets(encoding, spans)
-        # A character of several tokens answers with its first.
-        while last + 1 < len(mask) and encoding.token_to_chars(last + 1)[0] < end:
-            last += 1
-        mask[first : last + 1] = True
-    return mask
-
-
-def mask_spans_by_offsets(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """What `mask_spans` says, of any Encoding, from the offsets of all its tokens."""
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    mask = np.zeros(len(offsets), dtype=np.bool_)
-    for start, end in spans:
-        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-    return mask

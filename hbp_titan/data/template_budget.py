@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -34,10 +35,24 @@ class TemplateBudgetError(jinja2.TemplateError):
     """A render over its budget."""
 
 
+class _CodeGenerator(CodeGenerator):
+    """Calls the environment's own methods directly: through the sandbox, a loop's charge would cost what the loop does."""
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
+        if not isinstance(node.node, nodes.EnvironmentAttribute):
+            return super().visit_Call(node, frame, forward_caller=forward_caller)
+        self.visit(node.node, frame)
+        self.write("(")
+        for argument in node.args:
+            self.visit(argument, frame)
+        self.write(")")
+
+
 class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     """An immutable sandbox whose templates must be rendered after `start_render`, one at a time."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _CodeGenerator
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -61,7 +76,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     def charge_value(self, value: Any) -> Any:
         """Pay for a value that is written out; returns it."""
         if isinstance(value, (str, bytes)):
-            self.charge(len(value) >> 10)
+            self._charge_size(value)
         elif isinstance(value, (list, tuple, dict)):
             # A list that holds another twice, and so on, is small until it is written.
             self.charge(1 + (len(value) >> 6))
@@ -73,6 +88,10 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            result = left + right
+            self._charge_size(result)
+            return result
         if operator == "*":
             self.charge(_product_units(left, right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -90,6 +109,12 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         result = super().call(__context, __obj, *args, **kwargs)
         __self._charge_size(result)
         return result
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.role` of a dict is an item: not first an AttributeError.
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         # str.translate can grow a text by any factor.
@@ -144,7 +169,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     def _charge_size(self, value: Any) -> None:
         if isinstance(value, (str, bytes)):
-            self.charge(len(value) >> 10)
+            if len(value) >= 1024:
+                self.charge(len(value) >> 10)
         elif isinstance(value, (list, tuple, dict, range)):
             self.charge(len(value) >> 6)
 
