@@ -113,7 +113,7 @@ def make_batch(
     if samples:
         np.concatenate([tokens for tokens, _ in samples], out=input_ids[:num_tokens])
         np.concatenate([mask for _, mask in samples], out=trained[:num_tokens], casting="unsafe")
-        weights[:num_tokens] = 1.0 if sample_weights is None else np.repeat(np.float32(sample_weights), lengths)
+        weights[:num_tokens] = 1.0 if sample_weights is None else np.repeat(sample_weights.astype(np.float32), lengths)
     # The first token of a document is predicted by nothing.
     trained[starts] = False
     has_label = trained[1:]
