@@ -128,6 +128,9 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
     assert all(weights[name].equal(again[name]) for name in weights)
 
     assert "is complete at step" in _finish(_start(second))
+    (killed / "consumed").rename(killed / "lost")
+    output = _start(second).communicate(timeout=240)[0]
+    assert f"error: cannot resume: {killed / 'consumed'} does not say what steps 1 to" in output
     output = _start(second, num_ranks=4).communicate(timeout=240)[0]
     assert "error: cannot resume: " in output
     assert "world_size is 2 in the file but 4 here" in output
