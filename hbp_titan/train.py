@@ -186,12 +186,16 @@ class Trainer:
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
-            self.consumed.sync()
-            dist.barrier()
-            if self.world.rank == 0:
-                metrics.write(confirm_epoch(self.folder, plan, self.step, self.store))
+            self._confirm_epoch(plan, metrics)
             self.epoch += 1
             self.step_in_epoch = 0
+
+    def _confirm_epoch(self, plan: Plan, metrics: MetricsLogger) -> None:
+        """Compare what was trained with the plan and the store: each sample once."""
+        self.consumed.sync()
+        dist.barrier()
+        if self.world.rank == 0:
+            metrics.write(confirm_epoch(self.folder, plan, self.step, self.store))
 
     def _probe_levels(self) -> None:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,

@@ -60,6 +60,7 @@ class ConsumedRecord:
             partial.rename(self.folder / f"attempt-{numbers[0]:04}")
         dist.broadcast_object_list(numbers, src=0)
         path = self.folder / f"attempt-{numbers[0]:04}" / f"rank-{self.rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
 
     def add(self, iteration: int, batch: PackedBatch) -> None:
