@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.level_time import pack_loads
@@ -102,6 +103,9 @@ class MeasuredEpoch(Trainer):
     def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> dict[str, Any]:
         self.records.append(super().train_step(plan, step, batches))
         return self.records[-1]
+
+    def _confirm_epoch(self, plan: Plan, metrics: MetricsLogger) -> None:
+        """Each rank has a folder of its own: there is no record of all of them."""
 
 
 class _IterationLog:

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,9 @@ from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import compare_methods, describe_plan, describe_totals, describe_wait, level_name
 from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
+from hbp_titan.data.audit import confirm_epoch, plan_path
 from hbp_titan.data.batch import PackedBatch
+from hbp_titan.data.consumed import ConsumedRecord, attempt_folders
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.prepare import open_stores
@@ -101,7 +102,8 @@ class Trainer:
         times = load_level_times(self.folder, config.levels)
         self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
         self.normalizer = NORMALIZERS[config.training.normalizer]
-        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer)
+        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer, self.store)
+        self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
         self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
@@ -128,10 +130,12 @@ class Trainer:
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
             self._probe_levels()
+            self.consumed.start(self.step + 1, self.epoch, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
-        self._print(describe_totals(self.recorder.totals))
+        self.consumed.close()
+        self._print(describe_totals(self.recorder.totals, metrics.sources))
         self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
         self._print(f"run folder   {self.folder}")
         self._export()
@@ -147,7 +151,7 @@ class Trainer:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
         plan = self.plans.of(self.epoch)
         if self.world.rank == 0:
-            save_plan(plan, self._plan_path(self.epoch), inputs={"data": self.store.fingerprint})
+            save_plan(plan, plan_path(self.folder, self.epoch), inputs={"data": self.store.fingerprint})
         data = self.config.data
         self.shapes = self.shapes.covering(plan)
         loader = PackLoader(
@@ -180,8 +184,16 @@ class Trainer:
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
+            self._confirm_epoch(plan, metrics)
             self.epoch += 1
             self.step_in_epoch = 0
+
+    def _confirm_epoch(self, plan: Plan, metrics: MetricsLogger) -> None:
+        """Compare what was trained with the plan and the store: each sample once."""
+        self.consumed.sync()
+        dist.barrier()
+        if self.world.rank == 0:
+            metrics.write(confirm_epoch(self.folder, plan, self.step, self.store))
 
     def _probe_levels(self) -> None:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
@@ -209,6 +221,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             with self.live_check.iteration(iteration):
                 loss_by_level[batch.level] += self.engine.forward_backward(batch)
+            self.consumed.add(iteration, batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
@@ -219,6 +232,7 @@ class Trainer:
                 "the parameters were not updated"
             )
         self.optimizer.step()
+        self.consumed.commit(self.step + 1, self.epoch)
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         (waited,) = all_reduce_values([waited], "max", self.device)
@@ -229,6 +243,7 @@ class Trainer:
         if not self.config.checkpoint.enable:
             return
         plan = self.plans.of(self.epoch)
+        self.consumed.sync()
         self.checkpointer.save(
             self.step,
             {
@@ -255,7 +270,7 @@ class Trainer:
         self.epoch = state["loader"]["epoch"]
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         plan = self.plans.of(self.epoch)
-        saved = self._plan_path(self.epoch)
+        saved = plan_path(self.folder, self.epoch)
         mend = "restore that, or name another --job.dump_folder"
         try:
             # Compares settings and data; its message names every difference.
@@ -266,11 +281,12 @@ class Trainer:
             raise ValueError(
                 f"cannot resume: {saved} is not the plan of the checkpoint; name another --job.dump_folder"
             )
+        if not attempt_folders(self.consumed.folder):
+            raise ValueError(
+                f"cannot resume: {self.consumed.folder} does not say what steps 1 to {self.step} trained; {mend}"
+            )
         offsets = plan.step_offsets.tolist()
         self.step_in_epoch = offsets.index(state["loader"]["iteration"])
-
-    def _plan_path(self, epoch: int) -> Path:
-        return self.folder / "plan" / f"epoch-{epoch}.safetensors"
 
     def _announce(self) -> None:
         """The table of methods and every derived number, on the rank that prints; the resolved TOML on disk."""

@@ -67,6 +67,32 @@ def _descendants(pid: int) -> list[int]:
     return found + [below for child in found for below in _descendants(child)]
 
 
+def _audit(folder: Path) -> tuple[int, str, str]:
+    command = [sys.executable, "scripts/audit_epoch.py", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return result.returncode, result.stdout, result.stderr
+
+
+def _check_audit(folder: Path, reached: int) -> None:
+    """The run was killed after step `reached` and resumed after step 10: what it trained in between is not counted."""
+    code, table, errors = _audit(folder)
+    assert (code, errors) == (0, "")
+    assert "resumed after step 10" in table
+    assert table.count("150  ") == table.count("each sample trained once") == 2
+    first, second = ([*(folder / f"consumed/attempt-000{n}").glob("rank-*.jsonl")] for n in (1, 2))
+    assert len(first) == len(second) == 2
+    assert min(len(path.read_text().splitlines()) for path in first) >= reached
+
+    lines = second[0].read_text().splitlines(keepends=True)
+    for wrong in (lines[:3] + lines[4:], lines[:4] + lines[3:]):
+        second[0].write_text("".join(wrong))
+        code, table, errors = _audit(folder)
+        assert code == 1
+        assert f"error: {second[0]}:" in errors
+        assert "  wrong" in table
+    second[0].write_text("".join(lines))
+
+
 @pytest.fixture
 def argv(tmp_path: Path) -> list[str]:
     return [
@@ -84,17 +110,27 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
     _kill_after(_start(second), killed, step=14)
     reached = len(_steps(killed))
     assert 14 <= reached < len(_steps(whole))
-    assert "resumed from step 10" in _finish(_start(second))
+    code, table, errors = _audit(killed)
+    assert (code, errors) == (0, "")
+    assert "in progress" in table
+    output = _finish(_start(second))
+    assert "resumed from step 10" in output
+    assert "epoch 0: 150 samples, each trained once" in output
+    assert "epoch 1: 150 samples, each trained once" in output
 
     kept = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr", "tokens")
     expected, found = ([[m[key] for key in kept] for m in _steps(folder)] for folder in (whole, killed))
     assert found == expected
     assert expected[-1][1] == 1  # the second epoch was reached, and the first one resumed in its middle
+    _check_audit(killed, reached)
     weights, again = (load_file(folder / "hf" / "model.safetensors") for folder in (whole, killed))
     assert weights.keys() == again.keys()
     assert all(weights[name].equal(again[name]) for name in weights)
 
     assert "is complete at step" in _finish(_start(second))
+    (killed / "consumed").rename(killed / "lost")
+    output = _start(second).communicate(timeout=240)[0]
+    assert f"error: cannot resume: {killed / 'consumed'} does not say what steps 1 to" in output
     output = _start(second, num_ranks=4).communicate(timeout=240)[0]
     assert "error: cannot resume: " in output
     assert "world_size is 2 in the file but 4 here" in output

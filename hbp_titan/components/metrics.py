@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsLogger:
-    """Writes on one rank only (`active`); on the others every call does nothing. A context manager."""
+    """Writes on one rank only (`active`); on the others every call does nothing. A context manager.
+
+    sources: what each source was trained since step 1, counts by the names of metrics.jsonl; on the active rank.
+    """
 
     def __init__(
         self,
@@ -58,11 +62,13 @@ class MetricsLogger:
         self.log_interval = log_interval
         self.total_steps = total_steps
         self.seconds = 0.0
+        self.sources: dict[str, Counter[str]] = {}
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        keep_steps_up_to(self.path, first_step)
+        for kept in keep_steps_up_to(self.path, first_step):
+            self._count_sources(kept)
         self.file = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
         self.first_step = first_step
@@ -89,7 +95,10 @@ class MetricsLogger:
         step = metrics["step"]
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
+        self._count_sources(metrics)
         if self.writer:
+            for name in metrics["sources"]:
+                self.writer.add_scalar(f"source/{name}/tokens", self.sources[name]["tokens"], step)
             for name, tag in _TENSORBOARD_NAMES.items():
                 if metrics.get(name) is not None:
                     self.writer.add_scalar(tag, metrics[name], step)
@@ -103,6 +112,10 @@ class MetricsLogger:
             if self.writer:
                 self.writer.add_scalar("validation_metrics/loss", means["loss"], step)
             self.write(f"step {step} validation  " + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+
+    def _count_sources(self, metrics: dict[str, Any]) -> None:
+        for name, counts in metrics["sources"].items():
+            self.sources.setdefault(name, Counter()).update(counts)
 
     def write(self, text: str) -> None:
         """Print `text` above the progress bar."""
@@ -133,17 +146,21 @@ class MetricsLogger:
         return "  ".join(parts)
 
 
-def keep_steps_up_to(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`: a resumed run writes those steps again."""
+def keep_steps_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of metrics.jsonl after `step`: a resumed run writes those steps again. Returns what is kept."""
     if not path.exists():
-        return
+        return []
     kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            metrics = json.loads(line)
+            if metrics["step"] <= step:
+                kept.append(metrics)
+                lines.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the half-written last line of a killed run
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
+    return kept

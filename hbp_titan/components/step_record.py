@@ -1,16 +1,18 @@
 """One line of metrics.jsonl from what a step planned and what it measured, and the totals per level of the run.
 
-Owns the arithmetic of throughput, MFU, padding and loss per level. Tokens and FLOPs come from the plan: padding
-does no work that counts, and attention counts within documents only.
+Owns the arithmetic of throughput, MFU, padding, loss per level and tokens per source. Tokens and FLOPs come from the
+plan: padding does no work that counts, and attention counts within documents only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hbp_titan.components.metrics import peak_memory_gib
 from hbp_titan.components.normalizer import weight_range
@@ -33,11 +35,24 @@ class StepMeasurements:
     step_seconds: float
 
 
+class NamedSources(Protocol):
+    """What the records need of a token store. sources: uint16 [num_samples], index into source_names."""
+
+    @property
+    def sources(self) -> NDArray[np.uint16]: ...
+
+    @property
+    def source_names(self) -> Sequence[str]: ...
+
+
 class StepRecorder:
     """Turns measurements into records. `totals` has one entry a level; the seconds are those of all recorded steps."""
 
-    def __init__(self, args: ModelArgs, plan: Plan, device: torch.device, normalizer: SampleWeights) -> None:
+    def __init__(
+        self, args: ModelArgs, plan: Plan, device: torch.device, normalizer: SampleWeights, store: NamedSources
+    ) -> None:
         self.args = args
+        self.store = store
         self.normalizer = normalizer
         self.device = device
         self.world_peak_flops = (peak_flops(device) or 0.0) * plan.world_size
@@ -47,7 +62,8 @@ class StepRecorder:
     def record(self, plan: Plan, step_in_epoch: int, step: int, measured: StepMeasurements) -> dict[str, Any]:
         """The record of optimizer step `step` (1-based), step `step_in_epoch` (0-based) of `plan`."""
         first, last = int(plan.step_offsets[step_in_epoch]), int(plan.step_offsets[step_in_epoch + 1])
-        lengths = plan.lengths[plan.samples_of(first, last)]
+        samples = plan.samples_of(first, last)
+        lengths = plan.lengths[samples]
         tokens, trained = int(lengths.sum()), int(plan.step_loss_tokens[step_in_epoch])
         seconds = measured.step_seconds
         self.seconds += seconds
@@ -74,6 +90,7 @@ class StepRecorder:
             "lr": measured.lr,
             "tokens": tokens,
             "trained_tokens": trained,
+            "sources": count_sources(plan, samples, self.store),
             "token_weights": weight_range(self.normalizer, plan, step_in_epoch),
             "tokens_per_second": tokens / seconds,
             "mfu": 100 * flops / (seconds * self.world_peak_flops) if self.world_peak_flops else None,
@@ -82,3 +99,13 @@ class StepRecorder:
             "step_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+
+
+def count_sources(plan: Plan, samples: NDArray[np.int64], store: NamedSources) -> dict[str, dict[str, int]]:
+    """Samples, tokens and trained tokens of each source among `samples` (int64 [n], ids)."""
+    sources, index = np.unique(store.sources[samples], return_inverse=True)
+    counts = np.bincount(index), *(np.bincount(index, of[samples]) for of in (plan.lengths, plan.loss_tokens))
+    return {
+        store.source_names[source]: {"samples": int(n), "tokens": int(tokens), "trained_tokens": int(trained)}
+        for source, n, tokens, trained in zip(sources, *counts, strict=True)
+    }

@@ -5,7 +5,7 @@ Owns the wording of these blocks and the running totals per level; the numbers c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.packing import Level, Plan, comparison_table, measure
 
+SHOWN_SOURCES = 30
 COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
 
 
@@ -69,8 +70,11 @@ class LevelTotals:
         self.last_loss = loss
 
 
-def describe_totals(totals: Sequence[LevelTotals]) -> str:
-    """A table of tokens, time and loss per level; levels without iterations are left out."""
+def describe_totals(totals: Sequence[LevelTotals], sources: Mapping[str, Mapping[str, int]]) -> str:
+    """A table of tokens, time and loss per level, and one of tokens per source, the largest first.
+
+    Levels without iterations are left out. sources: counts by the names of metrics.jsonl.
+    """
     lines = [f"{'level':<12}{'iterations':>11}{'tokens':>13}{'seconds':>10}{'tok/s':>10}{'loss':>20}"]
     for total in totals:
         if total.first_loss is None:
@@ -81,7 +85,18 @@ def describe_totals(totals: Sequence[LevelTotals]) -> str:
             f"{level_name(total.level):<12}{total.iterations:>11}{total.tokens:>13,}{total.seconds:>10.1f}"
             f"{rate:>10,.0f}{loss:>20}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_source_lines(sources)])
+
+
+def _source_lines(sources: Mapping[str, Mapping[str, int]]) -> list[str]:
+    shown = sorted(sources, key=lambda name: -sources[name]["tokens"])
+    lines = [f"{'source':<32}{'samples':>12}{'tokens':>15}{'trained':>15}"]
+    for name in shown[:SHOWN_SOURCES]:
+        counts = sources[name]
+        lines.append(f"{name[:31]:<32}{counts['samples']:>12,}{counts['tokens']:>15,}{counts['trained_tokens']:>15,}")
+    if len(shown) > SHOWN_SOURCES:
+        lines.append(f"... and {len(shown) - SHOWN_SOURCES} smaller sources (metrics.jsonl has all)")
+    return lines
 
 
 def describe_wait(data_wait_seconds: float, seconds: float) -> str:

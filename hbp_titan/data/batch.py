@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -42,7 +43,8 @@ class PackedBatch:
     input_ids, position_ids, labels: int64 [S]. cu_seqlens: int32 [documents + 1], of the whole pack.
     loss_weights: float32 [S], what the loss of each label counts (0 where there is none).
     loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
-    whole pack, padding not counted. head_tail: for attention over gathered keys and values, where the shard is one of
+    whole pack, padding not counted. sample_ids: int64 [n], the samples that were read into the whole pack; an array,
+    because it stays on the host. head_tail: for attention over gathered keys and values, where the shard is one of
     heads and tails (data/sequence_shard.py); None where it is contiguous.
     """
 
@@ -56,6 +58,7 @@ class PackedBatch:
     level: int
     num_tokens: int
     num_loss_tokens: int
+    sample_ids: NDArray[np.int64]
     head_tail: HeadTailShard | None = None
 
     @property
@@ -94,41 +97,48 @@ def make_batch(
     sample_weights: float [n], the loss weight of each trained token of each sample; 1 unless given.
     """
     capacity = level.max_tokens
-    input_ids = np.zeros(capacity, dtype=np.int64)
-    position_ids = np.zeros(capacity, dtype=np.int64)
-    labels = np.full(capacity, IGNORE_INDEX, dtype=np.int64)
-    loss_weights = np.zeros(capacity, dtype=np.float32)
+    ids = np.array(sample_ids, dtype=np.int64)
+    samples = [store.sample(index) for index in ids.tolist()]
+    lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
+    num_tokens = int(lengths.sum())
+    assert num_tokens <= capacity, f"pack of {num_tokens} tokens exceeds its level's {capacity}"
+    counts = np.concatenate([lengths, _padding_documents(capacity - num_tokens)])
+    ends = np.cumsum(counts)
+    starts = ends - counts
+
+    # One more than the pack, for what follows a token: the label of position i is input_ids[i + 1].
+    input_ids = np.zeros(capacity + 1, dtype=np.int64)
+    trained = np.zeros(capacity + 1, dtype=np.bool_)
+    weights = np.zeros(capacity, dtype=np.float32)
+    if samples:
+        np.concatenate([tokens for tokens, _ in samples], out=input_ids[:num_tokens])
+        np.concatenate([mask for _, mask in samples], out=trained[:num_tokens], casting="unsafe")
+        weights[:num_tokens] = 1.0 if sample_weights is None else np.repeat(sample_weights.astype(np.float32), lengths)
+    # The first token of a document is predicted by nothing.
+    trained[starts] = False
+    has_label = trained[1:]
+    loss_index = np.flatnonzero(has_label)
     cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
-    cu_seqlens[0] = start = 0
-    for number, sample_id in enumerate(sample_ids):
-        tokens, loss_mask = store.sample(int(sample_id))
-        end = start + len(tokens)
-        assert end <= capacity, f"pack of {end} tokens exceeds its level's {capacity}"
-        input_ids[start:end] = tokens
-        position_ids[start:end] = np.arange(len(tokens))
-        labels[start : end - 1] = np.where(loss_mask[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
-        weight = 1.0 if sample_weights is None else sample_weights[number]
-        loss_weights[start : end - 1] = np.where(loss_mask[1:], weight, 0.0)
-        cu_seqlens[number + 1] = start = end
-    num_tokens, number = start, len(sample_ids)
-    while start < capacity:
-        end = min(start + PAD_DOCUMENT_TOKENS, capacity)
-        position_ids[start:end] = np.arange(end - start)
-        number += 1
-        cu_seqlens[number] = start = end
-    loss_index = np.flatnonzero(labels != IGNORE_INDEX)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(ends) + 1] = ends
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
-        labels=torch.from_numpy(labels),
+        input_ids=torch.from_numpy(input_ids[:capacity]),
+        position_ids=torch.from_numpy(np.arange(capacity) - np.repeat(starts, counts)),
+        labels=torch.from_numpy(np.where(has_label, input_ids[1:], IGNORE_INDEX)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        loss_weights=torch.from_numpy(loss_weights),
+        loss_weights=torch.from_numpy(weights * has_label),
         loss_index=torch.from_numpy(loss_index),
         max_seqlen=capacity,
         level=level_index,
         num_tokens=num_tokens,
         num_loss_tokens=len(loss_index),
+        sample_ids=ids,
     )
+
+
+def _padding_documents(tokens: int) -> NDArray[np.int64]:
+    """Lengths of the documents that `tokens` of padding are cut into."""
+    return np.diff(np.append(np.arange(0, tokens, PAD_DOCUMENT_TOKENS), tokens))
 
 
 def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1) -> PackedBatch:

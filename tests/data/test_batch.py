@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ X = IGNORE_INDEX
 class Samples:
     """Two samples: a user token and trained tokens (1), as a token store hands them out."""
 
-    rows = (([11, 12, 13], [0, 1, 1]), ([21, 22], [1, 1]), ([31], [1]))
+    rows: tuple[tuple[Any, Any], ...] = (([11, 12, 13], [0, 1, 1]), ([21, 22], [1, 1]), ([31], [1]))
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, mask = self.rows[index]
@@ -79,6 +81,35 @@ def test_moving_a_batch_moves_every_tensor() -> None:
     assert moved.head_tail is not None
     assert {tensor.device.type for tensor in (moved.input_ids, moved.cu_seqlens, *moved.head_tail)} == {"meta"}
     assert (moved.max_seqlen, moved.num_tokens) == (8, 5)
+
+
+def test_a_batch_names_the_samples_of_the_whole_pack_on_the_host() -> None:
+    batch = make_batch(Samples(), [1, 0], Level(8, 2), 0, max_documents=2)
+    for shard in (shard_batch(batch, rank, 2) for rank in range(2)):
+        moved = shard.to(torch.device("meta"))
+        assert isinstance(moved.sample_ids, np.ndarray)
+        assert moved.sample_ids.tolist() == [1, 0]
+
+
+def test_labels_and_weights_equal_those_filled_document_by_document() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        samples = Samples()
+        lengths = generator.integers(1, 9, size=generator.integers(0, 6))
+        samples.rows = tuple((generator.integers(1, 9, n), generator.integers(0, 2, n)) for n in lengths)
+        weights = generator.random(len(lengths))
+        capacity = int(lengths.sum() + generator.integers(1, 2000))
+        batch = make_batch(samples, range(len(lengths)), Level(capacity), 0, max_documents=8, sample_weights=weights)
+        labels, loss_weights = [X] * capacity, [0.0] * capacity
+        start = 0
+        for (tokens, mask), weight in zip(samples.rows, weights, strict=True):
+            for i in range(len(tokens) - 1):
+                if mask[i + 1]:
+                    labels[start + i], loss_weights[start + i] = tokens[i + 1], weight
+            start += len(tokens)
+        assert batch.labels.tolist() == labels
+        assert batch.loss_weights.equal(torch.tensor(loss_weights, dtype=torch.float32))
+        assert batch.loss_index.tolist() == [i for i in range(capacity) if labels[i] != X]
 
 
 def test_single_token_document_trains_nothing_and_an_empty_pack_is_padding() -> None:

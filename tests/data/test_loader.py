@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
+from hbp_titan.data.prepare import prepare
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import Level, Plan, build_plan
+from tests.tiny_run import write_tiny_run
 
 LEVELS = (Level(16, 1), Level(64, 2))
 LENGTHS = np.array([3, 60, 7, 16, 9, 33, 2, 5, 11, 40, 8, 4])
@@ -90,3 +97,45 @@ def test_shapes_cover_every_plan_in_powers_of_two() -> None:
     assert shapes.covering(many) == BatchShapes((1,), (4,))
     assert shapes.covering(many).covering(few) == shapes.covering(many)
     assert BatchShapes.of(build_plan([3], [Level(16, 2, "allgather")], 2), 2).gather_degrees == (2,)
+
+
+def test_a_rank_reads_its_own_packs_and_no_other_sample() -> None:
+    class Spied(Samples):
+        def __init__(self) -> None:
+            self.read: list[int] = []
+
+        def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            self.read.append(index)
+            return super().sample(index)
+
+    plan = _plan()
+    for rank in (0, 1):
+        store, wanted = Spied(), []
+        batches = list(PackLoader(plan, store, rank, SHAPES, first_iteration=1))
+        for iteration, batch in enumerate(batches, start=1):
+            own = plan.pack(iteration, rank // plan.levels[batch.level].cp_degree).tolist()
+            assert batch.sample_ids.tolist() == own
+            wanted += own
+        assert store.read == wanted
+        assert len(wanted) < len(LENGTHS)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_pass_on_the_names_of_the_samples(num_workers: int) -> None:
+    plan = _plan()
+    found = [batch.sample_ids.tolist() for batch in PackLoader(plan, Samples(), 0, SHAPES, num_workers=num_workers)]
+    assert found == [batch.sample_ids.tolist() for batch in PackLoader(plan, Samples(), 0, SHAPES)]
+    assert any(found)
+
+
+def test_a_pickled_data_set_holds_the_plan_but_no_data(tmp_path: Path) -> None:
+    """Where worker processes are not forked, they open the store's memory maps themselves."""
+    config = load_config(write_tiny_run(tmp_path, num_rows=150))
+    store = TokenStore.open(prepare(config, progress=False)[0])
+    assert len(pickle.dumps(store)) < 1000
+    plan = build_plan(store.lengths, config.levels, 2, loss_tokens=store.loss_tokens)
+    dataset = PlanDataset(plan, store, 0, BatchShapes.of(plan, 2))
+    again = pickle.loads(pickle.dumps(dataset))
+    for iteration in range(len(dataset)):
+        assert again[iteration].input_ids.equal(dataset[iteration].input_ids)
+        assert again[iteration].sample_ids.tolist() == dataset[iteration].sample_ids.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -53,7 +54,9 @@ def _attend(
 def _numbered_pack(boundaries: list[int]) -> PackedBatch:
     """A pack whose input_ids say which token of the pack each is."""
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedBatch(*[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T)
+    return PackedBatch(
+        *[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T, np.zeros(0, np.int64)
+    )
 
 
 CASES = {

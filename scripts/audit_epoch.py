@@ -1,0 +1,72 @@
+"""Audit a run: was each sample of a finished epoch trained exactly once, and is the rest where the plan has it?
+
+    python scripts/audit_epoch.py outputs/debug_model [--epoch 0]
+
+Compares what the ranks recorded as they trained (consumed/) with the plan (plan/) and the token store, for every epoch
+that the run has reached. Of the epoch in progress it asks for the plan's steps up to the last that was done. A run may
+be killed and resumed any number of times; it may be running. Exit code 1 and a line each for what is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hbp_titan.cli import guarded
+from hbp_titan.data.audit import EpochAudit, audit_run, check_ledger, shown
+from hbp_titan.data.consumed import read_attempts
+from hbp_titan.data.token_store import TokenStore
+
+
+def main(argv: list[str]) -> int:
+    """Print the audit; 0 where all is right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_folder", type=Path, help="the run's job.dump_folder")
+    parser.add_argument("--epoch", type=int, help="audit this epoch alone, counted from 0 [all]")
+    options = parser.parse_args(argv)
+    done = steps_done(options.run_folder / "metrics.jsonl")
+    attempts = read_attempts(options.run_folder, done)
+    store = TokenStore.open(attempts[-1].store)
+    audits, faults = audit_run(options.run_folder, done, attempts, store, options.epoch)
+    ledger, ledger_faults = check_ledger(store.totals(), len(store))
+
+    resumed = [str(attempt.first_step - 1) for attempt in attempts[1:]]
+    print(
+        f"{options.run_folder}: {done} steps done" + (f", resumed after step {', '.join(resumed)}" if resumed else "")
+    )
+    print("\n".join(ledger))
+    print(f"{'epoch':>5}{'steps':>16}{'iterations':>12}{'samples':>12}{'tokens':>15}{'trained':>15}  verdict")
+    print("\n".join(row(found, len(store)) for found in audits))
+    faults = [*faults, *(fault for found in audits for fault in found.faults), *ledger_faults]
+    for line in shown(faults):
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def row(found: EpochAudit, samples: int) -> str:
+    """One line of the table."""
+    steps = f"{found.steps_done} of {found.num_steps}"
+    verdict = "each sample trained once" if found.finished else f"in progress, {samples - found.samples:,} samples left"
+    return (
+        f"{found.epoch:>5}{steps:>16}{found.iterations:>12,}{found.samples:>12,}{found.tokens:>15,}"
+        f"{found.trained_tokens:>15,}  {'wrong' if found.faults else verdict}"
+    )
+
+
+def steps_done(metrics: Path) -> int:
+    """The last step of metrics.jsonl, which is written when every rank has recorded the step."""
+    step = 0
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the half-written last line of a killed run
+    return step
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(lambda: main(sys.argv[1:])))
