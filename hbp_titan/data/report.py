@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from hbp_titan.data.ledger import check_ledger
 from hbp_titan.data.token_store import TokenStore
 
 SHOWN_SOURCES = 30
@@ -28,26 +29,14 @@ def summary(store: TokenStore) -> str:
     if len(counts) > SHOWN_SOURCES:
         lines.append(f"... and {len(counts) - SHOWN_SOURCES} smaller sources")
     lines.append(_line("all", store, np.ones(len(store), dtype=bool), top))
-    return "\n".join([*lines, *_totals(store)])
+    return "\n".join([*lines, *_ledger(store)])
 
 
-def _totals(store: TokenStore) -> list[str]:
+def _ledger(store: TokenStore) -> list[str]:
     """The ledger's sums, and where its rows are listed."""
-    totals = store.totals()
-    parts = {key.removeprefix("excluded: "): count for key, count in totals.items() if key.startswith("excluded: ")}
-    named = {"whole": totals["whole"], "truncated": totals["truncated"], "split": totals["split"], **parts,
-             "outside the limit": totals["not_chosen"]}  # fmt: skip
-    lines = [f"rows: {totals['rows']:,} = {_sum(named)}"]
-    named = {"trained": totals["trained"], "duplicate": totals["duplicate"], "not drawn": totals["not drawn"]}
-    lines.append(f"samples made of them: {totals['samples_made']:,} = {_sum(named)}")
-    lines.append(f"samples of an epoch: {totals['samples']:,} = {_sum({k: totals[k] for k in ('trained', 'copies')})}")
-    cut = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
-    lines += [f"  listed in {folder / 'ledger.jsonl'}" for folder in cut]
-    return lines
-
-
-def _sum(parts: dict[str, int]) -> str:
-    return " + ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "0"
+    lines, _ = check_ledger(store.totals(), len(store))
+    listed = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
+    return [*lines, *(f"  listed in {folder / 'ledger.jsonl'}" for folder in listed)]
 
 
 def _line(name: str, store: TokenStore, chosen: NDArray[np.bool_], top: int) -> str:

@@ -131,9 +131,9 @@ def test_the_summary_counts_each_source(config_file: Path) -> None:
     assert lines[2].split()[:4] == ["rare", "3", "333", "243"]
     assert lines[3].split()[:4] == ["all", "12", "1,152", "792"]
     assert lines[4:] == [
-        "rows: 12 = 12 whole",
-        "samples made of them: 12 = 12 trained",
-        "samples of an epoch: 12 = 12 trained",
+        "ledger: 12 rows = 12 whole",
+        "ledger: 12 samples_made = 12 trained",
+        "ledger: 12 samples = 12 trained",
     ]
 
 
@@ -151,9 +151,9 @@ repeat = 2
     whole = len(store) // 2
     left_out = 10 - whole
     assert summary(store).splitlines()[-4:] == [
-        f"rows: 12 = {whole} whole + {left_out} over max_tokens + 2 outside the limit",
-        f"samples made of them: {whole} = {whole} trained",
-        f"samples of an epoch: {2 * whole} = {whole} trained + {whole} copies",
+        f"ledger: 12 rows = {whole} whole + {left_out} excluded: over max_tokens + 2 not_chosen",
+        f"ledger: {whole} samples_made = {whole} trained",
+        f"ledger: {2 * whole} samples = {whole} trained + {whole} copies",
         f"  listed in {store.stores[0].folder / 'ledger.jsonl'}",
     ]
 
@@ -175,7 +175,7 @@ def test_the_command_prepares_and_a_second_call_finds_everything(config_file: Pa
     arguments = ("--job.config_file", str(config_file), "--world_size", "2")
     first, second = run(*arguments), run(*arguments, "--show", "2")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "rows: 12 = 12 whole" in first.stdout
+    assert "12 rows = 12 whole" in first.stdout
     assert second.stdout.startswith(first.stdout)
     assert second.stdout.count("--- sample") == 2
     assert first.stderr == second.stderr == ""
@@ -218,7 +218,7 @@ def test_ranks_under_torchrun_leave_the_same_bytes_and_one_summary(config_file: 
         assert result.returncode == 0, result.stderr
         launched[ranks] = result.stdout.replace(f"cache{ranks}", "cache")
     assert launched[1] == launched[2]
-    assert launched[1].count("rows: 3,999 = 3,999 whole") == 1
+    assert launched[1].count("3,999 rows = 3,999 whole") == 1
     one, two = stored(folder / "cache1"), stored(folder / "cache2")
     assert one == two
     assert sum(name.endswith("tokens.bin") for name in one) > 2
