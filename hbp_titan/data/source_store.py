@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,31 @@ def build_source_store(
 
     def make_own() -> None:
         own = [shards[number] for number in team.share(len(shards))]
-        for report in write_shards(partial, own, recipe, num_proc, most_faults):
-            if report.malformed and not skip_malformed:
-                raise malformed_rows(report.faults, report.malformed)
-            progress(report.rows)
+        with _unless_there(folder):
+            for report in write_shards(partial, own, recipe, num_proc, most_faults):
+                if report.malformed and not skip_malformed:
+                    raise malformed_rows(report.faults, report.malformed)
+                progress(report.rows)
 
     team.run(make_own)
 
     def finish() -> None:
-        _finish(partial, fingerprint, indexes, chosen, shards)
-        publish(partial, folder)
+        with _unless_there(folder):
+            _finish(partial, fingerprint, indexes, chosen, shards)
+            publish(partial, folder)
+        shutil.rmtree(partial, ignore_errors=True)
 
     team.run(finish if team.rank == 0 else lambda: None)
+
+
+@contextmanager
+def _unless_there(folder: Path) -> Iterator[None]:
+    """Another process that makes the same store (a second node's start, say) may finish first."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from hbp_titan.cli import Mistakes
 from hbp_titan.data import prepare as prepare_module
-from hbp_titan.data import shards, source_store
+from hbp_titan.data import shards
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.team import Team
 from hbp_titan.data.token_store import TokenStore, check_fits
@@ -403,22 +403,26 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     )
 
 
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.usefixtures("small_shards")
 def test_of_two_processes_that_make_the_same_store_both_find_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(5)))])
-    publish = source_store.publish
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(60)))])
+    write_shard, calls = shards._write_shard, []
 
-    def rival_first(temporary: Path, folder: Path) -> None:
-        monkeypatch.setattr(source_store, "publish", publish)
-        publish(temporary, folder)
-        # The rival's folder is there, and its maker's own has become it: nothing is left to rename.
-        with pytest.raises(OSError, match="No such file"):
-            temporary.rename(folder)
-        publish(temporary, folder)
+    def rival_first(folder: Path, shard: shards.Shard, *arguments: Any) -> shards.ShardReport:
+        calls.append(shard.name)
+        if len(calls) == at + 1:
+            monkeypatch.setattr(shards, "_write_shard", write_shard)
+            prepare(config, progress=False)
+        return write_shard(folder, shard, *arguments)
 
-    monkeypatch.setattr(source_store, "publish", rival_first)
-    assert len(prepared(config)) == 5
+    monkeypatch.setattr(shards, "_write_shard", rival_first)
+    assert len(prepared(config)) == 60
+    assert len(calls) == at + 1
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert names == ["digests", "set", "source"]
 
 
 def test_a_missing_foreign_or_damaged_store_is_named(tmp_path: Path) -> None:
