@@ -14,6 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from hbp_titan.data.jinja_template import ChatTemplate
 
+
 class ControlTokens:
     """The control tokens of a tokenizer and its template: the special tokens, and other added tokens by which the
     template opens turns (DeepSeek-V3's).
@@ -37,7 +38,9 @@ class ControlTokens:
 
     def escape(self, value: Any, marker: str) -> Any:
         """The JSON value with `marker` put into each control token that its strings spell."""
-        return map_strings(value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text))
+        return map_strings(
+            value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
+        )
 
     def encode_escaped(self, marked: str, marker: str) -> Encoding:
         """Encoding of a text without its markers, in which only unmarked control tokens are such: they are encoded
