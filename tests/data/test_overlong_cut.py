@@ -144,7 +144,9 @@ def test_pieces_are_the_longest_that_fit_as_a_search_one_by_one_finds_them(
     assert [len(ids) for ids, _ in result.pieces] == expected
     assert result == SplitConversation(result.pieces, len(left_out), sum(left_out))
     # Nothing is lost or said twice.
-    assert sum(int(mask.sum()) for _, mask in result.pieces) == sum(sizes) - sum(left_out) + (system + 1) * len(left_out)
+    assert sum(int(mask.sum()) for _, mask in result.pieces) == sum(sizes) - sum(left_out) + (system + 1) * len(
+        left_out
+    )
 
 
 def test_a_conversation_of_many_turns_is_split_in_few_encodings() -> None:
