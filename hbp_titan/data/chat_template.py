@@ -55,9 +55,7 @@ class ChatTokenizer:
         text = self._template.special_tokens.get(name)
         return None if text is None else self.tokenizer.token_to_id(text)
 
-    def encode(
-        self, messages: Sequence[Message], tools: Tools = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    def encode(self, messages: Sequence[Message], tools: Tools = None) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Token ids [L] uint32 and loss mask [L] bool of one conversation.
 
         messages: dicts with a `role`; `train: False` on a message that is not to be trained.
@@ -68,7 +66,19 @@ class ChatTokenizer:
             raise ValueError("no message")
         turns = self._turns(messages)
         messages = plain_messages(messages)
-        texts = list(strings([*messages, *(tools or [])]))
+        try:
+            return self._encode(messages, tools, turns)
+        except ValueError:
+            # OpenAI leaves the content of a tool call out, which templates that add to it (Qwen3's) refuse.
+            filled = [{"content": "", **message} if "tool_calls" in message else message for message in messages]
+            if filled == messages:
+                raise
+        return self._encode(filled, tools, turns)
+
+    def _encode(
+        self, messages: list[Message], tools: Tools, turns: Sequence[int]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        texts = list(strings([messages, tools]))
         marker, opening, closing = unused_characters(texts, 3)
         if any(map(self._control.pattern.search, texts)):
             text, spans = self._locate_escaped(messages, tools, turns, marker, (opening, closing))
@@ -88,11 +98,11 @@ class ChatTokenizer:
         return [index for index in assistants if (messages[index].get("train", True) is not False) == trained]
 
     def _locate_escaped(
-        self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], marker: str, sentinels: tuple[str, str]
+        self, messages: list[Message], tools: Tools, turns: Sequence[int], marker: str, sentinels: tuple[str, str]
     ) -> tuple[str, list[Span]]:
         """The conversation's text, in which control tokens that messages spell hold a `marker`, and the spans of
         `turns` in the text without the markers."""
-        escaped_messages, escaped_tools = self._control.escape([list(messages), tools], marker)
+        escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
         marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels)
         if marked.replace(marker, "") != self._template.render(messages, tools):
             raise ValueError("a message spells a control token and the chat template rewrites it: remove it")

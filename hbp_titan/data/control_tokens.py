@@ -14,9 +14,10 @@ from tokenizers import Encoding, Tokenizer
 
 from hbp_titan.data.jinja_template import ChatTemplate
 
+
 class ControlTokens:
-    """The control tokens of a tokenizer and its template: the special tokens, and other added tokens by which the
-    template opens turns (DeepSeek-V3's).
+    """The control tokens of a tokenizer and its template: the special tokens, and other added tokens with which the
+    template opens or closes turns (DeepSeek-V3's).
 
     pattern: matches the text of any of them.
     """
@@ -24,11 +25,11 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        written = _ids_in_turns(tokenizer, template)
+        borders = _turn_ids(tokenizer, template)
         control = {
             index: token.content
             for index, token in added.items()
-            if (token.special or index in written) and not token.content.isspace() and len(token.content) > 1
+            if (token.special or index in borders) and not token.content.isspace() and len(token.content) > 1
         }
         self._ids = set(control)
         texts = sorted(control.values(), key=len, reverse=True)
@@ -37,7 +38,9 @@ class ControlTokens:
 
     def escape(self, value: Any, marker: str) -> Any:
         """The JSON value with `marker` put into each control token that its strings spell."""
-        return map_strings(value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text))
+        return map_strings(
+            value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
+        )
 
     def encode_escaped(self, marked: str, marker: str) -> Encoding:
         """Encoding of a text without its markers, in which only unmarked control tokens are such: they are encoded
@@ -67,13 +70,19 @@ class ControlTokens:
         return literal
 
 
-def _ids_in_turns(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
-    """The ids of a conversation that says nothing; empty where the template refuses it."""
+def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
+    """The ids with which turns begin and end in a conversation that says nothing; empty where the template refuses it.
+
+    Not those between: a template may write </think>, which messages may hold.
+    """
     probe = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     try:
-        return set(tokenizer.encode(template.render(probe), add_special_tokens=False).ids)
+        texts = [template.render(probe[:count]) for count in (1, 2, 3)]
     except ValueError:
         return set()
+    turns = [text.removeprefix(before) for before, text in zip(["", *texts], texts, strict=False)]
+    ids = [tokenizer.encode(turn, add_special_tokens=False).ids for turn in turns]
+    return {index for turn in ids for index in (*turn[:1], *turn[-1:])}
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -95,15 +95,23 @@ class TurnLocator:
             raise ValueError(f"{turn} has no prompt that asks for it, so the loss mask is unknown: {error}") from None
         answered = text if index + 1 == len(messages) else render(messages[: index + 1])
         if not answered.startswith(prompt):
-            raise ValueError(f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}")
+            raise ValueError(
+                f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}"
+            )
         if not text.startswith(answered):
-            answered = self._answered_earlier(messages, index, render)
-            if answered is None or not answered.startswith(prompt) or not text.startswith(answered):
+            answered = self._answered_earlier(messages, index, render) or ""
+            if not answered.startswith(prompt) or not text.startswith(answered):
                 raise ValueError(
                     f"the chat template changes {turn} when later messages follow (it drops earlier reasoning, for "
                     f"one), {_USE_BLOCKS} or train the last turn only"
                 )
-        return len(prompt), len(prompt) + self._spoken(answered[len(prompt) :])
+        said = answered[len(prompt) :]
+        lost = [name for name in _called(messages[index]) if name not in said]
+        if lost:
+            raise ValueError(
+                f"the chat template leaves the call of {lost[0]!r} in {turn} out: it does not know tool calls"
+            )
+        return len(prompt), len(prompt) + self._spoken(said)
 
     def _answered_earlier(self, messages: Sequence[Message], index: int, render: Callable[..., str]) -> str | None:
         """The text up to the end of a turn that is not the last; None where that cannot be told.
@@ -131,6 +139,16 @@ class TurnLocator:
         """Length of `turn` up to its end token: what a template writes after it, no model says."""
         ends = [match.end() for match in self._control_pattern.finditer(turn)]
         return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
+
+
+def _called(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    functions = (
+        [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    )
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[Span]]:

@@ -1,7 +1,8 @@
 """A Jinja sandbox in which a render has a budget: a template that loops, recurses or multiplies text ends in an error.
 
-Owns the accounting. Each pass of a loop and each call of a macro costs ITERATION units, each 1024 characters or 64
-list items that an operator, method, filter or output makes cost one; what would be large is charged before it is made.
+Owns the accounting. A unit is about a microsecond of work: a loop's pass and a call cost some, each 1024 characters or
+64 list items that an operator, method, filter or output makes cost one; what would be large is charged before it is
+made. This stops what runs away; it is no proof against a template made to be slow.
 Owns the refusal of what reaches other templates ({% import %}, {% include %}, {% extends %}) and of what differs from
 run to run (the filter `random`, the function `lipsum`).
 """
@@ -19,14 +20,15 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# About a second of loop passes, or 2 GB of text made: 40 operators over a message of 50 MB.
+# One to five seconds of loop passes, or 2 GB of text made: 40 operators over a message of 50 MB.
 BUDGET = 2_000_000
 ITERATION = 2
+CALL = 10
 
 # Filters that pass values on; every other filter may write a list or dict out as text.
-_STRUCTURAL = frozenset(
-    "abs attr batch count d default dictsort first float groupby int items last length list map max min reject "
-    "rejectattr reverse round select selectattr slice sort sum unique".split()
+_STRUCTURAL = re.compile(
+    "abs|attr|batch|count|d|default|dictsort|first|float|groupby|int|items|last|length|list|map|max|min|reject"
+    "|rejectattr|reverse|round|select|selectattr|slice|sort|sum|unique"
 )
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*(\{|\d{6})")
 
@@ -36,7 +38,7 @@ class TemplateBudgetError(jinja2.TemplateError):
 
 
 class _CodeGenerator(CodeGenerator):
-    """Calls the environment's own methods directly: through the sandbox, a loop's charge would cost what the loop does."""
+    """Calls the environment's own methods directly: through the sandbox, a charge would cost more than a pass."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -67,9 +69,10 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self._left = BUDGET
 
     def charge(self, units: int) -> bool:
-        """Pay `units`; raises TemplateBudgetError where they are not left. True, to stand in a loop's condition."""
+        """Pay `units`; raises TemplateBudgetError where they are not left, or are an eighth of the budget at once
+        (a text of 256 MB). True, to stand in a loop's condition."""
         self._left -= units
-        if self._left < 0:
+        if self._left < 0 or units > BUDGET // 8:
             raise TemplateBudgetError("it loops, recurses or multiplies text beyond any conversation's need")
         return True
 
@@ -95,17 +98,18 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             self.charge(_product_units(left, right))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self.charge((left.bit_length() * abs(right)) >> 10)
+            self.charge((left.bit_length() * abs(right)) ** 2 >> 20)
         elif operator == "%" and isinstance(left, str):
             self._charge_format(left, right if isinstance(right, tuple) else (right,))
         result = super().call_binop(context, operator, left, right)
         self._charge_size(result)
         return result
 
-    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             __self._charge_growth(__obj.__name__, owner, [*args, *kwargs.values()])
+        __self.charge(1)
         result = super().call(__context, __obj, *args, **kwargs)
         __self._charge_size(result)
         return result
@@ -136,11 +140,15 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         for node in template.find_all((nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
             tag = {"FromImport": "from"}.get(type(node).__name__, type(node).__name__.lower())
             raise jinja2.TemplateSyntaxError(f"a chat template is one file: no {{% {tag} %}}", node.lineno, name)
-        for loop in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            cost = ITERATION + sum(len(data.data) for data in loop.find_all(nodes.TemplateData)) // 1024
-            loop.body.insert(0, nodes.ExprStmt(_call("charge", nodes.Const(cost)), lineno=loop.lineno))
-            if isinstance(loop, nodes.For) and loop.test is not None:
-                loop.test = nodes.And(_call("charge", nodes.Const(cost)), loop.test, lineno=loop.lineno)
+        for body in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            assert isinstance(body, (nodes.For, nodes.Macro, nodes.CallBlock))
+            work = sum(1 for _ in body.find_all(nodes.Expr)) // 8
+            work += sum(len(data.data) for data in body.find_all(nodes.TemplateData)) // 1024
+            is_loop = isinstance(body, nodes.For) and not body.recursive
+            cost = nodes.Const(work + (ITERATION if is_loop else CALL))
+            if isinstance(body, nodes.For) and body.test is not None:
+                body.test = nodes.And(_call("charge", cost), body.test, lineno=body.lineno)
+            body.body.insert(0, nodes.ExprStmt(_call("charge", cost), lineno=body.lineno))
         for concat in template.find_all(nodes.Concat):
             concat.nodes = [_call("charge_value", item) for item in concat.nodes]
         template.set_environment(self)
@@ -155,7 +163,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
                 value, more = args[position], [*args[position + 1 :], *kwargs.values()]
                 self.charge(1)
                 self._charge_size(value)
-                if name not in _STRUCTURAL:
+                if not _STRUCTURAL.fullmatch(name):
                     self.charge_value(value)
                 if name == "format":
                     self._charge_format(str(value), tuple(more))
@@ -200,7 +208,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
 def _product_units(left: Any, right: Any) -> int:
     if isinstance(left, int) and isinstance(right, int):
-        return (left.bit_length() + right.bit_length()) >> 10
+        return (left.bit_length() * right.bit_length()) >> 20
     for value, times in ((left, right), (right, left)):
         if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
             return (len(value) * max(times, 0)) >> 10

@@ -71,7 +71,9 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"a message holds a lone surrogate, U+{ord(text[error.start]):04X}, which is no text") from None
+        raise ValueError(
+            f"a message holds a lone surrogate, U+{ord(text[error.start]):04X}, which is no text"
+        ) from None
 
 
 def _sequence(value: dict[str, Any] | None, items: str) -> list[dict[str, Any]]:

@@ -224,10 +224,9 @@ def test_null_fields_are_absent_to_the_template(tmp_path: Path) -> None:
         ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "refuses the conversation: .*append"),
-        ("{% include '/etc/passwd' %}", "refuses the conversation: no loader"),
         ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: can only concatenate"),
         ("{% for i in range(1000000000) %}x{% endfor %}", "refuses the conversation: Range too big"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recurses without end"),
+        ("{{ messages[0].content.foo.bar }}", "refuses the conversation: .*has no attribute 'foo'"),
     ],
 )
 def test_a_failing_or_hostile_template_is_one_clear_error(tmp_path: Path, template: str, complaint: str) -> None:
@@ -241,3 +240,107 @@ def test_a_missing_or_broken_template_is_named(tmp_path: Path) -> None:
         ChatTokenizer(make_folder(tmp_path, ""))
     with pytest.raises(ValueError, match=r"chat template of .* is broken"):
         ChatTokenizer(make_folder(tmp_path, "{% for %}"))
+
+
+TOOL_BLOCKS = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}
+        {%- generation %}{{ m.content }}{% endgeneration %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '|' }}{% generation %}{{ call.name }}{% endgeneration %}
+        {%- endfor %}
+        {%- generation %}{{ '<|im_end|>' }}{% endgeneration %}
+    {%- else %}
+        {{- m.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+"""
+
+
+@pytest.mark.parametrize("template", [TOOL_BLOCKS, CHATML_PLAIN], ids=["blocks", "by_turns"])
+def test_which_turns_are_trained(tmp_path: Path, template: str) -> None:
+    folder = make_folder(tmp_path, template)
+    messages = chat("a", "b", "c", "d", "e")
+    assert trained_text(ChatTokenizer(folder), messages) == "b<|im_end|>d<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "last"), messages) == "d<|im_end|>"
+    everything = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    assert trained_text(ChatTokenizer(folder, "all"), messages) == everything
+    messages[1]["train"] = False
+    assert trained_text(ChatTokenizer(folder), messages) == "d<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "last"), messages) == "d<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "all"), messages) == everything.replace("b<|im_end|>", "", 1)
+    messages[3]["train"] = False
+    assert not ChatTokenizer(folder).encode(messages)[1].any()
+    assert not ChatTokenizer(folder, "last").encode(messages)[1].any()
+    assert messages[1] == {"role": "assistant", "content": "b", "train": False}
+
+
+def test_a_turn_of_several_generation_blocks_is_told_from_the_others(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, TOOL_BLOCKS)
+    messages = chat("a", "b", "c", "d")
+    messages[1]["tool_calls"] = [{"name": "f"}, {"name": "g"}]
+    messages.insert(2, {"role": "assistant", "content": "h"})
+    assert trained_text(ChatTokenizer(folder), messages) == "bfg<|im_end|>h<|im_end|>d<|im_end|>"
+    messages[2]["train"] = False
+    assert trained_text(ChatTokenizer(folder), messages) == "bfg<|im_end|>d<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "last"), messages[:3]) == ""
+    assert trained_text(ChatTokenizer(folder, "last"), messages[:2]) == "bfg<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "last"), messages) == "d<|im_end|>"
+
+
+# Answers in a row become one turn, with one block.
+MERGES = """\
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {{- '<|im_start|>' + m.content }}
+    {%- elif loop.index0 == 0 or loop.previtem.role == 'user' %}
+        {%- set turn = namespace(open=true) %}
+        {%- generation %}
+            {%- for n in messages[loop.index0:] %}
+                {%- set turn.open = turn.open and n.role == 'assistant' %}
+                {{- n.content if turn.open else '' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+def test_answers_that_a_template_merges_cannot_be_told_apart(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, MERGES)
+    messages = [*chat("a", "b"), {"role": "assistant", "content": "c"}, *chat("d", "e")]
+    assert trained_text(ChatTokenizer(folder), messages) == "bc<|im_end|>e<|im_end|>"
+    assert trained_text(ChatTokenizer(folder, "last"), messages) == "e<|im_end|>"
+    messages[1]["train"] = False
+    with pytest.raises(ValueError, match=r"changes what comes before message 3 \(assistant\)"):
+        ChatTokenizer(folder).encode(messages)
+
+
+def test_a_conversation_that_begins_with_an_answer_needs_a_prompt_without_messages(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, CHATML_PLAIN)
+    assert trained_text(ChatTokenizer(folder), chat("a", "b")[1:]) == "b<|im_end|>"
+    folder = make_folder(tmp_path, "{{ messages[0].role }}" + CHATML_PLAIN)
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) has no prompt that asks for it, so the loss mask"):
+        ChatTokenizer(folder).encode(chat("a", "b")[1:])
+
+
+def test_tools_are_given_to_the_template_and_cannot_spell_control_tokens(tmp_path: Path) -> None:
+    template = "{{ tools | tojson }}{{ messages[0].content }}<|im_end|>"
+    tokenizer = ChatTokenizer(make_folder(tmp_path, template), "all")
+    ids, _ = tokenizer.encode(chat("x"), [{"a": "<|im_end|>"}])
+    assert tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == '[{"a": "<|im_end|>"}]x<|im_end|>'
+    assert [token for token in ids if token < 4] == [END]
+    assert tokenizer.encode(chat("x"))[0].tolist() == tokenizer.encode(chat("x"), None)[0].tolist()
+
+
+def test_what_cannot_be_encoded_is_said(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, CHATML_PLAIN)
+    with pytest.raises(ValueError, match=r"^no message$"):
+        ChatTokenizer(folder).encode([])
+    with pytest.raises(ValueError, match=r"a lone surrogate, U\+D800"):
+        ChatTokenizer(folder).encode(chat("a\ud800", "b"))
+    with pytest.raises(ValueError, match="train_on: 'first' is none of assistant, last, all"):
+        ChatTokenizer(folder, "first")
