@@ -9,16 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hbp_titan.data.chat_template import ChatTokenizer
 from hbp_titan.data.conversation import Conversation
-from hbp_titan.data.overlong import split_conversation, truncate
+from hbp_titan.data.overlong import Sample, split_conversation, truncate
 from hbp_titan.data.row_formats import parse_record
-
-Sample = tuple[NDArray[np.uint32], NDArray[np.bool_]]
-"""Token ids [L] and loss mask [L]."""
 
 WHOLE, TRUNCATED, SPLIT, EXCLUDED = "whole", "truncated", "split", "excluded"
 MALFORMED = "malformed"
@@ -96,10 +90,10 @@ class RowTokenizer:
                 outcome, samples = TRUNCATED, [truncate(tokens, loss_mask, recipe.max_tokens)]
             else:
                 outcome = SPLIT
-                samples, left_out = split_conversation(conversation, encode, recipe.max_tokens)
+                samples, left_out, left_out_tokens = split_conversation(conversation, encode, recipe.max_tokens)
                 if not samples:
                     return _excluded(reason, length, "no exchange fits")
-                detail = f"{left_out} exchanges fit nowhere" if left_out else ""
+                detail = f"{left_out} exchanges of {left_out_tokens} tokens fit nowhere" if left_out else ""
         # The first token of a sample is predicted by nothing.
         trained = [sample for sample in samples if sample[1][1:].any()]
         if not trained:

@@ -324,6 +324,56 @@ def test_rows_left_out_are_listed_with_their_reason(tmp_path: Path) -> None:
     assert totals["rows"] == 5 == totals["whole"] + sum(n for key, n in totals.items() if key.startswith("excluded"))
 
 
+def turns(*exchanges: tuple[int, int], system: str = "S") -> str:
+    """A row of questions and answers of so many bytes."""
+    messages = [{"role": "system", "content": system}]
+    for asked, answered in exchanges:
+        messages += [{"role": "user", "content": "q" * asked}, {"role": "assistant", "content": "a" * answered}]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+# <|im_start|> "system\n" S <|im_end|> "\n"; of an exchange all but what is said, with the last line end.
+SYSTEM_TOKENS, EXCHANGE_TOKENS = 1 + 7 + 1 + 2, PROMPT_TOKENS + 2
+
+
+def test_longer_samples_are_split_at_turn_borders_and_listed(tmp_path: Path) -> None:
+    rows = [turns((3, 3)), turns((10, 20), (5, 5), (9, 90), (4, 4)), turns((0, 100)), line("q", "a")]
+    file = write(tmp_path / "a.jsonl", *rows)
+    store = prepared(job(tmp_path, train_files=[str(file)], overlong="split", levels="100:1"))
+    # Of the second row the first two exchanges share a sample, the third is too long, the fourth stands alone.
+    assert store.lengths.tolist() == [
+        SYSTEM_TOKENS + EXCHANGE_TOKENS + 6,
+        SYSTEM_TOKENS + 2 * EXCHANGE_TOKENS + 40,
+        SYSTEM_TOKENS + EXCHANGE_TOKENS + 8,
+        EXCHANGE_TOKENS + 2,
+    ]
+    assert store.loss_tokens.tolist() == [4, 21 + 6, 5, 2]
+    assert [store.where(index) for index in range(4)] == [f"{file}:{number}" for number in (1, 2, 2, 4)]
+    assert [store.stores[0].samples["part"][k] for k in range(4)] == [0, 0, 1, 0]
+    whole = SYSTEM_TOKENS + 4 * EXCHANGE_TOKENS + 147
+    alone = SYSTEM_TOKENS + EXCHANGE_TOKENS
+    assert [(e["line"], e["outcome"], e["tokens"], e["samples"], e["detail"]) for e in store.ledger()] == [
+        (2, "split", whole, 2, f"1 exchanges of {alone + 99} tokens fit nowhere"),
+        (3, "excluded", alone + 100, 0, "no exchange fits"),
+    ]
+    totals = store.totals()
+    assert (totals["rows"], totals["whole"], totals["split"], totals["samples_made"]) == (4, 2, 1, 4)
+
+
+def test_longer_samples_are_cut_with_their_last_answer_kept_and_listed(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", turns((3, 3)), turns((200, 20)), turns((5, 200)))
+    store = prepared(job(tmp_path, train_files=[str(file)], overlong="truncate", levels="100:1"))
+    assert store.lengths.tolist() == [SYSTEM_TOKENS + EXCHANGE_TOKENS + 6, 100, 100]
+    # The whole answer with its end token; of an answer that does not fit, what does.
+    assert store.loss_tokens[:2].tolist() == [4, 21]
+    assert store.loss_tokens[2] == 100 - (SYSTEM_TOKENS + PROMPT_TOKENS + 5)
+    assert store.sample(1)[0][0] == 2
+    assert [(e["line"], e["outcome"], e["reason"], e["tokens"]) for e in store.ledger()] == [
+        (2, "truncated", "over max_tokens", SYSTEM_TOKENS + EXCHANGE_TOKENS + 220),
+        (3, "truncated", "over max_tokens", SYSTEM_TOKENS + EXCHANGE_TOKENS + 205),
+    ]
+
+
 def test_strict_turns_any_row_that_is_left_out_or_cut_into_an_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *many(3), line("q", None), line("", "a" * 50))
     files = {"train_files": [str(file)], "levels": "60:1", "strict": True}
