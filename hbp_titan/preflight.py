@@ -13,7 +13,7 @@ import torch
 
 from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import JobConfig, validate
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.models.decoder import ModelArgs

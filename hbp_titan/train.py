@@ -34,9 +34,9 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.consumed import ConsumedRecord, attempt_folders
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.prepare import open_stores
-from hbp_titan.data.team import Team
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.data.store.team import Team
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.mesh import nodes_crossed
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.distributed.world import (

@@ -28,7 +28,7 @@ from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.loader import BatchShapes
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.preflight import cost_model, model_args, most_tokens
 
 PARTS = ("loader", "preparation")

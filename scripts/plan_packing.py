@@ -106,7 +106,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
     if not any(word.startswith("--job.config_file") for word in overrides):
         raise ValueError("no data is named: give --lengths, --store or --job.config_file")
     # The rooms above are needed for a configuration alone.
-    from hbp_titan.data.prepare import prepare
+    from hbp_titan.data.store.prepare import prepare
     from hbp_titan.preflight import cost_model, model_args
 
     config = load_config([*overrides, *(("--levels", options.levels) if options.levels else ())])

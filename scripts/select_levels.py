@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
-from hbp_titan.data.prepare import open_stores
-from hbp_titan.data.team import Team
+from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.data.store.team import Team
 from hbp_titan.distributed.hardware import HARDWARE, get_hardware
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
 from hbp_titan.levels.candidate import Candidate

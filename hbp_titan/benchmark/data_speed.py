@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import SampleSource
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
-from hbp_titan.data.prepare import prepare
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.prepare import prepare
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.packing import Plan
 
 TEXTS_AT_A_TIME = 1000

@@ -21,8 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from hbp_titan.data.chat.tokenizer import train_tokenizer
 from hbp_titan.data.stdlib_questions import module_conversations
-from hbp_titan.data.tokenizer import train_tokenizer
 
 FILES = ("train.jsonl", "validation.jsonl", "tokenizer")
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "_bundled"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.packing import CostModel, Plan, build_plan
 
 

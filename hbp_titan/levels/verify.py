@@ -23,7 +23,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.engine import Engine

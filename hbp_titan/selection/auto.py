@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hbp_titan.cli import one_line
 from hbp_titan.components.checkpoint import completed
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.components.summary import level_name
 from hbp_titan.config import JobConfig
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import EpochTime, FloatArray, LevelTime, pack_loads, predict_epoch
 from hbp_titan.packing import CostModel, Level, Plan, build_plan

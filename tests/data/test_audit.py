@@ -13,7 +13,7 @@ import pytest
 
 from hbp_titan.data.audit import audit_run, confirm_epoch, plan_path, shown
 from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.ledger import check_ledger
+from hbp_titan.data.store.ledger import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan_file import save_plan
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from hbp_titan.components.optimizer import lr_factor
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.prepare import prepare
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.prepare import prepare
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import ContextParallelAttention
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from hbp_titan.config import load_config
-from hbp_titan.data.prepare import prepare
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.store.prepare import prepare
+from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate

@@ -1,0 +1,253 @@
+"""From a configuration to its token stores: what scripts/prepare_data.py and the trainer's ranks all run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from hbp_titan.config import JobConfig
+from hbp_titan.data.chat.chat_template import ChatTokenizer
+from hbp_titan.data.chat.tokenizer import TOKENIZER_FILES
+from hbp_titan.data.corpus import ensure_stdlib_corpus
+from hbp_titan.data.sources.row_files import RowIndex, index_rows, read_records
+from hbp_titan.data.sources.row_formats import check_mapping, detect_format
+from hbp_titan.data.sources.source_files import source_files
+from hbp_titan.data.store.fingerprint import file_digests, fingerprint
+from hbp_titan.data.store.mixture import draw, epoch_counts, first_of_each, share_out
+from hbp_titan.data.store.source_store import FORMAT_VERSION, SourceStore, build_source_store, malformed_rows
+from hbp_titan.data.store.team import Team, own_cores
+from hbp_titan.data.store.token_store import (
+    DROPPED,
+    DUPLICATE,
+    NOT_DRAWN,
+    TokenStore,
+    check_fits,
+    check_strict,
+    write_set,
+)
+from hbp_titan.data.store.tokenize_rows import MALFORMED, Recipe
+from hbp_titan.job_config import DataSource
+
+SEED = 0
+"""Of the random shares that limits and repeats take."""
+# Rows in which the format of a source is looked for.
+FORMAT_ROWS = 100
+
+
+def prepare(
+    config: JobConfig, progress: bool = True, most_tokens: int | None = None, team: Team | None = None
+) -> tuple[Path, Path | None]:
+    """Folders of the training store and, where data.validation_files or _sources names any, of the validation store.
+
+    Builds the embedded corpus and the stores that are not there yet; what is there is found again in well under a
+    second. The validation store takes its share by validation.max_samples. To be called by all ranks of `team`.
+    most_tokens: of a sample; None means those of the largest level.
+    Raises Mistakes for malformed rows and, unless data.overlong says otherwise, ValueError for a longer sample.
+    """
+    team = team or Team()
+    data = config.data
+    if data.embedded:
+        team.run(lambda: ensure_stdlib_corpus(Path(data.embedded_folder)) if team.rank == 0 else None)
+    if most_tokens is None:
+        if not config.levels:
+            raise ValueError("no level is given: add at least one [[levels]] block (scripts/select_levels.py chooses)")
+        most_tokens = config.levels[-1].max_tokens
+    folders = []
+    for key, limit in (("train", data.max_samples), ("validation", config.validation.max_samples)):
+        sources = _named_sources(config, key)
+        if sources or key == "train":
+            folders.append(_Preparation(config, sources, limit, most_tokens, team, progress).run())
+    return folders[0], folders[1] if len(folders) == 2 else None
+
+
+def open_stores(config: JobConfig, most_tokens: int, team: Team | None = None) -> list[TokenStore]:
+    """The training store and, if any, the validation store, made where they are not there yet; as `prepare`."""
+    folders = prepare(config, most_tokens=most_tokens, team=team)
+    return [TokenStore.open(folder) for folder in folders if folder is not None]
+
+
+def _named_sources(config: JobConfig, key: str) -> list[tuple[str, DataSource]]:
+    """The sources of the training or the validation set, each with the key that names it."""
+    data = config.data
+    files, blocks = (
+        (data.train_files, data.sources) if key == "train" else (data.validation_files, data.validation_sources)
+    )
+    blocks_key = "data.sources" if key == "train" else "data.validation_sources"
+    short = [(f"data.{key}_files", DataSource(path=path)) for path in files]
+    return short + [(f"{blocks_key}[{number}]", source) for number, source in enumerate(blocks, start=1)]
+
+
+class _Preparation:
+    """One set: its sources' files, their rows, their stores, the mixture."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        sources: list[tuple[str, DataSource]],
+        max_samples: int,
+        most_tokens: int,
+        team: Team,
+        progress: bool,
+    ) -> None:
+        self.config, self.data, self.team, self.progress = config, config.data, team, progress
+        self.cache = Path(config.data.cache_folder)
+        self.sources, self.max_samples, self.most_tokens = sources, max_samples, most_tokens
+        self.recipe = Recipe(config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes)
+        if self.data.overlong != "error":
+            self.recipe = dataclasses.replace(self.recipe, max_tokens=most_tokens, overlong=self.data.overlong)
+
+    def run(self) -> Path:
+        """The folder of the set, made where it is not there yet; the checks that its configuration asks for."""
+        for key, source in self.sources:
+            check_mapping(source.format, source.columns, source.roles, key)
+        files = [source_files(source, key) for key, source in self.sources]
+        tokenizer_files = [self.config.tokenizer_path / name for name in TOKENIZER_FILES]
+        tokenizer_files = [file for file in tokenizer_files if file.is_file()]
+        every_file = [*tokenizer_files, *(file for group in files for file in group)]
+        digests = dict(zip(every_file, file_digests(every_file, self.cache / "digests", self.team), strict=True))
+        base = {
+            "tokenizer": [[file.name, digests[file]] for file in tokenizer_files],
+            "settings": {**dataclasses.asdict(self.recipe), "tokenizer_path": ""},
+            "format": FORMAT_VERSION,
+        }
+        # The name of a file counts without its folder, because it names the rows' source.
+        contents = [[[file.name, digests[file]] for file in group] for group in files]
+        blocks = [{**dataclasses.asdict(source), "path": ""} for _, source in self.sources]
+        settings = {"max_samples": self.max_samples, "duplicates": self.data.duplicates, "seed": SEED}
+        digest = fingerprint({**base, "sources": contents, "blocks": blocks, **settings})
+        folder = self.cache / f"set-{digest[:16]}"
+        if not all(self.team.gather(folder.is_dir())):
+            stores = self._source_stores(files, contents, base, self.cache / f"unpacked-{digest[:16]}")
+            meta = {"fingerprint": digest, "settings": settings}
+            self.team.run(lambda: self._mix(folder, stores, meta) if self.team.rank == 0 else None)
+        self.team.run(lambda: self._check(folder))
+        return folder
+
+    def _check(self, folder: Path) -> None:
+        store, data = TokenStore.open(folder), self.data
+        count = store.totals().get(f"excluded: {MALFORMED}", 0)
+        if count and data.malformed == "error":
+            entries = [entry for entry in store.ledger() if entry["reason"] == MALFORMED][: data.max_errors_shown]
+            raise malformed_rows([f"{e['file']}:{e['line']}: {e['detail']}" for e in entries], count)
+        if data.strict:
+            check_strict(store, data.max_errors_shown)
+        limit = () if self.config.levels else ("packing.auto_max_tokens (or the model's limit)",)
+        check_fits(store, self.most_tokens, *limit)
+
+    def _source_stores(
+        self, files: list[list[Path]], contents: list[Any], base: dict[str, Any], unpacked: Path
+    ) -> list[SourceStore]:
+        indexes = self._index(files, unpacked)
+        counts = [sum(map(len, group)) for group in indexes]
+        limits = [min(source.limit or count, count) for (_, source), count in zip(self.sources, counts, strict=True)]
+        if self.max_samples:
+            limits = share_out(self.max_samples, limits)
+        stores = []
+        # disable=None: a bar on a terminal only.
+        hidden = None if self.progress and self.team.rank == 0 else True
+        own_rows = sum(limits) // self.team.size
+        with tqdm(total=own_rows, unit="row", desc="tokenizing", disable=hidden) as bar:
+            for number, (key, source) in enumerate(self.sources):
+                recipe = self._recipe_of(source, indexes[number], key)
+                settings = {**dataclasses.asdict(recipe), "tokenizer_path": ""}
+                digest = fingerprint({**base, "settings": settings, "source": contents[number], "rows": limits[number]})
+                folder = self.cache / f"source-{digest[:16]}"
+                if not all(self.team.gather(folder.is_dir())):
+                    build_source_store(
+                        folder,
+                        digest,
+                        indexes[number],
+                        _choose(indexes[number], limits[number]),
+                        recipe,
+                        self.team,
+                        self.data.num_proc or own_cores(),
+                        self.data.max_errors_shown,
+                        self.data.malformed == "skip",
+                        bar.update,
+                    )
+                stores.append(SourceStore(folder))
+        if self.team.rank == 0:
+            shutil.rmtree(unpacked, ignore_errors=True)
+        return stores
+
+    def _index(self, files: list[list[Path]], unpacked: Path) -> list[list[RowIndex]]:
+        """Where the rows of each source's files are; the ranks read the files in turn."""
+        flat = [file for group in files for file in group]
+
+        def read_own() -> dict[int, RowIndex]:
+            return {number: index_rows(flat[number], unpacked) for number in self.team.share(len(flat))}
+
+        found: dict[int, RowIndex] = {}
+        for part in self.team.run(read_own):
+            found.update(part)
+        numbers = iter(range(len(flat)))
+        return [[found[next(numbers)] for _ in group] for group in files]
+
+    def _recipe_of(self, source: DataSource, indexes: list[RowIndex], key: str) -> Recipe:
+        chosen = source.format
+        if chosen == "auto":
+            chosen = _detect(indexes, source.columns, self.data.max_row_bytes, key)
+        return dataclasses.replace(
+            self.recipe, format=chosen, columns=source.columns, roles=source.roles, name=source.name
+        )
+
+    def _mix(self, folder: Path, stores: list[SourceStore], meta: dict[str, Any]) -> None:
+        """Draw the epoch's samples and write the set."""
+        kept = [np.arange(len(store), dtype=np.int64) for store in stores]
+        dropped = [np.zeros((0, 3), dtype=np.int64)]
+        if self.data.duplicates == "skip":
+            for number, first in enumerate(first_of_each([store.samples["digest"] for store in stores])):
+                dropped.append(_dropped(number, kept[number][~first], DUPLICATE))
+                kept[number] = kept[number][first]
+        blocks = [source for _, source in self.sources]
+        counts = epoch_counts([len(part) for part in kept], [s.repeat for s in blocks], [s.weight for s in blocks])
+        drawn = []
+        for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
+            drawn.append(draw(part, count, (SEED, number)))
+            dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
+        tokenizer = ChatTokenizer(self.config.tokenizer_path)
+        meta = {
+            **meta,
+            "tokenizer_path": str(self.config.tokenizer_path),
+            "vocab_size": tokenizer.vocab_size,
+            "pad_token_id": tokenizer.token_id("pad_token"),
+            "eos_token_id": tokenizer.token_id("eos_token"),
+        }
+        write_set(folder, stores, drawn, np.concatenate(dropped), meta)
+
+
+def _dropped(store: int, samples: NDArray[np.int64], reason: str) -> NDArray[np.int64]:
+    constant = np.full(len(samples), store, dtype=np.int64)
+    return np.stack([constant, samples, np.full(len(samples), DROPPED.index(reason), dtype=np.int64)], axis=1)
+
+
+def _detect(indexes: list[RowIndex], columns: dict[str, str], max_row_bytes: int, key: str) -> str:
+    """The format of the first row that has one; ValueError of the first row where none of the first few has."""
+    mistake: ValueError | None = None
+    for index in indexes:
+        for line, record in read_records(index.take(slice(0, FORMAT_ROWS)), max_row_bytes):
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                return detect_format(record, columns)
+            except ValueError as error:
+                mistake = mistake or ValueError(f"{index.file}:{line}: {error} ({key})")
+    assert mistake is not None, "index_rows refuses files without rows"
+    raise mistake
+
+
+def _choose(indexes: list[RowIndex], count: int) -> list[RowIndex]:
+    """A random share of `count` rows of all files of a source together, in their order."""
+    counts = [len(index) for index in indexes]
+    if count == sum(counts):
+        return indexes
+    chosen = np.sort(np.random.default_rng(SEED).choice(sum(counts), size=count, replace=False))
+    ends = np.cumsum(counts)
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [index.take(part - end + rows) for index, part, end, rows in zip(indexes, parts, ends, counts, strict=True)]
