@@ -58,6 +58,11 @@ def check_values(config: JobConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"{key} = {value} must be at least 1")
+    if (config.data.overlong, config.data.train_on) == ("split", "last"):
+        raise ValueError(
+            'data.overlong = "split" with data.train_on = "last" would train the last turn of every piece, not of the '
+            "conversation: change one of them"
+        )
     if config.compile.enable and config.parallelism.cp_collectives != "fused":
         raise ValueError(
             f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "

@@ -107,6 +107,7 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
             r"data.sources\[1\].columns = {'role': 1} must be of type",
         ),
         ("[data]\nsources = ['a']", r"data.sources must be \[\[data.sources\]\] blocks"),
+        ("[data]\noverlong = 'split'\ntrain_on = 'last'", "would train the last turn of every piece"),
         ("steps = 1", r"unknown section \[steps\]"),
         ("[training\n", "not valid TOML"),
     ],

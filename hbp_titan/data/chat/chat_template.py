@@ -40,6 +40,7 @@ class ChatTokenizer:
         folder = read_tokenizer_folder(path)
         self.tokenizer = folder.load()
         self.train_on = train_on
+        self._other_for_tools = folder.other_for_tools
         self._encoder = TextEncoder(self.tokenizer)
         self._template = ChatTemplate(folder)
         self._control = ControlTokens(self.tokenizer, self._template)
@@ -64,6 +65,10 @@ class ChatTokenizer:
         """
         if not messages:
             raise ValueError("no message")
+        if tools and self._other_for_tools:
+            raise ValueError(
+                "the tokenizer folder has another template for tools (tool_use): make it chat_template.jinja"
+            )
         turns = self._turns(messages)
         messages = plain_messages(messages)
         try:

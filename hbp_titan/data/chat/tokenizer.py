@@ -52,11 +52,13 @@ class TokenizerFolder:
     path: the folder.
     config: tokenizer_config.json, with the entries of special_tokens_map.json where it lacks them.
     chat_template: the template's source; "" where the folder has none.
+    other_for_tools: whether conversations with tools have a template of their own, which is not read.
     """
 
     path: Path
     config: dict[str, Any]
     chat_template: str
+    other_for_tools: bool = False
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -95,13 +97,14 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     if template_file.is_file():
         return TokenizerFolder(path, config, template_file.read_text(encoding="utf-8"))
     template = config.get("chat_template", "")
+    other_for_tools = False
     if isinstance(template, list):
         # Older folders list several templates by name.
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default", "")
+        template, other_for_tools = named.get("default", ""), "tool_use" in named
     if not isinstance(template, str):
         raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is not a string")
-    return TokenizerFolder(path, config, template)
+    return TokenizerFolder(path, config, template, other_for_tools)
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:

@@ -242,6 +242,17 @@ def test_a_missing_or_broken_template_is_named(tmp_path: Path) -> None:
         ChatTokenizer(make_folder(tmp_path, "{% for %}"))
 
 
+def test_tools_are_refused_where_they_have_a_template_of_their_own(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, "")
+    named = [{"name": "default", "template": CHATML_PLAIN}, {"name": "tool_use", "template": "T"}]
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": named}))
+    tokenizer = ChatTokenizer(folder)
+    assert len(tokenizer.encode(chat("a", "b"))[0])
+    with pytest.raises(ValueError, match=r"another template for tools \(tool_use\): make it chat_template.jinja"):
+        tokenizer.encode(chat("a", "b"), [{"type": "function", "function": {"name": "f"}}])
+
+
 TOOL_BLOCKS = """\
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}

@@ -53,7 +53,8 @@ def test_the_default_of_several_named_templates_is_taken(tmp_path: Path) -> None
     train_tokenizer(TEXTS, tmp_path, vocab_size=260)
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert read_tokenizer_folder(tmp_path).chat_template == "D"
+    folder = read_tokenizer_folder(tmp_path)
+    assert (folder.chat_template, folder.other_for_tools) == ("D", True)
 
 
 def test_special_tokens_are_read_as_text_or_as_objects(tmp_path: Path) -> None:
