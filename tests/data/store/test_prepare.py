@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,7 @@ from hbp_titan.data.store import prepare as prepare_module
 from hbp_titan.data.store.prepare import prepare
 from hbp_titan.data.store.report import show, summary
 from hbp_titan.data.store.token_store import TokenStore
-
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "prepare_data.py"
+from tests.data.store.preparing import SCRIPT, run_script
 
 
 def row(question: str, answer: str, **more: Any) -> str:
@@ -165,20 +163,15 @@ def test_shown_samples_have_their_trained_tokens_in_green(config_file: Path) -> 
     assert text.endswith(f"wide, 41 tokens, 11 trained)\n{prompt}\x1b[32maaaaaaaaaa<|im_end|>\x1b[0m\n")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_command_prepares_and_a_second_call_finds_everything(config_file: Path) -> None:
+def test_the_command_prepares_and_a_second_call_finds_everything(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--job.config_file", str(config_file), "--world_size", "2")
-    first, second = run(*arguments), run(*arguments, "--show", "2")
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "12 rows = 12 whole" in first.stdout
-    assert second.stdout.startswith(first.stdout)
-    assert second.stdout.count("--- sample") == 2
-    assert first.stderr == second.stderr == ""
+    first, second = run_script(capsys, *arguments), run_script(capsys, *arguments, "--show", "2")
+    assert (first[0], first[2], second[0], second[2]) == (0, "", 0, "")
+    assert "12 rows = 12 whole" in first[1]
+    assert second[1].startswith(first[1])
+    assert second[1].count("--- sample") == 2
 
 
 @pytest.mark.parametrize(
@@ -193,12 +186,13 @@ def test_the_command_prepares_and_a_second_call_finds_everything(config_file: Pa
         ),
     ],
 )
-def test_a_mistake_is_one_line(config_file: Path, overrides: list[str], complaint: str) -> None:
-    result = run("--job.config_file", str(config_file), *overrides)
-    assert result.returncode == 1
-    assert result.stderr.startswith(complaint)
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+def test_a_mistake_is_one_line(
+    config_file: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], complaint: str
+) -> None:
+    code, output, errors = run_script(capsys, "--job.config_file", str(config_file), *overrides)
+    assert (code, output) == (1, "")
+    assert errors.startswith(complaint)
+    assert errors.count("\n") == 1
 
 
 def stored(cache: Path) -> dict[str, bytes]:
@@ -234,17 +228,18 @@ def test_a_mistake_that_ranks_meet_is_said_once(config_file: Path) -> None:
     assert result.stderr.count("train.jsonl:2: not JSON") == 1
 
 
-def test_strict_is_an_option_of_the_command(config_file: Path) -> None:
+def test_strict_is_an_option_of_the_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = config_file.parent / "train.jsonl"
     file.write_text(row("q", "a") + '{"messages": [{"role": "user", "content": "q"}]}\n')
-    assert run("--job.config_file", str(config_file)).returncode == 0
-    result = run("--job.config_file", str(config_file), "--strict")
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {file}:2: excluded: no assistant turn\nerror: data.strict: 1 rows")
+    assert run_script(capsys, "--job.config_file", str(config_file))[0] == 0
+    code, _, errors = run_script(capsys, "--job.config_file", str(config_file), "--strict")
+    assert code == 1
+    assert errors.startswith(f"error: {file}:2: excluded: no assistant turn\nerror: data.strict: 1 rows")
 
 
-def test_help_explains_the_options() -> None:
-    result = run("--help")
-    assert result.returncode == 0
-    assert "--show K" in result.stdout
-    assert "--data.max_samples" in result.stdout
+def test_help_explains_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run_script(capsys, "--help")
+    assert code == 0
+    assert "--show K" in output
+    assert "--data.max_samples" in output
+    assert "[[data.sources]] blocks" in output
