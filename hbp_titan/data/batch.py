@@ -44,6 +44,8 @@ class PackedBatch:
     loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
     whole pack, padding not counted. head_tail: for attention over gathered keys and values, where the shard is one of
     heads and tails (data/sequence_shard.py); None where it is contiguous.
+    document_ids: int64 [S], the document of each token, padding's included. document_shares: float32 [documents], the
+    sum of the loss weights of each document of the pack, whatever the shard (models/balance.py).
     """
 
     input_ids: Tensor
@@ -56,6 +58,8 @@ class PackedBatch:
     level: int
     num_tokens: int
     num_loss_tokens: int
+    document_ids: Tensor
+    document_shares: Tensor
     head_tail: HeadTailShard | None = None
 
     @property
@@ -99,6 +103,8 @@ def make_batch(
     labels = np.full(capacity, IGNORE_INDEX, dtype=np.int64)
     loss_weights = np.zeros(capacity, dtype=np.float32)
     cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
+    document_ids = np.zeros(capacity, dtype=np.int64)
+    document_shares = np.zeros(len(cu_seqlens) - 1, dtype=np.float32)
     cu_seqlens[0] = start = 0
     for number, sample_id in enumerate(sample_ids):
         tokens, loss_mask = store.sample(int(sample_id))
@@ -109,11 +115,14 @@ def make_batch(
         labels[start : end - 1] = np.where(loss_mask[1:], tokens[1:].astype(np.int64), IGNORE_INDEX)
         weight = 1.0 if sample_weights is None else sample_weights[number]
         loss_weights[start : end - 1] = np.where(loss_mask[1:], weight, 0.0)
+        document_ids[start:end] = number
+        document_shares[number] = weight * int(loss_mask[1:].sum())
         cu_seqlens[number + 1] = start = end
     num_tokens, number = start, len(sample_ids)
     while start < capacity:
         end = min(start + PAD_DOCUMENT_TOKENS, capacity)
         position_ids[start:end] = np.arange(end - start)
+        document_ids[start:end] = number
         number += 1
         cu_seqlens[number] = start = end
     loss_index = np.flatnonzero(labels != IGNORE_INDEX)
@@ -128,6 +137,8 @@ def make_batch(
         level=level_index,
         num_tokens=num_tokens,
         num_loss_tokens=len(loss_index),
+        document_ids=torch.from_numpy(document_ids),
+        document_shares=torch.from_numpy(document_shares),
     )
 
 
@@ -154,5 +165,6 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
         labels=labels,
         loss_weights=batch.loss_weights[tokens],
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
+        document_ids=batch.document_ids[tokens],
         head_tail=head_tail,
     )

@@ -79,7 +79,9 @@ class MoEArgs:
             )
         candidates = experts if self.topk_method == "greedy" else self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= candidates:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{candidates}, the candidates")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{candidates}, the candidates"
+            )
         if self.balances and not self.seq_aux:
             raise ValueError(
                 "seq_aux=false makes the balance loss depend on how samples are packed: set seq_aux to true or the "

@@ -65,7 +65,8 @@ def with_balance_loss(
 def balance_loss(scores_TE: Tensor, experts_TK: Tensor, state: BalanceState, moe: MoEArgs) -> Tensor:
     """The losses of this rank's tokens, float32 scalar: each token's part, so that ranks add up."""
     documents_T, shares_N = state.document_ids_T, state.document_shares_N
-    assert documents_T is not None and shares_N is not None
+    assert documents_T is not None
+    assert shares_N is not None
     num_experts, num_groups = moe.n_routed_experts, moe.n_group
     group_size = num_experts // num_groups
     flat = (documents_T[:, None] * num_experts + experts_TK).flatten()

@@ -57,9 +57,7 @@ def _forward_fake(x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor
 
 
 @grouped_mm_cpu_backward.register_fake
-def _backward_fake(
-    grad_SO: Tensor, x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad_SO: Tensor, x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_SI), torch.empty_like(weight_EOI)
 
 

@@ -53,7 +53,9 @@ def _attend(
 def _numbered_pack(boundaries: list[int]) -> PackedBatch:
     """A pack whose input_ids say which token of the pack each is."""
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedBatch(*[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T)
+    share = torch.ones(len(boundaries) - 1)
+    whole = (cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T, torch.zeros(T, dtype=torch.int64), share)
+    return PackedBatch(*[torch.arange(T)] * 3, *whole)
 
 
 CASES = {
