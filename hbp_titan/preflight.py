@@ -41,6 +41,7 @@ def cost_model(args: ModelArgs) -> CostModel:
         layer_params=(linear_params(args) - head_params) // args.num_layers,
         head_params=head_params,
         num_heads=args.num_heads,
+        # Of values too: with latent attention the kernel sees them filled up to the width of keys.
         head_dim=args.head_dim,
     )
 

@@ -38,7 +38,7 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     """Write `checkpoint` into `out`; returns the step folder that was read."""
     step_folder = find_checkpoint(checkpoint)
     state = json.loads((step_folder / "state.json").read_text())
-    args = ModelArgs(**state["model"])
+    args = ModelArgs.from_dict(state["model"])
     with torch.device("meta"):
         model = build_model(args)
     tensors = load_model_tensors(step_folder, model)

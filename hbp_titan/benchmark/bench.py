@@ -23,7 +23,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.engine import Engine
 from hbp_titan.models.decoder import ModelArgs
-from hbp_titan.models.registry import linear_params, training_flops
+from hbp_titan.models.registry import last_params, linear_params, training_flops
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import AC_POLICIES
 
@@ -255,6 +255,6 @@ def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:
         head_dim=args.head_dim,
         ac_policy=level.ac_policy,
         ac_layers=level.ac_layers,
-        last_params=args.intermediate_size * args.hidden_size,
+        last_params=last_params(args) // args.num_layers,
     )
     return float(cost.cost(np.array(level.max_tokens), np.array(sum_squared)))

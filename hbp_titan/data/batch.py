@@ -46,6 +46,8 @@ class PackedBatch:
     whole pack, padding not counted. sample_ids: int64 [n], the samples that were read into the whole pack; an array,
     because it stays on the host. head_tail: for attention over gathered keys and values, where the shard is one of
     heads and tails (data/sequence_shard.py); None where it is contiguous.
+    document_ids: int64 [S], the document of each token, padding's included. document_shares: float32 [documents], the
+    sum of the loss weights of each document of the pack, whatever the shard (models/balance.py).
     """
 
     input_ids: Tensor
@@ -59,6 +61,8 @@ class PackedBatch:
     num_tokens: int
     num_loss_tokens: int
     sample_ids: NDArray[np.int64]
+    document_ids: Tensor
+    document_shares: Tensor
     head_tail: HeadTailShard | None = None
 
     @property
@@ -121,6 +125,8 @@ def make_batch(
     cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
+    document_ids = np.repeat(np.arange(len(counts)), counts)
+    shares = np.bincount(document_ids, weights=weights * has_label, minlength=len(cu_seqlens) - 1)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids[:capacity]),
         position_ids=torch.from_numpy(np.arange(capacity) - np.repeat(starts, counts)),
@@ -133,6 +139,8 @@ def make_batch(
         num_tokens=num_tokens,
         num_loss_tokens=len(loss_index),
         sample_ids=ids,
+        document_ids=torch.from_numpy(document_ids),
+        document_shares=torch.from_numpy(shares.astype(np.float32)),
     )
 
 
@@ -164,5 +172,6 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
         labels=labels,
         loss_weights=batch.loss_weights[tokens],
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
+        document_ids=batch.document_ids[tokens],
         head_tail=head_tail,
     )

@@ -50,6 +50,13 @@ class ContextParallelState:
         self.ulysses_group = mesh.get_group("ulysses") if self.ulysses_degree > 1 else None
         self.gather_group = mesh.get_group("gather") if gather_degree > 1 else None
 
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` added up over the cp ranks, without a gradient."""
+        for group in (self.ulysses_group, self.gather_group):
+            if group is not None:
+                x = wait_tensor(collectives.all_reduce(x, "sum", group))
+        return x
+
 
 class ContextParallelAttention(nn.Module):
     """Wraps a model's inner attention with the exchanges that the active level asks for; without any it is that.

@@ -41,6 +41,8 @@ def parallelize(
     # Innermost: attention exchanges heads between cp ranks, whatever runs around it.
     for block in model.blocks():
         block.inner_attention = CP_ATTENTION[config.parallelism.cp_collectives](block.inner_attention, cp_state)
+    # A document's balance loss is counted over all of its tokens.
+    model.balance.sum_counts = cp_state.sum
     if config.compile.enable:
         # Inside checkpointing: a change of policy then needs no new graph.
         apply_compile(model, config.compile.backend, len(config.levels))

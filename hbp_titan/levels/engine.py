@@ -75,6 +75,7 @@ class Engine:
         """The model at the batch's level, with `loss` in place of the logits."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
+        self.model.balance.use(batch.document_ids, batch.document_shares)
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.

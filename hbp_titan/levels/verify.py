@@ -27,7 +27,8 @@ from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.engine import Engine
-from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.args import MLAArgs, ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import CP_STYLES
 
@@ -176,6 +177,7 @@ def reference(args: ModelArgs, seed: int, samples: Samples) -> tuple[float, dict
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64))
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+        model.balance.use(torch.zeros_like(ids), torch.tensor([int(mask[1:].sum()) / total]))
         logits = model(ids, torch.arange(len(ids)), cu_seqlens, len(ids))
         kept = torch.from_numpy(mask[1:].astype(bool))
         loss = F.cross_entropy(logits[:-1][kept], ids[1:][kept], reduction="sum")
@@ -252,8 +254,23 @@ def row(result: Result) -> str:
 
 
 def shrunk(args: ModelArgs) -> ModelArgs:
-    """The architecture with two layers and heads of width 16; the numbers of heads and the vocabulary stay."""
+    """The architecture with two layers and heads of width 16; the numbers of heads, experts and the vocabulary stay."""
     hidden = 16 * args.num_heads
+    mla, moe = args.mla, args.moe
+    if mla is not None:
+        q_rank = None if mla.q_lora_rank is None else 24
+        mla = MLAArgs(q_lora_rank=q_rank, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    if moe is not None:
+        moe = dataclasses.replace(
+            moe, moe_intermediate_size=16, first_k_dense_replace=min(moe.first_k_dense_replace, 1), moe_layer_freq=1
+        )
     return dataclasses.replace(
-        args, name=f"{args.name}, shrunk", num_layers=2, head_dim=16, hidden_size=hidden, intermediate_size=2 * hidden
+        args,
+        name=f"{args.name}, shrunk",
+        num_layers=2,
+        head_dim=16,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        mla=mla,
+        moe=moe,
     )

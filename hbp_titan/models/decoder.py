@@ -1,9 +1,10 @@
-"""The dense decoder of Llama 3.x, Qwen2.5 and Qwen3 on packed sequences.
+"""The decoder of Llama 3.x, Qwen2.5, Qwen3 and DeepSeek-V2 on packed sequences.
 
-Owns ModelArgs (the architecture), Decoder and the initialization of its weights. Single-device code: sharding,
-context parallelism, recomputation and compilation act on it from outside, through three seams: every block holds
-its attention kernel as the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`;
-the head takes the function that turns hidden states and the output matrix into logits or a loss.
+Owns Decoder, grouped-query attention and the initialization of weights; the architecture is models/args.py's, latent
+attention models/mla.py's, experts are models/moe.py's. Single-device code: sharding, context parallelism,
+recomputation and compilation act on it from outside, through three seams: every block holds its attention kernel as
+the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`; the head takes the function
+that turns hidden states and the output matrix into logits or a loss.
 Parameter names are HF's, with the prefixes of models/hf.py exchanged.
 
 Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
@@ -14,64 +15,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.attention import VarlenAttention
-from hbp_titan.models.rope import LLAMA3_KEYS, apply_rope, inverse_frequencies, rope_cos_sin
+from hbp_titan.models.balance import BalanceState
+from hbp_titan.models.feed_forward import FeedForward
+from hbp_titan.models.mla import LatentAttention
+from hbp_titan.models.moe import MixtureOfExperts
+from hbp_titan.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_cos_sin
+
+__all__ = ["Decoder", "DecoderBlock", "Head", "HeadFn", "ModelArgs", "init_parameter"]
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed_TH, output_weight_VH) -> what the head returns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelArgs:
-    """A dense decoder's architecture. Raises ValueError for one that this code does not build.
-
-    name: for logs.
-    hf_model_type: llama, qwen2 or qwen3: what the exported config.json says.
-    qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.
-    qk_norm: RMS norm over the head width of q and k (Qwen3).
-    rope_scaling: None or {"rope_type": "llama3", ...} with the keys of rope.LLAMA3_KEYS.
-    max_position_embeddings: tokens of the longest document; it bounds the data, the code allocates nothing by it.
-    """
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None = None
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = False
-    hf_model_type: str = "llama"
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"model {self.name}: head_dim={self.head_dim} is odd; rotary embedding needs pairs")
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
-            if kind != "llama3":
-                raise ValueError(f"model {self.name}: rope_scaling.rope_type={kind!r} is not supported; llama3 is")
-            missing = [key for key in LLAMA3_KEYS if key not in self.rope_scaling]
-            if missing:
-                raise ValueError(f"model {self.name}: rope_scaling lacks {', '.join(missing)}")
 
 
 class Attention(nn.Module):
@@ -98,29 +59,23 @@ class Attention(nn.Module):
         return self.o_proj(o_TND.flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=False)
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
-
-
 class DecoderBlock(nn.Module):
-    """One pre-norm layer. Its two halves around `inner_attention` are what recomputation may wrap."""
+    """Pre-norm layer `layer`. Its two halves around `inner_attention` are what recomputation may wrap.
 
-    def __init__(self, args: ModelArgs) -> None:
+    balance: what layers with experts read of the pack; see models/balance.py.
+    """
+
+    def __init__(self, args: ModelArgs, layer: int = 0, balance: BalanceState | None = None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-        self.self_attn = Attention(args)
-        self.inner_attention: nn.Module = VarlenAttention()
+        self.self_attn = Attention(args) if args.mla is None else LatentAttention(args, args.mla)
+        self.inner_attention: nn.Module = VarlenAttention(args.softmax_scale)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-        self.mlp = FeedForward(args)
+        self.mlp: nn.Module
+        if args.moe is not None and args.is_sparse(layer):
+            self.mlp = MixtureOfExperts(args.hidden_size, args.moe, balance or BalanceState())
+        else:
+            self.mlp = FeedForward(args.hidden_size, args.intermediate_size)
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q_TND, k_TKD, v_TKD = self.pre_attention(x_TH, cos_TD, sin_TD)
@@ -159,12 +114,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(args) for _ in range(args.num_layers))
+        self.balance = BalanceState()
+        self.layers = nn.ModuleList(DecoderBlock(args, layer, self.balance) for layer in range(args.num_layers))
         self.head = Head(args)
         if args.tie_embeddings:
             self.head.output.weight = self.tok_embeddings.weight
         # A plain attribute, real even when the parameters are on the meta device: to_empty leaves it alone.
-        self.inverse_frequencies = inverse_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+        self.inverse_frequencies = inverse_frequencies(args.rope_dim, args.rope_theta, args.rope_scaling)
 
     def forward(
         self,
@@ -180,7 +136,8 @@ class Decoder(nn.Module):
             so what wraps that may define cu_seqlens otherwise.
         Returns logits_TV or head_fn's value.
         """
-        cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T)
+        factor = attention_factor(self.args.rope_scaling)
+        cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T, factor)
         x_TH = self.tok_embeddings(input_ids_T)
         for block in self.layers:
             x_TH = block(x_TH, cos_TD, sin_TD, cu_seqlens, max_seqlen)
@@ -191,6 +148,15 @@ class Decoder(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, DecoderBlock)
             yield layer
+
+    def tokens_per_expert(self) -> dict[int, Tensor]:
+        """What each layer with experts sent to each of them in the last forward, by layer: int32 [experts].
+
+        On this rank, on its device, padding included; reading the values synchronizes. Empty before a forward.
+        """
+        mixtures = ((i, block.mlp) for i, block in enumerate(self.blocks()))
+        counts = {i: mlp.tokens_per_expert for i, mlp in mixtures if isinstance(mlp, MixtureOfExperts)}
+        return {i: counts_E for i, counts_E in counts.items() if counts_E is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         # to_empty makes a new Parameter for each module that holds a shared one: tie them again.
@@ -220,7 +186,7 @@ def init_parameter(
     if "norm" in fqn.rpartition(".")[0].rpartition(".")[2]:
         return torch.ones(*shape, dtype=dtype, device="cpu")
     std = args.initializer_range
-    if fqn.endswith(("o_proj.weight", "down_proj.weight")):
+    if fqn.removesuffix(".weight").endswith(("o_proj", "down_proj")):
         std /= (2 * args.num_layers) ** 0.5
     digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

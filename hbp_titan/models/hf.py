@@ -1,7 +1,7 @@
 """HF model folders: names of parameters, weights in safetensors, and the folder that transformers and vLLM read.
 
-Owns the mapping of names, the check of a folder's tensors from their headers, lazy reading, and atomic writing.
-config.json itself is models/hf_config.py's.
+Owns the check of a folder's tensors from their headers, lazy reading, and atomic writing.
+Names are models/hf_names.py's, config.json is models/hf_config.py's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.hf_config import (
     TOKEN_ID_KEYS,
     args_from_hf,
@@ -27,52 +27,25 @@ from hbp_titan.models.hf_config import (
     read_json,
     token_ids_from_hf,
 )
+from hbp_titan.models.hf_names import from_hf_name, hf_names, hf_shapes, is_fused, parameter_shapes, to_hf_name
 
 __all__ = [
     "HFTensors",
     "args_from_hf",
     "args_to_hf_config",
     "from_hf_name",
+    "hf_names",
     "load_hf_tensors",
     "save_hf_folder",
     "to_hf_name",
     "token_ids_from_hf",
 ]
 
-# Ours, HF's. Everything behind the prefix has the same name.
-_PREFIXES = (
-    ("tok_embeddings.", "model.embed_tokens."),
-    ("layers.", "model.layers."),
-    ("head.norm.", "model.norm."),
-    ("head.output.", "lm_head."),
-)
 _TIED_OUTPUT = "head.output.weight"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-def to_hf_name(fqn: str) -> str:
-    """HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
-    for ours, theirs in _PREFIXES:
-        if fqn.startswith(ours):
-            return theirs + fqn[len(ours) :]
-    raise ValueError(f"{fqn!r} is no parameter of a decoder")
-
-
-def from_hf_name(name: str) -> str:
-    """Our name of HF's parameter `name`. Raises ValueError for a name that no decoder has."""
-    for ours, theirs in _PREFIXES:
-        if name.startswith(theirs):
-            return ours + name[len(theirs) :]
-    raise ValueError(f"{name!r} is no parameter of a Llama, Qwen2 or Qwen3 model")
-
-
-def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
-    """Shape of every parameter by our name; a tied output matrix is the embedding and not listed."""
-    with torch.device("meta"):
-        return {fqn: parameter.shape for fqn, parameter in Decoder(args).named_parameters()}
 
 
 class HFTensors(Mapping[str, Tensor]):
@@ -96,12 +69,14 @@ class HFTensors(Mapping[str, Tensor]):
         _compare(self.folder, shapes, args)
 
     @cached_property
-    def _names(self) -> dict[str, str]:
-        return {fqn: to_hf_name(fqn) for fqn in parameter_shapes(self.args)}
+    def _names(self) -> dict[str, list[str]]:
+        return {fqn: hf_names(fqn, shape) for fqn, shape in parameter_shapes(self.args).items()}
 
     def __getitem__(self, fqn: str) -> Tensor:
-        name = self._names[fqn]
-        tensor = self._files[name].get_tensor(name)
+        tensors = [self._files[name].get_tensor(name) for name in self._names[fqn]]
+        if is_fused(fqn):
+            return torch.stack(tensors)
+        name, tensor = self._names[fqn][0], tensors[0]
         if self.args.tie_embeddings and fqn == "tok_embeddings.weight":
             self._check_tied_output(name, tensor)
         return tensor
@@ -188,7 +163,12 @@ def _checked(
             raise ValueError(f"model {args.name}: tensor {fqn} is unknown or came twice")
         if tensor.shape != shape:
             raise ValueError(f"model {args.name}: tensor {fqn} is of shape {list(tensor.shape)}, not {list(shape)}")
-        yield to_hf_name(fqn), tensor.detach().to("cpu", dtype).contiguous()
+        tensor = tensor.detach().to("cpu", dtype)
+        if is_fused(fqn):
+            # Cloned: safetensors refuses tensors that share memory.
+            yield from ((name, part.clone()) for name, part in zip(hf_names(fqn, shape), tensor, strict=True))
+        else:
+            yield to_hf_name(fqn), tensor.contiguous()
     if expected:
         raise ValueError(f"model {args.name}: no tensor came for {_listed(expected)}")
 
@@ -249,7 +229,7 @@ def _open(path: Path) -> Any:
 
 
 def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: ModelArgs) -> None:
-    expected = {to_hf_name(fqn): list(shape) for fqn, shape in parameter_shapes(args).items()}
+    expected = hf_shapes(args)
     if args.tie_embeddings and to_hf_name(_TIED_OUTPUT) in found:
         expected[to_hf_name(_TIED_OUTPUT)] = [args.vocab_size, args.hidden_size]
     missing = [name for name in expected if name not in found]

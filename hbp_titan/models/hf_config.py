@@ -10,21 +10,26 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.hf_deepseek import mla_and_moe_from_hf, mla_and_moe_to_hf
+from hbp_titan.models.rope import ROPE_TYPES, check_scaling
 
 
 class Family(NamedTuple):
     """What a model_type implies without saying so in its config."""
 
     architecture: str
-    qkv_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    latent_experts: bool = False
+    """Latent attention and experts (DeepSeek-V2)."""
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", qkv_bias=False, qk_norm=False),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False),
-    "qwen3": Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True),
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", latent_experts=True),
 }
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REQUIRED = (
@@ -63,7 +68,8 @@ def args_from_hf(folder: str | Path) -> ModelArgs:
     family = FAMILIES[model_type]
     theta, scaling = _rope(values, path)
     # Absent, transformers takes 128 for Qwen3 and the share of the hidden width for the others.
-    head_dim = 128 if model_type == "qwen3" else values["hidden_size"] // num_heads
+    head_dim = values.get("head_dim") or (128 if model_type == "qwen3" else values["hidden_size"] // num_heads)
+    mla, moe = mla_and_moe_from_hf(values, path) if family.latent_experts else (None, None)
     return ModelArgs(
         name=Path(folder).resolve().name,
         hf_model_type=model_type,
@@ -72,9 +78,9 @@ def args_from_hf(folder: str | Path) -> ModelArgs:
         num_layers=values["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=values.get("num_key_value_heads") or num_heads,
-        head_dim=values.get("head_dim") or head_dim,
+        head_dim=head_dim if mla is None else mla.qk_head_dim,
         vocab_size=values["vocab_size"],
-        max_position_embeddings=values["max_position_embeddings"],
+        max_position_embeddings=_longest(values["max_position_embeddings"], scaling),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=values.get("rms_norm_eps", 1e-6),
@@ -82,6 +88,8 @@ def args_from_hf(folder: str | Path) -> ModelArgs:
         qk_norm=family.qk_norm,
         tie_embeddings=values.get("tie_word_embeddings", False),
         initializer_range=values.get("initializer_range", 0.02),
+        mla=mla,
+        moe=moe,
     )
 
 
@@ -98,6 +106,10 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
         raise ValueError(
             f"model {args.name}: {args.hf_model_type} means qkv_bias={family.qkv_bias}, qk_norm={family.qk_norm}, "
             f"not {args.qkv_bias}, {args.qk_norm}"
+        )
+    if {args.mla is not None, args.moe is not None} != {family.latent_experts}:
+        raise ValueError(
+            f"model {args.name}: {args.hf_model_type} means {'' if family.latent_experts else 'no '}mla and moe"
         )
     rope_parameters = {"rope_type": "default", **(args.rope_scaling or {}), "rope_theta": args.rope_theta}
     return {
@@ -127,6 +139,7 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
             else {"mlp_bias": False}
         ),
         **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
+        **(mla_and_moe_to_hf(args) if family.latent_experts else {}),
     }
 
 
@@ -190,6 +203,17 @@ def _rope_reading(values: dict[str, Any], outer_theta: float | None, path: Path)
     values.pop("type", None)
     if values.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not supported")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported; default and llama3 are")
-    return theta, None if kind == "default" else {"rope_type": kind, **values}
+    if kind not in ("default", *ROPE_TYPES):
+        raise ValueError(f"{path}: rope_type {kind!r} is not supported; default, {' and '.join(ROPE_TYPES)} are")
+    if kind == "default":
+        return theta, None
+    scaling = {"rope_type": kind, **values}
+    check_scaling(scaling, str(path))
+    return theta, scaling
+
+
+def _longest(max_position_embeddings: int, scaling: dict[str, Any] | None) -> int:
+    """Qwen's instructions for 128K add YaRN to config.json and leave max_position_embeddings as it was."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return max_position_embeddings
+    return max(max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))

@@ -1,9 +1,10 @@
-"""Rotary position embedding: frequencies (plain or llama3-scaled), their cosines and sines, and their use.
+"""Rotary position embedding: frequencies (plain, llama3- or YaRN-scaled), their cosines and sines, and their use.
 
 Owns the formulas; the convention is HF's half rotation (element i pairs with i + D/2), the one that HF weights
-expect. Sources: Su et al. 2021 (RoFormer); the llama3 scaling as in transformers' modeling_rope_utils.
+expect, and for DeepSeek's weights the pairs 2i and 2i + 1. Sources: Su et al. 2021 (RoFormer); the scalings as in
+transformers' modeling_rope_utils, YaRN after Peng et al. 2023 (arXiv 2309.00071).
 
-Shape suffixes: T tokens, N heads, D head width.
+Shape suffixes: T tokens, N heads, D width of what is rotated.
 """
 
 from __future__ import annotations
@@ -15,19 +16,40 @@ import torch
 from torch import Tensor
 
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN_KEYS = ("factor", "original_max_position_embeddings")
+YARN_OPTIONAL_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+ROPE_TYPES = ("llama3", "yarn")
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
-    """float32 [D / 2] on the CPU: theta^(-2i/D), rescaled where `scaling` is of rope_type llama3.
+def check_scaling(scaling: dict[str, Any], where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless `scaling` is of a supported rope_type and complete."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} is not supported; {' and '.join(ROPE_TYPES)} are")
+    required = LLAMA3_KEYS if kind == "llama3" else YARN_KEYS
+    missing = [key for key in required if scaling.get(key) is None]
+    if missing:
+        raise ValueError(f"{where}: rope_scaling lacks {', '.join(missing)}")
+    unknown = sorted(set(scaling) - {"rope_type", *YARN_KEYS, *YARN_OPTIONAL_KEYS})
+    if kind == "yarn" and unknown:
+        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which YaRN does not know")
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
+    """float32 [D / 2] on the CPU: theta^(-2i/D), rescaled as `scaling` says.
 
     Always computed on the CPU, so that every device rotates by the same angles: at position 100,000 one unit in
     the last place of a frequency already turns the pair by several thousandths of a radian.
     """
     # "cpu" by name: the model may be under construction on the meta device.
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    frequencies = 1.0 / theta**exponents
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
+    periods = theta**exponents
     if scaling is None:
-        return frequencies
+        return 1.0 / periods
+    return _llama3(1.0 / periods, scaling) if scaling["rope_type"] == "llama3" else _yarn(periods, theta, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     factor, low, high, original = (scaling[key] for key in LLAMA3_KEYS)
     wavelengths = 2 * math.pi / frequencies
     # 0 for wavelengths beyond original / low (slowed down by factor), 1 below original / high (kept).
@@ -37,13 +59,50 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     return torch.where(wavelengths < original / high, frequencies, slow)
 
 
-def rope_cos_sin(inverse_frequencies: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos_TD and sin_TD, float32 on the device of the positions; each frequency fills i and i + D/2."""
+def _yarn(periods: Tensor, theta: float, scaling: dict[str, Any]) -> Tensor:
+    pairs = len(periods)
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(rotations: float) -> float:
+        """The (fractional) index of the pair that turns so often over the original context."""
+        return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low = pair_that_turns(scaling.get("beta_fast") or 32)
+    high = pair_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    # 1 for pairs that turn fast (kept), 0 for those that turn slowly (slowed down by factor).
+    ramp = (torch.arange(pairs, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return 1.0 / (factor * periods) * (1 - keep) + 1.0 / periods * keep
+
+
+def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
+    """YaRN's growth of the attention logits' temperature with the factor of the context."""
+    return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+
+def attention_factor(scaling: dict[str, Any] | None) -> float:
+    """What YaRN multiplies cosines and sines by; 1 for the others."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    factor, mscale, all_dim = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dim:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    return yarn_mscale(factor)
+
+
+def rope_cos_sin(inverse_frequencies: Tensor, position_ids_T: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos_TD and sin_TD times `factor`, float32 on the device of the positions; a frequency fills i and i + D/2."""
     # The copy from host memory is asynchronous: no synchronization in the step.
     frequencies = inverse_frequencies.to(position_ids_T.device, non_blocking=True)
     angles = position_ids_T.float()[:, None] * frequencies
     angles_TD = torch.cat((angles, angles), dim=-1)
-    return angles_TD.cos(), angles_TD.sin()
+    cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
+    return (cos_TD, sin_TD) if factor == 1.0 else (cos_TD * factor, sin_TD * factor)
 
 
 def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -51,3 +110,11 @@ def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     first, second = x_TND.chunk(2, dim=-1)
     rotated_TND = torch.cat((-second, first), dim=-1)
     return (x_TND * cos_TD[:, None] + rotated_TND * sin_TD[:, None]).to(x_TND.dtype)
+
+
+def halves_from_pairs(x_TND: Tensor) -> Tensor:
+    """The pairs (2i, 2i + 1) of DeepSeek's weights moved to (i, i + D/2), where apply_rope rotates them.
+
+    Queries and keys are moved alike, so their products stay what they are.
+    """
+    return x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

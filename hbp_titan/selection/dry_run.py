@@ -104,7 +104,7 @@ def _block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type
         forward = CheckpointedForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
         size = level.max_tokens // level.cp_degree
         x_SH = torch.empty(size, args.hidden_size, dtype=dtype, requires_grad=True)
-        rope_SD = [torch.empty(size, args.head_dim) for _ in range(2)]
+        rope_SD = [torch.empty(size, args.rope_dim) for _ in range(2)]
         documents = _documents(level, args)
         inputs = (x_SH, *rope_SD, documents, level.max_tokens)
         return _measure(block, forward, inputs, _attention_workspaces(args, level, dtype, device_type))
@@ -144,7 +144,9 @@ def _head_memory(
 
 def _shape(args: ModelArgs) -> ModelArgs:
     """What of an architecture one piece's memory depends on: one entry in the cache for all depths."""
-    return dataclasses.replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False)
+    # Of a mixture of experts the sparse layers, which are the most by far.
+    moe = args.moe and dataclasses.replace(args.moe, first_k_dense_replace=0)
+    return dataclasses.replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False, moe=moe)
 
 
 def _make(piece: type[Piece], args: ModelArgs, dtype: torch.dtype, device_type: str) -> Piece:

@@ -96,10 +96,10 @@ class _Composition:
         self.head = head_memory(args, tokens, loss_tokens, config.training.loss_chunk_tokens, dtype, device_type)
         self.hidden = tokens * args.hidden_size * dtype.itemsize
         # cos and sin, float32, of all layers.
-        self.rope = 2 * tokens * args.head_dim * 4
+        self.rope = 2 * tokens * args.rope_dim * 4
         with torch.device("meta"):
             model = build_model(args)
-        block_params, head_params = num_elements(model.layers[0]), num_elements(model.head)
+        block_params, head_params = num_elements(model.layers[-1]), num_elements(model.head)
         self.block = Gathered.of(block_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
         self.vocab = Gathered.of(head_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
         # AdamW: two moments beside a parameter and its gradient, in the parameter's dtype.

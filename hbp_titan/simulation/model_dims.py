@@ -1,6 +1,6 @@
 """ModelDims: the few figures of an architecture that time and traffic follow from.
 
-Owns their derivation from ModelArgs, and DeepSeek-V2 236B by its published figures, which is simulated only.
+Owns their derivation from ModelArgs.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hbp_titan.models.decoder import ModelArgs
-from hbp_titan.models.registry import FLAVORS, get_flavor, linear_params, num_params
+from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelDims:
 
     @classmethod
     def from_args(cls, args: ModelArgs) -> ModelDims:
-        """Of a dense decoder."""
+        """Of an architecture."""
         head = args.vocab_size * args.hidden_size
         body = num_params(args) - head * (1 if args.tie_embeddings else 2)
         return cls(
@@ -54,50 +54,18 @@ class ModelDims:
             hidden_size=args.hidden_size,
             body_params=body,
             active_body_params=linear_params(args) - head,
-            last_params=args.num_layers * args.intermediate_size * args.hidden_size,
+            last_params=last_params(args),
             head_params=head,
             embedding_params=0 if args.tie_embeddings else head,
             num_heads=args.num_heads,
             num_kv_heads=args.num_kv_heads,
             head_dim=args.head_dim,
-            v_head_dim=args.head_dim,
+            v_head_dim=args.head_dim if args.mla is None else args.mla.v_head_dim,
+            expert_params=expert_params(args),
+            experts_per_token=args.moe.num_experts_per_tok if args.moe else 0,
         )
 
 
-def deepseek_v2_236b() -> ModelDims:
-    """DeepSeek-V2 (arXiv 2405.04434, section 3.1.2, and its published config.json): 236B parameters, 21B active.
-
-    60 layers of width 5120, the first dense (12288), 59 with 160 routed experts of 1536, of which 6 are chosen, and 2
-    shared ones; MLA with 128 heads of 128 + 64 (values 128), query rank 1536, key-value rank 512; vocabulary 102400.
-    """
-    layers, hidden, heads, nope, rope, value = 60, 5120, 128, 128, 64, 128
-    q_rank, kv_rank, vocab = 1536, 512, 102400
-    queries = hidden * q_rank + q_rank * heads * (nope + rope)
-    keys_values = hidden * (kv_rank + rope) + kv_rank * heads * (nope + value)
-    attention = queries + keys_values + heads * value * hidden
-    expert, routed, chosen, shared, sparse = 3 * hidden * 1536, 160, 6, 2, layers - 1
-    dense_layer, router = 3 * hidden * 12288, hidden * routed
-    always = layers * attention + dense_layer + sparse * (shared * expert + router)
-    return ModelDims(
-        name="deepseek_v2_236b",
-        num_layers=layers,
-        hidden_size=hidden,
-        body_params=always + sparse * routed * expert,
-        active_body_params=always + sparse * chosen * expert,
-        last_params=(dense_layer + sparse * (shared + chosen) * expert) // 3,
-        head_params=vocab * hidden,
-        embedding_params=vocab * hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=nope + rope,
-        v_head_dim=value,
-        expert_params=sparse * routed * expert,
-        experts_per_token=chosen,
-    )
-
-
 def get_dims(name: str) -> ModelDims:
-    """Of a flavor of models/registry.py, or deepseek_v2_236b; ValueError that names the nearest one otherwise."""
-    if name not in FLAVORS and name == "deepseek_v2_236b":
-        return deepseek_v2_236b()
+    """Of a flavor of models/registry.py; ValueError that names the nearest one otherwise."""
     return ModelDims.from_args(get_flavor(name))

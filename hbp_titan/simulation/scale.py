@@ -109,9 +109,10 @@ def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray,
 def fitting_levels(dims: ModelDims, levels: Sequence[Level], world_size: int, hardware: Hardware) -> list[Level] | None:
     """The levels with the fewest layers recomputed that fit; None where one does not fit with all of them.
 
-    DeepSeek-V2, which this code does not build, recomputes all layers and is refused by its state_bytes alone.
+    A mixture of experts recomputes all layers and is refused by its state_bytes alone: the estimate of its memory knows
+    no expert parallelism.
     """
-    if dims.name in FLAVORS:
+    if dims.name in FLAVORS and not dims.expert_params:
         candidates = estimate_candidates(FLAVORS[dims.name], JobConfig(), hardware, world_size, levels)
         return [c.level for c in candidates] if all(c.fits for c in candidates) else None
     limit = hardware.memory_bytes * (1 - MEMORY_MARGIN)

@@ -60,6 +60,17 @@ def test_head_tail_shards_take_labels_positions_and_weights_along() -> None:
     assert batch.documents is batch.cu_seqlens
 
 
+def test_documents_have_numbers_and_shares_which_shards_take_along() -> None:
+    # Three, two and (padding) three tokens; two trained tokens of weight 0.25 and one of 0.5.
+    batch = make_batch(Samples(), [0, 1], Level(8, 2, "allgather"), 0, 2, np.array([0.25, 0.5]))
+    assert batch.document_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.document_shares.tolist() == [0.5, 0.5, 0.0]
+    assert batch.document_shares.sum() == batch.loss_weights.sum()
+    shards = [shard_batch(batch, rank, 2, gather_degree=2) for rank in range(2)]
+    assert [shard.document_ids.tolist() for shard in shards] == [[0, 1, 1, 2], [0, 2, 0, 2]]
+    assert all(shard.document_shares.equal(batch.document_shares) for shard in shards)
+
+
 def test_ranks_of_a_group_hold_contiguous_parts_of_its_head_tail_shard() -> None:
     batch = make_batch(Samples(), [0, 1], Level(8, 4, "hybrid"), 0, max_documents=2)
     shards = [shard_batch(batch, rank, 4, gather_degree=2) for rank in range(4)]

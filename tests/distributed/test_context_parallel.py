@@ -54,9 +54,9 @@ def _attend(
 def _numbered_pack(boundaries: list[int]) -> PackedBatch:
     """A pack whose input_ids say which token of the pack each is."""
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedBatch(
-        *[torch.arange(T)] * 3, cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T, np.zeros(0, np.int64)
-    )
+    ids, share = torch.zeros(T, dtype=torch.int64), torch.ones(len(boundaries) - 1)
+    whole = (cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T, np.zeros(0, np.int64), ids, share)
+    return PackedBatch(*[torch.arange(T)] * 3, *whole)
 
 
 CASES = {

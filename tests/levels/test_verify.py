@@ -61,6 +61,10 @@ def test_levels_and_model_can_be_made_small() -> None:
     assert scaled_levels(levels, 0) == levels
     small = shrunk(get_flavor("llama3_1_8b"))
     assert (small.num_layers, small.num_heads, small.num_kv_heads, small.hidden_size) == (2, 32, 8, 512)
+    sparse = shrunk(get_flavor("deepseek_v2_236b"))
+    assert sparse.moe is not None
+    assert [sparse.is_sparse(layer) for layer in range(2)] == [False, True]
+    assert (sparse.num_heads, sparse.head_dim, sparse.moe.n_routed_experts, sparse.moe.topk_group) == (128, 16, 160, 3)
 
 
 def test_command_proves_a_tiny_run_and_its_controls(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ LLAMA3_SCALING = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 def tiny_args(hf_model_type: str, heads: int, kv_heads: int, *, tied: bool, **changes: Any) -> ModelArgs:
     args = ModelArgs(
         name="tiny",
@@ -109,14 +112,25 @@ def test_logits_and_gradients_equal_transformers_per_document(
     args = tiny_args(hf_model_type, heads, kv_heads, tied=tied)
     for seed in (0, 1):
         ours, theirs = build_pair(args, seed)
-        assert largest_difference(ours, theirs, make_pack(args, seed)) < 3e-5
+        assert largest_difference(ours, theirs, make_pack(args, seed)) < 1e-5
 
 
-@pytest.mark.parametrize("scaling", [LLAMA3_SCALING, None])
-def test_positions_far_out_rotate_as_in_transformers(scaling: dict[str, Any] | None) -> None:
-    args = tiny_args("llama", 3, 1, tied=False, rope_scaling=scaling, max_position_embeddings=131072)
+@pytest.mark.parametrize(
+    ("hf_model_type", "scaling"),
+    [
+        ("llama", LLAMA3_SCALING),
+        ("llama", None),
+        ("qwen2", YARN),
+        ("qwen2", YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 2.0}),
+        ("qwen3", YARN | {"attention_factor": 1.3}),
+        ("qwen3", YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}),
+    ],
+)
+def test_positions_far_out_rotate_as_in_transformers(hf_model_type: str, scaling: dict[str, Any] | None) -> None:
+    heads, kv_heads = (4, 2) if hf_model_type == "qwen3" else (3, 1)
+    args = tiny_args(hf_model_type, heads, kv_heads, tied=False, rope_scaling=scaling, max_position_embeddings=131072)
     ours, theirs = build_pair(args, 5)
-    assert largest_difference(ours, theirs, make_pack(args, 5, first_position=130000)) < 3e-5
+    assert largest_difference(ours, theirs, make_pack(args, 5, first_position=130000)) < 1e-5
 
 
 def test_a_mask_that_lets_documents_see_each_other_is_caught() -> None:
@@ -127,9 +141,10 @@ def test_a_mask_that_lets_documents_see_each_other_is_caught() -> None:
     assert largest_difference(ours, theirs, pack) > 1e-2
 
 
-def test_rope_scaling_left_out_is_caught() -> None:
-    ours, _ = build_pair(tiny_args("llama", 3, 1, tied=False, rope_scaling=None), 0)
-    _, theirs = build_pair(tiny_args("llama", 3, 1, tied=False), 0)
+@pytest.mark.parametrize(("hf_model_type", "scaling"), [("llama", LLAMA3_SCALING), ("qwen2", YARN)])
+def test_rope_scaling_left_out_is_caught(hf_model_type: str, scaling: dict[str, Any]) -> None:
+    ours, _ = build_pair(tiny_args(hf_model_type, 3, 1, tied=False, rope_scaling=None), 0)
+    _, theirs = build_pair(tiny_args(hf_model_type, 3, 1, tied=False, rope_scaling=scaling), 0)
     assert largest_difference(ours, theirs, make_pack(ours.args, 0)) > 1e-4
 
 
@@ -254,7 +269,9 @@ def test_a_model_built_on_the_meta_device_runs_once_it_has_weights() -> None:
     [
         ({"num_kv_heads": 4}, "num_kv_heads=4 does not divide num_heads=6"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope' is not supported; llama3 and yarn are"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling lacks original_max_position_embeddings"),
+        ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "rope_scaling has low_freq_factor, which YaRN does not"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling lacks low_freq_factor"),
     ],
 )

@@ -191,10 +191,26 @@ def test_rope_is_read_in_the_old_the_new_and_the_doubled_form(tmp_path: Path) ->
     assert (args_from_hf(tmp_path).rope_theta, args_from_hf(tmp_path).rope_scaling) == (10000.0, None)
 
 
+def test_yarn_as_qwens_model_cards_write_it_reaches_four_times_as_far(tmp_path: Path) -> None:
+    # The card adds rope_scaling and leaves max_position_embeddings.
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    plain = args_to_hf_config(tiny_args("qwen2"))
+    old = {key: value for key, value in plain.items() if key != "rope_parameters"}
+    old["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    new = {**plain, "rope_scaling": None, "rope_parameters": {**scaling, "rope_theta": 50000.0}}
+    for values in (old, new):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        args = args_from_hf(tmp_path)
+        assert (args.rope_scaling, args.max_position_embeddings) == (scaling, 2048)
+        assert transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "yarn"
+        (tmp_path / "config.json").write_text(json.dumps(args_to_hf_config(args)))
+        assert args_from_hf(tmp_path) == args
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported; llama, qwen2, qwen3 are"),
+        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported; llama, qwen2, qwen3, deepseek_v2 are"),
         ("llama", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("llama", {"mlp_bias": True}, "mlp_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu' is"),
@@ -205,7 +221,14 @@ def test_rope_is_read_in_the_old_the_new_and_the_doubled_form(tmp_path: Path) ->
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("qwen2", {"rope_parameters": {"rope_theta": 50000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type 'yarn'"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None}, "rope_type 'dynamic'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "default, llama3 and yarn are"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None},
+            "rope_scaling lacks original_max_position_embeddings",
+        ),
+        ("qwen2", {"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported"),
         ("llama", {"rope_scaling": LLAMA3_SCALING | {"factor": 32.0}}, "rope_parameters and rope_scaling disagree"),
         ("qwen2", {"rope_theta": 1.0}, r"rope_theta = 1.0 but rope_parameters.rope_theta = 50000.0"),
         ("llama", {"hidden_size": None}, "needs a whole number above 0 for hidden_size"),

@@ -10,7 +10,9 @@ from hbp_titan.models.registry import (
     FLAVORS,
     attention_dims,
     build_model,
+    expert_params,
     get_flavor,
+    last_params,
     linear_params,
     num_params,
     training_flops,
@@ -20,15 +22,21 @@ from hbp_titan.models.registry import (
 PUBLISHED = {
     "llama3_1_8b": 8_030_261_248,
     "llama3_1_70b": 70_553_706_496,
+    "llama3_3_70b": 70_553_706_496,
     "llama3_2_1b": 1_235_814_400,
     "llama3_2_3b": 3_212_749_824,
     "qwen2_5_0_5b": 494_032_768,
     "qwen2_5_7b": 7_615_616_512,
     "qwen2_5_32b": 32_763_876_352,
     "qwen2_5_72b": 72_706_203_648,
+    "qwen2_5_7b_128k": 7_615_616_512,
+    "qwen2_5_32b_128k": 32_763_876_352,
+    "qwen2_5_72b_128k": 72_706_203_648,
     "qwen3_4b": 4_022_468_096,
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
+    "deepseek_v2_236b": 235_741_434_880,
+    "deepseek_v2_lite_16b": 15_706_484_224,
 }
 
 
@@ -61,6 +69,42 @@ def test_attention_dims_and_training_flops_of_the_8b_model() -> None:
     assert linear_params(args) == 8_030_261_248 - 128256 * 4096 - 65 * 4096
     # one document of 8192 tokens: 6 * 7.5e9 * 8192 for the matrices, 6 * 32 * 4096 * 8192^2 for attention
     assert training_flops(args, 8192, 8192**2) == 6 * 7_504_658_432 * 8192 + 6 * 32 * 4096 * 8192**2
+
+
+# name: hidden, layers, heads, query rank, dense width, experts, their width: as published.
+DEEPSEEK_V2 = {
+    "deepseek_v2_236b": (5120, 60, 128, 1536, 12288, 160, 1536),
+    "deepseek_v2_lite_16b": (2048, 27, 16, None, 10944, 64, 1408),
+}
+
+
+@pytest.mark.parametrize("name", DEEPSEEK_V2)
+def test_counts_of_deepseek_take_the_chosen_experts_alone(name: str) -> None:
+    args = get_flavor(name)
+    hidden, layers, heads, q_rank, ffn, experts, expert_ffn = DEEPSEEK_V2[name]
+    queries = hidden * heads * 192 if q_rank is None else q_rank * (hidden + heads * 192)
+    attention = queries + hidden * (512 + 64) + 512 * heads * 256 + heads * 128 * hidden
+    expert = 3 * hidden * expert_ffn
+    # The first layer is dense; the others have a router, 2 shared experts and 6 chosen ones.
+    active = layers * attention + 3 * hidden * ffn + (layers - 1) * (hidden * experts + 8 * expert) + 102400 * hidden
+    assert linear_params(args) == active
+    assert expert_params(args) == (layers - 1) * experts * expert
+    assert last_params(args) == hidden * (ffn + (layers - 1) * 8 * expert_ffn)
+    # Keys of 192, values of 128.
+    assert attention_dims(args) == (layers, heads * 160)
+    assert training_flops(args, 100, 5000) == 600 * active + 6 * layers * heads * 160 * 5000
+
+
+def test_published_active_parameters_are_21b_and_2_4b() -> None:
+    assert round(linear_params(get_flavor("deepseek_v2_236b")) / 1e9) == 21
+    assert linear_params(get_flavor("deepseek_v2_lite_16b")) // 10**8 == 24
+
+
+def test_qwen_with_yarn_reads_four_times_the_original_context() -> None:
+    args = get_flavor("qwen2_5_72b_128k")
+    assert args.rope_scaling is not None
+    assert args.rope_scaling["factor"] * args.rope_scaling["original_max_position_embeddings"] == 131072
+    assert args.max_position_embeddings == 131072
 
 
 def test_unknown_flavor_names_the_nearest() -> None:

@@ -12,7 +12,7 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.args import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.registry import DEBUG, get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.selection.dry_run import _head_memory, _shape, block_memory, head_memory
@@ -22,6 +22,14 @@ from hbp_titan.selection.profile_packs import Packs
 
 WIDE = dataclasses.replace(
     DEBUG, name="wide", hidden_size=256, intermediate_size=704, num_heads=8, vocab_size=2048, tie_embeddings=False
+)
+EXPERTS = dataclasses.replace(
+    WIDE,
+    name="experts",
+    num_kv_heads=8,
+    head_dim=48,
+    mla=MLAArgs(q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    moe=MoEArgs(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1),
 )
 POLICIES = (("none", None), ("full", None), ("full", 2), ("keep_attention", None), ("keep_attention", 2))
 READINGS = 3
@@ -53,6 +61,7 @@ def _one_document(tokens: int, args: ModelArgs) -> Packs:
 CASES = [
     (DEBUG, 1, (512, 1024), [(1, "ulysses")]),
     (WIDE, 1, (512,), [(1, "ulysses")]),
+    (EXPERTS, 1, (512,), [(1, "ulysses")]),
     (DEBUG, 2, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]),
     (WIDE, 2, (512,), [(2, "allgather")]),
 ]

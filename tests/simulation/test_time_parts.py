@@ -10,7 +10,7 @@ import pytest
 from hbp_titan.distributed.hardware import get_hardware
 from hbp_titan.models.registry import get_flavor, training_flops
 from hbp_titan.packing import Level
-from hbp_titan.simulation.model_dims import ModelDims, deepseek_v2_236b, get_dims
+from hbp_titan.simulation.model_dims import ModelDims, get_dims
 from hbp_titan.simulation.time_parts import PARTS, Sharding, TimeModel
 from tests.simulation.toy import MACHINE, TOY
 
@@ -120,7 +120,7 @@ def test_flops_are_those_of_the_metrics() -> None:
 
 
 def test_deepseek_v2_has_its_published_parameters() -> None:
-    dims = deepseek_v2_236b()
+    dims = get_dims("deepseek_v2_236b")
     assert round(dims.params / 1e9) == 236
     # 21B active: the layers' and the head's, with the embedding.
     assert round((dims.active_body_params + 2 * dims.head_params) / 1e9) == 21

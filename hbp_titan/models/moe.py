@@ -1,0 +1,107 @@
+"""Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2): routed and shared experts.
+
+Owns the way of a token: route (which experts, with which weights), sort_by_expert and dispatch (its copies, put in the
+order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Each is a
+function of its own, so that expert parallelism can exchange rows between them. No token is dropped. All shapes are
+known beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph.
+
+Shape suffixes: T tokens, H hidden width, E experts, F width of an expert, K experts of a token, S = T * K copies,
+G groups of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hbp_titan.models.args import MoEArgs
+from hbp_titan.models.balance import BalanceState, with_balance_loss
+from hbp_titan.models.feed_forward import FeedForward
+from hbp_titan.models.grouped_mm import grouped_mm
+
+
+class Experts(nn.Module):
+    """The routed experts, SwiGLU each; expert e is row e of every parameter."""
+
+    def __init__(self, hidden_size: int, moe: MoEArgs) -> None:
+        super().__init__()
+        wide = (moe.n_routed_experts, moe.moe_intermediate_size, hidden_size)
+        self.gate_proj = nn.Parameter(torch.empty(wide))
+        self.up_proj = nn.Parameter(torch.empty(wide))
+        self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
+
+    def forward(self, x_SH: Tensor, weights_S: Tensor, offsets_E: Tensor) -> Tensor:
+        """weights_S times the expert of each row; expert e has the rows offsets_E[e - 1] to offsets_E[e].
+
+        Weighted before the last product, which is linear: F is narrower than H, and backward needs no output.
+        """
+        h_SF = F.silu(grouped_mm(x_SH, self.gate_proj, offsets_E)) * grouped_mm(x_SH, self.up_proj, offsets_E)
+        h_SF = (h_SF * weights_S[:, None]).to(x_SH.dtype)
+        return grouped_mm(h_SF, self.down_proj, offsets_E)
+
+
+class MixtureOfExperts(nn.Module):
+    """In place of a dense feed-forward network; parameter names are HF's, but for the fused experts.
+
+    tokens_per_expert: int32 [E] on the device, the copies that each expert got in the last forward on this rank,
+        padding included; None before the first. Recomputation sets it to the same again.
+    balance: shared by all layers of a model.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoEArgs, balance: BalanceState) -> None:
+        super().__init__()
+        self.moe = moe
+        self.balance = balance
+        self.gate = nn.Linear(hidden_size, moe.n_routed_experts, bias=False)
+        self.experts = Experts(hidden_size, moe)
+        self.shared_experts = FeedForward(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
+        self.tokens_per_expert: Tensor | None = None
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        # float32, as DeepSeek's code has it: which experts are chosen hangs on small differences.
+        scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+        weights_TK, experts_TK = route(scores_TE, self.moe)
+        weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
+        order_S, self.tokens_per_expert = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        offsets_E = self.tokens_per_expert.cumsum(0, dtype=torch.int32)
+        x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
+        y_TH = combine(self.experts(x_SH, weights_S, offsets_E), order_S, self.moe.num_experts_per_tok)
+        return y_TH + self.shared_experts(x_TH)
+
+
+def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
+    """weights_TK and experts_TK (int64) of each token, in no certain order. scores_TE: softmax over the experts."""
+    candidates_TE = scores_TE
+    if moe.topk_method == "group_limited_greedy":
+        scores_TGe = scores_TE.unflatten(-1, (moe.n_group, -1))
+        groups_T = scores_TGe.amax(dim=-1).topk(moe.topk_group, dim=-1, sorted=False).indices
+        other_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter(1, groups_T, False)
+        candidates_TE = scores_TGe.masked_fill(other_TG.unsqueeze(-1), 0.0).flatten(-2)
+    weights_TK, experts_TK = candidates_TE.topk(moe.num_experts_per_tok, dim=-1, sorted=False)
+    if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), experts_TK
+    return weights_TK * moe.routed_scaling_factor, experts_TK
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """order_S: the copies (token * K + choice) in the order of their experts, and of tokens inside each; int64.
+
+    Also tokens_per_expert, int32 [E].
+    """
+    experts_S = experts_TK.flatten()
+    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=experts_S.device)
+    ones_S = torch.ones_like(experts_S, dtype=torch.int32)
+    return experts_S.argsort(stable=True), counts_E.scatter_add(0, experts_S, ones_S)
+
+
+def dispatch(x_TH: Tensor, weights_TK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and the weights of the copies in `order_S`: x_SH, weights_S."""
+    return x_TH.index_select(0, order_S // weights_TK.shape[1]), weights_TK.flatten().index_select(0, order_S)
+
+
+def combine(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """The sum of each token's copies, y_TH."""
+    # By the inverse order and a sum, not by adding into place, whose order would vary on a GPU.
+    place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return y_SH.index_select(0, place_S).unflatten(0, (-1, num_experts_per_tok)).sum(dim=1)

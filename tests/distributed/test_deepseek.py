@@ -1,0 +1,97 @@
+"""DeepSeek-V2 through the engine that trains, on two ranks: FSDP2, context parallelism, recomputation and compilation
+against transformers on one process; with balance losses, which transformers lacks, against our model on one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hbp_titan.config import load_config
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.verify import Case, compare, reference, run_case
+from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.packing import Level
+from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
+
+SEED = 3
+PLAIN = tiny_args(4)
+BALANCED = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
+UPPER = Level(256, 2, ac_policy="full")
+GATHER = dataclasses.replace(UPPER, cp_style="allgather", ac_policy="keep_attention")
+CASES = [
+    (PLAIN, Case("ulysses, full", 2, (Level(64, 1), UPPER))),
+    (PLAIN, Case("allgather, keep_attention", 2, (Level(64, 2), GATHER))),
+    (BALANCED, Case("ulysses, full, balance losses", 2, (Level(64, 1), UPPER))),
+    (BALANCED, Case("allgather, several steps", 2, (Level(64, 1), GATHER), global_batch_tokens=300)),
+    (BALANCED, Case("compiled, balance losses", 2, (Level(64, 1), UPPER), compile=True)),
+]
+
+
+class RandomSamples:
+    """Rows of random tokens, of which the second half is trained."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        sizes = [5, 40, 12, 200, 33, 7, 60, 110, 21, 3]
+        self.rows = [(generator.integers(0, 97, n), np.arange(n) >= n // 2) for n in sizes]
+        self.lengths = np.array(sizes)
+        self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[index]
+
+
+def _run(world: World, cases: list[tuple[ModelArgs, Case]]) -> list[tuple[float, dict[str, Tensor]]]:
+    config = load_config(["--compile.backend=aot_eager", f"--training.seed={SEED}"])
+    return [run_case(world, config, args, case, RandomSamples()) for args, case in cases]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[float, dict[str, Tensor]]]:
+    return run_distributed(_run, 2, CASES)[0]
+
+
+def _transformers() -> tuple[float, dict[str, Tensor]]:
+    ours = Decoder(PLAIN)
+    ours.init_weights(SEED)
+    theirs, samples = hf_model(ours), RandomSamples()
+    losses = []
+    for tokens, mask in samples.rows:
+        ids = torch.from_numpy(tokens)
+        kept = torch.from_numpy(mask[1:])
+        losses.append(F.cross_entropy(theirs(ids[None]).logits[0, :-1][kept], ids[1:][kept], reduction="sum"))
+    loss = torch.stack(losses).sum() / int(samples.loss_tokens.sum())
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_two_ranks_equal_transformers_on_one(found: list[tuple[float, dict[str, Tensor]]], index: int) -> None:
+    loss, grads = found[index]
+    result = compare(CASES[index][1], _transformers(), (loss, in_hf_memory(grads)))
+    assert result.loss_difference < 1e-6
+    assert result.grad_difference < 1e-5, result.worst
+
+
+@pytest.mark.parametrize("index", [2, 3, 4])
+def test_balance_losses_do_not_depend_on_packs_ranks_and_steps(
+    found: list[tuple[float, dict[str, Tensor]]], index: int
+) -> None:
+    args, case = CASES[index]
+    result = compare(case, reference(args, SEED, RandomSamples()), found[index])  # type: ignore[arg-type]
+    assert result.loss_difference < 1e-6
+    assert result.grad_difference < 1e-5, result.worst
+
+
+def test_balance_losses_left_out_are_caught(found: list[tuple[float, dict[str, Tensor]]]) -> None:
+    result = compare(CASES[2][1], reference(PLAIN, SEED, RandomSamples()), found[2])  # type: ignore[arg-type]
+    assert math.isclose(result.loss_difference, 0, abs_tol=1e-6)
+    assert result.grad_difference > 1e-2

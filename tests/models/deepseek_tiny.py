@@ -1,0 +1,110 @@
+"""A tiny DeepSeek-V2, ours and transformers', with the same weights.
+
+Owns the conversion to what transformers holds in memory, where gate and up projections of all experts are one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hbp_titan.models.args import MLAArgs, ModelArgs, MoEArgs
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.hf import args_to_hf_config, to_hf_name
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+MLA = MLAArgs(q_lora_rank=28, kv_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+MOE = MoEArgs(
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=16,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    topk_method="group_limited_greedy",
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+)
+
+
+def tiny_args(
+    heads: int = 3, *, mla: Mapping[str, Any] | None = None, moe: Mapping[str, Any] | None = None, **changes: Any
+) -> ModelArgs:
+    """Three layers, the first dense; `mla` and `moe` change the fields of both records."""
+    latent = dataclasses.replace(MLA, **(mla or {}))
+    args = ModelArgs(
+        name="tiny",
+        hf_model_type="deepseek_v2",
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=3,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=latent.qk_head_dim,
+        vocab_size=97,
+        max_position_embeddings=2560,
+        rope_theta=10000.0,
+        rope_scaling=YARN,
+        norm_eps=1e-5,
+        mla=latent,
+        moe=dataclasses.replace(MOE, **(moe or {})),
+    )
+    return dataclasses.replace(args, **changes)
+
+
+def random_model(args: ModelArgs, seed: int) -> Decoder:
+    """Every parameter random, norms too."""
+    model = Decoder(args)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def hf_model(model: Decoder) -> nn.Module:
+    """transformers' model with the weights of ours."""
+    config = transformers.AutoConfig.for_model(**args_to_hf_config(model.args))
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    keys = theirs.load_state_dict(in_hf_memory(model.state_dict()), strict=False)
+    assert keys.missing_keys == []
+    assert keys.unexpected_keys == []
+    return theirs.eval()
+
+
+def in_hf_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights or gradients by our names -> by those of transformers' parameters."""
+    result = {}
+    for name, tensor in tensors.items():
+        layer, fused, projection = name.rpartition(".experts.")
+        if not fused or projection == "down_proj":
+            result[to_hf_name(name)] = tensor
+        elif projection == "gate_proj":
+            both = torch.cat([tensor, tensors[f"{layer}.experts.up_proj"]], dim=1)
+            result[to_hf_name(f"{layer}.experts.gate_up_proj")] = both
+    return result
+
+
+def make_pack(args: ModelArgs, lengths: tuple[int, ...], seed: int, first_position: int = 0) -> dict[str, Any]:
+    """Random documents as the arguments of Decoder.forward, cu_seqlens padded."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    total = sum(lengths)
+    return {
+        "input_ids_T": torch.randint(args.vocab_size, (total,), generator=generator),
+        "position_ids_T": torch.cat([torch.arange(n) for n in lengths]) + first_position,
+        "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), total], dtype=torch.int32),
+        "max_seqlen": total,
+    }
