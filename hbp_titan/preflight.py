@@ -71,6 +71,12 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
 
     Over-long samples are refused earlier, when the store is prepared.
     """
+    check_without_data(config, world_size, device, args)
+    check_vocabulary(config, args, store.meta["vocab_size"])
+
+
+def check_without_data(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs) -> None:
+    """The part of `check` that needs no data."""
     validate(config, world_size)
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
@@ -80,9 +86,13 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
             f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}: "
             "lower levels.max_tokens"
         )
-    if store.meta["vocab_size"] > args.vocab_size:
+    check_load_path(config.checkpoint.initial_load_path, args)
+
+
+def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:
+    """Raise ValueError where the tokenizer, of `tokenizer_size` entries, has more than the model."""
+    if tokenizer_size > args.vocab_size:
         raise ValueError(
-            f"the tokenizer {config.tokenizer_path} has {store.meta['vocab_size']} entries, the model {args.name} "
+            f"the tokenizer {config.tokenizer_path} has {tokenizer_size} entries, the model {args.name} "
             f"{args.vocab_size}: change model.tokenizer_path or the model"
         )
-    check_load_path(config.checkpoint.initial_load_path, args)

@@ -6,16 +6,31 @@ Owns the way from TOML keys to the planner's arguments, and the count of optimiz
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.packing import CostModel, Plan, build_plan
+
+
+class SampleLengths(Protocol):
+    """What of a token store a plan depends on."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample, [num_samples]."""
+
+    @property
+    def loss_tokens(self) -> NDArray[np.int64]:
+        """Trained tokens of each sample, [num_samples]."""
 
 
 class EpochPlans:
     """Makes the plan of an epoch when it is first asked for and keeps the latest two."""
 
-    def __init__(self, config: JobConfig, store: TokenStore, world_size: int, cost: CostModel) -> None:
+    def __init__(self, config: JobConfig, store: SampleLengths, world_size: int, cost: CostModel) -> None:
         self.config = config
         self.store = store
         self.world_size = world_size

@@ -7,6 +7,8 @@ Nothing else in the project asks which of the two it is.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -47,6 +49,22 @@ def init_world(timeout_seconds: int) -> World:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return World(rank, size, device)
+
+
+@contextmanager
+def fake_world(size: int, device: torch.device) -> Iterator[World]:
+    """Rank 0 of a world of `size` ranks that are not there: groups and meshes are made, collectives move nothing.
+
+    device: what each rank would have, which need not be there; meshes of a fake world lie on the CPU.
+    """
+    # Test code of torch's, and what torchtitan's dry run is built on.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(0, size, device)
+    finally:
+        dist.destroy_process_group()
 
 
 def ranks_per_node(world_size: int) -> int:

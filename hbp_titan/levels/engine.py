@@ -1,7 +1,7 @@
 """Engine: the parallelized model and one iteration on it, at whatever level the batch names.
 
 Owns the way from an architecture to a sharded, initialized model with its level runtime, and the forward and backward
-of a batch. The trainer and the proof of equivalence (verify.py) run this same code.
+of a batch. The trainer and the proof of equivalence (verify.py) run this same code, and the dry run its first half.
 """
 
 from __future__ import annotations
@@ -20,8 +20,24 @@ from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import DTYPES, parallelize
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.registry import build_model
+
+
+def parallelized_on_meta(
+    config: JobConfig, args: ModelArgs, world: World, mesh_device: torch.device
+) -> tuple[Decoder, LevelRuntime]:
+    """The model without storage, every parallel form applied to it, and the runtime with the mesh of each level.
+
+    mesh_device: where the ranks meet: world.device, or the CPU for a fake world, which plans for GPUs that are not there.
+    """
+    cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
+    meshes = LevelMeshes(mesh_device, world.size, cp_shapes, config.parallelism.dp_replicate)
+    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
+    with torch.device("meta"):
+        model = build_model(args).to(DTYPES[config.training.dtype])
+    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
+    return model, runtime
 
 
 class Engine:
@@ -30,13 +46,8 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.chunk_tokens = config.training.loss_chunk_tokens
-        cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
-        meshes = LevelMeshes(world.device, world.size, cp_shapes, config.parallelism.dp_replicate)
-        self.runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
-        # On meta, parallelized, then given storage and weights shard by shard.
-        with torch.device("meta"):
-            self.model = build_model(args).to(DTYPES[config.training.dtype])
-        parallelize(self.model, config, world.device, meshes, self.runtime.cp_state, self.runtime.ac_state)
+        self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
+        # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
     def forward_backward(self, batch: PackedBatch) -> Tensor:

@@ -1,0 +1,113 @@
+"""One dry run: the checks and the build of a start, and what is known of it before a GPU is.
+
+Owns the order of things. Raises what a start would raise, as ValueError or OSError of one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hbp_titan.cli import Mistakes
+from hbp_titan.components.summary import level_name
+from hbp_titan.config import JobConfig
+from hbp_titan.data.planning import EpochPlans
+from hbp_titan.distributed.hardware import Hardware
+from hbp_titan.distributed.mesh import nodes_crossed
+from hbp_titan.distributed.world import fake_world
+from hbp_titan.dry_run.memory import LevelMemory, RankState, cheapest_change, level_memory, rank_state, usable_bytes
+from hbp_titan.dry_run.samples import Samples, samples_of
+from hbp_titan.levels.engine import parallelized_on_meta
+from hbp_titan.levels.level_time import FloatArray, pack_loads
+from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.packing import Plan
+from hbp_titan.preflight import check_without_data, cost_model, model_args
+from hbp_titan.selection.memory_estimate import MemoryEstimate
+from hbp_titan.simulation.estimate import time_model
+from hbp_titan.simulation.simulate import Replay, replay
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was found.
+
+    rank_state: of rank 0, which holds the most. crossed_nodes: cp degrees whose groups cross nodes. plan, replay: the
+    first epoch and its estimated time; total_steps: of all epochs.
+    """
+
+    config: JobConfig
+    args: ModelArgs
+    world_size: int
+    hardware: Hardware
+    rank_state: RankState
+    levels: tuple[LevelMemory, ...]
+    crossed_nodes: list[int]
+    samples: Samples
+    plan: Plan
+    replay: Replay
+    total_steps: int
+
+    def peak_bytes(self, estimate: MemoryEstimate) -> int:
+        """The most that a rank holds in an iteration: its state to the byte, the rest as estimated."""
+        return self.rank_state.total_bytes + estimate.saved_bytes + estimate.transient_bytes
+
+    def fits(self, estimate: MemoryEstimate) -> bool:
+        """Whether the GPU's memory suffices."""
+        return self.peak_bytes(estimate) <= usable_bytes(self.hardware)
+
+    def check_memory(self) -> None:
+        """Raise Mistakes, a line for each level that does not fit, with the cheapest change that would make it fit."""
+        lines = []
+        for index, memory in enumerate(self.levels):
+            if self.fits(memory.configured):
+                continue
+            change = cheapest_change(
+                self.config, self.args, self.world_size, self.hardware, memory.level, self._typical_load(index)
+            )
+            lines.append(
+                f"level {level_name(memory.level)} needs {self.peak_bytes(memory.configured) / 2**30:.1f} GiB a rank, "
+                f"of which {self.rank_state.total_bytes / 2**30:.1f} are parameters, gradients and optimizer state, but "
+                f"{self.hardware.name} has {usable_bytes(self.hardware) / 2**30:.1f} to use: {change}"
+            )
+        if lines:
+            raise Mistakes(lines)
+
+    def _typical_load(self, level: int) -> FloatArray:
+        """The mean of the level's packs as pack_loads has them; of all packs where the level has none."""
+        loads, own = pack_loads(self.plan), self.plan.pack_levels == level
+        return loads[own if own.any() else slice(None)].mean(axis=0)
+
+
+def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
+    """Try `config` for `world_size` ranks with a GPU of this kind each; takes no GPU and allocates no model."""
+    if config.selects_levels:
+        raise ValueError(
+            'packing.levels = "auto" measures at the start: name [[levels]] blocks, which scripts/select_levels.py '
+            "--estimate chooses without a GPU"
+        )
+    gpu = torch.device("cuda")
+    args = model_args(config)
+    check_without_data(config, world_size, gpu, args)
+    samples = samples_of(config, args)
+    with fake_world(world_size, gpu) as world:
+        model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
+        for index in range(len(config.levels)):
+            runtime.activate(index)
+        state = rank_state(model)
+    plans = EpochPlans(config, samples, world_size, cost_model(args))
+    return DryRun(
+        config=config,
+        args=args,
+        world_size=world_size,
+        hardware=hardware,
+        rank_state=state,
+        levels=tuple(level_memory(config, args, world_size, level) for level in config.levels),
+        crossed_nodes=nodes_crossed(
+            [level.cp_degree for level in config.levels], min(world_size, hardware.gpus_per_node)
+        ),
+        samples=samples,
+        plan=plans.of(0),
+        replay=replay(plans.of(0), time_model(args, config, hardware, world_size)),
+        total_steps=plans.total_steps(),
+    )
