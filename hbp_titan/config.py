@@ -218,9 +218,10 @@ def _override(config: JobConfig, key: str, text: str) -> None:
 def _set(config: JobConfig, key: str, value: Any, where: str) -> None:
     expected = _type_of(key, where)
     if expected == list[DataSource]:
-        if where == "command line":
+        if where == "command line" and value != []:
             raise ValueError(
-                f"command line: {key} takes blocks, which only a TOML file has; data.train_files takes paths"
+                f"command line: {key} takes blocks, which only a TOML file has, or [] to drop those; data.train_files "
+                "takes paths"
             )
         value = _sources_from_toml(key, value, where)
     else:

@@ -168,6 +168,15 @@ def test_levels_that_do_not_fit_the_world_are_refused(levels: list[Level], world
         validate(config, world_size)
 
 
+def test_command_line_drops_the_sources_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[[data.sources]]\npath = 'tulu3'\n")
+    config = load_config(["--job.config_file", str(path), "--data.sources=[]", "--data.train_files=mine.jsonl"])
+    assert (config.data.sources, config.data.train_files) == ([], ["mine.jsonl"])
+    with pytest.raises(ValueError, match=r"data.sources takes blocks, which only a TOML file has, or \[\] to drop"):
+        load_config(["--data.sources=mine.jsonl"])
+
+
 def test_help_explains_every_key() -> None:
     text = help_text()
     assert "--lr_scheduler.decay str" in text
