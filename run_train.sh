@@ -2,8 +2,10 @@
 # Sets up once, prepares the data, trains (resuming where a run stopped) and exports HF weights.
 #   ./run_train.sh                                        the debug model on real text, two CPU ranks or all GPUs
 #   NGPU=8 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh --training.steps 1000
+#   COMM_MODE=fake NGPU=32 CONFIG_FILE=... ./run_train.sh  tries a configuration for 32 ranks: no GPU, no weights, no data
 # env: NGPU ranks on this machine; CONFIG_FILE; LOG_RANK the rank that prints; for several nodes NNODES and
-#      RDZV_ENDPOINT=host:port (the same on each). Further arguments override the TOML: --section.key value
+#      RDZV_ENDPOINT=host:port (the same on each). Further arguments override the TOML: --section.key value;
+#      with COMM_MODE=fake, GPU is the kind of GPU to plan for (h100-80gb)
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -13,6 +15,18 @@ export LOG_RANK=${LOG_RANK:-0}
 
 source scripts/setup_env.sh run
 NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+
+case "${COMM_MODE:-}" in
+    "") ;;
+    fake)
+        exec "$PY" -m hbp_titan.dry_run --world_size $((NGPU * NNODES)) --gpu "${GPU:-h100-80gb}" \
+            --job.config_file "$CONFIG_FILE" "$@"
+        ;;
+    *)
+        echo "error: COMM_MODE=$COMM_MODE is not known: fake is (a dry run), and none for a run" >&2
+        exit 1
+        ;;
+esac
 
 # A rank's share of this machine's cores, at least one.
 CORES=$(($(getconf _NPROCESSORS_ONLN) / NGPU))

@@ -301,6 +301,7 @@ class Trainer:
         print(f"model: {self.args.name}, {num_params(self.args):,} parameters, {self.config.training.dtype}, ", end="")
         print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
         print(f"attention {selected_backend(self.device)}")
+        print(f"weights: {self.config.checkpoint.initial_load_path or 'new ones, from training.seed'}")
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
         crossed = nodes_crossed([level.cp_degree for level in plan.levels], ranks_per_node(self.world.size))
         if crossed:

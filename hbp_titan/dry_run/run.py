@@ -67,8 +67,8 @@ class DryRun:
             )
             lines.append(
                 f"level {level_name(memory.level)} needs {self.peak_bytes(memory.configured) / 2**30:.1f} GiB a rank, "
-                f"of which {self.rank_state.total_bytes / 2**30:.1f} are parameters, gradients and optimizer state, but "
-                f"{self.hardware.name} has {usable_bytes(self.hardware) / 2**30:.1f} to use: {change}"
+                f"of which {self.rank_state.total_bytes / 2**30:.1f} are parameters, gradients and optimizer state, "
+                f"but {self.hardware.name} has {usable_bytes(self.hardware) / 2**30:.1f} to use: {change}"
             )
         if lines:
             raise Mistakes(lines)

@@ -29,7 +29,7 @@ def parallelized_on_meta(
 ) -> tuple[Decoder, LevelRuntime]:
     """The model without storage, every parallel form applied to it, and the runtime with the mesh of each level.
 
-    mesh_device: where the ranks meet: world.device, or the CPU for a fake world, which plans for GPUs that are not there.
+    mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
     """
     cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
     meshes = LevelMeshes(mesh_device, world.size, cp_shapes, config.parallelism.dp_replicate)
