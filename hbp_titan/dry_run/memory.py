@@ -81,7 +81,8 @@ def level_memory(config: JobConfig, args: ModelArgs, world_size: int, level: Lev
     policies = {
         policy: estimate(dataclasses.replace(level, ac_policy=policy, ac_layers=None)) for policy in AC_POLICIES
     }
-    return LevelMemory(level, estimate(level), policies)
+    configured = policies[level.ac_policy] if level.ac_layers is None else estimate(level)
+    return LevelMemory(level, configured, policies)
 
 
 def usable_bytes(hardware: Hardware) -> int:

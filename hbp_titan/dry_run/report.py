@@ -14,7 +14,6 @@ from hbp_titan.components.summary import describe_plan, level_name
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.dry_run.memory import LevelMemory, usable_bytes
 from hbp_titan.dry_run.run import DryRun
-from hbp_titan.models.registry import num_params
 from hbp_titan.selection.memory_estimate import MemoryEstimate
 from hbp_titan.selection.selection import duration
 
@@ -33,16 +32,12 @@ def _model(found: DryRun) -> str:
     lines = [
         f"dry run: {found.world_size} x {found.hardware.name}, {found.hardware.gpus_per_node} a node; nothing is "
         "allocated, memory and time are estimates",
-        f"model: {found.args.name}, {num_params(found.args):,} parameters, {config.training.dtype}, computed in "
-        f"{computed}",
+        f"model: {found.args.name}, {found.num_params:,} parameters, {config.training.dtype}, computed in {computed}",
         f"FSDP over {spread}: a rank has {state.parameters:,} parameters: {_gib(state.parameter_bytes)} GiB, gradients "
         f"{_gib(state.gradient_bytes)}, {config.optimizer.name} {_gib(state.optimizer_bytes)}, together "
         f"{_gib(state.total_bytes)}",
     ]
-    if found.crossed_nodes:
-        degrees = ", ".join(map(str, found.crossed_nodes))
-        lines.append(f"warning: groups of cp_degree {degrees} cross nodes: their exchange is slow")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in found.warnings)])
 
 
 def _memory(found: DryRun) -> str:

@@ -32,17 +32,18 @@ from hbp_titan.simulation.simulate import Replay, replay
 class DryRun:
     """What was found.
 
-    rank_state: of rank 0, which holds the most. crossed_nodes: cp degrees whose groups cross nodes. plan, replay: the
-    first epoch and its estimated time; total_steps: of all epochs.
+    rank_state: of rank 0, which holds the most. warnings: what a start puts up with, but is no good idea. plan,
+    replay: the first epoch and its estimated time; total_steps: of all epochs.
     """
 
     config: JobConfig
     args: ModelArgs
     world_size: int
     hardware: Hardware
+    num_params: int
     rank_state: RankState
     levels: tuple[LevelMemory, ...]
-    crossed_nodes: list[int]
+    warnings: list[str]
     samples: Samples
     plan: Plan
     replay: Replay
@@ -94,20 +95,40 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
         for index in range(len(config.levels)):
             runtime.activate(index)
-        state = rank_state(model)
+        state, count = rank_state(model), sum(parameter.numel() for parameter in model.parameters())
     plans = EpochPlans(config, samples, world_size, cost_model(args))
     return DryRun(
         config=config,
         args=args,
         world_size=world_size,
         hardware=hardware,
+        num_params=count,
         rank_state=state,
         levels=tuple(level_memory(config, args, world_size, level) for level in config.levels),
-        crossed_nodes=nodes_crossed(
-            [level.cp_degree for level in config.levels], min(world_size, hardware.gpus_per_node)
-        ),
+        warnings=[*_crossed_nodes(config, world_size, hardware), *_long_curriculum(plans.of(0))],
         samples=samples,
         plan=plans.of(0),
         replay=replay(plans.of(0), time_model(args, config, hardware, world_size)),
         total_steps=plans.total_steps(),
     )
+
+
+def _crossed_nodes(config: JobConfig, world_size: int, hardware: Hardware) -> list[str]:
+    node = min(world_size, hardware.gpus_per_node)
+    crossed = nodes_crossed([level.cp_degree for level in config.levels], node)
+    return (
+        [f"groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow"] if crossed else []
+    )
+
+
+def _long_curriculum(plan: Plan) -> list[str]:
+    """A curriculum as long as the lowest level's data leaves nothing to alternate with."""
+    lowest = plan.level_of_iteration == plan.level_of_iteration.min()
+    steps = plan.step_of_iteration
+    if not plan.curriculum_steps or lowest.all() or steps[lowest].max() > steps[~lowest].min():
+        return []
+    covered = steps[lowest].max() + 1
+    return [
+        f"packing.curriculum_steps = {plan.curriculum_steps:g} covers all {covered} steps of the lowest level: longer "
+        "samples come after all others; lower it"
+    ]

@@ -39,7 +39,9 @@ def _try(words: Sequence[str], world_size: int = 8, gpu: str = "h100-80gb") -> D
 def test_state_of_a_rank_is_16_bytes_a_parameter() -> None:
     # 8,030,261,248 parameters (tests/models/test_registry.py) on 8 ranks: 4 bytes, as much for the gradient, and twice
     # that for AdamW's moments, with a step count of 4 bytes for each of 32 x 9 + 3 tensors.
-    state = _try([*LLAMA, "--levels=16384:1:ulysses:full,131072:8:ulysses:full"]).rank_state
+    found = _try([*LLAMA, "--levels=16384:1:ulysses:full,131072:8:ulysses:full"])
+    state = found.rank_state
+    assert found.num_params == 8_030_261_248
     own = 8_030_261_248 // 8
     assert (state.parameters, state.parameter_bytes, state.gradient_bytes) == (own, 4 * own, 4 * own)
     assert state.optimizer_bytes == 8 * own + 4 * (32 * 9 + 3)
@@ -68,8 +70,17 @@ def test_synthetic_data_are_planned_as_a_run_would_plan_them() -> None:
 
 def test_groups_across_nodes_are_told() -> None:
     found = _try([*LLAMA, "--levels=131072:16:hybrid:full"], world_size=16)
-    assert found.crossed_nodes == [16]
+    assert len(found.warnings) == 1
     assert "warning: groups of cp_degree 16 cross nodes: their exchange is slow" in describe(found)
+
+
+def test_curriculum_that_covers_all_short_samples_is_told() -> None:
+    words = ["--data.train_files=absent.jsonl", "--levels=16384:1,131072:2"]
+    plan = _try(words).plan
+    short = plan.num_iterations - int(plan.level_of_iteration.sum())
+    (warning,) = _try([*words, "--packing.curriculum_steps=500"]).warnings
+    assert warning.startswith(f"packing.curriculum_steps = 500 covers all {short} steps of the lowest level: ")
+    assert _try([*words, f"--packing.curriculum_steps={short - 5}"]).warnings == []
 
 
 # What does not fit, and what is proposed: checkpointing; one copy of the parameters; a higher cp degree; more ranks.

@@ -35,7 +35,7 @@ def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest
     for memory in found.levels:
         assert found.peak_bytes(memory.configured) <= MOST * found.hardware.memory_bytes, memory.level
     found.check_memory()
-    assert found.crossed_nodes == []
+    assert found.warnings == []
     assert found.plan.num_steps == found.total_steps > 100
     text = describe(found)
     assert f"dry run: {world_size} x {gpu}" in text
