@@ -33,9 +33,9 @@ def _model(found: DryRun) -> str:
         f"dry run: {found.world_size} x {found.hardware.name}, {found.hardware.gpus_per_node} a node; nothing is "
         "allocated, memory and time are estimates",
         f"model: {found.args.name}, {found.num_params:,} parameters, {config.training.dtype}, computed in {computed}",
-        f"FSDP over {spread}: a rank has {state.parameters:,} parameters: {_gib(state.parameter_bytes)} GiB, gradients "
-        f"{_gib(state.gradient_bytes)}, {config.optimizer.name} {_gib(state.optimizer_bytes)}, together "
-        f"{_gib(state.total_bytes)}",
+        f"FSDP over {spread}: a rank has {state.parameters:,} parameters: {_size(state.parameter_bytes)}, gradients "
+        f"{_size(state.gradient_bytes)}, {config.optimizer.name} {_size(state.optimizer_bytes)}, together "
+        f"{_size(state.total_bytes)}",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found.warnings)])
 
@@ -107,3 +107,7 @@ def _needs(found: DryRun) -> list[str]:
 
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{_gib(num_bytes)} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
