@@ -27,6 +27,9 @@ from hbp_titan.selection.memory_estimate import MemoryEstimate
 from hbp_titan.simulation.estimate import time_model
 from hbp_titan.simulation.simulate import Replay, replay
 
+# Shards above this share of an even one are told: rounding alone makes less.
+MOST_UNEVEN = 1.1
+
 
 @dataclass(frozen=True)
 class DryRun:
@@ -97,6 +100,11 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
             runtime.activate(index)
         state, count = rank_state(model), sum(parameter.numel() for parameter in model.parameters())
     plans = EpochPlans(config, samples, world_size, cost_model(args))
+    warnings = [
+        *_crossed_nodes(config, world_size, hardware),
+        *_uneven_shards(state.parameters, count, world_size // config.parallelism.dp_replicate),
+        *_long_curriculum(plans.of(0)),
+    ]
     return DryRun(
         config=config,
         args=args,
@@ -105,7 +113,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         num_params=count,
         rank_state=state,
         levels=tuple(level_memory(config, args, world_size, level) for level in config.levels),
-        warnings=[*_crossed_nodes(config, world_size, hardware), *_long_curriculum(plans.of(0))],
+        warnings=warnings,
         samples=samples,
         plan=plans.of(0),
         replay=replay(plans.of(0), time_model(args, config, hardware, world_size)),
@@ -119,6 +127,17 @@ def _crossed_nodes(config: JobConfig, world_size: int, hardware: Hardware) -> li
     return (
         [f"groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow"] if crossed else []
     )
+
+
+def _uneven_shards(largest: int, num_params: int, shards: int) -> list[str]:
+    """FSDP2 deals out whole rows: of tensors with fewer rows than ranks the last ranks have nothing."""
+    share = largest * shards / num_params
+    if share <= MOST_UNEVEN:
+        return []
+    return [
+        f"rank 0 holds {share:.2f} times an even share: some parameters have too few rows for {shards} ranks; what "
+        "FSDP gathers is padded by as much, which the estimated peak does not hold"
+    ]
 
 
 def _long_curriculum(plan: Plan) -> list[str]:

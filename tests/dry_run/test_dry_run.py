@@ -74,6 +74,13 @@ def test_groups_across_nodes_are_told() -> None:
     assert "warning: groups of cp_degree 16 cross nodes: their exchange is slow" in describe(found)
 
 
+def test_uneven_shards_are_told() -> None:
+    # Of the debug model's matrices most have 352 or 128 rows, so of 300 ranks each has two rows or one, or none.
+    (warning,) = _try(["--data.train_files=absent.jsonl", "--levels=131072:1"], world_size=300).warnings
+    assert warning.startswith("rank 0 holds 1.7")
+    assert "some parameters have too few rows for 300 ranks" in warning
+
+
 def test_curriculum_that_covers_all_short_samples_is_told() -> None:
     words = ["--data.train_files=absent.jsonl", "--levels=16384:1,131072:2"]
     plan = _try(words).plan
