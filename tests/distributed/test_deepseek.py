@@ -24,6 +24,8 @@ from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
 SEED = 3
 PLAIN = tiny_args(4)
 BALANCED = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
+# Two ranks cannot share 9 experts evenly: each has a half of every expert.
+ODD = tiny_args(4, moe={"n_routed_experts": 9, "n_group": 3})
 UPPER = Level(256, 2, ac_policy="full")
 GATHER = dataclasses.replace(UPPER, cp_style="allgather", ac_policy="keep_attention")
 CASES = [
@@ -32,6 +34,7 @@ CASES = [
     (BALANCED, Case("ulysses, full, balance losses", 2, (Level(64, 1), UPPER))),
     (BALANCED, Case("allgather, several steps", 2, (Level(64, 1), GATHER), global_batch_tokens=300)),
     (BALANCED, Case("compiled, balance losses", 2, (Level(64, 1), UPPER), compile=True)),
+    (ODD, Case("9 experts", 2, (Level(64, 1), UPPER))),
 ]
 
 
@@ -81,8 +84,8 @@ def test_two_ranks_equal_transformers_on_one(found: list[tuple[float, dict[str, 
     assert result.grad_difference < 1e-5, result.worst
 
 
-@pytest.mark.parametrize("index", [2, 3, 4])
-def test_balance_losses_do_not_depend_on_packs_ranks_and_steps(
+@pytest.mark.parametrize("index", [2, 3, 4, 5])
+def test_gradients_do_not_depend_on_packs_ranks_and_steps(
     found: list[tuple[float, dict[str, Tensor]]], index: int
 ) -> None:
     args, case = CASES[index]
