@@ -285,7 +285,7 @@ class JobConfig:
         """The folder with the tokenizer's files."""
         path = self.model.tokenizer_path or self.model.hf_path
         if not path:
-            raise ValueError("model.tokenizer_path is empty: name a folder with tokenizer.json")
+            raise ValueError("model.tokenizer_path and model.hf_path are empty: name a folder with tokenizer.json")
         return Path(path)
 
 
