@@ -15,6 +15,8 @@ from hbp_titan.dry_run.run import dry_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.toml"))
+# Its epoch has fewer steps than the paper's 500.
+CURRICULUM = {"deepseek_v2_236b_hbp": 100}
 # Of the memory of a GPU; the estimate knows nothing of fragmentation.
 MOST = 0.9
 
@@ -46,6 +48,6 @@ def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest
 def test_preset_trains_as_the_paper_does(name: str) -> None:
     config = load_config(["--job.config_file", str(FOLDER / f"{name}.toml")])
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("AdamW", 1e-5, 0.01)
-    assert config.packing.curriculum_steps == 500
+    assert config.packing.curriculum_steps == CURRICULUM.get(name, 500)
     assert config.packing.method == name.rpartition("_")[2]
     assert config.training.normalizer == "ave_token"
