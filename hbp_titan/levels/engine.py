@@ -21,6 +21,7 @@ from hbp_titan.distributed.parallelize import DTYPES, parallelize
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.registry import build_model
 
 
@@ -36,6 +37,8 @@ class Engine:
         # On meta, parallelized, then given storage and weights shard by shard.
         with torch.device("meta"):
             self.model = build_model(args).to(DTYPES[config.training.dtype])
+            if config.lora.rank:
+                apply_lora(self.model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
         parallelize(self.model, config, world.device, meshes, self.runtime.cp_state, self.runtime.ac_state)
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 

@@ -222,6 +222,10 @@ def init_parameter(
     std = args.initializer_range
     if fqn.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * args.num_layers) ** 0.5
+    return torch.empty(*shape, device="cpu").normal_(std=std, generator=seeded_generator(seed, fqn)).to(dtype)
+
+
+def seeded_generator(seed: int, fqn: str) -> torch.Generator:
+    """The random numbers of one parameter."""
     digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(*shape, device="cpu").normal_(std=std, generator=generator).to(dtype)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
