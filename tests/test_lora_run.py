@@ -184,7 +184,7 @@ def test_adapters_are_not_merged_into_another_base(run: Run, tmp_path: Path) -> 
     step_folder = folder / "run" / "checkpoint" / "step-6"
     state = json.loads((step_folder / "state.json").read_text())
     state["lora"]["base"]["path"] = str(tmp_path / "base")
-    with pytest.raises(ValueError, match="its adapters belong to .* which now has .*: restore it"):
+    with pytest.raises(ValueError, match=r"its adapters belong to .* which now has .*: restore it"):
         whole_tensors(step_folder, state, ARGS)
 
 
@@ -241,3 +241,8 @@ def test_unknown_target_is_refused_before_a_rank_starts(
     store = open_stores(config, 512)[0]
     with pytest.raises(ValueError, match="'wq', which no matrix of model tiny is called"):
         check(config, 2, torch.device("cpu"), ARGS, store)
+
+
+def test_planner_weighs_attention_half_as_much_again_where_weights_are_frozen() -> None:
+    whole, frozen = cost_model(ARGS), cost_model(ARGS, frozen=True)
+    assert frozen.beta / frozen.alpha == pytest.approx(1.5 * whole.beta / whole.alpha)
