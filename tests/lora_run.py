@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hbp_titan.components.adapter import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import save_hf_folder
+from hbp_titan.models.hf import args_to_hf_config, save_hf_folder
 from hbp_titan.models.lora import is_adapter
 from hbp_titan.train import Trainer
 from tests.tiny_run import ARGS, write_tiny_run
@@ -29,13 +31,15 @@ ac_policy = "{policy}"
 """
 
 
-def write_lora_run(folder: Path, policy: str = "full") -> list[str]:
+def write_lora_run(folder: Path, policy: str = "full", tied: bool = True) -> list[str]:
     """Data, model and a base of HF's format in `folder`; the arguments of a run of two levels, cp 1 and 2."""
     argv = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
     (folder / "run.toml").write_text(LEVELS.format(policy=policy))
-    base = Decoder(ARGS)
+    args = dataclasses.replace(ARGS, tie_embeddings=tied)
+    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
+    base = Decoder(args)
     base.init_weights(7)
-    save_hf_folder(ARGS, base.named_parameters(), folder / "base", dtype=torch.float32)
+    save_hf_folder(args, base.named_parameters(), folder / "base", dtype=torch.float32)
     return [
         *argv,
         f"--job.config_file={folder / 'run.toml'}",

@@ -19,14 +19,16 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
 
 from hbp_titan.components.adapter import check_adapter, checksum, whole_tensors
-from hbp_titan.components.model_state import check_load_path
+from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.model_state import check_load_path, initialize
 from hbp_titan.components.optimizer import lr_factor
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import load_hf_tensors, to_hf_name
-from hbp_titan.models.lora import init_lora_parameter, is_adapter
+from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
 from hbp_titan.preflight import check, cost_model
 from tests.lora_run import train, train_and_resume, write_lora_run
 from tests.tiny_run import ARGS
@@ -113,7 +115,8 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
 
 def test_compiled_hsdp_run_that_keeps_attention_equals_peft_with_one_graph_a_level(tmp_path: Path) -> None:
     argv = [
-        *write_lora_run(tmp_path, "keep_attention"),
+        # Untied: embeddings and head are frozen groups of their own.
+        *write_lora_run(tmp_path, "keep_attention", tied=False),
         "--training.steps=6",
         "--parallelism.dp_replicate=2",
         "--compile.enable=true",
@@ -186,6 +189,39 @@ def test_adapters_are_not_merged_into_another_base(run: Run, tmp_path: Path) -> 
     state["lora"]["base"]["path"] = str(tmp_path / "base")
     with pytest.raises(ValueError, match=r"its adapters belong to .* which now has .*: restore it"):
         whole_tensors(step_folder, state, ARGS)
+
+
+def test_base_in_a_checkpoint_is_the_same_base(run: Run, tmp_path: Path) -> None:
+    folder = run[1]
+    base = dict(load_hf_tensors(folder / "base", ARGS))
+    # A tied matrix has two names there.
+    named = base | {"head.output.weight": base["tok_embeddings.weight"]}
+    save_model_tensors(tmp_path / "base", named, {"model": {}})
+    with torch.device("meta"):
+        model = Decoder(ARGS)
+        apply_lora(model, 4, 8, ["q_proj"])
+    initialize(model, ARGS, torch.device("cpu"), 3, str(tmp_path / "base"))
+    for name, value in model.state_dict().items():
+        expected = init_lora_parameter(name, value.shape, 3) if is_adapter(name) else named[name]
+        assert value.equal(expected), name
+
+    step_folder = folder / "run" / "checkpoint" / "step-6"
+    state = json.loads((step_folder / "state.json").read_text())
+    whole = dict(whole_tensors(step_folder, state, ARGS))
+    state["lora"]["base"]["path"] = str(tmp_path / "base")
+    again = dict(whole_tensors(step_folder, state, ARGS))
+    assert whole.keys() == again.keys()
+    assert all(whole[name].equal(again[name]) for name in whole)
+
+
+def test_checksum_sees_a_bit_and_a_name() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        one, two = torch.tensor([1.0, 2.0], dtype=dtype), torch.tensor([3.0, 4.0], dtype=dtype)
+        mark = checksum([("a", one), ("b", two)])
+        assert mark == checksum([("b", two), ("a", one)])
+        assert mark != checksum([("a", two), ("b", one)])
+        assert mark != checksum([("a", one), ("b", two.nextafter(torch.zeros(2, dtype=dtype)))])
+    assert checksum([("a", torch.zeros(3))]) == "0" * 16
 
 
 def test_run_does_not_start_from_adapters_alone(run: Run) -> None:

@@ -21,8 +21,6 @@ from hbp_titan.models.decoder import Decoder, seeded_generator
 
 ALL_LINEAR = "all-linear"
 _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
-# A router's weight is read, its module not called (and PEFT leaves routers alone): an adapter would do nothing.
-_ROUTER = "gate"
 
 
 class LoRALinear(nn.Linear):
@@ -60,10 +58,14 @@ def apply_lora(model: Decoder, rank: int, alpha: float, target_modules: Sequence
 def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
     """Names of the matrices inside the blocks whose dotted name ends in one of `target_modules` (PEFT's rule).
 
-    ["all-linear"] means all but routers. Raises ValueError, with the names that there are, for one that fits none.
+    ["all-linear"] means all of them. In a mixture of experts only attention's matrices count. Raises ValueError, with
+    the names that there are, for one that fits none.
     """
     linears = [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
-    linears = [name for name in linears if name.rpartition(".")[2] != _ROUTER]
+    if any(parameter.ndim == 3 for parameter in model.layers.parameters()):
+        # Fused experts. PEFT takes gate_proj, up_proj and down_proj for theirs, wherever else the names occur, and a
+        # router's weight is read without calling its module.
+        linears = [name for name in linears if ".self_attn." in name]
     if list(target_modules) == [ALL_LINEAR]:
         return linears
     unknown = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in linears)]

@@ -131,6 +131,15 @@ def test_adapted_model_starts_as_its_base_and_by_the_seed_alone() -> None:
     assert len(trained) == 3 * 7 * 2
 
 
+def test_models_with_fused_experts_get_adapters_on_attention_alone() -> None:
+    model = Decoder(tiny_args("llama", 3, 1, tied=False))
+    model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 4, 4))
+    names = {name.split(".", 2)[2] for name in lora_targets(model, ["all-linear"])}
+    assert names == {f"self_attn.{x}_proj" for x in "qkvo"}
+    with pytest.raises(ValueError, match="'down_proj'"):
+        lora_targets(model, ["o_proj", "down_proj"])
+
+
 def test_unknown_target_is_one_line_with_the_names_that_there_are() -> None:
     model = Decoder(tiny_args("llama", 3, 1, tied=False))
     with pytest.raises(ValueError, match="'lm_head', 'wq'") as caught:
