@@ -63,10 +63,10 @@ def _peft_name(fqn: str, adapter: str = "default.") -> str:
     return "base_model.model." + to_hf_name(fqn).removesuffix("weight") + adapter + "weight"
 
 
-def _reference(config: JobConfig, fqns: list[str]) -> dict[str, torch.Tensor]:
+def _reference(config: JobConfig, fqns: list[str], world_size: int) -> dict[str, torch.Tensor]:
     """PEFT on transformers, each sample by itself, a plain loop; only the choice of samples comes from the plan."""
     store = open_stores(config, 512)[0]
-    plan = EpochPlans(config, store, 2, cost_model(ARGS, frozen=True)).of(0)
+    plan = EpochPlans(config, store, world_size, cost_model(ARGS, frozen=True)).of(0)
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(_base(Path(config.checkpoint.initial_load_path)), lora)
     parameters = dict(model.named_parameters())
@@ -94,9 +94,9 @@ def _reference(config: JobConfig, fqns: list[str]) -> dict[str, torch.Tensor]:
     return {fqn: parameters[_peft_name(fqn)].detach() for fqn in fqns}
 
 
-def _check_against_peft(argv: list[str], found: dict[str, torch.Tensor]) -> None:
+def _check_against_peft(argv: list[str], found: dict[str, torch.Tensor], world_size: int) -> None:
     fqns = [fqn for fqn in found if is_adapter(fqn)]
-    for fqn, value in _reference(load_config(argv), fqns).items():
+    for fqn, value in _reference(load_config(argv), fqns, world_size).items():
         assert value.norm() > 0.01
         assert (found[fqn] - value).norm() < 1e-5 * value.norm(), fqn
 
@@ -105,7 +105,7 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
     argv, folder, ranks = run
     found = ranks[0][0]
     assert found["levels"] == {0, 1}
-    _check_against_peft(argv, found["parameters"])
+    _check_against_peft(argv, found["parameters"], 2)
     base = load_hf_tensors(folder / "base", ARGS)
     assert all(found["parameters"][name].equal(base[name]) for name in base)
     assert found["with_gradient"] == {name for name in found["parameters"] if is_adapter(name)}
@@ -113,21 +113,26 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
     assert {checksum(base.items())} == {mark for rank in ranks for mark in rank[0]["checksums"]}
 
 
-def test_compiled_hsdp_run_that_keeps_attention_equals_peft_with_one_graph_a_level(tmp_path: Path) -> None:
+# Four ranks are two copies, each sharded over two ranks.
+@pytest.mark.parametrize(("world_size", "copies"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_compiled_run_that_keeps_attention_equals_peft_with_one_graph_a_level(
+    tmp_path: Path, world_size: int, copies: int
+) -> None:
     argv = [
         # Untied: embeddings and head are frozen groups of their own.
         *write_lora_run(tmp_path, "keep_attention", tied=False),
         "--training.steps=6",
-        "--parallelism.dp_replicate=2",
+        f"--parallelism.dp_replicate={copies}",
         "--compile.enable=true",
         "--compile.backend=aot_eager",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
     ]
-    found = run_distributed(train, 2, argv)[0]
+    found = run_distributed(train, world_size, argv)[0]
+    assert found["levels"] == {0, 1}
     # The second level's halves of a block are two graphs.
     assert (found["graphs"], found["breaks"]) == (3, 0)
-    _check_against_peft(argv, found["parameters"])
+    _check_against_peft(argv, found["parameters"], world_size)
 
 
 def test_optimizer_and_checkpoint_hold_the_adapters_alone(run: Run) -> None:
