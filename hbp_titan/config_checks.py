@@ -58,6 +58,7 @@ def check_values(config: JobConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"{key} = {value} must be at least 1")
+    _check_lora(config)
     if (config.data.overlong, config.data.train_on) == ("split", "last"):
         raise ValueError(
             'data.overlong = "split" with data.train_on = "last" would train the last turn of every piece, not of the '
@@ -68,6 +69,16 @@ def check_values(config: JobConfig) -> None:
             f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
             "redistribution would break the graph of a block; set one of the two back"
         )
+
+
+def _check_lora(config: JobConfig) -> None:
+    lora = config.lora
+    if lora.rank and not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise ValueError(f"lora.alpha = {lora.alpha} must be above 0: adapters count alpha / rank")
+    if lora.rank and not lora.target_modules:
+        raise ValueError(f"lora.rank = {lora.rank} with an empty lora.target_modules trains nothing: name matrices")
+    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
+        raise ValueError(f"lora.target_modules = {lora.target_modules}: all-linear stands alone")
 
 
 def _check_source(name: str, source: DataSource) -> None:

@@ -61,6 +61,18 @@ class DataSource:
 
 
 @dataclass
+class LoRA:
+    rank: int = 0
+    """Rank of the adapters; 0 trains the weights themselves. There is no dropout (docs/models.md says why)."""
+    alpha: float = 16
+    """Adapters count alpha / rank."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Matrices that get an adapter, by the end of their names; "all-linear" alone means all in the blocks."""
+
+
+@dataclass
 class Data:
     train_files: list[str] = field(default_factory=list)
     """Paths of sources without settings of their own; sources comes on top."""
@@ -209,7 +221,7 @@ class Checkpoint:
     initial_load_path: str = ""
     """HF folder whose weights start the run when there is nothing to resume."""
     export_hf: bool = True
-    """Write hf/ into the run folder at the end."""
+    """Write hf/ into the run folder at the end, with LoRA hf_adapter/ too."""
     export_dtype: str = "float32"
     """Dtype of the exported weights: float32 or bfloat16."""
 
@@ -250,6 +262,7 @@ class JobConfig:
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
+    lora: LoRA = field(default_factory=LoRA)
     data: Data = field(default_factory=Data)
     packing: Packing = field(default_factory=Packing)
     levels: list[Level] = field(default_factory=list)

@@ -19,14 +19,22 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from hbp_titan.cli import guarded
+from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import export_hf
+from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
-from hbp_titan.components.summary import compare_methods, describe_plan, describe_totals, describe_wait, level_name
+from hbp_titan.components.summary import (
+    compare_methods,
+    describe_lora,
+    describe_plan,
+    describe_totals,
+    describe_wait,
+    level_name,
+)
 from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.audit import confirm_epoch, plan_path
@@ -74,7 +82,7 @@ class Trainer:
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
-        cost = cost_model(self.args)
+        cost = cost_model(self.args, frozen=config.lora.rank > 0)
         if config.selects_levels:
             resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
             check(config, world.size, self.device, self.args, self.store)
@@ -97,13 +105,21 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.step_in_epoch = 0
+        self.adapter = describe_adapter(config, self.model)
         self.checkpointer = Checkpointer(
-            self.folder / "checkpoint", self.model, self.optimizer, config.checkpoint.keep_latest_k
+            self.folder / "checkpoint",
+            self.model,
+            self.optimizer,
+            config.checkpoint.keep_latest_k,
+            check=lambda state, path: check_adapter(state.get("lora"), self.adapter, path),
         )
         times = load_level_times(self.folder, config.levels)
         self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
         self.normalizer = NORMALIZERS[config.training.normalizer]
-        self.recorder = StepRecorder(self.args, self.plans.of(0), self.device, self.normalizer, self.store)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.recorder = StepRecorder(
+            self.args, self.plans.of(0), self.device, self.normalizer, self.store, trained if self.adapter else 0
+        )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
         self._resume()
 
@@ -145,8 +161,13 @@ class Trainer:
         if not self.config.checkpoint.export_hf:
             return
         dtype = DTYPES[self.config.checkpoint.export_dtype]
-        export_hf(self.model, self.args, self.folder / "hf", self.config.tokenizer_path, dtype, self.token_ids)
+        lora, tokenizer = self.config.lora, self.config.tokenizer_path
+        export_hf(self.model, self.args, self.folder / "hf", tokenizer, dtype, self.token_ids, lora)
         self._print(f"HF weights   {self.folder / 'hf'}")
+        if lora.rank:
+            base = self.config.checkpoint.initial_load_path
+            export_adapter(self.model, lora, base, self.folder / "hf_adapter", dtype)
+            self._print(f"PEFT adapter {self.folder / 'hf_adapter'}")
 
     def _train_epoch(self, metrics: MetricsLogger) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
@@ -258,6 +279,7 @@ class Trainer:
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
                 "token_ids": self.token_ids,
+                **({"lora": self.adapter} if self.adapter else {}),
             },
         )
 
@@ -302,6 +324,8 @@ class Trainer:
         print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
         print(f"attention {selected_backend(self.device)}")
         print(f"weights: {self.config.checkpoint.initial_load_path or 'new ones, from training.seed'}")
+        if self.config.lora.rank:
+            print(describe_lora(self.config.lora, self.model))
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
         crossed = nodes_crossed([level.cp_degree for level in plan.levels], ranks_per_node(self.world.size))
         if crossed:

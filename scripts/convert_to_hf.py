@@ -1,7 +1,7 @@
 """Write a checkpoint as an HF folder: python scripts/convert_to_hf.py CHECKPOINT OUT [--dtype bfloat16]
 
 CHECKPOINT is a step-N folder, or a run folder (its newest checkpoint is taken). OUT gets config.json, safetensors and
-the tokenizer's files; transformers, vLLM and SGLang load it.
+the tokenizer's files; transformers, vLLM and SGLang load it. LoRA adapters are merged into the base they belong to.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from hbp_titan.cli import guarded
-from hbp_titan.components.checkpoint import completed, load_model_tensors
+from hbp_titan.components.adapter import whole_tensors
+from hbp_titan.components.checkpoint import completed
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import save_hf_folder
-from hbp_titan.models.registry import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,14 +39,12 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     step_folder = find_checkpoint(checkpoint)
     state = json.loads((step_folder / "state.json").read_text())
     args = ModelArgs.from_dict(state["model"])
-    with torch.device("meta"):
-        model = build_model(args)
-    tensors = load_model_tensors(step_folder, model)
+    tensors = whole_tensors(step_folder, state, args)
     tokenizer_path = Path(state["tokenizer_path"])
     if not tokenizer_path.is_dir():
         raise ValueError(f"{tokenizer_path}: the run's tokenizer folder is gone; restore it")
     ids = state["token_ids"]
-    save_hf_folder(args, tensors.items(), out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids)
+    save_hf_folder(args, tensors, out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids)
     return step_folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 class Checkpointer:
-    """Saves and loads model, optimizer, per-rank RNG and the trainer's own state.
+    """Saves and loads what is trained of the model, its optimizer, per-rank RNG and the trainer's own state.
 
     `state` in save and load is the trainer's state: plain JSON values, the same on every rank.
+    check: called with the state and the folder before any tensor is read; raises ValueError for one of another run.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep_latest_k: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep_latest_k: int,
+        check: Callable[[dict[str, Any], Path], None] | None = None,
+    ) -> None:
         self.folder = folder
+        self.check = check
         self.model = model
         self.optimizer = optimizer
         self.keep_latest_k = keep_latest_k
@@ -58,12 +68,19 @@ class Checkpointer:
             return None
         path = found[-1]
         state = json.loads((path / "state.json").read_text())
+        if self.check:
+            self.check(state, path)
         sharded = self._sharded_state()
         if state["world_size"] == dist.get_world_size():
             sharded[f"rng_{dist.get_rank()}"] = _rng_state()
         dcp.load(sharded, checkpoint_id=path)
         set_state_dict(
-            self.model, self.optimizer, model_state_dict=sharded["model"], optim_state_dict=sharded["optimizer"]
+            self.model,
+            self.optimizer,
+            model_state_dict=sharded["model"],
+            optim_state_dict=sharded["optimizer"],
+            # Only frozen weights are missing: the keys are this model's own.
+            options=StateDictOptions(strict=False),
         )
         if f"rng_{dist.get_rank()}" in sharded:
             _set_rng_state(sharded[f"rng_{dist.get_rank()}"])
@@ -71,7 +88,7 @@ class Checkpointer:
 
     def _sharded_state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions())
-        return {"model": model, "optimizer": optimizer}
+        return {"model": {name: model[name] for name in _trained(self.model)}, "optimizer": optimizer}
 
     def _prune(self) -> None:
         if self.keep_latest_k:
@@ -99,11 +116,16 @@ def save_model_tensors(target: Path, tensors: dict[str, torch.Tensor], state: di
 def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Any]:
     """The full fp32 tensors of checkpoint `path` by parameter name, shaped as those of `model` (may be on meta).
 
-    Needs no process group; reads the model's part only.
+    Needs no process group; reads the model's part only, and of it what is not frozen.
     """
-    tensors = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.state_dict().items()}
+    tensors = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in _trained(model).items()}
     dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)
     return tensors
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    # A tied matrix has two names.
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -24,12 +24,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         objective = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
         loss_sum = torch.zeros_like(objective)
         grad_hidden_LD = torch.empty_like(hidden_LD)
-        # Many chunks are summed: fp32 keeps what bf16 would round away.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32))
+        dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+        # Many chunks are summed: fp32 keeps what bf16 would round away. A frozen matrix (LoRA) needs none.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden_LD.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             hidden_CD, labels_C, weights_C = hidden_LD[part], labels_L[part], token_weights_L[part]
-            logits_CV = (hidden_CD @ weight_VD.T).to(grad_weight_VD.dtype)
+            logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
             losses_C = F.cross_entropy(logits_CV, labels_C, reduction="none")
             objective += losses_C @ weights_C.to(losses_C.dtype)
             loss_sum += losses_C.sum()
@@ -38,8 +39,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(labels_C), 1), -1.0))
             grad_CV = (grad_CV * weights_C[:, None]).to(hidden_LD.dtype)
             torch.matmul(grad_CV, weight_VD, out=grad_hidden_LD[part])
-            grad_weight_VD += grad_CV.T @ hidden_CD
-        ctx.save_for_backward(grad_hidden_LD, grad_weight_VD.to(weight_VD.dtype))
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
+        ctx.save_for_backward(grad_hidden_LD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(loss_sum)
         return objective, loss_sum
 
@@ -47,7 +49,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_LD, grad_weight_VD = ctx.saved_tensors
         grad_hidden_LD = grad_hidden_LD * grad.to(grad_hidden_LD.dtype)
-        return grad_hidden_LD, grad_weight_VD * grad.to(grad_weight_VD.dtype), None, None, None
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD * grad.to(grad_weight_VD.dtype)
+        return grad_hidden_LD, grad_weight_VD, None, None, None
 
 
 def linear_cross_entropy(

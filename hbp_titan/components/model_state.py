@@ -1,11 +1,12 @@
-"""Weights of a sharded model: from a seed, an HF folder or a checkpoint, and out into an HF folder.
+"""Weights of a sharded model: from a seed, an HF folder or a checkpoint, and out into HF and PEFT folders.
 
 Owns the way between whole tensors and FSDP2's shards, one tensor at a time: no rank holds the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,24 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
+from hbp_titan.models.lora import ALL_LINEAR, init_lora_parameter, is_adapter, merged
+from hbp_titan.models.peft_folder import save_adapter_folder
 
 
 def check_load_path(path: str, args: ModelArgs) -> None:
     """Raise ValueError unless `path` is empty, or an HF folder or checkpoint whose tensors fit `args`."""
     folder = Path(path)
-    if not path or (folder / "state.json").is_file():
+    if not path:
+        return
+    if (folder / "state.json").is_file():
+        if "lora" in json.loads((folder / "state.json").read_text()):
+            raise ValueError(
+                f"checkpoint.initial_load_path = {path!r} holds LoRA adapters alone: merge them with "
+                f"scripts/convert_to_hf.py {path} OUT and name OUT"
+            )
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"checkpoint.initial_load_path = {path!r} holds neither config.json nor state.json")
@@ -34,20 +45,27 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
     """Give the meta-device `model` storage on `device` and weights.
 
     load_path: an HF folder or a checkpoint; empty means new weights from `seed`, the same for every world size.
+        Adapters are new in any case.
     """
     model.to_empty(device=device)
     if load_path and (Path(load_path) / "state.json").is_file():
-        dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=load_path)
+        base = {name: value for name, value in get_model_state_dict(model).items() if not is_adapter(name)}
+        dcp.load({"model": base}, checkpoint_id=load_path)
     elif load_path:
         tensors = load_hf_tensors(Path(load_path), args)
-        _fill(model, lambda name, shape: tensors[name])
+        _fill(_parameters(model, adapters=False), lambda name, shape: tensors[name])
     else:
-        _fill(model, lambda name, shape: init_parameter(args, name, shape, seed))
+        _fill(_parameters(model, adapters=False), lambda name, shape: init_parameter(args, name, shape, seed))
+    _fill(_parameters(model, adapters=True), lambda name, shape: init_lora_parameter(name, shape, seed))
+
+
+def _parameters(model: nn.Module, adapters: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if is_adapter(name) == adapters)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, whole: Callable[[str, torch.Size], Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+def _fill(parameters: Iterable[tuple[str, nn.Parameter]], whole: Callable[[str, torch.Size], Tensor]) -> None:
+    for name, parameter in parameters:
         value = whole(name, parameter.shape).to(device=parameter.device, dtype=parameter.dtype)
         if isinstance(parameter, DTensor):
             # Each rank keeps its own slice; src_data_rank=None sends nothing.
@@ -56,13 +74,24 @@ def _fill(model: nn.Module, whole: Callable[[str, torch.Size], Tensor]) -> None:
 
 
 def export_hf(
-    model: nn.Module, args: ModelArgs, out: Path, tokenizer_path: Path, dtype: torch.dtype, token_ids: dict[str, Any]
+    model: nn.Module,
+    args: ModelArgs,
+    out: Path,
+    tokenizer_path: Path,
+    dtype: torch.dtype,
+    token_ids: dict[str, Any],
+    lora: LoRA,
 ) -> None:
-    """Write the sharded model as an HF folder, replacing one that is there; every rank calls it, rank 0 writes."""
-    tensors = _whole_tensors(model)
+    """Write the sharded model as an HF folder, replacing one that is there; every rank calls it, rank 0 writes.
+
+    Adapters are merged into their matrices, on the CPU in fp32, before these are rounded to `dtype`.
+    """
+    adapter = dict(_whole_tensors(model, adapters=True))
+    tensors = _whole_tensors(model, adapters=False)
     if dist.get_rank() == 0:
+        whole = merged(tensors, adapter, lora.alpha / lora.rank) if lora.rank else tensors
         save_hf_folder(
-            args, tensors, out, tokenizer_path=tokenizer_path, dtype=dtype, token_ids=token_ids, overwrite=True
+            args, whole, out, tokenizer_path=tokenizer_path, dtype=dtype, token_ids=token_ids, overwrite=True
         )
     else:
         for _ in tensors:
@@ -70,7 +99,33 @@ def export_hf(
     dist.barrier()
 
 
+def export_adapter(model: nn.Module, lora: LoRA, base: str, out: Path, dtype: torch.dtype) -> None:
+    """Write the adapters of the sharded model as a folder of PEFT's format; every rank calls it, rank 0 writes.
+
+    base: checkpoint.initial_load_path; named in the folder where it is an HF folder.
+    """
+    adapter = dict(_whole_tensors(model, adapters=True))
+    if dist.get_rank() == 0:
+        save_adapter_folder(
+            adapter,
+            out,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            target_modules=_named_targets(lora, adapter),
+            dtype=dtype,
+            base=base if base and (Path(base) / "config.json").is_file() else None,
+        )
+    dist.barrier()
+
+
+def _named_targets(lora: LoRA, adapter: Iterable[str]) -> list[str]:
+    # By their names: PEFT may count other matrices among all-linear.
+    if lora.target_modules == [ALL_LINEAR]:
+        return list(dict.fromkeys(name.split(".")[-3] for name in adapter))
+    return lora.target_modules
+
+
 @torch.no_grad()
-def _whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
+def _whole_tensors(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _parameters(model, adapters):
         yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()

@@ -49,9 +49,16 @@ class StepRecorder:
     """Turns measurements into records. `totals` has one entry a level; the seconds are those of all recorded steps."""
 
     def __init__(
-        self, args: ModelArgs, plan: Plan, device: torch.device, normalizer: SampleWeights, store: NamedSources
+        self,
+        args: ModelArgs,
+        plan: Plan,
+        device: torch.device,
+        normalizer: SampleWeights,
+        store: NamedSources,
+        adapter_params: int = 0,
     ) -> None:
         self.args = args
+        self.adapter_params = adapter_params
         self.store = store
         self.normalizer = normalizer
         self.device = device
@@ -77,7 +84,7 @@ class StepRecorder:
             share = seconds * len(of_level) / len(iteration_levels)
             self.totals[k].add(len(of_level), int(plan.lengths[ids].sum()), share, loss_by_level[k])
         capacity = sum(plan.levels[k].max_tokens * plan.levels[k].dp_degree(plan.world_size) for k in iteration_levels)
-        flops = training_flops(self.args, tokens, int((lengths * lengths).sum()))
+        flops = training_flops(self.args, tokens, int((lengths * lengths).sum()), self.adapter_params)
         return {
             "step": step,
             "epoch": plan.epoch,

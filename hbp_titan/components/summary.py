@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from hbp_titan.data.planning import EpochPlans
+from hbp_titan.job_config import LoRA
 from hbp_titan.packing import Level, Plan, comparison_table, measure
 
 SHOWN_SOURCES = 30
@@ -28,6 +30,16 @@ def compare_methods(plans: EpochPlans) -> str:
     configured = plans.config.packing.method
     names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
+
+
+def describe_lora(lora: LoRA, model: nn.Module) -> str:
+    """What is trained of an adapted model."""
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(n for n, requires_grad in numbers if requires_grad), sum(n for n, _ in numbers)
+    return (
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}\n"
+        f"      {trained:,} of {total:,} parameters are trained, {100 * trained / total:.2f}%"
+    )
 
 
 def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:

@@ -15,6 +15,7 @@ from hbp_titan.distributed.context_parallel_dtensor import DTensorContextParalle
 from hbp_titan.distributed.fsdp import apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.lora import let_gradients_start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CP_ATTENTION = {"fused": ContextParallelAttention, "dtensor": DTensorContextParallelAttention}
@@ -55,3 +56,5 @@ def parallelize(
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         reshard_after_forward=config.parallelism.reshard_after_forward,
     )
+    if config.lora.rank:
+        let_gradients_start(model)

@@ -99,7 +99,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         for index in range(len(config.levels)):
             runtime.activate(index)
         state, count = rank_state(model), sum(parameter.numel() for parameter in model.parameters())
-    plans = EpochPlans(config, samples, world_size, cost_model(args))
+    plans = EpochPlans(config, samples, world_size, cost_model(args, frozen=config.lora.rank > 0))
     warnings = [
         *_crossed_nodes(config, world_size, hardware),
         *_uneven_shards(state.parameters, count, world_size // config.parallelism.dp_replicate),

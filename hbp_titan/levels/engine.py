@@ -21,6 +21,7 @@ from hbp_titan.distributed.parallelize import DTYPES, parallelize
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.registry import build_model
 
 
@@ -36,6 +37,8 @@ def parallelized_on_meta(
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
     with torch.device("meta"):
         model = build_model(args).to(DTYPES[config.training.dtype])
+        if config.lora.rank:
+            apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
     return model, runtime
 

@@ -192,6 +192,8 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
     config.levels = list(case.levels)
     config.compile.enable = case.compile
     config.checkpoint.initial_load_path = ""
+    # Every gradient is compared, also those that LoRA leaves out.
+    config.lora.rank = 0
     config.training.dtype = config.training.mixed_precision_param = "float32"
     engine = Engine(config, args, world)
     plan = build_plan(

@@ -188,6 +188,10 @@ def init_parameter(
     std = args.initializer_range
     if fqn.removesuffix(".weight").endswith(("o_proj", "down_proj")):
         std /= (2 * args.num_layers) ** 0.5
+    return torch.empty(*shape, device="cpu").normal_(std=std, generator=seeded_generator(seed, fqn)).to(dtype)
+
+
+def seeded_generator(seed: int, fqn: str) -> torch.Generator:
+    """The random numbers of one parameter."""
     digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(*shape, device="cpu").normal_(std=std, generator=generator).to(dtype)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

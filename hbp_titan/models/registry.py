@@ -249,12 +249,14 @@ def attention_dims(args: ModelArgs) -> tuple[int, int]:
     return args.num_layers, args.num_heads * (args.head_dim + value_dim) // 2
 
 
-def training_flops(args: ModelArgs, num_tokens: int, sum_squared_lengths: int) -> int:
+def training_flops(args: ModelArgs, num_tokens: int, sum_squared_lengths: int, adapter_params: int = 0) -> int:
     """Floating-point operations of one forward and backward without recomputation.
 
     num_tokens: tokens of the batch. sum_squared_lengths: sum over its documents of len^2. A multiplied parameter
     costs 2 forward and 4 backward per token; causal attention has half of len^2 scores, each of 2 products of the
-    head width in the forward (QK^T, PV) and twice that in the backward.
+    head width in the forward (QK^T, PV) and twice that in the backward. adapter_params: of LoRA, where there is any;
+    the model's own parameters are frozen then and cost 2 backward.
     """
     num_layers, width = attention_dims(args)
-    return 6 * linear_params(args) * num_tokens + 6 * num_layers * width * sum_squared_lengths
+    per_token = (4 if adapter_params else 6) * linear_params(args) + 6 * adapter_params
+    return per_token * num_tokens + 6 * num_layers * width * sum_squared_lengths

@@ -16,6 +16,7 @@ from torch import nn
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.registry import build_model
 from hbp_titan.packing import Level
 from hbp_titan.selection.dry_run import PieceMemory, block_memory, head_memory
@@ -99,11 +100,15 @@ class _Composition:
         self.rope = 2 * tokens * args.rope_dim * 4
         with torch.device("meta"):
             model = build_model(args)
+            if config.lora.rank:
+                apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
         block_params, head_params = num_elements(model.layers[-1]), num_elements(model.head)
         self.block = Gathered.of(block_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
         self.vocab = Gathered.of(head_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
-        # AdamW: two moments beside a parameter and its gradient, in the parameter's dtype.
-        self.resident = 4 * num_elements(model) * DTYPES[config.training.dtype].itemsize // self.shards
+        # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        elements = num_elements(model) + 3 * trained
+        self.resident = elements * DTYPES[config.training.dtype].itemsize // self.shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]

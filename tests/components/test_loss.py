@@ -33,6 +33,15 @@ def test_sum_and_gradients_equal_the_whole_logits(chunk_tokens: int) -> None:
         torch.testing.assert_close(linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens), losses.sum())
 
 
+def test_frozen_output_matrix_gets_no_gradient_and_changes_none() -> None:
+    hidden, weight, labels = _inputs(20)
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, torch.ones(20), 7)[0], hidden)
+    objective, _ = linear_cross_entropy(hidden, weight.detach(), labels, torch.ones(20), 7)
+    (saved,) = [t for t in objective.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
+    assert saved.shape == hidden.shape
+    assert torch.autograd.grad(objective, hidden)[0].equal(expected[0])
+
+
 def test_no_loss_token_gives_zero_and_zero_gradients() -> None:
     hidden, weight, labels = _inputs(0)
     loss, loss_sum = linear_cross_entropy(hidden, weight, labels, torch.zeros(0), 8)

@@ -69,6 +69,9 @@ def test_attention_dims_and_training_flops_of_the_8b_model() -> None:
     assert linear_params(args) == 8_030_261_248 - 128256 * 4096 - 65 * 4096
     # one document of 8192 tokens: 6 * 7.5e9 * 8192 for the matrices, 6 * 32 * 4096 * 8192^2 for attention
     assert training_flops(args, 8192, 8192**2) == 6 * 7_504_658_432 * 8192 + 6 * 32 * 4096 * 8192**2
+    # with adapters of 1000 parameters: no gradients of the matrices
+    frozen = training_flops(args, 8192, 8192**2, adapter_params=1000)
+    assert frozen == (4 * 7_504_658_432 + 6000) * 8192 + 6 * 32 * 4096 * 8192**2
 
 
 # name: hidden, layers, heads, query rank, dense width, experts, their width: as published.

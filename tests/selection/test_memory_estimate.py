@@ -137,6 +137,14 @@ def test_resident_memory_is_sharded_over_the_ranks_of_a_copy() -> None:
     assert estimate_memory(args, level, config, 8, device_type="cuda").resident_bytes == whole // 4
 
 
+def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
+    args, config = get_flavor("llama3_1_8b"), JobConfig()
+    config.lora.rank, config.lora.target_modules = 16, ["q_proj"]
+    adapters = 32 * 16 * (4096 + 4096)
+    resident = estimate_memory(args, Level(1024, ac_policy="full"), config, 8, device_type="cuda").resident_bytes
+    assert resident == (4 * num_params(args) + 16 * adapters) // 8
+
+
 def test_gathered_parameters_kept_from_forward_to_backward_count() -> None:
     args, config = dataclasses.replace(WIDE, num_layers=8), JobConfig()
     level = Level(512, ac_policy="full")

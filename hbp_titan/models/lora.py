@@ -1,0 +1,120 @@
+"""LoRA (Hu et al., arXiv 2106.09685): frozen matrices with a trained product of two narrow ones beside each.
+
+Owns the adapted matrix, which matrices are adapted, the adapters' first values and the arithmetic of merging. Acts on a
+built model from outside, before it is parallelized. Base parameters keep their names; an adapter's are HF PEFT's:
+`q_proj.weight` stays, `q_proj.lora_A.weight` and `q_proj.lora_B.weight` come beside it.
+
+No dropout: recomputation keeps no random state (a second forward of a block would draw another mask than its first),
+and the ranks of a cp group would draw masks that no single process draws: gradients would be exact no more.
+
+Shape suffixes: T tokens, I inputs and O outputs of the matrix, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hbp_titan.models.decoder import Decoder, seeded_generator
+
+ALL_LINEAR = "all-linear"
+_LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
+
+
+class LoRALinear(nn.Linear):
+    """Takes over the weight and bias of `linear`, frozen: y = linear(x) + alpha / rank * B A x."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        inputs, outputs, weight = linear.in_features, linear.out_features, linear.weight
+        super().__init__(inputs, outputs, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = weight, linear.bias
+        self.requires_grad_(False)
+        self.lora_A = nn.Linear(inputs, rank, bias=False, device=weight.device, dtype=weight.dtype)
+        self.lora_B = nn.Linear(rank, outputs, bias=False, device=weight.device, dtype=weight.dtype)
+        self.scaling = alpha / rank
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        # The narrow product is scaled: R elements a token instead of O.
+        return super().forward(x_TI) + self.lora_B(self.scaling * self.lora_A(x_TI))
+
+
+def apply_lora(model: Decoder, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
+    """Freeze `model` (best on the meta device) and adapt the matrices that `target_modules` names, in place.
+
+    The adapters have the weights' dtype and device, and values only after init_lora_parameter. Raises ValueError as
+    lora_targets does.
+    """
+    targets = lora_targets(model, target_modules)
+    model.requires_grad_(False)
+    for name in targets:
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha))
+
+
+def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
+    """Names of the matrices inside the blocks whose dotted name ends in one of `target_modules` (PEFT's rule).
+
+    ["all-linear"] means all of them. In a mixture of experts only attention's matrices count. Raises ValueError, with
+    the names that there are, for one that fits none.
+    """
+    linears = [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
+    if any(parameter.ndim == 3 for parameter in model.layers.parameters()):
+        # Fused experts. PEFT takes gate_proj, up_proj and down_proj for theirs, wherever else the names occur, and a
+        # router's weight is read without calling its module.
+        linears = [name for name in linears if ".self_attn." in name]
+    if list(target_modules) == [ALL_LINEAR]:
+        return linears
+    unknown = [target for target in target_modules if not any(f".{name}".endswith(f".{target}") for name in linears)]
+    if unknown:
+        known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+        raise ValueError(
+            f"lora.target_modules has {', '.join(map(repr, unknown))}, which no matrix of model {model.args.name} is "
+            f"called; there are {', '.join(known)}, and {ALL_LINEAR} alone for all of them"
+        )
+    return [name for name in linears if any(f".{name}".endswith(f".{target}") for target in target_modules)]
+
+
+def let_gradients_start(model: Decoder) -> None:
+    """Give the first block an input that requires a gradient, as all others have; call it after sharding.
+
+    Frozen embeddings would hand it one that does not: a graph of its own for the compiler, and FSDP2 would reduce its
+    gradients only when the whole backward is over. After sharding, because FSDP2 would gather the embeddings
+    for a backward that they do not have.
+    """
+
+    def start(module: nn.Module, inputs: tuple[Tensor, ...], hidden_TH: Tensor) -> Tensor:
+        return hidden_TH.detach().requires_grad_() if torch.is_grad_enabled() else hidden_TH
+
+    model.tok_embeddings.register_forward_hook(start)
+
+
+def is_adapter(fqn: str) -> bool:
+    """Whether the parameter `fqn` is one of an adapter's."""
+    return fqn.endswith((_LORA_A, _LORA_B))
+
+
+def init_lora_parameter(fqn: str, shape: Sequence[int], seed: int) -> Tensor:
+    """The first value of an adapter's whole parameter `fqn`, fp32 on the CPU: a function of (seed, fqn) alone.
+
+    PEFT's: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zero: the model starts as its base.
+    """
+    if fqn.endswith(_LORA_B):
+        return torch.zeros(*shape, device="cpu")
+    bound = shape[1] ** -0.5
+    return torch.empty(*shape, device="cpu").uniform_(-bound, bound, generator=seeded_generator(seed, fqn))
+
+
+def merged(
+    base: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], scaling: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The (name, whole tensor) pairs of `base`, W as W + scaling * B A where `adapter` has them; those in fp32."""
+    for fqn, tensor in base:
+        module = fqn.removesuffix("weight")
+        if module + _LORA_A in adapter:
+            a_RI, b_OR = adapter[module + _LORA_A].float(), adapter[module + _LORA_B].float()
+            tensor = tensor.float() + scaling * (b_OR @ a_RI)
+        yield fqn, tensor

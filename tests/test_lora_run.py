@@ -1,0 +1,289 @@
+"""Runs with LoRA on two ranks: against PEFT on one process, their checkpoints, their exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.nn import functional as F
+
+from hbp_titan.components.adapter import check_adapter, checksum, whole_tensors
+from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.model_state import check_load_path, initialize
+from hbp_titan.components.optimizer import lr_factor
+from hbp_titan.config import JobConfig, load_config
+from hbp_titan.data.planning import EpochPlans
+from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.hf import load_hf_tensors, to_hf_name
+from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
+from hbp_titan.preflight import check, cost_model
+from tests.lora_run import train, train_and_resume, write_lora_run
+from tests.tiny_run import ARGS
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = torch.arange(5, 105)
+# Per layer: rank 4 times inputs + outputs of q, k, v, o and gate, up, down of a model of width 32 and 64.
+ADAPTER_PARAMS = 2 * 4 * (64 + 48 + 48 + 64 + 3 * 96)
+
+
+Run = tuple[list[str], Path, list[list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Arguments, folder, and what each of two ranks brought back of a run and of its resumption after step 4 of 6."""
+    folder = tmp_path_factory.mktemp("lora")
+    argv = [*write_lora_run(folder), "--training.steps=6", "--checkpoint.interval=4"]
+    return argv, folder, run_distributed(train_and_resume, 2, argv, folder)
+
+
+def _base(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(PROMPT[None]).logits[0]
+
+
+def _peft_name(fqn: str, adapter: str = "default.") -> str:
+    return "base_model.model." + to_hf_name(fqn).removesuffix("weight") + adapter + "weight"
+
+
+def _reference(config: JobConfig, fqns: list[str], world_size: int) -> dict[str, torch.Tensor]:
+    """PEFT on transformers, each sample by itself, a plain loop; only the choice of samples comes from the plan."""
+    store = open_stores(config, 512)[0]
+    plan = EpochPlans(config, store, world_size, cost_model(ARGS, frozen=True)).of(0)
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(_base(Path(config.checkpoint.initial_load_path)), lora)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for fqn in fqns:
+            parameter = parameters[_peft_name(fqn)]
+            parameter.copy_(init_lora_parameter(fqn, parameter.shape, config.training.seed))
+    trained = [p for p in parameters.values() if p.requires_grad]
+    assert len(trained) == len(fqns)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.01)
+    factor = lr_factor(config.lr_scheduler, config.training.steps)
+    for step in range(config.training.steps):
+        losses = []
+        for sample_id in plan.samples_of(*plan.step_offsets[step : step + 2].tolist()).tolist():
+            tokens, mask = store.sample(sample_id)
+            ids = torch.tensor(tokens.astype("int64"))
+            kept = torch.tensor(mask[1:])
+            losses.append(F.cross_entropy(model(ids[None]).logits[0, :-1][kept], ids[1:][kept], reduction="none"))
+        torch.cat(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {fqn: parameters[_peft_name(fqn)].detach() for fqn in fqns}
+
+
+def _check_against_peft(argv: list[str], found: dict[str, torch.Tensor], world_size: int) -> None:
+    fqns = [fqn for fqn in found if is_adapter(fqn)]
+    for fqn, value in _reference(load_config(argv), fqns, world_size).items():
+        assert value.norm() > 0.01
+        assert (found[fqn] - value).norm() < 1e-5 * value.norm(), fqn
+
+
+def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
+    argv, folder, ranks = run
+    found = ranks[0][0]
+    assert found["levels"] == {0, 1}
+    _check_against_peft(argv, found["parameters"], 2)
+    base = load_hf_tensors(folder / "base", ARGS)
+    assert all(found["parameters"][name].equal(base[name]) for name in base)
+    assert found["with_gradient"] == {name for name in found["parameters"] if is_adapter(name)}
+    # Sharded over two ranks, the bits add up to those of the whole tensors.
+    assert {checksum(base.items())} == {mark for rank in ranks for mark in rank[0]["checksums"]}
+
+
+# Four ranks are two copies, each sharded over two ranks.
+@pytest.mark.parametrize(("world_size", "copies"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_compiled_run_that_keeps_attention_equals_peft_with_one_graph_a_level(
+    tmp_path: Path, world_size: int, copies: int
+) -> None:
+    argv = [
+        # Untied: embeddings and head are frozen groups of their own.
+        *write_lora_run(tmp_path, "keep_attention", tied=False),
+        "--training.steps=6",
+        f"--parallelism.dp_replicate={copies}",
+        "--compile.enable=true",
+        "--compile.backend=aot_eager",
+        "--checkpoint.enable=false",
+        "--checkpoint.export_hf=false",
+    ]
+    found = run_distributed(train, world_size, argv)[0]
+    assert found["levels"] == {0, 1}
+    # The second level's halves of a block are two graphs.
+    assert (found["graphs"], found["breaks"]) == (3, 0)
+    _check_against_peft(argv, found["parameters"], world_size)
+
+
+def test_optimizer_and_checkpoint_hold_the_adapters_alone(run: Run) -> None:
+    _, folder, ranks = run
+    # Two moments of 4 bytes.
+    assert sum(rank[0]["optimizer_bytes"] for rank in ranks) == 2 * 4 * ADAPTER_PARAMS
+    saved = FileSystemReader(folder / "run" / "checkpoint" / "step-6").read_metadata().state_dict_metadata
+    assert {name for name in saved if name.startswith("model.")} == {
+        f"model.{name}" for name in ranks[0][0]["with_gradient"]
+    }
+    moments = [name for name in saved if name.startswith("optimizer.state.") and not name.endswith(".step")]
+    assert len(moments) == 2 * len(ranks[0][0]["with_gradient"])
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(run: Run) -> None:
+    _, folder, ranks = run
+    whole, resumed = ranks[0]
+    assert resumed["first_step"] == 4
+    for name, value in whole["parameters"].items():
+        assert resumed["parameters"][name].equal(value), name
+    for name in ("hf/model.safetensors", "hf_adapter/adapter_model.safetensors"):
+        assert (folder / "resumed" / name).read_bytes() == (folder / "run" / name).read_bytes()
+
+
+def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(
+    run: Run,
+) -> None:
+    _, folder, ranks = run
+    plain = _logits(_base(folder / "base"))
+    adapted = peft.PeftModel.from_pretrained(_base(folder / "base"), folder / "run" / "hf_adapter")
+    # Without the adapter's name: the keys of the file.
+    held = peft.get_peft_model_state_dict(adapted)
+    expected = {_peft_name(n, ""): p for n, p in ranks[0][0]["parameters"].items() if is_adapter(n)}
+    assert held.keys() == expected.keys() == load_file(folder / "run/hf_adapter/adapter_model.safetensors").keys()
+    assert all(held[name].equal(value) for name, value in expected.items())
+    logits = _logits(adapted)
+    assert (logits - plain).norm() > 1e-2 * plain.norm()
+    torch.testing.assert_close(_logits(_base(folder / "run" / "hf")), logits, rtol=1e-5, atol=1e-5)
+    config = json.loads((folder / "run" / "hf_adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
+
+
+def test_converted_checkpoint_is_the_merged_export(run: Run, tmp_path: Path) -> None:
+    folder = run[1]
+    command = [sys.executable, "scripts/convert_to_hf.py", str(folder / "run"), str(tmp_path / "hf")]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (folder / "run" / "hf" / name).read_bytes()
+
+
+def test_adapters_are_not_merged_into_another_base(run: Run, tmp_path: Path) -> None:
+    folder = run[1]
+    weights = load_file(folder / "base" / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    shutil.copytree(folder / "base", tmp_path / "base")
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    step_folder = folder / "run" / "checkpoint" / "step-6"
+    state = json.loads((step_folder / "state.json").read_text())
+    state["lora"]["base"]["path"] = str(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"its adapters belong to .* which now has .*: restore it"):
+        whole_tensors(step_folder, state, ARGS)
+
+
+def test_base_in_a_checkpoint_is_the_same_base(run: Run, tmp_path: Path) -> None:
+    folder = run[1]
+    base = dict(load_hf_tensors(folder / "base", ARGS))
+    # A tied matrix has two names there.
+    named = base | {"head.output.weight": base["tok_embeddings.weight"]}
+    save_model_tensors(tmp_path / "base", named, {"model": {}})
+    with torch.device("meta"):
+        model = Decoder(ARGS)
+        apply_lora(model, 4, 8, ["q_proj"])
+    initialize(model, ARGS, torch.device("cpu"), 3, str(tmp_path / "base"))
+    for name, value in model.state_dict().items():
+        expected = init_lora_parameter(name, value.shape, 3) if is_adapter(name) else named[name]
+        assert value.equal(expected), name
+
+    step_folder = folder / "run" / "checkpoint" / "step-6"
+    state = json.loads((step_folder / "state.json").read_text())
+    whole = dict(whole_tensors(step_folder, state, ARGS))
+    state["lora"]["base"]["path"] = str(tmp_path / "base")
+    again = dict(whole_tensors(step_folder, state, ARGS))
+    assert whole.keys() == again.keys()
+    assert all(whole[name].equal(again[name]) for name in whole)
+
+
+def test_checksum_sees_a_bit_and_a_name() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        one, two = torch.tensor([1.0, 2.0], dtype=dtype), torch.tensor([3.0, 4.0], dtype=dtype)
+        mark = checksum([("a", one), ("b", two)])
+        assert mark == checksum([("b", two), ("a", one)])
+        assert mark != checksum([("a", two), ("b", one)])
+        assert mark != checksum([("a", one), ("b", two.nextafter(torch.zeros(2, dtype=dtype)))])
+    assert checksum([("a", torch.zeros(3))]) == "0" * 16
+
+
+def test_run_does_not_start_from_adapters_alone(run: Run) -> None:
+    step_folder = run[1] / "run" / "checkpoint" / "step-6"
+    with pytest.raises(ValueError, match=r"holds LoRA adapters alone: merge them with scripts/convert_to_hf\.py"):
+        check_load_path(str(step_folder), ARGS)
+
+
+BASE = {"path": "/models/x", "seed": 1, "dtype": "float32", "checksum": "00"}
+OWN = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj"], "base": BASE}
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        (None, OWN, "step-4 holds whole weights, [lora] asks for adapters: set it back, or"),
+        (OWN, None, "step-4 holds adapters, [lora] asks for whole weights: set it back, or"),
+        ({**OWN, "rank": 8}, OWN, "lora.rank is 8 in step-4 but 4 here"),
+        ({**OWN, "alpha": 16.0}, OWN, "lora.alpha is 16.0 in step-4 but 8.0 here"),
+        ({**OWN, "target_modules": ["o_proj"]}, OWN, "lora.target_modules is ['o_proj'] in step-4"),
+        ({**OWN, "base": {**BASE, "checksum": "01"}}, OWN, "those of /models/x with checksum 01, not 00"),
+    ],
+)
+def test_checkpoint_of_other_adapters_is_refused_by_name(saved: Any, own: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="cannot resume: ") as caught:
+        check_adapter(saved, own, Path("step-4"))
+    assert message in str(caught.value)
+    check_adapter(OWN, {**OWN, "base": {**BASE, "path": "/moved/x"}}, Path("step-4"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora.rank=-1"], "lora.rank = -1 must not be negative"),
+        (["--lora.rank=4", "--lora.alpha=0"], "lora.alpha = 0.0 must be above 0"),
+        (["--lora.rank=4", "--lora.target_modules=[]"], "lora.rank = 4 with an empty lora.target_modules"),
+        (["--lora.target_modules=all-linear,q_proj"], "all-linear stands alone"),
+        (["--lora.dropout=0.1"], "unknown key lora.dropout"),
+        (["--lora.rnk=4"], "did you mean lora.rank?"),
+    ],
+)
+def test_bad_settings_are_refused_when_they_are_read(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="lora") as caught:
+        load_config(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_target_is_refused_before_a_rank_starts(
+    run: Run,
+) -> None:
+    config = load_config([*run[0], "--lora.target_modules=q_proj,wq"])
+    store = open_stores(config, 512)[0]
+    with pytest.raises(ValueError, match="'wq', which no matrix of model tiny is called"):
+        check(config, 2, torch.device("cpu"), ARGS, store)
+
+
+def test_planner_weighs_attention_half_as_much_again_where_weights_are_frozen() -> None:
+    whole, frozen = cost_model(ARGS), cost_model(ARGS, frozen=True)
+    assert frozen.beta / frozen.alpha == pytest.approx(1.5 * whole.beta / whole.alpha)
