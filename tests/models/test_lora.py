@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import to_hf_name
 from hbp_titan.models.lora import LoRALinear, apply_lora, init_lora_parameter, is_adapter, lora_targets, merged
+from tests.models import deepseek_tiny
 from tests.models.test_decoder import build_pair, hf_logits, make_pack, tiny_args
 
 DEFAULT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -27,8 +28,14 @@ def peft_name(fqn: str) -> str:
 def build_adapted_pair(args: Any, targets: list[str], rank: int = 3, alpha: float = 7.0) -> tuple[Decoder, nn.Module]:
     """Ours and PEFT's on the same base, both with the same random A and B."""
     ours, theirs = build_pair(args, 0)
+    return adapt_pair(ours, theirs, targets, "all-linear" if targets == ["all-linear"] else targets, rank, alpha)
+
+
+def adapt_pair(
+    ours: Decoder, theirs: nn.Module, targets: list[str], asked: Any, rank: int = 3, alpha: float = 7.0
+) -> tuple[Decoder, nn.Module]:
+    """Both with the same random A and B. asked: the targets as PEFT is told them."""
     apply_lora(ours, rank, alpha, targets)
-    asked: Any = "all-linear" if targets == ["all-linear"] else targets
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=asked, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(theirs, config)
     generator = torch.Generator().manual_seed(1)
@@ -39,6 +46,20 @@ def build_adapted_pair(args: Any, targets: list[str], rank: int = 3, alpha: floa
                 parameter.normal_(std=0.2, generator=generator)
                 their_parameters[peft_name(fqn)].copy_(parameter)
     return ours, theirs
+
+
+def assert_equal(ours: Decoder, theirs: nn.Module, logits: Tensor, expected: Tensor, labels: Tensor) -> int:
+    """Compare logits and the gradients of all adapters; how many there are."""
+    assert (logits - expected).norm() < 1e-5 * expected.norm()
+    for scores in (logits, expected):
+        F.cross_entropy(scores, labels).backward()
+    found = {peft_name(fqn): p.grad for fqn, p in ours.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert grad.norm() > 0
+        assert (found[name] - grad).norm() < 1e-5 * grad.norm(), name
+    return len(found)
 
 
 @pytest.mark.parametrize(
@@ -56,17 +77,23 @@ def test_logits_and_gradients_equal_peft(
     args = tiny_args(hf_model_type, heads, kv_heads, tied=tied)
     ours, theirs = build_adapted_pair(args, targets)
     pack = make_pack(args, 0)
-    logits, expected = ours(**pack), hf_logits(theirs, pack)
-    assert (logits - expected).norm() < 1e-5 * expected.norm()
-    for scores in (logits, expected):
-        F.cross_entropy(scores, pack["input_ids_T"].roll(-1)).backward()
-    found = {peft_name(fqn): p.grad for fqn, p in ours.named_parameters() if p.grad is not None}
-    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
-    assert len(found) == 2 * len(lora_targets(Decoder(args), targets))
-    for name, grad in wanted.items():
-        assert grad.norm() > 0
-        assert (found[name] - grad).norm() < 1e-5 * grad.norm(), name
+    number = assert_equal(ours, theirs, ours(**pack), hf_logits(theirs, pack), pack["input_ids_T"].roll(-1))
+    assert number == 2 * len(lora_targets(Decoder(args), targets))
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_b_proj", "kv_b_proj", "o_proj"]])
+def test_adapters_of_latent_attention_equal_peft(targets: list[str]) -> None:
+    lengths = (1, 23, 9, 40)
+    args = deepseek_tiny.tiny_args()
+    ours = deepseek_tiny.random_model(args, 0)
+    theirs = deepseek_tiny.hf_model(ours)
+    # By their names: PEFT takes the matrices of experts for linear ones too.
+    names = sorted({name.rpartition(".")[2] for name in lora_targets(Decoder(args), targets)})
+    ours, theirs = adapt_pair(ours, theirs, targets, names)
+    pack = deepseek_tiny.make_pack(args, lengths, 0)
+    documents = zip(pack["input_ids_T"].split(lengths), pack["position_ids_T"].split(lengths), strict=True)
+    expected = torch.cat([theirs(input_ids=i[None], position_ids=p[None]).logits[0] for i, p in documents])
+    assert assert_equal(ours, theirs, ours(**pack), expected, pack["input_ids_T"].roll(-1))
 
 
 def test_a_scaling_by_alpha_alone_is_caught() -> None:
