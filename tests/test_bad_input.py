@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from hbp_titan.config import JobConfig
 from hbp_titan.preflight import check_device
+from tests.data.store.preparing import run_script
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,15 +27,10 @@ def argv(folder: Path) -> list[str]:
     return write_tiny_run(folder)
 
 
-def _prepare(argv: list[str], world_size: int = 4) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/prepare_data.py", "--world_size", str(world_size), *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_good_input_is_prepared(argv: list[str]) -> None:
-    result = _prepare(argv)
-    assert result.returncode == 0, result.stderr
-    assert "training store" in result.stdout
+def test_good_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, errors = run_script(capsys, "--world_size", "4", *argv)
+    assert code == 0, errors
+    assert "training store" in output
 
 
 @pytest.mark.parametrize(
@@ -55,13 +50,16 @@ def test_good_input_is_prepared(argv: list[str]) -> None:
         (["--checkpoint.initial_load_path=nowhere"], "'nowhere' holds neither config.json nor state.json"),
     ],
 )
-def test_mistake_is_one_line(argv: list[str], folder: Path, changed: list[str], message: str) -> None:
+def test_mistake_is_one_line(
+    argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str], changed: list[str], message: str
+) -> None:
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": [}\n')
     world_size = 8 if "512:8" in changed[0] else 4
-    result = _prepare([*argv, *(word.format(folder=folder) for word in changed)], world_size)
-    assert result.returncode == 1, result.stdout
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
+    words = [word.format(folder=folder) for word in changed]
+    code, output, errors = run_script(capsys, "--world_size", str(world_size), *argv, *words)
+    assert code == 1, output
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")
     assert message in lines[0]
 

@@ -30,9 +30,13 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        # From a server that has torch: importing it takes a process seconds. The server has no thread and no device.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+        )
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=False)
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -54,8 +58,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    # A fork server's children have the environment of its start.
+    os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
