@@ -5,7 +5,7 @@
 
 Loader: what rank 0 of --world_size sees of the configured data, in the order of its plan, beside a plain copy of the
 same samples' tokens and masks (5 bytes a token) out of the memory map. A batch is more: ids, positions, labels, loss
-weights and loss positions have 28 to 36 bytes a token, which workers pass on in shared memory.
+weights, documents and loss positions have 36 to 44 bytes a token, which workers pass on in shared memory.
 Preparation: the configured training data into an empty cache with data.num_proc processes (0: one per core), beside
 `tokenizers.encode_batch` on the same rendered texts with as many threads. Each figure is the median of --rounds, with
 the least and the greatest; methods take turns. Every key of the configuration can be given too.

@@ -5,7 +5,7 @@ attention models/mla.py's, experts are models/moe.py's. Single-device code: shar
 recomputation and compilation act on it from outside, through three seams: every block holds its attention kernel as
 the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`; the head takes the function
 that turns hidden states and the output matrix into logits or a loss.
-Parameter names are HF's, with the prefixes of models/hf.py exchanged.
+Parameter names are HF's, with the prefixes of models/hf_names.py exchanged.
 
 Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
 the feed-forward layer, V vocabulary.
