@@ -50,6 +50,7 @@ def check_values(config: JobConfig) -> None:
         ("data.max_errors_shown", config.data.max_errors_shown),
         ("data.max_row_bytes", config.data.max_row_bytes),
         ("parallelism.dp_replicate", config.parallelism.dp_replicate),
+        ("parallelism.expert_parallel_degree", config.parallelism.expert_parallel_degree),
         ("checkpoint.interval", config.checkpoint.interval),
         ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
         ("metrics.log_interval", config.metrics.log_interval),

@@ -186,6 +186,8 @@ class LRScheduler:
 class Parallelism:
     dp_replicate: int = 1
     """Copies of the parameters: each is sharded over world / dp_replicate adjacent ranks (HSDP); 1 shards over all."""
+    expert_parallel_degree: int = 1
+    """Adjacent ranks that share the experts of a layer: tokens travel to them; must divide world / dp_replicate."""
     reshard_after_forward: bool = True
     """FSDP2: free the gathered parameters of a block after its forward (ZeRO-3); False keeps them (ZeRO-2)."""
     cp_collectives: str = "fused"

@@ -15,6 +15,7 @@ from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_from_hf, token_ids_from_hf
@@ -86,6 +87,7 @@ def check_without_data(config: JobConfig, world_size: int, device: torch.device,
     validate(config, world_size)
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
+    check_experts(args, config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate)
     longest = most_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Weights of a sharded model: from a seed, an HF folder or a checkpoint, and out into HF and PEFT folders.
 
-Owns the way between whole tensors and FSDP2's shards, one tensor at a time: no rank holds the whole model.
+Owns the way between whole tensors and FSDP2's shards, one tensor at a time: no rank holds the whole model, and of an
+HF folder none reads more than its own shards.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
 from hbp_titan.models.lora import ALL_LINEAR, init_lora_parameter, is_adapter, merged
 from hbp_titan.models.peft_folder import save_adapter_folder
+
+Slices = tuple[slice, ...]
 
 
 def check_load_path(path: str, args: ModelArgs) -> None:
@@ -53,10 +56,12 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
         dcp.load({"model": base}, checkpoint_id=load_path)
     elif load_path:
         tensors = load_hf_tensors(Path(load_path), args)
-        _fill(_parameters(model, adapters=False), lambda name, shape: tensors[name])
+        _fill(_parameters(model, adapters=False), lambda name, shape, dims: tensors.part(name, dims))
     else:
-        _fill(_parameters(model, adapters=False), lambda name, shape: init_parameter(args, name, shape, seed))
-    _fill(_parameters(model, adapters=True), lambda name, shape: init_lora_parameter(name, shape, seed))
+        _fill(
+            _parameters(model, adapters=False), lambda name, shape, dims: init_parameter(args, name, shape, seed)[dims]
+        )
+    _fill(_parameters(model, adapters=True), lambda name, shape, dims: init_lora_parameter(name, shape, seed)[dims])
 
 
 def _parameters(model: nn.Module, adapters: bool) -> Iterator[tuple[str, nn.Parameter]]:
@@ -64,13 +69,17 @@ def _parameters(model: nn.Module, adapters: bool) -> Iterator[tuple[str, nn.Para
 
 
 @torch.no_grad()
-def _fill(parameters: Iterable[tuple[str, nn.Parameter]], whole: Callable[[str, torch.Size], Tensor]) -> None:
+def _fill(parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str, torch.Size, Slices], Tensor]) -> None:
+    """Copy read(name, whole shape, slices of this rank) into each parameter."""
     for name, parameter in parameters:
-        value = whole(name, parameter.shape).to(device=parameter.device, dtype=parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # Each rank keeps its own slice; src_data_rank=None sends nothing.
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(read(name, parameter.shape, tuple(slice(0, size) for size in parameter.shape)))
+            continue
+        # Of DCP's protocol: where this rank's elements lie in the whole.
+        for chunk in parameter.__create_chunk_list__():
+            dims = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            if parameter.to_local().numel():
+                parameter.to_local().copy_(read(name, parameter.shape, dims))
 
 
 def export_hf(

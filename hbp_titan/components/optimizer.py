@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -17,11 +18,15 @@ from hbp_titan.job_config import LRScheduler, Optimizer
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only: norms and biases have one dim."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """AdamW with weight decay on matrices only: norms and biases have one dim.
+
+    Stacks of experts are a group of their own, because a fused update takes tensors of one mesh.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim > 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -63,10 +68,16 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, to
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradients by their norm over the whole world (0 turns clipping off); returns the norm before."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
+    norm = torch.linalg.vector_norm(
+        torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+    )
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for group in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

@@ -15,17 +15,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.moe import MixtureOfExperts
 
 
 def apply_fsdp(
     model: Decoder,
     mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
     """Shard `model` (tok_embeddings, layers, head) over the last axis of `mesh` in place, copied over a first one.
 
+    expert_mesh: where expert parallelism has spread the experts, the mesh with its axis "ep" at the end; their shards
+        lie along the axes before.
     Tied embeddings stay in the root's group: the same parameter is used first and last.
     """
     # Inputs are left as they are: a block's cos and sin stay in fp32.
@@ -34,14 +38,17 @@ def apply_fsdp(
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         # The head's backward follows its forward at once: freeing it in between would only gather it twice.
         fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    shard_block = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    placement = partial(even_placement, shards=mesh.shape[-1])
     for block in model.blocks():
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=partial(even_placement, shards=mesh.shape[-1]),
-        )
+        if expert_mesh is None or not isinstance(block.mlp, MixtureOfExperts):
+            shard_block(block, mesh=mesh, shard_placement_fn=placement)
+            continue
+        data_mesh = expert_mesh[("dp_replicate", "fsdp") if expert_mesh.ndim == 3 else ("fsdp",)]
+        of_stack = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
+        experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=of_stack)
+        # The exchange waits for the device: asked for only there, the experts would come when it has nothing to do.
+        shard_block(block, mesh=mesh, shard_placement_fn=placement).set_modules_to_forward_prefetch([experts])
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -50,14 +57,15 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def even_placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+def even_placement(parameter: nn.Parameter, shards: int, first_dim: int = 0) -> Shard | None:
     """Where a stack of experts is sharded: along the first dim that `shards` divides; None (the first dim) otherwise.
 
     FSDP2 deals out whole rows. Of 160 experts over 256 ranks 96 would hold none, and what is gathered would be padded
-    to 256 (after torchtitan's distributed/fsdp.py, which does the same for experts).
+    to 256 (after torchtitan's distributed/fsdp.py, which does the same for experts). first_dim: 1 where the first one
+    is expert parallelism's.
     """
     if parameter.ndim == 3:
-        for dim in range(parameter.ndim):
+        for dim in range(first_dim, parameter.ndim):
             if parameter.shape[dim] % shards == 0:
                 return Shard(dim)
     return None

@@ -21,16 +21,25 @@ class LevelMeshes:
     the last and copied over the first (HSDP).
     cp_shapes: (gather_degree, ulysses_degree) as from `Level.cp_shape`. A cp rank is gather_rank * ulysses_degree +
     ulysses_rank: the ranks that scatter heads, the more frequent exchange, are the nearest.
+    experts: with expert_parallel > 1 a mesh of the axes of `fsdp` with an axis "ep" of adjacent ranks at its end, among
+    which the experts of a layer are dealt out; each is sharded over the rest of "fsdp". None otherwise.
     """
 
     def __init__(
-        self, device: torch.device, world_size: int, cp_shapes: Iterable[tuple[int, int]], dp_replicate: int = 1
+        self,
+        device: torch.device,
+        world_size: int,
+        cp_shapes: Iterable[tuple[int, int]],
+        dp_replicate: int = 1,
+        expert_parallel: int = 1,
     ) -> None:
-        if dp_replicate > 1:
-            shape, names = (dp_replicate, world_size // dp_replicate), ("dp_replicate", "fsdp")
-            self.fsdp = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        else:
-            self.fsdp = init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
+        shards = world_size // dp_replicate
+        copies, copies_axis = ((dp_replicate,), ("dp_replicate",)) if dp_replicate > 1 else ((), ())
+        self.fsdp = init_device_mesh(device.type, (*copies, shards), mesh_dim_names=(*copies_axis, "fsdp"))
+        self.experts: DeviceMesh | None = None
+        if expert_parallel > 1:
+            shape = (*copies, shards // expert_parallel, expert_parallel)
+            self.experts = init_device_mesh(device.type, shape, mesh_dim_names=(*copies_axis, "fsdp", "ep"))
         self._by_shape: dict[tuple[int, int], DeviceMesh] = {
             (gather, ulysses): init_device_mesh(
                 device.type,

@@ -12,6 +12,7 @@ from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointStat
 from hbp_titan.distributed.compile import apply_compile
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.distributed.context_parallel_dtensor import DTensorContextParallelAttention
+from hbp_titan.distributed.expert_parallel import apply_expert_parallel
 from hbp_titan.distributed.fsdp import apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
@@ -44,6 +45,9 @@ def parallelize(
         block.inner_attention = CP_ATTENTION[config.parallelism.cp_collectives](block.inner_attention, cp_state)
     # A document's balance loss is counted over all of its tokens.
     model.balance.sum_counts = cp_state.sum
+    if meshes.experts is not None:
+        # Before FSDP, which then shards what a rank has left of each layer's experts.
+        apply_expert_parallel(model, meshes.experts["ep"])
     if config.compile.enable:
         # Inside checkpointing: a change of policy then needs no new graph.
         apply_compile(model, config.compile.backend, len(config.levels))
@@ -52,6 +56,7 @@ def parallelize(
     apply_fsdp(
         model,
         meshes.fsdp,
+        meshes.experts,
         param_dtype=compute_dtype(config, device),
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         reshard_after_forward=config.parallelism.reshard_after_forward,

@@ -33,7 +33,10 @@ def parallelized_on_meta(
     mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
     """
     cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
-    meshes = LevelMeshes(mesh_device, world.size, cp_shapes, config.parallelism.dp_replicate)
+    parallelism = config.parallelism
+    meshes = LevelMeshes(
+        mesh_device, world.size, cp_shapes, parallelism.dp_replicate, parallelism.expert_parallel_degree
+    )
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
     with torch.device("meta"):
         model = build_model(args).to(DTYPES[config.training.dtype])

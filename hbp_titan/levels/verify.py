@@ -49,6 +49,8 @@ class Case:
     normalizer: str = "ave_token"
     compile: bool = False
     broken: str = ""
+    expert_parallel: int = 1
+    dp_replicate: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
             if level.cp_degree == _fitting_cp(level, world, args)
         ]
         cases.append(Case(f"configured levels, {world} ranks", world, fitted))
+        cases += [
+            Case(f"configured levels, {world} ranks, experts over {ep}", world, fitted, expert_parallel=ep)
+            for ep in (2, 4, 8)
+            if args.moe is not None and world % ep == 0 and args.moe.n_routed_experts % ep == 0
+        ]
+        if world % 2 == 0:
+            cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
     world = world_sizes[-1]
     for policy in ("full", "keep_attention"):
         for layers in (None, 1):
@@ -192,6 +201,8 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
     config.levels = list(case.levels)
     config.compile.enable = case.compile
     config.checkpoint.initial_load_path = ""
+    config.parallelism.expert_parallel_degree = case.expert_parallel
+    config.parallelism.dp_replicate = case.dp_replicate
     # Every gradient is compared, also those that LoRA leaves out.
     config.lora.rank = 0
     config.training.dtype = config.training.mixed_precision_param = "float32"

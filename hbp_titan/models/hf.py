@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,18 +73,27 @@ class HFTensors(Mapping[str, Tensor]):
         return {fqn: hf_names(fqn, shape) for fqn, shape in parameter_shapes(self.args).items()}
 
     def __getitem__(self, fqn: str) -> Tensor:
-        tensors = [self._files[name].get_tensor(name) for name in self._names[fqn]]
+        return self.part(fqn, ())
+
+    def part(self, fqn: str, dims: Sequence[slice]) -> Tensor:
+        """Of parameter `fqn` what lies in these slices of its first dims; nothing else is read."""
+        names = self._names[fqn]
         if is_fused(fqn):
-            return torch.stack(tensors)
-        name, tensor = self._names[fqn][0], tensors[0]
+            experts, inside = (dims[0], dims[1:]) if dims else (slice(None), ())
+            read = [self._read(name, inside) for name in names[experts]]
+            return torch.stack(read) if read else torch.empty(0)
+        tensor = self._read(names[0], dims)
         if self.args.tie_embeddings and fqn == "tok_embeddings.weight":
-            self._check_tied_output(name, tensor)
+            self._check_tied_output(names[0], tensor, dims)
         return tensor
 
-    def _check_tied_output(self, name: str, embedding: Tensor) -> None:
+    def _read(self, name: str, dims: Sequence[slice]) -> Tensor:
+        handle = self._files[name]
+        return handle.get_slice(name)[tuple(dims)] if dims else handle.get_tensor(name)
+
+    def _check_tied_output(self, name: str, embedding: Tensor, dims: Sequence[slice]) -> None:
         output_name = to_hf_name(_TIED_OUTPUT)
-        handle = self._files.get(output_name)
-        if handle is not None and not torch.equal(embedding, handle.get_tensor(output_name)):
+        if output_name in self._files and not torch.equal(embedding, self._read(output_name, dims)):
             raise ValueError(
                 f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ: "
                 "set tie_word_embeddings to false or remove one of them"

@@ -1,9 +1,9 @@
 """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2): routed and shared experts.
 
 Owns the way of a token: route (which experts, with which weights), sort_by_expert and dispatch (its copies, put in the
-order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Each is a
-function of its own, so that expert parallelism can exchange rows between them. No token is dropped. All shapes are
-known beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph.
+order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Expert
+parallelism takes the place of `run_experts`, between `send` and `receive`. No token is dropped. All shapes are known
+beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph.
 
 Shape suffixes: T tokens, H hidden width, E experts, F width of an expert, K experts of a token, S = T * K copies,
 G groups of experts.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hbp_titan.models.args import MoEArgs
@@ -31,14 +32,24 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(wide))
         self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
 
-    def forward(self, x_SH: Tensor, weights_S: Tensor, offsets_E: Tensor) -> Tensor:
-        """weights_S times the expert of each row; expert e has the rows offsets_E[e - 1] to offsets_E[e].
+    def forward(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
+        """weights_S times the expert of each row; the first counts_E[0] rows are expert 0's, and so on.
 
         Weighted before the last product, which is linear: F is narrower than H, and backward needs no output.
         """
-        h_SF = F.silu(grouped_mm(x_SH, self.gate_proj, offsets_E)) * grouped_mm(x_SH, self.up_proj, offsets_E)
-        h_SF = (h_SF * weights_S[:, None]).to(x_SH.dtype)
-        return grouped_mm(h_SF, self.down_proj, offsets_E)
+        gate_EFH, up_EFH, down_EHF = (_local(p) for p in (self.gate_proj, self.up_proj, self.down_proj))
+        offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+        gate_SF, up_SF = grouped_mm(x_SH, gate_EFH, offsets_E), grouped_mm(x_SH, up_EFH, offsets_E)
+        return grouped_mm(self.activation(gate_SF, up_SF, weights_S), down_EHF, offsets_E)
+
+    def activation(self, gate_SF: Tensor, up_SF: Tensor, weights_S: Tensor) -> Tensor:
+        """What the last product multiplies."""
+        return (F.silu(gate_SF) * up_SF * weights_S[:, None]).to(gate_SF.dtype)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The experts that this rank runs, where they are spread over ranks."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class MixtureOfExperts(nn.Module):
@@ -59,15 +70,26 @@ class MixtureOfExperts(nn.Module):
         self.tokens_per_expert: Tensor | None = None
 
     def forward(self, x_TH: Tensor) -> Tensor:
+        x_SH, weights_S, order_S, counts_E = self.send(x_TH)
+        self.tokens_per_expert = counts_E
+        return self.receive(self.run_experts(x_SH, weights_S, counts_E), order_S, x_TH)
+
+    def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the experts get, in their order: x_SH and weights_S; order_S as in sort_by_expert; rows of each [E]."""
         # float32, as DeepSeek's code has it: which experts are chosen hangs on small differences.
         scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
         weights_TK, experts_TK = route(scores_TE, self.moe)
         weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
-        order_S, self.tokens_per_expert = sort_by_expert(experts_TK, self.moe.n_routed_experts)
-        offsets_E = self.tokens_per_expert.cumsum(0, dtype=torch.int32)
-        x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
-        y_TH = combine(self.experts(x_SH, weights_S, offsets_E), order_S, self.moe.num_experts_per_tok)
-        return y_TH + self.shared_experts(x_TH)
+        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        return *dispatch(x_TH, weights_TK, order_S), order_S, counts_E
+
+    def run_experts(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
+        """What Experts.forward does for all experts of the layer, wherever they lie."""
+        return self.experts(x_SH, weights_S, counts_E)
+
+    def receive(self, y_SH: Tensor, order_S: Tensor, x_TH: Tensor) -> Tensor:
+        """The layer's output from its input and what the experts made of it."""
+        return combine(y_SH, order_S, self.moe.num_experts_per_tok) + self.shared_experts(x_TH)
 
 
 def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_siz
     bytes_of = {"float32": 4, "bfloat16": 2, "auto": 2}
     sharding = Sharding(
         dp_replicate=config.parallelism.dp_replicate,
+        expert_parallel=config.parallelism.expert_parallel_degree,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         param_bytes=bytes_of[config.training.mixed_precision_param],
         reduce_bytes=bytes_of[config.training.mixed_precision_reduce],

@@ -1,0 +1,78 @@
+"""Experts spread over ranks: gradients, updates, checkpoints and exports are those of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from hbp_titan.config import load_config
+from hbp_titan.distributed.expert_parallel import check_experts, order_by_expert
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.verify import Case, compare, reference, run_case
+from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.registry import get_flavor
+from hbp_titan.packing import Level
+from tests.distributed.test_deepseek import RandomSamples
+from tests.models.deepseek_tiny import tiny_args
+
+SEED = 3
+ARGS = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
+LEVELS = (
+    Level(64, 1),
+    Level(128, 2, ac_policy="full"),
+    Level(256, 4, cp_style="hybrid", ac_policy="keep_attention", ac_layers=2),
+)
+CASES = [
+    Case("ep 1", 4, LEVELS),
+    Case("ep 2", 4, LEVELS, expert_parallel=2),
+    Case("ep 4", 4, LEVELS, expert_parallel=4),
+    Case("ep 2, two copies", 4, LEVELS, expert_parallel=2, dp_replicate=2),
+    Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2),
+    Case("ep 4, compiled", 4, LEVELS[1:], expert_parallel=4, compile=True),
+]
+
+
+def _run(world: World, cases: list[Case]) -> list[tuple[float, dict[str, Tensor]]]:
+    config = load_config(["--compile.backend=aot_eager", f"--training.seed={SEED}"])
+    return [run_case(world, config, ARGS, case, RandomSamples()) for case in cases]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[float, dict[str, Tensor]]]:
+    return run_distributed(_run, 4, CASES)[0]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
+def test_gradients_equal_one_process(found: list[tuple[float, dict[str, Tensor]]], index: int) -> None:
+    result = compare(CASES[index], reference(ARGS, SEED, RandomSamples()), found[index])  # type: ignore[arg-type]
+    assert result.loss_difference < 1e-6
+    assert result.grad_difference < 1e-5, result.worst
+
+
+def test_rows_are_put_in_the_order_of_experts_and_of_senders_in_each() -> None:
+    # Rank 0 sends 1 row for expert 0 and 2 for expert 1, rank 1 sends 2 and 1.
+    counts_PL = torch.tensor([[1, 2], [2, 1]], dtype=torch.int32)
+    assert order_by_expert(counts_PL, 6).tolist() == [0, 3, 4, 1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("args", "degree", "shards", "message"),
+    [
+        (get_flavor("debug"), 2, 4, "= 2: the model debug has no experts; leave it at 1"),
+        (ARGS, 3, 4, "= 3 does not divide the 4 ranks of one copy"),
+        (ARGS, 16, 16, "= 16 does not divide the model's 8 experts"),
+        (ARGS, 2, 64, "= 2 leaves each expert to 32 ranks, which divide neither moe_intermediate_size=16 nor"),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused(args: ModelArgs, degree: int, shards: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_experts(args, degree, shards)
+
+
+def test_a_degree_that_fits_is_not_refused() -> None:
+    check_experts(ARGS, 8, 8)
+    check_experts(dataclasses.replace(ARGS, moe=None), 1, 4)
