@@ -244,6 +244,8 @@ class Metrics:
     """Optimizer steps between console lines; metrics.jsonl has every step."""
     live_check_interval: int = 20
     """Optimizer steps between comparisons of measured times with the plan's model (an epoch's end has one); 0: none."""
+    expert_load_interval: int = 10
+    """Optimizer steps between tables of tokens per expert in metrics.jsonl (every step has a summary); 0: none."""
     enable_tensorboard: bool = True
     """Write tensorboard/ into the run folder."""
     progress_bar: bool = True

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
+from hbp_titan.components.expert_load import ExpertLoad
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.normalizer import NORMALIZERS
@@ -115,6 +116,9 @@ class Trainer:
         )
         times = load_level_times(self.folder, config.levels)
         self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
+        self.expert_load = ExpertLoad(
+            self.model, config.parallelism.expert_parallel_degree, config.metrics.expert_load_interval
+        )
         self.normalizer = NORMALIZERS[config.training.normalizer]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.recorder = StepRecorder(
@@ -243,6 +247,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             with self.live_check.iteration(iteration):
                 loss_by_level[batch.level] += self.engine.forward_backward(batch)
+            self.expert_load.add()
             self.consumed.add(iteration, batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
@@ -259,7 +264,7 @@ class Trainer:
         self.optimizer.zero_grad()
         (waited,) = all_reduce_values([waited], "max", self.device)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
-        return self.recorder.record(plan, step, self.step + 1, measured)
+        return {**self.recorder.record(plan, step, self.step + 1, measured), **self.expert_load.take(self.step + 1)}
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:

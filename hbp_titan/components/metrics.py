@@ -99,6 +99,8 @@ class MetricsLogger:
         if self.writer:
             for name in metrics["sources"]:
                 self.writer.add_scalar(f"source/{name}/tokens", self.sources[name]["tokens"], step)
+            for name, figure in metrics.get("expert_load", {}).items():
+                self.writer.add_scalar(f"expert_load/{name}", figure, step)
             for name, tag in _TENSORBOARD_NAMES.items():
                 if metrics.get(name) is not None:
                     self.writer.add_scalar(tag, metrics[name], step)
@@ -137,6 +139,8 @@ class MetricsLogger:
         ]
         if m["mfu"] is not None:
             parts.append(f"mfu {m['mfu']:.1f}%")
+        if "expert_load" in m:
+            parts.append(f"experts {m['expert_load']['worst']:.2f}x")
         parts += [
             f"pad {m['padding']:.1f}%",
             f"wait {m['data_wait_seconds']:.2f}s",

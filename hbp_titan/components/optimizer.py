@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -67,17 +67,19 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, to
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Clip the gradients by their norm over the whole world (0 turns clipping off); returns the norm before."""
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
-    norm = torch.linalg.vector_norm(
-        torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
-    )
+    """Clip the gradients by their norm over the whole world (0 turns clipping off); returns the norm before.
+
+    As torch.nn.utils.clip_grad_norm_, which does not take tensors of several meshes. All are sharded over the same
+    ranks, whatever their meshes: the last axis of any but the experts'.
+    """
+    grads = [
+        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.grad is not None
+    ]
+    square = torch.nn.utils.get_total_norm(grads).square()
+    sharded = next((p for p in model.parameters() if isinstance(p, DTensor) and p.ndim <= 2), None)
+    if sharded is not None:
+        dist.all_reduce(square, group=sharded.device_mesh.get_group(-1))
+    norm = square.sqrt()
     if max_norm > 0:
-        for group in by_mesh.values():
-            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

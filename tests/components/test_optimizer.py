@@ -34,11 +34,12 @@ def test_warmup_longer_than_the_run_still_rises() -> None:
     assert [factor(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
-def test_only_matrices_decay() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
+def test_only_matrices_and_stacks_of_them_decay() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Bilinear(4, 4, 4, bias=False))
     groups = build_optimizer(model, Optimizer(weight_decay=0.1)).param_groups
     assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
         (0.1, [2]),
+        (0.1, [3]),
         (0.0, [1, 1]),
     ]
 

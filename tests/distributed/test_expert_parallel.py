@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.expert_parallel import check_experts, order_by_expert
+from hbp_titan.distributed.expert_parallel import apply_expert_parallel, check_experts, order_by_expert
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.verify import Case, compare, reference, run_case
 from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.balance import BalanceState
+from hbp_titan.models.moe import Experts, MixtureOfExperts
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from tests.distributed.test_deepseek import RandomSamples
@@ -51,6 +55,34 @@ def test_gradients_equal_one_process(found: list[tuple[float, dict[str, Tensor]]
     result = compare(CASES[index], reference(ARGS, SEED, RandomSamples()), found[index])  # type: ignore[arg-type]
     assert result.loss_difference < 1e-6
     assert result.grad_difference < 1e-5, result.worst
+
+
+def _send_all_to_one(world: World) -> list[float]:
+    """Rows for the second rank's experts alone: differences of output and gradients from all experts on one rank."""
+    torch.manual_seed(0)
+    whole = Experts(ARGS.hidden_size, ARGS.moe)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter)
+    spread = MixtureOfExperts(ARGS.hidden_size, ARGS.moe, BalanceState())
+    spread.experts.load_state_dict(whole.state_dict())
+    block = SimpleNamespace(mlp=spread)
+    apply_expert_parallel(
+        SimpleNamespace(blocks=lambda: [block]), init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    )
+    counts_E = torch.tensor([0, 0, 0, 0, 0, 5, 0, 2], dtype=torch.int32)
+    x_SH, weights_S = torch.randn(2, 7, ARGS.hidden_size)[world.rank], torch.rand(7)
+    found = []
+    for run in (whole, spread.run_experts):
+        inputs = [x_SH.clone().requires_grad_(), weights_S.clone().requires_grad_()]
+        y_SH = run(*inputs, counts_E)
+        y_SH.square().sum().backward()
+        found.append([y_SH, *(x.grad for x in inputs)])
+    return [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
+
+
+def test_a_rank_that_no_row_reaches_takes_part() -> None:
+    for differences in run_distributed(_send_all_to_one, 2):
+        assert max(differences) < 1e-5
 
 
 def test_rows_are_put_in_the_order_of_experts_and_of_senders_in_each() -> None:
