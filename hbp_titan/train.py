@@ -46,7 +46,7 @@ from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.token_store import TokenStore
-from hbp_titan.distributed.mesh import nodes_crossed
+from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.distributed.world import (
     World,
@@ -332,9 +332,9 @@ class Trainer:
         if self.config.lora.rank:
             print(describe_lora(self.config.lora, self.model))
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
-        crossed = nodes_crossed([level.cp_degree for level in plan.levels], ranks_per_node(self.world.size))
-        if crossed:
-            print(f"warning: groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow")
+        experts = self.config.parallelism.expert_parallel_degree
+        for warning in crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size)):
+            print(f"warning: {warning}")
         print(describe_plan(plan, self.total_steps, self.config.parallelism.cp_collectives))
         if self.step:
             print(f"resumed from step {self.step}", flush=True)

@@ -36,21 +36,27 @@ class ExpertExchange:
 
     def __call__(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
         """Rows in the order of their experts, their weights, and how many each expert has; returns y_SH."""
-        # [E] -> [P, L] -> all-to-all over dim 0 -> [P, L]: what each rank sends to each of this rank's experts
-        counts_PL = counts_E.view(self.group.size(), -1)
-        arriving_PL = wait_tensor(collectives.all_to_all_single(counts_PL, None, None, self.group))
-        sent_P, received_P = torch.stack([counts_PL.sum(1), arriving_PL.sum(1)]).tolist()
+        arriving_PL, received_P, sent_P = self.count(counts_E)
         # [S, H] -> rows to the rank of their expert -> [R, H], by sender and of each sender by expert
-        x_RH = self._exchange(x_SH, received_P, sent_P)
-        weights_R = self._exchange(weights_S, received_P, sent_P)
+        x_RH = self.exchange(x_SH, received_P, sent_P)
+        weights_R = self.exchange(weights_S, received_P, sent_P)
         order_R = order_by_expert(arriving_PL, sum(received_P))
         place_R = torch.empty_like(order_R).scatter(0, order_R, torch.arange(len(order_R), device=order_R.device))
         sorted_RH, sorted_R = x_RH.index_select(0, order_R), weights_R.index_select(0, order_R)
         y_RH = self.experts(sorted_RH, sorted_R, arriving_PL.sum(0)).index_select(0, place_R)
         # [R, H] -> back to their senders -> [S, H]
-        return self._exchange(y_RH, sent_P, received_P)
+        return self.exchange(y_RH, sent_P, received_P)
 
-    def _exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
+    def count(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """What each rank sends to each of this rank's experts, [P, L]; rows received from, and sent to, each rank."""
+        # [E] -> [P, L] -> all-to-all over dim 0 -> [P, L]
+        counts_PL = counts_E.view(self.group.size(), -1)
+        arriving_PL = wait_tensor(collectives.all_to_all_single(counts_PL, None, None, self.group))
+        received_P, sent_P = torch.stack([arriving_PL.sum(1), counts_PL.sum(1)]).tolist()
+        return arriving_PL, received_P, sent_P
+
+    def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
+        """sent_P rows to each rank for received_P rows from each, in the order of ranks; differentiable."""
         return wait_tensor(all_to_all_single_autograd(x, received_P, sent_P, self.group))
 
 

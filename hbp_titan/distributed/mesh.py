@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hbp_titan.packing.level import Level
+
 
 class LevelMeshes:
     """The mesh of the parameters and the (dp, gather, ulysses) mesh of each cp shape in use.
@@ -54,6 +56,10 @@ class LevelMeshes:
         return self._by_shape[cp_shape]
 
 
-def nodes_crossed(cp_degrees: Iterable[int], ranks_per_node: int) -> list[int]:
-    """The cp degrees whose groups do not lie inside one node of `ranks_per_node` adjacent ranks."""
-    return sorted({cp for cp in cp_degrees if ranks_per_node % cp})
+def crossed_nodes(levels: Iterable[Level], expert_parallel: int, ranks_per_node: int) -> list[str]:
+    """A warning for each kind of group that does not lie inside one node of `ranks_per_node` adjacent ranks."""
+    cp_degrees = sorted({level.cp_degree for level in levels if ranks_per_node % level.cp_degree})
+    groups = [f"cp_degree {', '.join(map(str, cp_degrees))}"] if cp_degrees else []
+    if ranks_per_node % expert_parallel:
+        groups.append(f"expert_parallel_degree {expert_parallel}")
+    return [f"groups of {group} cross nodes: their exchange is slow" for group in groups]

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.hardware import Hardware
 from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.models.decoder import ModelArgs
@@ -95,8 +96,8 @@ def cheapest_change(
 ) -> str:
     """What to set so that `level` fits: of the first kind of change that helps at all, the fastest.
 
-    The kinds, from the cheapest: checkpointing; one copy of the parameters instead of several; a higher cp degree; more
-    ranks. load: a typical pack of the level, as from pack_loads, [4].
+    The kinds, from the cheapest: checkpointing; experts spread over more ranks; one copy of the parameters instead of
+    several; a higher cp degree; more ranks. load: a typical pack of the level, as from pack_loads, [4].
     """
     for text, changed, ranks, levels in _changes(config, args, world_size, level):
         candidates = estimate_candidates(args, changed, hardware, ranks, levels)
@@ -112,7 +113,8 @@ def _changes(
     """Changes from the cheapest: in words, the configuration, the ranks, and the levels to choose from."""
     same = _policies(level)
     yield "", config, world_size, same
-    one_copy = dataclasses.replace(config, parallelism=dataclasses.replace(config.parallelism, dp_replicate=1))
+    yield from _more_expert_parallel(config, args, world_size, same)
+    one_copy = _with_parallelism(config, dp_replicate=1)
     if config.parallelism.dp_replicate > 1:
         yield "set parallelism.dp_replicate = 1; ", one_copy, world_size, same
     cp_degree = 2 * level.cp_degree
@@ -123,6 +125,24 @@ def _changes(
     while factor <= MOST_RANKS:
         yield f"use {factor * world_size} ranks; ", one_copy, factor * world_size, same
         factor *= 2
+
+
+def _more_expert_parallel(
+    config: JobConfig, args: ModelArgs, world_size: int, levels: list[Level]
+) -> Iterator[tuple[str, JobConfig, int, list[Level]]]:
+    degree, shards = config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate
+    while args.moe is not None and 2 * degree <= min(shards, args.moe.n_routed_experts):
+        degree *= 2
+        try:
+            check_experts(args, degree, shards)
+        except ValueError:
+            continue
+        changed = _with_parallelism(config, expert_parallel_degree=degree)
+        yield f"set parallelism.expert_parallel_degree = {degree}; ", changed, world_size, levels
+
+
+def _with_parallelism(config: JobConfig, **changes: int) -> JobConfig:
+    return dataclasses.replace(config, parallelism=dataclasses.replace(config.parallelism, **changes))  # type: ignore[arg-type]
 
 
 def _policies(level: Level) -> list[Level]:

@@ -27,7 +27,9 @@ def describe(found: DryRun) -> str:
 def _model(found: DryRun) -> str:
     config, state = found.config, found.rank_state
     copies = config.parallelism.dp_replicate
+    experts = config.parallelism.expert_parallel_degree
     spread = f"{found.world_size // copies} ranks" + (f", {copies} copies" if copies > 1 else "")
+    spread += f", experts over {experts}" if experts > 1 else ""
     computed = str(compute_dtype(config, torch.device("cuda"))).removeprefix("torch.")
     lines = [
         f"dry run: {found.world_size} x {found.hardware.name}, {found.hardware.gpus_per_node} a node; nothing is "

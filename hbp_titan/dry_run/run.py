@@ -14,7 +14,7 @@ from hbp_titan.components.summary import level_name
 from hbp_titan.config import JobConfig
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.distributed.hardware import Hardware
-from hbp_titan.distributed.mesh import nodes_crossed
+from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.world import fake_world
 from hbp_titan.dry_run.memory import LevelMemory, RankState, cheapest_change, level_memory, rank_state, usable_bytes
 from hbp_titan.dry_run.samples import Samples, samples_of
@@ -123,10 +123,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
 
 def _crossed_nodes(config: JobConfig, world_size: int, hardware: Hardware) -> list[str]:
     node = min(world_size, hardware.gpus_per_node)
-    crossed = nodes_crossed([level.cp_degree for level in config.levels], node)
-    return (
-        [f"groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow"] if crossed else []
-    )
+    return crossed_nodes(config.levels, config.parallelism.expert_parallel_degree, node)
 
 
 def _uneven_shards(largest: int, num_params: int, shards: int) -> list[str]:

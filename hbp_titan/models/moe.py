@@ -25,9 +25,9 @@ from hbp_titan.models.grouped_mm import grouped_mm
 class Experts(nn.Module):
     """The routed experts, SwiGLU each; expert e is row e of every parameter."""
 
-    def __init__(self, hidden_size: int, moe: MoEArgs) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
         super().__init__()
-        wide = (moe.n_routed_experts, moe.moe_intermediate_size, hidden_size)
+        wide = (num_experts, intermediate_size, hidden_size)
         self.gate_proj = nn.Parameter(torch.empty(wide))
         self.up_proj = nn.Parameter(torch.empty(wide))
         self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
@@ -65,7 +65,7 @@ class MixtureOfExperts(nn.Module):
         self.moe = moe
         self.balance = balance
         self.gate = nn.Linear(hidden_size, moe.n_routed_experts, bias=False)
-        self.experts = Experts(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe.moe_intermediate_size, moe.n_routed_experts)
         self.shared_experts = FeedForward(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
         self.tokens_per_expert: Tensor | None = None
 

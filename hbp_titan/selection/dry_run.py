@@ -4,10 +4,11 @@ Owns the counting of a block's and the head's forward and backward under torch's
 for its shapes alone, and each storage counts from its making to its release. So whatever a policy, a context-parallel
 style or a new model keeps is found without a formula, at any length, on a machine that need not have a GPU.
 
-What stands in for what: collectives are their shapes. Attention is the CPU's operator, which like the flash kernels
-keeps q, k, v, its output and a float32 logsumexp per query and head; what a kernel allocates inside is not seen, and
-`_attention_workspaces` gives it. For a GPU the RMS norm is one fused kernel; on a CPU it is made of several operators,
-which keep more. Compiled blocks keep less than this says: the compiler fuses and recomputes.
+What stands in for what: collectives are their shapes; where experts are spread over ranks, all ranks have the same
+load. Attention is the CPU's operator, which like the flash kernels keeps q, k, v, its output and a float32 logsumexp
+per query and head; what a kernel allocates inside is not seen, and `_attention_workspaces` gives it. For a GPU the RMS
+norm is one fused kernel; on a CPU it is made of several operators, which keep more. Compiled blocks keep less than this
+says: the compiler fuses and recomputes.
 
 Shape suffixes: S tokens of a rank's shard, H hidden size, D head width.
 """
@@ -31,7 +32,9 @@ from hbp_titan.components.loss import linear_cross_entropy
 from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, CheckpointedForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
+from hbp_titan.distributed.expert_parallel import ExpertExchange
 from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
+from hbp_titan.models.moe import Experts, MixtureOfExperts
 from hbp_titan.packing import Level
 
 Piece = TypeVar("Piece", bound=nn.Module)
@@ -87,19 +90,24 @@ class AllocationTracker(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-def block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> PieceMemory:
+def block_memory(
+    args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str, expert_parallel: int = 1
+) -> PieceMemory:
     """One decoder block on a rank's share of a pack of `level`, under the checkpoint policy of `level`.
 
-    dtype: of parameters and hidden states. device_type: "cpu" or "cuda"; neither needs to be there.
+    dtype: of parameters and hidden states. device_type: "cpu" or "cuda"; neither needs to be there. expert_parallel:
+    ranks that share the experts of a layer.
     """
-    return _block_memory(_shape(args), dataclasses.replace(level, ac_layers=None), dtype, device_type)
+    return _block_memory(_shape(args), dataclasses.replace(level, ac_layers=None), dtype, device_type, expert_parallel)
 
 
 @lru_cache(maxsize=1024)
-def _block_memory(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> PieceMemory:
+def _block_memory(
+    args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str, expert_parallel: int
+) -> PieceMemory:
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
     with FakeTensorMode():
-        block = _make(DecoderBlock, args, dtype, device_type)
+        block = _make(lambda: _block(args, expert_parallel), dtype, device_type)
         block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
         forward = CheckpointedForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
         size = level.max_tokens // level.cp_degree
@@ -131,7 +139,7 @@ def _head_memory(
     args: ModelArgs, tokens: int, loss_tokens: int, chunk_tokens: int, dtype: torch.dtype, device_type: str
 ) -> PieceMemory:
     with FakeTensorMode():
-        head = _make(Head, args, dtype, device_type)
+        head = _make(lambda: Head(args), dtype, device_type)
         index = torch.empty(loss_tokens, dtype=torch.int64)
         weights = torch.empty(loss_tokens)
 
@@ -149,10 +157,23 @@ def _shape(args: ModelArgs) -> ModelArgs:
     return dataclasses.replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False, moe=moe)
 
 
-def _make(piece: type[Piece], args: ModelArgs, dtype: torch.dtype, device_type: str) -> Piece:
+def _block(args: ModelArgs, expert_parallel: int) -> DecoderBlock:
+    """A block with the experts that one of so many ranks has, and their exchange without the others."""
+    block = DecoderBlock(args)
+    if expert_parallel > 1:
+        assert args.moe is not None
+        assert isinstance(block.mlp, MixtureOfExperts)
+        own = args.moe.n_routed_experts // expert_parallel
+        block.mlp.experts = Experts(args.hidden_size, args.moe.moe_intermediate_size, own)
+        exchange = _ExchangeWithoutRanks(block.mlp.experts, expert_parallel)
+        block.mlp.run_experts = exchange  # type: ignore[method-assign]
+    return block
+
+
+def _make(piece: Callable[[], Piece], dtype: torch.dtype, device_type: str) -> Piece:
     """A piece of the model with fake parameters, and what `device_type` computes otherwise put in its place."""
     with torch.device("meta"):
-        module = piece(args)
+        module = piece()
     # nn.Module.to does not work on fake tensors.
     for part in list(module.modules()):
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -246,6 +267,24 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.contiguous().new_empty(ctx.shape), None
+
+
+class _ExchangeWithoutRanks(ExpertExchange):
+    """Expert parallelism in one process: each of `ranks` sends this one as many rows as every other."""
+
+    def __init__(self, experts: Experts, ranks: int) -> None:
+        self.experts, self.ranks = experts, ranks
+
+    def __call__(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
+        rows, rest = divmod(len(x_SH), self.ranks)
+        self.sent_P = [rows + (rank < rest) for rank in range(self.ranks)]
+        return super().__call__(x_SH, weights_S, counts_E)
+
+    def count(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        return counts_E.view(self.ranks, -1), self.sent_P, self.sent_P
+
+    def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
+        return _Exchange.apply(x, 1)
 
 
 class _AttentionWithoutRanks(ContextParallelAttention):

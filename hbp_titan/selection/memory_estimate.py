@@ -8,7 +8,7 @@ loss, a block's backward, the reduction of its gradients.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.lora import apply_lora
+from hbp_titan.models.moe import Experts
 from hbp_titan.models.registry import build_model
 from hbp_titan.packing import Level
 from hbp_titan.selection.dry_run import PieceMemory, block_memory, head_memory
@@ -48,6 +49,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Memory of an iteration of `level` on each of `world_size` ranks.
 
+    Experts that are spread over ranks are taken to have equal loads; one with twice its share needs as much more for
+    the rows that it receives.
     device_type: "cpu" or "cuda", which need not be there. loss_tokens: trained tokens of a rank's shard; all of them
     unless given. One document is taken to fill the pack: the most that attention needs.
     """
@@ -85,13 +88,14 @@ class _Composition:
     ) -> None:
         dtype = compute_dtype(config, torch.device(device_type))
         self.shards = world_size // config.parallelism.dp_replicate
+        spread = config.parallelism.expert_parallel_degree
         self.tied = args.tie_embeddings
         self.keeps_parameters = not config.parallelism.reshard_after_forward
         tokens = level.max_tokens // level.cp_degree
         layers = args.num_layers if level.ac_layers is None else min(level.ac_layers, args.num_layers)
         policies = [level.ac_policy] * layers + ["none"] * (args.num_layers - layers)
         self.blocks: list[PieceMemory] = [
-            block_memory(args, replace(level, ac_policy=policy), dtype, device_type) for policy in policies
+            block_memory(args, replace(level, ac_policy=policy), dtype, device_type, spread) for policy in policies
         ]
         loss_tokens = tokens if loss_tokens is None else min(loss_tokens, tokens)
         self.head = head_memory(args, tokens, loss_tokens, config.training.loss_chunk_tokens, dtype, device_type)
@@ -102,9 +106,9 @@ class _Composition:
             model = build_model(args)
             if config.lora.rank:
                 apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
-        block_params, head_params = num_elements(model.layers[-1]), num_elements(model.head)
-        self.block = Gathered.of(block_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
-        self.vocab = Gathered.of(head_params, dtype, DTYPES[config.training.mixed_precision_reduce], self.shards)
+        reduce_dtype = DTYPES[config.training.mixed_precision_reduce]
+        self.block = _gathered_block(model.layers[-1], dtype, reduce_dtype, self.shards, spread)
+        self.vocab = Gathered.of(num_elements(model.head), dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         elements = num_elements(model) + 3 * trained
@@ -176,6 +180,21 @@ class Gathered:
             # No collective: the parameters are copied, and the gradients twice more (FSDPParamGroup, foreach_reduce).
             return cls(parameters, 0, reduce_input, 3 * reduce_input)
         return cls(parameters, parameters, reduce_input, reduce_input + reduce_input // shards)
+
+    def __add__(self, other: Gathered) -> Gathered:
+        """Of both groups at one time."""
+        return Gathered(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def _gathered_block(
+    block: nn.Module, dtype: torch.dtype, reduce_dtype: torch.dtype, shards: int, spread: int
+) -> Gathered:
+    """A block's parameters; where its experts are spread over ranks they are a group of their own."""
+    if spread == 1:
+        return Gathered.of(num_elements(block), dtype, reduce_dtype, shards)
+    experts = sum(num_elements(module) for module in block.modules() if isinstance(module, Experts))
+    rest = Gathered.of(num_elements(block) - experts, dtype, reduce_dtype, shards)
+    return rest + Gathered.of(experts // spread, dtype, reduce_dtype, shards // spread)
 
 
 def num_elements(module: nn.Module) -> int:

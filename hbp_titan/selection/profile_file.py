@@ -98,6 +98,7 @@ def profile_key(
         "loss_chunk_tokens": config.training.loss_chunk_tokens,
         "compile": dataclasses.asdict(config.compile),
         "dp_replicate": config.parallelism.dp_replicate,
+        "expert_parallel_degree": config.parallelism.expert_parallel_degree,
         "reshard_after_forward": config.parallelism.reshard_after_forward,
         "lengths": digest.hexdigest(),
         "versions": {"torch": torch.__version__, "hbp_titan": __version__, "format": FORMAT_VERSION},

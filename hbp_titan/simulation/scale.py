@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from hbp_titan.distributed.hardware import Hardware
-from hbp_titan.job_config import JobConfig
-from hbp_titan.models.registry import FLAVORS
+from hbp_titan.job_config import JobConfig, Parallelism
+from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.packing.arrays import IntArray
 from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart, short
 from hbp_titan.packing.synthetic import tulu3_longcite_like
-from hbp_titan.simulation.estimate import MEMORY_MARGIN, estimate_candidates
+from hbp_titan.simulation.estimate import estimate_candidates
 from hbp_titan.simulation.model_dims import ModelDims, get_dims
 from hbp_titan.simulation.replay_methods import replay_methods
 from hbp_titan.simulation.simulate import Replay
@@ -75,14 +75,6 @@ def scale_lengths(context: int, world_size: int) -> IntArray:
     return lengths
 
 
-def state_bytes(dims: ModelDims, level: Level, world_size: int) -> int:
-    """What a rank holds at least: fp32 parameters, gradients and AdamW's moments, every block's input in bf16, one
-    block's parameters and gradients gathered (of experts an eighth)."""
-    block = (dims.body_params - dims.expert_params * 7 / 8) / dims.num_layers
-    inputs = 2 * dims.num_layers * dims.hidden_size * level.max_tokens // level.cp_degree
-    return int(16 * dims.params / world_size + inputs + 2 * 6 * block)
-
-
 def simulate_scale(
     hardware: Hardware,
     models: Sequence[str] = MODELS,
@@ -101,22 +93,20 @@ def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray,
     levels = fitting_levels(dims, scale_levels(dims, context, world_size), world_size, hardware)
     if levels is None:
         return Scenario(dims, context, world_size, None)
-    sharding = Sharding(expert_parallel=min(8, world_size) if dims.expert_params else 1)
-    model = TimeModel(dims, hardware, world_size, sharding)
+    model = TimeModel(dims, hardware, world_size, Sharding(expert_parallel=expert_parallel(dims, world_size)))
     return Scenario(dims, context, world_size, replay_methods(lengths, levels, model, METHODS))
 
 
-def fitting_levels(dims: ModelDims, levels: Sequence[Level], world_size: int, hardware: Hardware) -> list[Level] | None:
-    """The levels with the fewest layers recomputed that fit; None where one does not fit with all of them.
+def expert_parallel(dims: ModelDims, world_size: int) -> int:
+    """A mixture of experts is spread over the GPUs of a node."""
+    return min(8, world_size) if dims.expert_params else 1
 
-    A mixture of experts recomputes all layers and is refused by its state_bytes alone: the estimate of its memory knows
-    no expert parallelism.
-    """
-    if dims.name in FLAVORS and not dims.expert_params:
-        candidates = estimate_candidates(FLAVORS[dims.name], JobConfig(), hardware, world_size, levels)
-        return [c.level for c in candidates] if all(c.fits for c in candidates) else None
-    limit = hardware.memory_bytes * (1 - MEMORY_MARGIN)
-    return list(levels) if all(state_bytes(dims, level, world_size) <= limit for level in levels) else None
+
+def fitting_levels(dims: ModelDims, levels: Sequence[Level], world_size: int, hardware: Hardware) -> list[Level] | None:
+    """The levels with the fewest layers recomputed that fit; None where one does not fit with all of them."""
+    config = JobConfig(parallelism=Parallelism(expert_parallel_degree=expert_parallel(dims, world_size)))
+    candidates = estimate_candidates(get_flavor(dims.name), config, hardware, world_size, levels)
+    return [c.level for c in candidates] if all(c.fits for c in candidates) else None
 
 
 def scale_table(scenarios: Sequence[Scenario]) -> str:

@@ -12,7 +12,7 @@ from hbp_titan.data.batch import PackedBatch, shard_batch
 from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
-from hbp_titan.distributed.mesh import LevelMeshes, nodes_crossed
+from hbp_titan.distributed.mesh import LevelMeshes, crossed_nodes
 from hbp_titan.distributed.parallelize import CP_ATTENTION
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
@@ -178,5 +178,12 @@ def test_kv_heads_may_be_fewer_or_more_than_ranks() -> None:
     check_heads([Level(128, 2)], num_heads=32, num_kv_heads=8)
 
 
-def test_cp_groups_that_cross_a_node_are_named() -> None:
-    assert nodes_crossed([1, 2, 8, 16, 3], ranks_per_node=8) == [3, 16]
+def test_groups_that_cross_a_node_are_named() -> None:
+    levels = [Level(48, degree) for degree in (1, 2, 8, 16, 3)]
+    assert crossed_nodes(levels, 8, ranks_per_node=8) == [
+        "groups of cp_degree 3, 16 cross nodes: their exchange is slow"
+    ]
+    assert crossed_nodes(levels[:3], 16, ranks_per_node=8) == [
+        "groups of expert_parallel_degree 16 cross nodes: their exchange is slow"
+    ]
+    assert crossed_nodes(levels[:3], 4, ranks_per_node=8) == []

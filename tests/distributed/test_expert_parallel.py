@@ -60,7 +60,7 @@ def test_gradients_equal_one_process(found: list[tuple[float, dict[str, Tensor]]
 def _send_all_to_one(world: World) -> list[float]:
     """Rows for the second rank's experts alone: differences of output and gradients from all experts on one rank."""
     torch.manual_seed(0)
-    whole = Experts(ARGS.hidden_size, ARGS.moe)
+    whole = Experts(ARGS.hidden_size, ARGS.moe.moe_intermediate_size, 8)
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter)
     spread = MixtureOfExperts(ARGS.hidden_size, ARGS.moe, BalanceState())

@@ -120,6 +120,15 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
     again.check_memory()
 
 
+def test_experts_that_fill_a_gpu_are_spread() -> None:
+    words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
+    with pytest.raises(Mistakes, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 60$"):
+        _try(words, 256).check_memory()
+    found = _try([*words, "--parallelism.expert_parallel_degree=2"], 256)
+    found.check_memory()
+    assert "FSDP over 256 ranks, experts over 2: a rank has" in describe(found)
+
+
 def test_level_that_nothing_can_hold_is_told() -> None:
     # The logits of 131,072 tokens and 128,256 entries alone are 34 GB in bfloat16, and several such.
     words = ["--model.flavor=llama3_2_1b", "--data.train_files=absent.jsonl", "--training.loss_chunk_tokens=131072"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -14,8 +17,10 @@ from hbp_titan.distributed.hardware import get_hardware
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.dry_run.run import dry_run
+from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.train import Trainer
-from tests.tiny_run import write_tiny_run
+from tests.models.deepseek_tiny import tiny_args
+from tests.tiny_run import VOCAB_SIZE, write_tiny_run
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -41,16 +46,19 @@ def _start(world: World, argv: list[str]) -> dict[str, object]:
     }
 
 
-def test_dry_run_has_the_bytes_and_the_plan_of_a_real_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_dry_run_has_the_bytes_and_the_plan_of_a_real_start(tmp_path: Path, experts: bool) -> None:
+    flavor = ["--model.hf_path=", f"--model.tokenizer_path={tmp_path / 'model'}", "--model.flavor=debug"]
     argv = [
         *write_tiny_run(tmp_path),
-        "--model.hf_path=",
-        f"--model.tokenizer_path={tmp_path / 'model'}",
-        "--model.flavor=debug",
+        *(["--parallelism.expert_parallel_degree=2"] if experts else flavor),
         "--training.global_batch_tokens=600",
         "--training.epochs=2",
         "--checkpoint.enable=false",
     ]
+    if experts:
+        args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE)
+        (tmp_path / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
     found = dry_run(load_config(argv), 2, get_hardware("h100-80gb"))
     ranks = run_distributed(_start, 2, argv)
     state = found.rank_state

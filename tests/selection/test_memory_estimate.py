@@ -12,6 +12,7 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.job_config import Parallelism
 from hbp_titan.models.args import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.registry import DEBUG, get_flavor, num_params
 from hbp_titan.packing import Level
@@ -45,9 +46,13 @@ def _levels(lengths: Sequence[int], forms: Sequence[tuple[int, str]]) -> list[Le
     return [Level(t, cp, style, *policy) for t in lengths for cp, style in forms for policy in POLICIES]
 
 
-def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level]) -> list[list[int]]:
+def _config(spread: int) -> JobConfig:
+    return JobConfig(parallelism=Parallelism(expert_parallel_degree=spread))
+
+
+def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], spread: int) -> list[list[int]]:
     torch.set_num_threads(1)
-    engine = ProfileEngine(JobConfig(), args, world, levels)
+    engine = ProfileEngine(_config(spread), args, world, levels)
     packs = {level.max_tokens: _one_document(level.max_tokens, args) for level in levels}
     readings = 1 if world.size == 1 else READINGS
     peaks = [min(engine.peak_bytes(level, packs[level.max_tokens]) for _ in range(readings)) for level in levels]
@@ -59,22 +64,25 @@ def _one_document(tokens: int, args: ModelArgs) -> Packs:
 
 
 CASES = [
-    (DEBUG, 1, (512, 1024), [(1, "ulysses")]),
-    (WIDE, 1, (512,), [(1, "ulysses")]),
-    (EXPERTS, 1, (512,), [(1, "ulysses")]),
-    (DEBUG, 2, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]),
-    (WIDE, 2, (512,), [(2, "allgather")]),
+    (DEBUG, 1, 1, (512, 1024), [(1, "ulysses")]),
+    (WIDE, 1, 1, (512,), [(1, "ulysses")]),
+    (EXPERTS, 1, 1, (512,), [(1, "ulysses")]),
+    (DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]),
+    (WIDE, 2, 1, (512,), [(2, "allgather")]),
+    (EXPERTS, 2, 2, (512,), [(1, "ulysses")]),
 ]
 
 
-@pytest.mark.parametrize(("args", "world_size", "lengths", "forms"), CASES)
+@pytest.mark.parametrize(("args", "world_size", "spread", "lengths", "forms"), CASES)
 def test_the_estimate_is_what_an_iteration_takes(
-    args: ModelArgs, world_size: int, lengths: tuple[int, ...], forms: list[tuple[int, str]]
+    args: ModelArgs, world_size: int, spread: int, lengths: tuple[int, ...], forms: list[tuple[int, str]]
 ) -> None:
     levels = _levels(lengths, forms)
-    results = run_distributed(_measured_and_resident, world_size, args, levels)
+    results = run_distributed(_measured_and_resident, world_size, args, levels, spread)
     measured = dict(zip(levels, results[0][0], strict=True))
-    estimates = {level: estimate_memory(args, level, JobConfig(), world_size, device_type="cpu") for level in levels}
+    estimates = {
+        level: estimate_memory(args, level, _config(spread), world_size, device_type="cpu") for level in levels
+    }
     for level, peak in measured.items():
         assert estimates[level].peak_bytes == pytest.approx(peak, rel=_tolerance(world_size)), level
     for rank in results:

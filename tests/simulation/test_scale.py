@@ -7,9 +7,8 @@ import xml.etree.ElementTree
 import pytest
 
 from hbp_titan.distributed.hardware import get_hardware
-from hbp_titan.packing import Level
 from hbp_titan.simulation.model_dims import get_dims
-from hbp_titan.simulation.scale import scale_lengths, scale_levels, scale_svg, scale_table, simulate_scale, state_bytes
+from hbp_titan.simulation.scale import scale_lengths, scale_levels, scale_svg, scale_table, simulate_scale
 
 LLAMA = get_dims("llama3_1_8b")
 
@@ -30,12 +29,6 @@ def test_lengths_reach_into_the_context_and_not_beyond(context: int) -> None:
     assert lengths.min() >= 1
 
 
-def test_state_by_hand() -> None:
-    # 8.03B parameters x 16 bytes / 8 ranks; 32 inputs of 16384 x 4096 in bf16; a block of 218M parameters x 12.
-    expected = 16 * 8_030_261_248 / 8 + 32 * 16384 * 4096 * 2 + 12 * LLAMA.body_params / 32
-    assert state_bytes(LLAMA, Level(131072, 8), 8) == pytest.approx(expected)
-
-
 def test_a_scenario_runs_the_methods_or_says_that_it_does_not_fit() -> None:
     h100 = get_hardware("h100-80gb")
     scenarios = list(simulate_scale(h100, ("llama3_1_8b", "deepseek_v2_236b"), (131_072,), (8, 64)))
@@ -43,7 +36,7 @@ def test_a_scenario_runs_the_methods_or_says_that_it_does_not_fit() -> None:
         ("llama3_1_8b", 8, False),
         ("deepseek_v2_236b", 8, True),
         ("llama3_1_8b", 64, False),
-        ("deepseek_v2_236b", 64, False),
+        ("deepseek_v2_236b", 64, True),
     ]
     # One group of 8 has nobody to wait for; eight have.
     assert scenarios[0].speed_up("flat_sorted") == pytest.approx(1.0, abs=0.01)
