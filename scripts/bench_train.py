@@ -68,7 +68,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, JobConfig]:
     options, overrides = parser.parse_known_args(argv)
     if options.repeats < 1 or options.swap_iterations < 1:
         raise ValueError(f"--repeats {options.repeats}, --swap_iterations {options.swap_iterations}: at least 1 each")
-    return options, load_config(overrides)
+    config = load_config(overrides)
+    if config.lora.rank:
+        raise ValueError(f"lora.rank = {config.lora.rank}: FLOPs are counted of whole weights; leave it at 0")
+    return options, config
 
 
 def main(argv: list[str]) -> None:

@@ -45,6 +45,7 @@ _TIED_OUTPUT = "head.output.weight"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_GENERATION_FILE = "generation_config.json"
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -129,6 +130,7 @@ def save_hf_folder(
 
     tensors: (our name, whole tensor) pairs, each parameter once, in any order, taken one at a time; a tied
         model's output matrix may come as well and is left out. Each is stored in `dtype`.
+    tokenizer_path: folder whose tokenizer, chat template and sampling settings (generation_config.json) go along.
     token_ids: bos_token_id, eos_token_id, pad_token_id as config.json has them; an absent one is null.
     max_shard_bytes: a weight file is closed before it would grow beyond this.
     overwrite: replace `out` if it exists and is not empty, which is otherwise a ValueError.
@@ -149,7 +151,7 @@ def save_hf_folder(
     temporary.mkdir(parents=True)
     try:
         _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", {key: config[key] for key in TOKEN_ID_KEYS})
+        _write_json(temporary / _GENERATION_FILE, _generation_config(tokenizer_path, config))
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
         if tokenizer_path is not None:
             for name in _TOKENIZER_FILES:
@@ -158,6 +160,14 @@ def save_hf_folder(
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _generation_config(source: str | Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids of `config`, where it has them, among the settings of the folder `source`."""
+    path = Path(source) / _GENERATION_FILE if source is not None else None
+    carried = read_json(path) if path is not None and path.is_file() else {}
+    named = {key: config[key] for key in TOKEN_ID_KEYS if config[key] is not None}
+    return {**dict.fromkeys(TOKEN_ID_KEYS), **carried, **named}
 
 
 def _checked(

@@ -107,7 +107,7 @@ class _Composition:
             if config.lora.rank:
                 apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
         reduce_dtype = DTYPES[config.training.mixed_precision_reduce]
-        self.block = _gathered_block(model.layers[-1], dtype, reduce_dtype, self.shards, spread)
+        self.block = _gathered_block(max(model.layers, key=num_elements), dtype, reduce_dtype, self.shards, spread)
         self.vocab = Gathered.of(num_elements(model.head), dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

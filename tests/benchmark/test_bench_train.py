@@ -73,6 +73,7 @@ def test_two_ranks_report_the_cost_of_a_swap(tmp_path: Path) -> None:
     [
         ("--layers=0", "--layers '0' is neither all, auto nor a number of at least 1"),
         ("--repeats=0", "--repeats 0, --swap_iterations 4: at least 1 each"),
+        ("--lora.rank=4", "lora.rank = 4: FLOPs are counted of whole weights; leave it at 0"),
         ("--lengths=64:2", "cp_degree=2 of the level with max_tokens=64 does not divide the world size 1"),
         ("--lengths=128,64", "levels must ascend"),
         ("--flavors=large", "'large' is none of"),

@@ -145,6 +145,8 @@ def test_folder_has_token_ids_tokenizer_files_and_pt_metadata(tmp_path: Path) ->
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "notes.txt").write_text("not copied")
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 7, "pad_token_id": 5}
+    (source / "generation_config.json").write_text(json.dumps(sampling))
     token_ids = {"bos_token_id": 0, "eos_token_id": [1, 2]}
     write_folder(tmp_path / "out", tiny_args(), tokenizer_path=source, token_ids=token_ids, dtype=torch.bfloat16)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -154,12 +156,13 @@ def test_folder_has_token_ids_tokenizer_files_and_pt_metadata(tmp_path: Path) ->
         "model.safetensors",
         "tokenizer.json",
     ]
-    assert token_ids_from_hf(tmp_path / "out") == token_ids
+    assert token_ids_from_hf(tmp_path / "out") == {**token_ids, "pad_token_id": 5}
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 2], None)
     assert config.dtype == torch.bfloat16
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == [1, 2]
+    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.6, 0.9)
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert b'"__metadata__":{"format":"pt"}' in header[:4096]
     with pytest.raises(ValueError, match="token_ids has unk_token_id; known are"):

@@ -236,3 +236,15 @@ def test_mixtures_that_cannot_be_built_are_refused(changes: dict[str, Any], mess
 def test_latent_attention_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_args(**changes)
+
+
+def test_experts_come_every_second_layer_where_the_configuration_says_so() -> None:
+    # transformers has no such key; in DeepSeek's own code layer i has experts where i >= first and i % freq == 0.
+    model = Decoder(tiny_args(num_layers=6, moe={"first_k_dense_replace": 1, "moe_layer_freq": 2}))
+    assert [i for i, block in enumerate(model.blocks()) if isinstance(block.mlp, MixtureOfExperts)] == [2, 4]
+    with torch.no_grad():
+        model.init_weights(0)
+        logits = model(**make_pack(model.args, (5, 3), seed=0))
+    assert torch.isfinite(logits).all()
+    assert list(model.tokens_per_expert()) == [2, 4]
+    assert [int(counts.sum()) for counts in model.tokens_per_expert().values()] == [24, 24]
