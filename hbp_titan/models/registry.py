@@ -146,6 +146,23 @@ DEBUG = ModelArgs(
     tie_embeddings=True,
 )
 
+DEBUG_MOE = replace(
+    DEBUG,
+    name="debug_moe",
+    num_kv_heads=4,
+    head_dim=48,
+    hf_model_type="deepseek_v2",
+    mla=MLAArgs(q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    moe=MoEArgs(
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        aux_loss_alpha=0.001,
+    ),
+)
+
 _QWEN2_5 = (
     #        name           hidden ffn  layers heads kv_heads
     _qwen2_5("qwen2_5_7b", 3584, 18944, 28, 28, 4, eps=1e-6),
@@ -157,6 +174,7 @@ FLAVORS: dict[str, ModelArgs] = {
     args.name: args
     for args in (
         DEBUG,
+        DEBUG_MOE,
         #       name           hidden  ffn   layers heads head_dim rope factor
         _llama3("llama3_1_8b", 4096, 14336, 32, 32, 128, 8.0),
         _llama3("llama3_1_70b", 8192, 28672, 80, 64, 128, 8.0),
