@@ -60,7 +60,7 @@ def _argv(folder: Path, name: str, *more: str) -> list[str]:
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     named = dict(model.named_parameters())
-    moments = {f"{name} moment": optimizer.state[p]["exp_avg"] for name, p in named.items()}
+    moments = {f"{name} moment": optimizer.state[p]["exp_avg"] for name, p in named.items() if p.requires_grad}
     return {name: value.detach().full_tensor() for name, value in {**named, **moments}.items()}  # type: ignore[attr-defined]
 
 
@@ -92,6 +92,20 @@ def test_weights_after_two_steps_are_those_of_one_process(folder: Path, trained:
         torch.testing.assert_close(value, alone[name], rtol=0, atol=2e-6)
         torch.testing.assert_close(value, trained[name], rtol=0, atol=0)
         assert not torch.equal(value, start[name]), name
+
+
+def test_adapters_beside_spread_experts_are_those_beside_whole_ones(folder: Path) -> None:
+    words = ["--lora.rank=4", '--lora.target_modules=["q_b_proj","o_proj"]', "--levels=128:1,512:2:ulysses:full"]
+    spread, whole = (
+        run_distributed(
+            _train, 2, _argv(folder, f"lora{degree}", *words, f"--parallelism.expert_parallel_degree={degree}")
+        )[0]
+        for degree in (2, 1)
+    )
+    assert spread.keys() == whole.keys()
+    assert any("lora_B" in name and float(value.abs().max()) > 1e-3 for name, value in spread.items())
+    for name, value in spread.items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("ranks", "degree"), [(2, 1), (4, 4)])

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.checkpoint import load_model_tensors
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors
 from hbp_titan.models.lora import apply_lora, is_adapter, merged
@@ -113,14 +115,16 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Each tensor's elements are summed as integers, times an odd number from its name, modulo 2^64. With DTensors a
     collective.
     """
-    total = 0
+    total, group, device = 0, None, torch.device("cpu")
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        group, device = group or shard_group([tensor]), local.device
         bits = local.contiguous().view({2: torch.int16, 4: torch.int32}[local.element_size()])
-        part = bits.sum(dtype=torch.int64).reshape(1)
-        if isinstance(tensor, DTensor):
-            placements = [Partial() if p.is_shard() else Replicate() for p in tensor.placements]
-            part = DTensor.from_local(part, tensor.device_mesh, placements).full_tensor()
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") | 1
-        total += factor * int(part)
+        total += factor * int(bits.sum(dtype=torch.int64))
+    if group is not None:
+        # As a signed number, whose sum wraps around as the unsigned one's does.
+        part = torch.tensor((total + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+        dist.all_reduce(part, group=group)
+        total = int(part)
     return f"{total % 2**64:016x}"

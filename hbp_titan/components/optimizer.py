@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.job_config import LRScheduler, Optimizer
 
 
@@ -69,16 +70,15 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, to
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradients by their norm over the whole world (0 turns clipping off); returns the norm before.
 
-    As torch.nn.utils.clip_grad_norm_, which does not take tensors of several meshes. All are sharded over the same
-    ranks, whatever their meshes: the last axis of any but the experts'.
+    As torch.nn.utils.clip_grad_norm_, which does not take tensors of several meshes.
     """
     grads = [
         p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.grad is not None
     ]
     square = torch.nn.utils.get_total_norm(grads).square()
-    sharded = next((p for p in model.parameters() if isinstance(p, DTensor) and p.ndim <= 2), None)
-    if sharded is not None:
-        dist.all_reduce(square, group=sharded.device_mesh.get_group(-1))
+    group = shard_group(model.parameters())
+    if group is not None:
+        dist.all_reduce(square, group=group)
     norm = square.sqrt()
     if max_norm > 0:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from hbp_titan.packing.level import Level
 
@@ -54,6 +57,15 @@ class LevelMeshes:
     def of(self, cp_shape: tuple[int, int]) -> DeviceMesh:
         """The (dp, gather, ulysses) mesh with these degrees on its last two axes."""
         return self._by_shape[cp_shape]
+
+
+def shard_group(tensors: Iterable[Tensor]) -> ProcessGroup | None:
+    """The ranks that share one copy of a model's parameters; None where they are not sharded.
+
+    Every parameter is sharded over all of them, whatever its mesh: the last axis of any mesh but the experts'.
+    """
+    meshes = (x.device_mesh for x in tensors if isinstance(x, DTensor))
+    return next((mesh.get_group(-1) for mesh in meshes if "ep" not in (mesh.mesh_dim_names or ())), None)
 
 
 def crossed_nodes(levels: Iterable[Level], expert_parallel: int, ranks_per_node: int) -> list[str]:
