@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Mistakes(ValueError):
-    """Several mistakes of the user's in one error, a line each; raised by every rank alike, shown by the first."""
+    """Several mistakes of the user's in one error, a line each."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -34,15 +34,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def guarded(function: Callable[[], Result]) -> Result:
-    """Run `function`; a user's mistake ends the process with one line on stderr and exit code 1."""
+def guarded(function: Callable[[], Result], shows: Callable[[], bool] | None = None) -> Result:
+    """Run `function`; a user's mistake ends the process with one line on stderr and exit code 1.
+
+    shows: whether this process, of several that may run into the same mistake, prints it; without it Mistakes, which
+    every rank raises, are printed by rank 0, other errors by any.
+    """
     try:
         return function()
     except (ValueError, OSError) as error:
+        every_rank = isinstance(error, Mistakes)
+        if not (shows() if shows else not every_rank or os.environ.get("RANK", "0") == "0"):
+            raise SystemExit(1) from None
         if os.environ.get("HBP_TRACEBACK") == "1":
             traceback.print_exc()
         lines = error.lines if isinstance(error, Mistakes) else [one_line(error)]
-        if isinstance(error, Mistakes) and os.environ.get("RANK", "0") != "0":
-            raise SystemExit(1) from None
         print("\n".join(f"error: {' '.join(line.split())}" for line in lines), file=sys.stderr, flush=True)
         raise SystemExit(1) from None

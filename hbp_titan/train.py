@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
@@ -37,6 +36,7 @@ from hbp_titan.components.summary import (
     level_name,
 )
 from hbp_titan.components.validation import Validator
+from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.audit import confirm_epoch, plan_path
 from hbp_titan.data.batch import PackedBatch
@@ -46,6 +46,7 @@ from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
 from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.distributed.world import (
@@ -70,8 +71,9 @@ from hbp_titan.selection.auto import load_level_times, resolve_levels
 class Trainer:
     """Everything that a run needs, made in the order in which it depends on what came before."""
 
-    def __init__(self, config: JobConfig, world: World) -> None:
+    def __init__(self, config: JobConfig, world: World, watchdog: Watchdog | None = None) -> None:
         self.config = config
+        self.watchdog = watchdog
         self.world = world
         self.device = world.device
         self.folder = config.dump_folder
@@ -164,6 +166,8 @@ class Trainer:
     def _export(self) -> None:
         if not self.config.checkpoint.export_hf:
             return
+        if self.watchdog:
+            self.watchdog.at("the export")
         dtype = DTYPES[self.config.checkpoint.export_dtype]
         lora, tokenizer = self.config.lora, self.config.tokenizer_path
         export_hf(self.model, self.args, self.folder / "hf", tokenizer, dtype, self.token_ids, lora)
@@ -200,6 +204,7 @@ class Trainer:
             self.step_in_epoch += 1
             last = self.step == self.total_steps
             if self.validator and (self.step % self.config.validation.interval == 0 or last):
+                self._at(f"validation after step {self.step}")
                 values["validation"] = self.validator.run(self.engine.evaluate)
             report = self.live_check.report(plan, self.step_in_epoch)
             if report:
@@ -207,6 +212,7 @@ class Trainer:
             metrics.log(values)
             for line in [report.line(names), *report.warnings(names)] if report else ():
                 metrics.write(line)
+            self._at(f"checkpoint of step {self.step}")
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
         if self.step_in_epoch == plan.num_steps:
@@ -230,6 +236,7 @@ class Trainer:
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
+                self._at(f"the first pass of level {level_name(plan.levels[level])}", starting=True)
                 self.engine.forward_backward(batches[iteration])
                 if self.validator:
                     self.engine.evaluate(batches[iteration])
@@ -242,13 +249,17 @@ class Trainer:
         loss_by_level = torch.zeros(len(plan.levels), dtype=torch.float64, device=self.device)
         iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
         for iteration in iterations:
+            self._at(f"step {self.step + 1}, data of iteration {iteration} of the plan")
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
+            level = level_name(plan.levels[batch.level])
+            self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}")
             with self.live_check.iteration(iteration):
                 loss_by_level[batch.level] += self.engine.forward_backward(batch)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
+        self._at(f"step {self.step + 1}, clipping and update")
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
@@ -339,24 +350,30 @@ class Trainer:
         if self.step:
             print(f"resumed from step {self.step}", flush=True)
 
+    def _at(self, where: str, starting: bool = False) -> None:
+        """Something begins that no rank should spend longer on than a collective may take."""
+        if self.watchdog:
+            times = self.config.parallelism
+            self.watchdog.at(where, times.init_timeout_seconds if starting else times.train_timeout_seconds)
+
     def _print(self, text: str) -> None:
         if self.prints:
             print(text, flush=True)
 
 
-@record
 def main(argv: list[str]) -> None:
     """Train as the command line asks."""
     if {"-h", "--help"} & set(argv):
         print(__doc__.splitlines()[0], help_text(), sep="\n\n")
         return
-    config = guarded(lambda: load_config(argv))
+    config = guarded(lambda: load_config(argv), first_to_fail)
     world = init_world(config.parallelism.init_timeout_seconds)
-    try:
-        trainer = guarded(lambda: Trainer(config, world))
+    watchdog = Watchdog(world.rank, world.size, job_store())
+    with watchdog, told_once(world.rank, lambda: watchdog.where):
+        trainer = guarded(lambda: Trainer(config, world, watchdog), first_to_fail)
         trainer.train()
-    finally:
-        close_world()
+    # Not after a failure: it would wait for ranks that are gone.
+    close_world()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the watchdog says of ranks that stand still, and when it says nothing."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from hbp_titan.cli import guarded
+from hbp_titan.components.watchdog import Watchdog, place_of
+
+
+def _stand(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _rank(rank: int, store: dist.Store, where: str, codes: list[int], seconds: float) -> None:
+    with Watchdog(rank, 4, store, end=codes.append) as watchdog:
+        watchdog.at(where, timeout_seconds=1.0)
+        _stand(seconds)
+
+
+def test_ranks_that_stand_still_are_told_once_and_by_place(capsys: pytest.CaptureFixture[str]) -> None:
+    store, codes = dist.HashStore(), [list[int]() for _ in range(3)]
+    places = ["step 7, level 8K/cp2", "step 7, level 8K/cp2", "reading"]
+    ranks = [threading.Thread(target=_rank, args=(i, store, places[i], codes[i], 1.15)) for i in range(3)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "nothing has moved for 1 s:"
+    assert [line.partition(": ")[0] for line in told[1:]] == [
+        "  ranks 0-1 in step 7, level 8K/cp2",
+        "  rank 2 in reading",
+        "  rank 3 in no word",
+    ]
+    assert told[1].endswith(": _stand")
+    assert codes == [[], [], []]
+
+
+def test_a_rank_that_does_not_end_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    _rank(0, dist.HashStore(), "step 1", codes, 1.6)
+    assert codes == [1]
+    assert "rank 0 is ended after 1 s without progress" in capsys.readouterr().err
+
+
+def test_progress_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
+        for step in range(6):
+            watchdog.at(f"step {step}", timeout_seconds=0.5)
+            time.sleep(0.2)
+        watchdog.at("an export, which takes its time")
+        time.sleep(0.8)
+    assert (codes, capsys.readouterr().err) == ([], "")
+
+
+def test_the_place_names_the_line_of_the_package_that_a_call_comes_from() -> None:
+    release = threading.Event()
+    thread = threading.Thread(target=lambda: guarded(lambda: release.wait(20)))
+    thread.start()
+    time.sleep(0.1)
+    assert thread.ident is not None
+    found = place_of(thread.ident)
+    release.set()
+    thread.join()
+    assert re.fullmatch(r"wait from hbp_titan/cli\.py:\d+", found)
