@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.data.audit import audit_run, confirm_epoch, plan_path, shown
+from hbp_titan.data.audit import audit_run, confirm_epoch, shown
 from hbp_titan.data.consumed import read_attempts
+from hbp_titan.data.epoch_parts import Part, describe_parts, plan_path, save_part
 from hbp_titan.data.store.ledger import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan_file import save_plan
@@ -71,7 +72,10 @@ class Run:
     def attempt(self, number: int, first: int, last: int) -> None:
         folder = self.folder / "consumed" / f"attempt-{number:04}"
         folder.mkdir(parents=True)
-        values = {"first_step": first, "epoch": 0, "world_size": RANKS, "data": Store.fingerprint, "store": "store"}
+        epoch = (first - 1) // self.epoch_steps
+        parts = [{"first_step": 1 + epoch * self.epoch_steps, "plan": self.plans[epoch].fingerprint}]
+        values = {"first_step": first, "epoch": epoch, "parts": parts, "world_size": RANKS}
+        values |= {"data": Store.fingerprint, "store": "store"}
         (folder / "attempt.json").write_text(json.dumps(values))
         for rank in range(RANKS):
             lines = self.lines(first, last, rank)
@@ -98,7 +102,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_whole_epoch_passes_with_its_totals(run: Run) -> None:
     run.attempt(1, 1, run.epoch_steps)
     assert run.audit(run.epoch_steps) == []
-    line = confirm_epoch(run.folder, run.plans[0], run.epoch_steps, Store())
+    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
     assert line == "epoch 0: 12 samples, each trained once"
     attempts = read_attempts(run.folder, run.epoch_steps)
     (found,), _ = audit_run(run.folder, run.epoch_steps, attempts, Store())
@@ -158,7 +162,7 @@ def test_a_missing_line_is_named_with_its_step_and_its_samples(run: Run) -> None
     assert any("(step 2): no record of 1 of" in fault for fault in others)
     assert f"epoch 0: {len(lost)} samples were not trained: data.jsonl:" in others[-1]
     with pytest.raises(RuntimeError, match=r"epoch 0 was not trained as planned: .*rank-0.jsonl:2: step 3"):
-        confirm_epoch(run.folder, run.plans[0], run.epoch_steps, Store())
+        confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
 
 
 def test_a_missing_last_line_is_named(run: Run) -> None:

@@ -31,7 +31,7 @@ def _batch(samples: list[int], level: int) -> PackedBatch:
 
 def _record(folder: Path, first_step: int, rank: int = 0) -> ConsumedRecord:
     record = ConsumedRecord(folder, rank, LEVELS)
-    record.start(first_step, epoch=3, data="d", store=folder / "store")
+    record.start(first_step, 3, [{"first_step": 1, "plan": "p"}], data="d", store=folder / "store")
     return record
 
 
@@ -65,6 +65,7 @@ def test_every_start_is_a_new_attempt(tmp_path: Path) -> None:
     assert json.loads((folders[1] / "attempt.json").read_text()) == {
         "first_step": 5,
         "epoch": 3,
+        "parts": [{"first_step": 1, "plan": "p"}],
         "world_size": 1,
         "data": "d",
         "store": str((tmp_path / "store").resolve()),
