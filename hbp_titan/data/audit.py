@@ -62,7 +62,7 @@ def audit_epoch(lines: Sequence[StepLine], parts: Sequence[Part], steps_done: in
     iterations = 0
     for part, part_end in zip(parts, ends, strict=True):
         last = part.finished_iterations(part_end - 1)
-        mine = [line for line in lines if part.first_step <= line.step < part_end]
+        mine = [line for line in lines if part.first_step <= line.step < min(part_end, part.end)]
         packs: dict[tuple[int, int], str] = {}
         for line in mine:
             if line.epoch != epoch:
@@ -91,7 +91,7 @@ def _check_parts(parts: Sequence[Part], store: AuditedStore) -> Iterator[str]:
     """Whether every part but the first plans exactly what those before it left."""
     epoch = parts[-1].plan.epoch
     for part, after in itertools.pairwise(parts):
-        if not part.first_step < after.first_step <= part.end:
+        if not part.first_step < after.first_step < part.end:
             yield (
                 f"epoch {epoch}: its plan from step {after.first_step} on follows one of steps {part.first_step} to "
                 f"{part.end - 1}"

@@ -9,13 +9,13 @@ for the new ranks as a whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hbp_titan.data.epoch_parts import Part, describe_parts, load_parts, save_part
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.packing import Plan, remainder
+from hbp_titan.packing import Level, Plan, remainder
 
 
 class Position:
@@ -93,16 +93,23 @@ class Position:
             # A part of which no step was trained would have the same name as the one that follows.
             trained = self.parts if self.step_in_plan else self.parts[:-1]
             self.parts = [*trained, Part(self.step + 1, rest)]
-        now = self.plan
+        left, steps = len(self.plan.packs.ids), self.plan.num_steps
         return (
-            f"going on with {_form(now)} instead of {_form(before)}: the {len(now.packs.ids):,} samples left of epoch "
-            f"{self.epoch} are planned anew, in {now.num_steps} steps"
+            f"with {_changes(before, self.plan)}: the {left:,} samples left of epoch {self.epoch} are planned anew, in "
+            f"{steps} steps"
         )
 
 
-def _form(plan: Plan) -> str:
-    # Everything that a level has, as on the command line: the change may be in any of it.
-    levels = ",".join(
-        ":".join(str(value) for value in dataclasses.astuple(level) if value is not None) for level in plan.levels
-    )
-    return f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''} and levels {levels}"
+def _changes(before: Plan, now: Plan) -> str:
+    changes = []
+    if now.world_size != before.world_size:
+        changes.append(f"{now.world_size} rank{'s' if now.world_size > 1 else ''} instead of {before.world_size}")
+    if now.levels != before.levels:
+        changes.append(f"levels {_form(now.levels)} instead of {_form(before.levels)}")
+    return " and ".join(changes) or "another cost model"
+
+
+def _form(levels: Sequence[Level]) -> str:
+    """As on the command line, with everything that a level has: the change may be in any of it."""
+    fields = ([str(value) for value in dataclasses.astuple(level) if value is not None] for level in levels)
+    return ",".join(":".join(words) for words in fields)
