@@ -5,10 +5,10 @@ Owns one stretch of a run, from its start or its newest checkpoint to a given st
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -37,10 +37,8 @@ def train_until(world: World, argv: Sequence[str], last_step: int | None = None)
         return whole_step(*args)
 
     trainer.train_step = step  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(_Killed):
         trainer.train()
-    except _Killed:
-        pass
     return {
         "started": started,
         "ended": whole_state(trainer),

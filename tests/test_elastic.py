@@ -1,7 +1,8 @@
-"""A run that stops and goes on with other ranks and levels, again and again, trains each sample once, from its state."""
+"""A run that goes on with other ranks and levels, again and again, keeps its state and trains each sample once."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_learning_rate_goes_on_without_a_jump_and_to_its_end(run: Run) -> None:
     assert rates[-1] == pytest.approx(1e-3)
     # Nowhere does the schedule rise or fall faster than in warm-up, over the first 0.2 of its steps.
     most = 1e-2 / -(-found[0]["total_steps"] // 5)
-    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 1.1 * most
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) < 1.1 * most
 
 
 def test_the_same_ranks_repeat_the_rest_of_a_remainder_bit_for_bit(run: Run) -> None:

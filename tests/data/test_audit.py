@@ -13,7 +13,7 @@ import pytest
 
 from hbp_titan.data.audit import audit_run, confirm_epoch, shown
 from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.epoch_parts import Part, describe_parts, plan_path, save_part
+from hbp_titan.data.epoch_parts import Part, plan_path
 from hbp_titan.data.store.ledger import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan_file import save_plan
@@ -35,16 +35,16 @@ class Store:
         return f"data.jsonl:{index + 1}"
 
 
-def _plan(epoch: int) -> Plan:
+def make_plan(epoch: int) -> Plan:
     return build_plan(LENGTHS, LEVELS, RANKS, epoch=epoch, global_batch_tokens=64)
 
 
-def _line(plan: Plan, step: int, rank: int, first_step: int) -> dict[str, Any]:
+def planned_line(plan: Plan, step: int, rank: int, first_step: int) -> dict[str, Any]:
     """What `rank` records of `step`, written out independently of the trainer's writer."""
     iterations = []
     for i in range(int(plan.step_offsets[step - first_step]), int(plan.step_offsets[step - first_step + 1])):
         level = int(plan.level_of_iteration[i])
-        dp_rank, cp_rank = divmod(rank, LEVELS[level].cp_degree)
+        dp_rank, cp_rank = divmod(rank, plan.levels[level].cp_degree)
         if cp_rank == 0:
             samples = plan.iteration(i).packs[dp_rank].tolist()
             iterations.append({"iteration": i, "level": level, "dp_rank": dp_rank, "samples": samples})
@@ -56,7 +56,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.plans = [_plan(0), _plan(1)]
+        self.plans = [make_plan(0), make_plan(1)]
         self.epoch_steps = self.plans[0].num_steps
         assert self.epoch_steps >= 3
         for plan in self.plans:
@@ -66,7 +66,7 @@ class Run:
         found = []
         for step in range(first, last + 1):
             epoch = (step - 1) // self.epoch_steps
-            found.append(_line(self.plans[epoch], step, rank, 1 + epoch * self.epoch_steps))
+            found.append(planned_line(self.plans[epoch], step, rank, 1 + epoch * self.epoch_steps))
         return found
 
     def attempt(self, number: int, first: int, last: int) -> None:
