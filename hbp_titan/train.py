@@ -29,6 +29,7 @@ from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
+from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import (
     compare_methods,
@@ -79,8 +80,7 @@ class Trainer:
         self.device = world.device
         self.folder = config.dump_folder
         self.prints = world.rank == int(os.environ.get("LOG_RANK", "0"))
-        torch.manual_seed(config.training.seed)
-        torch.use_deterministic_algorithms(config.training.deterministic)
+        start_generators(config.training.rng_seed, config.training.deterministic)
 
         # Data and plan: all ranks prepare, each its share, and find the others' on the shared file system.
         self.args = model_args(config)
@@ -325,6 +325,7 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(to_toml(self.config))
+        note_start(self.config, self.step, self.world.size, self.device)
         plan = self.position.plan
         if self.config.packing.print_comparison:
             print(compare_methods(self.plans))
