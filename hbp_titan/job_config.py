@@ -156,6 +156,10 @@ class Training:
     """Seed of torch's generators on each rank, for what draws during training (nothing does: there is no dropout)."""
     deterministic: bool = False
     """Two runs on the same ranks and machine are equal bit for bit: kernels that cannot promise it are refused."""
+    on_nonfinite: str = "stop"
+    """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
+    max_nonfinite_steps: int = 10
+    """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
     loss_chunk_tokens: int = 1024
     """Loss tokens whose logits are held at one time."""
 

@@ -26,6 +26,7 @@ from hbp_titan.components.continuation import check_lasting, lasting_settings
 from hbp_titan.components.lr_course import LRCourse, set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_adapter, export_hf
+from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
@@ -123,6 +124,7 @@ class Trainer:
             self.args, self.plans.of(0), self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
+        self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.resumed = ""
         self._resume()
 
@@ -168,6 +170,8 @@ class Trainer:
         self.consumed.close()
         self._print(describe_totals(self.recorder.totals, metrics.sources))
         self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
+        if self.nonfinite.steps:
+            self._print(self.nonfinite.describe())
         self._print(f"run folder   {self.folder}")
         self._export()
 
@@ -255,24 +259,25 @@ class Trainer:
             batch = next(batches)
             waited += time.perf_counter() - asked
             with self.live_check.iteration(iteration):
-                loss_by_level[batch.level] += self.engine.forward_backward(batch)
+                loss = self.engine.forward_backward(batch)
+            loss_by_level[batch.level] += loss
+            self.nonfinite.see(iteration, batch, loss)
             self.consumed.add(iteration, batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = self.config.optimizer.lr * self.course.factor(self.config.lr_scheduler, self.step)
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
-        if not math.isfinite(sum(losses) + grad_norm):
-            names = ", ".join(sorted({level_name(plan.levels[plan.level_of_iteration[i]]) for i in iterations}))
-            raise RuntimeError(
-                f"step {self.step + 1}, level {names}: sum of losses {sum(losses)}, gradient norm {grad_norm}; "
-                "the parameters were not updated"
-            )
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.consumed.commit(self.step + 1, plan.epoch)
+        skipped = ""
+        if math.isfinite(sum(losses) + grad_norm):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        else:
+            skipped = self.nonfinite.meet(plan, self.step + 1, step, losses, grad_norm)
+        self.nonfinite.clear()
+        self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
         self.optimizer.zero_grad()
         (waited,) = all_reduce_values([waited], "max", self.device)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
-        return self.recorder.record(plan, step, self.step + 1, measured)
+        return self.recorder.record(plan, step, self.step + 1, measured, skipped)
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:
@@ -283,6 +288,7 @@ class Trainer:
             {
                 **self.position.state(),
                 "lr_course": dataclasses.asdict(self.course),
+                "nonfinite": self.nonfinite.state(),
                 "lasting": self.lasting,
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
@@ -307,6 +313,7 @@ class Trainer:
                 f"cannot resume: {self.consumed.folder} does not say what steps 1 to {self.step} trained; {mend}"
             )
         self.course = LRCourse(**state["lr_course"]).going_on(self.step, self.position.total_steps())
+        self.nonfinite.restore(state["nonfinite"])
         self.resumed = f"resumed from step {self.step}" + (f", {changed}" if changed else "")
         if self.position.finished:
             # Of the run that was stopped it is not known whether it came to this.

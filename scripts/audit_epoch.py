@@ -51,7 +51,10 @@ def main(argv: list[str]) -> int:
 def row(found: EpochAudit, samples: int) -> str:
     """One line of the table."""
     steps = f"{found.steps_done} of {found.num_steps}"
-    verdict = "each sample trained once" if found.finished else f"in progress, {samples - found.samples:,} samples left"
+    left = samples - found.samples - found.skipped
+    verdict = "each sample trained once" if found.finished else f"in progress, {left:,} samples left"
+    if found.skipped:
+        verdict += f"; {found.skipped:,} of skipped steps, not trained"
     return (
         f"{found.epoch:>5}{steps:>16}{found.iterations:>12,}{found.samples:>12,}{found.tokens:>15,}"
         f"{found.trained_tokens:>15,}  {'wrong' if found.faults else verdict}"

@@ -36,13 +36,17 @@ class AuditedStore(Protocol):
 
 @dataclass(frozen=True)
 class EpochAudit:
-    """What was found of one epoch; a right one has no faults. steps_done: of the epoch's num_steps."""
+    """What was found of one epoch; a right one has no faults. steps_done: of the epoch's num_steps.
+
+    samples, tokens, trained_tokens: of what was trained. skipped: samples of steps that were not applied.
+    """
 
     epoch: int
     steps_done: int
     num_steps: int
     iterations: int
     samples: int
+    skipped: int
     tokens: int
     trained_tokens: int
     faults: list[str]
@@ -53,38 +57,63 @@ class EpochAudit:
         return self.steps_done == self.num_steps
 
 
+class _Found:
+    """What the lines of an epoch say: the samples of each pack, [n], trained or skipped, and what is wrong."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.trained = [np.zeros(0, np.int64)]
+        self.skipped = [np.zeros(0, np.int64)]
+
+
 def audit_epoch(lines: Sequence[StepLine], parts: Sequence[Part], steps_done: int, store: AuditedStore) -> EpochAudit:
     """Compare the record with the plans of an epoch's parts. steps_done: the last step of the run that was done."""
-    epoch, end = parts[-1].plan.epoch, min(steps_done + 1, parts[-1].end)
+    plan, end = parts[-1].plan, min(steps_done + 1, parts[-1].end)
     ends = [*(part.first_step for part in parts[1:]), end]
-    faults = list(_check_parts(parts, store))
-    consumed = [np.zeros(0, np.int64)]
+    found = _Found()
+    found.faults += _check_parts(parts, store)
     iterations = 0
     for part, part_end in zip(parts, ends, strict=True):
-        last = part.finished_iterations(part_end - 1)
         mine = [line for line in lines if part.first_step <= line.step < min(part_end, part.end)]
-        packs: dict[tuple[int, int], str] = {}
-        for line in mine:
-            if line.epoch != epoch:
-                faults.append(f"{line.where}: epoch {line.epoch} where step {line.step} is of epoch {epoch}")
-            for pack in line.iterations:
-                consumed.append(np.array(pack["samples"], np.int64))
-                fault = _check_pack(part, line, pack)
-                key = (pack["iteration"], pack["dp_rank"])
-                if fault is None and key in packs:
-                    fault = f"was trained before, {packs[key]}"
-                packs.setdefault(key, line.where)
-                if fault is not None:
-                    faults.append(f"{line.where}: iteration {key[0]}, dp rank {key[1]}: {fault}")
-        faults += _missing_packs(part, last, packs)
+        last = part.finished_iterations(part_end - 1)
+        _audit_part(part, last, mine, found)
         iterations += last
-    ids = np.concatenate(consumed)
-    faults += _count_samples(ids, parts, steps_done, store)
-    plan = parts[-1].plan
-    known = ids[ids < plan.num_samples]
+    trained, skipped = np.concatenate(found.trained), np.concatenate(found.skipped)
+    found.faults += _count_samples(np.concatenate([trained, skipped]), parts, steps_done, store)
+    known = trained[trained < plan.num_samples]
     sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
-    first, num_steps = parts[0].first_step, parts[-1].end - parts[0].first_step
-    return EpochAudit(epoch, end - first, num_steps, iterations, len(ids), *sums, faults)
+    done, num_steps = end - parts[0].first_step, parts[-1].end - parts[0].first_step
+    return EpochAudit(plan.epoch, done, num_steps, iterations, len(trained), len(skipped), *sums, found.faults)
+
+
+def _audit_part(part: Part, last: int, lines: Sequence[StepLine], found: _Found) -> None:
+    """Compare the lines of one part's steps with its plan up to iteration `last`."""
+    packs: dict[tuple[int, int], str] = {}
+    first_of_step: dict[int, StepLine] = {}
+    for line in lines:
+        first = first_of_step.setdefault(line.step, line)
+        if first.skipped != line.skipped:
+            found.faults.append(
+                f"{line.where}: step {line.step} is {_done(line)} here but {_done(first)} at {first.where}"
+            )
+        if line.epoch != part.plan.epoch:
+            found.faults.append(
+                f"{line.where}: epoch {line.epoch} where step {line.step} is of epoch {part.plan.epoch}"
+            )
+        for pack in line.iterations:
+            (found.skipped if line.skipped else found.trained).append(np.array(pack["samples"], np.int64))
+            fault = _check_pack(part, line, pack)
+            key = (pack["iteration"], pack["dp_rank"])
+            if fault is None and key in packs:
+                fault = f"was trained before, {packs[key]}"
+            packs.setdefault(key, line.where)
+            if fault is not None:
+                found.faults.append(f"{line.where}: iteration {key[0]}, dp rank {key[1]}: {fault}")
+    found.faults += _missing_packs(part, last, packs)
+
+
+def _done(line: StepLine) -> str:
+    return "skipped" if line.skipped else "trained"
 
 
 def _check_parts(parts: Sequence[Part], store: AuditedStore) -> Iterator[str]:
@@ -179,7 +208,8 @@ def confirm_epoch(run_folder: Path, parts: Sequence[Part], store: AuditedStore) 
     if faults:
         raise RuntimeError(f"epoch {plan.epoch} was not trained as planned: " + "; ".join(shown(faults)))
     plans = f" by {len(parts)} plans" if len(parts) > 1 else ""
-    return f"epoch {plan.epoch}: {found.samples:,} samples, each trained once{plans}"
+    skipped = f"; {found.skipped:,} of skipped steps, not trained" if found.skipped else ""
+    return f"epoch {plan.epoch}: {found.samples:,} samples, each trained once{plans}{skipped}"
 
 
 def audit_run(

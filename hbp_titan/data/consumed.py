@@ -8,6 +8,7 @@ attempt:
     attempt-0001/rank-0.jsonl     a line for every optimizer step, in order; of each pack its first cp rank keeps record
         {"step": 7, "epoch": 0, "iterations": [{"iteration": 12, "level": 1, "dp_rank": 0, "samples": [4, 17]}]}
 
+A step that was skipped (training.on_nonfinite) has "skipped": "nonfinite" in its line: its samples were not trained.
 Steps count from 1 over the whole run, iterations from 0 in each part of an epoch. A step counts as the latest attempt
 recorded it: an attempt that resumes after step 10 has first_step 11, and what an earlier one did from step 11 on was
 lost with it.
@@ -29,6 +30,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.packing import Level
 
 FOLDER = "consumed"
+NONFINITE = "nonfinite"
 _ATTEMPT = re.compile(r"attempt-\d{4,}")
 _RANK = re.compile(r"rank-(\d+)\.jsonl")
 
@@ -77,10 +79,14 @@ class ConsumedRecord:
             pack = {"iteration": iteration, "level": batch.level, "dp_rank": dp_rank, "samples": ids}
             self._trained.append(pack)
 
-    def commit(self, step: int, epoch: int) -> None:
-        """Write what was added as optimizer step `step`, which is done; a killed process loses no written step."""
+    def commit(self, step: int, epoch: int, skipped: bool = False) -> None:
+        """Write what was added as optimizer step `step`, which is done; a killed process loses no written step.
+
+        skipped: it was not applied, for want of a finite loss and gradient.
+        """
         assert self._file is not None, "start comes first"
-        line = json.dumps({"step": step, "epoch": epoch, "iterations": self._trained})
+        reason = {"skipped": NONFINITE} if skipped else {}
+        line = json.dumps({"step": step, "epoch": epoch, **reason, "iterations": self._trained})
         self._file.write(line + "\n")
         self._file.flush()
         self._trained = []
@@ -115,13 +121,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class StepLine:
-    """One rank's line of one optimizer step. iterations: as in the file; where: file:line."""
+    """One rank's line of one optimizer step. iterations: as in the file; where: file:line.
+
+    skipped: whether the step was not applied.
+    """
 
     step: int
     epoch: int
     rank: int
     iterations: list[dict[str, Any]]
     where: str
+    skipped: bool = False
 
 
 def attempt_folders(folder: Path) -> list[Path]:
@@ -209,7 +219,10 @@ def _parse(raw: bytes, rank: int, where: str) -> StepLine | None:
         return None
     try:
         values = json.loads(raw)
-        line = StepLine(values["step"], values["epoch"], rank, values["iterations"], where)
+        skipped = values.get("skipped")
+        if skipped not in (None, NONFINITE):
+            return None
+        line = StepLine(values["step"], values["epoch"], rank, values["iterations"], where, skipped == NONFINITE)
         numbers = [line.step, line.epoch]
         for pack in line.iterations:
             numbers += [pack["iteration"], pack["level"], pack["dp_rank"], *pack["samples"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 import hbp_titan
-from hbp_titan.components.reproducibility import code_version, note_start, package_versions, read_starts
+from hbp_titan.components.reproducibility import (
+    code_version,
+    note_start,
+    package_versions,
+    read_starts,
+    start_generators,
+)
 from hbp_titan.config import load_config
 
 SEEDS = ["--data.seed=1", "--packing.seed=2", "--training.seed=3", "--training.rng_seed=4"]
@@ -34,6 +41,22 @@ def test_each_start_is_added_with_all_that_it_ran_on(tmp_path: Path) -> None:
     assert first["device"] == "cpu"
     assert first["code"].keys() == {"commit", "dirty"} or first["code"]["why"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_generators_start_from_the_seed_and_kernels_are_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        start_generators(5, deterministic=False)
+        drawn = torch.rand(3)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        start_generators(5, deterministic=True)
+        assert torch.rand(3).equal(drawn)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_versions_are_those_that_are_imported() -> None:

@@ -230,6 +230,30 @@ def test_a_pack_that_is_not_the_plans_is_named(run: Run, spoil: Callable[[Any], 
     assert any(re.search(message, fault) for fault in run.audit(run.epoch_steps))
 
 
+def test_skipped_steps_are_told_apart_and_ranks_must_agree(run: Run) -> None:
+    run.attempt(1, 1, run.epoch_steps)
+    skipped = [i for rank in range(RANKS) for pack in run.lines(2, 2, rank)[0]["iterations"] for i in pack["samples"]]
+
+    def skip(lines: list[str], reason: str = "nonfinite") -> list[str]:
+        return [lines[0], json.dumps({**json.loads(lines[1]), "skipped": reason}) + "\n", *lines[2:]]
+
+    run.change(1, 0, skip)
+    assert run.audit(run.epoch_steps) == [
+        "attempt-0001/rank-1.jsonl:2: step 2 is trained here but skipped at attempt-0001/rank-0.jsonl:2"
+    ]
+    run.change(1, 1, skip)
+    assert run.audit(run.epoch_steps) == []
+    (found,), _ = audit_run(run.folder, run.epoch_steps, read_attempts(run.folder, run.epoch_steps), Store())
+    assert (found.samples, found.skipped) == (12 - len(skipped), len(skipped))
+    assert found.tokens == 198 - int(LENGTHS[skipped].sum())
+    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
+    assert (
+        line == f"epoch 0: {12 - len(skipped)} samples, each trained once; {len(skipped)} of skipped steps, not trained"
+    )
+    run.change(1, 1, lambda lines: skip(lines, "other"))
+    assert "rank-1.jsonl:2: not a line of a consumed record" in run.audit(run.epoch_steps)[0]
+
+
 def test_lost_files_attempts_and_foreign_data_are_named(run: Run) -> None:
     run.attempt(1, 1, 2)
     run.attempt(2, 2, run.epoch_steps)
