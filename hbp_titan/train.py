@@ -22,14 +22,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
-from hbp_titan.components.continuation import check_lasting, lasting_settings
-from hbp_titan.components.lr_course import LRCourse, set_learning_rate
+from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
+from hbp_titan.components.progress import Progress
 from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import (
@@ -44,11 +44,10 @@ from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.audit import confirm_epoch
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.consumed import ConsumedRecord, attempt_folders
+from hbp_titan.data.consumed import ConsumedRecord
 from hbp_titan.data.epoch_parts import describe_parts
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.position import Position
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.token_store import TokenStore
@@ -104,10 +103,9 @@ class Trainer:
         self.model = self.engine.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
-        # Position and course of the learning rate: the whole of what a resumed run needs beside tensors.
-        self.position = Position(self.plans, self.folder, self.store.fingerprint)
-        self.course = LRCourse(self.position.total_steps(), self.position.total_steps())
-        self.lasting = lasting_settings(config, self.args, self.store.fingerprint)
+        # The whole of what a resumed run needs beside tensors.
+        self.progress = Progress(config, self.args, self.plans, self.store.fingerprint)
+        self.position = self.progress.position
         self.adapter = describe_adapter(config, self.model)
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint",
@@ -125,7 +123,6 @@ class Trainer:
         )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
-        self.resumed = ""
         self._resume()
 
     @property
@@ -136,7 +133,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.course.total
+        return self.progress.total_steps
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
         team = Team(self.world.rank, self.world.size, gather_values)
@@ -264,7 +261,7 @@ class Trainer:
             self.nonfinite.see(iteration, batch, loss)
             self.consumed.add(iteration, batch)
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
-        learning_rate = self.config.optimizer.lr * self.course.factor(self.config.lr_scheduler, self.step)
+        learning_rate = self.progress.learning_rate()
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
         skipped = ""
         if math.isfinite(sum(losses) + grad_norm):
@@ -286,10 +283,8 @@ class Trainer:
         self.checkpointer.save(
             self.step,
             {
-                **self.position.state(),
-                "lr_course": dataclasses.asdict(self.course),
+                **self.progress.state(),
                 "nonfinite": self.nonfinite.state(),
-                "lasting": self.lasting,
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
                 "token_ids": self.token_ids,
@@ -303,18 +298,8 @@ class Trainer:
         state = self.checkpointer.load()
         if state is None:
             return
-        mend = "restore that, or name another --job.dump_folder"
-        try:
-            changed = self.position.restore(state)
-        except ValueError as error:
-            raise ValueError(f"cannot resume: {error}; {mend}") from None
-        if not attempt_folders(self.consumed.folder):
-            raise ValueError(
-                f"cannot resume: {self.consumed.folder} does not say what steps 1 to {self.step} trained; {mend}"
-            )
-        self.course = LRCourse(**state["lr_course"]).going_on(self.step, self.position.total_steps())
+        self.progress.restore(state)
         self.nonfinite.restore(state["nonfinite"])
-        self.resumed = f"resumed from step {self.step}" + (f", {changed}" if changed else "")
         if self.position.finished:
             # Of the run that was stopped it is not known whether it came to this.
             self._confirm_epoch(self._print)
@@ -323,7 +308,7 @@ class Trainer:
 
     def _check_state(self, state: dict[str, Any], path: Path) -> None:
         """Raise ValueError for a checkpoint that this run does not go on from."""
-        check_lasting(state["lasting"], self.lasting, path)
+        self.progress.check(state, path)
         check_adapter(state.get("lora"), self.adapter, path)
 
     def _announce(self) -> None:
@@ -347,8 +332,8 @@ class Trainer:
         if crossed:
             print(f"warning: groups of cp_degree {', '.join(map(str, crossed))} cross nodes: their exchange is slow")
         print(describe_plan(plan, self.total_steps, self.config.parallelism.cp_collectives))
-        if self.resumed:
-            print(self.resumed, flush=True)
+        if self.progress.resumed:
+            print(self.progress.resumed, flush=True)
 
     def _print(self, text: str) -> None:
         if self.prints:

@@ -2,9 +2,10 @@
 
     python scripts/audit_epoch.py outputs/debug_model [--epoch 0]
 
-Compares what the ranks recorded as they trained (consumed/) with the plan (plan/) and the token store, for every epoch
+Compares what the ranks recorded as they trained (consumed/) with the plans (plan/) and the token store, for every epoch
 that the run has reached. Of the epoch in progress it asks for the plan's steps up to the last that was done. A run may
-be killed and resumed any number of times; it may be running. Exit code 1 and a line each for what is wrong.
+be killed and resumed any number of times, also on other ranks and levels; it may be running. Samples of steps that were
+skipped are counted apart. Exit code 1 and a line each for what is wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Poisoned samples: the run stops and names them, or skips their step and says so wherever it tells what was trained."""
+"""Poisoned samples: the run stops and names them, or skips their step and says so in all that it tells."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ class Position:
         self.step = 0
         self.epoch = 0
         self.parts = [Part(1, plans.of(0))]
+        self._loaded: Part | None = None
 
     @property
     def plan(self) -> Plan:
@@ -56,8 +57,10 @@ class Position:
         return training.steps or self.parts[-1].end - 1 + sum(self.plans.of(epoch).num_steps for epoch in later)
 
     def save_plan(self) -> None:
-        """Write the plan that is trained now into the run folder."""
-        save_part(self.run_folder, self.parts, self.data)
+        """Write the plan that is trained now into the run folder, unless it came from there. One rank calls it."""
+        # Other nodes have mapped what is there: a file that takes its place would pull it away from them.
+        if self.parts[-1] is not self._loaded:
+            save_part(self.run_folder, self.parts, self.data)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as plain JSON values."""
@@ -71,6 +74,7 @@ class Position:
         """
         self.step, self.epoch = saved["step"], saved["epoch"]
         self.parts = load_parts(self.run_folder, self.epoch, saved["parts"], self.data)
+        self._loaded = self.parts[-1]
         if not 0 <= self.step_in_plan <= self.plan.num_steps:
             raise ValueError(f"step {self.step} is none of the {self.plan.num_steps} steps of its plan")
         before, now = self.plan, self.plans

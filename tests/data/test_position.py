@@ -56,10 +56,14 @@ def test_same_ranks_go_on_in_the_same_plan(tmp_path: Path) -> None:
     assert again.restore(_saved(first)) == ""
     assert (again.step, again.epoch, again.step_in_plan) == (3, 0, 3)
     assert again.plan.fingerprint == first.plan.fingerprint
+    # It is mapped, perhaps on other nodes: it must not be replaced.
+    file = plan_path(tmp_path, 0).stat().st_ino
+    again.save_plan()
+    assert plan_path(tmp_path, 0).stat().st_ino == file
     assert again.total_steps() == first.total_steps() == sum(first.plans.of(e).num_steps for e in range(3))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6))
 def test_each_sample_is_trained_once_an_epoch_however_often_the_run_changes(
     tmp_path_factory: pytest.TempPathFactory, stretches: list[tuple[int, bool, int]]
