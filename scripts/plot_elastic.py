@@ -1,6 +1,7 @@
 """Train a configuration twice, without a break and on 4, 2, 1 and 4 ranks in turn, and draw both losses.
 
-    python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml --svg docs/elastic.svg
+    python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml --svg elastic.svg \\
+        --validation.interval 4 --validation.max_samples 60 --checkpoint.interval 5
     python scripts/plot_elastic.py --job.config_file X.toml --stretches 8,4,8 --folder outputs/elastic
 
 The second run is killed (SIGTERM) when each stretch has trained its share of the run's tokens, and goes on from its
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -29,6 +31,7 @@ from hbp_titan.config import load_config
 from hbp_titan.data.consumed import read_attempts
 from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart
 
+NAMES = {"whole": "without a break", "elastic": "stopped and gone on"}
 _STYLE = (
     "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;"
     "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
@@ -83,31 +86,38 @@ def smoothed(steps: Sequence[dict[str, Any]], window: float) -> list[tuple[float
     return points
 
 
+def validated(steps: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(tokens so far, loss per token of the validation samples) after each step that has one."""
+    done = itertools.accumulate(step["tokens"] for step in steps)
+    return [(at, step["validation"]["loss"]) for at, step in zip(done, steps, strict=True) if "validation" in step]
+
+
 def draw(folder: Path) -> str:
-    """The chart of the two runs in `folder`, and a line a run on the console."""
-    runs = {name: read_steps(folder / name) for name in ("whole", "elastic")}
-    total = sum(step["tokens"] for step in runs["whole"])
-    curves = {name: smoothed(steps, total / 25) for name, steps in runs.items()}
-    losses = [loss for curve in curves.values() for _, loss in curve]
-    low, high = math.floor(min(losses) * 10) / 10, math.ceil(max(losses) * 10) / 10
-    chart = Chart("loss over the last 4% of the tokens", "tokens trained", "loss", (0, total), (low, high))
-    names = ("without a break", "stopped and gone on")
-    for color, (curve, name) in enumerate(zip(curves.values(), names, strict=True)):
-        chart.line(curve, color)
-        chart.name(name, color)
-    steps = runs["elastic"]
-    attempts = [a for a in read_attempts(folder / "elastic", len(steps)) if a.first_step <= a.last_step]
-    for attempt in attempts:
-        end = sum(step["tokens"] for step in steps[: attempt.last_step])
-        chart.border(end, f"{attempt.world_size} rank{'s' if attempt.world_size > 1 else ''}")
-    for name, steps in runs.items():
-        validation = [step["validation"]["loss"] for step in steps if "validation" in step]
-        last = f", validation {validation[-1]:.4f}" if validation else ""
-        print(f"{name}: {len(steps)} steps, loss at the end {curves[name][-1][1]:.4f}{last}")
-    chart_svg = chart.svg().replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
+    """The charts of the two runs in `folder`, training and validation, with a border where the ranks change."""
+    runs = [read_steps(folder / name) for name in NAMES]
+    total = sum(step["tokens"] for step in runs[0])
+    curves = {"training": [smoothed(steps, total / 12) for steps in runs], "validation": [*map(validated, runs)]}
+    charts = []
+    for number, (what, pair) in enumerate(curves.items()):
+        losses = [loss for curve in pair for _, loss in curve] or [0.0, 1.0]
+        low, high = math.floor(min(losses) * 5) / 5, math.ceil(max(losses) * 5) / 5
+        chart = Chart(f"{what} loss", "tokens trained", "loss", (0, total), (low, high))
+        for color, (curve, name) in enumerate(zip(pair, NAMES.values(), strict=True)):
+            chart.line(curve, color)
+            chart.name(name, color)
+        for attempt in read_attempts(folder / "elastic", len(runs[1])):
+            if attempt.first_step <= attempt.last_step:
+                end = sum(step["tokens"] for step in runs[1][: attempt.last_step])
+                chart.border(end, f"{attempt.world_size} rank{'s' if attempt.world_size > 1 else ''}")
+        place = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
+        charts.append(chart.svg().replace("<svg ", place, 1))
+    for number, name in enumerate(NAMES):
+        ends = ", ".join(f"{what} loss {pair[number][-1][1]:.4f}" for what, pair in curves.items() if pair[number])
+        print(f"{name}: {len(runs[number])} steps, {ends}")
+    width = WIDTH * len(curves)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">'
-        f'{_STYLE}<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{chart_svg}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
+        f'{_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(charts)}</svg>\n'
     )
 
 
