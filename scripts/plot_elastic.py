@@ -76,6 +76,8 @@ def smoothed(steps: Sequence[dict[str, Any]], window: float) -> list[tuple[float
         done += step["tokens"]
         loss = trained = tokens = 0.0
         for earlier in reversed(steps[: index + 1]):
+            if earlier["loss"] is None:
+                continue  # a skipped step
             loss += earlier["loss"] * earlier["trained_tokens"]
             trained += earlier["trained_tokens"]
             tokens += earlier["tokens"]

@@ -53,8 +53,12 @@ class Position:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, those that are done included."""
         training = self.plans.config.training
+        if training.steps:
+            return training.steps
+        if self.epoch >= training.epochs:  # of a run that was to be longer
+            return self.parts[0].first_step - 1
         later = range(self.epoch + 1, training.epochs)
-        return training.steps or self.parts[-1].end - 1 + sum(self.plans.of(epoch).num_steps for epoch in later)
+        return self.parts[-1].end - 1 + sum(self.plans.of(epoch).num_steps for epoch in later)
 
     def save_plan(self) -> None:
         """Write the plan that is trained now into the run folder, unless it came from there. One rank calls it."""

@@ -124,6 +124,15 @@ def test_steps_of_the_configuration_are_all_whatever_the_ranks(tmp_path: Path) -
     assert first.total_steps() == other.total_steps() == 9
 
 
+def test_a_run_that_is_to_be_shorter_is_over_where_it_should_have_ended(tmp_path: Path) -> None:
+    first = _position(tmp_path, 4)
+    epoch_steps = first.plan.num_steps
+    _train(first, epoch_steps + 2)
+    shorter = _position(tmp_path, 4, LEVELS, "--training.epochs=1")
+    shorter.restore(_saved(first))
+    assert shorter.total_steps() == epoch_steps < shorter.step
+
+
 def test_plan_files_that_are_not_those_of_the_checkpoint_are_named(tmp_path: Path) -> None:
     first = _position(tmp_path, 4)
     _train(first, 2)
