@@ -45,7 +45,7 @@ class Progress:
 
     def check(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ValueError where the checkpoint at `path` is of a run with other settings."""
-        check_lasting(state["lasting"], self.lasting, path)
+        check_lasting(state.get("lasting", {}), self.lasting, path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` said; ValueError where the run folder does not hold what was trained up to there."""
