@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Arguments, folder, and what the first rank of each stretch brought back; `again` is `run` after the first."""
     folder = tmp_path_factory.mktemp("elastic")
     argv = [
-        *(word for word in write_tiny_run(folder, num_rows=150) if not word.startswith("--levels")),
+        *(word for word in write_tiny_run(folder, num_rows=110) if not word.startswith("--levels")),
         "--training.epochs=2",
         "--checkpoint.interval=2",
         "--checkpoint.export_hf=false",
@@ -70,7 +70,7 @@ def test_what_is_planned_anew_is_exactly_what_was_not_trained(run: Run) -> None:
     attempts = read_attempts(folder / "run", found[-1]["step"])
     assert [attempt.world_size for attempt in attempts] == [4, 2, 1, 4]
     assert [attempt.last_step for attempt in attempts[:-1]] == [*LAST_SAVED]
-    left = set(range(150))
+    left = set(range(110))
     assert set(found[0]["planned"]) == left
     for attempt, following in zip(attempts, found[1:], strict=False):
         for path in attempt.folder.glob("rank-*.jsonl"):
@@ -91,7 +91,7 @@ def test_audit_of_four_plans_finds_each_sample_trained_once(run: Run) -> None:
         assert [fault for audit in audits for fault in audit.faults] == []
     assert faults == []
     assert [(audit.samples, audit.finished, audit.tokens) for audit in audits] == [
-        (150, True, int(store.lengths.sum()))
+        (110, True, int(store.lengths.sum()))
     ] * 2
     names = {path.name for path in (folder / "run" / "plan").iterdir()}
     assert names == {f"epoch-{name}.safetensors" for name in ("0", "0-step-5", "0-step-9", "0-step-15", "1")}

@@ -26,7 +26,8 @@ class Progress:
     def __init__(self, config: JobConfig, args: ModelArgs, plans: EpochPlans, data: str) -> None:
         self.config = config
         self.position = Position(plans, config.dump_folder, data)
-        self.course = LRCourse(self.position.total_steps(), self.position.total_steps())
+        total_steps = self.position.total_steps()
+        self.course = LRCourse(total_steps, total_steps)
         self.lasting = lasting_settings(config, args, data)
         self.resumed = ""
 
