@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     audits, faults = audit_run(options.run_folder, done, attempts, store, options.epoch)
     ledger, ledger_faults = check_ledger(store.totals(), len(store))
 
-    resumed = [f"{attempt.first_step - 1} on {attempt.world_size} ranks" for attempt in attempts[1:]]
+    resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in attempts[1:]]
     print(
         f"{options.run_folder}: {done} steps done" + (f", resumed after step {', '.join(resumed)}" if resumed else "")
     )
