@@ -12,6 +12,7 @@ from torch import Tensor
 from hbp_titan.config import load_config
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
 from tests.elastic_run import train_until
 from tests.tiny_run import write_tiny_run
 
@@ -29,11 +30,21 @@ def argv(tmp_path: Path) -> list[str]:
     ]
 
 
-def _train(argv: list[str], folder: Path, *words: str) -> tuple[list[list[Any]], dict[str, Tensor], dict[str, Tensor]]:
-    """What metrics.jsonl tells of each step, and every tensor before and after."""
-    found = run_distributed(train_until, 2, [*argv, f"--job.dump_folder={folder}", *words])[0]
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [[step[key] for key in EXACT] for step in steps], found["started"], found["ended"]
+Outcome = tuple[list[list[Any]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def _train_each(world: World, runs: list[list[str]]) -> list[dict[str, Any]]:
+    return [train_until(world, argv) for argv in runs]
+
+
+def _outcomes(argv: list[str], folder: Path, changes: dict[str, str]) -> dict[str, Outcome]:
+    """For each run, named by its folder: what metrics.jsonl tells of each step, and every tensor before and after."""
+    runs = [[*argv, f"--job.dump_folder={folder / name}", *word.split()] for name, word in changes.items()]
+    outcomes = {}
+    for name, found in zip(changes, run_distributed(_train_each, 2, runs)[0], strict=True):
+        steps = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        outcomes[name] = ([[step[key] for key in EXACT] for step in steps], found["started"], found["ended"])
+    return outcomes
 
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -43,19 +54,18 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_two_runs_from_nothing_are_equal_bit_for_bit_and_seeds_change_what_they_name(
     argv: list[str], tmp_path: Path
 ) -> None:
-    steps, started, ended = _train(argv, tmp_path / "one")
-    assert len(steps) == 4
     # Nothing draws from the generators during training.
-    again = _train(argv, tmp_path / "two", "--training.rng_seed=7")
-    assert again[0] == steps
-    assert _equal(again[2], ended)
+    changes = {"one": "", "two": "--training.rng_seed=7", "weights": "--training.seed=7", "order": "--packing.seed=7"}
+    found = _outcomes(argv, tmp_path, changes)
+    steps, started, ended = found["one"]
+    assert len(steps) == 4
+    assert found["two"][0] == steps
+    assert _equal(found["two"][2], ended)
 
-    other_weights = _train(argv, tmp_path / "weights", "--training.seed=7")
-    assert not _equal(other_weights[1], started)
-    assert [step[-1] for step in other_weights[0]] == [step[-1] for step in steps]
-    other_order = _train(argv, tmp_path / "order", "--packing.seed=7")
-    assert _equal(other_order[1], started)
-    assert other_order[0] != steps
+    assert not _equal(found["weights"][1], started)
+    assert [step[-1] for step in found["weights"][0]] == [step[-1] for step in steps]
+    assert _equal(found["order"][1], started)
+    assert found["order"][0] != steps
     (start,) = json.loads((tmp_path / "order" / "run.json").read_text())["starts"]
     assert start["seeds"] == {"data.seed": 0, "packing.seed": 7, "training.seed": 42, "training.rng_seed": 42}
     assert (start["deterministic"], start["world_size"]) == (True, 2)
