@@ -64,7 +64,10 @@ class ConsumedRecord:
             }
             partial = self.folder / "attempt.partial"
             partial.mkdir(parents=True, exist_ok=True)
-            (partial / "attempt.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            with (partial / "attempt.json").open("w", encoding="utf-8") as file:
+                file.write(json.dumps(values, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             partial.rename(self.folder / f"attempt-{numbers[0]:04}")
         dist.broadcast_object_list(numbers, src=0)
         path = self.folder / f"attempt-{numbers[0]:04}" / f"rank-{self.rank}.jsonl"

@@ -87,6 +87,17 @@ def test_each_sample_is_trained_once_an_epoch_however_often_the_run_changes(
     assert position.step <= position.total_steps()
 
 
+def test_a_remainder_is_the_same_whenever_and_by_whom_it_is_planned(tmp_path: Path) -> None:
+    first = _position(tmp_path, 4)
+    _train(first, 2)
+    second, third = _position(tmp_path, 2), _position(tmp_path, 2)
+    second.restore(_saved(first))
+    _train(second, 2)  # killed before a checkpoint
+    third.restore(_saved(first))
+    assert third.plan.fingerprint == second.plan.fingerprint
+    assert third.parts[1].first_step == second.parts[1].first_step == 3
+
+
 def test_a_part_without_a_trained_step_is_replaced(tmp_path: Path) -> None:
     first = _position(tmp_path, 4)
     _train(first, 2)
