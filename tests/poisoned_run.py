@@ -25,6 +25,7 @@ def sample_of(plan: Plan, level: int, number: int) -> tuple[int, int]:
 def train_poisoned(world: World, argv: Sequence[str], poison: str, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Train with the samples at `places` (level, number of its iteration) poisoned: their "loss" or their "gradient".
 
+    poison: "parameter" poisons a number of the first parameter before step 3 instead.
     Returns the iterations, samples and steps that are meant, the state around each step, and the error of the run.
     """
     trainer = Trainer(load_config(list(argv)), world)
@@ -53,6 +54,9 @@ def train_poisoned(world: World, argv: Sequence[str], poison: str, places: Seque
         return loss
 
     def step(*args: Any) -> dict[str, Any]:
+        if poison == "parameter" and trainer.step == 2 and world.rank == 0:
+            with torch.no_grad():
+                next(iter(trainer.model.parameters())).to_local()[0, 0] = math.nan  # type: ignore[attr-defined]
         states.append(whole_state(trainer))
         return whole_step(*args)
 

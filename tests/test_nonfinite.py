@@ -86,6 +86,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_up_to_the_limit(argv: list[str
     assert len(_lines(tmp_path / "run" / "consumed" / "attempt-0001" / "rank-0.jsonl")) == second - 1
 
 
+def test_a_poisoned_parameter_uses_the_limit_up_and_every_pack_is_at_fault(argv: list[str], tmp_path: Path) -> None:
+    words = ["--training.on_nonfinite=skip", "--training.max_nonfinite_steps=2", "--levels=128:1,512:1"]
+    ranks = run_distributed(train_poisoned, 2, [*argv, *words], "parameter", [])
+    events = _lines(tmp_path / "run" / "nonfinite.jsonl")
+    assert [(event["step"], event["action"]) for event in events] == [(3, "skip"), (4, "skip"), (5, "stop")]
+    for event in events:
+        assert [pack["ranks"] for pack in event["packs_at_fault"]] == [[0], [1]]
+        assert sorted(i for pack in event["packs_at_fault"] for i in pack["samples"]) == sorted(event["samples"])
+    for found in ranks:
+        assert found["error"].startswith("step 5, level ")
+        assert "2 steps were skipped before" in found["error"]
+        before, after = (found["states"][number] for number in (3, 5))
+        assert all(value.equal(after[name]) or bool(value.isnan().any()) for name, value in before.items())
+
+
 def test_by_default_the_run_stops_and_names_the_samples_of_both_ranks_of_the_pack(
     argv: list[str], tmp_path: Path
 ) -> None:

@@ -79,7 +79,8 @@ class NonFiniteGuard:
         packs = self._packs_at_fault(plan)
         first, last = plan.step_offsets[step_in_plan : step_in_plan + 2].tolist()
         samples = plan.samples_of(first, last).tolist()
-        levels = dict.fromkeys(level_name(plan.levels[k]) for k in plan.level_of_iteration[first:last].tolist())
+        at_fault = [pack["level"] for pack in packs] or plan.level_of_iteration[first:last].tolist()
+        levels = dict.fromkeys(level_name(plan.levels[k]) for k in at_fault)
         skips = self.config.on_nonfinite == "skip" and self.steps < self.config.max_nonfinite_steps
         if self.world.rank == 0:
             event = {"step": step, "epoch": plan.epoch, "levels": [*levels], "action": "skip" if skips else "stop"}
