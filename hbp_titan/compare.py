@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.level_time import pack_loads
@@ -104,7 +103,7 @@ class MeasuredEpoch(Trainer):
         self.records.append(super().train_step(plan, step, batches))
         return self.records[-1]
 
-    def _confirm_epoch(self, plan: Plan, metrics: MetricsLogger) -> None:
+    def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Each rank has a folder of its own: there is no record of all of them."""
 
 

@@ -17,6 +17,7 @@ _CHOICES = {
     "training.dtype": ("float32", "bfloat16"),
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
+    "training.on_nonfinite": ("stop", "skip"),
     "optimizer.name": ("AdamW",),
     "parallelism.cp_collectives": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),

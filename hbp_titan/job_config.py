@@ -104,6 +104,8 @@ class Data:
     """Where token stores are kept, one folder per fingerprint."""
     max_samples: int = 0
     """Take a seeded random share of so many rows of all sources together; 0 takes all."""
+    seed: int = 0
+    """Seed of the random shares: which rows limits, max_samples and fractions of repeat take."""
     num_proc: int = 0
     """Processes for tokenization; 0 means one per core."""
     num_workers: int = 1
@@ -121,7 +123,7 @@ class Packing:
     auto_max_tokens: int = 0
     """With levels = "auto": tokens that a sample may have (data.overlong); 0 means the model's limit."""
     seed: int = 0
-    """Seed of shuffles in the plan; each epoch derives its own."""
+    """Seed of the order of the samples and of the shuffles in their packing; each epoch derives its own."""
     mix: str = "alternate"
     """Order of iterations after the curriculum: "alternate" or "interleave"."""
     curriculum_steps: float = 0
@@ -149,9 +151,15 @@ class Training:
     mixed_precision_reduce: str = "float32"
     """Gradient reduction dtype under FSDP."""
     seed: int = 42
-    """Seed of weight initialization and of every RNG."""
+    """Seed of new weights, LoRA's among them; the same weights for every number of ranks."""
+    rng_seed: int = 42
+    """Seed of torch's generators on each rank, for what draws during training (nothing does: there is no dropout)."""
     deterministic: bool = False
-    """Refuse nondeterministic kernels."""
+    """Two runs on the same ranks and machine are equal bit for bit: kernels that cannot promise it are refused."""
+    on_nonfinite: str = "stop"
+    """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
+    max_nonfinite_steps: int = 10
+    """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
     loss_chunk_tokens: int = 1024
     """Loss tokens whose logits are held at one time."""
 

@@ -11,7 +11,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.expert_load import ExpertLoad
+from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_adapter, export_hf
+from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
-from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
+from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.components.profiling import profiled_step
+from hbp_titan.components.progress import Progress
+from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import (
     compare_methods,
@@ -38,9 +43,10 @@ from hbp_titan.components.summary import (
 from hbp_titan.components.validation import Validator
 from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
-from hbp_titan.data.audit import confirm_epoch, plan_path
+from hbp_titan.data.audit import confirm_epoch
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.consumed import ConsumedRecord, attempt_folders
+from hbp_titan.data.consumed import ConsumedRecord
+from hbp_titan.data.epoch_parts import describe_parts
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.store.prepare import open_stores
@@ -63,7 +69,6 @@ from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
-from hbp_titan.packing.plan_file import load_plan, save_plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
 
@@ -78,8 +83,7 @@ class Trainer:
         self.device = world.device
         self.folder = config.dump_folder
         self.prints = world.rank == int(os.environ.get("LOG_RANK", "0"))
-        torch.manual_seed(config.training.seed)
-        torch.use_deterministic_algorithms(config.training.deterministic)
+        start_generators(config.training.rng_seed, config.training.deterministic)
 
         # Data and plan: all ranks prepare, each its share, and find the others' on the shared file system.
         self.args = model_args(config)
@@ -91,7 +95,6 @@ class Trainer:
             check(config, world.size, self.device, self.args, self.store)
         self.token_ids = token_ids(config, self.store)
         self.plans = EpochPlans(config, self.store, world.size, cost)
-        self.total_steps = self.plans.total_steps()
         self.shapes = BatchShapes.of(self.plans.of(0), self.args.num_kv_heads)
         self.validator = None
         if config.validation.enable and held_out:
@@ -102,19 +105,17 @@ class Trainer:
         self.engine = Engine(config, self.args, world)
         self.model = self.engine.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, self.total_steps)
 
-        # Position: the whole of what a resumed run needs beside tensors.
-        self.step = 0
-        self.epoch = 0
-        self.step_in_epoch = 0
+        # The whole of what a resumed run needs beside tensors.
+        self.progress = Progress(config, self.args, self.plans, self.store.fingerprint)
+        self.position = self.progress.position
         self.adapter = describe_adapter(config, self.model)
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint",
             self.model,
             self.optimizer,
             config.checkpoint.keep_latest_k,
-            check=lambda state, path: check_adapter(state.get("lora"), self.adapter, path),
+            check=self._check_state,
         )
         times = load_level_times(self.folder, config.levels)
         self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
@@ -127,7 +128,18 @@ class Trainer:
             self.args, self.plans.of(0), self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
+        self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self._resume()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the start of the run."""
+        return self.position.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.progress.total_steps
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
         team = Team(self.world.rank, self.world.size, gather_values)
@@ -153,13 +165,16 @@ class Trainer:
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
             self._probe_levels()
-            self.consumed.start(self.step + 1, self.epoch, self.store.fingerprint, self.store.folder)
+            parts = describe_parts(self.position.parts)
+            self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
             while self.step < self.total_steps:
                 self._train_epoch(metrics)
         self.consumed.close()
         self._print(describe_totals(self.recorder.totals, metrics.sources))
         self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
+        if self.nonfinite.steps:
+            self._print(self.nonfinite.describe())
         self._print(f"run folder   {self.folder}")
         self._export()
 
@@ -179,9 +194,9 @@ class Trainer:
 
     def _train_epoch(self, metrics: MetricsLogger) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
-        plan = self.plans.of(self.epoch)
+        position, plan = self.position, self.position.plan
         if self.world.rank == 0:
-            save_plan(plan, plan_path(self.folder, self.epoch), inputs={"data": self.store.fingerprint})
+            position.save_plan()
         data = self.config.data
         self.shapes = self.shapes.covering(plan)
         loader = PackLoader(
@@ -190,23 +205,22 @@ class Trainer:
             self.world.rank,
             self.shapes,
             sample_weights=self.normalizer,
-            first_iteration=int(plan.step_offsets[self.step_in_epoch]),
+            first_iteration=int(plan.step_offsets[position.step_in_plan]),
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
         names = [level_name(level) for level in plan.levels]
-        while self.step_in_epoch < plan.num_steps and self.step < self.total_steps:
+        while not position.finished and self.step < self.total_steps:
             with profiled_step(self.config.profiling, self.step + 1, self.folder):
-                values = self.train_step(plan, self.step_in_epoch, batches)
-            self.step += 1
-            self.step_in_epoch += 1
+                values = self.train_step(plan, position.step_in_plan, batches)
+            position.step += 1
             last = self.step == self.total_steps
             if self.validator and (self.step % self.config.validation.interval == 0 or last):
                 self._at(f"validation after step {self.step}")
                 values["validation"] = self.validator.run(self.engine.evaluate)
-            report = self.live_check.report(plan, self.step_in_epoch)
+            report = self.live_check.report(plan, position.step_in_plan)
             if report:
                 values["live_check"] = report.as_dict(names)
             metrics.log(values)
@@ -215,22 +229,22 @@ class Trainer:
             self._at(f"checkpoint of step {self.step}")
             if self.step % self.config.checkpoint.interval == 0 or last:
                 self._save()
-        if self.step_in_epoch == plan.num_steps:
-            self._confirm_epoch(plan, metrics)
-            self.epoch += 1
-            self.step_in_epoch = 0
+        if position.finished:
+            self.consumed.sync()
+            self._confirm_epoch(metrics.write)
+            if self.step < self.total_steps:
+                position.next_epoch()
 
-    def _confirm_epoch(self, plan: Plan, metrics: MetricsLogger) -> None:
-        """Compare what was trained with the plan and the store: each sample once."""
-        self.consumed.sync()
+    def _confirm_epoch(self, write: Callable[[str], None]) -> None:
+        """Compare what was trained with the plans of the epoch and the store: each sample once."""
         dist.barrier()
         if self.world.rank == 0:
-            metrics.write(confirm_epoch(self.folder, plan, self.step, self.store))
+            write(confirm_epoch(self.folder, self.position.parts, self.store))
 
     def _probe_levels(self) -> None:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
         and compilation ends here."""
-        plan = self.plans.of(self.epoch)
+        plan = self.position.plan
         self.shapes = self.shapes.covering(plan)
         batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
         for level in reversed(range(len(plan.levels))):
@@ -256,42 +270,38 @@ class Trainer:
             level = level_name(plan.levels[batch.level])
             self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}")
             with self.live_check.iteration(iteration):
-                loss_by_level[batch.level] += self.engine.forward_backward(batch)
+                loss = self.engine.forward_backward(batch)
+            loss_by_level[batch.level] += loss
+            self.nonfinite.see(iteration, batch, loss)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
         self._at(f"step {self.step + 1}, clipping and update")
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
-        learning_rate = float(self.lr_scheduler.get_last_lr()[0])
+        learning_rate = self.progress.learning_rate()
         losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
-        if not math.isfinite(sum(losses) + grad_norm):
-            names = ", ".join(sorted({level_name(plan.levels[plan.level_of_iteration[i]]) for i in iterations}))
-            raise RuntimeError(
-                f"step {self.step + 1}, level {names}: sum of losses {sum(losses)}, gradient norm {grad_norm}; "
-                "the parameters were not updated"
-            )
-        self.optimizer.step()
-        self.consumed.commit(self.step + 1, self.epoch)
-        self.lr_scheduler.step()
+        skipped = ""
+        if math.isfinite(sum(losses) + grad_norm):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        else:
+            skipped = self.nonfinite.meet(plan, self.step + 1, step, losses, grad_norm)
+        self.nonfinite.clear()
+        self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
         self.optimizer.zero_grad()
         (waited,) = all_reduce_values([waited], "max", self.device)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
-        return {**self.recorder.record(plan, step, self.step + 1, measured), **self.expert_load.take(self.step + 1)}
+        record = self.recorder.record(plan, step, self.step + 1, measured, skipped)
+        return {**record, **self.expert_load.take(self.step + 1)}
 
     def _save(self) -> None:
         if not self.config.checkpoint.enable:
             return
-        plan = self.plans.of(self.epoch)
         self.consumed.sync()
         self.checkpointer.save(
             self.step,
             {
-                "step": self.step,
-                "loader": {
-                    "epoch": self.epoch,
-                    "iteration": int(plan.step_offsets[self.step_in_epoch]),
-                    "plan": plan.fingerprint,
-                },
-                "lr_scheduler": self.lr_scheduler.state_dict(),
+                **self.progress.state(),
+                "nonfinite": self.nonfinite.state(),
                 "model": dataclasses.asdict(self.args),
                 "tokenizer_path": str(self.config.tokenizer_path),
                 "token_ids": self.token_ids,
@@ -305,27 +315,18 @@ class Trainer:
         state = self.checkpointer.load()
         if state is None:
             return
-        self.step = state["step"]
-        self.epoch = state["loader"]["epoch"]
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        plan = self.plans.of(self.epoch)
-        saved = plan_path(self.folder, self.epoch)
-        mend = "restore that, or name another --job.dump_folder"
-        try:
-            # Compares settings and data; its message names every difference.
-            load_plan(saved, expect={**plan.settings(), "data": self.store.fingerprint})
-        except ValueError as error:
-            raise ValueError(f"cannot resume: {error}; {mend}") from None
-        if state["loader"]["plan"] != plan.fingerprint:
-            raise ValueError(
-                f"cannot resume: {saved} is not the plan of the checkpoint; name another --job.dump_folder"
-            )
-        if not attempt_folders(self.consumed.folder):
-            raise ValueError(
-                f"cannot resume: {self.consumed.folder} does not say what steps 1 to {self.step} trained; {mend}"
-            )
-        offsets = plan.step_offsets.tolist()
-        self.step_in_epoch = offsets.index(state["loader"]["iteration"])
+        self.progress.restore(state)
+        self.nonfinite.restore(state["nonfinite"])
+        if self.position.finished:
+            # Of the run that was stopped it is not known whether it came to this.
+            self._confirm_epoch(self._print)
+            if self.step < self.total_steps:
+                self.position.next_epoch()
+
+    def _check_state(self, state: dict[str, Any], path: Path) -> None:
+        """Raise ValueError for a checkpoint that this run does not go on from."""
+        self.progress.check(state, path)
+        check_adapter(state.get("lora"), self.adapter, path)
 
     def _announce(self) -> None:
         """The table of methods and every derived number, on the rank that prints; the resolved TOML on disk."""
@@ -333,7 +334,8 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(to_toml(self.config))
-        plan = self.plans.of(self.epoch)
+        note_start(self.config, self.step, self.world.size, self.device)
+        plan = self.position.plan
         if self.config.packing.print_comparison:
             print(compare_methods(self.plans))
         print(f"model: {self.args.name}, {num_params(self.args):,} parameters, {self.config.training.dtype}, ", end="")
@@ -347,8 +349,8 @@ class Trainer:
         for warning in crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size)):
             print(f"warning: {warning}")
         print(describe_plan(plan, self.total_steps, self.config.parallelism.cp_collectives))
-        if self.step:
-            print(f"resumed from step {self.step}", flush=True)
+        if self.progress.resumed:
+            print(self.progress.resumed, flush=True)
 
     def _at(self, where: str, starting: bool = False) -> None:
         """Something begins that no rank should spend longer on than a collective may take."""

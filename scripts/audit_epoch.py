@@ -2,9 +2,10 @@
 
     python scripts/audit_epoch.py outputs/debug_model [--epoch 0]
 
-Compares what the ranks recorded as they trained (consumed/) with the plan (plan/) and the token store, for every epoch
+Compares what the ranks recorded as they trained (consumed/) with the plans (plan/) and the token store, for every epoch
 that the run has reached. Of the epoch in progress it asks for the plan's steps up to the last that was done. A run may
-be killed and resumed any number of times; it may be running. Exit code 1 and a line each for what is wrong.
+be killed and resumed any number of times, also on other ranks and levels; it may be running. Samples of steps that were
+skipped are counted apart. Exit code 1 and a line each for what is wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     audits, faults = audit_run(options.run_folder, done, attempts, store, options.epoch)
     ledger, ledger_faults = check_ledger(store.totals(), len(store))
 
-    resumed = [str(attempt.first_step - 1) for attempt in attempts[1:]]
+    resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in attempts[1:]]
     print(
         f"{options.run_folder}: {done} steps done" + (f", resumed after step {', '.join(resumed)}" if resumed else "")
     )
@@ -51,7 +52,10 @@ def main(argv: list[str]) -> int:
 def row(found: EpochAudit, samples: int) -> str:
     """One line of the table."""
     steps = f"{found.steps_done} of {found.num_steps}"
-    verdict = "each sample trained once" if found.finished else f"in progress, {samples - found.samples:,} samples left"
+    left = samples - found.samples - found.skipped
+    verdict = "each sample trained once" if found.finished else f"in progress, {left:,} samples left"
+    if found.skipped:
+        verdict += f"; {found.skipped:,} of skipped steps, not trained"
     return (
         f"{found.epoch:>5}{steps:>16}{found.iterations:>12,}{found.samples:>12,}{found.tokens:>15,}"
         f"{found.trained_tokens:>15,}  {'wrong' if found.faults else verdict}"

@@ -131,6 +131,8 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
     (killed / "consumed").rename(killed / "lost")
     output = _start(second).communicate(timeout=240)[0]
     assert f"error: cannot resume: {killed / 'consumed'} does not say what steps 1 to" in output
-    output = _start(second, num_ranks=4).communicate(timeout=240)[0]
+    other = [*second, "--training.normalizer=sum", "--packing.seed=3"]
+    output = _start(other).communicate(timeout=240)[0]
     assert "error: cannot resume: " in output
-    assert "world_size is 2 in the file but 4 here" in output
+    assert "packing.seed is 0 there but 3 here" in output
+    assert 'training.normalizer is "ave_token" there but "sum" here' in output

@@ -109,6 +109,8 @@ class MetricsLogger:
             self.bar.update(1)
         if step % self.log_interval == 0 or step in (self.first_step + 1, self.total_steps):
             self.write(self._line(metrics))
+        if "skipped" in metrics:
+            self.write(f"warning: {metrics['skipped']}")
         if "validation" in metrics:
             means = metrics["validation"]
             if self.writer:
@@ -132,8 +134,8 @@ class MetricsLogger:
         parts = [
             f"step {m['step']:>{len(str(self.total_steps))}}/{self.total_steps}",
             f"level {m['level_name']}",
-            f"loss {m['loss']:7.4f}",
-            f"grad {m['grad_norm']:6.3f}",
+            "loss     nan" if m["loss"] is None else f"loss {m['loss']:7.4f}",
+            "grad    nan" if m["grad_norm"] is None else f"grad {m['grad_norm']:6.3f}",
             f"lr {m['lr']:.2e}",
             f"tok/s {m['tokens_per_second']:,.0f}",
         ]

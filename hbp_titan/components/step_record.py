@@ -6,6 +6,7 @@ plan: padding does no work that counts, and attention counts within documents on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,8 +67,13 @@ class StepRecorder:
         self.totals = [LevelTotals(level) for level in plan.levels]
         self.seconds = self.data_wait_seconds = 0.0
 
-    def record(self, plan: Plan, step_in_epoch: int, step: int, measured: StepMeasurements) -> dict[str, Any]:
-        """The record of optimizer step `step` (1-based), step `step_in_epoch` (0-based) of `plan`."""
+    def record(
+        self, plan: Plan, step_in_epoch: int, step: int, measured: StepMeasurements, skipped: str = ""
+    ) -> dict[str, Any]:
+        """The record of optimizer step `step` (1-based), step `step_in_epoch` (0-based) of `plan`.
+
+        skipped: why it was not applied; such a step trained nothing. Numbers that are not finite become None.
+        """
         first, last = int(plan.step_offsets[step_in_epoch]), int(plan.step_offsets[step_in_epoch + 1])
         samples = plan.samples_of(first, last)
         lengths = plan.lengths[samples]
@@ -82,7 +88,8 @@ class StepRecorder:
             ids = np.concatenate([plan.samples_of(i, i + 1) for i in of_level.tolist()])
             loss_by_level[k] = measured.losses[k] / max(int(plan.loss_tokens[ids].sum()), 1)
             share = seconds * len(of_level) / len(iteration_levels)
-            self.totals[k].add(len(of_level), int(plan.lengths[ids].sum()), share, loss_by_level[k])
+            if not skipped:
+                self.totals[k].add(len(of_level), int(plan.lengths[ids].sum()), share, loss_by_level[k])
         capacity = sum(plan.levels[k].max_tokens * plan.levels[k].dp_degree(plan.world_size) for k in iteration_levels)
         flops = training_flops(self.args, tokens, int((lengths * lengths).sum()), self.adapter_params)
         return {
@@ -91,13 +98,13 @@ class StepRecorder:
             "level": next(iter(loss_by_level)) if len(loss_by_level) == 1 else None,
             "level_name": "+".join(level_name(plan.levels[k]) for k in loss_by_level),
             "iterations": len(iteration_levels),
-            "loss": sum(measured.losses) / max(trained, 1),
-            "loss_by_level": loss_by_level,
-            "grad_norm": measured.grad_norm,
+            "loss": _finite(sum(measured.losses) / max(trained, 1)),
+            "loss_by_level": {k: _finite(loss) for k, loss in loss_by_level.items()},
+            "grad_norm": _finite(measured.grad_norm),
             "lr": measured.lr,
             "tokens": tokens,
-            "trained_tokens": trained,
-            "sources": count_sources(plan, samples, self.store),
+            "trained_tokens": 0 if skipped else trained,
+            "sources": {} if skipped else count_sources(plan, samples, self.store),
             "token_weights": weight_range(self.normalizer, plan, step_in_epoch),
             "tokens_per_second": tokens / seconds,
             "mfu": 100 * flops / (seconds * self.world_peak_flops) if self.world_peak_flops else None,
@@ -105,7 +112,12 @@ class StepRecorder:
             "data_wait_seconds": measured.data_wait_seconds,
             "step_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
+            **({"skipped": skipped} if skipped else {}),
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def count_sources(plan: Plan, samples: NDArray[np.int64], store: NamedSources) -> dict[str, dict[str, int]]:

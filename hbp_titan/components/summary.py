@@ -56,7 +56,7 @@ def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:
         )
     tokens = plan.step_tokens
     lines.append(
-        f"steps: {total_steps} in all; an epoch has {plan.num_steps} steps of {int(np.mean(tokens)):,} "
+        f"steps: {total_steps} in all; the plan has {plan.num_steps} steps of {int(np.mean(tokens)):,} "
         f"+- {int(np.std(tokens)):,} tokens in {plan.num_iterations} iterations"
     )
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """The audit: was each sample of an epoch trained exactly once, and as planned?
 
-Owns the comparison of the consumed record (data/consumed.py) with the plan and with the token store. What is wrong
-comes as one line each, with the file and line of the record, or of the data for a sample.
+Owns the comparison of the consumed record (data/consumed.py) with the plans of an epoch (data/epoch_parts.py) and with
+the token store. What is wrong comes as one line each, with the file and line of the record, or of the data for a
+sample.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.data.consumed import Attempt, StepLine, read_attempts, read_record
-from hbp_titan.packing import Plan
-from hbp_titan.packing.plan_file import load_plan
+from hbp_titan.data.epoch_parts import Part, load_parts, planned_samples
 
 NAMED = 3
 """Samples and packs that one line names; the others are counted."""
@@ -35,13 +36,17 @@ class AuditedStore(Protocol):
 
 @dataclass(frozen=True)
 class EpochAudit:
-    """What was found of one epoch; a right one has no faults. steps_done: of the epoch's num_steps."""
+    """What was found of one epoch; a right one has no faults. steps_done: of the epoch's num_steps.
+
+    samples, tokens, trained_tokens: of what was trained. skipped: samples of steps that were not applied.
+    """
 
     epoch: int
     steps_done: int
     num_steps: int
     iterations: int
     samples: int
+    skipped: int
     tokens: int
     trained_tokens: int
     faults: list[str]
@@ -52,39 +57,85 @@ class EpochAudit:
         return self.steps_done == self.num_steps
 
 
-def audit_epoch(
-    lines: Sequence[StepLine], plan: Plan, first_step: int, steps_done: int, store: AuditedStore
-) -> EpochAudit:
-    """Compare the record with `plan`, the epoch's. Steps count over the run: its first, and the last that was done."""
-    done = min(steps_done - first_step + 1, plan.num_steps)
-    faults: list[str] = []
+class _Found:
+    """What the lines of an epoch say: the samples of each pack, [n], trained or skipped, and what is wrong."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.trained = [np.zeros(0, np.int64)]
+        self.skipped = [np.zeros(0, np.int64)]
+
+
+def audit_epoch(lines: Sequence[StepLine], parts: Sequence[Part], steps_done: int, store: AuditedStore) -> EpochAudit:
+    """Compare the record with the plans of an epoch's parts. steps_done: the last step of the run that was done."""
+    plan, end = parts[-1].plan, min(steps_done + 1, parts[-1].end)
+    ends = [*(part.first_step for part in parts[1:]), end]
+    found = _Found()
+    found.faults += _check_parts(parts, store)
+    iterations = 0
+    for part, part_end in zip(parts, ends, strict=True):
+        mine = [line for line in lines if part.first_step <= line.step < min(part_end, part.end)]
+        last = part.finished_iterations(part_end - 1)
+        _audit_part(part, last, mine, found)
+        iterations += last
+    trained, skipped = np.concatenate(found.trained), np.concatenate(found.skipped)
+    found.faults += _count_samples(np.concatenate([trained, skipped]), parts, steps_done, store)
+    known = trained[trained < plan.num_samples]
+    sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
+    done, num_steps = end - parts[0].first_step, parts[-1].end - parts[0].first_step
+    return EpochAudit(plan.epoch, done, num_steps, iterations, len(trained), len(skipped), *sums, found.faults)
+
+
+def _audit_part(part: Part, last: int, lines: Sequence[StepLine], found: _Found) -> None:
+    """Compare the lines of one part's steps with its plan up to iteration `last`."""
     packs: dict[tuple[int, int], str] = {}
-    consumed = [np.zeros(0, np.int64)]
+    first_of_step: dict[int, StepLine] = {}
     for line in lines:
-        if not first_step <= line.step < first_step + done:
-            continue
-        if line.epoch != plan.epoch:
-            faults.append(f"{line.where}: epoch {line.epoch} where step {line.step} is of epoch {plan.epoch}")
+        first = first_of_step.setdefault(line.step, line)
+        if first.skipped != line.skipped:
+            found.faults.append(
+                f"{line.where}: step {line.step} is {_done(line)} here but {_done(first)} at {first.where}"
+            )
+        if line.epoch != part.plan.epoch:
+            found.faults.append(
+                f"{line.where}: epoch {line.epoch} where step {line.step} is of epoch {part.plan.epoch}"
+            )
         for pack in line.iterations:
-            consumed.append(np.array(pack["samples"], np.int64))
-            fault = _check_pack(plan, line, line.step - first_step, pack)
+            (found.skipped if line.skipped else found.trained).append(np.array(pack["samples"], np.int64))
+            fault = _check_pack(part, line, pack)
             key = (pack["iteration"], pack["dp_rank"])
             if fault is None and key in packs:
                 fault = f"was trained before, {packs[key]}"
             packs.setdefault(key, line.where)
             if fault is not None:
-                faults.append(f"{line.where}: iteration {key[0]}, dp rank {key[1]}: {fault}")
-    last = int(plan.step_offsets[done])
-    faults += _missing_packs(plan, last, packs, first_step)
-    ids = np.concatenate(consumed)
-    faults += _count_samples(ids, plan, last, store)
-    known = ids[ids < plan.num_samples]
-    sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
-    return EpochAudit(plan.epoch, done, plan.num_steps, last, len(ids), *sums, faults)
+                found.faults.append(f"{line.where}: iteration {key[0]}, dp rank {key[1]}: {fault}")
+    found.faults += _missing_packs(part, last, packs)
 
 
-def _check_pack(plan: Plan, line: StepLine, step: int, pack: Mapping[str, Any]) -> str | None:
-    """What is wrong with one recorded pack of step `step` of the epoch."""
+def _done(line: StepLine) -> str:
+    return "skipped" if line.skipped else "trained"
+
+
+def _check_parts(parts: Sequence[Part], store: AuditedStore) -> Iterator[str]:
+    """Whether every part but the first plans exactly what those before it left."""
+    epoch = parts[-1].plan.epoch
+    for part, after in itertools.pairwise(parts):
+        if not part.first_step < after.first_step < part.end:
+            yield (
+                f"epoch {epoch}: its plan from step {after.first_step} on follows one of steps {part.first_step} to "
+                f"{part.end - 1}"
+            )
+    if len(parts) > 1:
+        planned = np.bincount(planned_samples(parts), minlength=len(store))
+        for what, wrong in (("by none", planned == 0), ("more than once", planned > 1)):
+            ids = np.flatnonzero(wrong)
+            if len(ids):
+                yield f"epoch {epoch}: {len(ids):,} samples are planned {what}: {_rows(ids, store)}"
+
+
+def _check_pack(part: Part, line: StepLine, pack: Mapping[str, Any]) -> str | None:
+    """What is wrong with one recorded pack of a step of `part`."""
+    plan, step = part.plan, line.step - part.first_step
     first, last = plan.step_offsets[step : step + 2].tolist()
     iteration, dp_rank = pack["iteration"], pack["dp_rank"]
     if not first <= iteration < last:
@@ -103,39 +154,43 @@ def _check_pack(plan: Plan, line: StepLine, step: int, pack: Mapping[str, Any]) 
     return f"not the plan's samples: {_named(lacking)} are lacking, {_named(foreign)} are not planned"
 
 
-def _missing_packs(plan: Plan, last: int, packs: Mapping[tuple[int, int], str], first_step: int) -> Iterator[str]:
-    """Iterations before `last` that some dp rank did not record."""
+def _missing_packs(part: Part, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
+    """Iterations of `part` before `last` that some dp rank did not record."""
+    plan = part.plan
     for iteration in range(last):
         dp_ranks = range(plan.dp_degrees[plan.level_of_iteration[iteration]])
         lacking = [dp_rank for dp_rank in dp_ranks if (iteration, dp_rank) not in packs]
         if lacking:
-            step = first_step + int(plan.step_of_iteration[iteration])
+            step = part.first_step + int(plan.step_of_iteration[iteration])
             yield (
                 f"epoch {plan.epoch}, iteration {iteration} (step {step}): no record of {len(lacking)} of "
                 f"{len(dp_ranks)} dp ranks: {_named(lacking)}"
             )
 
 
-def _count_samples(ids: NDArray[np.int64], plan: Plan, last: int, store: AuditedStore) -> Iterator[str]:
-    """What was consumed against what had to be: every sample of the store, or the plan's up to iteration `last`."""
-    total = len(store)
-    finished = last == plan.num_iterations
-    wanted = np.arange(total) if finished else plan.samples_of(0, last)
+def _count_samples(
+    ids: NDArray[np.int64], parts: Sequence[Part], steps_done: int, store: AuditedStore
+) -> Iterator[str]:
+    """What was consumed against what had to be: every sample of the store, or the plans' up to `steps_done`."""
+    total, epoch = len(store), parts[-1].plan.epoch
     counts = np.bincount(ids[ids < total], minlength=total)
-
-    def rows(chosen: NDArray[np.int64]) -> str:
-        named = ", ".join(f"{store.where(int(index))} (sample {index})" for index in chosen[:NAMED])
-        return named + (f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else "")
-
+    wanted = np.arange(total)
+    if steps_done + 1 < parts[-1].end:
+        wanted = planned_samples(parts, steps_done)
     unknown = np.unique(ids[ids >= total]).tolist()
     missing = np.unique(wanted[counts[wanted] == 0])
     doubled = np.flatnonzero(counts > 1)
     if unknown:
-        yield f"epoch {plan.epoch}: samples {_named(unknown)} are none of the store's {total:,}"
+        yield f"epoch {epoch}: samples {_named(unknown)} are none of the store's {total:,}"
     if len(missing):
-        yield f"epoch {plan.epoch}: {len(missing):,} samples were not trained: {rows(missing)}"
+        yield f"epoch {epoch}: {len(missing):,} samples were not trained: {_rows(missing, store)}"
     if len(doubled):
-        yield f"epoch {plan.epoch}: {len(doubled):,} samples were trained more than once: {rows(doubled)}"
+        yield f"epoch {epoch}: {len(doubled):,} samples were trained more than once: {_rows(doubled, store)}"
+
+
+def _rows(chosen: NDArray[np.int64], store: AuditedStore) -> str:
+    named = ", ".join(f"{store.where(int(index))} (sample {index})" for index in chosen[:NAMED])
+    return named + (f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else "")
 
 
 def _named(values: Sequence[int]) -> str:
@@ -143,15 +198,18 @@ def _named(values: Sequence[int]) -> str:
     return shown + (f" and {len(values) - NAMED} more" if len(values) > NAMED else "")
 
 
-def confirm_epoch(run_folder: Path, plan: Plan, last_step: int, store: AuditedStore) -> str:
-    """A line that says how the epoch went which ended with step `last_step`; RuntimeError where the record differs."""
+def confirm_epoch(run_folder: Path, parts: Sequence[Part], store: AuditedStore) -> str:
+    """A line that says how the epoch of these parts went, which is done; RuntimeError where the record differs."""
+    plan, last_step = parts[-1].plan, parts[-1].end - 1
     attempts = read_attempts(run_folder, last_step)
     lines, faults = read_record(attempts)
-    found = audit_epoch(lines, plan, last_step - plan.num_steps + 1, last_step, store)
+    found = audit_epoch(lines, parts, last_step, store)
     faults += check_data(attempts, store) + found.faults
     if faults:
         raise RuntimeError(f"epoch {plan.epoch} was not trained as planned: " + "; ".join(shown(faults)))
-    return f"epoch {plan.epoch}: {found.samples:,} samples, each trained once"
+    plans = f" by {len(parts)} plans" if len(parts) > 1 else ""
+    skipped = f"; {found.skipped:,} of skipped steps, not trained" if found.skipped else ""
+    return f"epoch {plan.epoch}: {found.samples:,} samples, each trained once{plans}{skipped}"
 
 
 def audit_run(
@@ -166,10 +224,12 @@ def audit_run(
     audits = []
     epoch, first_step = 0, 1
     while first_step <= steps_done and (only is None or epoch <= only):
-        plan = load_plan(plan_path(run_folder, epoch), expect={"data": store.fingerprint})
+        parts = _parts_of(run_folder, attempts, epoch, first_step, store)
+        if parts[0].first_step != first_step:
+            faults.append(f"epoch {epoch} starts with step {first_step}, its first plan with {parts[0].first_step}")
         if only in (None, epoch):
-            audits.append(audit_epoch(lines, plan, first_step, steps_done, store))
-        first_step += plan.num_steps
+            audits.append(audit_epoch(lines, parts, steps_done, store))
+        first_step = parts[-1].end
         epoch += 1
     if not audits:
         raise ValueError(
@@ -178,9 +238,13 @@ def audit_run(
     return audits, faults
 
 
-def plan_path(run_folder: Path, epoch: int) -> Path:
-    """Where a run keeps the plan of an epoch."""
-    return run_folder / "plan" / f"epoch-{epoch}.safetensors"
+def _parts_of(
+    run_folder: Path, attempts: Sequence[Attempt], epoch: int, first_step: int, store: AuditedStore
+) -> list[Part]:
+    """The parts of an epoch: those that the last attempt which started in it named, or the plan of all its samples."""
+    started = [a.parts for a in attempts if a.epoch == epoch and a.first_step <= a.last_step]
+    described = started[-1] if started else [{"first_step": first_step}]
+    return load_parts(run_folder, epoch, described, store.fingerprint)
 
 
 def check_data(attempts: Sequence[Attempt], store: AuditedStore) -> list[str]:

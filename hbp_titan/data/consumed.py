@@ -3,12 +3,15 @@
 Owns the files of `consumed/` in a run folder, their writing by the ranks and their reading. Each start of a run is an
 attempt:
 
-    attempt-0001/attempt.json     first_step, epoch, world_size, data (the store's fingerprint), store (its folder)
+    attempt-0001/attempt.json     first_step, epoch, parts (of that epoch: data/epoch_parts.py), world_size, data (the
+                                  store's fingerprint), store (its folder)
     attempt-0001/rank-0.jsonl     a line for every optimizer step, in order; of each pack its first cp rank keeps record
         {"step": 7, "epoch": 0, "iterations": [{"iteration": 12, "level": 1, "dp_rank": 0, "samples": [4, 17]}]}
 
-Steps count from 1 over the whole run, iterations from 0 in each epoch. A step counts as the latest attempt recorded it:
-an attempt that resumes after step 10 has first_step 11, and what an earlier one did from step 11 on was lost with it.
+A step that was skipped (training.on_nonfinite) has "skipped": "nonfinite" in its line: its samples were not trained.
+Steps count from 1 over the whole run, iterations from 0 in each part of an epoch. A step counts as the latest attempt
+recorded it: an attempt that resumes after step 10 has first_step 11, and what an earlier one did from step 11 on was
+lost with it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.packing import Level
 
 FOLDER = "consumed"
+NONFINITE = "nonfinite"
 _ATTEMPT = re.compile(r"attempt-\d{4,}")
 _RANK = re.compile(r"rank-(\d+)\.jsonl")
 
@@ -41,8 +45,11 @@ class ConsumedRecord:
         self._trained: list[dict[str, Any]] = []
         self._file: TextIO | None = None
 
-    def start(self, first_step: int, epoch: int, data: str, store: Path) -> None:
-        """Begin a new attempt; every rank calls it. data: the store's fingerprint, store: its folder."""
+    def start(self, first_step: int, epoch: int, parts: list[dict[str, Any]], data: str, store: Path) -> None:
+        """Begin a new attempt; every rank calls it.
+
+        parts: of `epoch`, as from `describe_parts`. data: the store's fingerprint, store: its folder.
+        """
         numbers = [0]
         if self.rank == 0:
             earlier = attempt_folders(self.folder)
@@ -50,13 +57,17 @@ class ConsumedRecord:
             values = {
                 "first_step": first_step,
                 "epoch": epoch,
+                "parts": parts,
                 "world_size": dist.get_world_size(),
                 "data": data,
                 "store": str(store.resolve()),
             }
             partial = self.folder / "attempt.partial"
             partial.mkdir(parents=True, exist_ok=True)
-            (partial / "attempt.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            with (partial / "attempt.json").open("w", encoding="utf-8") as file:
+                file.write(json.dumps(values, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             partial.rename(self.folder / f"attempt-{numbers[0]:04}")
         dist.broadcast_object_list(numbers, src=0)
         path = self.folder / f"attempt-{numbers[0]:04}" / f"rank-{self.rank}.jsonl"
@@ -64,17 +75,21 @@ class ConsumedRecord:
         self._file = path.open("w", encoding="utf-8")
 
     def add(self, iteration: int, batch: PackedBatch) -> None:
-        """Note that `batch` was trained in `iteration` of the epoch; kept until `commit`."""
+        """Note that `batch` was trained in `iteration` of the plan; kept until `commit`."""
         dp_rank, cp_rank = divmod(self.rank, self.levels[batch.level].cp_degree)
         if cp_rank == 0:
             ids = batch.sample_ids.tolist()
             pack = {"iteration": iteration, "level": batch.level, "dp_rank": dp_rank, "samples": ids}
             self._trained.append(pack)
 
-    def commit(self, step: int, epoch: int) -> None:
-        """Write what was added as optimizer step `step`, which is done; a killed process loses no written step."""
+    def commit(self, step: int, epoch: int, skipped: bool = False) -> None:
+        """Write what was added as optimizer step `step`, which is done; a killed process loses no written step.
+
+        skipped: it was not applied, for want of a finite loss and gradient.
+        """
         assert self._file is not None, "start comes first"
-        line = json.dumps({"step": step, "epoch": epoch, "iterations": self._trained})
+        reason = {"skipped": NONFINITE} if skipped else {}
+        line = json.dumps({"step": step, "epoch": epoch, **reason, "iterations": self._trained})
         self._file.write(line + "\n")
         self._file.flush()
         self._trained = []
@@ -92,11 +107,16 @@ class ConsumedRecord:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run. last_step: up to it the attempt counts; what it did later was lost or is not known done."""
+    """One start of a run. last_step: up to it the attempt counts; what it did later was lost or is not known done.
+
+    epoch, parts: those that it started in; parts as from `describe_parts`, the last is what it trained first.
+    """
 
     folder: Path
     first_step: int
     last_step: int
+    epoch: int
+    parts: list[dict[str, Any]]
     world_size: int
     data: str
     store: Path
@@ -104,13 +124,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class StepLine:
-    """One rank's line of one optimizer step. iterations: as in the file; where: file:line."""
+    """One rank's line of one optimizer step. iterations: as in the file; where: file:line.
+
+    skipped: whether the step was not applied.
+    """
 
     step: int
     epoch: int
     rank: int
     iterations: list[dict[str, Any]]
     where: str
+    skipped: bool = False
 
 
 def attempt_folders(folder: Path) -> list[Path]:
@@ -133,8 +157,11 @@ def read_attempts(run_folder: Path, steps_done: int) -> list[Attempt]:
         path = folder / "attempt.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            first, world_size = int(values["first_step"]), int(values["world_size"])
-            attempts.append(Attempt(folder, first, last_step, world_size, values["data"], Path(values["store"])))
+            first, epoch, world_size = (int(values[key]) for key in ("first_step", "epoch", "world_size"))
+            parts = [{"first_step": int(part["first_step"]), "plan": str(part["plan"])} for part in values["parts"]]
+            attempts.append(
+                Attempt(folder, first, last_step, epoch, parts, world_size, values["data"], Path(values["store"]))
+            )
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not an attempt of a consumed record") from None
         last_step = min(last_step, first - 1)
@@ -195,7 +222,10 @@ def _parse(raw: bytes, rank: int, where: str) -> StepLine | None:
         return None
     try:
         values = json.loads(raw)
-        line = StepLine(values["step"], values["epoch"], rank, values["iterations"], where)
+        skipped = values.get("skipped")
+        if skipped not in (None, NONFINITE):
+            return None
+        line = StepLine(values["step"], values["epoch"], rank, values["iterations"], where, skipped == NONFINITE)
         numbers = [line.step, line.epoch]
         for pack in line.iterations:
             numbers += [pack["iteration"], pack["level"], pack["dp_rank"], *pack["samples"]]

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig
-from hbp_titan.packing import CostModel, Plan, build_plan
+from hbp_titan.packing import CostModel, Level, Plan, build_plan
+from hbp_titan.packing.cost import costs_per_level
 
 
 class SampleLengths(Protocol):
@@ -36,6 +37,16 @@ class EpochPlans:
         self.world_size = world_size
         self.cost = cost
         self.of = lru_cache(maxsize=2)(self._build)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of every plan."""
+        return tuple(self.config.levels)
+
+    @property
+    def costs(self) -> tuple[CostModel, ...]:
+        """The cost model of each level."""
+        return costs_per_level(self.cost, len(self.config.levels))
 
     def build(self, method: str, epoch: int) -> Plan:
         """The plan of `epoch` by `method`; a pure function of configuration, data and world size."""

@@ -46,6 +46,9 @@ def save_plan(plan: Plan, path: str | Path, inputs: Mapping[str, str] | None = N
         file.write(text)
         for array in arrays.values():
             file.write(array.data)
+        # A checkpoint names the plan that it is a position in: it must not outlive it.
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.data.audit import audit_run, confirm_epoch, plan_path, shown
+from hbp_titan.data.audit import audit_run, confirm_epoch, shown
 from hbp_titan.data.consumed import read_attempts
+from hbp_titan.data.epoch_parts import Part, plan_path
 from hbp_titan.data.store.ledger import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan_file import save_plan
@@ -34,16 +35,16 @@ class Store:
         return f"data.jsonl:{index + 1}"
 
 
-def _plan(epoch: int) -> Plan:
+def make_plan(epoch: int) -> Plan:
     return build_plan(LENGTHS, LEVELS, RANKS, epoch=epoch, global_batch_tokens=64)
 
 
-def _line(plan: Plan, step: int, rank: int, first_step: int) -> dict[str, Any]:
+def planned_line(plan: Plan, step: int, rank: int, first_step: int) -> dict[str, Any]:
     """What `rank` records of `step`, written out independently of the trainer's writer."""
     iterations = []
     for i in range(int(plan.step_offsets[step - first_step]), int(plan.step_offsets[step - first_step + 1])):
         level = int(plan.level_of_iteration[i])
-        dp_rank, cp_rank = divmod(rank, LEVELS[level].cp_degree)
+        dp_rank, cp_rank = divmod(rank, plan.levels[level].cp_degree)
         if cp_rank == 0:
             samples = plan.iteration(i).packs[dp_rank].tolist()
             iterations.append({"iteration": i, "level": level, "dp_rank": dp_rank, "samples": samples})
@@ -55,7 +56,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.plans = [_plan(0), _plan(1)]
+        self.plans = [make_plan(0), make_plan(1)]
         self.epoch_steps = self.plans[0].num_steps
         assert self.epoch_steps >= 3
         for plan in self.plans:
@@ -65,13 +66,16 @@ class Run:
         found = []
         for step in range(first, last + 1):
             epoch = (step - 1) // self.epoch_steps
-            found.append(_line(self.plans[epoch], step, rank, 1 + epoch * self.epoch_steps))
+            found.append(planned_line(self.plans[epoch], step, rank, 1 + epoch * self.epoch_steps))
         return found
 
     def attempt(self, number: int, first: int, last: int) -> None:
         folder = self.folder / "consumed" / f"attempt-{number:04}"
         folder.mkdir(parents=True)
-        values = {"first_step": first, "epoch": 0, "world_size": RANKS, "data": Store.fingerprint, "store": "store"}
+        epoch = (first - 1) // self.epoch_steps
+        parts = [{"first_step": 1 + epoch * self.epoch_steps, "plan": self.plans[epoch].fingerprint}]
+        values = {"first_step": first, "epoch": epoch, "parts": parts, "world_size": RANKS}
+        values |= {"data": Store.fingerprint, "store": "store"}
         (folder / "attempt.json").write_text(json.dumps(values))
         for rank in range(RANKS):
             lines = self.lines(first, last, rank)
@@ -98,7 +102,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_whole_epoch_passes_with_its_totals(run: Run) -> None:
     run.attempt(1, 1, run.epoch_steps)
     assert run.audit(run.epoch_steps) == []
-    line = confirm_epoch(run.folder, run.plans[0], run.epoch_steps, Store())
+    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
     assert line == "epoch 0: 12 samples, each trained once"
     attempts = read_attempts(run.folder, run.epoch_steps)
     (found,), _ = audit_run(run.folder, run.epoch_steps, attempts, Store())
@@ -158,7 +162,7 @@ def test_a_missing_line_is_named_with_its_step_and_its_samples(run: Run) -> None
     assert any("(step 2): no record of 1 of" in fault for fault in others)
     assert f"epoch 0: {len(lost)} samples were not trained: data.jsonl:" in others[-1]
     with pytest.raises(RuntimeError, match=r"epoch 0 was not trained as planned: .*rank-0.jsonl:2: step 3"):
-        confirm_epoch(run.folder, run.plans[0], run.epoch_steps, Store())
+        confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
 
 
 def test_a_missing_last_line_is_named(run: Run) -> None:
@@ -224,6 +228,30 @@ def test_a_pack_that_is_not_the_plans_is_named(run: Run, spoil: Callable[[Any], 
 
     run.change(1, 0, change)
     assert any(re.search(message, fault) for fault in run.audit(run.epoch_steps))
+
+
+def test_skipped_steps_are_told_apart_and_ranks_must_agree(run: Run) -> None:
+    run.attempt(1, 1, run.epoch_steps)
+    skipped = [i for rank in range(RANKS) for pack in run.lines(2, 2, rank)[0]["iterations"] for i in pack["samples"]]
+
+    def skip(lines: list[str], reason: str = "nonfinite") -> list[str]:
+        return [lines[0], json.dumps({**json.loads(lines[1]), "skipped": reason}) + "\n", *lines[2:]]
+
+    run.change(1, 0, skip)
+    assert run.audit(run.epoch_steps) == [
+        "attempt-0001/rank-1.jsonl:2: step 2 is trained here but skipped at attempt-0001/rank-0.jsonl:2"
+    ]
+    run.change(1, 1, skip)
+    assert run.audit(run.epoch_steps) == []
+    (found,), _ = audit_run(run.folder, run.epoch_steps, read_attempts(run.folder, run.epoch_steps), Store())
+    assert (found.samples, found.skipped) == (12 - len(skipped), len(skipped))
+    assert found.tokens == 198 - int(LENGTHS[skipped].sum())
+    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
+    assert (
+        line == f"epoch 0: {12 - len(skipped)} samples, each trained once; {len(skipped)} of skipped steps, not trained"
+    )
+    run.change(1, 1, lambda lines: skip(lines, "other"))
+    assert "rank-1.jsonl:2: not a line of a consumed record" in run.audit(run.epoch_steps)[0]
 
 
 def test_lost_files_attempts_and_foreign_data_are_named(run: Run) -> None:

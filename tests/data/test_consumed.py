@@ -31,7 +31,7 @@ def _batch(samples: list[int], level: int) -> PackedBatch:
 
 def _record(folder: Path, first_step: int, rank: int = 0) -> ConsumedRecord:
     record = ConsumedRecord(folder, rank, LEVELS)
-    record.start(first_step, epoch=3, data="d", store=folder / "store")
+    record.start(first_step, 3, [{"first_step": 1, "plan": "p"}], data="d", store=folder / "store")
     return record
 
 
@@ -57,6 +57,18 @@ def test_a_step_is_written_when_it_is_committed_and_not_before(tmp_path: Path) -
     assert len(_lines(path)) == 1
 
 
+def test_a_skipped_step_says_so(tmp_path: Path) -> None:
+    record = _record(tmp_path, 1)
+    record.add(4, _batch([2], 0))
+    record.commit(1, epoch=0, skipped=True)
+    record.commit(2, epoch=0)
+    first, second = _lines(tmp_path / "consumed/attempt-0001/rank-0.jsonl")
+    assert first["skipped"] == "nonfinite"
+    assert [pack["samples"] for pack in first["iterations"]] == [[2]]
+    assert second == {"step": 2, "epoch": 0, "iterations": []}
+    record.close()
+
+
 def test_every_start_is_a_new_attempt(tmp_path: Path) -> None:
     for first_step in (1, 5, 5):
         _record(tmp_path, first_step).close()
@@ -65,6 +77,7 @@ def test_every_start_is_a_new_attempt(tmp_path: Path) -> None:
     assert json.loads((folders[1] / "attempt.json").read_text()) == {
         "first_step": 5,
         "epoch": 3,
+        "parts": [{"first_step": 1, "plan": "p"}],
         "world_size": 1,
         "data": "d",
         "store": str((tmp_path / "store").resolve()),

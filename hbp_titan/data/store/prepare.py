@@ -34,8 +34,6 @@ from hbp_titan.data.store.token_store import (
 from hbp_titan.data.store.tokenize_rows import MALFORMED, Recipe
 from hbp_titan.job_config import DataSource
 
-SEED = 0
-"""Of the random shares that limits and repeats take."""
 # Rows in which the format of a source is looked for.
 FORMAT_ROWS = 100
 
@@ -119,7 +117,7 @@ class _Preparation:
         # The name of a file counts without its folder, because it names the rows' source.
         contents = [[[file.name, digests[file]] for file in group] for group in files]
         blocks = [{**dataclasses.asdict(source), "path": ""} for _, source in self.sources]
-        settings = {"max_samples": self.max_samples, "duplicates": self.data.duplicates, "seed": SEED}
+        settings = {"max_samples": self.max_samples, "duplicates": self.data.duplicates, "seed": self.data.seed}
         digest = fingerprint({**base, "sources": contents, "blocks": blocks, **settings})
         folder = self.cache / f"set-{digest[:16]}"
         if not all(self.team.gather(folder.is_dir())):
@@ -156,14 +154,16 @@ class _Preparation:
             for number, (key, source) in enumerate(self.sources):
                 recipe = self._recipe_of(source, indexes[number], key)
                 settings = {**dataclasses.asdict(recipe), "tokenizer_path": ""}
-                digest = fingerprint({**base, "settings": settings, "source": contents[number], "rows": limits[number]})
+                # Which rows a limit leaves is random.
+                rows = [limits[number], self.data.seed] if limits[number] < counts[number] else limits[number]
+                digest = fingerprint({**base, "settings": settings, "source": contents[number], "rows": rows})
                 folder = self.cache / f"source-{digest[:16]}"
                 if not all(self.team.gather(folder.is_dir())):
                     build_source_store(
                         folder,
                         digest,
                         indexes[number],
-                        _choose(indexes[number], limits[number]),
+                        _choose(indexes[number], limits[number], self.data.seed),
                         recipe,
                         self.team,
                         self.data.num_proc or own_cores(),
@@ -209,7 +209,7 @@ class _Preparation:
         counts = epoch_counts([len(part) for part in kept], [s.repeat for s in blocks], [s.weight for s in blocks])
         drawn = []
         for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
-            drawn.append(draw(part, count, (SEED, number)))
+            drawn.append(draw(part, count, (self.data.seed, number)))
             dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
         tokenizer = ChatTokenizer(self.config.tokenizer_path)
         meta = {
@@ -242,12 +242,12 @@ def _detect(indexes: list[RowIndex], columns: dict[str, str], max_row_bytes: int
     raise mistake
 
 
-def _choose(indexes: list[RowIndex], count: int) -> list[RowIndex]:
+def _choose(indexes: list[RowIndex], count: int, seed: int) -> list[RowIndex]:
     """A random share of `count` rows of all files of a source together, in their order."""
     counts = [len(index) for index in indexes]
     if count == sum(counts):
         return indexes
-    chosen = np.sort(np.random.default_rng(SEED).choice(sum(counts), size=count, replace=False))
+    chosen = np.sort(np.random.default_rng(seed).choice(sum(counts), size=count, replace=False))
     ends = np.cumsum(counts)
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     return [index.take(part - end + rows) for index, part, end, rows in zip(indexes, parts, ends, counts, strict=True)]

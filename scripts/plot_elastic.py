@@ -1,0 +1,151 @@
+"""Train a configuration twice, without a break and on 4, 2, 1 and 4 ranks in turn, and draw both losses.
+
+    python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml --svg elastic.svg \\
+        --validation.interval 4 --validation.max_samples 60 --checkpoint.interval 5
+    python scripts/plot_elastic.py --job.config_file X.toml --stretches 8,4,8 --folder outputs/elastic
+
+The second run is killed (SIGTERM) when each stretch has trained its share of the run's tokens, and goes on from its
+newest checkpoint on the ranks of the next one; what it trained after that checkpoint is trained again. Levels whose
+cp_degree does not divide the ranks get the largest that does. Run folders are FOLDER/whole and FOLDER/elastic; runs
+that are there are drawn, not trained. Every key of the configuration can be given too: data.max_samples shortens it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hbp_titan.cli import guarded
+from hbp_titan.config import load_config
+from hbp_titan.data.consumed import read_attempts
+from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart
+
+NAMES = {"whole": "without a break", "elastic": "stopped and gone on"}
+_STYLE = (
+    "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;"
+    "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
+)
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; none where there is no such file."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def command(overrides: Sequence[str], folder: Path, ranks: int) -> list[str]:
+    """What starts a run on so many ranks of this machine."""
+    config = load_config(overrides)
+    fitted = [dataclasses.replace(level, cp_degree=math.gcd(level.cp_degree, ranks)) for level in config.levels]
+    levels = ",".join(":".join(str(v) for v in dataclasses.astuple(level) if v is not None) for level in fitted)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    train = ["--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *overrides]
+    return [*launcher, *train, f"--levels={levels}", f"--job.dump_folder={folder}"]
+
+
+def train(overrides: Sequence[str], folder: Path, ranks: int, until_tokens: float) -> None:
+    """Train until so many tokens of the run are trained, or to its end; RuntimeError where it fails."""
+    process = subprocess.Popen(command(overrides, folder, ranks))
+    while process.poll() is None:
+        time.sleep(0.1)
+        if sum(step["tokens"] for step in read_steps(folder)) >= until_tokens:
+            process.terminate()
+            process.wait()
+            return
+    if process.returncode:
+        raise RuntimeError(f"{folder}: the run on {ranks} ranks failed with exit code {process.returncode}")
+
+
+def smoothed(steps: Sequence[dict[str, Any]], window: float) -> list[tuple[float, float]]:
+    """(tokens so far, mean loss per trained token over the last `window` tokens) after each step."""
+    points = []
+    done = 0.0
+    for index, step in enumerate(steps):
+        done += step["tokens"]
+        loss = trained = tokens = 0.0
+        for earlier in reversed(steps[: index + 1]):
+            if earlier["loss"] is None:
+                continue  # a skipped step
+            loss += earlier["loss"] * earlier["trained_tokens"]
+            trained += earlier["trained_tokens"]
+            tokens += earlier["tokens"]
+            if tokens >= window:
+                break
+        if tokens >= window:
+            points.append((done, loss / trained))
+    return points
+
+
+def validated(steps: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(tokens so far, loss per token of the validation samples) after each step that has one."""
+    done = itertools.accumulate(step["tokens"] for step in steps)
+    return [(at, step["validation"]["loss"]) for at, step in zip(done, steps, strict=True) if "validation" in step]
+
+
+def draw(folder: Path) -> str:
+    """The charts of the two runs in `folder`, training and validation, with a border where the ranks change."""
+    runs = [read_steps(folder / name) for name in NAMES]
+    total = sum(step["tokens"] for step in runs[0])
+    curves = {"training": [smoothed(steps, total / 12) for steps in runs], "validation": [*map(validated, runs)]}
+    charts = []
+    for number, (what, pair) in enumerate(curves.items()):
+        losses = [loss for curve in pair for _, loss in curve] or [0.0, 1.0]
+        low, high = math.floor(min(losses) * 5) / 5, math.ceil(max(losses) * 5) / 5
+        chart = Chart(f"{what} loss", "tokens trained", "loss", (0, total), (low, high))
+        for color, (curve, name) in enumerate(zip(pair, NAMES.values(), strict=True)):
+            chart.line(curve, color)
+            chart.name(name, color)
+        for attempt in read_attempts(folder / "elastic", len(runs[1])):
+            if attempt.first_step <= attempt.last_step:
+                end = sum(step["tokens"] for step in runs[1][: attempt.last_step])
+                chart.border(end, f"{attempt.world_size} rank{'s' if attempt.world_size > 1 else ''}")
+        place = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
+        charts.append(chart.svg().replace("<svg ", place, 1))
+    for number, name in enumerate(NAMES):
+        ends = ", ".join(f"{what} loss {pair[number][-1][1]:.4f}" for what, pair in curves.items() if pair[number])
+        print(f"{name}: {len(runs[number])} steps, {ends}")
+    width = WIDTH * len(curves)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
+        f'{_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(charts)}</svg>\n'
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Train what is not there, then draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--stretches", default="4,2,1,4", help="ranks of each stretch of the second run [4,2,1,4]")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/elastic"), help="of both runs [outputs/elastic]")
+    parser.add_argument("--svg", type=Path, default=Path("elastic.svg"), help="where the chart goes [elastic.svg]")
+    options, overrides = parser.parse_known_args(argv)
+    ranks = [int(word) for word in options.stretches.split(",") if word.isdecimal() and int(word)]
+    if len(ranks) != len(options.stretches.split(",")):
+        raise ValueError(f"--stretches {options.stretches}: not numbers of ranks, parted by commas")
+    whole, elastic = options.folder / "whole", options.folder / "elastic"
+    if not whole.exists():
+        train(overrides, whole, ranks[0], math.inf)
+    total = sum(step["tokens"] for step in read_steps(whole))
+    if not elastic.exists():
+        for number, of_stretch in enumerate(ranks, start=1):
+            last = number == len(ranks)
+            train(overrides, elastic, of_stretch, math.inf if last else total * number / len(ranks))
+    options.svg.write_text(draw(options.folder), encoding="utf-8")
+    print(f"wrote {options.svg}")
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))
