@@ -25,6 +25,7 @@ from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_lr_scheduler, build_optimizer, clip_grad_norm
+from hbp_titan.components.preemption import Preempted, Preemption
 from hbp_titan.components.profiling import profiled_step
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import (
@@ -110,7 +111,8 @@ class Trainer:
             self.folder / "checkpoint",
             self.model,
             self.optimizer,
-            config.checkpoint.keep_latest_k,
+            config.checkpoint,
+            self.total_steps,
             check=lambda state, path: check_adapter(state.get("lora"), self.adapter, path),
         )
         times = load_level_times(self.folder, config.levels)
@@ -121,6 +123,8 @@ class Trainer:
             self.args, self.plans.of(0), self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
+        self.preemption = Preemption(self.folder, config.checkpoint.enable)
+        self.signal = 0  # the one that any rank had got when the last step ended
         self._resume()
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
@@ -147,10 +151,13 @@ class Trainer:
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
             self._probe_levels()
+            if self.prints:
+                self.preemption.clear()
             self.consumed.start(self.step + 1, self.epoch, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
-            while self.step < self.total_steps:
-                self._train_epoch(metrics)
+            with self.preemption, self.checkpointer:
+                while self.step < self.total_steps:
+                    self._train_epoch(metrics)
         self.consumed.close()
         self._print(describe_totals(self.recorder.totals, metrics.sources))
         self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
@@ -195,16 +202,25 @@ class Trainer:
             self.step += 1
             self.step_in_epoch += 1
             last = self.step == self.total_steps
-            if self.validator and (self.step % self.config.validation.interval == 0 or last):
+            # A signal leaves seconds: its step has no validation.
+            if self.validator and not self.signal and (self.step % self.config.validation.interval == 0 or last):
                 values["validation"] = self.validator.run(self.engine.evaluate)
             report = self.live_check.report(plan, self.step_in_epoch)
             if report:
                 values["live_check"] = report.as_dict(names)
+            saves = self.config.checkpoint.enable and (
+                self.step % self.config.checkpoint.interval == 0 or last or self.signal
+            )
+            if saves:
+                values["checkpoint_blocked_seconds"] = self._stage()
             metrics.log(values)
             for line in [report.line(names), *report.warnings(names)] if report else ():
                 metrics.write(line)
-            if self.step % self.config.checkpoint.interval == 0 or last:
-                self._save()
+            if saves:
+                # Only now: no checkpoint knows of a step that metrics.jsonl lacks.
+                self.checkpointer.write()
+            if self.signal and not last:
+                self._leave()
         if self.step_in_epoch == plan.num_steps:
             self._confirm_epoch(plan, metrics)
             self.epoch += 1
@@ -257,16 +273,21 @@ class Trainer:
         self.consumed.commit(self.step + 1, self.epoch)
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        (waited,) = all_reduce_values([waited], "max", self.device)
+        told = [waited, float(self.preemption.received), float(self.checkpointer.failed)]
+        waited, signal, save_failed = all_reduce_values(told, "max", self.device)
+        if save_failed:
+            self.checkpointer.wait()
+        self.signal = int(signal)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
-        return self.recorder.record(plan, step, self.step + 1, measured)
+        values = self.recorder.record(plan, step, self.step + 1, measured)
+        written = self.checkpointer.take_write_seconds()
+        return values if written is None else {**values, "checkpoint_write_seconds": written}
 
-    def _save(self) -> None:
-        if not self.config.checkpoint.enable:
-            return
+    def _stage(self) -> float:
+        """Take what the next checkpoint holds; returns the seconds that training stood still."""
         plan = self.plans.of(self.epoch)
         self.consumed.sync()
-        self.checkpointer.save(
+        return self.checkpointer.stage(
             self.step,
             {
                 "step": self.step,
@@ -282,6 +303,13 @@ class Trainer:
                 **({"lora": self.adapter} if self.adapter else {}),
             },
         )
+
+    def _leave(self) -> None:
+        """End the run for a signal, its last step saved."""
+        self.checkpointer.wait()
+        if self.prints:
+            print(self.preemption.leave(self.signal, self.step), flush=True)
+        raise Preempted
 
     def _resume(self) -> None:
         if not self.config.checkpoint.enable:
@@ -349,7 +377,7 @@ def main(argv: list[str]) -> None:
     world = init_world(config.parallelism.init_timeout_seconds)
     try:
         trainer = guarded(lambda: Trainer(config, world))
-        trainer.train()
+        guarded(trainer.train)
     finally:
         close_world()
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional as F
 
 from hbp_titan.components.adapter import check_adapter, checksum, whole_tensors
-from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.checkpoint_tensors import save_model_tensors
 from hbp_titan.components.model_state import check_load_path, initialize
 from hbp_titan.components.optimizer import lr_factor
 from hbp_titan.config import JobConfig, load_config

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from hbp_titan.components.checkpoint import load_model_tensors
+from hbp_titan.components.checkpoint_tensors import load_model_tensors
 from hbp_titan.config import JobConfig
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors

@@ -11,6 +11,7 @@ from hbp_titan.components.checkpoint import Checkpointer, completed
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
+from hbp_titan.job_config import Checkpoint
 
 
 def test_newest_complete_folder_is_by_number_and_partial_ones_are_ignored(tmp_path: Path) -> None:
@@ -36,17 +37,18 @@ def _train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int)
 
 def _save_and_go_on(world: World, folder: Path) -> list[torch.Tensor]:
     model, optimizer = _model(world, seed=0)
-    checkpointer = Checkpointer(folder, model, optimizer, keep_latest_k=2)
-    for step in range(1, 5):
-        _train(model, optimizer, 1)
-        checkpointer.save(step, {"step": step})
+    with Checkpointer(folder, model, optimizer, Checkpoint()) as checkpointer:
+        for step in range(1, 5):
+            _train(model, optimizer, 1)
+            checkpointer.stage(step, {"step": step})
+            checkpointer.write()
     _train(model, optimizer, 3)
     return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
 
 
 def _load_and_go_on(world: World, folder: Path) -> list[torch.Tensor]:
     model, optimizer = _model(world, seed=1)
-    state = Checkpointer(folder, model, optimizer, keep_latest_k=2).load()
+    state = Checkpointer(folder, model, optimizer, Checkpoint()).load()
     assert state is not None
     assert state["step"] == 4
     _train(model, optimizer, 3)  # the random inputs too must be those of the first run
@@ -61,7 +63,7 @@ def test_loaded_state_goes_on_bit_for_bit_and_old_folders_are_pruned(tmp_path: P
 
 
 def _load_nothing(world: World, folder: Path) -> bool:
-    return Checkpointer(folder, *_model(world, seed=1), keep_latest_k=2).load() is None
+    return Checkpointer(folder, *_model(world, seed=1), Checkpoint()).load() is None
 
 
 def test_folder_without_checkpoint_loads_nothing(tmp_path: Path) -> None:
