@@ -182,6 +182,7 @@ def verify(folder: Path, *, checksums: bool = True, rank: int = 0, world_size: i
         if not isinstance(entry, dict) or size != entry.get("bytes"):
             expected = entry.get("bytes") if isinstance(entry, dict) else None
             raise DamagedCheckpoint(f"{folder / name}: has {size} bytes, {MANIFEST} says {expected}")
+    read_json(folder / STATE)
     for name, saved in read_tensor_index(folder).items():
         for file, _, _ in saved.chunks:
             if file not in files:

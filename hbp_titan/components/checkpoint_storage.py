@@ -44,7 +44,7 @@ from hbp_titan.components.checkpoint_files import (
 PARTIAL = ".partial"
 
 
-class WriteError(OSError):
+class WriteError(ValueError):
     """A checkpoint could not be written; the message names the folder, the bytes it needs and those that are free."""
 
 
@@ -91,7 +91,7 @@ class FolderWriter(StorageWriter):
         needed = sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
-            raise WriteError(errno.ENOSPC, self._no_space("the checkpoint", needed, free))
+            raise self._no_space("the checkpoint", needed, free)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -149,13 +149,12 @@ class FolderWriter(StorageWriter):
 
     def _write_error(self, error: OSError, path: Path, needed: int) -> WriteError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self.partial).free
-            return WriteError(error.errno, self._no_space(f"{path.name}", needed, free))
+            return self._no_space(path.name, needed, shutil.disk_usage(self.partial).free)
         hint = "; every node must see the same folder" if error.errno == errno.ENOENT else ""
-        return WriteError(error.errno, f"{path}: {error.strerror}{hint}")
+        return WriteError(f"{path}: {error.strerror}{hint}")
 
-    def _no_space(self, what: str, needed: int, free: int) -> str:
-        return f"{self.partial}: no space for {what}: {needed:,} bytes needed, {free:,} free"
+    def _no_space(self, what: str, needed: int, free: int) -> WriteError:
+        return WriteError(f"{self.partial}: no space for {what}: {needed:,} bytes needed, {free:,} free")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

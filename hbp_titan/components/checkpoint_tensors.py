@@ -48,14 +48,14 @@ def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
     Needs no process group; reads the model's part only, and of it what is not frozen.
     """
     tensors = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in trained_parameters(model).items()}
-    verify(path)
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in tensors.items()})
+    load_model_shards(path, tensors)
     return tensors
 
 
 def load_model_shards(path: Path, shards: Mapping[str, Tensor]) -> None:
     """Fill the tensors of a model, sharded or not, by parameter name from checkpoint `path`; every rank calls it."""
-    agree(lambda: verify(path, rank=dist.get_rank(), world_size=dist.get_world_size()))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    agree(lambda: verify(path, rank=rank, world_size=world_size))
     agree(lambda: load_tensors(path, {f"model.{name}": tensor for name, tensor in shards.items()}))
 
 
@@ -86,6 +86,9 @@ def _alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 def agree(function: Callable[[], None]) -> None:
     """Run `function` on every rank; where it raised a ValueError on any, raise the first rank's on all."""
+    if not dist.is_initialized():
+        function()
+        return
     error: ValueError | None = None
     try:
         function()
