@@ -1,4 +1,4 @@
-"""Ranks are killed while every step is being saved; what is left goes on, and ends as the run that nothing disturbed."""
+"""Ranks are killed while every step is being saved; what is left goes on, and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -41,8 +41,15 @@ def _argv(folder: Path, name: str, num_rows: int, *more: str) -> list[str]:
     ]
 
 
-def test_run_killed_at_every_moment_of_a_save_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
-    run_distributed(train, 2, _argv(tmp_path, "whole", 150))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("run")
+    run_distributed(train, 2, _argv(folder, "whole", 150))
+    return folder / "whole"
+
+
+def test_run_killed_at_every_moment_of_a_save_ends_like_the_undisturbed_one(whole: Path, tmp_path: Path) -> None:
     argv = _argv(tmp_path, "killed", 150)
     folder = tmp_path / "killed" / "checkpoint"
     newest = 0
@@ -55,24 +62,24 @@ def test_run_killed_at_every_moment_of_a_save_ends_like_the_undisturbed_one(tmp_
     first, last = run_distributed(train, 2, argv)[0]
     assert first == newest
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{last - 1}", f"step-{last}"]
-    _same(tmp_path / "whole", tmp_path / "killed")
+    _same(whole, tmp_path / "killed")
 
 
-def _kill_at_random(tmp_path: Path, num_rows: int, kills: int, seed: int) -> None:
+def _kill_at_random(whole: Path, tmp_path: Path, num_rows: int, kills: int, seed: int) -> None:
     generator = random.Random(seed)
-    run_distributed(train, 2, _argv(tmp_path, "whole", num_rows))
     argv = _argv(tmp_path, "killed", num_rows)
     for _ in range(kills):
         ranks = generator.choice([(0,), (1,), (0, 1)])
         train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0.2, 3)))
     run_distributed(train, 2, argv)
-    _same(tmp_path / "whole", tmp_path / "killed")
+    _same(whole, tmp_path / "killed")
 
 
-def test_run_killed_at_random_moments_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
-    _kill_at_random(tmp_path, num_rows=150, kills=3, seed=0)
+def test_run_killed_at_random_moments_ends_like_the_undisturbed_one(whole: Path, tmp_path: Path) -> None:
+    _kill_at_random(whole, tmp_path, num_rows=150, kills=3, seed=0)
 
 
 @pytest.mark.slow
 def test_run_killed_twenty_times_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
-    _kill_at_random(tmp_path, num_rows=1500, kills=20, seed=1)
+    run_distributed(train, 2, _argv(tmp_path, "whole", 1500))
+    _kill_at_random(tmp_path / "whole", tmp_path, num_rows=1500, kills=20, seed=1)
