@@ -6,6 +6,7 @@ Owns one buffer in host memory, allocated at the first save and used again by ev
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 # Of each tensor in the buffer: enough for any dtype.
 _ALIGNMENT = 64
+# cudaHostRegisterPortable.
+_PORTABLE = 1
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -50,10 +53,15 @@ class HostBuffer:
         self._block = torch.empty(size, dtype=torch.uint8)
         if pinned:
             # torch's own pinned allocator would round up to a power of two: gigabytes here.
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)))
+            _check(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, _PORTABLE))
 
     def close(self) -> None:
         """Give the memory back."""
         if self._block.is_pinned():
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())))
+            _check(torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr()))
         self._block = torch.empty(0, dtype=torch.uint8)
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        raise RuntimeError(f"host memory for checkpoints could not be pinned or given back: CUDA error {int(code)}")
