@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from hbp_titan.cli import Mistakes
+from hbp_titan.cli import Mistakes, one_line
 from hbp_titan.components.checkpoint_files import DamagedCheckpoint, verify
 from hbp_titan.components.checkpoint_storage import PARTIAL, FolderReader, FolderWriter, LocalDataPlanner, hide
 from hbp_titan.components.checkpoint_tensors import CheckpointError, agree, describe, load_tensors, read_state
@@ -201,9 +201,11 @@ class Checkpointer:
         return state
 
     def _prune(self) -> None:
-        if self.config.keep_latest_k:
-            for old in completed(self.folder)[: -self.config.keep_latest_k]:
-                shutil.rmtree(hide(old), ignore_errors=True)
+        for old in completed(self.folder)[: -self.config.keep_latest_k] if self.config.keep_latest_k else ():
+            try:
+                shutil.rmtree(hide(old))
+            except OSError as error:
+                print(f"warning: {old} could not be deleted: {one_line(error)}", flush=True)
 
 
 def completed(folder: Path) -> list[Path]:

@@ -114,6 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
     _check_regular(path)
     try:
         values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: not JSON ({type(error).__name__})") from None
     if not isinstance(values, dict):

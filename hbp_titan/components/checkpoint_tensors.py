@@ -75,7 +75,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         _alone(dcp.load, tensors, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
     except CheckpointException as error:
-        raise DamagedCheckpoint(describe(error)) from None
+        cause = error.failures[0][0]
+        if isinstance(cause, DamagedCheckpoint):
+            raise cause from None
+        raise RuntimeError(f"{path} could not be loaded: {describe(error)}") from cause
 
 
 def _alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

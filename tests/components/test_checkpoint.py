@@ -140,11 +140,15 @@ def _flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _claim_another_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+
+
 DAMAGES = [
     ("rank-0.safetensors", _cut, r"rank-0\.safetensors: has \d+ bytes, manifest\.json says \d+"),
     ("rank-0.safetensors", _flip_a_bit, r"rank-0\.safetensors: its content does not match the checksum"),
     ("rank-0.safetensors", Path.unlink, r"rank-0\.safetensors: No such file or directory"),
-    ("state.json", _flip_a_bit, r"state\.json: its content does not match the checksum"),
+    ("state.json", _claim_another_step, r"state\.json: its content does not match the checksum"),
     ("tensors.json", _cut, r"tensors\.json: has \d+ bytes, manifest\.json says \d+"),
     ("manifest.json", _cut, r"manifest\.json: not JSON"),
     ("manifest.json", Path.unlink, r"manifest\.json: No such file or directory"),
