@@ -112,7 +112,6 @@ class Trainer:
             self.model,
             self.optimizer,
             config.checkpoint,
-            self.total_steps,
             check=lambda state, path: check_adapter(state.get("lora"), self.adapter, path),
         )
         times = load_level_times(self.folder, config.levels)
@@ -140,6 +139,7 @@ class Trainer:
             if not (self.folder / "hf").exists():
                 self._export()
             return
+        self.checkpointer.require_optimizer()
         metrics_config = self.config.metrics
         with MetricsLogger(
             self.folder,
@@ -302,6 +302,7 @@ class Trainer:
                 "token_ids": self.token_ids,
                 **({"lora": self.adapter} if self.adapter else {}),
             },
+            last=self.step == self.total_steps,
         )
 
     def _leave(self) -> None:

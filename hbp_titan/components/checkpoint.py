@@ -40,7 +40,7 @@ _WRITE_TIMEOUT = timedelta(hours=1)
 class Checkpointer:
     """Saves and loads what is trained of the model, its optimizer, per-rank RNG and the trainer's own state.
 
-    `state` in stage and load is the trainer's state: plain JSON values, the same on every rank. last_step: of the run.
+    `state` in stage and load is the trainer's state: plain JSON values, the same on every rank.
     check: called with the state and the folder before any tensor is read; raises ValueError for one of another run.
     As a context manager it waits at the end for the save that is in flight.
     """
@@ -51,15 +51,14 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: Checkpoint,
-        last_step: int = 0,
         check: Callable[[dict[str, Any], Path], None] | None = None,
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.config = config
-        self.last_step = last_step
         self.check = check
+        self._loaded_model_only: Path | None = None
         self._buffer = HostBuffer()
         self._group: dist.ProcessGroup | None = None
         self._staged: tuple[FolderWriter, dict[str, Tensor], dict[str, Tensor]] | None = None
@@ -67,16 +66,16 @@ class Checkpointer:
         self._error: str | None = None
         self._write_seconds: float | None = None
 
-    def stage(self, step: int, state: dict[str, Any]) -> float:
+    def stage(self, step: int, state: dict[str, Any], last: bool = False) -> float:
         """Take the state that `write` will save as checkpoint `step`; returns the seconds that training stood still.
 
-        Every rank calls it. Waits for the save before; what that could not write is raised here.
+        Every rank calls it. Waits for the save before; what that could not write is raised here. last: of the run.
         """
         started = time.perf_counter()
         self.wait()
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
-        model_only = self.config.last_save_model_only and step == self.last_step
+        model_only = self.config.last_save_model_only and last
         tensors, param_groups = collect(self.model, None if model_only else self.optimizer)
         tensors |= rng_state()
         if self.config.async_mode == "async":
@@ -185,11 +184,6 @@ class Checkpointer:
             raise ValueError(f"cannot resume: {path} is no checkpoint of a run; name another --job.dump_folder")
         if self.check:
             self.check(state, path)
-        if state["model_only"] and state["step"] < self.last_step:
-            raise ValueError(
-                f"cannot resume: {path} holds the model alone (checkpoint.last_save_model_only), from the last step of "
-                "a shorter run: name it as checkpoint.initial_load_path in another --job.dump_folder"
-            )
         optimizer = None if state["model_only"] else self.optimizer
         tensors, _ = collect(self.model, optimizer)
         if state["world_size"] == world_size:
@@ -198,7 +192,16 @@ class Checkpointer:
         agree(lambda: load_tensors(path, tensors))
         restore(self.model, optimizer, tensors, state["param_groups"])
         set_rng_state(tensors)
+        self._loaded_model_only = path if state["model_only"] else None
         return state
+
+    def require_optimizer(self) -> None:
+        """Raise ValueError where what was loaded cannot be trained on: the last checkpoint of a shorter run."""
+        if self._loaded_model_only:
+            raise ValueError(
+                f"cannot resume: {self._loaded_model_only} holds the model alone (checkpoint.last_save_model_only): "
+                "name it as checkpoint.initial_load_path in another --job.dump_folder"
+            )
 
     def _prune(self) -> None:
         for old in completed(self.folder)[: -self.config.keep_latest_k] if self.config.keep_latest_k else ():

@@ -122,10 +122,11 @@ def _steps_1_to_3(world: World, folder: Path, **config: Any) -> list[list[torch.
     """Saves three steps; the parameters after each."""
     model, optimizer = _model(world, seed=0)
     parameters = []
-    with Checkpointer(folder, model, optimizer, Checkpoint(keep_latest_k=3, **config), last_step=3) as checkpointer:
+    with Checkpointer(folder, model, optimizer, Checkpoint(keep_latest_k=3, **config)) as checkpointer:
         for step in (1, 2, 3):
             _train(model, optimizer, 1)
-            _save(checkpointer, step)
+            checkpointer.stage(step, {"step": step}, last=step == 3)
+            checkpointer.write()
             parameters.append(_parameters(model))
     return parameters
 
@@ -226,10 +227,11 @@ def test_last_step_without_optimizer_state_ends_a_run_and_starts_no_longer_one(a
     assert saved[0] - saved[1] == {f"optimizer.{p}.{s}" for p in ("weight", "bias") for s in _ADAM}
     assert saved[1] == {"model.weight", "model.bias", "rng.0.cpu"}
     model, optimizer = _model(alone, seed=1)
-    assert Checkpointer(tmp_path, model, optimizer, Checkpoint(), last_step=3).load() is not None
+    checkpointer = Checkpointer(tmp_path, model, optimizer, Checkpoint())
+    assert checkpointer.load() is not None
     assert all(a.equal(b) for a, b in zip(_parameters(model), parameters[2], strict=True))
     with pytest.raises(ValueError, match=r"cannot resume: .*step-3 holds the model alone"):
-        Checkpointer(tmp_path, model, optimizer, Checkpoint(), last_step=4).load()
+        checkpointer.require_optimizer()
 
 
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
