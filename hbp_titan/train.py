@@ -211,6 +211,7 @@ class Trainer:
             saves = self.config.checkpoint.enable and (
                 self.step % self.config.checkpoint.interval == 0 or last or self.signal
             )
+            values |= self.checkpointer.take_measured()
             if saves:
                 values["checkpoint_blocked_seconds"] = self._stage()
             metrics.log(values)
@@ -279,9 +280,7 @@ class Trainer:
             self.checkpointer.wait()
         self.signal = int(signal)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
-        values = self.recorder.record(plan, step, self.step + 1, measured)
-        written = self.checkpointer.take_write_seconds()
-        return values if written is None else {**values, "checkpoint_write_seconds": written}
+        return self.recorder.record(plan, step, self.step + 1, measured)
 
     def _stage(self) -> float:
         """Take what the next checkpoint holds; returns the seconds that training stood still."""

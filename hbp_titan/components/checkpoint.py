@@ -116,10 +116,10 @@ class Checkpointer:
         """Whether this rank knows that the last save failed; `wait` raises it."""
         return self._error is not None
 
-    def take_write_seconds(self) -> float | None:
-        """How long the last save took to write; None where that is not known yet, or was asked for before."""
+    def take_measured(self) -> dict[str, float]:
+        """The key of metrics.jsonl for how long the last save took to write; nothing until that is known, and once."""
         seconds, self._write_seconds = self._write_seconds, None
-        return seconds
+        return {} if seconds is None else {"checkpoint_write_seconds": seconds}
 
     def wait(self) -> None:
         """Return when no save is in flight. Raises CheckpointError where the last one failed."""
