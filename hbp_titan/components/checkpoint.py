@@ -8,6 +8,7 @@ checkpoint_storage's.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import threading
@@ -83,7 +84,9 @@ class Checkpointer:
         else:
             local = {name: local_part(tensor) for name, tensor in tensors.items()}
         own = {"world_size": dist.get_world_size(), "model_only": model_only, "param_groups": param_groups}
-        writer = FolderWriter(self.folder / f"step-{step}", dist.get_rank(), state | own, self._prune)
+        # Copied too: it is written when training has gone on.
+        values = copy.deepcopy(state | own)
+        writer = FolderWriter(self.folder / f"step-{step}", dist.get_rank(), values, self._prune)
         self._staged = (writer, tensors, local)
         return time.perf_counter() - started
 

@@ -70,12 +70,16 @@ def _save_and_go_on(world: World, folder: Path, mode: str) -> tuple[list[torch.T
 
     checkpoint_storage.write_safetensors = write_while_training
     with Checkpointer(folder, model, optimizer, Checkpoint(async_mode=mode)) as checkpointer:
+        state: dict[str, Any] = {}
         for step in range(1, 5):
+            state["step"] = step
             _train(model, optimizer, 1)
             training.set()
             checkpointer.wait()
             training.clear()
-            _save(checkpointer, step)
+            checkpointer.stage(step, state)
+            checkpointer.write()
+        state["step"] = 99  # of the next step: no part of what was staged
         _train(model, optimizer, 3)
         training.set()
     return _parameters(model), all(overlapped)
