@@ -29,13 +29,15 @@ COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr"
 
 @dataclass(frozen=True)
 class Kill:
-    """Who dies and when: `seconds` after its start, or in the `number`-th call of a function of a save, before it runs.
+    """Who dies and when: after `seconds`, or in the `number`-th call of a function of a save, before it runs.
 
+    loaded: the seconds count from when the rank has loaded its checkpoint, otherwise from its start.
     half_written: the function's file is begun first.
     """
 
     ranks: tuple[int, ...]
     seconds: float = 0
+    loaded: bool = False
     function: str = ""
     number: int = 1
     half_written: bool = False
@@ -43,19 +45,26 @@ class Kill:
 
 def train(world: World, argv: list[str], kill: Kill | None = None) -> list[int]:
     """Train to the end; returns the first and the last step."""
-    if kill is not None and world.rank in kill.ranks:
-        if kill.function:
-            for module in (checkpoint, checkpoint_storage):
-                if hasattr(module, kill.function):
-                    setattr(module, kill.function, _deadly(getattr(module, kill.function), kill))
-        else:
-            timer = threading.Timer(kill.seconds, os.kill, (os.getpid(), signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
+    if kill is not None and world.rank not in kill.ranks:
+        kill = None
+    if kill and kill.function:
+        for module in (checkpoint, checkpoint_storage):
+            if hasattr(module, kill.function):
+                setattr(module, kill.function, _deadly(getattr(module, kill.function), kill))
+    elif kill and not kill.loaded:
+        _die_in(kill.seconds)
     trainer = Trainer(load_config(argv), world)
+    if kill and kill.loaded:
+        _die_in(kill.seconds)
     first = trainer.step
     trainer.train()
     return [first, trainer.step]
+
+
+def _die_in(seconds: float) -> None:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
 
 
 def _deadly(function: Callable[..., Any], kill: Kill) -> Callable[..., Any]:

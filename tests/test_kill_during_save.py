@@ -72,10 +72,10 @@ def test_run_killed_at_every_moment_of_a_save_ends_like_the_undisturbed_one(whol
 def _kill_at_random(whole: Path, tmp_path: Path, num_rows: int, kills: int, seed: int) -> None:
     generator = random.Random(seed)
     argv = _argv(tmp_path, "killed", num_rows)
-    for _ in range(kills):
+    for number in range(kills):
         ranks = generator.choice([(0,), (1,), (0, 1)])
-        train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0.2, 3)))
-    run_distributed(train, 2, argv)
+        train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0, 2), loaded=number % 3 > 0))
+    assert run_distributed(train, 2, argv)[0][0] > 0
     _same(whole, tmp_path / "killed")
 
 
