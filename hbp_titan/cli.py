@@ -34,6 +34,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def error_lines(error: BaseException) -> str:
+    """What a command says of a mistake: a line each."""
+    lines = error.lines if isinstance(error, Mistakes) else [one_line(error)]
+    return "\n".join(f"error: {' '.join(line.split())}" for line in lines)
+
+
 def guarded(function: Callable[[], Result], shows: Callable[[], bool] | None = None) -> Result:
     """Run `function`; a user's mistake ends the process with one line on stderr and exit code 1.
 
@@ -48,6 +54,5 @@ def guarded(function: Callable[[], Result], shows: Callable[[], bool] | None = N
             raise SystemExit(1) from None
         if os.environ.get("HBP_TRACEBACK") == "1":
             traceback.print_exc()
-        lines = error.lines if isinstance(error, Mistakes) else [one_line(error)]
-        print("\n".join(f"error: {' '.join(line.split())}" for line in lines), file=sys.stderr, flush=True)
+        print(error_lines(error), file=sys.stderr, flush=True)
         raise SystemExit(1) from None

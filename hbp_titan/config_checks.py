@@ -22,6 +22,7 @@ _CHOICES = {
     "parallelism.cp_collectives": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "activation_checkpoint.policy": AC_POLICIES,
+    "checkpoint.async_mode": ("async", "disabled"),
     "checkpoint.export_dtype": ("float32", "bfloat16"),
     "data.embedded": ("", "stdlib"),
     "data.train_on": ("assistant", "last", "all"),

@@ -228,6 +228,12 @@ class Checkpoint:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_latest_k: int = 2
     """Older checkpoints are deleted; 0 keeps all."""
+    async_mode: str = "async"
+    """"async" writes a copy in host memory while training goes on; "disabled" trains on when all is written."""
+    verify: bool = True
+    """Compare every file with its checksum before a run resumes from it."""
+    last_save_model_only: bool = False
+    """The last step's checkpoint has no optimizer state: smaller, and no run goes on from it."""
     initial_load_path: str = ""
     """HF folder whose weights start the run when there is nothing to resume."""
     export_hf: bool = True

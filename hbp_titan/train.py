@@ -28,6 +28,7 @@ from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
+from hbp_titan.components.preemption import Preempted, Preemption
 from hbp_titan.components.profiling import profiled_step
 from hbp_titan.components.progress import Progress
 from hbp_titan.components.reproducibility import note_start, start_generators
@@ -114,7 +115,7 @@ class Trainer:
             self.folder / "checkpoint",
             self.model,
             self.optimizer,
-            config.checkpoint.keep_latest_k,
+            config.checkpoint,
             check=self._check_state,
         )
         times = load_level_times(self.folder, config.levels)
@@ -129,6 +130,8 @@ class Trainer:
         )
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
+        self.preemption = Preemption(self.folder, config.checkpoint.enable)
+        self.signal = 0  # the one that any rank had got when the last step ended
         self._resume()
 
     @property
@@ -154,6 +157,7 @@ class Trainer:
             if not (self.folder / "hf").exists():
                 self._export()
             return
+        self.checkpointer.require_optimizer()
         metrics_config = self.config.metrics
         with MetricsLogger(
             self.folder,
@@ -165,11 +169,14 @@ class Trainer:
             progress_bar=metrics_config.progress_bar,
         ) as metrics:
             self._probe_levels()
+            if self.prints:
+                self.preemption.clear()
             parts = describe_parts(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
-            while self.step < self.total_steps:
-                self._train_epoch(metrics)
+            with self.preemption, self.checkpointer:
+                while self.step < self.total_steps:
+                    self._train_epoch(metrics)
         self.consumed.close()
         self._print(describe_totals(self.recorder.totals, metrics.sources))
         self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
@@ -217,18 +224,28 @@ class Trainer:
                 values = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
             last = self.step == self.total_steps
-            if self.validator and (self.step % self.config.validation.interval == 0 or last):
+            # A signal leaves seconds: its step has no validation.
+            if self.validator and not self.signal and (self.step % self.config.validation.interval == 0 or last):
                 self._at(f"validation after step {self.step}")
                 values["validation"] = self.validator.run(self.engine.evaluate)
             report = self.live_check.report(plan, position.step_in_plan)
             if report:
                 values["live_check"] = report.as_dict(names)
+            saves = self.config.checkpoint.enable and (
+                self.step % self.config.checkpoint.interval == 0 or last or self.signal
+            )
+            self._at(f"checkpoint of step {self.step}")
+            values |= self.checkpointer.take_measured()
+            if saves:
+                values["checkpoint_blocked_seconds"] = self._stage()
             metrics.log(values)
             for line in [report.line(names), *report.warnings(names)] if report else ():
                 metrics.write(line)
-            self._at(f"checkpoint of step {self.step}")
-            if self.step % self.config.checkpoint.interval == 0 or last:
-                self._save()
+            if saves:
+                # Only now: no checkpoint knows of a step that metrics.jsonl lacks.
+                self.checkpointer.write()
+            if self.signal and not last:
+                self._leave()
         if position.finished:
             self.consumed.sync()
             self._confirm_epoch(metrics.write)
@@ -288,16 +305,19 @@ class Trainer:
         self.nonfinite.clear()
         self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
         self.optimizer.zero_grad()
-        (waited,) = all_reduce_values([waited], "max", self.device)
+        told = [waited, float(self.preemption.received), float(self.checkpointer.failed)]
+        waited, signal, save_failed = all_reduce_values(told, "max", self.device)
+        if save_failed:
+            self.checkpointer.wait()
+        self.signal = int(signal)
         measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
         record = self.recorder.record(plan, step, self.step + 1, measured, skipped)
         return {**record, **self.expert_load.take(self.step + 1)}
 
-    def _save(self) -> None:
-        if not self.config.checkpoint.enable:
-            return
+    def _stage(self) -> float:
+        """Take what the next checkpoint holds; returns the seconds that training stood still."""
         self.consumed.sync()
-        self.checkpointer.save(
+        return self.checkpointer.stage(
             self.step,
             {
                 **self.progress.state(),
@@ -307,7 +327,15 @@ class Trainer:
                 "token_ids": self.token_ids,
                 **({"lora": self.adapter} if self.adapter else {}),
             },
+            last=self.step == self.total_steps,
         )
+
+    def _leave(self) -> None:
+        """End the run for a signal, its last step saved."""
+        self.checkpointer.wait()
+        if self.prints:
+            print(self.preemption.leave(self.signal, self.step), flush=True)
+        raise Preempted
 
     def _resume(self) -> None:
         if not self.config.checkpoint.enable:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from hbp_titan.cli import guarded
-from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.checkpoint_tensors import save_model_tensors
 from hbp_titan.models.hf import args_from_hf, load_hf_tensors, token_ids_from_hf
 from hbp_titan.models.registry import build_model
 

@@ -7,7 +7,6 @@ the tokenizer's files; transformers, vLLM and SGLang load it. LoRA adapters are 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import whole_tensors
 from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint_tensors import read_state
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import save_hf_folder
 
@@ -37,7 +37,7 @@ def find_checkpoint(path: Path) -> Path:
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     """Write `checkpoint` into `out`; returns the step folder that was read."""
     step_folder = find_checkpoint(checkpoint)
-    state = json.loads((step_folder / "state.json").read_text())
+    state = read_state(step_folder)
     args = ModelArgs.from_dict(state["model"])
     tensors = whole_tensors(step_folder, state, args)
     tokenizer_path = Path(state["tokenizer_path"])

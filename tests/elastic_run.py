@@ -39,6 +39,8 @@ def train_until(world: World, argv: Sequence[str], last_step: int | None = None)
     trainer.train_step = step  # type: ignore[method-assign]
     with contextlib.suppress(_Killed):
         trainer.train()
+    # The save in flight is not what this kill is to cut.
+    trainer.checkpointer.wait()
     return {
         "started": started,
         "ended": whole_state(trainer),

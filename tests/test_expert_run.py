@@ -74,7 +74,7 @@ def _load(world: World, argv: list[str], checkpoints: Path) -> dict[str, Tensor]
     config = load_config(argv)
     engine = Engine(config, ARGS, world)
     optimizer = build_optimizer(engine.model, config.optimizer)
-    assert Checkpointer(checkpoints, engine.model, optimizer, 2).load()
+    assert Checkpointer(checkpoints, engine.model, optimizer, config.checkpoint).load()
     return _state(engine.model, optimizer)
 
 

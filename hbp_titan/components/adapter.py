@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.checkpoint import load_model_tensors
+from hbp_titan.components.checkpoint_tensors import load_model_tensors
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.models.decoder import ModelArgs, init_parameter

@@ -29,6 +29,8 @@ _TENSORBOARD_NAMES = {
     "padding": "padding(%)",
     "data_wait_seconds": "time_metrics/data_loading(s)",
     "step_seconds": "time_metrics/end_to_end(s)",
+    "checkpoint_blocked_seconds": "time_metrics/checkpoint_blocked(s)",
+    "checkpoint_write_seconds": "time_metrics/checkpoint_write(s)",
     "peak_memory_gib": "memory/max_active(GiB)",
 }
 

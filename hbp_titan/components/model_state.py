@@ -6,18 +6,17 @@ HF folder none reads more than its own shards.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from hbp_titan.components.checkpoint_tensors import load_model_shards, read_state
 from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
@@ -33,7 +32,7 @@ def check_load_path(path: str, args: ModelArgs) -> None:
     if not path:
         return
     if (folder / "state.json").is_file():
-        if "lora" in json.loads((folder / "state.json").read_text()):
+        if "lora" in read_state(folder):
             raise ValueError(
                 f"checkpoint.initial_load_path = {path!r} holds LoRA adapters alone: merge them with "
                 f"scripts/convert_to_hf.py {path} OUT and name OUT"
@@ -52,8 +51,10 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
     """
     model.to_empty(device=device)
     if load_path and (Path(load_path) / "state.json").is_file():
-        base = {name: value for name, value in get_model_state_dict(model).items() if not is_adapter(name)}
-        dcp.load({"model": base}, checkpoint_id=load_path)
+        base: dict[str, Any] = {
+            name: value for name, value in get_model_state_dict(model).items() if not is_adapter(name)
+        }
+        load_model_shards(Path(load_path), base)
     elif load_path:
         tensors = load_hf_tensors(Path(load_path), args)
         _fill(_parameters(model, adapters=False), lambda name, shape, dims: tensors.part(name, dims))

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.job_config import LRScheduler, Optimizer
@@ -59,11 +58,6 @@ def lr_factor(config: LRScheduler, total_steps: int) -> Callable[[int], float]:
         return config.min_lr_factor + (1.0 - config.min_lr_factor) * shape
 
     return factor
-
-
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, total_steps: int) -> LambdaLR:
-    """The schedule over `total_steps` optimizer steps."""
-    return LambdaLR(optimizer, lr_factor(config, total_steps))
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from hbp_titan.cli import Mistakes, error_lines
+
 
 def job_store() -> dist.Store:
     """The store in which the ranks met; keys of an earlier start of the job (torchrun's restarts) are not in it."""
@@ -39,11 +41,15 @@ def first_to_fail() -> bool:
 def told_once(rank: int, where: Callable[[], str]) -> Iterator[None]:
     """End this process with exit code 1 for any exception inside; the first rank of the job shows it.
 
+    Mistakes and OSError (a full disk) are one line each, as everywhere.
+
     where: what was being done, for the message.
     """
     try:
         yield
-    except Exception:
+    except Exception as error:
         if first_to_fail():
-            print(f"rank {rank} failed in {where()}:\n{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
+            user_mistake = isinstance(error, Mistakes | OSError)
+            text = error_lines(error) if user_mistake else f"rank {rank} failed in {where()}:\n{traceback.format_exc()}"
+            print(text.rstrip(), file=sys.stderr, flush=True)
         raise SystemExit(1) from None
