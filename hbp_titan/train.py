@@ -24,7 +24,7 @@ from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.expert_load import ExpertLoad
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import export_adapter, export_hf
+from hbp_titan.components.model_state import describe_weights, export_adapter, export_hf
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
@@ -369,7 +369,8 @@ class Trainer:
         print(f"model: {self.args.name}, {num_params(self.args):,} parameters, {self.config.training.dtype}, ", end="")
         print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
         print(f"attention {selected_backend(self.device)}")
-        print(f"weights: {self.config.checkpoint.initial_load_path or 'new ones, from training.seed'}")
+        path, dtype = self.config.checkpoint.initial_load_path, self.config.training.dtype
+        print(f"weights: {describe_weights(path, self.args, dtype)}")
         if self.config.lora.rank:
             print(describe_lora(self.config.lora, self.model))
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")

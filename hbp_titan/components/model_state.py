@@ -24,6 +24,7 @@ from hbp_titan.models.lora import ALL_LINEAR, init_lora_parameter, is_adapter, m
 from hbp_titan.models.peft_folder import save_adapter_folder
 
 Slices = tuple[slice, ...]
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def check_load_path(path: str, args: ModelArgs) -> None:
@@ -63,6 +64,16 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
             _parameters(model, adapters=False), lambda name, shape, dims: init_parameter(args, name, shape, seed)[dims]
         )
     _fill(_parameters(model, adapters=True), lambda name, shape, dims: init_lora_parameter(name, shape, seed)[dims])
+
+
+def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
+    """Where the first weights come from, and what becomes of their dtype. dtype: that of the stored parameters."""
+    if not load_path:
+        return "new ones, from training.seed"
+    if (Path(load_path) / "state.json").is_file():
+        return f"{load_path}, a checkpoint, held in {dtype}"
+    on_disk = ", ".join(_DTYPE_NAMES.get(name, name) for name in load_hf_tensors(load_path, args).dtypes)
+    return f"{load_path}, {on_disk} on disk, held in {dtype}"
 
 
 def _parameters(model: nn.Module, adapters: bool) -> Iterator[tuple[str, nn.Parameter]]:

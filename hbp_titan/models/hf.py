@@ -52,8 +52,9 @@ _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 class HFTensors(Mapping[str, Tensor]):
     """The weights of an HF folder by our names, each read (memory-mapped, on the CPU) when it is asked for.
 
-    Dtypes are those on disk. Raises ValueError when made, before any tensor is read, with the names of all
-    missing, unknown and misshapen tensors; `args` is the architecture that they are compared with.
+    Dtypes are those on disk; `dtypes` has safetensors' names of all of them. Raises ValueError when made, before any
+    tensor is read, with the names of all missing, unknown and misshapen tensors; `args` is the architecture that they
+    are compared with.
     """
 
     def __init__(self, folder: str | Path, args: ModelArgs) -> None:
@@ -67,6 +68,7 @@ class HFTensors(Mapping[str, Tensor]):
                     raise ValueError(f"{path}: {name} is also in another file of the folder")
                 header = handle.get_slice(name)
                 self._files[name], shapes[name] = handle, (header.get_shape(), header.get_dtype())
+        self.dtypes = sorted({dtype for _, dtype in shapes.values()})
         _compare(self.folder, shapes, args)
 
     @cached_property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.hf import (
+    HFTensors,
     args_from_hf,
     args_to_hf_config,
     from_hf_name,
@@ -25,6 +28,7 @@ from hbp_titan.models.hf import (
     token_ids_from_hf,
 )
 from hbp_titan.models.registry import FLAVORS
+from tests.models.deepseek_tiny import tiny_args as deepseek_args
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
 LLAMA3_SCALING = {
@@ -371,3 +375,59 @@ def test_a_failed_write_leaves_nothing_and_a_full_folder_is_kept(tmp_path: Path)
     write_folder(tmp_path / "out", args, overwrite=True)
     assert not (tmp_path / "out" / "notes.txt").exists()
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_part_is_that_slice_of_the_whole_and_reads_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = deepseek_args(moe={"n_routed_experts": 4, "n_group": 2})
+    write_folder(tmp_path / "out", args)
+    tensors = load_hf_tensors(tmp_path / "out", args)
+    read: list[tuple[str, Sequence[slice]]] = []
+    whole = HFTensors._read
+
+    def spied(self: HFTensors, name: str, dims: Sequence[slice]) -> torch.Tensor:
+        read.append((name, dims))
+        return whole(self, name, dims)
+
+    monkeypatch.setattr(HFTensors, "_read", spied)
+    experts, dims = "layers.1.mlp.experts.up_proj", (slice(2, 4), slice(0, 8), slice(16, 48))
+    assert torch.equal(tensors.part(experts, dims), tensors[experts][dims])
+    named = [f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in (2, 3)]
+    assert read[:2] == [(name, dims[1:]) for name in named]
+    rows = (slice(30, 60), slice(0, 48))
+    assert torch.equal(tensors.part("tok_embeddings.weight", rows), tensors["tok_embeddings.weight"][rows])
+    assert tensors.dtypes == ["F32"]
+
+
+class _Harm:
+    """What a pickle makes when it is read: an empty file `harm` in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mknod, (str(self.folder / "harm"),)
+
+
+def test_code_and_pickles_of_a_folder_are_left_alone(tmp_path: Path) -> None:
+    args = tiny_args()
+    write_folder(tmp_path / "out", args)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own_code.Config", "AutoModelForCausalLM": "own_code.Model"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out" / "own_code.py").write_text(f"import os\nos.mknod({str(tmp_path / 'harm')!r})\n")
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(pickle.dumps(_Harm(tmp_path)))
+    found = args_from_hf(tmp_path / "out")
+    assert dataclasses.replace(found, name=args.name) == args
+    assert len(dict(load_hf_tensors(tmp_path / "out"))) == len(dict(Decoder(args).named_parameters()))
+    (tmp_path / "out" / "model.safetensors").write_bytes(pickle.dumps(_Harm(tmp_path)))
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        load_hf_tensors(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor"):
+        load_hf_tensors(tmp_path / "out")
+    assert not (tmp_path / "harm").exists()
+    # The pickle does harm where it is read.
+    pickle.loads(pickle.dumps(_Harm(tmp_path)))
+    assert (tmp_path / "harm").exists()
