@@ -24,7 +24,7 @@ from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.expert_load import ExpertLoad
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import describe_weights, export_adapter, export_hf
+from hbp_titan.components.model_state import export_adapter, export_hf
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
@@ -35,7 +35,7 @@ from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_record import StepMeasurements, StepRecorder
 from hbp_titan.components.summary import (
     compare_methods,
-    describe_lora,
+    describe_model,
     describe_plan,
     describe_totals,
     describe_wait,
@@ -55,7 +55,7 @@ from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
 from hbp_titan.distributed.mesh import crossed_nodes
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
+from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import (
     World,
     all_reduce_values,
@@ -67,8 +67,6 @@ from hbp_titan.distributed.world import (
 )
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
-from hbp_titan.models.attention import selected_backend
-from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
@@ -366,13 +364,7 @@ class Trainer:
         plan = self.position.plan
         if self.config.packing.print_comparison:
             print(compare_methods(self.plans))
-        print(f"model: {self.args.name}, {num_params(self.args):,} parameters, {self.config.training.dtype}, ", end="")
-        print(f"computed in {str(compute_dtype(self.config, self.device)).removeprefix('torch.')}, ", end="")
-        print(f"attention {selected_backend(self.device)}")
-        path, dtype = self.config.checkpoint.initial_load_path, self.config.training.dtype
-        print(f"weights: {describe_weights(path, self.args, dtype)}")
-        if self.config.lora.rank:
-            print(describe_lora(self.config.lora, self.model))
+        print(describe_model(self.config, self.args, self.model, self.device))
         print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
         experts = self.config.parallelism.expert_parallel_degree
         for warning in crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size)):

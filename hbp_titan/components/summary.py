@@ -9,10 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
+from hbp_titan.components.model_state import describe_weights
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.job_config import LoRA
+from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.job_config import JobConfig, LoRA
+from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.attention import selected_backend
+from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Level, Plan, comparison_table, measure
 
 SHOWN_SOURCES = 30
@@ -32,7 +38,19 @@ def compare_methods(plans: EpochPlans) -> str:
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
 
 
-def describe_lora(lora: LoRA, model: nn.Module) -> str:
+def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
+    """Architecture, dtypes, attention kernel, where the weights come from, and what of them is trained."""
+    computed = str(compute_dtype(config, device)).removeprefix("torch.")
+    weights = describe_weights(config.checkpoint.initial_load_path, args, config.training.dtype)
+    lines = [
+        f"model: {args.name}, {num_params(args):,} parameters, {config.training.dtype}, computed in {computed}, "
+        f"attention {selected_backend(device)}",
+        f"weights: {weights}",
+    ]
+    return "\n".join([*lines, *([_describe_lora(config.lora, model)] if config.lora.rank else [])])
+
+
+def _describe_lora(lora: LoRA, model: nn.Module) -> str:
     """What is trained of an adapted model."""
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, total = sum(n for n, requires_grad in numbers if requires_grad), sum(n for n, _ in numbers)
