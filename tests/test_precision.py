@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,8 +15,10 @@ import torch
 from hbp_titan.config import load_config
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.train import Trainer
-from tests.tiny_run import write_tiny_run
+from tests.models.deepseek_tiny import tiny_args
+from tests.tiny_run import VOCAB_SIZE, write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,9 +54,13 @@ def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Pa
 
 
 @pytest.mark.gpu
-def test_gpu_run_follows_the_cpu_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_gpu_run_follows_the_cpu_run(tmp_path: Path, experts: bool) -> None:
     assert torch.cuda.is_available()
     argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1"]
+    if experts:
+        config = args_to_hf_config(dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE))
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name, visible in (("cpu", ""), ("gpu", "0")):
         command = [sys.executable, "-m", "hbp_titan.train", *argv, f"--job.dump_folder={tmp_path / name}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
