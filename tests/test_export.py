@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import load_config
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.train import Trainer
-from tests.tiny_run import write_tiny_run
+from tests.tiny_run import ARGS, write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = torch.arange(5, 105)
@@ -97,6 +99,21 @@ def test_run_starts_from_an_hf_folder_and_from_a_converted_one(
         torch.testing.assert_close(run_distributed(_first_logits, 2, changed)[0], logits, rtol=1e-6, atol=1e-6)
     without = run_distributed(_first_logits, 2, [*argv, f"--job.dump_folder={tmp_path / 'new'}"])[0]
     assert (without - logits).abs().max() > 0.1
+
+
+def test_a_checkpoint_of_another_model_is_named_tensor_by_tensor_before_the_start(
+    run: tuple[list[str], Path, torch.Tensor],
+) -> None:
+    _, folder, _ = run
+    path = str(folder / "run" / "checkpoint" / "step-6")
+    check_load_path(path, ARGS)
+    deeper = dataclasses.replace(ARGS, num_layers=3, intermediate_size=72)
+    with pytest.raises(ValueError, match=r"step-6: its tensors are not those of this model; missing: ") as caught:
+        check_load_path(path, deeper)
+    assert "model.layers.2.mlp.up_proj.weight" in str(caught.value)
+    assert "misshapen: model.layers.0.mlp.down_proj.weight [32, 64] instead of [32, 72], " in str(caught.value)
+    with pytest.raises(ValueError, match=r"unknown: model\.layers\.1\.input_layernorm\.weight, "):
+        check_load_path(path, dataclasses.replace(ARGS, num_layers=1))
 
 
 def test_conversion_of_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ what it holds and asks no other, so that a file that only one rank cannot read s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from hbp_titan.components.checkpoint_files import STATE, DamagedCheckpoint, read
 from hbp_titan.components.checkpoint_storage import FolderReader, FolderWriter, LocalDataPlanner
 from hbp_titan.components.train_state import trained_parameters
 from hbp_titan.distributed.world import gather_values
+
+SHOWN = 20
+"""Tensors of a kind that a message names."""
 
 
 class CheckpointError(Mistakes):
@@ -53,10 +56,38 @@ def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_shards(path: Path, shards: Mapping[str, Tensor]) -> None:
-    """Fill the tensors of a model, sharded or not, by parameter name from checkpoint `path`; every rank calls it."""
+    """Fill the tensors of a model, sharded or not, by parameter name from checkpoint `path`; every rank calls it.
+
+    Raises ValueError, before any is read, naming all that are missing, unknown or misshapen.
+    """
+    check_model_shapes(path, {name: tensor.shape for name, tensor in shards.items()})
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     agree(lambda: verify(path, rank=rank, world_size=world_size))
     agree(lambda: load_tensors(path, {f"model.{name}": tensor for name, tensor in shards.items()}))
+
+
+def check_model_shapes(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless checkpoint `path` has these tensors of a model, by parameter name, and no others."""
+    found = {name: saved.shape for name, saved in FolderReader(path).index.items() if name.startswith("model.")}
+    expected = {f"model.{name}": tuple(shape) for name, shape in shapes.items()}
+    both = found.keys() & expected.keys()
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(both)
+            if found[name] != expected[name]
+        ],
+    }
+    faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ValueError(f"{path}: its tensors are not those of this model; {'; '.join(faults)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -67,8 +98,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     reader = FolderReader(path)
     missing = sorted(tensors.keys() - reader.index.keys())
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(f"{path} lacks tensors of this model: {', '.join(missing[:5])}{more}")
+        raise ValueError(f"{path} lacks tensors of this model: {_listed(missing)}")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != reader.index[name].shape:
             raise ValueError(f"{path}: {name} is {list(reader.index[name].shape)}, this model's {list(tensor.shape)}")

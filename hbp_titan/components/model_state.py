@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.checkpoint_tensors import load_model_shards, read_state
+from hbp_titan.components.checkpoint_tensors import check_model_shapes, load_model_shards, read_state
 from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
 from hbp_titan.models.lora import ALL_LINEAR, init_lora_parameter, is_adapter, merged
 from hbp_titan.models.peft_folder import save_adapter_folder
+from hbp_titan.models.registry import build_model
 
 Slices = tuple[slice, ...]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -38,6 +39,9 @@ def check_load_path(path: str, args: ModelArgs) -> None:
                 f"checkpoint.initial_load_path = {path!r} holds LoRA adapters alone: merge them with "
                 f"scripts/convert_to_hf.py {path} OUT and name OUT"
             )
+        with torch.device("meta"):
+            named = build_model(args).named_parameters(remove_duplicate=False)
+        check_model_shapes(folder, {name: parameter.shape for name, parameter in named})
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"checkpoint.initial_load_path = {path!r} holds neither config.json nor state.json")
