@@ -14,7 +14,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,12 +29,12 @@ from hbp_titan.components.checkpoint_storage import PARTIAL, FolderReader, Folde
 from hbp_titan.components.checkpoint_tensors import CheckpointError, agree, describe, load_tensors, read_state
 from hbp_titan.components.staging import HostBuffer, local_part
 from hbp_titan.components.train_state import collect, restore, rng_state, set_rng_state
-from hbp_titan.distributed.world import gather_values
+from hbp_titan.distributed.world import gather_values, set_timeout
 from hbp_titan.job_config import Checkpoint
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 # Of collectives between the writing threads: they wait for the slowest rank's disk, which is no hang.
-_WRITE_TIMEOUT = timedelta(hours=1)
+_WRITE_TIMEOUT_SECONDS = 3600
 
 
 class Checkpointer:
@@ -43,7 +42,7 @@ class Checkpointer:
 
     `state` in stage and load is the trainer's state: plain JSON values, the same on every rank.
     check: called with the state and the folder before any tensor is read; raises ValueError for one of another run.
-    As a context manager it waits at the end for the save that is in flight.
+    As a context manager, entered when training begins, it waits at the end for the save that is in flight.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Checkpointer:
         self.check = check
         self._loaded_model_only: Path | None = None
         self._buffer = HostBuffer()
-        self._group: dist.ProcessGroup | None = None
+        self._group = dist.new_group(backend="gloo") if config.enable else None
         self._staged: tuple[FolderWriter, dict[str, Tensor], dict[str, Tensor]] | None = None
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -74,8 +73,6 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         model_only = self.config.last_save_model_only and last
         tensors, param_groups = collect(self.model, None if model_only else self.optimizer)
         tensors |= rng_state()
@@ -133,6 +130,8 @@ class Checkpointer:
             raise CheckpointError([self._error])
 
     def __enter__(self) -> Checkpointer:
+        if self._group is not None:
+            set_timeout(self._group, _WRITE_TIMEOUT_SECONDS)
         return self
 
     def __exit__(

@@ -81,7 +81,12 @@ def close_world() -> None:
 def set_timeouts(seconds: int) -> None:
     """Change the timeout of every group: long while things are compiled and allocated, short afterwards."""
     for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        set_timeout(group, seconds)
+
+
+def set_timeout(group: dist.ProcessGroup, seconds: int) -> None:
+    """Change the timeout of one group."""
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def gather_values(value: Any) -> list[Any]:
