@@ -202,53 +202,58 @@ class Trainer:
         position, plan = self.position, self.position.plan
         if self.world.rank == 0:
             position.save_plan()
-        data = self.config.data
-        self.shapes = self.shapes.covering(plan)
-        loader = PackLoader(
-            plan,
-            self.store,
-            self.world.rank,
-            self.shapes,
-            sample_weights=self.normalizer,
-            first_iteration=int(plan.step_offsets[position.step_in_plan]),
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch_factor,
-            pin_memory=self.device.type == "cuda",
-        )
-        batches = iter(loader)
-        names = [level_name(level) for level in plan.levels]
+        batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
             with profiled_step(self.config.profiling, self.step + 1, self.folder):
                 values = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
-            last = self.step == self.total_steps
-            # A signal leaves seconds: its step has no validation.
-            if self.validator and not self.signal and (self.step % self.config.validation.interval == 0 or last):
-                self._at(f"validation after step {self.step}")
-                values["validation"] = self.validator.run(self.engine.evaluate)
-            report = self.live_check.report(plan, position.step_in_plan)
-            if report:
-                values["live_check"] = report.as_dict(names)
-            saves = self.config.checkpoint.enable and (
-                self.step % self.config.checkpoint.interval == 0 or last or self.signal
-            )
-            self._at(f"checkpoint of step {self.step}")
-            values |= self.checkpointer.take_measured()
-            if saves:
-                values["checkpoint_blocked_seconds"] = self._stage()
-            metrics.log(values)
-            for line in [report.line(names), *report.warnings(names)] if report else ():
-                metrics.write(line)
-            if saves:
-                # Only now: no checkpoint knows of a step that metrics.jsonl lacks.
-                self.checkpointer.write()
-            if self.signal and not last:
-                self._leave()
+            self._finish_step(values, metrics)
         if position.finished:
             self.consumed.sync()
             self._confirm_epoch(metrics.write)
             if self.step < self.total_steps:
                 position.next_epoch()
+
+    def _loader(self) -> PackLoader:
+        """The batches of this rank from the current step on."""
+        plan, data = self.position.plan, self.config.data
+        self.shapes = self.shapes.covering(plan)
+        return PackLoader(
+            plan,
+            self.store,
+            self.world.rank,
+            self.shapes,
+            sample_weights=self.normalizer,
+            first_iteration=int(plan.step_offsets[self.position.step_in_plan]),
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _finish_step(self, values: dict[str, Any], metrics: MetricsLogger) -> None:
+        """What is due after a step: validation, live check, its metrics, a checkpoint; or the end, for a signal."""
+        config, plan, last = self.config, self.position.plan, self.step == self.total_steps
+        # A signal leaves seconds: its step has no validation.
+        if self.validator and not self.signal and (self.step % config.validation.interval == 0 or last):
+            self._at(f"validation after step {self.step}")
+            values["validation"] = self.validator.run(self.engine.evaluate)
+        names = [level_name(level) for level in plan.levels]
+        report = self.live_check.report(plan, self.position.step_in_plan)
+        if report:
+            values["live_check"] = report.as_dict(names)
+        saves = config.checkpoint.enable and (self.step % config.checkpoint.interval == 0 or last or self.signal)
+        self._at(f"checkpoint of step {self.step}")
+        values |= self.checkpointer.take_measured()
+        if saves:
+            values["checkpoint_blocked_seconds"] = self._stage()
+        metrics.log(values)
+        for line in [report.line(names), *report.warnings(names)] if report else ():
+            metrics.write(line)
+        if saves:
+            # Only now: no checkpoint knows of a step that metrics.jsonl lacks.
+            self.checkpointer.write()
+        if self.signal and not last:
+            self._leave()
 
     def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Compare what was trained with the plans of the epoch and the store: each sample once."""
