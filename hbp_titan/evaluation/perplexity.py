@@ -39,7 +39,8 @@ length and position are the upper borders of bands, powers of two; a band begins
 
 
 def open_data(data: Path, folder: Path, most_tokens: int, cache: Path, max_samples: int, overlong: str) -> TokenStore:
-    """The samples of `data`: a prepared set, or a file or folder that is a data source, prepared for `folder`'s tokenizer.
+    """The samples of `data`: a prepared set, or a file or folder that is a data source, prepared for the tokenizer of
+    `folder`.
 
     most_tokens, overlong, max_samples: of a sample; what is done with a longer one; a seeded random share (0: all).
     Raises ValueError for data that cannot be read or fits no sample, as scripts/prepare_data.py does.

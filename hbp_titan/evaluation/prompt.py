@@ -1,8 +1,8 @@
 """A question as the tokens that a model is asked to continue, and its answer as text.
 
 Owns the two forms: through the chat template with the header of the assistant's turn, where the folder has a template,
-else the bare text behind the tokenizer's own prefix (as a beginning-of-text token). In both the answer's first words may be
-given. Also which ids end an answer.
+else the bare text behind the tokenizer's own prefix (as a beginning-of-text token). In both the answer's first words
+may be given. Also which ids end an answer.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def niah_multiquery(rng: np.random.Generator, depth: float) -> Puzzle:
 def variable_tracking(rng: np.random.Generator, depth: float) -> Puzzle:
     """A chain of assignments in order of the text; all its variables are asked for."""
     chain, (value,) = names(rng, HOPS + 1), numbers(rng, 1, digits=5)
-    steps = [f"VAR {chain[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in zip(chain, chain[1:], strict=False)]
+    steps = [f"VAR {chain[0]} = {value}."] + [f"VAR {b} = VAR {a}." for a, b in pairwise(chain)]
     return Puzzle(
         "Memorize and track the chain of variable assignments that is hidden in the following text.",
         Haystack(rng, list(zip(np.sort(rng.random(HOPS + 1)).tolist(), steps, strict=True))),

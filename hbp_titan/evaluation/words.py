@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import numpy as np
 
-_ADJECTIVES = (
-    "old new small large quiet busy dark bright narrow wide gentle rough early late plain green grey warm cold dry"
-).split()
-_NOUNS = (
-    "farmer teacher baker sailor doctor painter driver writer garden bridge window river market letter village harbour "
-    "mountain kitchen library station forest street island tower meadow journey basket lantern blanket engine"
-).split()
-_VERBS = "finds sees leaves keeps needs passes follows reaches repairs remembers describes watches".split()
-_ENDINGS = (
-    "in the morning|after a while|without a word|near the old road|before the rain|as in every year|for a long time|"
-    "at the end of the day|on the way home|behind the house|once again|with great care"
-).split("|")
+# fmt: off
+_ADJECTIVES = [
+    "old", "new", "small", "large", "quiet", "busy", "dark", "bright", "narrow", "wide",
+    "gentle", "rough", "early", "late", "plain", "green", "grey", "warm", "cold", "dry",
+]
+_NOUNS = [
+    "farmer", "teacher", "baker", "sailor", "doctor", "painter", "driver", "writer", "garden", "bridge",
+    "window", "river", "market", "letter", "village", "harbour", "mountain", "kitchen", "library", "station",
+    "forest", "street", "island", "tower", "meadow", "journey", "basket", "lantern", "blanket", "engine",
+]
+_VERBS = [
+    "finds", "sees", "leaves", "keeps", "needs", "passes",
+    "follows", "reaches", "repairs", "remembers", "describes", "watches",
+]
+_ENDINGS = [
+    "in the morning", "after a while", "without a word", "near the old road", "before the rain", "as in every year",
+    "for a long time", "at the end of the day", "on the way home", "behind the house", "once again", "with great care",
+]
+# fmt: on
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 

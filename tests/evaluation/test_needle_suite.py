@@ -1,4 +1,4 @@
-"""The needle suite: lengths counted by the tokenizer, depths by the text, references by solvers that read the prompt."""
+"""The needle suite: lengths counted by the tokenizer, depths in the text, references found by reading the prompt."""
 
 from __future__ import annotations
 
