@@ -52,33 +52,34 @@ class CachedAttention(nn.Module):
     def __init__(self, inner: nn.Module, state: CacheState, scale: float) -> None:
         super().__init__()
         self.inner, self.state, self.scale = inner, state, scale
-        self.keys_BCKD = self.values_BCKD = torch.empty(0)
+        self.keys_BKCD = self.values_BKCD = torch.empty(0)
 
     def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """What `inner_attention` returns, o_TND; while decoding T is B, and cu_seqlens is not read."""
         if self.state.decoding:
             return self._next_token(q_TND, k_TKD, v_TKD)
-        self.keys_BCKD, self.values_BCKD = self._stored(k_TKD), self._stored(v_TKD)
+        self.keys_BKCD, self.values_BKCD = self._stored(k_TKD), self._stored(v_TKD)
         return self.inner(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
 
     def _stored(self, x_TKD: Tensor) -> Tensor:
         state = self.state
         # Zeros: cells beyond a prompt are multiplied with a weight of 0, which NaN would survive.
-        cache_BCKD = x_TKD.new_zeros(len(state.lengths), state.capacity, *x_TKD.shape[1:])
+        num_heads, width = x_TKD.shape[1:]
+        cache_BKCD = x_TKD.new_zeros(len(state.lengths), num_heads, state.capacity, width)
         for row, x_LKD in enumerate(x_TKD.split(state.lengths)):
-            cache_BCKD[row, : len(x_LKD)] = x_LKD
-        return cache_BCKD
+            cache_BKCD[row, :, : len(x_LKD)] = x_LKD.transpose(0, 1)
+        return cache_BKCD
 
     def _next_token(self, q_BND: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
         state = self.state
-        self.keys_BCKD[state.rows_B, state.positions_B] = k_BKD
-        self.values_BCKD[state.rows_B, state.positions_B] = v_BKD
-        keys_BSKD, values_BSKD = self.keys_BCKD[:, : state.in_use], self.values_BCKD[:, : state.in_use]
-        q_BKGD = q_BND.unflatten(1, (keys_BSKD.shape[2], -1))
-        scores_BKGS = torch.einsum("bkgd,bskd->bkgs", q_BKGD, keys_BSKD).float() * self.scale
+        self.keys_BKCD[state.rows_B, :, state.positions_B] = k_BKD
+        self.values_BKCD[state.rows_B, :, state.positions_B] = v_BKD
+        keys_BKSD, values_BKSD = self.keys_BKCD[:, :, : state.in_use], self.values_BKCD[:, :, : state.in_use]
+        q_BKGD = q_BND.unflatten(1, (keys_BKSD.shape[1], -1))
+        scores_BKGS = (q_BKGD @ keys_BKSD.transpose(-1, -2)).float() * self.scale
         unused_BS = torch.arange(state.in_use, device=q_BND.device) > state.positions_B[:, None]
         weights_BKGS = scores_BKGS.masked_fill(unused_BS[:, None, None], -torch.inf).softmax(dim=-1)
-        return torch.einsum("bkgs,bskd->bkgd", weights_BKGS.to(values_BSKD.dtype), values_BSKD).flatten(1, 2)
+        return (weights_BKGS.to(values_BKSD.dtype) @ values_BKSD).flatten(1, 2)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_a_cache_that_forgets_a_token_is_caught(monkeypatch: pytest.MonkeyPatch)
 
     def without_first(self: CachedAttention, x_TKD: torch.Tensor) -> torch.Tensor:
         cache = stored(self, x_TKD)
-        cache[:, 0] = 0
+        cache[:, :, 0] = 0
         return cache
 
     monkeypatch.setattr(CachedAttention, "_stored", without_first)
