@@ -84,7 +84,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("perplexity")
     group.add_argument("--perplexity", type=Path, metavar="DATA", help="data source (docs/data.md) or prepared set")
     group.add_argument("--max_samples", type=int, default=0, help="a seeded random share of so many rows [0: all]")
-    group.add_argument("--overlong", default="error", help="samples beyond the model's limit, as data.overlong [error]")
+    ways = ("error", "skip", "truncate", "split")
+    group.add_argument("--overlong", default="error", choices=ways, help="samples beyond the model's limit [error]")
     group.add_argument(
         "--pack_tokens", type=int, default=perplexity.DEFAULT_PACK_TOKENS, help="of one pass [%(default)s]"
     )
