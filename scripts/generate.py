@@ -1,7 +1,8 @@
-"""Greedy samples from an exported HF folder, by transformers: python scripts/generate.py outputs/debug_model/hf
+"""Greedy samples from an exported HF folder: python scripts/generate.py outputs/debug_model/hf
 
 --prompt TEXT asks one question (several times: several questions); without it, the first prompts of --file
-(messages JSONL) are asked and the reference answers shown beside. Needs transformers: pip install .[dev]
+(messages JSONL) are asked and the reference answers shown beside. Our own model code answers, on a GPU where there is
+one; evaluation/generator.py says how.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from hbp_titan.cli import guarded
+from hbp_titan.distributed.world import local_device
+from hbp_titan.evaluation.answerers import LocalAnswerer
+from hbp_titan.evaluation.prompt import Prompter
 
 
 def questions(path: Path, count: int) -> list[tuple[str, str]]:
@@ -34,19 +35,9 @@ def questions(path: Path, count: int) -> list[tuple[str, str]]:
 
 def answer(folder: Path, prompts: list[str], max_new_tokens: int) -> list[str]:
     """The greedy answers of the model in `folder`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    answers = []
-    for prompt in prompts:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        with torch.no_grad():
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return answers
+    prompter = Prompter(folder)
+    model = LocalAnswerer(folder, prompter, local_device())
+    return model([prompter.ids(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
 
 
 def main() -> None:

@@ -1,0 +1,152 @@
+"""Loss and perplexity of the trained tokens of a data set, by length of their document and by their position in it.
+
+Owns the token losses, the bands and their exact means: every trained token counts once and the same, whatever it was
+packed with. Documents are read, tokenized, masked and packed as in training.
+
+Shape suffixes: L trained tokens, C tokens of a chunk, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from hbp_titan.data.batch import PackedBatch, make_batch
+from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.job_config import JobConfig
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.packing import Level, build_plan
+from hbp_titan.packing.svg import short
+
+CHUNK_TOKENS = 1024
+"""Rows of logits that exist at one time."""
+LOWEST_BAND = 256
+DEFAULT_PACK_TOKENS = 16384
+
+Means = dict[str, dict[int | str, tuple[float, int]]]
+"""For "all", "length", "position" and "source": of each group the sum of its token losses and their number. Groups of
+length and position are the upper borders of bands, powers of two; a band begins behind the one below."""
+
+
+def open_data(data: Path, folder: Path, most_tokens: int, cache: Path, max_samples: int, overlong: str) -> TokenStore:
+    """The samples of `data`: a prepared set, or a file or folder that is a data source, prepared for the tokenizer of
+    `folder`.
+
+    most_tokens, overlong, max_samples: of a sample; what is done with a longer one; a seeded random share (0: all).
+    Raises ValueError for data that cannot be read or fits no sample, as scripts/prepare_data.py does.
+    """
+    if (data / "meta.json").is_file():
+        return TokenStore.open(data)
+    config = JobConfig()
+    config.model.tokenizer_path = str(folder)
+    config.data.train_files = [str(data)]
+    config.data.cache_folder = str(cache)
+    config.data.max_samples, config.data.overlong = max_samples, overlong
+    return open_stores(config, most_tokens)[0]
+
+
+def evaluate(
+    model: Decoder,
+    store: TokenStore,
+    pack_tokens: int = DEFAULT_PACK_TOKENS,
+    report: Callable[[str], None] = lambda line: None,
+) -> Means:
+    """The sums and counts of all trained tokens of `store`, in float64. pack_tokens: of a pass, or one longer sample.
+
+    Raises ValueError where the store has ids that the model does not know, or no trained token.
+    """
+    if store.meta["vocab_size"] > model.args.vocab_size:
+        raise ValueError(
+            f"{store.folder}: made with a tokenizer of {store.meta['vocab_size']} ids, but the model has "
+            f"{model.args.vocab_size}: prepare the data with the model's own tokenizer"
+        )
+    device = next(model.parameters()).device
+    level = Level(max_tokens=min(max(pack_tokens, int(store.lengths.max())), int(store.lengths.sum())))
+    plan = build_plan(store.lengths, [level], 1, method="flat_sorted", loss_tokens=store.loss_tokens)
+    means: Means = {kind: defaultdict(lambda: (0.0, 0)) for kind in ("all", "length", "position", "source")}
+    for iteration in range(plan.num_iterations):
+        ids = plan.pack(iteration, 0)
+        batch = make_batch(store, ids, level, 0, len(ids))
+        losses = token_losses(model, batch.to(device)).double().cpu().numpy()
+        documents = batch.document_ids[batch.loss_index].numpy()
+        _add(means["all"], np.full(len(losses), "all"), losses)
+        _add(means["length"], band_of(store.lengths[ids][documents]), losses)
+        # The token that a label is, counted from 1.
+        _add(means["position"], band_of(batch.position_ids[batch.loss_index].numpy() + 2), losses)
+        _add(means["source"], np.array(store.source_names)[store.sources[ids][documents]], losses)
+        report(f"pack {iteration + 1} of {plan.num_iterations}: {batch.num_loss_tokens} trained tokens")
+    if not means["all"]:
+        raise ValueError(f"{store.folder}: no token is trained, so there is no loss to take the mean of")
+    return {kind: dict(groups) for kind, groups in means.items()}
+
+
+@torch.no_grad()
+def token_losses(model: Decoder, batch: PackedBatch) -> Tensor:
+    """Cross entropy of each trained token of a pack, float32 [L], in the order of `loss_index`."""
+    labels_L = batch.labels[batch.loss_index]
+
+    def head(normed_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        chunks = zip(normed_TH[batch.loss_index].split(CHUNK_TOKENS), labels_L.split(CHUNK_TOKENS), strict=True)
+        parts = [F.cross_entropy((h_CH @ weight_VH.T).float(), l_C, reduction="none") for h_CH, l_C in chunks]
+        return torch.cat(parts)
+
+    return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, head_fn=head)
+
+
+def band_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The least power of two, LOWEST_BAND or more, that is at least each count."""
+    exponents = np.ceil(np.log2(np.maximum(counts, LOWEST_BAND))).astype(np.int64)
+    return np.left_shift(1, exponents)
+
+
+def _add(groups: dict[int | str, tuple[float, int]], keys: NDArray[Any], losses: NDArray[np.float64]) -> None:
+    names, places = np.unique(keys, return_inverse=True)
+    sums, counts = np.bincount(places, losses), np.bincount(places)
+    for name, loss, count in zip(names.tolist(), sums.tolist(), counts.tolist(), strict=True):
+        groups[name] = (groups[name][0] + loss, groups[name][1] + count)
+
+
+def perplexity_table(means: Means) -> str:
+    """Tokens, loss and perplexity of all and of each group; sources only where there are several."""
+    lines = [f"{'':<28}{'trained tokens':>15}{'loss':>10}{'perplexity':>12}"]
+    titles = {"all": "all", "length": "document of", "position": "token", "source": "source"}
+    for kind, groups in means.items():
+        if kind == "source" and len(groups) == 1:
+            continue
+        for name, (total, count) in sorted(groups.items()):
+            label = titles[kind] if kind == "all" else f"{titles[kind]} {_band(name) if kind != 'source' else name}"
+            lines.append(f"{label:<28}{count:>15,}{total / count:>10.4f}{perplexity(total, count):>12.3f}")
+    return "\n".join(lines)
+
+
+def as_json(means: Means) -> dict[str, Any]:
+    """The figures of the table, unrounded."""
+    return {
+        kind: [
+            {"group": name, "trained_tokens": count, "loss": total / count, "perplexity": perplexity(total, count)}
+            for name, (total, count) in sorted(groups.items())
+        ]
+        for kind, groups in means.items()
+    }
+
+
+def perplexity(total: float, count: int) -> float:
+    """exp of the mean loss; infinite where that has no float."""
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _band(border: int | str) -> str:
+    assert isinstance(border, int)
+    low = 1 if border == LOWEST_BAND else border // 2 + 1
+    return f"{low:,} to {short(border, 1024)}"

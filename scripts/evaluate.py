@@ -1,0 +1,134 @@
+"""Evaluate an exported HF folder: perplexity, the needle suite, general benchmarks; any of them in one call.
+
+    python scripts/evaluate.py FOLDER --perplexity DATA.jsonl            loss by length and by position
+    python scripts/evaluate.py FOLDER --needles --lengths 4096,32768     needles, tracking, counting; heat map
+    python scripts/evaluate.py FOLDER --needles --server http://localhost:8000     the same, answered by vLLM or SGLang
+    python scripts/evaluate.py FOLDER --tasks hbp_titan/evaluation/paper_tasks.toml     the paper's tasks, by lm_eval
+
+One process, on a GPU where there is one. docs/evaluation.md tells what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hbp_titan.cli import guarded
+from hbp_titan.distributed.world import local_device
+from hbp_titan.evaluation import needle_suite, perplexity
+from hbp_titan.evaluation.answerers import LocalAnswerer, ServerAnswerer
+from hbp_titan.evaluation.generator import DEFAULT_CACHE_TOKENS, load_model
+from hbp_titan.evaluation.harness import read_runs, run_harness
+from hbp_titan.evaluation.heat_map import heat_maps
+from hbp_titan.evaluation.prompt import Prompter
+from hbp_titan.evaluation.puzzles import TASKS
+from hbp_titan.models.hf_config import args_from_hf
+
+
+def main(argv: list[str]) -> None:
+    """Parse the command line and run what it asks for, the cheapest first."""
+    options = _options(argv)
+    folder: Path = options.folder
+    out: Path = options.out or folder / "evaluation"
+    args = args_from_hf(folder)
+    runs = read_runs(options.tasks, _words(options.runs)) if options.tasks else []
+    if options.perplexity:
+        _perplexity(options, args.max_position_embeddings, out)
+    if options.needles:
+        _needles(options, args.max_position_embeddings, out)
+    if runs:
+        run_harness(runs, folder, out / "lm_eval", options.run_code, print)
+
+
+def _perplexity(options: argparse.Namespace, limit: int, out: Path) -> None:
+    store = perplexity.open_data(
+        options.perplexity, options.folder, limit, options.cache_folder, options.max_samples, options.overlong
+    )
+    means = perplexity.evaluate(load_model(options.folder, local_device()), store, options.pack_tokens, _progress)
+    print(perplexity.perplexity_table(means))
+    _write(out / "perplexity.json", {"data": str(options.perplexity), **perplexity.as_json(means)})
+
+
+def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
+    tasks, lengths = _words(options.needle_tasks), _numbers("--lengths", options.lengths)
+    if options.depths < 1 or options.samples < 1:
+        raise ValueError(f"--depths {options.depths} and --samples {options.samples} must be at least 1")
+    depths = [0.5] if options.depths == 1 else [place / (options.depths - 1) for place in range(options.depths)]
+    prompter = Prompter(options.folder)
+    answerer: needle_suite.Answerer
+    if options.server:
+        answerer = ServerAnswerer(options.server, options.server_model)
+    else:
+        answerer = LocalAnswerer(options.folder, prompter, local_device(), options.cache_tokens)
+    scored = needle_suite.run_suite(
+        prompter, answerer, tasks, lengths, depths, options.samples, options.seed, _progress
+    )
+    print(needle_suite.score_table(scored))
+    if max(lengths) > limit:
+        print(f"note: lengths above {limit} are beyond what config.json promises")
+    settings = {"seed": options.seed, "samples": options.samples, "depths": depths, "server": options.server}
+    _write(out / "needles.json", {**settings, **needle_suite.as_json(scored)})
+    (out / "needles.svg").write_text(heat_maps(scored), encoding="utf-8")
+    print(f"heat map: {out / 'needles.svg'}")
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="HF folder: config.json, safetensors, tokenizer")
+    parser.add_argument("--out", type=Path, help="where results are written [FOLDER/evaluation]")
+    group = parser.add_argument_group("perplexity")
+    group.add_argument("--perplexity", type=Path, metavar="DATA", help="data source (docs/data.md) or prepared set")
+    group.add_argument("--max_samples", type=int, default=0, help="a seeded random share of so many rows [0: all]")
+    ways = ("error", "skip", "truncate", "split")
+    group.add_argument("--overlong", default="error", choices=ways, help="samples beyond the model's limit [error]")
+    group.add_argument(
+        "--pack_tokens", type=int, default=perplexity.DEFAULT_PACK_TOKENS, help="of one pass [%(default)s]"
+    )
+    group.add_argument("--cache_folder", type=Path, default=Path(".data/cache"), help="of token stores [%(default)s]")
+    group = parser.add_argument_group("needle suite")
+    group.add_argument("--needles", action="store_true", help="run it")
+    group.add_argument("--needle_tasks", default=",".join(TASKS), help="[%(default)s]")
+    group.add_argument("--lengths", default="4096,8192,16384", help="tokens of prompt and answer [%(default)s]")
+    group.add_argument("--depths", type=int, default=11, help="places of the needle, from first to last [%(default)s]")
+    group.add_argument("--samples", type=int, default=1, help="questions of each task at each depth [%(default)s]")
+    group.add_argument("--seed", type=int, default=0, help="another seed, other questions [%(default)s]")
+    group.add_argument("--cache_tokens", type=int, default=DEFAULT_CACHE_TOKENS, help="of one batch [%(default)s]")
+    group.add_argument("--server", default="", metavar="URL", help="an OpenAI-compatible server answers instead")
+    group.add_argument("--server_model", metavar="NAME", help="the model's name there [the first that it lists]")
+    group = parser.add_argument_group("general benchmarks (pip install '.[eval]')")
+    group.add_argument("--tasks", type=Path, metavar="FILE.toml", help="runs of lm_eval")
+    group.add_argument("--runs", default="", help="names of the runs [all]")
+    group.add_argument("--run_code", action="store_true", help="allow runs that execute what the model writes")
+    options = parser.parse_args(argv)
+    if not (options.perplexity or options.needles or options.tasks):
+        raise ValueError("nothing to evaluate: give --perplexity DATA, --needles or --tasks FILE.toml")
+    return options
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdigit() for word in words):
+        raise ValueError(f"{option} {text}: whole numbers with commas between them, as 4096,8192")
+    return sorted({int(word) for word in words})
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))

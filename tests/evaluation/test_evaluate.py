@@ -1,0 +1,78 @@
+"""scripts/evaluate.py and scripts/generate.py on an exported folder, as a person calls them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hbp_titan.cli import guarded
+from tests.data.store.preparing import line, write
+from tests.evaluation.test_answerers import exported
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def evaluate(*arguments: str | Path) -> None:
+    guarded(lambda: load("evaluate").main([str(argument) for argument in arguments]))
+
+
+def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = exported(tmp_path)
+    data = write(tmp_path / "d.jsonl", *(line("q" * 20, "a" * size) for size in (5, 300)))
+    evaluate(
+        *(folder, "--out", tmp_path / "out", "--perplexity", data, "--cache_folder", tmp_path / "cache"),
+        *("--needles", "--lengths", "600,900", "--needle_tasks", "niah_single,niah_multikey", "--depths", "2"),
+    )
+    printed = capsys.readouterr().out
+    assert "document of 1 to 256" in printed
+    assert "niah_single" in printed
+    trained = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert trained["all"][0]["trained_tokens"] == 5 + 300 + 2  # the answers and the end of each turn
+    assert trained["all"][0]["perplexity"] == pytest.approx(math.exp(trained["all"][0]["loss"]))
+    assert [entry["group"] for entry in trained["length"]] == [256, 512]
+    needles = json.loads((tmp_path / "out" / "needles.json").read_text())
+    assert len(needles["answers"]) == 2 * 2 * 2
+    assert [entry["score"] for entry in needles["scores"]] == [0.0] * 4
+    assert (tmp_path / "out" / "needles.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate: give --perplexity DATA, --needles or --tasks FILE.toml"),
+        (["--needles", "--lengths", "4k"], "--lengths 4k: whole numbers with commas between them"),
+        (["--needles", "--needle_tasks", "cwe"], "task 'cwe' is none of niah_single"),
+        (["--needles", "--depths", "0"], "--depths 0 and --samples 1 must be at least 1"),
+        (["--needles", "--lengths", "100"], "needs"),
+        (["--perplexity", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--tasks", "nowhere.toml"], "nowhere.toml: No such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluate(exported(tmp_path), "--out", tmp_path / "out", *arguments)
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_generate_answers_each_prompt(tmp_path: Path) -> None:
+    assert len(load("generate").answer(exported(tmp_path), ["Hello", "And a longer one"], 5)) == 2
