@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -129,6 +130,8 @@ class PackLoader:
                 prefetch_factor=prefetch_factor if num_workers else None,
                 pin_memory=pin_memory,
                 worker_init_fn=_leave_group if num_workers else None,
+                # Its draw for the workers' seeds would move the rank's own generator at every start of a run.
+                generator=torch.Generator(),
             )
 
     def __iter__(self) -> Iterator[PackedBatch]:

@@ -1,0 +1,93 @@
+"""Memory and handles of a run's processes over time, and whether they are flat.
+
+Owns the samples and the criterion. A process counts from its first trained step on; of that time the first quarter is
+left out, in which buffers, connections and the first checkpoint come. It is flat where the median of its last quarter
+exceeds the median of its second by at most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and HANDLE_SLACK handles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hbp_titan.data.consumed import FOLDER, attempt_folders
+from hbp_titan.soak.processes import open_handles, ranks_of, resident_bytes
+
+MEMORY_GROWTH, MEMORY_SLACK_BYTES, HANDLE_SLACK = 0.03, 16 << 20, 2
+_MIN_SAMPLES = 16
+
+
+@dataclass
+class Lifetime:
+    """One process. samples: (seconds since the soak's start, bytes, handles) while it trained."""
+
+    name: str
+    pid: int
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """From the first to the last sample."""
+        return self.samples[-1][0] - self.samples[0][0] if self.samples else 0.0
+
+    def quarter(self, number: int, column: int) -> float:
+        """Median of a column over quarter 0 to 3 of the samples."""
+        size = len(self.samples)
+        return statistics.median(s[column] for s in self.samples[size * number // 4 : size * (number + 1) // 4])
+
+    def faults(self) -> list[str]:
+        """What is not flat, a line each."""
+        memory, later = self.quarter(1, 1), self.quarter(3, 1)
+        handles, more = self.quarter(1, 2), self.quarter(3, 2)
+        where = f"{self.name} (process {self.pid}, {self.seconds:.0f} s)"
+        found = []
+        if later > memory * (1 + MEMORY_GROWTH) + MEMORY_SLACK_BYTES:
+            found.append(f"{where}: memory grew from {memory / 2**20:.0f} to {later / 2**20:.0f} MiB")
+        if more > handles + HANDLE_SLACK:
+            found.append(f"{where}: handles grew from {handles:.0f} to {more:.0f}")
+        return found
+
+
+class Sampler:
+    """A thread that samples torchrun and its ranks. launcher: torchrun's process id, None while there is none."""
+
+    def __init__(self, folder: Path, launcher: Callable[[], int | None], interval_seconds: float) -> None:
+        self.folder = folder
+        self.launcher = launcher
+        self.interval = interval_seconds
+        self.lifetimes: dict[int, Lifetime] = {}
+        self._attempts_at_birth: dict[int, int] = {}
+        self._start = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def judged(self, min_seconds: float) -> list[Lifetime]:
+        """The processes that trained for at least `min_seconds`."""
+        found = self.lifetimes.values()
+        return [life for life in found if life.seconds >= min_seconds and len(life.samples) >= _MIN_SAMPLES]
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            launcher = self.launcher()
+            if launcher is None:
+                continue
+            attempts = attempt_folders(self.folder / FOLDER)
+            for name, pid in {"torchrun": launcher, **{f"rank {r}": p for r, p in ranks_of(launcher).items()}}.items():
+                life = self.lifetimes.setdefault(pid, Lifetime(name, pid))
+                born = self._attempts_at_birth.setdefault(pid, len(attempts))
+                if len(attempts) > born and any(p.stat().st_size for p in attempts[-1].glob("rank-*.jsonl")):
+                    memory, handles = resident_bytes(pid), open_handles(pid)
+                    if memory and handles:
+                        life.samples.append((time.monotonic() - self._start, memory, handles))
