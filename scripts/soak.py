@@ -5,7 +5,7 @@
 
 One rank or all are killed (SIGKILL), at any moment, during a save and in the first step after a load. A rank is started
 again by torchrun, all by this command. Memory (resident, without mapped files) and open handles of torchrun and the
-ranks are sampled; a process is flat where its medians of the second and the last quarter of its training agree
+ranks are sampled; a process is flat where it peaks no higher in the last third of its training than before
 (hbp_titan/soak/sampler.py says how nearly). At the end the epochs are audited, and the losses of every step and the
 state of the last one are compared with the undisturbed run's, bit for bit. Choose as many epochs as the minutes cannot
 hold: a run that is complete before is compared as it is. Exit code 1 and a line each for what is wrong. Needs /proc.

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import pytest
 from hbp_titan.components.checkpoint import completed
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.soak.soak import audit_faults, differences
+from tests.checkout import make_checkout
 from tests.killed_run import train
 from tests.tiny_run import write_tiny_run
 
-ROOT = Path(__file__).resolve().parents[1]
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> calls
 while [[ $1 == --* ]]; do
@@ -58,11 +57,7 @@ def _write(path: Path, text: str) -> None:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A checkout whose environment is this one, with SLURM's commands beside it."""
-    root = tmp_path / "repository"
-    for name in ("hbp_titan", "train_configs", "scripts"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run_train.sh", root)
-    _write(root / "scripts" / "setup_env.sh", f"PY={sys.executable}\n")
+    root = make_checkout(tmp_path / "repository")
     _write(tmp_path / "bin" / "srun", SRUN)
     _write(tmp_path / "bin" / "scontrol", SCONTROL)
     return root
@@ -150,10 +145,10 @@ def test_a_mistake_ends_the_job_before_a_node_starts(repository: Path) -> None:
     assert not (repository / "calls").exists()
 
 
+@pytest.mark.slow
 def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undisturbed_run(repository: Path) -> None:
     argv = [*write_tiny_run(repository.parent, num_rows=150), "--training.epochs=2", "--checkpoint.interval=1000"]
     folder, whole = repository.parent / "run", repository.parent / "whole"
-    _write(repository / "tiny.toml", "")
     environment = {"NGPU": "1", "CONFIG_FILE": "tiny.toml"}
     process = _submit(repository, *argv, nodes=2, **environment)
     metrics = folder / "metrics.jsonl"

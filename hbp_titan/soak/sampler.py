@@ -1,13 +1,12 @@
 """Memory and handles of a run's processes over time, and whether they are flat.
 
-Owns the samples and the criterion. A process counts from its first trained step on; of that time the first quarter is
-left out, in which buffers, connections and the first checkpoint come. It is flat where the median of its last quarter
-exceeds the median of its second by at most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and HANDLE_SLACK handles.
+Owns the samples and the criterion. A process counts from its first trained step on. Levels and saves come and go, so
+peaks are compared: it is flat where the peak of the last third of its training exceeds that of the two before by at
+most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and by HANDLE_SLACK handles.
 """
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 from hbp_titan.data.consumed import FOLDER, attempt_folders
 from hbp_titan.soak.processes import open_handles, ranks_of, resident_bytes
 
-MEMORY_GROWTH, MEMORY_SLACK_BYTES, HANDLE_SLACK = 0.03, 16 << 20, 2
+MEMORY_GROWTH, MEMORY_SLACK_BYTES, HANDLE_SLACK = 0.05, 16 << 20, 2
 _MIN_SAMPLES = 16
 
 
@@ -34,21 +33,21 @@ class Lifetime:
         """From the first to the last sample."""
         return self.samples[-1][0] - self.samples[0][0] if self.samples else 0.0
 
-    def quarter(self, number: int, column: int) -> float:
-        """Median of a column over quarter 0 to 3 of the samples."""
+    def peaks(self, column: int) -> list[float]:
+        """The largest value of a column in each third of the samples."""
         size = len(self.samples)
-        return statistics.median(s[column] for s in self.samples[size * number // 4 : size * (number + 1) // 4])
+        return [max(s[column] for s in self.samples[size * n // 3 : size * (n + 1) // 3]) for n in range(3)]
 
     def faults(self) -> list[str]:
         """What is not flat, a line each."""
-        memory, later = self.quarter(1, 1), self.quarter(3, 1)
-        handles, more = self.quarter(1, 2), self.quarter(3, 2)
+        *memory, last_memory = self.peaks(1)
+        *handles, last_handles = self.peaks(2)
         where = f"{self.name} (process {self.pid}, {self.seconds:.0f} s)"
         found = []
-        if later > memory * (1 + MEMORY_GROWTH) + MEMORY_SLACK_BYTES:
-            found.append(f"{where}: memory grew from {memory / 2**20:.0f} to {later / 2**20:.0f} MiB")
-        if more > handles + HANDLE_SLACK:
-            found.append(f"{where}: handles grew from {handles:.0f} to {more:.0f}")
+        if last_memory > max(memory) * (1 + MEMORY_GROWTH) + MEMORY_SLACK_BYTES:
+            found.append(f"{where}: memory grew from {max(memory) / 2**20:.0f} to {last_memory / 2**20:.0f} MiB")
+        if last_handles > max(handles) + HANDLE_SLACK:
+            found.append(f"{where}: handles grew from {max(handles):.0f} to {last_handles:.0f}")
         return found
 
 

@@ -128,8 +128,9 @@ def _row(life: Lifetime) -> dict[str, Any]:
         "name": life.name,
         "from_second": round(life.samples[0][0], 1),
         "seconds": round(life.seconds, 1),
-        "mib": [round(life.quarter(q, 1) / 2**20, 1) for q in range(4)],
-        "handles": [life.quarter(q, 2) for q in range(4)],
+        "peak_mib": [round(size / 2**20, 1) for size in life.peaks(1)],
+        "peak_handles": life.peaks(2),
+        "samples": [[round(at, 1), size, handles] for at, size, handles in life.samples],
     }
 
 
@@ -142,12 +143,12 @@ def table(report: dict[str, Any]) -> str:
         f"disturbed: {report['disturbed_seconds'] / 60:.1f} min, {report['steps']} steps; {len(kills)} kills "
         f"({counts}; {everyone} of all, {len(kills) - everyone} of one rank)",
         f"undisturbed: {report['whole_seconds'] / 60:.1f} min for the same steps",
-        "medians of the four quarters of each process's training:",
-        f"{'process':<10}{'from s':>8}{'for s':>8}  {'MiB':<30}handles",
+        "peaks of the three thirds of each process's training:",
+        f"{'process':<10}{'from s':>8}{'for s':>8}  {'MiB':<23}handles",
     ]
     for life in report["lifetimes"]:
-        mib, handles = (" ".join(f"{value:6.0f}" for value in life[key]) for key in ("mib", "handles"))
-        lines.append(f"{life['name']:<10}{life['from_second']:>8.0f}{life['seconds']:>8.0f}  {mib:<30}{handles}")
+        mib, handles = (" ".join(f"{value:6.0f}" for value in life[key]) for key in ("peak_mib", "peak_handles"))
+        lines.append(f"{life['name']:<10}{life['from_second']:>8.0f}{life['seconds']:>8.0f}  {mib:<23}{handles}")
     lines += [f"wrong: {fault}" for fault in report["faults"]] or [
         "memory and handles flat, every sample trained once, losses and state bit for bit those of the undisturbed run"
     ]
