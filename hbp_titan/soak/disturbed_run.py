@@ -59,15 +59,18 @@ def stepped_kills(generator: random.Random, number: int, total_steps: int) -> It
 
 
 def torchrun(argv: Sequence[str], ranks: int) -> list[str]:
-    """The command of a run on so many ranks of this machine that starts ranks again as often as they die."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--max-restarts=100000"]
+    """The command of a run on so many ranks of this machine, in which torchrun starts ranks again when they die.
+
+    More often than single ranks are killed between two kills of all; a run that cannot start ends all the same.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--max-restarts=30"]
     return [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
 
 
 class DisturbedRun:
     """Supervises `command`, whose run folder is `folder`. log: where all that it says goes.
 
-    killed: (kill, steps done then). starts: how often the supervisor started it.
+    killed: (kill, steps done then). starts: how often the supervisor started it. complete: whether it came to its end.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, log: TextIO, generator: random.Random) -> None:
@@ -77,13 +80,14 @@ class DisturbedRun:
         self.generator = generator
         self.killed: list[tuple[Kill, int]] = []
         self.starts = 0
+        self.complete = False
         self.process: subprocess.Popen[bytes] | None = None
         self._over: Callable[[], bool] = lambda: False
 
-    def run(self, kills: Iterable[Kill], over: Callable[[], bool] = lambda: False) -> bool:
+    def run(self, kills: Iterable[Kill], over: Callable[[], bool] = lambda: False) -> None:
         """Run and kill until the run is complete, or is asked to save and leave because it is `over`.
 
-        Returns whether it is complete. Raises RuntimeError where it fails without having been killed.
+        Raises RuntimeError where it fails without having been killed.
         """
         self._over = over
         self._start()
@@ -95,7 +99,7 @@ class DisturbedRun:
                 self._kill(kill)
             while self._running() and not self._over():
                 time.sleep(_POLL_SECONDS)
-            return self._leave()
+            self._leave()
         finally:
             if self.process is not None:
                 kill_tree(self.process.pid)
@@ -113,13 +117,12 @@ class DisturbedRun:
             raise RuntimeError(f"the run failed with exit code {code} and was not killed: {self.log.name}")
         return code is None
 
-    def _leave(self) -> bool:
+    def _leave(self) -> None:
         assert self.process is not None, "start comes first"
-        complete = not self._running()
-        if not complete:
+        self.complete = not self._running()
+        if not self.complete:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait()
-        return complete
 
     def _wait_for(self, kill: Kill, since: float, seen: int) -> bool:
         """Return at the moment of `kill`; False where the run or the time is over before. seen: attempts by then."""

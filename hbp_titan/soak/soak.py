@@ -60,7 +60,7 @@ def soak(settings: Settings, kills: Callable[[random.Random], Iterable[Kill]], s
     )
     report["disturbed_seconds"] = round(time.monotonic() - started, 1)
     report["kills"] = [{**asdict(kill), "steps_done": steps} for kill, steps in run.killed]
-    report["starts"] = run.starts
+    report["starts"], report["complete"] = run.starts, run.complete
     checkpoints = completed(disturbed / "checkpoint")
     if not checkpoints:
         raise ValueError(f"{disturbed} has no checkpoint: more --minutes, or a smaller checkpoint.interval")

@@ -52,7 +52,7 @@ def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     report = soak(settings, lambda generator: stepped_kills(generator, 3, 32), seed=1)
     assert report["faults"] == []
     assert [kill["moment"] for kill in report["kills"]] == ["any", "save", "load"]
-    assert report["steps"] == 32
+    assert (report["steps"], report["complete"]) == (32, True)
     assert {life["name"] for life in report["lifetimes"]} >= {"rank 0", "rank 1"}
     assert "bit for bit those of the undisturbed run" in table(report)
 
@@ -75,10 +75,12 @@ def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_debug_model_killed_twenty_times_in_an_epoch_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     settings = Settings([*DEBUG, "--checkpoint.interval=5"], tmp_path / "soak")
-    report = soak(settings, lambda generator: stepped_kills(generator, 20, 121), seed=0)
+    report = soak(settings, lambda generator: stepped_kills(generator, 20, 115), seed=0)
     assert report["faults"] == []
     assert len(report["kills"]) == 20
-    assert report["steps"] == 121
+    # The text, and so the number of steps, is that of this Python's standard library.
+    assert report["steps"] > 115
+    assert report["complete"]
 
 
 @pytest.mark.slow
