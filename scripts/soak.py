@@ -1,11 +1,11 @@
 """Train with a kill every few minutes, then the same steps undisturbed; nothing may leak, differ or be lost.
 
     python scripts/soak.py --minutes 60 --job.config_file train_configs/debug_model.toml --training.epochs 40 \\
-        --checkpoint.interval 10 --validation.enable false
+        --checkpoint.interval 10 --validation.enable false --packing.curriculum_steps 0
 
 One rank or all are killed (SIGKILL), at any moment, during a save and in the first step after a load. A rank is started
 again by torchrun, all by this command. Memory (resident, without mapped files) and open handles of torchrun and the
-ranks are sampled; a process is flat where it peaks no higher in the last third of its training than before
+ranks are sampled; a process is flat where it peaks no higher in the last third of its time than before
 (hbp_titan/soak/sampler.py says how nearly). At the end the epochs are audited, and the losses of every step and the
 state of the last one are compared with the undisturbed run's, bit for bit. Choose as many epochs as the minutes cannot
 hold: a run that is complete before is compared as it is. Exit code 1 and a line each for what is wrong. Needs /proc.

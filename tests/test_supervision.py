@@ -75,6 +75,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path
     _same(whole, folder)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_which_one_dies_go_on_when_both_are_started_again(
     argv: list[str], whole: Path, tmp_path: Path
 ) -> None:

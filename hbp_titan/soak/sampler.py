@@ -1,8 +1,8 @@
 """Memory and handles of a run's processes over time, and whether they are flat.
 
-Owns the samples and the criterion. A process counts from its first trained step on. Levels and saves come and go, so
-peaks are compared: it is flat where the peak of the last third of its training exceeds that of the two before by at
-most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and by HANDLE_SLACK handles.
+Owns the samples and the criterion. A process counts from its first checkpoint on, which brings a buffer and connections
+that stay. Levels and saves come and go, so peaks are compared: it is flat where the peak of the last third of its time
+exceeds that of the two before by at most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and by HANDLE_SLACK handles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hbp_titan.data.consumed import FOLDER, attempt_folders
+from hbp_titan.components.checkpoint import completed
 from hbp_titan.soak.processes import open_handles, ranks_of, resident_bytes
 
 MEMORY_GROWTH, MEMORY_SLACK_BYTES, HANDLE_SLACK = 0.05, 16 << 20, 2
@@ -22,7 +22,7 @@ _MIN_SAMPLES = 16
 
 @dataclass
 class Lifetime:
-    """One process. samples: (seconds since the soak's start, bytes, handles) while it trained."""
+    """One process. samples: (seconds since the soak's start, bytes, handles) from its first checkpoint on."""
 
     name: str
     pid: int
@@ -59,7 +59,7 @@ class Sampler:
         self.launcher = launcher
         self.interval = interval_seconds
         self.lifetimes: dict[int, Lifetime] = {}
-        self._attempts_at_birth: dict[int, int] = {}
+        self._saved_at_birth: dict[int, list[Path]] = {}
         self._start = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -82,11 +82,10 @@ class Sampler:
             launcher = self.launcher()
             if launcher is None:
                 continue
-            attempts = attempt_folders(self.folder / FOLDER)
+            saved = completed(self.folder / "checkpoint")[-1:]
             for name, pid in {"torchrun": launcher, **{f"rank {r}": p for r, p in ranks_of(launcher).items()}}.items():
                 life = self.lifetimes.setdefault(pid, Lifetime(name, pid))
-                born = self._attempts_at_birth.setdefault(pid, len(attempts))
-                if len(attempts) > born and any(p.stat().st_size for p in attempts[-1].glob("rank-*.jsonl")):
+                if saved != self._saved_at_birth.setdefault(pid, saved):
                     memory, handles = resident_bytes(pid), open_handles(pid)
                     if memory and handles:
                         life.samples.append((time.monotonic() - self._start, memory, handles))

@@ -15,6 +15,7 @@ from typing import Any
 
 from hbp_titan.components.checkpoint import completed
 from hbp_titan.components.checkpoint_files import MANIFEST
+from hbp_titan.config import load_config
 from hbp_titan.data.audit import audit_run
 from hbp_titan.data.consumed import read_attempts
 from hbp_titan.data.store.token_store import TokenStore
@@ -55,21 +56,15 @@ def soak(settings: Settings, kills: Callable[[random.Random], Iterable[Kill]], s
     generator = random.Random(seed)
     report: dict[str, Any] = {"seed": seed, "ranks": settings.ranks, "argv": list(settings.argv)}
     end = started + settings.seconds
-    run, judged = _watched(
-        settings, settings.argv, disturbed, kills(generator), generator, over=lambda: time.monotonic() > end
-    )
+    run, judged = _watched(settings, disturbed, kills(generator), generator, over=lambda: time.monotonic() > end)
     report["disturbed_seconds"] = round(time.monotonic() - started, 1)
     report["kills"] = [{**asdict(kill), "steps_done": steps} for kill, steps in run.killed]
     report["starts"], report["complete"] = run.starts, run.complete
-    checkpoints = completed(disturbed / "checkpoint")
-    if not checkpoints:
-        raise ValueError(f"{disturbed} has no checkpoint: more --minutes, or a smaller checkpoint.interval")
-    step = int(checkpoints[-1].name.removeprefix("step-"))
+    step = _last_regular(disturbed, load_config(settings.argv).checkpoint.interval, run.complete)
     report["steps"] = step
     restarted = time.monotonic()
-    argv = [*settings.argv, f"--checkpoint.interval={step}", "--checkpoint.keep_latest_k=0"]
     saved = whole / "checkpoint" / f"step-{step}"
-    judged += _watched(settings, argv, whole, (), generator, over=saved.exists)[1]
+    judged += _watched(settings, whole, (), generator, over=saved.exists)[1]
     report["whole_seconds"] = round(time.monotonic() - restarted, 1)
     report["lifetimes"] = [_row(life) for life in judged]
     flat = [fault for life in judged for fault in life.faults()]
@@ -78,14 +73,25 @@ def soak(settings: Settings, kills: Callable[[random.Random], Iterable[Kill]], s
 
 
 def _watched(
-    settings: Settings, argv: Sequence[str], folder: Path, kills: Iterable[Kill], generator: random.Random, **until: Any
+    settings: Settings, folder: Path, kills: Iterable[Kill], generator: random.Random, over: Callable[[], bool]
 ) -> tuple[DisturbedRun, list[Lifetime]]:
-    command = torchrun([*argv, f"--job.dump_folder={folder}"], settings.ranks)
+    # What is compared must not be gone for the one that is saved when the run is asked to leave.
+    argv = [*settings.argv, "--checkpoint.keep_latest_k=3", f"--job.dump_folder={folder}"]
+    command = torchrun(argv, settings.ranks)
     with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
         run = DisturbedRun(command, folder, log, generator)
         with Sampler(folder, lambda: run.process.pid if run.process else None, settings.sample_seconds) as sampler:
-            run.run(kills, **until)
+            run.run(kills, over)
     return run, sampler.judged(settings.judged_seconds)
+
+
+def _last_regular(folder: Path, interval: int, complete: bool) -> int:
+    """The newest checkpoint's step that an undisturbed run saves as well."""
+    steps = [int(path.name.removeprefix("step-")) for path in completed(folder / "checkpoint")]
+    regular = [step for step in steps if step % interval == 0 or (complete and step == steps[-1])]
+    if not regular:
+        raise ValueError(f"{folder} has no checkpoint: more --minutes, or a smaller checkpoint.interval")
+    return regular[-1]
 
 
 def audit_faults(folder: Path) -> list[str]:

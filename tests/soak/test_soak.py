@@ -48,12 +48,12 @@ def test_kills_are_the_same_for_a_seed_and_of_every_moment() -> None:
 
 def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path, num_rows=150), "--checkpoint.interval=2", "--metrics.live_check_interval=0"]
-    settings = Settings(argv, tmp_path / "soak", sample_seconds=0.05, judged_seconds=1)
+    settings = Settings(argv, tmp_path / "soak", sample_seconds=0.05, judged_seconds=0.5)
     report = soak(settings, lambda generator: stepped_kills(generator, 3, 32), seed=1)
     assert report["faults"] == []
     assert [kill["moment"] for kill in report["kills"]] == ["any", "save", "load"]
     assert (report["steps"], report["complete"]) == (32, True)
-    assert {life["name"] for life in report["lifetimes"]} >= {"rank 0", "rank 1"}
+    assert {life["name"] for life in report["lifetimes"]} >= {"torchrun", "rank 0", "rank 1"}
     assert "bit for bit those of the undisturbed run" in table(report)
 
     # One bit of one step, or of the last state, is seen.
@@ -85,7 +85,8 @@ def test_debug_model_killed_twenty_times_in_an_epoch_ends_like_the_undisturbed_o
 
 @pytest.mark.slow
 def test_debug_model_soaks_for_an_hour(tmp_path: Path) -> None:
-    argv = [*DEBUG, "--checkpoint.interval=10", "--training.epochs=40"]
+    # Both levels from the start: memory grows when the second one comes.
+    argv = [*DEBUG, "--checkpoint.interval=10", "--training.epochs=40", "--packing.curriculum_steps=0"]
     settings = Settings(argv, tmp_path / "soak", seconds=3600)
     report = soak(settings, lambda generator: timed_kills(generator, 180), seed=0)
     assert report["faults"] == [], table(report)
