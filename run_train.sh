@@ -3,9 +3,10 @@
 #   ./run_train.sh                                        the debug model on real text, two CPU ranks or all GPUs
 #   NGPU=8 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh --training.steps 1000
 #   COMM_MODE=fake NGPU=32 CONFIG_FILE=... ./run_train.sh  tries a configuration for 32 ranks: no GPU, no weights, no data
-# env: NGPU ranks on this machine; CONFIG_FILE; LOG_RANK the rank that prints; for several nodes NNODES and
-#      RDZV_ENDPOINT=host:port (the same on each). Further arguments override the TOML: --section.key value;
-#      with COMM_MODE=fake, GPU is the kind of GPU to plan for (h100-80gb)
+# env: NGPU ranks on this machine; CONFIG_FILE; LOG_RANK the rank that prints; MAX_RESTARTS how often torchrun starts the
+#      ranks again when one dies (0); for several nodes NNODES, RDZV_ENDPOINT=host:port and RDZV_ID (the same on each).
+#      Further arguments override the TOML: --section.key value; with COMM_MODE=fake, GPU is the kind of GPU to plan
+#      for (h100-80gb). What happens when something dies: docs/supervision.md
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -39,6 +40,9 @@ done
 # Every mistake in configuration or data ends here, in one line, before a rank is started.
 "$PY" scripts/prepare_data.py --job.config_file "$CONFIG_FILE" --world_size $((NGPU * NNODES)) "$@"
 
-exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" \
+# By the environment, because a torchrun that does not know of it has no such option.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+
+exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-hbp_titan}" \
     -m hbp_titan.train --job.config_file "$CONFIG_FILE" "$@"

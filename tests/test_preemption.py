@@ -88,7 +88,9 @@ def _signal_after(
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 def test_signalled_run_saves_its_step_leaves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    argv = [*write_tiny_run(tmp_path, num_rows=150), "--training.epochs=3", "--checkpoint.interval=1000"]
+    argv = [*write_tiny_run(tmp_path, num_rows=150), "--training.epochs=4", "--checkpoint.interval=1000"]
+    # Processes of the ranks' groups, which torchrun signals as well.
+    argv.append("--data.num_workers=1")
     whole, folder = tmp_path / "whole", tmp_path / "signalled"
     run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
     total = _steps(whole)[-1]

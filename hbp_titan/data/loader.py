@@ -6,11 +6,13 @@ position is reached at once, without reading what lies before it.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -127,7 +129,15 @@ class PackLoader:
                 num_workers=num_workers,
                 prefetch_factor=prefetch_factor if num_workers else None,
                 pin_memory=pin_memory,
+                worker_init_fn=_leave_group if num_workers else None,
+                # Its draw for the workers' seeds would move the rank's own generator at every start of a run.
+                generator=torch.Generator(),
             )
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return iter(self._loader)
+
+
+def _leave_group(worker: int) -> None:
+    """torchrun signals a rank's process group: a worker that died of that could not feed the step to be saved."""
+    os.setpgrp()

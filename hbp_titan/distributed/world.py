@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from hbp_titan.distributed.rendezvous import fresh_store
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,11 +45,8 @@ def init_world(timeout_seconds: int) -> World:
         torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    store = fresh_store(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
 
 

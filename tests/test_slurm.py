@@ -1,0 +1,182 @@
+"""The SLURM script's own logic, with stand-ins for srun and scontrol that record their calls and run the command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hbp_titan.components.checkpoint import completed
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.soak.soak import audit_faults, differences
+from tests.checkout import make_checkout
+from tests.killed_run import train
+from tests.tiny_run import write_tiny_run
+
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >> calls
+while [[ $1 == --* ]]; do
+    [[ $1 == --output=* ]] && output=${1#--output=}
+    shift
+done
+pids=()
+trap 'echo "srun got USR1" >> calls; kill -USR1 "${pids[@]}"' USR1
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    "$@" > "${output/\\%N/node$node}" 2>&1 &
+    pids+=($!)
+done
+code=0
+for pid in "${pids[@]}"; do
+    while :; do
+        last=0
+        wait "$pid" || last=$?
+        kill -0 "$pid" 2>/dev/null || break
+    done
+    wait "$pid" || code=$?
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >> calls
+[[ $1 == show ]] && echo localhost
+exit 0
+"""
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A checkout whose environment is this one, with SLURM's commands beside it."""
+    root = make_checkout(tmp_path / "repository")
+    _write(tmp_path / "bin" / "srun", SRUN)
+    _write(tmp_path / "bin" / "scontrol", SCONTROL)
+    return root
+
+
+def _submit(root: Path, *argv: str, nodes: int = 1, **environment: str) -> subprocess.Popen[str]:
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(root),
+        "SLURM_JOB_ID": "20077",
+        "SLURM_NNODES": str(nodes),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_CPUS_ON_NODE": "2",
+        "PATH": f"{root.parent / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = {**os.environ, **slurm, **environment}
+    # As SLURM does: from a copy elsewhere.
+    script = shutil.copy(root / "scripts" / "slurm_train.sbatch", root.parent / "slurm_script")
+    return subprocess.Popen(
+        ["bash", script, *argv],
+        cwd=root.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _calls(root: Path) -> list[str]:
+    return (root / "calls").read_text().splitlines()
+
+
+def _wait_until(reached: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# What a run does, whether SLURM warns it, the job's exit code, whether it is queued again.
+ENDS = {
+    "complete": ("mkdir -p run/checkpoint/step-9; exit 0", False, 0, False),
+    "preempted": ("echo 'SIGUSR1 step 7' > run/preempted; exit 1", False, 0, True),
+    "ended": ("echo 'SIGTERM step 7' > run/preempted; exit 1", False, 1, False),
+    "failed": ("mkdir -p run/checkpoint/step-7; exit 1", False, 1, False),
+    "out of time": ("trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 20 & wait", True, 0, True),
+    "no step in time": ("trap 'exit 138' USR1; mkdir up; sleep 20 & wait", True, 138, False),
+    "out of time at first": (
+        "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 20 & wait",
+        True,
+        0,
+        True,
+    ),
+    "complete in time": ("trap 'sleep 0.3; exit 0' USR1; mkdir up; sleep 20 & wait", True, 0, False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_job_is_queued_again_when_it_left_for_want_of_time(repository: Path, end: str) -> None:
+    does, warned, code, again = ENDS[end]
+    _write(repository / "run_train.sh", f"#!/usr/bin/env bash\nmkdir -p run\n{does}\n")
+    _write(repository / "scripts" / "prepare_data.py", "print('prepared')\n")
+    if end != "out of time at first":
+        # Of an earlier start: neither the file nor the checkpoint may count for this one.
+        _write(repository / "run" / "preempted", "SIGUSR1 step 3\n")
+        (repository / "run" / "checkpoint" / "step-3").mkdir(parents=True)
+    process = _submit(repository, "--job.dump_folder=run")
+    if warned:
+        _wait_until((repository / "up").exists, process)
+        process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert ("scontrol requeue 20077" in _calls(repository)) == again
+    assert ("srun got USR1" in _calls(repository)) == warned
+    assert ("queued again" in output) == again
+    assert ("not queued again" in errors) == (code != 0)
+
+
+def test_a_mistake_ends_the_job_before_a_node_starts(repository: Path) -> None:
+    process = _submit(repository, "--trainin.steps=3")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip() == "error: command line: unknown key trainin.steps; did you mean training.steps?"
+    assert not (repository / "calls").exists()
+
+
+@pytest.mark.slow
+def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undisturbed_run(repository: Path) -> None:
+    argv = [*write_tiny_run(repository.parent, num_rows=150), "--training.epochs=2", "--checkpoint.interval=1000"]
+    folder, whole = repository.parent / "run", repository.parent / "whole"
+    environment = {"NGPU": "1", "CONFIG_FILE": "tiny.toml"}
+    process = _submit(repository, *argv, nodes=2, **environment)
+    metrics = folder / "metrics.jsonl"
+    _wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, process)
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=120)
+    (saved,) = completed(folder / "checkpoint")
+    step = saved.name.removeprefix("step-")
+    assert (process.returncode, errors) == (0, "")
+    assert output.endswith(f"preempted at step {step}: queued again\n")
+    (srun,) = [call for call in _calls(repository) if call.startswith("srun --")]
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in srun
+    assert {path.name for path in (repository / "outputs" / "slurm").iterdir()} == {
+        "20077-start-0-node0.log",
+        "20077-start-0-node1.log",
+    }
+
+    process = _submit(repository, *argv, nodes=2, SLURM_RESTART_COUNT="1", **environment)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    total = int(completed(folder / "checkpoint")[-1].name.removeprefix("step-"))
+    assert output.endswith(f"complete at step {total}: {folder}\n")
+    assert _calls(repository).count("scontrol requeue 20077") == 1
+    assert (
+        f"resumed from step {step}"
+        in (repository / "outputs" / "slurm" / "20077-start-1-node0.log").read_text()
+        + (repository / "outputs" / "slurm" / "20077-start-1-node1.log").read_text()
+    )
+    run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
+    assert differences(whole, folder, total) == []
+    assert audit_faults(folder) == []

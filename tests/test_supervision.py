@@ -1,0 +1,98 @@
+"""run_train.sh on one node and on two: what dies is started again, and the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hbp_titan.components.checkpoint import completed
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.soak.disturbed_run import steps_done
+from hbp_titan.soak.processes import kill_tree, ranks_of
+from hbp_titan.soak.soak import audit_faults, differences
+from tests.checkout import make_checkout
+from tests.killed_run import train
+from tests.tiny_run import write_tiny_run
+
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+DEADLINE = 150
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a run of 64 steps in two epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    return [*write_tiny_run(folder, 150), "--training.epochs=2", "--checkpoint.interval=8"]
+
+
+@pytest.fixture(scope="module")
+def whole(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_distributed(train, 2, [*argv, f"--job.dump_folder={folder}"])
+    return folder
+
+
+def _start(root: Path, argv: Sequence[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    values = {**os.environ, "OMP_NUM_THREADS": "1", "CONFIG_FILE": "tiny.toml", **environment}
+    command = ["bash", "run_train.sh", *argv, f"--job.dump_folder={folder}"]
+    return subprocess.Popen(command, cwd=root, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _wait_for_step(folder: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while steps_done(folder) < step:
+        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _same(whole: Path, folder: Path) -> None:
+    total = int(completed(folder / "checkpoint")[-1].name.removeprefix("step-"))
+    assert total == steps_done(whole)
+    assert differences(whole, folder, total) == []
+    assert audit_faults(folder) == []
+
+
+def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
+    root, folder = make_checkout(tmp_path / "checkout"), tmp_path / "killed"
+    process = _start(root, argv, folder, NGPU="2", MAX_RESTARTS="2")
+    _wait_for_step(folder, 12, [process])
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    output = process.communicate(timeout=DEADLINE)[0]
+    assert process.returncode == 0, output
+    assert "Signal 9 (SIGKILL)" in output or "exitcode: -9" in output
+    # One restart, not one that met in the store of the dead, failed and was started again.
+    assert output.count("resumed from step 8") == 1
+    assert output.count("model: model, ") == 2
+    _same(whole, folder)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_dies_go_on_when_both_are_started_again(
+    argv: list[str], whole: Path, tmp_path: Path
+) -> None:
+    root, folder = make_checkout(tmp_path / "checkout"), tmp_path / "nodes"
+    for attempt in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            endpoint = f"localhost:{free.getsockname()[1]}"
+        node = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job"}
+        nodes = [_start(root, argv, folder, **node) for _ in range(2)]
+        if attempt == 0:
+            _wait_for_step(folder, 12, nodes)
+            kill_tree(nodes[1].pid)
+            # As a supervisor that has seen a node die ends the others.
+            nodes[0].terminate()
+            assert all(node.communicate(timeout=DEADLINE) and node.returncode for node in nodes)
+    outputs = [node.communicate(timeout=DEADLINE)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum(output.count("resumed from step 8") for output in outputs) == 1
+    _same(whole, folder)
