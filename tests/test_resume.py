@@ -139,8 +139,3 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
     (killed / "consumed").rename(killed / "lost")
     output = _alone(second)
     assert f"error: cannot resume: {killed / 'consumed'} does not say what steps 1 to" in output
-    other = [*second, "--training.normalizer=sum", "--packing.seed=3"]
-    output = _alone(other)
-    assert "error: cannot resume: " in output
-    assert "packing.seed is 0 there but 3 here" in output
-    assert 'training.normalizer is "ave_token" there but "sum" here' in output

@@ -91,6 +91,7 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
     return after_probe[0], counters["stats"]["unique_graphs"], len(seen)
 
 
+@pytest.mark.slow
 def test_no_new_graph_in_200_iterations_two_epochs_and_validation(tmp_path: Path) -> None:
     argv = [word for word in write_tiny_run(tmp_path, num_rows=700) if not word.startswith("--levels")]
     held_out = "".join((tmp_path / "train.jsonl").read_text().splitlines(keepends=True)[:40])

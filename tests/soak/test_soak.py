@@ -46,6 +46,7 @@ def test_kills_are_the_same_for_a_seed_and_of_every_moment() -> None:
     assert {next(timed).moment for _ in range(3)} == {"any", "save", "load"}
 
 
+@pytest.mark.slow
 def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path, num_rows=150), "--checkpoint.interval=2", "--metrics.live_check_interval=0"]
     settings = Settings(argv, tmp_path / "soak", sample_seconds=0.05, judged_seconds=0.5)
