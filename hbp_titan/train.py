@@ -24,7 +24,7 @@ from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.expert_load import ExpertLoad
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import export_adapter, export_hf
+from hbp_titan.components.model_state import export
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
@@ -55,7 +55,6 @@ from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
 from hbp_titan.distributed.mesh import crossed_nodes
-from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import (
     World,
     all_reduce_values,
@@ -184,18 +183,10 @@ class Trainer:
         self._export()
 
     def _export(self) -> None:
-        if not self.config.checkpoint.export_hf:
-            return
-        if self.watchdog:
-            self.watchdog.at("the export")
-        dtype = DTYPES[self.config.checkpoint.export_dtype]
-        lora, tokenizer = self.config.lora, self.config.tokenizer_path
-        export_hf(self.model, self.args, self.folder / "hf", tokenizer, dtype, self.token_ids, lora)
-        self._print(f"HF weights   {self.folder / 'hf'}")
-        if lora.rank:
-            base = self.config.checkpoint.initial_load_path
-            export_adapter(self.model, lora, base, self.folder / "hf_adapter", dtype)
-            self._print(f"PEFT adapter {self.folder / 'hf_adapter'}")
+        if self.config.checkpoint.export_hf:
+            if self.watchdog:
+                self.watchdog.at("the export")
+            self._print(export(self.model, self.args, self.config, self.token_ids))
 
     def _train_epoch(self, metrics: MetricsLogger) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""

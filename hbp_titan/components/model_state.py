@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.checkpoint_tensors import check_model_shapes, load_model_shards, read_state
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
@@ -96,6 +98,17 @@ def _fill(parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str, t
             dims = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
             if parameter.to_local().numel():
                 parameter.to_local().copy_(read(name, parameter.shape, dims))
+
+
+def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict[str, Any]) -> str:
+    """hf/ of the run folder, with LoRA hf_adapter/ too; every rank calls it. Returns the lines that name them."""
+    dtype, lora, folder = DTYPES[config.checkpoint.export_dtype], config.lora, config.dump_folder
+    export_hf(model, args, folder / "hf", config.tokenizer_path, dtype, token_ids, lora)
+    told = [f"HF weights   {folder / 'hf'}"]
+    if lora.rank:
+        export_adapter(model, lora, config.checkpoint.initial_load_path, folder / "hf_adapter", dtype)
+        told.append(f"PEFT adapter {folder / 'hf_adapter'}")
+    return "\n".join(told)
 
 
 def export_hf(
