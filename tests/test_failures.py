@@ -41,7 +41,7 @@ def test_a_killed_rank_takes_the_others_along(tmp_path: Path) -> None:
     assert len(re.findall(r"^rank [02] failed in step 3", output, re.MULTILINE)) == 1
     assert output.count(TRACEBACK) == 2
     assert "Signal 9 (SIGKILL)" in output
-    assert seconds < 60
+    assert seconds < 90  # with the start of three ranks
 
 
 def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) 
     assert re.search(rf"^  ranks 0, 2 in {where}: .*(wait|all_gather)\S* from hbp_titan/", output, re.MULTILINE), output
     assert re.search(rf"^  rank 1 in {where}: _sleep from hbp_titan/levels/engine.py:\d+$", output, re.MULTILINE)
     assert output.count(TRACEBACK) == 2
-    assert seconds < 60
+    assert seconds < 90  # with the start of three ranks
 
 
 def test_a_mistake_that_every_rank_meets_is_one_line(tmp_path: Path) -> None:

@@ -17,22 +17,22 @@ def _stand(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _rank(rank: int, store: dist.Store, where: str, codes: list[int], seconds: float) -> None:
+def _rank(rank: int, store: dist.Store, where: str, codes: list[int], seconds: float, timeout: float = 1.0) -> None:
     with Watchdog(rank, 4, store, end=codes.append) as watchdog:
-        watchdog.at(where, timeout_seconds=1.0)
+        watchdog.at(where, timeout)
         _stand(seconds)
 
 
 def test_ranks_that_stand_still_are_told_once_and_by_place(capsys: pytest.CaptureFixture[str]) -> None:
     store, codes = dist.HashStore(), [list[int]() for _ in range(3)]
     places = ["step 7, level 8K/cp2", "step 7, level 8K/cp2", "reading"]
-    ranks = [threading.Thread(target=_rank, args=(i, store, places[i], codes[i], 1.15)) for i in range(3)]
+    ranks = [threading.Thread(target=_rank, args=(i, store, places[i], codes[i], 3.4, 3.0)) for i in range(3)]
     for thread in ranks:
         thread.start()
     for thread in ranks:
         thread.join()
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "nothing has moved for 1 s:"
+    assert told[0] == "nothing has moved for 3 s:"
     assert [line.partition(": ")[0] for line in told[1:]] == [
         "  ranks 0-1 in step 7, level 8K/cp2",
         "  rank 2 in reading",
@@ -44,16 +44,16 @@ def test_ranks_that_stand_still_are_told_once_and_by_place(capsys: pytest.Captur
 
 def test_a_rank_that_does_not_end_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
-    _rank(0, dist.HashStore(), "step 1", codes, 1.6)
+    _rank(0, dist.HashStore(), "step 1", codes, 2.5)
     assert codes == [1]
-    assert "rank 0 is ended after 1 s without progress" in capsys.readouterr().err
+    assert re.search(r"rank 0 is ended after [12] s without progress", capsys.readouterr().err)
 
 
 def test_progress_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
-        for step in range(6):
-            watchdog.at(f"step {step}", timeout_seconds=0.5)
+        for step in range(12):
+            watchdog.at(f"step {step}", timeout_seconds=2.0)
             time.sleep(0.2)
         watchdog.at("an export, which takes its time")
         time.sleep(0.8)
