@@ -6,9 +6,9 @@
         --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000
 
 Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
-and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Without a config file a small
-model is trained on the debug data, for four ranks in turn: one process trains the packs of all ranks one after another,
-which gives the losses of four (hbp_titan/study/in_turn.py). A run is an ordinary run in FOLDER/VARIANT/seed-N; finished
+and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default
+one process trains the packs of all of them in turn, which gives their losses (hbp_titan/study/in_turn.py). Without a
+config file a small model is trained on the debug data, first on short samples (FOLDER/base), then by every variant. A run is an ordinary run in FOLDER/VARIANT/seed-N; finished
 ones are not repeated, so more seeds or variants can be added. Prints Markdown tables; writes study.json, tables.md and
 quality.svg in FOLDER. Every key of the configuration can be given too; docs/quality.md says how to read it.
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
 from hbp_titan.study.chart import draw
-from hbp_titan.study.quality import base_config, run_study
+from hbp_titan.study.quality import is_built_in, run_study, study_config, train_bases
 from hbp_titan.study.runs import LAUNCHES, Launch
 from hbp_titan.study.tables import band_table, loss_table, plan_table
 from hbp_titan.study.variants import VARIANTS, parse_variants
@@ -51,10 +51,14 @@ def main(argv: list[str]) -> None:
     if options.parallel < 1:
         raise ValueError(f"--parallel {options.parallel} must be at least 1")
     launch, variants = Launch(options.launch, options.ranks), parse_variants(options.variants)
-    config = base_config(overrides, options.folder)
-    study = run_study(
-        config, options.folder, launch, variants, seeds, options.parallel, lambda line: print(line, flush=True)
-    )
+    config = study_config(overrides, options.folder)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if is_built_in(overrides):
+        train_bases(options.folder, launch, seeds, options.parallel, report)
+    study = run_study(config, options.folder, launch, variants, seeds, options.parallel, report)
     tables = "\n\n".join([loss_table(study), band_table(study), plan_table(study)])
     print(f"\n{tables}")
     (options.folder / "tables.md").write_text(tables + "\n", encoding="utf-8")

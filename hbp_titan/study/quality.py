@@ -1,14 +1,14 @@
 """The quality study as a whole: from a configuration to runs, figures, table and chart.
 
-Owns the study that is there without a configuration (the debug data, a model of 0.35M parameters, four ranks in turn),
-and the file that all is written to.
+Owns the study that is there without a configuration, a small model on the debug data, and the file that all is
+written to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,36 @@ from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.preflight import model_args, most_tokens
-from hbp_titan.study.runs import Launch, figures_of, make_runs, train_all
+from hbp_titan.study.runs import Launch, Report, Run, figures_of, make_runs, train_all
 from hbp_titan.study.variants import Variant
 
-BUILT_IN = (
+_COMMON = (
     "--job.config_file=train_configs/debug_model.toml",
-    # Four ranks: 512 tokens each, or two packs of 2048 side by side. An optimizer step is four iterations of the one
-    # or two of the other, so there are steps to interleave levels in.
-    "--levels=512:1,2048:2",
-    "--training.global_batch_tokens=8192",
-    "--data.max_samples=2400",
-    "--validation.max_samples=600",
-    "--validation.interval=20",
+    "--training.global_batch_tokens=4096",
+    "--validation.max_samples=400",
     "--checkpoint.enable=false",
     "--data.num_workers=0",
     "--metrics.enable_tensorboard=false",
     "--metrics.log_interval=10",
+)
+BASE = (
+    *_COMMON,
+    "--levels=256:1",
+    "--data.max_samples=8000",
+    "--data.seed=1",
+    "--data.train_on=all",
+    "--validation.interval=1000",
+)
+"""What the built-in study starts from, one model a seed: trained on every token of samples up to 256 tokens."""
+
+BUILT_IN = (
+    *_COMMON,
+    # Four ranks: packs of 256 tokens each, or two packs of 1024 side by side. An optimizer step is four iterations of
+    # the one or two of the other, so that there is something to interleave.
+    "--levels=256:1,1024:2",
+    "--data.max_samples=1600",
+    "--validation.interval=20",
+    "--optimizer.lr=2e-3",
 )
 """What the study trains where no configuration is named."""
 
@@ -46,24 +60,44 @@ MODEL = dataclasses.replace(
     num_heads=2,
     num_kv_heads=1,
 )
-"""The model of the built-in study: a run of it is half a minute of one CPU core."""
+"""The model of the built-in study, 0.35M parameters: a run of it is half a minute of one CPU core."""
 
 
-def base_config(overrides: Sequence[str], folder: Path) -> JobConfig:
-    """The configuration that the variants change; the built-in one where `overrides` names no config file."""
-    built_in: list[str] = []
-    if not any(word.split("=")[0] == "--job.config_file" for word in overrides):
-        built_in = [*BUILT_IN]
-        if not any(word.startswith("--model.") for word in overrides):
-            (folder / "model").mkdir(parents=True, exist_ok=True)
-            text = json.dumps(args_to_hf_config(MODEL), indent=1)
-            (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
-            built_in.append(f"--model.hf_path={folder / 'model'}")
-    config = load_config([*built_in, *overrides])
+def is_built_in(overrides: Sequence[str]) -> bool:
+    """Whether the command line names no configuration of its own."""
+    return not any(word.split("=")[0] == "--job.config_file" for word in overrides)
+
+
+def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: int, report: Report) -> None:
+    """Train what the runs of the built-in study start from, where it is not there yet."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(args_to_hf_config(MODEL), indent=1)
+    (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
+    runs = []
+    for seed in seeds:
+        config = load_config([*BASE, f"--model.hf_path={folder / 'model'}"])
+        config.packing.seed = config.training.seed = seed
+        config.packing.curriculum_steps = 0.0
+        config.packing.print_comparison = config.metrics.progress_bar = False
+        config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
+        runs.append(Run(Variant("base", "what the runs start from"), seed, config, launch))
+    # Prepared once, before several runs look for it.
+    open_stores(runs[0].config, runs[0].config.levels[-1].max_tokens)
+    train_all(runs, parallel, report)
+
+
+def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
+    """The configuration that the variants change; the built-in one where `overrides` names none.
+
+    "{seed}" in checkpoint.initial_load_path stands for the seed of the run.
+    """
+    if is_built_in(overrides):
+        base = folder / "base" / "seed-{seed}" / "hf"
+        paths = [f"--model.hf_path={folder / 'model'}", f"--checkpoint.initial_load_path={base}"]
+        overrides = [*BUILT_IN, *paths, *overrides]
+    config = load_config(overrides)
     if config.packing.levels == "auto" or not config.levels:
-        raise ValueError(
-            'a study compares runs on the same levels: name them in [[levels]], not packing.levels = "auto"'
-        )
+        raise ValueError("a study compares runs on the same levels: name them in [[levels]] or by --levels")
     if not (config.data.validation_files or config.data.validation_sources):
         raise ValueError("a study compares losses of held-out samples: data.validation_files is empty")
     config.validation.enable = True
@@ -78,7 +112,7 @@ def run_study(
     variants: Sequence[Variant],
     seeds: Sequence[int],
     parallel: int,
-    report: Callable[[str], None],
+    report: Report,
 ) -> dict[str, Any]:
     """Train what is not trained yet; returns what study.json holds, and writes it.
 

@@ -31,6 +31,9 @@ from hbp_titan.study.variants import Variant
 
 LAUNCHES = ("in_turn", "torchrun")
 
+Report = Callable[[str], None]
+"""Tells of progress, a line at a time."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -159,6 +162,7 @@ def make_runs(
             config.training.normalizer = "ave_token"
             step_tokens = float(plan_of(config, launch.ranks, store).step_loss_tokens.mean())
             variant.changes(config, step_tokens)
+            config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))
             config.job.dump_folder = str(folder / variant.name / f"seed-{seed}")
             runs.append(Run(variant, seed, config, launch))
     return runs
@@ -172,7 +176,7 @@ def figures_of(run: Run, store: TokenStore) -> dict[str, float]:
     return {name: float(getattr(metrics, name)) for name in names}
 
 
-def train_all(runs: Sequence[Run], parallel: int, report: Callable[[str], None]) -> list[dict[str, Any]]:
+def train_all(runs: Sequence[Run], parallel: int, report: Report) -> list[dict[str, Any]]:
     """The outcome of every run, in their order; those that are not finished are trained, `parallel` at a time."""
     outcomes: dict[int, dict[str, Any]] = {}
     for index, run in enumerate(runs):
