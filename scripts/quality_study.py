@@ -8,9 +8,11 @@
 Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
 and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default
 one process trains the packs of all of them in turn, which gives their losses (hbp_titan/study/in_turn.py). Without a
-config file a small model is trained on the debug data, first on short samples (FOLDER/base), then by every variant. A run is an ordinary run in FOLDER/VARIANT/seed-N; finished
-ones are not repeated, so more seeds or variants can be added. Prints Markdown tables; writes study.json, tables.md and
-quality.svg in FOLDER. Every key of the configuration can be given too; docs/quality.md says how to read it.
+config file a small model is trained on the debug data: on short samples first (FOLDER/base), then by every variant.
+
+A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
+Prints Markdown tables; writes study.json, tables.md and quality.svg in FOLDER. Every key of the configuration can be
+given too. docs/quality.md says how to read it.
 """
 
 from __future__ import annotations

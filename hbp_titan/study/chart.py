@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hbp_titan.packing.svg import short
+from hbp_titan.packing.bands import band_name
 from hbp_titan.study.statistics import Difference
 from hbp_titan.study.tables import band_loss, bands_of, difference, final_loss, values_of
 from hbp_titan.study.variants import DEFAULT
@@ -37,7 +37,7 @@ def draw(study: dict[str, Any]) -> str:
     """The whole picture: all lengths, and the longest band. ValueError where no variant has two seeds."""
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("all lengths", final_loss)]
     if bands := bands_of(study):
-        panels.append((f"samples over {short(int(bands[-1]) // 2, 1024)} tokens", band_loss(bands[-1])))
+        panels.append((f"{band_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
     parts = []
     height = 0
     for number, (title, figure) in enumerate(panels):

@@ -32,7 +32,7 @@ _COMMON = (
 BASE = (
     *_COMMON,
     "--levels=256:1",
-    "--data.max_samples=8000",
+    "--data.max_samples=4000",
     "--data.seed=1",
     "--data.train_on=all",
     "--validation.interval=1000",

@@ -22,8 +22,7 @@ import numpy as np
 
 import hbp_titan
 from hbp_titan.config import JobConfig, to_toml
-from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.planning import EpochPlans, SampleLengths
 from hbp_titan.packing import Plan, measure
 from hbp_titan.packing.level import check_levels
 from hbp_titan.preflight import cost_model, model_args
@@ -120,7 +119,7 @@ def read_outcome(folder: Path) -> dict[str, Any]:
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    course = [(step["step"], step["validation"]["loss"]) for step in steps if "validation" in step]
+    course = [[step["step"], step["validation"]["loss"]] for step in steps if "validation" in step]
     last = steps[-1]["validation"]
     tokens = [step["tokens"] for step in steps]
     ratios = [heaviest / lightest for lightest, heaviest in (step["token_weights"] for step in steps) if lightest]
@@ -142,14 +141,19 @@ def read_outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def plan_of(config: JobConfig, ranks: int, store: TokenStore) -> Plan:
+def plan_of(config: JobConfig, ranks: int, store: SampleLengths) -> Plan:
     """The plan of the first epoch, as the trainer makes it."""
     cost = cost_model(model_args(config), frozen=config.lora.rank > 0)
     return EpochPlans(config, store, ranks, cost).of(0)
 
 
 def make_runs(
-    base: JobConfig, folder: Path, launch: Launch, store: TokenStore, variants: Sequence[Variant], seeds: Sequence[int]
+    base: JobConfig,
+    folder: Path,
+    launch: Launch,
+    store: SampleLengths,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
 ) -> list[Run]:
     """All runs, the seeds one after another: a study that is stopped has every variant for the seeds that it has."""
     check_levels(base.levels, launch.ranks)
@@ -168,7 +172,7 @@ def make_runs(
     return runs
 
 
-def figures_of(run: Run, store: TokenStore) -> dict[str, float]:
+def figures_of(run: Run, store: SampleLengths) -> dict[str, float]:
     """Balance, communication and padding that the plan of a run has for its ranks, as in docs/packing.md."""
     plan = plan_of(run.config, run.launch.ranks, store)
     metrics = measure(plan)

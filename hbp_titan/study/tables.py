@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.packing.svg import short
+from hbp_titan.packing.bands import band_name
 from hbp_titan.study.statistics import Difference, mean_and_deviation, paired_difference
 from hbp_titan.study.variants import DEFAULT
 
@@ -75,7 +75,7 @@ def band_table(study: dict[str, Any]) -> str:
     """A row a variant: in each length band the default's loss, and the difference to it; bold where 0 is not in it."""
     bands = bands_of(study)
     counts = study["runs"][0]["by_length"]
-    heads = [f"to {short(int(band), 1024)} ({counts[band]['trained_tokens']:,} tokens)" for band in bands]
+    heads = [f"{band_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
     lines = [f"| variant | {' | '.join(heads)} |", "|---" * (len(bands) + 1) + "|"]
     for name in study["variants"]:
         cells = [name]
