@@ -44,7 +44,7 @@ BUILT_IN = (
     # Four ranks: packs of 256 tokens each, or two packs of 1024 side by side. An optimizer step is four iterations of
     # the one or two of the other, so that there is something to interleave.
     "--levels=256:1,1024:2",
-    "--data.max_samples=1600",
+    "--data.max_samples=1200",
     "--validation.interval=20",
     "--optimizer.lr=2e-3",
 )
