@@ -173,11 +173,21 @@ def make_runs(
 
 
 def figures_of(run: Run, store: SampleLengths) -> dict[str, float]:
-    """Balance, communication and padding that the plan of a run has for its ranks, as in docs/packing.md."""
+    """What the plan of a run has for its ranks, as in docs/packing.md, and what its optimizer steps are made of.
+
+    long_spread: standard deviation over the steps of the share that samples longer than the lowest level have in the
+    trained tokens. trained_spread: that of the trained tokens of a step, as a share of their mean.
+    """
     plan = plan_of(run.config, run.launch.ranks, store)
     metrics = measure(plan)
-    names = ("dbr", "abr", "cr", "pr")
-    return {name: float(getattr(metrics, name)) for name in names}
+    long = np.where(plan.lengths > plan.levels[0].max_tokens, plan.loss_tokens, 0)
+    steps = [plan.samples_of(*plan.step_offsets[step : step + 2]) for step in range(plan.num_steps)]
+    trained = plan.step_loss_tokens
+    return {
+        **{name: float(getattr(metrics, name)) for name in ("dbr", "abr", "cr", "pr")},
+        "long_spread": float(np.std([long[ids].sum() for ids in steps] / np.maximum(trained, 1))),
+        "trained_spread": float(trained.std() / trained.mean()),
+    }
 
 
 def train_all(runs: Sequence[Run], parallel: int, report: Report) -> list[dict[str, Any]]:

@@ -90,15 +90,17 @@ def band_table(study: dict[str, Any]) -> str:
 def plan_table(study: dict[str, Any]) -> str:
     """A row a variant: how its plan is balanced, and what its optimizer steps are like."""
     lines = [
-        "| variant | ABR | DBR | CR | PR | tokens per step | heaviest / lightest token |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | ABR | CR | PR | tokens per step | spread of trained tokens | spread of the long samples' share | "
+        "heaviest / lightest token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, plan in study["plans"].items():
         runs = [run for run in study["runs"] if run["variant"] == name]
         mean, deviation = np.mean([run["step_tokens"] for run in runs], axis=0)
         ratio = np.median([run["weight_ratio"] for run in runs])
-        figures = " | ".join(f"{plan[key]:.3f}" for key in ("abr", "dbr", "cr", "pr"))
-        lines.append(f"| {name} | {figures} | {mean:,.0f} +- {deviation:,.0f} | {ratio:.3g} |")
+        figures = " | ".join(f"{plan[key]:.3f}" for key in ("abr", "cr", "pr"))
+        spreads = " | ".join(f"{100 * plan[key]:.1f}%" for key in ("trained_spread", "long_spread"))
+        lines.append(f"| {name} | {figures} | {mean:,.0f} +- {deviation:,.0f} | {spreads} | {ratio:.3g} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hbp_titan.config import load_config
-from hbp_titan.study.runs import Launch, Run, make_runs, read_outcome, train_all
+from hbp_titan.study.runs import Launch, Run, figures_of, make_runs, read_outcome, train_all
 from hbp_titan.study.variants import VARIANTS, parse_variants
 
 
@@ -128,6 +128,19 @@ def test_an_outcome_is_what_the_steps_say(tmp_path: Path) -> None:
     assert outcome["step_tokens"] == [200, 100]
     assert outcome["weight_ratio"] == 4
     assert json.loads((tmp_path / "isf" / "seed-1" / "outcome.json").read_text())["loss"] == 2.5
+
+
+def test_figures_say_what_steps_are_made_of(tmp_path: Path) -> None:
+    # 32 long samples and 32 short ones, a step holds 1,600 tokens: alternating, a step is all long or all short.
+    lengths = np.repeat([100, 200], [32, 16])
+    store = Lengths(lengths, np.repeat([60, 20], [32, 16]))
+    config = load_config([*SETTINGS, "--packing.mix=alternate"])
+    runs = make_runs(config, tmp_path, Launch("in_turn", 4), store, parse_variants("interleave"), (1,))
+    apart, mixed = (figures_of(run, store) for run in runs)
+    # Two steps of 16 short samples, 960 trained tokens each, and two of 8 long ones, 160 each: mean 560.
+    assert (apart["long_spread"], apart["trained_spread"]) == (0.5, 400 / 560)
+    assert (mixed["long_spread"], mixed["trained_spread"]) == (0, 0)
+    assert (apart["cr"], apart["pr"], apart["abr"]) == (0.5, 0, 0)
 
 
 def test_choices_that_there_are_not_are_refused() -> None:

@@ -26,7 +26,10 @@ def _run(variant: str, seed: int, loss: float, long: float, steps: int = 60) -> 
 
 STUDY: dict[str, Any] = {
     "variants": {"hbp": "the default", "isf": "", "sum": ""},
-    "plans": {name: {"abr": 0.25, "dbr": 0.1, "cr": 1.0, "pr": 0.0} for name in ("hbp", "isf", "sum")},
+    "plans": {
+        name: {"abr": 0.25, "dbr": 0.1, "cr": 1.0, "pr": 0.0, "trained_spread": 0.125, "long_spread": 0.5}
+        for name in ("hbp", "isf", "sum")
+    },
     "runs": [
         *(_run("hbp", seed, 4.0 + seed, 2.0) for seed in (1, 2, 3)),
         # Differences 1, 2 and 3, and in the long band 0.1 each time.
@@ -68,7 +71,7 @@ def test_length_bands_ascend_and_what_excludes_0_is_bold() -> None:
 
 
 def test_plans_and_steps_are_told() -> None:
-    assert plan_table(STUDY).splitlines()[3] == "| isf | 0.250 | 0.100 | 1.000 | 0.000 | 4,000 +- 100 | 2 |"
+    assert plan_table(STUDY).splitlines()[3] == "| isf | 0.250 | 1.000 | 0.000 | 4,000 +- 100 | 12.5% | 50.0% | 2 |"
 
 
 def test_the_chart_has_a_row_for_each_variant_with_an_interval() -> None:
