@@ -15,6 +15,8 @@ import copy
 import dataclasses
 import sys
 
+import numpy as np
+
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.planning import EpochPlans
@@ -25,13 +27,18 @@ from hbp_titan.train import Trainer
 
 
 def in_turn(plan: Plan) -> Plan:
-    """The plan of one process that trains, step by step, the packs that the ranks of `plan` have side by side."""
+    """The plan of one process that trains, step by step, the packs that the ranks of `plan` have side by side.
+
+    Empty packs, with which a rank only keeps the others company, are left out.
+    """
+    filled = np.flatnonzero(plan.packs.counts)
     return dataclasses.replace(
         plan,
         levels=_of_one(plan.levels),
         world_size=1,
-        level_of_iteration=plan.pack_levels,
-        step_offsets=plan.pack_offsets[plan.step_offsets],
+        packs=plan.packs.take(filled),
+        level_of_iteration=plan.pack_levels[filled],
+        step_offsets=np.searchsorted(filled, plan.pack_offsets[plan.step_offsets]),
     )
 
 

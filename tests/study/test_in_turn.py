@@ -29,6 +29,17 @@ def test_a_step_has_the_packs_that_were_side_by_side() -> None:
     assert sorted(map(sorted, short)) == [[0], [1, 2]]
 
 
+def test_a_rank_without_samples_takes_no_turn() -> None:
+    # Three long samples on two ranks: the last iteration has one pack and one that is empty.
+    plan = build_plan([8, 8, 8], [Level(8)], world_size=2, global_batch_tokens=1)
+    assert plan.packs.counts.tolist().count(0) == 1
+    alone = in_turn(plan)
+    assert sorted(alone.packs.ids.tolist()) == [0, 1, 2]
+    assert alone.packs.counts.tolist() == [1, 1, 1]
+    assert alone.num_steps == plan.num_steps == 2
+    np.testing.assert_array_equal(alone.step_loss_tokens, plan.step_loss_tokens)
+
+
 @pytest.mark.parametrize("method", ["hbp", "isf"])
 def test_every_token_has_the_weight_that_it_has_on_ranks(method: str) -> None:
     lengths = np.random.default_rng(0).integers(2, 120, 300)
