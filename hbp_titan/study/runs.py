@@ -89,6 +89,9 @@ class Run:
 
     def train(self, threads: int) -> dict[str, Any]:
         """Train, or go on; returns the outcome. RuntimeError, with the last line that the run said, where it fails."""
+        finished = self.outcome()
+        if finished is not None:  # meanwhile, by another command on the same folder
+            return finished
         self.folder.mkdir(parents=True, exist_ok=True)
         described = self.folder / "run.toml"
         described.write_text(self.description, encoding="utf-8")

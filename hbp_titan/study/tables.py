@@ -66,7 +66,8 @@ def loss_table(study: dict[str, Any]) -> str:
         if found is None:
             cells += ["", "", ""]
         else:
-            cells += [_interval(found), f"{found.p:.3f}", "yes" if found.p * compared < 0.05 else "no"]
+            p = f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
+            cells += [_interval(found), p, "yes" if found.p * compared < 0.05 else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -60,7 +60,7 @@ def test_more_comparisons_need_more_evidence() -> None:
             "variants": dict.fromkeys(["hbp", "isf", *names], ""),
             "runs": runs + [_run(v, 1, 9, 9) for v in names],
         }
-        assert loss_table(study).splitlines()[3].endswith(f"| 0.001 | {verdict} |"), others
+        assert loss_table(study).splitlines()[3].endswith(f"| < 0.001 | {verdict} |"), others
 
 
 def test_length_bands_ascend_and_what_excludes_0_is_bold() -> None:
