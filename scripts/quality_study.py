@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--variants", default="", help="beside the default, parted by commas [all]")
-    parser.add_argument("--seeds", default="1,2,3,4", help="of each variant [1,2,3,4]")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="of each variant [1,2,3,4,5]")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--ranks", type=int, default=4, help="that plans are made for [4]")
     parser.add_argument("--launch", choices=LAUNCHES, default="in_turn", help="one process a run, or torchrun")

@@ -72,7 +72,7 @@ def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
     parts = [f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>']
     for tick in _ticks(low, high):
         parts.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{tick:+.3g}</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_signed(tick)}</text>')
     parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{bottom}"/>')
     for number, row in enumerate(rows):
         y = _TOP + _ROW * (number + 0.5)
@@ -86,6 +86,10 @@ def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     says = "worse to the right; bar: mean, line: 95% interval, dots: seeds"
     return [*parts, f'<text x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{says}</text>']
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}" if value else "0"
 
 
 def _ticks(low: float, high: float) -> list[float]:
