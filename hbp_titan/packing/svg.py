@@ -53,6 +53,8 @@ class Chart:
         self.x, self.y, self.x_log, self.y_log = x, y, x_log, y_log
         self.bare = bare
         self.left, self.top = (48, 12) if bare else (LEFT, TOP)
+        self.x_ticks: list[tuple[float, str]] = []
+        """(value, text) in place of round numbers along x."""
         self.marks: list[str] = []
         self.names: list[tuple[str, int]] = []
 
@@ -112,7 +114,7 @@ class Chart:
             f'<svg {kind}viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(self.title)}">',
             *self._grid(),
             *self.marks,
-            f'<text x="{(self.left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+            f'<text x="{(self.left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" class="x" text-anchor="middle">'
             f"{html.escape(self.x_label)}</text>",
             *([] if self.bare else self._words()),
             "</svg>",
@@ -132,16 +134,16 @@ class Chart:
     def _grid(self) -> list[str]:
         parts = []
         left, right = self.left, WIDTH - RIGHT
-        values = _decades(*self.y) if self.y_log else _ticks(*self.y)
+        values = _decades(*self.y) if self.y_log else ticks(*self.y)
         for value, text in zip(values, _labels(values), strict=True):
             at = self._py(value)
             parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--grid)"/>')
             parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-        values = _powers(*self.x) if self.x_log else _ticks(*self.x)
+        values = _powers(*self.x) if self.x_log else ticks(*self.x)
         texts = [short(value, 1024) for value in values] if self.x_log else _labels(values)
-        for value, text in zip(values, texts, strict=True):
+        for value, text in self.x_ticks or zip(values, texts, strict=True):
             at, foot = self._px(value), HEIGHT - BOTTOM + 15
-            parts.append(f'<text x="{at:.1f}" y="{foot}" text-anchor="middle">{text}</text>')
+            parts.append(f'<text x="{at:.1f}" y="{foot}" text-anchor="middle">{html.escape(text)}</text>')
         return parts
 
     def _legend(self) -> list[str]:
@@ -194,7 +196,7 @@ def short(value: float, thousand: int = 1000) -> str:
     return f"{value:.3g}"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers from low to high, four to eight of them."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     while (high - low) / step > 8:
@@ -212,7 +214,7 @@ def _decades(low: float, high: float) -> list[float]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     several = [digit * 10.0**e for e in exponents for digit in (1, 2, 5) if low <= digit * 10.0**e <= high]
     if len(several) < 2:
-        return _ticks(low, high)
+        return ticks(low, high)
     return several if len(several) <= 8 else [10.0**e for e in exponents if low <= 10.0**e <= high]
 
 

@@ -109,7 +109,9 @@ def read_run(folder: Path, name: str) -> Run:
     else:
         run.written = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc)
     if run.log.cut:
-        run.missing.append("The last line of metrics.jsonl is half written and left out: the run goes on or was killed.")
+        run.missing.append(
+            "The last line of metrics.jsonl is half written and left out: the run goes on or was killed."
+        )
     if run.log.unreadable:
         run.missing.append(f"{run.log.unreadable:,} lines of metrics.jsonl are not steps and are left out.")
     _read_starts(run)

@@ -133,7 +133,9 @@ def _add(log: StepLog, line: int, values: dict[str, Any]) -> None:
         log.work_by_rank.append((step, [float(value) for value in work]))
     experts = values.pop("tokens_per_expert", None)
     if isinstance(experts, dict) and experts:
-        layers = {str(name): row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))}
+        layers = {
+            str(name): row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))
+        }
         log.experts = (step, layers)
     for key, value in _numbers(values):
         lines, found = log._columns.setdefault(key, ([], []))
