@@ -99,7 +99,7 @@ def _live_checks(log: StepLog) -> str:
     if not names:
         return ""
     steps = log.steps.astype(float)
-    known = list(log.levels().values())
+    known = list(log.levels.values())
     colors = {name: known.index(name) if name in known else at for at, name in enumerate(names)}
     ratio = [Curve(name, log.column("live_check", "levels", name, "ratio"), colors[name]) for name in names]
     waits = [Curve(name, 100 * log.column("live_check", "levels", name, "waiting"), colors[name]) for name in names]
@@ -134,8 +134,8 @@ def plan_section(run: Run) -> str:
     return section(
         "Planned and lived",
         "ABR: how far the mean of sum(len^2) lies below the largest group's; DBR the same of tokens; PR and padding: "
-        "share of positions without a token; CR: share of tokens that need context parallelism; idle time: share of the "
-        "modelled time that ranks wait for the slowest.",
+        "share of positions without a token; CR: share of tokens that need context parallelism; idle time: share "
+        "of the modelled time that ranks wait for the slowest.",
         planned,
         _lived(run),
         _lived_plots(run),

@@ -12,8 +12,9 @@ import numpy as np
 from hbp_titan.report.parts import DASH, duration, note, number, percent, row, section, table, text
 from hbp_titan.report.plots import Curve, Plot
 from hbp_titan.report.run_folder import Run
-from hbp_titan.report.series import applied, end_figures, hours_so_far, tokens_so_far
+from hbp_titan.report.series import applied, end_figures, loss_at, seconds_so_far, tokens_so_far
 from hbp_titan.report.step_log import Floats, StepLog
+from hbp_titan.report.timeline import levels_side_by_side
 
 _SHOWN: dict[str, Callable[[float], str]] = {
     "steps": number,
@@ -35,20 +36,25 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 def comparison(runs: Sequence[Run]) -> str:
     """The section; the first run is what the others are compared with."""
     figures = [end_figures(run.log) for run in runs]
+    size, unit = _time_unit(runs)
     rows = []
     for name, shown in _SHOWN.items():
         values = [of[name] for of in figures]
         if any(values):
             rows.append([text("time in steps" if name == "seconds" else name), *_cells(values, shown)])
-    heads = ["", *(text(run.name) for run in runs)]
-    several = len(runs) > 1
+    trained = {of["tokens"] for of in figures if of["tokens"]}
+    if len(trained) > 1:
+        least = min(filter(None, trained))
+        losses = [loss_at(run.log, least) for run in runs]
+        rows.append([f"loss at {number(least)} tokens", *_cells(losses, _SHOWN["loss"])])
     return section(
         "Comparison",
-        f"In brackets: the ratio to {runs[0].name}. Curves are smoothed over a 40th of each run." if several else "",
-        table(heads, rows),
+        f"In brackets: the ratio to {runs[0].name}. Curves are smoothed over a 40th of each run.",
+        table(["", *(text(run.name) for run in runs)], rows),
+        levels_side_by_side(runs),
         row(
             _plot(runs, "Loss over tokens", "nats per trained token", "tokens", _loss),
-            _plot(runs, "Loss over time", "nats per trained token", "hours in steps", _loss, hours_so_far),
+            _plot(runs, "Loss over time", "nats per trained token", unit, _loss, _time(size)),
             _validation(runs),
             _plot(runs, "Throughput", "real tokens per second", "tokens", _column("tokens_per_second"), zero=True),
             _plot(runs, "Gradient norm", "before clipping", "tokens", _column("grad_norm"), log=True),
@@ -69,6 +75,17 @@ def _cells(values: Sequence[float | None], shown: Callable[[float], str]) -> lis
         ratio = f" <small>({value / first:.3f}x)</small>" if at and first else ""
         cells.append(f"{shown(value)}{ratio}")
     return cells
+
+
+def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    """Seconds of the unit that the longest run is shown in, and its name."""
+    longest = max((float(np.nansum(run.log.column("step_seconds"))) for run in runs), default=0.0)
+    sizes = ((3600.0, "hours in steps"), (60.0, "minutes in steps"), (1.0, "seconds in steps"))
+    return next(unit for unit in sizes if longest >= 2 * unit[0] or unit[0] == 1)
+
+
+def _time(size: float) -> Callable[[StepLog], Floats]:
+    return lambda log: seconds_so_far(log) / size
 
 
 def _loss(log: StepLog) -> Floats:

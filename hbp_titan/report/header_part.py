@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hbp_titan.packing.svg import short
 from hbp_titan.report.parts import cards, duration, folded, missing, number, percent, table, text
 from hbp_titan.report.run_folder import Run
 from hbp_titan.report.series import end_figures, total_seconds_by_rank, totals
@@ -29,7 +30,7 @@ def _state(run: Run) -> str:
         return "The run has not finished a step yet."
     steps = [f"{len(run.log):,} steps, up to step {int(run.log.steps[-1]):,}"]
     total = _planned_steps(run)
-    if total:
+    if total and total >= int(run.log.steps[-1]):
         steps.append(f"of {total:,} planned")
     state = " ".join(steps)
     if run.exported:
@@ -123,13 +124,16 @@ def _model(run: Run) -> str:
 def _levels(run: Run) -> str:
     levels = run.setting("levels")
     if not isinstance(levels, list):
-        return ", ".join(run.log.levels().values())
+        return ", ".join(run.log.levels.values())
     told = []
     for level in levels:
         if isinstance(level, dict):
             policy = level.get("ac_policy", "none")
             recomputed = "" if policy == "none" else f" {policy}"
-            told.append(f"{level.get('max_tokens', '?')} tokens at cp {level.get('cp_degree', '?')}{recomputed}")
+            size = level.get("max_tokens")
+            told.append(
+                f"{short(size, 1024) if isinstance(size, int) else '?'} at cp {level.get('cp_degree')}{recomputed}"
+            )
     return "; ".join(told)
 
 
@@ -167,7 +171,8 @@ def _starts(run: Run) -> str:
         return ""
     rows = []
     for count, start in enumerate(run.starts, start=1):
-        cells = (start.get("started", "?"), start.get("first_step", "?"), start.get("world_size", "?"),
+        when = str(start.get("started", "?"))[:16].replace("T", " ")
+        cells = (when, start.get("first_step", "?"), start.get("world_size", "?"),
                  start.get("device", "?"), _code(start) or "?")  # fmt: skip
         rows.append([str(count), *map(text, cells)])
     shown = table(("start", "when", "first step", "ranks", "device", "code"), rows[-12:])

@@ -49,7 +49,7 @@ def loss_section(run: Run) -> str:
     loss = np.where(applied(log), log.column("loss"), np.nan)
     held_out = [Curve("validation", log.column("validation", "loss"), 2)]
     whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
-    levels = log.levels()
+    levels = log.levels
     by_level = [
         Curve(name, np.where(applied(log), log.column("loss_by_level", index), np.nan), number, trained)
         for number, (index, name) in enumerate(levels.items())
@@ -226,7 +226,7 @@ def _last(log: StepLog) -> str:
         (0.0, float(max(size, 2))), (0.0, most * 1.05), bare=True,
     )  # fmt: skip
     for at, (name, counts) in enumerate(loads.items()):
-        y = np.array(counts, np.float64) * len(counts) / sum(counts)
+        y: Floats = np.array(counts, np.float64) * len(counts) / sum(counts)
         chart.curve(np.arange(len(counts)) + 0.5, y, at % COLORS, f"layer {name}")
         if at < COLORS:
             chart.name(f"layer {name}", at)

@@ -42,12 +42,13 @@ figcaption { font-size: 14px; } figcaption small { color: var(--soft); margin-le
 .chart .cross { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
 .wide { margin: 12px 0; }
 .lanes { display: grid; grid-template-columns: max-content 1fr; gap: 5px 12px; align-items: center; margin-top: 8px; }
+.lanes .legend { margin: 0; }
 .lanes .name { font-size: 12px; color: var(--soft); text-align: right; }
 .lane { display: block; width: 100%; height: 18px; background: var(--paper); border-radius: 4px; overflow: hidden; }
 .lane.tall { height: 64px; } .lane line { vector-effect: non-scaling-stroke; stroke-width: 2; }
-.lane.tall rect { shape-rendering: crispEdges; }
 .axis { position: relative; height: 16px; font-size: 11px; color: var(--soft); font-variant-numeric: tabular-nums; }
 .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.axis .end { right: 0; transform: none; }
 .scroll { overflow-x: auto; margin: 12px 0; max-width: 100%; }
 .row .scroll { margin: 0; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -63,14 +64,16 @@ details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: 10px; border-radius: 8px;
   font-size: 12.5px; }
 #tip { position: fixed; z-index: 9; pointer-events: none; background: var(--ink); color: var(--paper);
-  font-size: 12.5px; line-height: 1.45; padding: 6px 10px; border-radius: 7px; max-width: min(340px, 90vw); white-space: pre-line;
+  font-size: 12.5px; line-height: 1.45; padding: 6px 10px; border-radius: 7px; max-width: min(340px, 90vw);
+  white-space: pre-line;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 #tip[hidden] { display: none; }
 @media (max-width: 600px) {
   main { padding: 18px 14px 48px; } .chart { font-size: 15px; } figure { padding: 10px 10px 6px; }
   .facts dt { flex-basis: 92px; } .cards { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); }
-  .lanes { grid-template-columns: 1fr; gap: 2px; } .lanes .name { text-align: left; margin-top: 6px; }
-  .axis span:last-child { transform: translateX(-100%); }
+  .lanes { grid-template-columns: 1fr; gap: 2px; } .lanes .legend { margin: 0; }
+.lanes .name { text-align: left; margin-top: 6px; }
+  .axis span:nth-child(even) { display: none; }
 }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --grid: #ccc; --paper: #fff; --panel: #fff; --c0: #2f6fb7;

@@ -7,9 +7,9 @@ chart alone, both of which escape it.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from hbp_titan.packing.svg import Chart, short
+from hbp_titan.packing.svg import COLORS, Chart, short
 
 DASH = "&ndash;"
 
@@ -30,13 +30,11 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def duration(seconds: float) -> str:
-    """48.2 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    for unit, size, below, name in ((86400, 3600, "h", "d"), (3600, 60, "min", "h"), (60, 1, "s", "min")):
+    """48.2s, 12m 5s, 3h 20m, 2d 4h."""
+    for unit, size, below, name in ((86400, 3600, "h", "d"), (3600, 60, "m", "h"), (60, 1, "s", "m")):
         if seconds >= unit:
-            return f"{int(seconds // unit)} {name} {int(seconds % unit // size)} {below}"
-    raise AssertionError("the last unit is a minute")
+            return f"{int(seconds // unit)}{name} {int(seconds % unit // size)}{below}"
+    return f"{seconds:.1f}s"
 
 
 def length_name(band: str) -> str:
@@ -95,10 +93,18 @@ def cards(figures: Sequence[tuple[str, str, str]]) -> str:
 
 def framed(chart: Chart, remark: str = "") -> str:
     """A bare chart with its title, unit and legend as text around it."""
-    keys = "".join(f'<i><s style="background:var(--c{color})"></s>{text(name)}</i>' for name, color in chart.names)
-    legend = f'<div class="legend">{keys}</div>' if len(chart.names) > 1 else ""
     unit = f"<small>{text(chart.y_label)}</small>" if chart.y_label else ""
     return (
-        f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{legend}{chart.svg()}"
-        f"{note(remark) if remark else ''}</figure>"
+        f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{_keys(chart.names)}"
+        f"{chart.svg()}{note(remark) if remark else ''}</figure>"
     )
+
+
+def legend(names: Iterable[str]) -> str:
+    """What the colors stand for, in their order."""
+    return _keys([(name, at % COLORS) for at, name in enumerate(names)])
+
+
+def _keys(names: Iterable[tuple[str, int]]) -> str:
+    keys = "".join(f'<i><s style="background:var(--c{color})"></s>{text(name)}</i>' for name, color in names)
+    return f'<div class="legend">{keys}</div>'

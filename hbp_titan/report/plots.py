@@ -59,9 +59,10 @@ class Plot:
         if not curves and not extra:
             return ""
         smoothed = {curve.name: self._smooth(curve) for curve in curves} if self.smoothed else {}
-        spans = [curve.y for curve in [*curves, *extra]] + list(smoothed.values())
+        full = [curve.y for curve in extra] + list(smoothed.values() if smoothed else (curve.y for curve in curves))
+        raw = [curve.y for curve in curves] if smoothed else []
         chart = Chart(
-            self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(spans, bool(smoothed)),
+            self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(full, raw),
             y_log=self.log, bare=True,
         )  # fmt: skip
         if smoothed:
@@ -99,15 +100,14 @@ class Plot:
         low, high = min(ends), max(ends)
         return (low, high) if high > low else (low - 1, high + 1)
 
-    def _y_span(self, series: Sequence[Floats], smoothed: bool) -> tuple[float, float]:
+    def _y_span(self, full: Sequence[Floats], raw: Sequence[Floats]) -> tuple[float, float]:
         """From the lowest to the highest value; single spikes of raw curves are cut at the border."""
         low, high = np.inf, -np.inf
         planned = [np.array([value]) for _, value, _ in self.planned]
-        for values in [*series, *planned]:
+        for values, cut in [*((y, (0, 100)) for y in [*full, *planned]), *((y, (0.5, 99.5)) for y in raw)]:
             known = values[np.isfinite(values) & ((values > 0) | (not self.log))]
             if len(known):
-                cut = (0.5, 99.5) if smoothed and len(known) >= 100 else (0, 100)
-                bounds = np.percentile(known, cut)
+                bounds = np.percentile(known, cut if len(known) >= 100 else (0, 100))
                 low, high = min(low, float(bounds[0])), max(high, float(bounds[1]))
         if not np.isfinite(low):
             return (0.1, 1.0)
@@ -121,7 +121,7 @@ class Plot:
 
 def level_curves(log: StepLog, values: Floats, weights: Floats | None = None) -> list[Curve]:
     """A curve for each combination of levels that steps train, in the color of its level; values: float64 [n]."""
-    names = list(log.levels().values())
+    names = list(log.levels.values())
     curves = []
     for number, (name, steps) in enumerate(combinations(log).items()):
         color = names.index(name) if name in names else len(names) + number

@@ -68,15 +68,22 @@ def tokens_so_far(log: StepLog) -> Floats:
     return np.cumsum(np.nan_to_num(log.column("tokens")))
 
 
-def hours_so_far(log: StepLog) -> Floats:
-    """Time of the steps up to each, with it, in hours; validation, checkpoints and starts are not in it."""
-    return np.cumsum(np.nan_to_num(log.column("step_seconds"))) / 3600
+def seconds_so_far(log: StepLog) -> Floats:
+    """Time of the steps up to each, with it, in seconds; validation, checkpoints and starts are not in it."""
+    return np.cumsum(np.nan_to_num(log.column("step_seconds")))
+
+
+def loss_at(log: StepLog, tokens: float) -> float | None:
+    """The smoothed loss of the last step that ends within so many tokens; None where there is none."""
+    loss = np.where(applied(log), log.column("loss"), np.nan)
+    curve = smooth(loss, log.column("trained_tokens"), window_of(len(log)))
+    return last(curve[tokens_so_far(log) <= tokens])
 
 
 def combinations(log: StepLog) -> dict[str, Bools]:
     """The steps of each combination of levels by its name, in the order of the levels."""
     names = np.array(log.level_names)
-    order = {index: rank for rank, index in enumerate(log.levels())}
+    order = {index: rank for rank, index in enumerate(log.levels)}
     found = {}
     for name in dict.fromkeys(log.level_names):
         steps = names == name

@@ -87,7 +87,7 @@ def _checkpoints(log: StepLog) -> str:
 def memory_section(run: Run) -> str:
     """Memory of each level, and over the steps."""
     log = run.log
-    levels = log.levels()
+    levels = log.levels
     steps = log.steps.astype(float)
     series = {index: log.column("memory_by_level", index) for index in levels}
     series = {index: values for index, values in series.items() if np.isfinite(values).any()}

@@ -7,8 +7,10 @@ here assumes that a key is there, and a value of the wrong type is as one that i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Key = tuple[str, ...]
+Growing = dict[Key, tuple["array[int]", "array[float]"]]
+"""The lines and values of each key while a file is read."""
 
 
 @dataclass
@@ -35,9 +39,8 @@ class StepLog:
     experts: tuple[int, dict[str, list[float]]] | None = None
     unreadable: int = 0
     cut: bool = False
-    _columns: dict[Key, tuple[list[int], list[float]]] = field(default_factory=dict, repr=False)
-    _rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
-    """Row of each line of the file, -1 for one that does not count."""
+    columns: dict[Key, tuple[NDArray[np.int64], Floats]] = field(default_factory=dict, repr=False)
+    """(rows, values) of every key that holds a number or null (NaN) in some step."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -45,49 +48,47 @@ class StepLog:
     def column(self, *key: str) -> Floats:
         """The values under a key, or a key within an object and so on, float64 [n]; NaN where a step has none."""
         values = np.full(len(self), np.nan)
-        if key in self._columns:
-            lines, found = self._columns[key]
-            rows = self._rows[np.array(lines, np.int64)]
-            values[rows[rows >= 0]] = np.array(found)[rows >= 0]
+        if key in self.columns:
+            rows, found = self.columns[key]
+            values[rows] = found
         return values
 
     def present(self, *key: str) -> NDArray[np.bool_]:
         """The steps that have the key or any key within it, bool [n]; its value may be null."""
         found = np.zeros(len(self), bool)
-        for name, (lines, _) in self._columns.items():
+        for name, (rows, _) in self.columns.items():
             if name[: len(key)] == key:
-                rows = self._rows[np.array(lines, np.int64)]
-                found[rows[rows >= 0]] = True
+                found[rows] = True
         return found
 
     def names(self, *key: str) -> list[str]:
         """The names within an object, in the order in which they first appear: names("sources")."""
         depth = len(key)
-        return list(dict.fromkeys(name[depth] for name in self._columns if len(name) > depth and name[:depth] == key))
+        return list(dict.fromkeys(name[depth] for name in self.columns if len(name) > depth and name[:depth] == key))
 
     def has(self, *key: str) -> bool:
         """Whether any step has a number under the key."""
-        return bool(np.isfinite(self.column(*key)).any())
+        return key in self.columns and bool(np.isfinite(self.columns[key][1]).any())
 
+    @cached_property
     def levels(self) -> dict[str, str]:
         """Each level's name by its index as in loss_by_level; "8K/cp2, 8K/cp1" where it changed on the way."""
-        found: dict[str, dict[str, None]] = {}
         indices = sorted(self.names("loss_by_level"), key=lambda index: (len(index), index))
-        member = np.stack([self.present("loss_by_level", index) for index in indices]) if indices else np.zeros((0, 0))
-        seen: set[tuple[str, bytes]] = set()
-        for row, name in enumerate(self.level_names if indices else []):
-            combination = (name, member[:, row].tobytes())
-            if combination not in seen:
-                seen.add(combination)
-                mine = [index for index, is_in in zip(indices, member[:, row], strict=True) if is_in]
-                for index, part in zip(mine, name.split("+"), strict=False):
-                    found.setdefault(index, {})[part] = None
-        return {index: ", ".join(found.get(index, {f"level {index}": None})) for index in indices}
+        found: dict[str, dict[str, None]] = {index: {} for index in indices}
+        codes = np.zeros(len(self), np.int64)
+        for at, index in enumerate(indices[:60]):
+            codes += self.present("loss_by_level", index).astype(np.int64) << at
+        for name, code in dict.fromkeys(zip(self.level_names, codes.tolist(), strict=True)):
+            mine = [index for at, index in enumerate(indices) if code >> at & 1]
+            for index, part in zip(mine, name.split("+"), strict=False):
+                found[index][part] = None
+        return {index: ", ".join(names) or f"level {index}" for index, names in found.items()}
 
 
 def read_steps(path: Path) -> StepLog:
     """The log in metrics.jsonl at `path`; one without steps where there is no such file."""
     log = StepLog(np.zeros(0, np.int64))
+    columns: Growing = {}
     steps: list[int] = []
     names: list[str] = []
     if not path.exists():
@@ -99,15 +100,19 @@ def read_steps(path: Path) -> StepLog:
                 log.cut = not raw.endswith(b"\n")
                 log.unreadable += not log.cut
                 continue
-            _add(log, len(steps), values)
+            _note(log, values)
+            _add(columns, len(steps), values)
             steps.append(values["step"])
             names.append(str(values.get("level_name") or ""))
     last_line = {step: line for line, step in enumerate(steps)}
     log.steps = np.array(sorted(last_line), np.int64)
-    log._rows = np.full(len(steps), -1, np.int64)
-    for row, step in enumerate(log.steps.tolist()):
-        log._rows[last_line[step]] = row
     log.level_names = [names[last_line[step]] for step in log.steps.tolist()]
+    row_of = np.full(len(steps), -1, np.int64)
+    row_of[[last_line[step] for step in log.steps.tolist()]] = np.arange(len(log))
+    for key, (lines, found) in columns.items():
+        rows = row_of[np.array(lines)]
+        log.columns[key] = (rows[rows >= 0], np.array(found)[rows >= 0])
+    log.work_by_rank = sorted(dict(log.work_by_rank).items())
     return log
 
 
@@ -120,39 +125,44 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return values if is_step else None
 
 
-def _add(log: StepLog, line: int, values: dict[str, Any]) -> None:
-    """Take one line of the file into the columns."""
+def _note(log: StepLog, values: dict[str, Any]) -> None:
+    """Take from a line what is no column; it is removed from the line."""
     step = values["step"]
+    reason = values.pop("skipped", None)
     log.skipped.pop(step, None)
-    if values.get("skipped"):
-        log.skipped[step] = str(values["skipped"])
+    if reason:
+        log.skipped[step] = str(reason)
     check = values.get("live_check")
     work = check.get("work_by_rank") if isinstance(check, dict) else None
     if isinstance(work, list) and work and all(_is_number(value) for value in work):
-        log.work_by_rank = [(at, seconds) for at, seconds in log.work_by_rank if at < step]
         log.work_by_rank.append((step, [float(value) for value in work]))
     experts = values.pop("tokens_per_expert", None)
     if isinstance(experts, dict) and experts:
-        layers = {
-            str(name): row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))
-        }
+        layers = {name: row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))}
         log.experts = (step, layers)
-    for key, value in _numbers(values):
-        lines, found = log._columns.setdefault(key, ([], []))
-        lines.append(line)
-        found.append(value)
 
 
-def _numbers(values: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, float]]:
-    """Every number of an object and of the objects in it; null is NaN."""
+def _add(columns: Growing, line: int, values: dict[str, Any], above: Key = ()) -> None:
+    """Take every number of an object, and of the objects in it, into the columns; null is NaN."""
     for name, value in values.items():
-        key = (*above, name)
-        if isinstance(value, dict) and len(key) < 5:
-            yield from _numbers(value, key)
+        kind = type(value)
+        if kind is dict:
+            if len(above) < 4:
+                _add(columns, line, value, (*above, name))
+            continue
+        if kind is float or kind is int:
+            if not abs(value) < 1e300:
+                continue
         elif value is None:
-            yield key, float("nan")
-        elif _is_number(value):
-            yield key, float(value)
+            value = math.nan
+        else:
+            continue
+        key = (*above, name)
+        column = columns.get(key)
+        if column is None:
+            column = columns[key] = (array("q"), array("d"))
+        column[0].append(line)
+        column[1].append(value)
 
 
 def _is_number(value: object) -> bool:

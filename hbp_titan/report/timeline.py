@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hbp_titan.packing.svg import COLORS, ticks
-from hbp_titan.report.parts import missing, note, section, text
+from hbp_titan.report.parts import legend, missing, note, section, text
 from hbp_titan.report.run_folder import Run
 from hbp_titan.report.step_log import Floats
 
@@ -22,8 +22,7 @@ WIDTH = 1000
 def timeline_section(run: Run) -> str:
     """The section; what a column of a lane stands for is said below it."""
     log = run.log
-    levels = log.levels()
-    if not levels:
+    if not log.levels:
         return section("Curriculum", "", missing("metrics.jsonl does not say which level its steps trained."))
     first, last = int(log.steps[0]), int(log.steps[-1])
     shares = _shares(run)
@@ -31,15 +30,25 @@ def timeline_section(run: Run) -> str:
     for name, steps, tips, color in _events(run):
         if steps:
             lanes.append(_lane(f"{name} ({len(steps):,})", _marks(steps, tips, first, last, color), ""))
-    keys = "".join(
-        f'<i><s style="background:var(--c{number % COLORS})"></s>{text(name)}</i>'
-        for number, name in enumerate(levels.values())
-    )
     columns = shares.shape[1]
     grain = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
     remark = f"{len(log):,} steps, {grain}; where levels share a column its height is parted by their iterations."
-    body = f'<div class="legend">{keys}</div><div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
+    body = f'{legend(log.levels.values())}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
     return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>')
+
+
+def levels_side_by_side(runs: Sequence[Run]) -> str:
+    """The lane of levels of each run, from its first step to its last."""
+    known = [run for run in runs if run.log.levels]
+    if not known:
+        return ""
+    lanes = [
+        f'<span class="name">{text(run.name)}</span>{legend(run.log.levels.values())}'
+        + _lane(f"{len(run.log):,} steps", _bands(_shares(run)), "tall")
+        for run in known
+    ]
+    caption = "<figcaption><b>Levels</b> <small>from the first step to the last</small></figcaption>"
+    return f'<figure class="wide">{caption}<div class="lanes">{"".join(lanes)}</div></figure>'
 
 
 def _story(run: Run) -> str:
@@ -63,10 +72,10 @@ def _shares(run: Run) -> Floats:
     From the plan where it is there; otherwise a step's iterations are parted evenly between its levels.
     """
     log = run.log
-    member = np.stack([log.present("loss_by_level", index) for index in log.levels()]).astype(float)
+    member = np.stack([log.present("loss_by_level", index) for index in log.levels]).astype(float)
     weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("iterations"), nan=1.0)
     row_of = {step: row for row, step in enumerate(log.steps.tolist())}
-    numbers = {index: row for row, index in enumerate(log.levels())}
+    numbers = {index: row for row, index in enumerate(log.levels)}
     for part in run.plans:
         counts = np.zeros((len(part.plan.levels), part.plan.num_steps))
         np.add.at(counts, (part.plan.level_of_iteration, part.plan.step_of_iteration), 1)
@@ -94,7 +103,8 @@ def _bands(shares: Floats) -> str:
             share = float(shares[level, start])
             if share > 0:
                 x, width, height = start * WIDTH / columns, (end - start) * WIDTH / columns, 100 * share
-                place = f'x="{x:.2f}" width="{width:.2f}" y="{100 - below - height:.1f}" height="{height:.1f}"'
+                # Wider by a hair: no gap shines through between neighbours.
+                place = f'x="{x:.2f}" width="{width + 0.4:.2f}" y="{100 - below - height:.1f}" height="{height:.1f}"'
                 marks.append(f'<rect {place} fill="var(--c{level % COLORS})"/>')
                 below += height
     return "".join(marks)
@@ -150,8 +160,9 @@ def _lane(name: str, marks: str, kind: str) -> str:
 def _axis(first: int, last: int) -> str:
     """Steps below the lanes."""
     steps = [step for step in ticks(first, max(last, first + 4)) if step <= last and step == int(step)]
-    shown = [
-        f'<span style="left:{100 * (step - first + 0.5) / (last - first + 1):.2f}%">{step:,.0f}</span>'
-        for step in steps
-    ]
+    shown = []
+    for step in steps:
+        place = 100 * (step - first + 0.5) / (last - first + 1)
+        where = f'style="left:{place:.2f}%"' if place < 95 else 'class="end"'
+        shown.append(f"<span {where}>{step:,.0f}</span>")
     return f'<span class="name">step</span><div class="axis">{"".join(shown)}</div>'
