@@ -227,7 +227,7 @@ def _last(log: StepLog) -> str:
     )  # fmt: skip
     for at, (name, counts) in enumerate(loads.items()):
         y: Floats = np.array(counts, np.float64) * len(counts) / sum(counts)
-        chart.curve(np.arange(len(counts)) + 0.5, y, at % COLORS, f"layer {name}")
+        chart.curve(np.arange(len(counts), dtype=np.float64) + 0.5, y, at % COLORS, f"layer {name}")
         if at < COLORS:
             chart.name(f"layer {name}", at)
     return framed(chart)
