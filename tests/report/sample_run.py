@@ -90,7 +90,9 @@ def start_of(first_step: int = 1, ranks: int = 4) -> dict[str, Any]:
     }
 
 
-def write_run(folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, Any]] | None = None) -> Path:
+def write_run(
+    folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, Any]] | None = None, mix: str = "alternate"
+) -> Path:
     """A run folder with these lines in metrics.jsonl, run.json and a plan of 300 samples on 4 ranks."""
     (folder / "checkpoint" / "step-50").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -99,7 +101,7 @@ def write_run(folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, 
     (folder / "run.json").write_text(json.dumps(described), encoding="utf-8")
     lengths = np.random.default_rng(1).integers(20, 900, 300)
     lengths[::20] = 5000
-    plan = build_plan(lengths, LEVELS, world_size=4, method="hbp", global_batch_tokens=4096)
+    plan = build_plan(lengths, LEVELS, world_size=4, method="hbp", global_batch_tokens=24000, mix=mix)
     save_plan(plan, folder / "plan" / "epoch-0.safetensors")
     return folder
 
