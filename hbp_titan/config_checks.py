@@ -62,6 +62,12 @@ def check_values(config: JobConfig) -> None:
         if value < 1:
             raise ValueError(f"{key} = {value} must be at least 1")
     _check_lora(config)
+    profiling = config.profiling
+    if profiling.enable_profiling and not 1 <= profiling.first_step <= profiling.last_step:
+        raise ValueError(
+            f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} name no "
+            "optimizer step: they count from 1, and the last is not before the first"
+        )
     if (config.data.overlong, config.data.train_on) == ("split", "last"):
         raise ValueError(
             'data.overlong = "split" with data.train_on = "last" would train the last turn of every piece, not of the '
