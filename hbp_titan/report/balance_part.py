@@ -24,7 +24,7 @@ from hbp_titan.report.parts import (
 )
 from hbp_titan.report.plots import Curve, Plot
 from hbp_titan.report.run_folder import Run
-from hbp_titan.report.series import combinations, mean, total_seconds_by_rank, totals
+from hbp_titan.report.series import combinations, mean, total_seconds_by_rank, totals, whole_steps
 from hbp_titan.report.step_log import StepLog
 
 LISTED_RANKS = 16
@@ -99,8 +99,7 @@ def _live_checks(log: StepLog) -> str:
     if not names:
         return ""
     steps = log.steps.astype(float)
-    known = list(log.levels.values())
-    colors = {name: known.index(name) if name in known else at for at, name in enumerate(names)}
+    colors = {name: log.levels.index(name) if name in log.levels else at for at, name in enumerate(names)}
     ratio = [Curve(name, log.column("live_check", "levels", name, "ratio"), colors[name]) for name in names]
     waits = [Curve(name, 100 * log.column("live_check", "levels", name, "waiting"), colors[name]) for name in names]
     rows = []
@@ -124,9 +123,9 @@ def plan_section(run: Run) -> str:
     marked: list[int] = []
     for part in run.plans:
         marked.append(len(rows))
-        levels = zip(part.plan.levels, part.metrics.per_level, strict=True)
-        rows.append(_planned(f"{part.name}: {part.plan.method}", part.metrics))
-        rows += [_planned(f"&emsp;{_name(level.max_tokens, level.cp_degree)}", m) for level, m in levels if m]
+        rows.append(_planned(text(f"{part.name}: {part.plan.method}"), part.metrics))
+        levels = zip(part.level_names, part.metrics.per_level, strict=True)
+        rows += [_planned(f"&emsp;{text(name)}", metrics) for name, metrics in levels if metrics]
     heads = ("plan", "iterations", "ABR", "DBR", "PR", "CR", "idle time", "Ave-T", "samples a pack")
     planned = table(heads, rows, "As planned; 0 is best", marked) if rows else ""
     if not rows:
@@ -140,10 +139,6 @@ def plan_section(run: Run) -> str:
         _lived(run),
         _lived_plots(run),
     )
-
-
-def _name(max_tokens: int, cp_degree: int) -> str:
-    return f"{max_tokens // 1024}K/cp{cp_degree}" if max_tokens % 1024 == 0 else f"{max_tokens}/cp{cp_degree}"
 
 
 def _planned(name: str, m: Metrics) -> list[str]:
@@ -161,14 +156,15 @@ def _lived(run: Run) -> str:
     plans = _planned_by_name(run)
     rows = []
     for name, steps in everything.items():
-        of, plan = totals(log, steps), plans.get(name)
+        of, plan = totals(whole_steps(log, steps)), plans.get(name)
+        waited = mean((log.column("data_wait_seconds") / seconds)[steps], seconds[steps])
         abr, imbalance = (
             mean(log.column(key)[steps], weights[steps])
             for key, weights in (("abr", iterations), ("time_imbalance", seconds))
         )
         planned = (plan.abr, plan.time_imbalance, plan.pr) if plan else (None, None, None)
         cells = [_pair(*pair) for pair in zip((abr, imbalance, of.padding), planned, strict=True)]
-        rows.append([text(name), number(of.iterations), *cells, percent(of.idle, 1), percent(of.data_wait)])
+        rows.append([text(name), number(of.iterations), *cells, percent(of.idle, 1), percent(waited)])
     told = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
     absent = [name for key, name in told if not log.has(key)]
     remark = note(f"Not in metrics.jsonl, which an older version wrote: {', '.join(absent)}.") if absent else ""
@@ -188,9 +184,7 @@ def _planned_by_name(run: Run) -> dict[str, Metrics]:
     if len(run.plans) == 1:
         part = run.plans[0]
         found["all"] = part.metrics
-        for level, metrics in zip(part.plan.levels, part.metrics.per_level, strict=True):
-            if metrics:
-                found[_name(level.max_tokens, level.cp_degree)] = metrics
+        found |= {name: of for name, of in zip(part.level_names, part.metrics.per_level, strict=True) if of}
     return found
 
 

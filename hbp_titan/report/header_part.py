@@ -12,7 +12,7 @@ import numpy as np
 from hbp_titan.packing.svg import short
 from hbp_titan.report.parts import cards, duration, folded, missing, number, percent, table, text
 from hbp_titan.report.run_folder import Run
-from hbp_titan.report.series import end_figures, total_seconds_by_rank, totals
+from hbp_titan.report.series import end_figures, total_seconds_by_rank, totals, whole_steps
 
 
 def header(run: Run) -> str:
@@ -54,12 +54,13 @@ def _planned_steps(run: Run) -> int | None:
 
 def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     log = run.log
-    ends, all_steps = end_figures(log), totals(log)
+    ends, all_steps = end_figures(log), totals(whole_steps(log))
+    trained = np.nansum(log.column("trained_tokens"))
     found = [("loss", number(ends["loss"], 4), "last tenth of the steps")]
     if ends["validation loss"] is not None:
         found.append(("validation loss", number(ends["validation loss"], 4), "last validation"))
     found += [
-        ("tokens", number(all_steps.tokens), f"{all_steps.trained_tokens:,} bear loss"),
+        ("tokens", number(all_steps.tokens), f"{trained:,.0f} bear loss"),
         ("time in steps", text(duration(all_steps.seconds)), f"{all_steps.iterations:,} iterations"),
         ("tokens per second", number(ends["tokens per second"]), "all ranks, no padding"),
     ]
@@ -124,7 +125,7 @@ def _model(run: Run) -> str:
 def _levels(run: Run) -> str:
     levels = run.setting("levels")
     if not isinstance(levels, list):
-        return ", ".join(run.log.levels.values())
+        return ", ".join(run.log.levels)
     told = []
     for level in levels:
         if isinstance(level, dict):

@@ -49,33 +49,36 @@ def loss_section(run: Run) -> str:
     loss = np.where(applied(log), log.column("loss"), np.nan)
     held_out = [Curve("validation", log.column("validation", "loss"), 2)]
     whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
-    levels = log.levels
     by_level = [
-        Curve(name, np.where(applied(log), log.column("loss_by_level", index), np.nan), number, trained)
-        for number, (index, name) in enumerate(levels.items())
+        Curve(name, np.where(applied(log), log.column("loss_by_level", name), np.nan), number, trained)
+        for number, name in enumerate(log.levels)
     ]
-    norms = level_curves(log, log.column("grad_norm"))
-    window = window_of(len(log))
     rows = [_edges(curve.name, curve.y, trained) for curve in [Curve("all", loss, 0), *by_level]]
-    spread = run.setting("training", "max_norm")
-    clipped = [("clipped above", float(spread), 7)] if isinstance(spread, (int, float)) and spread > 0 else []
-    norm = log.column("grad_norm")
-    known = norm[np.isfinite(norm)]
-    share = float((known > clipped[0][1]).mean()) if clipped and len(known) else None
-    remark = "" if share is None else f"{share:.1%} of the steps were clipped."
     return section(
         "Loss",
-        f"Thin: each step. Thick: mean per trained token of the last {window} steps of the curve.",
+        f"Thin: each step. Thick: mean per trained token of the last {window_of(len(log))} steps of the curve.",
         row(
             whole.figure(),
             Plot("Loss by level", "nats per trained token", "step", steps, by_level).figure(),
-            Plot(
-                "Gradient norm", "before clipping", "step", steps, norms, log=True, remark=remark, planned=clipped
-            ).figure(),
+            _gradient_norm(run, steps),
             Plot("Learning rate", "", "step", steps, [Curve("lr", log.column("lr"), 4)], False, zero=True).figure(),
         ),
         table(("loss", "steps", "first tenth", "last tenth", "change"), rows),
     )
+
+
+def _gradient_norm(run: Run, steps: Floats) -> str:
+    """The norm by level, with the norm that gradients are clipped to."""
+    norm = run.log.column("grad_norm")
+    curves = level_curves(run.log, norm)
+    most, known = run.setting("training", "max_norm"), norm[np.isfinite(norm)]
+    if not isinstance(most, (int, float)) or most <= 0 or not len(known):
+        return Plot("Gradient norm", "before clipping", "step", steps, curves, log=True).figure()
+    remark = f"{(known > most).mean():.1%} of the steps were clipped to {most:g}."
+    planned = [("clipped above", float(most), 7)]
+    return Plot(
+        "Gradient norm", "before clipping", "step", steps, curves, log=True, remark=remark, planned=planned
+    ).figure()
 
 
 def _edges(name: str, values: Floats, weights: Floats) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from hbp_titan.packing.svg import COLORS, Chart, short
+from hbp_titan.packing.bands import band_name
+from hbp_titan.packing.svg import COLORS, Chart
 
 DASH = "&ndash;"
 
@@ -38,8 +39,8 @@ def duration(seconds: float) -> str:
 
 
 def length_name(band: str) -> str:
-    """A length band, "2048", as text: up to 2K."""
-    return f"up to {short(int(band), 1024)}"
+    """A length band of metrics.jsonl, "2048", as text: 1,025 to 2K."""
+    return band_name(int(band))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", marked: Sequence[int] = ()) -> str:

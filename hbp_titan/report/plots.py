@@ -121,7 +121,7 @@ class Plot:
 
 def level_curves(log: StepLog, values: Floats, weights: Floats | None = None) -> list[Curve]:
     """A curve for each combination of levels that steps train, in the color of its level; values: float64 [n]."""
-    names = list(log.levels.values())
+    names = log.levels
     curves = []
     for number, (name, steps) in enumerate(combinations(log).items()):
         color = names.index(name) if name in names else len(names) + number

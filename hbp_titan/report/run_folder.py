@@ -38,6 +38,12 @@ class RunPlan:
         return f"epoch {self.epoch}" + (f" from step {self.first_step}" if self.is_remainder else "")
 
     @property
+    def level_names(self) -> list[str]:
+        """The levels as metrics.jsonl names them: 8K/cp2."""
+        sizes = [(level.max_tokens, level.cp_degree) for level in self.plan.levels]
+        return [f"{tokens // 1024}K/cp{cp}" if tokens % 1024 == 0 else f"{tokens}/cp{cp}" for tokens, cp in sizes]
+
+    @property
     def is_remainder(self) -> bool:
         """Whether it plans only what was left of its epoch."""
         return len(self.plan.packs.ids) + len(self.plan.skipped) < self.plan.num_samples

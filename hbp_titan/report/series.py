@@ -81,17 +81,53 @@ def loss_at(log: StepLog, tokens: float) -> float | None:
 
 
 def combinations(log: StepLog) -> dict[str, Bools]:
-    """The steps of each combination of levels by its name, in the order of the levels."""
+    """The steps of each combination of levels by its name, bool [n]: each level alone, then what mixes them."""
     names = np.array(log.level_names)
-    order = {index: rank for rank, index in enumerate(log.levels)}
+    rank = {name: at for at, name in enumerate(log.levels)}
+    found = sorted(set(log.level_names), key=lambda name: (name not in rank, rank.get(name, 0), name))
+    return {name or "unknown": names == name for name in found}
+
+
+@dataclass(frozen=True)
+class LevelSteps:
+    """What a level, or steps that mix levels, did in each step; float64 [n] each, NaN in steps of others.
+
+    positions: tokens with the padding. seconds, waiting: its share of the step's time, and of the ranks' waiting in
+    it. mfu: percent. memory: GiB, the most of any rank.
+    """
+
+    iterations: Floats
+    tokens: Floats
+    positions: Floats
+    seconds: Floats
+    waiting: Floats
+    mfu: Floats
+    memory: Floats
+
+
+def level_steps(log: StepLog) -> dict[str, LevelSteps]:
+    """By level as metrics.jsonl parts them. Older runs do not part steps that mix levels: these come as their own."""
+    tokens, seconds = log.column("tokens"), log.column("step_seconds")
+    whole = {
+        "iterations": log.column("iterations"),
+        "tokens": tokens,
+        "positions": tokens / (1 - log.column("padding") / 100),
+        "seconds": seconds,
+        "waiting_seconds": log.column("idle_share") * seconds,
+        "mfu": log.column("mfu"),
+    }
+    parted = log.present("per_level")
+    alone = combinations(log)
+    nowhere = np.zeros(len(log), bool)
     found = {}
-    for name in dict.fromkeys(log.level_names):
-        steps = names == name
-        first = int(np.flatnonzero(steps)[0])
-        mine = [rank for index, rank in order.items() if log.present("loss_by_level", index)[first]]
-        found[name] = (len(mine), mine, steps)
-    in_order = sorted(found.items(), key=lambda item: (item[1][0], item[1][1], item[0]))
-    return {name or "unknown": steps for name, (_, _, steps) in in_order}
+    for name in dict.fromkeys([*log.levels, *alone]):
+        unparted = alone.get(name, nowhere) & ~parted
+        own = {key: np.where(unparted, of, log.column("per_level", name, key)) for key, of in whole.items()}
+        memory = log.column("memory_by_level", name)
+        if np.isfinite(own["iterations"]).any() or name in log.levels:
+            own["waiting"] = own.pop("waiting_seconds")
+            found[name] = LevelSteps(**own, memory=memory)
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,17 +135,15 @@ class Totals:
     """Sums and means over some steps; None where the run did not record it.
 
     seconds: of the optimizer steps. padding: share of computed positions that held no token. mfu: share of the peak,
-    weighted by time. data_wait, idle: shares of the time. memory_gib: the most.
+    weighted by time. idle: share of the time. memory_gib: the most.
     """
 
     steps: int
     iterations: int
     tokens: int
-    trained_tokens: int
     seconds: float
     mfu: float | None
     padding: float | None
-    data_wait: float | None
     idle: float | None
     memory_gib: float | None
 
@@ -119,30 +153,30 @@ class Totals:
         return self.tokens / self.seconds if self.seconds > 0 else None
 
 
-def totals(log: StepLog, chosen: Bools | None = None) -> Totals:
-    """The totals of the chosen steps, bool [n]; of all by default."""
-    chosen = np.ones(len(log), bool) if chosen is None else chosen
-
-    def column(name: str) -> Floats:
-        return log.column(name)[chosen]
-
-    seconds, tokens = column("step_seconds"), column("tokens")
-    mfu, memory = mean(column("mfu"), seconds), column("peak_memory_gib")
-    computed = tokens / (1 - column("padding") / 100)
-    known = np.isfinite(computed)
-    waited = mean(column("data_wait_seconds") / seconds, seconds)
+def totals(of: LevelSteps) -> Totals:
+    """The totals of a level over all steps."""
+    mfu = mean(of.mfu, of.seconds)
+    known = np.isfinite(of.positions) & np.isfinite(of.tokens)
     return Totals(
-        steps=int(chosen.sum()),
-        iterations=int(np.nansum(column("iterations"))),
-        tokens=int(np.nansum(tokens)),
-        trained_tokens=int(np.nansum(column("trained_tokens"))),
-        seconds=float(np.nansum(seconds)),
+        steps=int(np.isfinite(of.iterations).sum()),
+        iterations=int(np.nansum(of.iterations)),
+        tokens=int(np.nansum(of.tokens)),
+        seconds=float(np.nansum(of.seconds)),
         mfu=None if mfu is None else mfu / 100,
-        padding=float(1 - tokens[known].sum() / computed[known].sum()) if known.any() else None,
-        data_wait=waited,
-        idle=mean(column("idle_share"), seconds),
-        memory_gib=float(np.nanmax(memory)) if np.isfinite(memory).any() else None,
+        padding=float(1 - of.tokens[known].sum() / of.positions[known].sum()) if known.any() else None,
+        idle=mean(of.waiting / of.seconds, of.seconds),
+        memory_gib=float(np.nanmax(of.memory)) if np.isfinite(of.memory).any() else None,
     )
+
+
+def whole_steps(log: StepLog, chosen: Bools | None = None) -> LevelSteps:
+    """The steps as wholes, whatever their levels; those chosen, bool [n], or all."""
+    chosen = np.ones(len(log), bool) if chosen is None else chosen
+    tokens, seconds = (np.where(chosen, log.column(name), np.nan) for name in ("tokens", "step_seconds"))
+    return LevelSteps(
+        np.where(chosen, log.column("iterations"), np.nan), tokens, tokens / (1 - log.column("padding") / 100),
+        seconds, log.column("idle_share") * seconds, log.column("mfu"), log.column("peak_memory_gib"),
+    )  # fmt: skip
 
 
 def edge_means(values: Floats, weights: Floats) -> tuple[float, float] | None:
@@ -180,11 +214,12 @@ def total_seconds_by_rank(log: StepLog) -> list[float]:
 
 def end_figures(log: StepLog) -> Mapping[str, float | None]:
     """What a run comes to, by the names that a comparison shows."""
-    total, steps = totals(log), applied(log)
+    total, steps = totals(whole_steps(log)), applied(log)
+    seconds = log.column("step_seconds")
     loss, trained = np.where(steps, log.column("loss"), np.nan), log.column("trained_tokens")
     edges = edge_means(loss, trained)
     return {
-        "steps": float(total.steps),
+        "steps": float(len(log)),
         "tokens": float(total.tokens),
         "seconds": total.seconds,
         "loss": edges[1] if edges else None,
@@ -193,8 +228,8 @@ def end_figures(log: StepLog) -> Mapping[str, float | None]:
         "MFU": total.mfu,
         "padding": total.padding,
         "idle": total.idle,
-        "data wait": total.data_wait,
-        "time imbalance": mean(log.column("time_imbalance"), log.column("step_seconds")),
+        "data wait": mean(log.column("data_wait_seconds") / seconds, seconds),
+        "time imbalance": mean(log.column("time_imbalance"), seconds),
         "memory": total.memory_gib,
         "skipped": float(len(log.skipped)),
     }

@@ -5,10 +5,13 @@ Owns the choice of these plots and tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from hbp_titan.packing.svg import COLORS, Chart
 from hbp_titan.report.parts import (
+    DASH,
     duration,
     framed,
     missing,
@@ -21,7 +24,7 @@ from hbp_titan.report.parts import (
 )
 from hbp_titan.report.plots import Curve, Plot, level_curves
 from hbp_titan.report.run_folder import Run
-from hbp_titan.report.series import Totals, combinations, totals
+from hbp_titan.report.series import LevelSteps, Totals, level_steps, totals, whole_steps
 from hbp_titan.report.step_log import StepLog
 
 
@@ -30,31 +33,36 @@ def speed_section(run: Run) -> str:
     log = run.log
     if not log.has("step_seconds"):
         return section("Throughput", "", missing("metrics.jsonl has no step times."))
-    steps = log.steps.astype(float)
-    seconds = log.column("step_seconds")
-    curves = level_curves(log, log.column("tokens_per_second"), seconds)
-    speed = Plot("Throughput", "real tokens per second, all ranks", "step", steps, curves, zero=True)
-    rates = level_curves(log, log.column("mfu"), seconds)
-    mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
-    lengths = Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True)
+    steps, seconds = log.steps.astype(float), log.column("step_seconds")
+    levels = level_steps(log)
+    speeds = [Curve(name, of.tokens / of.seconds, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
+    rates = [Curve(name, of.mfu, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
     share = 100 * log.column("data_wait_seconds") / seconds
-    wait = Plot("Waiting for data", "% of a step", "step", steps, [Curve("wait", share, 5, seconds)], zero=True)
+    mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
     peak = "" if mfu else missing("MFU is left out: the peak of this device is not known, or the run does not say.")
     return section(
         "Throughput",
         "Real tokens only, padding does not count; a step's time has no validation and no checkpoint in it.",
-        row(speed.figure(), mfu, lengths.figure(), wait.figure()) + peak,
-        _level_table(log),
+        row(
+            Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True).figure(),
+            mfu,
+            Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True).figure(),
+            Plot(
+                "Waiting for data", "% of a step", "step", steps, [Curve("wait", share, 5, seconds)], zero=True
+            ).figure(),
+        ),
+        peak,
+        _level_table(log, levels),
         _checkpoints(log),
     )
 
 
-def _level_table(log: StepLog) -> str:
-    """A row for each level; steps that mix levels have a row of their own, since their time cannot be parted."""
-    heads = ("level", "steps", "iterations", "tokens", "trained", "time", "share of time", "tokens/s", "MFU", "padding",
-             "data wait", "idle")  # fmt: skip
-    whole = totals(log)
-    rows = [_cells(text(name), totals(log, steps), whole) for name, steps in combinations(log).items()]
+def _level_table(log: StepLog, levels: Mapping[str, LevelSteps]) -> str:
+    """A row for each level; where an older run mixed levels in a step its time cannot be parted: its own row."""
+    heads = ("level", "steps", "iterations", "tokens", "time", "share of time", "tokens/s", "MFU", "padding", "waiting",
+             "memory")  # fmt: skip
+    whole = totals(whole_steps(log))
+    rows = [_cells(text(name), totals(of), whole) for name, of in levels.items()]
     if len(rows) > 1:
         rows.append(_cells("all", whole, whole))
     return table(heads, rows, marked=[len(rows) - 1] if len(rows) > 1 else [])
@@ -62,10 +70,10 @@ def _level_table(log: StepLog) -> str:
 
 def _cells(name: str, of: Totals, whole: Totals) -> list[str]:
     share = of.seconds / whole.seconds if whole.seconds else None
+    memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
     return [
-        name, number(of.steps), number(of.iterations), number(of.tokens), number(of.trained_tokens),
-        duration(of.seconds), percent(share, 1), number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding),
-        percent(of.data_wait), percent(of.idle, 1),
+        name, number(of.steps), number(of.iterations), number(of.tokens), duration(of.seconds), percent(share, 1),
+        number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
     ]  # fmt: skip
 
 
@@ -87,25 +95,23 @@ def _checkpoints(log: StepLog) -> str:
 def memory_section(run: Run) -> str:
     """Memory of each level, and over the steps."""
     log = run.log
-    levels = log.levels
     steps = log.steps.astype(float)
-    series = {index: log.column("memory_by_level", index) for index in levels}
-    series = {index: values for index, values in series.items() if np.isfinite(values).any()}
-    peak = Curve("peak since the start", log.column("peak_memory_gib"), 5)
-    colors = {index: at for at, index in enumerate(levels)}
-    curves = [Curve(levels[index], values, colors[index]) for index, values in series.items()]
-    plot = Plot("Memory", "GiB, most of any rank", "step", steps, [*curves, peak], smoothed=False, zero=True)
+    series = [Curve(name, log.column("memory_by_level", name), at) for at, name in enumerate(log.levels)]
+    series = [curve for curve in series if np.isfinite(curve.y).any()]
+    peak = Curve("peak", log.column("peak_memory_gib"), 5)
+    unit = "GiB, most of any rank"
+    plot = Plot("Memory", unit, "step", steps, [*series, peak], smoothed=False, zero=True)
     if not series:
         told = missing("Memory by level is not in metrics.jsonl: it was written by an older version.")
         return section("Memory", "", row(plot.figure(), told))
-    most = {index: float(np.nanmax(values)) for index, values in series.items()}
-    chart = Chart("Memory by level", "", "GiB, most of any rank", (0.0, float(len(most))),
-                  (0.0, max(*most.values(), 1e-6) * 1.1), bare=True)  # fmt: skip
-    chart.x_ticks = [(at + 0.5, levels[index]) for at, index in enumerate(most)]
-    for at, (index, value) in enumerate(most.items()):
-        chart.bar(at + 0.2, at + 0.8, 0, value, colors[index] % COLORS, f"{levels[index]}: {value:.2f} GiB")
+    most = [float(np.nanmax(curve.y)) for curve in series]
+    chart = Chart("Memory by level", "", unit, (0.0, float(len(most))), (0.0, max(*most, 1e-6) * 1.1), bare=True)
+    chart.x_ticks = [(at + 0.5, curve.name) for at, curve in enumerate(series)]
+    for at, (curve, value) in enumerate(zip(series, most, strict=True)):
+        chart.bar(at + 0.2, at + 0.8, 0, value, curve.color % COLORS, f"{curve.name}: {value:.2f} GiB")
+        chart.name(curve.name, curve.color % COLORS)
     rows = [
-        [text(levels[index]), f"{np.nanmean(values):.2f}", f"{most[index]:.2f}"] for index, values in series.items()
+        [text(curve.name), f"{np.nanmean(curve.y):.2f}", f"{value:.2f}"]
+        for curve, value in zip(series, most, strict=True)
     ]
-    listed = table(("level", "mean GiB", "most GiB"), rows)
-    return section("Memory", "", row(framed(chart), plot.figure(), listed))
+    return section("Memory", "", row(framed(chart), plot.figure()), table(("level", "mean GiB", "most GiB"), rows))

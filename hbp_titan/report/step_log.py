@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_LEVEL = re.compile(r"(\d{1,12})(K?)/cp(\d{1,9})")
 
 Floats = NDArray[np.float64]
 Key = tuple[str, ...]
@@ -71,18 +74,17 @@ class StepLog:
         return key in self.columns and bool(np.isfinite(self.columns[key][1]).any())
 
     @cached_property
-    def levels(self) -> dict[str, str]:
-        """Each level's name by its index as in loss_by_level; "8K/cp2, 8K/cp1" where it changed on the way."""
-        indices = sorted(self.names("loss_by_level"), key=lambda index: (len(index), index))
-        found: dict[str, dict[str, None]] = {index: {} for index in indices}
-        codes = np.zeros(len(self), np.int64)
-        for at, index in enumerate(indices[:60]):
-            codes += self.present("loss_by_level", index).astype(np.int64) << at
-        for name, code in dict.fromkeys(zip(self.level_names, codes.tolist(), strict=True)):
-            mine = [index for at, index in enumerate(indices) if code >> at & 1]
-            for index, part in zip(mine, name.split("+"), strict=False):
-                found[index][part] = None
-        return {index: ", ".join(names) or f"level {index}" for index, names in found.items()}
+    def levels(self) -> list[str]:
+        """The names of the levels that some step trained, shortest first."""
+        return sorted(self.names("loss_by_level"), key=_size_of)
+
+
+def _size_of(level: str) -> tuple[int, int, str]:
+    """What orders level names: 1K/cp1 before 8K/cp1 before 8K/cp2, what is no such name last."""
+    match = _LEVEL.fullmatch(level)
+    if not match:
+        return (1 << 60, 0, level)
+    return (int(match[1]) * (1024 if match[2] else 1), int(match[3]), level)
 
 
 def read_steps(path: Path) -> StepLog:
@@ -126,8 +128,12 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 def _note(log: StepLog, values: dict[str, Any]) -> None:
-    """Take from a line what is no column; it is removed from the line."""
+    """Take from a line what is no column, and name its levels; both change the line."""
     step = values["step"]
+    levels, names = values.get("loss_by_level"), str(values.get("level_name") or "").split("+")
+    if isinstance(levels, dict) and all(key.isdecimal() for key in levels) and len(levels) == len(names):
+        # Older runs named levels by their index.
+        values["loss_by_level"] = dict(zip(names, levels.values(), strict=True))
     reason = values.pop("skipped", None)
     log.skipped.pop(step, None)
     if reason:

@@ -33,7 +33,7 @@ def timeline_section(run: Run) -> str:
     columns = shares.shape[1]
     grain = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
     remark = f"{len(log):,} steps, {grain}; where levels share a column its height is parted by their iterations."
-    body = f'{legend(log.levels.values())}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
+    body = f'{legend(log.levels)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
     return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>')
 
 
@@ -43,7 +43,7 @@ def levels_side_by_side(runs: Sequence[Run]) -> str:
     if not known:
         return ""
     lanes = [
-        f'<span class="name">{text(run.name)}</span>{legend(run.log.levels.values())}'
+        f'<span class="name">{text(run.name)}</span>{legend(run.log.levels)}'
         + _lane(f"{len(run.log):,} steps", _bands(_shares(run)), "tall")
         for run in known
     ]
@@ -69,23 +69,14 @@ def _story(run: Run) -> str:
 def _shares(run: Run) -> Floats:
     """Share of each level in the iterations of each column, float64 [levels, columns].
 
-    From the plan where it is there; otherwise a step's iterations are parted evenly between its levels.
+    Where a run does not record them by level, a step's iterations are parted evenly between its levels.
     """
     log = run.log
-    member = np.stack([log.present("loss_by_level", index) for index in log.levels]).astype(float)
+    member = np.stack([log.present("loss_by_level", name) for name in log.levels]).astype(float)
     weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("iterations"), nan=1.0)
-    row_of = {step: row for row, step in enumerate(log.steps.tolist())}
-    numbers = {index: row for row, index in enumerate(log.levels)}
-    for part in run.plans:
-        counts = np.zeros((len(part.plan.levels), part.plan.num_steps))
-        np.add.at(counts, (part.plan.level_of_iteration, part.plan.step_of_iteration), 1)
-        chosen = [numbers[str(k)] for k in range(len(counts)) if str(k) in numbers]
-        known = [k for k in range(len(counts)) if str(k) in numbers]
-        for step in range(part.plan.num_steps if part.first_step is not None else 0):
-            row = row_of.get((part.first_step or 0) + step)
-            # A plan that a later start replaced names steps that others trained.
-            if row is not None and member[:, row].sum() > 1 and (counts[known, step] > 0).sum() == member[:, row].sum():
-                weights[chosen, row] = counts[known, step]
+    for at, name in enumerate(log.levels):
+        recorded = log.column("per_level", name, "iterations")
+        weights[at] = np.where(np.isfinite(recorded), recorded, weights[at])
     columns = min(BUCKETS, len(log))
     starts = np.arange(columns) * len(log) // columns
     sums = np.add.reduceat(weights, starts, axis=1)

@@ -29,7 +29,7 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         "level_name": NAMES[level],
         "iterations": 4 if level == 0 else 1,
         "loss": loss,
-        "loss_by_level": {str(level): loss},
+        "loss_by_level": {NAMES[level]: loss},
         "loss_by_length": {"8192": each} if level else {"1024": each, "2048": {"loss": loss + 1, "trained_tokens": 4}},
         "grad_norm": 1 / step**0.5 + 0.1,
         "lr": 1e-3,
@@ -46,7 +46,17 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         "data_wait_seconds": 0.01,
         "step_seconds": 0.5,
         "peak_memory_gib": 30.0,
-        "memory_by_level": {str(level): 20.0 + 10 * level},
+        "per_level": {
+            NAMES[level]: {
+                "iterations": 4 if level == 0 else 1,
+                "tokens": 1000,
+                "positions": 1250,
+                "seconds": 0.5,
+                "waiting_seconds": 0.025,
+                "mfu": 40.0,
+            }
+        },
+        "memory_by_level": {NAMES[level]: 20.0 + 10 * level},
     }
     if step % 20 == 0:
         checks = {name: {"iterations": 9, "ratio": 1.01, "waiting": 0.03, "planned": 0.02} for name in NAMES}
@@ -90,9 +100,7 @@ def start_of(first_step: int = 1, ranks: int = 4) -> dict[str, Any]:
     }
 
 
-def write_run(
-    folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, Any]] | None = None, mix: str = "alternate"
-) -> Path:
+def write_run(folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, Any]] | None = None) -> Path:
     """A run folder with these lines in metrics.jsonl, run.json and a plan of 300 samples on 4 ranks."""
     (folder / "checkpoint" / "step-50").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -101,7 +109,7 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(described), encoding="utf-8")
     lengths = np.random.default_rng(1).integers(20, 900, 300)
     lengths[::20] = 5000
-    plan = build_plan(lengths, LEVELS, world_size=4, method="hbp", global_batch_tokens=24000, mix=mix)
+    plan = build_plan(lengths, LEVELS, world_size=4, method="hbp", global_batch_tokens=4096)
     save_plan(plan, folder / "plan" / "epoch-0.safetensors")
     return folder
 

@@ -19,7 +19,16 @@ from tests.report.sample_run import levels_of, start_of, step_of, write_run, wri
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
 
-OLDER = ("loss_by_length", "abr", "time_imbalance", "idle_share", "memory_by_level", "live_check", "validation")
+OLDER = (
+    "per_level",
+    "loss_by_length",
+    "abr",
+    "time_imbalance",
+    "idle_share",
+    "memory_by_level",
+    "live_check",
+    "validation",
+)
 
 
 def _page(*folders: Path) -> str:
@@ -44,9 +53,9 @@ def test_a_row_for_each_level_and_one_for_all(tmp_path: Path) -> None:
     # 1000 tokens and half a second a step; four iterations of the lower level, one of the upper.
     table = next(part for part in page.split("<table>") if "share of time" in part)
     assert _rows("<table>" + table, "level") == [
-        ["1K/cp1", "30", "120", "30,000", "24,000", "15.0s", "60.0%", "2,000", "40.0%", "20.00%", "2.00%", "5.0%"],
-        ["8K/cp2", "20", "20", "20,000", "16,000", "10.0s", "40.0%", "2,000", "40.0%", "20.00%", "2.00%", "5.0%"],
-        ["all", "50", "140", "50,000", "40,000", "25.0s", "100.0%", "2,000", "40.0%", "20.00%", "2.00%", "5.0%"],
+        ["1K/cp1", "30", "120", "30,000", "15.0s", "60.0%", "2,000", "40.0%", "20.00%", "5.0%", "20.00 GiB"],
+        ["8K/cp2", "20", "20", "20,000", "10.0s", "40.0%", "2,000", "40.0%", "20.00%", "5.0%", "30.00 GiB"],
+        ["all", "50", "140", "50,000", "25.0s", "100.0%", "2,000", "40.0%", "20.00%", "5.0%", "30.00 GiB"],
     ]
 
 
@@ -91,19 +100,16 @@ def test_the_timeline_shows_the_curriculum_and_what_happened(tmp_path: Path) -> 
         assert f"<title>{tip}</title>" in page
 
 
-def test_a_step_of_several_levels_is_parted_as_the_plan_has_it(tmp_path: Path) -> None:
-    run = write_run(tmp_path, [], mix="interleave")
-    plan = load_plan(run / "plan" / "epoch-0.safetensors")
-    of_first = plan.level_of_iteration[: plan.step_offsets[1]]
-    share = (of_first == 0).mean()
-    assert 0 < share < 1
-    assert share != 0.5
-    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"0": 2.0, "1": 3.0}}
-    (run / "metrics.jsonl").write_text(json.dumps(mixed) + "\n")
-    page = _page(run)
-    lane = page.split('class="lane tall"')[1].split("</svg>")[0]
-    assert re.findall(r'height="([\d.]+)" fill="var\(--c0\)"', lane) == [f"{100 * share:.1f}"]
-    assert '<th scope="row">1K/cp1+8K/cp2</th>' in page
+def test_a_step_of_several_levels_is_parted_by_their_iterations(tmp_path: Path) -> None:
+    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "iterations": 5}
+    mixed["loss_by_level"] = {"1K/cp1": 2.0, "8K/cp2": 3.0}
+    part = mixed["per_level"]["1K/cp1"]
+    mixed["per_level"] = {"1K/cp1": {**part, "iterations": 4}, "8K/cp2": {**part, "iterations": 1}}
+    old = {key: value for key, value in mixed.items() if key != "per_level"} | {"loss_by_level": {"0": 2.0, "1": 3.0}}
+    for name, line, heights in (("new", mixed, ["80.0", "20.0"]), ("old", old, ["50.0", "50.0"])):
+        page = _page(write_run(tmp_path / name, [line]))
+        lane = page.split('class="lane tall"')[1].split("</svg>")[0]
+        assert re.findall(r'height="([\d.]+)" fill="var\(--c\d\)"', lane) == heights
 
 
 def test_an_older_run_leaves_out_what_it_lacks_and_says_so(tmp_path: Path) -> None:
@@ -111,6 +117,7 @@ def test_an_older_run_leaves_out_what_it_lacks_and_says_so(tmp_path: Path) -> No
     for line in lines:
         line["sources"] = {name: {"samples": 1, "tokens": 5, "trained_tokens": 4} for name in line["sources"]}
         line["mfu"] = None
+        line["loss_by_level"] = {"0": line["loss"]}
     told = _sentences(_page(write_run(tmp_path, lines)))
     for what in ("Loss by length", "Loss by source", "No validation", "MFU", "No live check", "Memory by level"):
         assert what in told, what

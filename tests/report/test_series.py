@@ -12,11 +12,13 @@ from hbp_titan.report.series import (
     combinations,
     edge_means,
     end_figures,
+    level_steps,
     loss_at,
     smooth,
     total_seconds_by_rank,
     totals,
     validation_series,
+    whole_steps,
     window_of,
 )
 from hbp_titan.report.step_log import StepLog, read_steps
@@ -44,19 +46,41 @@ def test_totals_weigh_shares_by_what_they_are_shares_of(tmp_path: Path) -> None:
         {"step": 2, "tokens": 150, "trained_tokens": 0, "iterations": 1, "step_seconds": 3.0, "padding": 50.0,
          "mfu": 10.0, "data_wait_seconds": 0.0, "idle_share": 0.0, "peak_memory_gib": 2.0},
     )  # fmt: skip
-    found = totals(log)
-    assert (found.steps, found.iterations, found.tokens, found.trained_tokens) == (2, 3, 240, 50)
+    found = totals(whole_steps(log))
+    assert (found.steps, found.iterations, found.tokens) == (2, 3, 240)
     assert found.tokens_per_second == 60
-    # 100 + 300 positions for 240 tokens; (50% x 1 s + 10% x 3 s) / 4 s; 0.5 s of 4 s; 0.2 x 1 s of 4 s.
-    shares = (found.padding, found.mfu, found.data_wait, found.idle)
-    assert shares == pytest.approx((0.4, 0.2, 0.125, 0.05))
+    # 100 + 300 positions for 240 tokens; (50% x 1 s + 10% x 3 s) / 4 s; 0.2 x 1 s of 4 s.
+    assert (found.padding, found.mfu, found.idle) == pytest.approx((0.4, 0.2, 0.05))
+    assert end_figures(log)["data wait"] == pytest.approx(0.125)
     assert found.memory_gib == 3.0
-    assert totals(log, np.array([False, True])).padding == pytest.approx(0.5)
+    assert totals(whole_steps(log, np.array([False, True]))).padding == pytest.approx(0.5)
+
+
+def test_levels_are_parted_as_recorded_and_older_mixed_steps_are_their_own(tmp_path: Path) -> None:
+    each = {"iterations": 2, "tokens": 90, "positions": 100, "seconds": 3.0, "waiting_seconds": 0.3, "mfu": 20.0}
+    other = {**each, "iterations": 1, "seconds": 1.0}
+    log = _log(
+        tmp_path,
+        {"step": 1, "level_name": "1K/cp1", "loss_by_level": {"0": 1}, "iterations": 4, "tokens": 50, "padding": 50.0,
+         "step_seconds": 1.0, "mfu": 40.0, "idle_share": 0.1},
+        {"step": 2, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"0": 1, "1": 1}, "iterations": 7, "tokens": 99,
+         "step_seconds": 9.0},
+        {"step": 3, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"1K/cp1": 1, "8K/cp2": 1}, "iterations": 3,
+         "tokens": 180, "step_seconds": 4.0, "per_level": {"1K/cp1": each, "8K/cp2": other}},
+    )  # fmt: skip
+    found = {name: totals(of) for name, of in level_steps(log).items()}
+    assert list(found) == ["1K/cp1", "8K/cp2", "1K/cp1+8K/cp2"]
+    low, high, mixed = found.values()
+    assert (low.iterations, low.tokens, low.seconds) == (6, 140, 4.0)
+    # 50 of 100 and 90 of 100 positions; 40% x 1 s and 20% x 3 s; 0.1 s and 0.3 s of 4 s.
+    assert (low.padding, low.mfu, low.idle) == pytest.approx((0.3, 0.25, 0.1))
+    assert (high.steps, high.iterations, high.seconds) == (1, 1, 1.0)
+    assert (mixed.steps, mixed.iterations, mixed.tokens, mixed.seconds) == (1, 7, 99, 9.0)
 
 
 def test_totals_of_a_log_that_lacks_keys_are_none(tmp_path: Path) -> None:
-    found = totals(_log(tmp_path, {"step": 1, "tokens": 5}))
-    assert (found.mfu, found.padding, found.data_wait, found.idle, found.memory_gib) == (None,) * 5
+    found = totals(whole_steps(_log(tmp_path, {"step": 1, "tokens": 5})))
+    assert (found.mfu, found.padding, found.idle, found.memory_gib) == (None,) * 4
     assert found.tokens_per_second is None
 
 

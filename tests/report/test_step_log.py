@@ -64,14 +64,17 @@ def test_values_of_wrong_types_are_as_missing(tmp_path: Path) -> None:
     assert (log.work_by_rank, log.experts) == ([], None)
 
 
-def test_levels_are_named_by_the_steps_that_trained_them(tmp_path: Path) -> None:
+def test_levels_have_names_where_older_runs_have_indices_and_come_shortest_first(tmp_path: Path) -> None:
     log = _read(
         tmp_path,
-        {"step": 1, "level_name": "1K/cp1", "loss_by_level": {"0": 1.0}},
-        {"step": 2, "level_name": "1K/cp1+8K/cp4", "loss_by_level": {"0": 1.0, "1": None}},
-        {"step": 3, "level_name": "8K/cp2", "loss_by_level": {"1": 1.0}},
+        {"step": 1, "level_name": "16K/cp4", "loss_by_level": {"1": 4.0}},
+        {"step": 2, "level_name": "1K/cp1+16K/cp4", "loss_by_level": {"0": 1.0, "1": None}},
+        {"step": 3, "level_name": "1000/cp1+16K/cp2", "loss_by_level": {"1000/cp1": 3.0, "16K/cp2": 5.0}},
     )
-    assert log.levels == {"0": "1K/cp1", "1": "8K/cp4, 8K/cp2"}
+    assert log.levels == ["1000/cp1", "1K/cp1", "16K/cp2", "16K/cp4"]
+    assert log.column("loss_by_level", "16K/cp4")[0] == 4.0
+    assert log.present("loss_by_level", "16K/cp4").tolist() == [True, True, False]
+    assert log.column("loss_by_level", "1K/cp1")[1] == 1.0
 
 
 def test_work_of_ranks_and_the_newest_table_of_experts_are_kept(tmp_path: Path) -> None:
