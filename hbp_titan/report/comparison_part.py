@@ -49,7 +49,7 @@ def comparison(runs: Sequence[Run]) -> str:
         rows.append([f"loss at {number(least)} tokens", *_cells(losses, _SHOWN["loss"])])
     return section(
         "Comparison",
-        f"In brackets: the ratio to {runs[0].name}. Curves are smoothed over a 40th of each run.",
+        f"In brackets: the ratio to {runs[0].name}. Curves are smoothed over a 20th of each run.",
         table(["", *(text(run.name) for run in runs)], rows),
         levels_side_by_side(runs),
         row(

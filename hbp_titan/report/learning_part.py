@@ -93,15 +93,14 @@ def groups_section(run: Run) -> str:
     """Loss by length band and by source."""
     log = run.log
     steps = log.steps.astype(float)
-    bands = bands_in_order(log.names("loss_by_length"))
+    bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
+    counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
     by_length = [
-        Curve(length_name(band), log.column("loss_by_length", band, "loss"), at,
-              log.column("loss_by_length", band, "trained_tokens"))
-        for at, band in enumerate(bands)
-    ]  # fmt: skip
+        Curve(length_name(band), log.column("loss_by_length", band, "loss"), colors[band], trained)
+        for band, trained in zip(bands, counts, strict=True)
+    ]
     bodies = [missing("Loss by length is not in metrics.jsonl: it was written by an older version.")]
     if by_length:
-        counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
         rows = [
             [*_edges(curve.name, curve.y, trained), number(float(np.nansum(trained)))]
             for curve, trained in zip(by_length, counts, strict=True)
@@ -117,15 +116,26 @@ def groups_section(run: Run) -> str:
     )
 
 
+def _band_colors(log: StepLog) -> dict[str, int]:
+    """A color for each length band, the same in training and in validation."""
+    bands = bands_in_order(list({*log.names("loss_by_length"), *log.names("validation", "by_length")}))
+    return {band: at for at, band in enumerate(bands)}
+
+
+def _sources_in_order(log: StepLog) -> list[str]:
+    """The sources, those with most trained tokens first."""
+    trained = {name: float(np.nansum(log.column("sources", name, "trained_tokens"))) for name in log.names("sources")}
+    return sorted(trained, key=lambda name: -trained[name])
+
+
 def _sources(log: StepLog, steps: Floats) -> str:
-    names = log.names("sources")
+    names = _sources_in_order(log)
     if not names:
         return missing("The steps name no sources.")
     columns = {
         name: [log.column("sources", name, kind) for kind in ("samples", "tokens", "trained_tokens", "loss")]
         for name in names
     }
-    names.sort(key=lambda name: -np.nansum(columns[name][2]))
     total = sum(float(np.nansum(columns[name][1])) for name in names)
     curves = [
         Curve(name, columns[name][3], at, columns[name][2])
@@ -164,9 +174,11 @@ def validation_section(run: Run) -> str:
     by_length = validation_series(log, "by_length")
     kinds.append(("length", {length_name(band): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
+    colors = {length_name(band): color for band, color in _band_colors(log).items()}
+    colors |= {name: at for names in (_sources_in_order(log), log.levels) for at, name in enumerate(names)}
     figures = []
     for kind, series in kinds:
-        curves = [Curve(name, y, at + (kind != "level")) for at, (name, y) in enumerate(series.items())]
+        curves = [Curve(name, y, colors.get(name, at)) for at, (name, y) in enumerate(series.items())]
         title, first = f"Validation loss by {kind}", [Curve("all", whole["all"], 5)] if kind == "level" else []
         plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:COLORS]])
         figures.append(plot.figure() if curves else missing(f"Validation by {kind} is not in metrics.jsonl."))
@@ -178,7 +190,7 @@ def validation_section(run: Run) -> str:
     listed = table(heads, rows[:LISTED_SOURCES])
     if len(rows) > LISTED_SOURCES:
         listed += folded(f"{len(rows) - LISTED_SOURCES:,} more", table(heads, rows[LISTED_SOURCES:]))
-    return section("Validation", "Mean loss per token of samples that are never trained.", row(*figures), listed)
+    return section("Validation", "Mean loss per token of samples that are never trained.", row(*figures, listed))
 
 
 def _course(log: StepLog, values: Floats) -> Sequence[str]:

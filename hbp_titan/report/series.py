@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from hbp_titan.report.step_log import Floats, StepLog
 
 Bools = NDArray[np.bool_]
-WINDOWS = 40
-"""A smoothed curve's window is a 40th of the run, at least 3 steps."""
+WINDOWS = 20
+"""A smoothed curve's window is a 20th of the run, at least 5 steps."""
 
 
 def window_of(steps: int) -> int:
     """Steps that a smoothed value of a curve of so many steps averages over."""
-    return max(3, -(-steps // WINDOWS))
+    return max(5, -(-steps // WINDOWS))
 
 
 def smooth(values: Floats, weights: Floats, window: int) -> Floats:

@@ -37,21 +37,19 @@ def speed_section(run: Run) -> str:
     levels = level_steps(log)
     speeds = [Curve(name, of.tokens / of.seconds, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
     rates = [Curve(name, of.mfu, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
-    share = 100 * log.column("data_wait_seconds") / seconds
+    waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
     mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
-    peak = "" if mfu else missing("MFU is left out: the peak of this device is not known, or the run does not say.")
+    if not mfu:
+        mfu = missing("MFU is left out: the peak of this device is not known, or the run does not say.")
     return section(
         "Throughput",
         "Real tokens only, padding does not count; a step's time has no validation and no checkpoint in it.",
         row(
             Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True).figure(),
-            mfu,
             Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True).figure(),
-            Plot(
-                "Waiting for data", "% of a step", "step", steps, [Curve("wait", share, 5, seconds)], zero=True
-            ).figure(),
+            Plot("Waiting for data", "% of a step", "step", steps, waits, zero=True).figure(),
+            mfu,
         ),
-        peak,
         _level_table(log, levels),
         _checkpoints(log),
     )

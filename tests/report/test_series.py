@@ -35,7 +35,7 @@ def test_smoothing_is_the_weighted_mean_of_the_last_values() -> None:
     assert smoothed[[0, 2, 3]].tolist() == [1.0, 2.5, 3.5]
     assert np.isnan(smoothed[1])
     assert smooth(values[[0, 2]], np.zeros(2), 2).tolist() == [1.0, 2.0]
-    assert [window_of(n) for n in (1, 120, 121, 4000)] == [3, 3, 4, 100]
+    assert [window_of(n) for n in (1, 100, 101, 4000)] == [5, 5, 6, 200]
 
 
 def test_totals_weigh_shares_by_what_they_are_shares_of(tmp_path: Path) -> None:
@@ -126,5 +126,5 @@ def test_end_figures_leave_skipped_steps_out_of_the_loss(tmp_path: Path) -> None
 
 def test_the_loss_at_a_number_of_tokens_is_that_of_the_last_step_within_it(tmp_path: Path) -> None:
     log = _log(tmp_path, *({"step": s, "loss": float(s), "tokens": 10, "trained_tokens": 10} for s in range(1, 7)))
-    assert loss_at(log, 45) == 3.0  # of steps 2, 3 and 4
+    assert loss_at(log, 45) == 2.5  # of steps 1 to 4
     assert loss_at(log, 9) is None
