@@ -10,6 +10,8 @@ import base64
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from hbp_titan.packing.svg import PALETTE
 from hbp_titan.report.balance_part import plan_section, ranks_section
 from hbp_titan.report.comparison_part import comparison
@@ -24,6 +26,12 @@ from hbp_titan.report.timeline import timeline_section
 
 def report_page(runs: Sequence[Run]) -> str:
     """The whole page as HTML."""
+    # A share of nothing is NaN, which is shown as not there.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return _page(runs)
+
+
+def _page(runs: Sequence[Run]) -> str:
     title = "Run report: " + ", ".join(run.name for run in runs)
     body = [f'<article id="run-{number}">{_run(run)}</article>' for number, run in enumerate(runs)]
     if len(runs) > 1:

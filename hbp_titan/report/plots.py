@@ -98,7 +98,8 @@ class Plot:
     def _x_span(self, curves: Sequence[Curve]) -> tuple[float, float]:
         ends = [end for curve in curves for end in (float(self._x_of(curve)[0]), float(self._x_of(curve)[-1]))]
         low, high = min(ends), max(ends)
-        return (low, high) if high > low else (low - 1, high + 1)
+        room = max(1.0, abs(high) / 1000)
+        return (low, high) if high > low else (low - room, high + room)
 
     def _y_span(self, full: Sequence[Floats], raw: Sequence[Floats]) -> tuple[float, float]:
         """From the lowest to the highest value; single spikes of raw curves are cut at the border."""

@@ -156,14 +156,14 @@ class Totals:
 def totals(of: LevelSteps) -> Totals:
     """The totals of a level over all steps."""
     mfu = mean(of.mfu, of.seconds)
-    known = np.isfinite(of.positions) & np.isfinite(of.tokens)
+    padding = mean(1 - of.tokens / of.positions, of.positions)
     return Totals(
         steps=int(np.isfinite(of.iterations).sum()),
         iterations=int(np.nansum(of.iterations)),
         tokens=int(np.nansum(of.tokens)),
         seconds=float(np.nansum(of.seconds)),
         mfu=None if mfu is None else mfu / 100,
-        padding=float(1 - of.tokens[known].sum() / of.positions[known].sum()) if known.any() else None,
+        padding=padding,
         idle=mean(of.waiting / of.seconds, of.seconds),
         memory_gib=float(np.nanmax(of.memory)) if np.isfinite(of.memory).any() else None,
     )

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from hbp_titan.packing.svg import COLORS, ticks
-from hbp_titan.report.parts import legend, missing, note, section, text
+from hbp_titan.report.parts import folded, legend, missing, note, section, table, text
 from hbp_titan.report.run_folder import Run
-from hbp_titan.report.step_log import Floats
+from hbp_titan.report.step_log import Floats, StepLog
 
 BUCKETS = 480
 """Columns of a lane: steps of a longer run share a column, and marks of one column share a mark."""
 WIDTH = 1000
+LISTED_STEPS = 10
 
 
 def timeline_section(run: Run) -> str:
@@ -34,7 +35,19 @@ def timeline_section(run: Run) -> str:
     grain = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
     remark = f"{len(log):,} steps, {grain}; where levels share a column its height is parted by their iterations."
     body = f'{legend(log.levels)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
-    return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>')
+    return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>', _skipped(log))
+
+
+def _skipped(log: StepLog) -> str:
+    """The steps that were not applied, and why."""
+    if not log.skipped:
+        return ""
+    rows = [[f"{step:,}", text(reason)] for step, reason in log.skipped.items()]
+    listed = table(("skipped step", "why"), rows[:LISTED_STEPS])
+    if len(rows) > LISTED_STEPS:
+        rest = table(("skipped step", "why"), rows[LISTED_STEPS:])
+        listed += folded(f"{len(rows) - LISTED_STEPS:,} more skipped steps", rest)
+    return listed
 
 
 def levels_side_by_side(runs: Sequence[Run]) -> str:

@@ -98,6 +98,7 @@ def test_the_timeline_shows_the_curriculum_and_what_happened(tmp_path: Path) -> 
         assert f">{name}</span>" in page
     for tip in ("step 5: the loss is not finite", "resumed with step 11 on 2 ranks", "step 20: 2.5000"):
         assert f"<title>{tip}</title>" in page
+    assert _rows(page, "skipped step") == [["5", "the loss is not finite"]]
 
 
 def test_a_step_of_several_levels_is_parted_by_their_iterations(tmp_path: Path) -> None:
@@ -130,6 +131,22 @@ def test_a_run_without_plan_notes_or_levels_still_has_a_page(tmp_path: Path) -> 
     for what in ("run.json is not there", "plan/ holds no plan", "half written", "which level", "no step times"):
         assert what in told, what
     assert _rows(page, "loss") == [["all", "2", "2.3750", "2.3750", "+0.0000"]]
+
+
+WRONG: list[Any] = [None, "x", 3, -1, 0, [], {}, {"a": {}}, {"a": 1}, {"a": {"loss": None}}, True, 1e299, 10**400]
+
+
+@pytest.mark.parametrize("shift", range(len(WRONG)))
+def test_any_value_may_be_wrong(tmp_path: Path, shift: int) -> None:
+    lines = [step_of(step, 0) for step in (99, 100, 101)]
+    for line in lines[shift % 2 :]:
+        for number, key in enumerate(sorted(line)):
+            if key != "step" and number % 3 == shift % 3:
+                line[key] = WRONG[(number + shift) % len(WRONG)]
+    run = write_run(tmp_path, lines, [{**start_of(), "config": WRONG[shift]}, {**start_of(), "code": WRONG[shift]}])
+    page = _page(run)
+    assert "Curriculum" in page
+    assert "nan" not in page.split("<style>")[1].split("</style>")[1].split("<script>")[0]
 
 
 @pytest.mark.parametrize("key", sorted(step_of(100, 0)))
