@@ -99,9 +99,8 @@ def _live_checks(log: StepLog) -> str:
     if not names:
         return ""
     steps = log.steps.astype(float)
-    colors = {name: log.levels.index(name) if name in log.levels else at for at, name in enumerate(names)}
-    ratio = [Curve(name, log.column("live_check", "levels", name, "ratio"), colors[name]) for name in names]
-    waits = [Curve(name, 100 * log.column("live_check", "levels", name, "waiting"), colors[name]) for name in names]
+    ratio = [Curve(name, log.column("live_check", "levels", name, "ratio"), log.color(name)) for name in names]
+    waits = [Curve(name, 100 * log.column("live_check", "levels", name, "waiting"), log.color(name)) for name in names]
     rows = []
     for name in names:
         iterations, ratios, waiting, planned = (

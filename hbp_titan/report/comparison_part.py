@@ -100,6 +100,11 @@ def _column(name: str) -> Callable[[StepLog], Floats]:
     return lambda log: log.column(name)
 
 
+def _color(run: Run, number: int) -> int:
+    """A run's color, none of the levels'."""
+    return len(run.log.palette) + number
+
+
 def _plot(
     runs: Sequence[Run],
     title: str,
@@ -111,7 +116,7 @@ def _plot(
     log: bool = False,
 ) -> str:
     curves = [
-        Curve(run.name, values(run.log), at, run.log.column("trained_tokens"), over(run.log))
+        Curve(run.name, values(run.log), _color(run, at), run.log.column("trained_tokens"), over(run.log))
         for at, run in enumerate(runs)
         if len(run.log)
     ]
@@ -120,7 +125,7 @@ def _plot(
 
 def _validation(runs: Sequence[Run]) -> str:
     curves = [
-        Curve(run.name, run.log.column("validation", "loss"), at, None, tokens_so_far(run.log))
+        Curve(run.name, run.log.column("validation", "loss"), _color(run, at), None, tokens_so_far(run.log))
         for at, run in enumerate(runs)
         if len(run.log)
     ]

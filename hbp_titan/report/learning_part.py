@@ -50,8 +50,8 @@ def loss_section(run: Run) -> str:
     held_out = [Curve("validation", log.column("validation", "loss"), 2)]
     whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
     by_level = [
-        Curve(name, np.where(applied(log), log.column("loss_by_level", name), np.nan), number, trained)
-        for number, name in enumerate(log.levels)
+        Curve(name, np.where(applied(log), log.column("loss_by_level", name), np.nan), log.color(name), trained)
+        for name in log.levels
     ]
     rows = [_edges(curve.name, curve.y, trained) for curve in [Curve("all", loss, 0), *by_level]]
     return section(
@@ -175,10 +175,13 @@ def validation_section(run: Run) -> str:
     kinds.append(("length", {length_name(band): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
     colors = {length_name(band): color for band, color in _band_colors(log).items()}
-    colors |= {name: at for names in (_sources_in_order(log), log.levels) for at, name in enumerate(names)}
+    colors |= {name: at for at, name in enumerate(_sources_in_order(log))}
     figures = []
     for kind, series in kinds:
-        curves = [Curve(name, y, colors.get(name, at)) for at, (name, y) in enumerate(series.items())]
+        curves = [
+            Curve(name, y, log.color(name) if kind == "level" else colors.get(name, at))
+            for at, (name, y) in enumerate(series.items())
+        ]
         title, first = f"Validation loss by {kind}", [Curve("all", whole["all"], 5)] if kind == "level" else []
         plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:COLORS]])
         figures.append(plot.figure() if curves else missing(f"Validation by {kind} is not in metrics.jsonl."))

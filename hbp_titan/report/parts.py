@@ -96,16 +96,12 @@ def framed(chart: Chart, remark: str = "") -> str:
     """A bare chart with its title, unit and legend as text around it."""
     unit = f"<small>{text(chart.y_label)}</small>" if chart.y_label else ""
     return (
-        f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{_keys(chart.names)}"
+        f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{legend(chart.names)}"
         f"{chart.svg()}{note(remark) if remark else ''}</figure>"
     )
 
 
-def legend(names: Iterable[str]) -> str:
-    """What the colors stand for, in their order."""
-    return _keys([(name, at % COLORS) for at, name in enumerate(names)])
-
-
-def _keys(names: Iterable[tuple[str, int]]) -> str:
-    keys = "".join(f'<i><s style="background:var(--c{color})"></s>{text(name)}</i>' for name, color in names)
+def legend(names: Iterable[tuple[str, int]]) -> str:
+    """What colors stand for: (name, color)."""
+    keys = "".join(f'<i><s style="background:var(--c{color % COLORS})"></s>{text(name)}</i>' for name, color in names)
     return f'<div class="legend">{keys}</div>'

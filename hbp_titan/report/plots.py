@@ -122,9 +122,7 @@ class Plot:
 
 def level_curves(log: StepLog, values: Floats, weights: Floats | None = None) -> list[Curve]:
     """A curve for each combination of levels that steps train, in the color of its level; values: float64 [n]."""
-    names = log.levels
-    curves = []
-    for number, (name, steps) in enumerate(combinations(log).items()):
-        color = names.index(name) if name in names else len(names) + number
-        curves.append(Curve(name, np.where(steps, values, np.nan), color, weights))
-    return curves
+    return [
+        Curve(name, np.where(steps, values, np.nan), log.color(name), weights)
+        for name, steps in combinations(log).items()
+    ]

@@ -17,7 +17,7 @@ from typing import Any
 from hbp_titan.packing.metrics import Metrics, measure
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.plan_file import load_plan
-from hbp_titan.report.step_log import StepLog, read_steps
+from hbp_titan.report.step_log import StepLog, read_steps, share_colors
 
 _PLAN = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.safetensors")
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -94,7 +94,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+    runs = [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+    share_colors([run.log for run in runs])
+    return runs
 
 
 def read_run(folder: Path, name: str) -> Run:

@@ -35,8 +35,8 @@ def speed_section(run: Run) -> str:
         return section("Throughput", "", missing("metrics.jsonl has no step times."))
     steps, seconds = log.steps.astype(float), log.column("step_seconds")
     levels = level_steps(log)
-    speeds = [Curve(name, of.tokens / of.seconds, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
-    rates = [Curve(name, of.mfu, at, of.seconds) for at, (name, of) in enumerate(levels.items())]
+    speeds = [Curve(name, of.tokens / of.seconds, log.color(name), of.seconds) for name, of in levels.items()]
+    rates = [Curve(name, of.mfu, log.color(name), of.seconds) for name, of in levels.items()]
     waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
     mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
     if not mfu:
@@ -94,7 +94,7 @@ def memory_section(run: Run) -> str:
     """Memory of each level, and over the steps."""
     log = run.log
     steps = log.steps.astype(float)
-    series = [Curve(name, log.column("memory_by_level", name), at) for at, name in enumerate(log.levels)]
+    series = [Curve(name, log.column("memory_by_level", name), log.color(name)) for name in log.levels]
     series = [curve for curve in series if np.isfinite(curve.y).any()]
     peak = Curve("peak", log.column("peak_memory_gib"), 5)
     unit = "GiB, most of any rank"

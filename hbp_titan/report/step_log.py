@@ -10,6 +10,7 @@ import json
 import math
 import re
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,8 @@ class StepLog:
     experts: tuple[int, dict[str, list[float]]] | None = None
     unreadable: int = 0
     cut: bool = False
+    palette: list[str] = field(default_factory=list)
+    """Level names in the order of their colors; empty for the log's own levels."""
     columns: dict[Key, tuple[NDArray[np.int64], Floats]] = field(default_factory=dict, repr=False)
     """(rows, values) of every key that holds a number or null (NaN) in some step."""
 
@@ -77,6 +80,21 @@ class StepLog:
     def levels(self) -> list[str]:
         """The names of the levels that some step trained, shortest first."""
         return sorted(self.names("loss_by_level"), key=_size_of)
+
+    def color(self, level: str) -> int:
+        """The color of a level, or of a combination of levels, wherever it is drawn."""
+        known = self.palette or self.levels
+        if level in known:
+            return known.index(level)
+        others = sorted({*self.level_names, level} - set(known))
+        return len(known) + others.index(level)
+
+
+def share_colors(logs: Sequence[StepLog]) -> None:
+    """Give a level the same color in each of these logs."""
+    palette = sorted({level for log in logs for level in log.levels}, key=_size_of)
+    for log in logs:
+        log.palette = palette
 
 
 def _size_of(level: str) -> tuple[int, int, str]:

@@ -27,14 +27,14 @@ def timeline_section(run: Run) -> str:
         return section("Curriculum", "", missing("metrics.jsonl does not say which level its steps trained."))
     first, last = int(log.steps[0]), int(log.steps[-1])
     shares = _shares(run)
-    lanes = [_lane("levels", _bands(shares), "tall")]
+    lanes = [_lane("levels", _bands(shares, log), "tall")]
     for name, steps, tips, color in _events(run):
         if steps:
             lanes.append(_lane(f"{name} ({len(steps):,})", _marks(steps, tips, first, last, color), ""))
     columns = shares.shape[1]
     grain = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
     remark = f"{len(log):,} steps, {grain}; where levels share a column its height is parted by their iterations."
-    body = f'{legend(log.levels)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
+    body = f'{_level_legend(log)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
     return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>', _skipped(log))
 
 
@@ -56,8 +56,8 @@ def levels_side_by_side(runs: Sequence[Run]) -> str:
     if not known:
         return ""
     lanes = [
-        f'<span class="name">{text(run.name)}</span>{legend(run.log.levels)}'
-        + _lane(f"{len(run.log):,} steps", _bands(_shares(run)), "tall")
+        f'<span class="name">{text(run.name)}</span>{_level_legend(run.log)}'
+        + _lane(f"{len(run.log):,} steps", _bands(_shares(run), run.log), "tall")
         for run in known
     ]
     caption = "<figcaption><b>Levels</b> <small>from the first step to the last</small></figcaption>"
@@ -96,20 +96,24 @@ def _shares(run: Run) -> Floats:
     return sums / np.maximum(sums.sum(0), 1e-9)
 
 
-def _bands(shares: Floats) -> str:
+def _level_legend(log: StepLog) -> str:
+    return legend([(name, log.color(name)) for name in log.levels])
+
+
+def _bands(shares: Floats, log: StepLog) -> str:
     """Columns as stacked rectangles; equal neighbours are one."""
     marks = []
-    levels, columns = shares.shape
+    columns = shares.shape[1]
     borders = np.flatnonzero(np.append(True, np.any(np.diff(shares, axis=1) != 0, axis=0)))
     for start, end in zip(borders.tolist(), [*borders[1:].tolist(), columns], strict=True):
         below = 0.0
-        for level in range(levels):
-            share = float(shares[level, start])
+        for at, level in enumerate(log.levels):
+            share = float(shares[at, start])
             if share > 0:
                 x, width, height = start * WIDTH / columns, (end - start) * WIDTH / columns, 100 * share
                 # Wider by a hair: no gap shines through between neighbours.
                 place = f'x="{x:.2f}" width="{width + 0.4:.2f}" y="{100 - below - height:.1f}" height="{height:.1f}"'
-                marks.append(f'<rect {place} fill="var(--c{level % COLORS})"/>')
+                marks.append(f'<rect {place} fill="var(--c{log.color(level) % COLORS})"/>')
                 below += height
     return "".join(marks)
 

@@ -264,3 +264,13 @@ def test_the_command_writes_the_page_and_ends_mistakes_in_a_line(tmp_path: Path)
 def test_durations_read_as_people_say_them() -> None:
     seconds = (0.25, 59.94, 90, 3599, 12_000, 190_000)
     assert [duration(value) for value in seconds] == ["0.2s", "59.9s", "1m 30s", "59m 59s", "3h 20m", "2d 4h"]
+
+
+def test_a_level_has_one_color_in_all_runs_and_a_run_none_of_the_levels(tmp_path: Path) -> None:
+    both = write_run(tmp_path / "both", [step_of(1, 0), step_of(2, 1)])
+    upper = write_run(tmp_path / "upper", [step_of(1, 1), step_of(2, 1)])
+    page = _page(both, upper)
+    lane = page.split('class="lane tall"')[2].split("</svg>")[0]
+    assert re.findall(r'fill="var\(--c(\d)\)"', lane) == ["1"]
+    over_tokens = page.split('aria-label="Loss over tokens"')[1].split("</svg>")[0]
+    assert re.findall(r'stroke="var\(--c(\d)\)"[^/]*data-name', over_tokens) == ["2", "3"]
