@@ -115,8 +115,10 @@ def _plot(
     zero: bool = False,
     log: bool = False,
 ) -> str:
+    """The runs' curves over tokens or `over`. zero: of what is a rate or share of time, which its smoothing weighs."""
+    weight = "step_seconds" if zero else "trained_tokens"
     curves = [
-        Curve(run.name, values(run.log), _color(run, at), run.log.column("trained_tokens"), over(run.log))
+        Curve(run.name, values(run.log), _color(run, at), run.log.column(weight), over(run.log))
         for at, run in enumerate(runs)
         if len(run.log)
     ]

@@ -274,3 +274,28 @@ def test_a_level_has_one_color_in_all_runs_and_a_run_none_of_the_levels(tmp_path
     assert re.findall(r'fill="var\(--c(\d)\)"', lane) == ["1"]
     over_tokens = page.split('aria-label="Loss over tokens"')[1].split("</svg>")[0]
     assert re.findall(r'stroke="var\(--c(\d)\)"[^/]*data-name', over_tokens) == ["2", "3"]
+
+
+def test_experts_have_a_section_where_there_are_some(tmp_path: Path) -> None:
+    plain = [step_of(step, 0) for step in range(1, 31)]
+    assert ">Experts</h3>" not in _page(write_run(tmp_path / "dense", plain))
+    loads = [{"worst": 2.0 + (step == 7), "mean": 1.5, "idle": 0, "ranks": 1.25} for step in range(30)]
+    lines = [{**line, "expert_load": load} for line, load in zip(plain, loads, strict=True)]
+    lines[19]["tokens_per_expert"] = {"0": [10, 30, 20, 20], "1": [80, 0, 0, 0]}
+    page = _page(write_run(tmp_path / "experts", lines))
+    assert _rows(page, "load")[0] == ["worst layer", "3.00", "2.00", "2.00"]
+    table = page.split('aria-label="Experts of each layer at step 20"')[1].split("</svg>")[0]
+    # Most loaded first, as a multiple of the layer's mean of 20 tokens.
+    assert re.findall('data-name="([^"]*)".*? data-y="([^"]*)"', table) == [
+        ("layer 0", "1.5 1 1 0.5"),
+        ("layer 1", "4 0 0 0"),
+    ]
+
+
+def test_the_slowest_of_very_many_ranks_is_drawn_and_listed_first(tmp_path: Path) -> None:
+    page = _page(write_run(tmp_path, [step_of(20, 0, ranks=3000), step_of(40, 0, ranks=3000)]))
+    chart = page.split('aria-label="Work of each rank"')[1].split("</svg>")[0]
+    assert chart.count("<rect") == 512
+    assert "<title>rank 2999: 20.00 s" in chart
+    assert _rows(page, "rank")[0][:2] == ["2999", "20.00"]
+    assert "2,984 more ranks" in page
