@@ -127,10 +127,9 @@ class ProfileEngine:
             # Graphs of an earlier engine would count towards the compiler's limit.
             torch._dynamo.reset()
             self._engine = Engine(self.config, self.args, self.world)
+            self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
             for parameter in self._engine.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
-            self._optimizer.step()
         return self._engine
 
     def _index(self, level: Level) -> int:
