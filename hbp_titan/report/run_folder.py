@@ -94,7 +94,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    runs = [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+    names = ["/".join(path.parts[-depth:]) for path in paths]
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     share_colors([run.log for run in runs])
     return runs
 
