@@ -14,6 +14,8 @@ from hbp_titan.report.parts import cards, duration, folded, missing, number, per
 from hbp_titan.report.run_folder import Run
 from hbp_titan.report.series import end_figures, total_seconds_by_rank, totals, whole_steps
 
+SHOWN_STARTS = 5
+
 
 def header(run: Run) -> str:
     """Name, state, key figures, facts and starts."""
@@ -176,7 +178,8 @@ def _starts(run: Run) -> str:
         cells = (when, start.get("first_step", "?"), start.get("world_size", "?"),
                  start.get("device", "?"), _code(start) or "?")  # fmt: skip
         rows.append([str(count), *map(text, cells)])
-    shown = table(("start", "when", "first step", "ranks", "device", "code"), rows[-12:])
-    if len(rows) > 12:
-        shown = folded(f"{len(rows) - 12} earlier starts", table(("start",), rows[:-12])) + shown
+    heads = ("start", "when", "first step", "ranks", "device", "code")
+    shown = table(heads, rows[-SHOWN_STARTS:])
+    if len(rows) > SHOWN_STARTS:
+        shown = folded(f"{len(rows) - SHOWN_STARTS} earlier starts", table(heads, rows[:-SHOWN_STARTS])) + shown
     return shown

@@ -7,6 +7,7 @@ chart alone, both of which escape it.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 from hbp_titan.packing.bands import band_name
@@ -21,13 +22,13 @@ def text(value: object) -> str:
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """1,234 or 1,234.56; a dash for None."""
-    return DASH if value is None else f"{value:,.{digits}f}"
+    """1,234 or 1,234.56; a dash for None and NaN."""
+    return DASH if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A share as percent; a dash for None."""
-    return DASH if value is None else f"{value:.{digits}%}"
+    """A share as percent; a dash for None and NaN."""
+    return DASH if value is None or math.isnan(value) else f"{value:.{digits}%}"
 
 
 def duration(seconds: float) -> str:

@@ -74,7 +74,7 @@ class Plot:
             chart.name(curve.name, curve.color % COLORS)
         for curve in extra:
             self._draw_extra(chart, curve)
-        for name, value, color in self.planned:
+        for name, value, color in filter(lambda line: np.isfinite(line[1]), self.planned):
             chart.curve(np.array(chart.x), np.array([value, value]), color % COLORS, name, DASHED)
             chart.name(name, color % COLORS)
         return framed(chart, self.remark)

@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hbp_titan.packing.metrics import Metrics, measure
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.plan_file import load_plan
@@ -167,7 +169,9 @@ def _read_plans(run: Run) -> None:
             run.missing.append(f"plan/{path.name} is damaged: its metrics are left out.")
             continue
         if plan.num_iterations:
-            run.plans.append(RunPlan(epoch, first, plan, measure(plan)))
+            # Where an iteration has no token at all, ratios of it are NaN.
+            with np.errstate(invalid="ignore"):
+                run.plans.append(RunPlan(epoch, first, plan, measure(plan)))
     run.plans.sort(key=lambda part: (part.epoch, part.first_step or 0))
     if not run.plans and not any("plan/" in sentence for sentence in run.missing):
         run.missing.append("plan/ holds no plan: the planned metrics are left out.")

@@ -14,7 +14,7 @@ import pytest
 
 from hbp_titan.packing import load_plan, measure
 from hbp_titan.report import read_runs, report_page
-from hbp_titan.report.parts import duration
+from hbp_titan.report.parts import duration, number, percent
 from tests.report.sample_run import levels_of, start_of, step_of, write_run, write_usual_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
@@ -299,3 +299,7 @@ def test_the_slowest_of_very_many_ranks_is_drawn_and_listed_first(tmp_path: Path
     assert "<title>rank 2999: 20.00 s" in chart
     assert _rows(page, "rank")[0][:2] == ["2999", "20.00"]
     assert "2,984 more ranks" in page
+
+
+def test_what_is_not_a_number_is_a_dash() -> None:
+    assert [percent(None), percent(float("nan")), number(float("nan"), 2)] == ["&ndash;"] * 3
