@@ -140,9 +140,9 @@ WRONG: list[Any] = [None, "x", 3, -1, 0, [], {}, {"a": {}}, {"a": 1}, {"a": {"lo
 def test_any_value_may_be_wrong(tmp_path: Path, shift: int) -> None:
     lines = [step_of(step, 0) for step in (99, 100, 101)]
     for line in lines[shift % 2 :]:
-        for number, key in enumerate(sorted(line)):
-            if key != "step" and number % 3 == shift % 3:
-                line[key] = WRONG[(number + shift) % len(WRONG)]
+        for at, key in enumerate(sorted(line)):
+            if key != "step" and at % 3 == shift % 3:
+                line[key] = WRONG[(at + shift) % len(WRONG)]
     run = write_run(tmp_path, lines, [{**start_of(), "config": WRONG[shift]}, {**start_of(), "code": WRONG[shift]}])
     page = _page(run)
     assert "Curriculum" in page
@@ -176,8 +176,8 @@ def test_a_run_that_has_just_begun_or_has_damaged_files(tmp_path: Path) -> None:
 def test_starts_come_from_the_consumed_record_where_run_json_is_missing(tmp_path: Path) -> None:
     run = write_usual_run(tmp_path, 40)
     (run / "run.json").unlink()
-    for number, first in enumerate((1, 21), start=1):
-        attempt = run / "consumed" / f"attempt-{number:04}"
+    for count, first in enumerate((1, 21), start=1):
+        attempt = run / "consumed" / f"attempt-{count:04}"
         attempt.mkdir(parents=True)
         (attempt / "attempt.json").write_text(json.dumps({"first_step": first, "world_size": 4}))
     assert "resumed with step 21 on 4 ranks" in _page(run)
