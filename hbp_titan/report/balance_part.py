@@ -155,20 +155,20 @@ def _lived(run: Run) -> str:
     plans = _planned_by_name(run)
     rows = []
     for name, steps in everything.items():
-        of, plan = totals(whole_steps(log, steps)), plans.get(name)
+        of, planned = totals(whole_steps(log, steps)), plans.get(name, (None, None, None))
         waited = mean((log.column("data_wait_seconds") / seconds)[steps], seconds[steps])
         abr, imbalance = (
             mean(log.column(key)[steps], weights[steps])
             for key, weights in (("abr", iterations), ("time_imbalance", seconds))
         )
-        planned = (plan.abr, plan.time_imbalance, plan.pr) if plan else (None, None, None)
         cells = [_pair(*pair) for pair in zip((abr, imbalance, of.padding), planned, strict=True)]
         rows.append([text(name), number(of.iterations), *cells, percent(of.idle, 1), percent(waited)])
     told = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
     absent = [name for key, name in told if not log.has(key)]
     remark = note(f"Not in metrics.jsonl, which an older version wrote: {', '.join(absent)}.") if absent else ""
     heads = ("level", "iterations", "ABR", "time imbalance", "padding", "idle share", "data wait")
-    return table(heads, rows, "As lived, and in brackets as planned", [len(rows) - 1]) + remark
+    caption = "As lived, and in brackets as planned" + (": the mean of the plans" if len(run.plans) > 1 else "")
+    return table(heads, rows, caption, [len(rows) - 1]) + remark
 
 
 def _pair(lived: float | None, planned: float | None) -> str:
@@ -177,32 +177,36 @@ def _pair(lived: float | None, planned: float | None) -> str:
     return percent(lived) + ("" if planned is None else f" <small>({percent(planned)})</small>")
 
 
-def _planned_by_name(run: Run) -> dict[str, Metrics]:
-    """The metrics of the only plan by level name, and of all; nothing where several plans differ in what they say."""
-    found: dict[str, Metrics] = {}
-    if len(run.plans) == 1:
-        part = run.plans[0]
-        found["all"] = part.metrics
-        found |= {name: of for name, of in zip(part.level_names, part.metrics.per_level, strict=True) if of}
-    return found
+def _planned_by_name(run: Run) -> dict[str, tuple[float, float, float]]:
+    """(ABR, time imbalance, PR) by level name, and of "all": means over the run's plans, weighted by iterations."""
+    found: dict[str, list[Metrics]] = {}
+    for part in run.plans:
+        for name, metrics in [*zip(part.level_names, part.metrics.per_level, strict=True), ("all", part.metrics)]:
+            if metrics:
+                found.setdefault(name, []).append(metrics)
+    means = {}
+    for name, several in found.items():
+        figures = np.array([(of.abr, of.time_imbalance, of.pr) for of in several])
+        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.iterations for of in several]).tolist()
+        means[name] = (abr, imbalance, pr)
+    return means
 
 
 def _lived_plots(run: Run) -> str:
     """ABR, imbalance and idle share over the steps, the plan's mean as a dashed line."""
     log = run.log
-    steps, plan = log.steps.astype(float), _planned_by_name(run).get("all")
-    seconds = log.column("step_seconds")
-    planned = [("planned", 100 * plan.time_imbalance, 7)] if plan else []
+    steps, seconds = log.steps.astype(float), log.column("step_seconds")
+    means = _planned_by_name(run).get("all", ())
+    planned = [[("planned", 100 * value, 7)] for value in means] or [[], [], []]
     shares = [
         Curve("time imbalance", 100 * log.column("time_imbalance"), 1, seconds),
         Curve("idle share", 100 * log.column("idle_share"), 3, seconds),
     ]
     abr = [Curve("ABR", 100 * log.column("abr"), 0, log.column("iterations"))]
     padding = [Curve("padding", log.column("padding"), 5, log.column("tokens"))]
+    unit = "% of computed positions"
     return row(
-        Plot("Waiting as lived", "% of the time", "step", steps, shares, zero=True, planned=planned).figure(),
-        Plot("Attention balance as lived", "%", "step", steps, abr, zero=True,
-             planned=[("planned", 100 * plan.abr, 7)] if plan else []).figure(),
-        Plot("Padding as lived", "% of computed positions", "step", steps, padding, zero=True,
-             planned=[("planned", 100 * plan.pr, 7)] if plan else []).figure(),
-    )  # fmt: skip
+        Plot("Waiting as lived", "% of the time", "step", steps, shares, zero=True, planned=planned[1]).figure(),
+        Plot("Attention balance as lived", "%", "step", steps, abr, zero=True, planned=planned[0]).figure(),
+        Plot("Padding as lived", unit, "step", steps, padding, zero=True, planned=planned[2]).figure(),
+    )

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from hbp_titan.packing import load_plan, measure
+from hbp_titan.packing import build_plan, load_plan, measure, save_plan
 from hbp_titan.report import read_runs, report_page
 from hbp_titan.report.parts import duration, number, percent
-from tests.report.sample_run import levels_of, start_of, step_of, write_run, write_usual_run
+from tests.report.sample_run import LEVELS, levels_of, start_of, step_of, write_run, write_usual_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
 
@@ -80,6 +81,20 @@ def test_planned_metrics_are_those_of_the_plan_file(tmp_path: Path) -> None:
         f"3.00% ({planned.time_imbalance:.2%})",
         f"20.00% ({planned.pr:.2%})",
     ]
+
+
+def test_several_plans_are_weighed_by_their_iterations(tmp_path: Path) -> None:
+    run = write_usual_run(tmp_path, 20)
+    lengths = np.full(50, 1000)
+    other = build_plan(lengths, LEVELS, world_size=4, method="hbp", epoch=1)
+    save_plan(other, run / "plan" / "epoch-1.safetensors")
+    plans = [measure(load_plan(run / "plan" / f"epoch-{epoch}.safetensors")) for epoch in (0, 1)]
+    assert plans[0].pr != plans[1].pr
+    mean = sum(of.pr * of.iterations for of in plans) / sum(of.iterations for of in plans)
+    page = _page(run)
+    lived = next(part for part in page.split("<table>") if "the mean of the plans" in part)
+    assert _rows("<table>" + lived, "level")[-1][4] == f"20.00% ({mean:.2%})"
+    assert [row[0] for row in _rows(page, "plan") if row[0].startswith("epoch")] == ["epoch 0: hbp", "epoch 1: hbp"]
 
 
 def test_the_timeline_shows_the_curriculum_and_what_happened(tmp_path: Path) -> None:
