@@ -132,7 +132,7 @@ def attention_balance(plan: Plan, first: int, last: int) -> float:
     ratios = []
     for iteration in range(first, last):
         attention = packs[plan.pack_offsets[iteration] : plan.pack_offsets[iteration + 1]]
-        ratios.append(1 - float(attention.mean() / attention.max()))
+        ratios.append(1 - float(attention.mean() / attention.max()) if attention.any() else 0.0)
     return sum(ratios) / len(ratios)
 
 
