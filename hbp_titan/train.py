@@ -66,9 +66,11 @@ from hbp_titan.distributed.world import (
 )
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
+from hbp_titan.levels.out_of_memory import UPDATE, out_of_memory_in
 from hbp_titan.packing import Plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
+from hbp_titan.simulation.memory_advice import MemoryAdvisor
 
 
 class Trainer:
@@ -87,6 +89,7 @@ class Trainer:
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
+        self.memory = MemoryAdvisor(config, self.args, world)
         cost = cost_model(self.args, frozen=config.lora.rank > 0)
         if config.selects_levels:
             resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
@@ -100,9 +103,11 @@ class Trainer:
             self.shapes = self.shapes.covering(plan)
             self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), world)
 
-        self.engine = Engine(config, self.args, world)
+        self.memory.plan = self.plans.of(0)
+        with self.memory:
+            self.engine = Engine(config, self.args, world)
         self.model = self.engine.model
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = self.memory.optimizer = build_optimizer(self.model, config.optimizer)
 
         # The whole of what a resumed run needs beside tensors.
         self.progress = Progress(config, self.args, self.plans, self.store.fingerprint)
@@ -293,7 +298,8 @@ class Trainer:
         skipped = ""
         if math.isfinite(sum(losses) + grad_norm):
             set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+            with out_of_memory_in(UPDATE):
+                self.optimizer.step()
         else:
             skipped = self.nonfinite.meet(plan, self.step + 1, step, losses, grad_norm)
         self.nonfinite.clear()
@@ -390,7 +396,8 @@ def main(argv: list[str]) -> None:
     watchdog = Watchdog(world.rank, world.size, job_store())
     with watchdog, told_once(world.rank, lambda: watchdog.where):
         trainer = guarded(lambda: Trainer(config, world, watchdog), first_to_fail)
-        trainer.train()
+        with trainer.memory:
+            trainer.train()
     # Not after a failure: it would wait for ranks that are gone.
     close_world()
 

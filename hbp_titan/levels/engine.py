@@ -19,6 +19,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import DTYPES, parallelize
 from hbp_titan.distributed.world import World
+from hbp_titan.levels.out_of_memory import SETTING_UP, TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.lora import apply_lora
@@ -52,32 +53,27 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.chunk_tokens = config.training.loss_chunk_tokens
+        with out_of_memory_in(SETTING_UP):
+            self._set_up(config, args, world)
+
+    def _set_up(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
     def forward_backward(self, batch: PackedBatch) -> Tensor:
-        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
-        try:
+        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses.
+
+        Raises OutOfMemory, as evaluate does.
+        """
+        with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, loss_sum = self.forward(batch)
             objective.backward()
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(self._out_of_memory(batch)) from error
         return loss_sum
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The weighted loss of this rank, to be differentiated, and the plain sum of its token losses."""
         return self._run(batch, linear_cross_entropy)
-
-    def _out_of_memory(self, batch: PackedBatch) -> str:
-        level = self.runtime.levels[batch.level]
-        held = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}" if self.device.type == "cuda" else "?"
-        layers = "all" if level.ac_layers is None else level.ac_layers
-        return (
-            f"out of memory at the level with max_tokens={level.max_tokens}, cp_degree={level.cp_degree}, "
-            f"ac_policy={level.ac_policy!r} on {layers} layers, at a peak of {held} GiB: set ac_policy = 'full' on "
-            "more layers of that [[levels]] block, raise its cp_degree, or lower its max_tokens"
-        )
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain sum of this rank's token losses of a batch, without gradients."""
@@ -85,7 +81,7 @@ class Engine:
         def plain_sum(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> Tensor:
             return linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens)
 
-        with torch.no_grad():
+        with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
             return self._run(batch, plain_sum)
 
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:

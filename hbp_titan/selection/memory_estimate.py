@@ -27,11 +27,12 @@ from hbp_titan.selection.dry_run import PieceMemory, block_memory, head_memory
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of one rank. resident: parameters, gradients and optimizer state. saved: kept from forward to backward by
-    all layers together. transient: the rest of what is held at the peak."""
+    all layers together. transient: the rest of what is held at the peak. moment: of AdamW's two, part of resident."""
 
     resident_bytes: int
     saved_bytes: int
     transient_bytes: int
+    moment_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -117,20 +118,21 @@ class _Composition:
         self.block = _gathered_block(sizes, dtype, reduce_dtype, self.shards, spread)
         self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
-        elements = sizes.model + 3 * sizes.trained
-        self.resident = elements * DTYPES[config.training.dtype].itemsize // self.shards
+        itemsize = DTYPES[config.training.dtype].itemsize
+        self.resident = (sizes.model + 3 * sizes.trained) * itemsize // self.shards
+        self.moments = 2 * sizes.trained * itemsize // self.shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]
         moments = [self._head_moment(saved), self._embedding_moment()]
         for i in range(len(self.blocks)):
             moments += [self._forward_moment(i, saved), self._backward_moment(i, saved), self._reduce_moment(i, saved)]
-        return MemoryEstimate(self.resident, sum(saved), max(moments) - sum(saved))
+        return MemoryEstimate(self.resident, sum(saved), max(moments) - sum(saved), self.moments)
 
     def evaluation(self) -> MemoryEstimate:
         nothing = [0] * len(self.blocks)
         moments = [self._head_moment(nothing), *(self._forward_moment(i, nothing) for i in range(len(self.blocks)))]
-        return MemoryEstimate(self.resident, 0, max(moments))
+        return MemoryEstimate(self.resident, 0, max(moments), self.moments)
 
     def _held(self, layers_kept: int, saved: list[int]) -> int:
         """Held while a block works: tied weights, cos and sin, what earlier layers saved, parameters not freed."""

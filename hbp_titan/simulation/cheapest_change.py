@@ -9,9 +9,9 @@ fits a shorter level is tried, and more ranks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
@@ -22,14 +22,15 @@ from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.selection.memory_estimate import estimate_evaluation, estimate_memory
-from hbp_titan.simulation.estimate import least_recomputation, time_model
+from hbp_titan.simulation.estimate import least_recomputation, sharding, time_model
+from hbp_titan.simulation.time_parts import TimeModel
 
 # Up to so many times the ranks are tried where no other change helps.
 MOST_RANKS = 64
-# Fewer logits at a time make matrix products that do not fill a GPU. Until then they hardly cost time; that each
-# halving is taken to cost this share of it keeps them from being proposed for a layer or two.
-FEWEST_LOSS_TOKENS = 128
-HALVED_CHUNK_COST = 0.01
+# Up to so many times the cp degree, and the ranks that share experts.
+MOST_CP_FACTOR = MOST_EXPERT_FACTOR = 8
+# Logits of fewer tokens at a time make matrix products that do not fill a GPU; down to here it hardly costs time.
+FEWEST_LOSS_TOKENS = 256
 
 _LEVEL_KEYS = ("max_tokens", "cp_degree", "cp_style", "ac_policy", "ac_layers")
 _CONFIG_KEYS = (
@@ -55,9 +56,8 @@ class Change:
 
     def level_settings(self, before: Level) -> list[tuple[str, object]]:
         """The keys of the [[levels]] block that change, with their new values."""
-        return [
-            (key, getattr(self.level, key)) for key in _LEVEL_KEYS if getattr(self.level, key) != getattr(before, key)
-        ]
+        pairs = [(key, getattr(self.level, key)) for key in _LEVEL_KEYS]
+        return [(key, value) for key, value in pairs if value != getattr(before, key)]
 
     def config_settings(self, before: JobConfig) -> list[tuple[str, object]]:
         """The other keys that change, as section.key, with their new values."""
@@ -82,16 +82,25 @@ class Search:
     limit: int
     evaluating: bool = False
     shortest: int = 1
+    device_type: str = "cuda"
 
     def peak_bytes(self, level: Level, config: JobConfig | None = None, world_size: int = 0) -> int:
         """The estimated peak of `level`."""
         estimate = estimate_evaluation if self.evaluating else estimate_memory
         config, ranks = config or self.config, world_size or self.world_size
-        return estimate(self.args, level, config, ranks, device_type="cuda").peak_bytes
+        return estimate(self.args, level, config, ranks, device_type=self.device_type).peak_bytes
+
+    @cached_property
+    def _time(self) -> TimeModel:
+        return time_model(self.args, self.config, self.hardware, self.world_size)
 
     def cheapest(self) -> Change | None:
         """The fastest change that keeps the length and the ranks; None where none fits."""
-        return self._fastest(self.variants())
+        found = self._fastest(self.variants())
+        if found is None and len(self._chunks()) > 1:
+            few = _changed(self.config, "training.loss_chunk_tokens", self._chunks()[-1])
+            found = dataclasses.replace(self, config=few).cheapest()
+        return found
 
     def shorter(self) -> Change | None:
         """The longest of the halves, quarters and so on of the level that fits; None where none does."""
@@ -121,6 +130,12 @@ class Search:
             for level in self._forms():
                 for variant in self._policies(level):
                     yield config, self.world_size, variant
+        for config in self._spread_experts():
+            for variant in self._policies(self.level):
+                yield config, self.world_size, variant
+        # Where the logits alone are to blame: everything else stays.
+        for chunk in self._chunks()[1:]:
+            yield _changed(self.config, "training.loss_chunk_tokens", chunk), self.world_size, self.level
 
     def _fastest(self, variants: Iterator[tuple[JobConfig, int, Level]]) -> Change | None:
         best: tuple[float, Change] | None = None
@@ -141,10 +156,8 @@ class Search:
 
     def _rank_seconds(self, config: JobConfig, ranks: int, level: Level) -> float:
         """Seconds of all ranks that work on a pack: the fewer ranks do, the more packs run side by side."""
-        model = time_model(self.args, config, self.hardware, ranks)
-        halvings = math.log2(self.config.training.loss_chunk_tokens / config.training.loss_chunk_tokens)
-        seconds = float(model.level_time(level).seconds(self.load)) * level.cp_degree
-        return seconds * (1 + HALVED_CHUNK_COST * halvings)
+        model = dataclasses.replace(self._time, sharding=sharding(config), world_size=ranks)
+        return float(model.level_time(level).seconds(self.load)) * level.cp_degree
 
     def _policies(self, level: Level) -> list[Level]:
         if self.evaluating:
@@ -152,41 +165,35 @@ class Search:
         return [dataclasses.replace(level, ac_policy=policy, ac_layers=None) for policy in AC_POLICIES]
 
     def _forms(self) -> Iterator[Level]:
+        most = MOST_CP_FACTOR * self.level.cp_degree
         cp_degree = self.level.cp_degree
-        while self.world_size % cp_degree == 0 and self.level.max_tokens % cp_degree == 0:
+        while cp_degree <= most and self.world_size % cp_degree == 0 and self.level.max_tokens % cp_degree == 0:
             yield _with_cp(self.level, cp_degree, self.args)
             cp_degree *= 2
 
     def _configs(self) -> Iterator[JobConfig]:
+        """The configuration, and with parameters freed after forward or copied nowhere."""
         for reshard in dict.fromkeys((self.config.parallelism.reshard_after_forward, True)):
             for copies in dict.fromkeys((self.config.parallelism.dp_replicate, 1)):
-                for experts in self._expert_degrees(copies):
-                    for chunk in self._chunks():
-                        values = (reshard, copies, experts, chunk)
-                        config = self.config
-                        for (section, key), value in zip(_CONFIG_KEYS, values, strict=True):
-                            config = _changed(config, f"{section}.{key}", value)
-                        yield config
+                config = _changed(self.config, "parallelism.reshard_after_forward", reshard)
+                yield _changed(config, "parallelism.dp_replicate", copies)
 
     def _chunks(self) -> Sequence[int]:
         chunk = self.config.training.loss_chunk_tokens
-        chunks = [chunk]
-        while chunk // 2 >= FEWEST_LOSS_TOKENS:
-            chunk //= 2
-            chunks.append(chunk)
-        return chunks
+        return [chunk, FEWEST_LOSS_TOKENS] if chunk > FEWEST_LOSS_TOKENS else [chunk]
 
-    def _expert_degrees(self, copies: int) -> list[int]:
-        degree, shards = self.config.parallelism.expert_parallel_degree, self.world_size // copies
-        degrees = [degree]
-        while self.args.moe is not None and 2 * degree <= min(shards, self.args.moe.n_routed_experts):
+    def _spread_experts(self) -> Iterator[JobConfig]:
+        """The configuration with experts over more ranks."""
+        degree, shards = self.config.parallelism.expert_parallel_degree, self.world_size
+        shards //= self.config.parallelism.dp_replicate
+        most = 0 if self.args.moe is None else min(shards, self.args.moe.n_routed_experts, MOST_EXPERT_FACTOR * degree)
+        while 2 * degree <= most:
             degree *= 2
             try:
                 check_experts(self.args, degree, shards)
             except ValueError:
                 continue
-            degrees.append(degree)
-        return degrees
+            yield _changed(self.config, "parallelism.expert_parallel_degree", degree)
 
 
 def shown(settings: Sequence[tuple[str, object]]) -> str:

@@ -24,15 +24,19 @@ MEMORY_MARGIN = 0.05
 
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
     """The TimeModel of a run of this configuration."""
+    return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
+
+
+def sharding(config: JobConfig) -> Sharding:
+    """How parameters are spread, as the TimeModel wants it."""
     bytes_of = {"float32": 4, "bfloat16": 2, "auto": 2}
-    sharding = Sharding(
+    return Sharding(
         dp_replicate=config.parallelism.dp_replicate,
         expert_parallel=config.parallelism.expert_parallel_degree,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         param_bytes=bytes_of[config.training.mixed_precision_param],
         reduce_bytes=bytes_of[config.training.mixed_precision_reduce],
     )
-    return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding)
 
 
 def estimate_candidates(
