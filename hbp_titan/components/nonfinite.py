@@ -89,7 +89,9 @@ class NonFiniteGuard:
         fault = self._named(packs, len(samples))
         told = f"step {step}, level {', '.join(levels)}: {fault}; gradient norm {grad_norm}; the parameters were not "
         if not skips:
-            raise RuntimeError(f"{told}updated{self._limit()} ({self.path} has every sample id)")
+            raise RuntimeError(
+                f"no finite loss or gradient in {told}updated{self._limit()} ({self.path} has every sample id)"
+            )
         self.steps += 1
         self.samples += len(samples)
         self.clear()

@@ -29,6 +29,8 @@ from hbp_titan.simulation.time_parts import TimeModel
 MOST_RANKS = 64
 # Up to so many times the cp degree, and the ranks that share experts.
 MOST_CP_FACTOR = MOST_EXPERT_FACTOR = 8
+# Of a time; less is no difference.
+ROUNDING = 1e-6
 # Logits of fewer tokens at a time make matrix products that do not fill a GPU; down to here it hardly costs time.
 FEWEST_LOSS_TOKENS = 256
 
@@ -140,7 +142,15 @@ class Search:
     def _fastest(self, variants: Iterator[tuple[JobConfig, int, Level]]) -> Change | None:
         best: tuple[float, Change] | None = None
         now = self._rank_seconds(self.config, self.world_size, self.level)
-        for config, ranks, level in variants:
+
+        def least_seconds(variant: tuple[JobConfig, int, Level]) -> float:
+            config, ranks, level = variant
+            return self._rank_seconds(config, ranks, dataclasses.replace(level, ac_policy="none", ac_layers=None))
+
+        # Nothing is faster than without recomputation, and times are found sooner than memory.
+        for config, ranks, level in sorted(variants, key=least_seconds):
+            if best is not None and least_seconds((config, ranks, level)) >= best[0] * (1 - ROUNDING):
+                break
 
             def peak(at: Level, config: JobConfig = config, ranks: int = ranks) -> int:
                 return self.peak_bytes(at, config, ranks)
@@ -149,8 +159,8 @@ class Search:
             if peak_bytes > self.limit:
                 continue
             seconds = self._rank_seconds(config, ranks, level)
-            # Of equal times the first, which changes least; less than a millionth is rounding.
-            if best is None or seconds < best[0] * (1 - 1e-6):
+            # Of equal times the first, which changes least.
+            if best is None or seconds < best[0] * (1 - ROUNDING):
                 best = seconds, Change(level, config, ranks, peak_bytes, seconds / now)
         return best[1] if best else None
 

@@ -102,19 +102,18 @@ class Situation:
         figures, level = error.figures, error.level
         tried = f": {size(figures.tried)} more did not fit" if figures.tried else ""
         beside = f" beside {size(figures.allocated)}" if figures.allocated else ""
-        told = f"out of memory in {error.work}"
         if level is None:
             level = max(self.config.levels, key=lambda level: self.estimate(level).peak_bytes)
             state = self.estimate(level).resident_bytes
-            head = f"{told}{tried}{beside}; {_state(state)}, of {size(self.limit)}"
+            head = f"out of memory in {error.work}{tried}{beside}; {_state(state)}, of {size(self.limit)}"
             return [head, self._smaller_state(level)]
         evaluating = error.work == VALIDATION
         estimate = self.estimate(level, evaluating)
         search, bias = self.search(error)
         head = (
-            f"{told} at level {level_name(level)} ({_described(level)}){tried}{beside}, of {size(self.limit)}; "
-            f"estimated peak {size(estimate.peak_bytes)}: {_state(estimate.resident_bytes)}, activations "
-            f"{size(estimate.saved_bytes)}, buffers {size(estimate.transient_bytes)}"
+            f"out of memory in {error.work} at level {level_name(level)} ({_described(level)}){tried}{beside}, "
+            f"of {size(self.limit)}; estimated peak {size(estimate.peak_bytes)}: {_state(estimate.resident_bytes)}, "
+            f"activations {size(estimate.saved_bytes)}, buffers {size(estimate.transient_bytes)}"
         )
         if estimate.resident_bytes >= search.limit:
             return [head, self._smaller_state(level)]
@@ -172,7 +171,11 @@ class Situation:
             lines.append(f"{told}; {moved}")
         if more is not None:
             settings = self._settings(more, search.level)
-            lines.append(f"{'or' if lines else 'this level needs more ranks:'} use {more.world_size} ranks{settings}")
+            lines.append(
+                f"or use {more.world_size} ranks{settings}"
+                if lines
+                else f"no length fits: use {more.world_size} ranks{settings}"
+            )
         return lines or ["no change holds this level: lower its max_tokens, or use devices with more memory"]
 
     def _told(self, what: str, change: Change, level: Level, bias: int, chose_levels: bool) -> str:

