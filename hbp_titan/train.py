@@ -66,7 +66,7 @@ from hbp_titan.distributed.world import (
 )
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
-from hbp_titan.levels.out_of_memory import UPDATE, out_of_memory_in
+from hbp_titan.levels.out_of_memory import SETTING_UP, UPDATE, out_of_memory_in
 from hbp_titan.packing import Plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
@@ -134,7 +134,8 @@ class Trainer:
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
         self.signal = 0  # the one that any rank had got when the last step ended
-        self._resume()
+        with self.memory, out_of_memory_in(SETTING_UP):
+            self._resume()
 
     @property
     def step(self) -> int:

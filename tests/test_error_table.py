@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from hbp_titan.config import JobConfig, to_dict
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -107,6 +109,29 @@ def test_every_row_has_a_cause_and_a_mend() -> None:
 def test_every_topic_is_in_the_index() -> None:
     headings = re.findall(r"^## (.*)$", TABLE, re.MULTILINE)
     assert re.findall(r"\[([^\]]*)\]\(#", TABLE) == headings
+
+
+SUFFIXES = ("md", "jsonl", "json", "safetensors", "py")
+PAGES = ("errors.md", "troubleshooting.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_scripts_and_links_exist(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    sections = to_dict(JobConfig())
+    keys = re.findall(r"(?<![\w./])([a-z_]+)\.([a-z_0-9]+)(?=[ `=,;:)\]])", text)
+    named = {(section, key) for section, key in keys if section in sections}
+    named = {(section, key) for section, key in named if section != "levels" and key not in SUFFIXES}
+    assert len(named) > 20
+    assert {f"{section}.{key}" for section, key in named if not hasattr(getattr(JobConfig(), section), key)} == set()
+    for script in set(re.findall(r"scripts/\w+\.\w+", text)):
+        assert (ROOT / script).is_file(), script
+    for target, anchor in re.findall(r"\]\(([\w.]+)?(?:#([\w-]+))?\)", text):
+        linked = (ROOT / "docs" / (target or page)).read_text(encoding="utf-8")
+        headings = [
+            re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^##+ (.*)$", linked, re.M)
+        ]
+        assert not anchor or anchor in headings, (target, anchor)
 
 
 def test_messages_are_found_in_every_form_in_which_they_are_written() -> None:
