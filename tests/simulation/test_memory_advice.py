@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from hbp_titan.cli import Mistakes
 from hbp_titan.config import load_config
 from hbp_titan.distributed.hardware import HARDWARE, hardware_like
+from hbp_titan.distributed.world import World
 from hbp_titan.levels.out_of_memory import (
     TRAINING,
     UPDATE,
@@ -24,7 +26,7 @@ from hbp_titan.packing import Level
 from hbp_titan.preflight import model_args
 from hbp_titan.selection.memory_estimate import estimate_evaluation, estimate_memory
 from hbp_titan.simulation.estimate import time_model
-from hbp_titan.simulation.memory_advice import Situation
+from hbp_titan.simulation.memory_advice import MemoryAdvisor, Situation
 
 GIB = 2**30
 H100 = HARDWARE["h100-80gb"]
@@ -196,3 +198,34 @@ def test_a_device_is_taken_for_its_like_in_the_table(monkeypatch: pytest.MonkeyP
     found = hardware_like(torch.device("cuda"), 40 * GIB, 4)
     assert found == dataclasses.replace(HARDWARE["a100-80gb"], memory_bytes=40 * GIB, gpus_per_node=4)
     assert hardware_like(torch.device("cpu"), GIB, 2).peak_flops == H100.peak_flops
+
+
+def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 79 GiB, of which other processes hold 20; this rank's tensors 50, and 9 are held back in pieces.
+    properties = type("Properties", (), {"total_memory": 79 * GIB})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 59 * GIB)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    situation = _situation()
+    advisor = MemoryAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
+    words = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. 50.00 GiB is allocated by PyTorch, and 9.00 GiB is reserved "
+        "by PyTorch but unallocated."
+    )
+    with pytest.raises(Mistakes) as caught, advisor, out_of_memory_in(TRAINING, situation.config.levels[1]):
+        raise torch.OutOfMemoryError(words)
+    head, change, others, pieces = caught.value.lines
+    assert head.startswith("rank 5: out of memory in training at level 128K/cp8 ")
+    assert "): 2.00 GiB more did not fit beside 50.00 GiB, of 59.00 GiB; " in head
+    assert float(re.search(r"predicted peak (\S+) GiB", change)[1]) < 59  # type: ignore[index]
+    assert others.startswith("20.00 GiB of the device's 79.00 GiB are not this rank's: ")
+    assert pieces.startswith("9.00 GiB are free, but in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True ")
+
+
+def test_other_errors_go_through() -> None:
+    situation = _situation()
+    advisor = MemoryAdvisor(situation.config, situation.args, World(0, 32, torch.device("cpu")))
+    with pytest.raises(KeyError, match="another"), advisor:
+        raise KeyError("another")
