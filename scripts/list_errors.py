@@ -184,6 +184,8 @@ class Module:
             return self.texts(node.elt, scope)
         if isinstance(node, ast.Starred | ast.FormattedValue):
             return self.texts(node.value, scope)
+        if isinstance(node, ast.Attribute) and _last_name(node.value) == "self":
+            return self._of_name(node.attr, self.tree)
         if isinstance(node, ast.Name | ast.Call) and node not in self.open:
             self.open.add(node)
             try:

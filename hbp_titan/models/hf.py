@@ -262,8 +262,8 @@ def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: Mod
     faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise ValueError(
-            f"{folder}: the weights do not fit {args.hf_model_type} config.json; {'; '.join(faults)}: restore the "
-            "folder"
+            f"{folder}: the weights do not fit {args.hf_model_type} config.json, restore the folder; "
+            + "; ".join(faults)
         )
 
 
