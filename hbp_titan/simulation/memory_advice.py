@@ -115,7 +115,7 @@ class Situation:
             f"of {size(self.limit)}; estimated peak {size(estimate.peak_bytes)}: {_state(estimate.resident_bytes)}, "
             f"activations {size(estimate.saved_bytes)}, buffers {size(estimate.transient_bytes)}"
         )
-        if estimate.resident_bytes >= search.limit:
+        if estimate.resident_bytes >= self.limit:
             return [head, self._smaller_state(level)]
         lines = [head, *self._change(search, bias, chose_levels)]
         if evaluating:
@@ -174,7 +174,7 @@ class Situation:
             lines.append(
                 f"or use {more.world_size} ranks{settings}"
                 if lines
-                else f"no length fits: use {more.world_size} ranks{settings}"
+                else f"no other change fits: use {more.world_size} ranks{settings}"
             )
         return lines or ["no change holds this level: lower its max_tokens, or use devices with more memory"]
 
