@@ -89,9 +89,7 @@ class NonFiniteGuard:
         fault = self._named(packs, len(samples))
         told = f"step {step}, level {', '.join(levels)}: {fault}; gradient norm {grad_norm}; the parameters were not "
         if not skips:
-            raise RuntimeError(
-                f"no finite loss or gradient in {told}updated{self._limit()} ({self.path} has every sample id)"
-            )
+            raise RuntimeError(f"{told}updated{self._limit()} ({self.path} has every sample id)")
         self.steps += 1
         self.samples += len(samples)
         self.clear()
