@@ -54,7 +54,7 @@ def main() -> None:
         requirements += _extra(project, "dev")
     missing = unmet(requirements)
     if missing:
-        print(f"error: not installed and not to be had here: {', '.join(missing)}", file=sys.stderr)
+        print(f"error: not installed and not to be had here: {', '.join(missing)}: pip install them", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -119,7 +119,7 @@ def write_set(
     """
     if not sum(map(len, drawn)):
         found = "; ".join(f"{store.meta['files'][0]}: {_reasons(store)}" for store in stores)
-        raise ValueError(f"no sample is left to train on: {found}")
+        raise ValueError(f"no sample is left to train on: {found}: mend the rows, or change [data]")
     names: dict[str, int] = {}
     columns: dict[str, list[NDArray[Any]]] = {
         name: [] for name in ("lengths", "loss_tokens", "sources", "stores", "places")
