@@ -33,7 +33,7 @@ from hbp_titan.components.progress import Progress
 from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_meter import StepMeter
 from hbp_titan.components.step_record import StepRecorder
-from hbp_titan.components.summary import compare_methods, describe_start, level_name
+from hbp_titan.components.summary import compare_methods, describe_start
 from hbp_titan.components.validation import Validator
 from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
@@ -62,6 +62,7 @@ from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.levels.out_of_memory import SETTING_UP, UPDATE, out_of_memory_in
 from hbp_titan.packing import Plan
+from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
 from hbp_titan.simulation.memory_advice import MemoryAdvisor

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hbp_titan.packing.level import level_name
 from hbp_titan.packing.metrics import Metrics, measure
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.plan_file import load_plan
@@ -42,8 +43,7 @@ class RunPlan:
     @property
     def level_names(self) -> list[str]:
         """The levels as metrics.jsonl names them: 8K/cp2."""
-        sizes = [(level.max_tokens, level.cp_degree) for level in self.plan.levels]
-        return [f"{tokens // 1024}K/cp{cp}" if tokens % 1024 == 0 else f"{tokens}/cp{cp}" for tokens, cp in sizes]
+        return [*map(level_name, self.plan.levels)]
 
     @property
     def is_remainder(self) -> bool:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from hbp_titan.cli import Mistakes
-from hbp_titan.components.summary import level_name
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.hardware import Hardware, hardware_like
 from hbp_titan.distributed.world import World, ranks_per_node
@@ -25,6 +24,7 @@ from hbp_titan.levels.memory import device_memory
 from hbp_titan.levels.out_of_memory import VALIDATION, OutOfMemory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
+from hbp_titan.packing.level import level_name
 from hbp_titan.selection.memory_estimate import MemoryEstimate, estimate_evaluation, estimate_memory
 from hbp_titan.simulation.cheapest_change import Change, Search, shown
 from hbp_titan.simulation.estimate import usable_bytes
