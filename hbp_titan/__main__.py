@@ -89,12 +89,9 @@ def with_presets(argv: list[str]) -> list[str]:
     """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith(f"{CONFIG_KEY}=") else [word])]
     for place, value in enumerate(words[1:], start=1):
-        # Whatever has a suffix or a folder is a path, and told as one where it is missing.
-        if (
-            words[place - 1] == CONFIG_KEY
-            and Path(value).name == Path(value).stem == value
-            and not Path(value).exists()
-        ):
+        # What has a suffix or a folder is a path, and the script says where it is missing.
+        is_name = value == Path(value).stem and not Path(value).exists()
+        if words[place - 1] == CONFIG_KEY and is_name:
             found = presets()
             if value not in found:
                 raise ValueError(f"{CONFIG_KEY} {value} is neither a file nor a preset{_nearest(value, found)}")
@@ -142,7 +139,9 @@ def _docstring(path: Path) -> str:
 
 def _hardware(path: Path) -> str:
     """What the comment at a preset's top says of the machines."""
-    return next(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "Hardware:" in line)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # A file that was added to a checkout may have none.
+    return next((line.lstrip("# ") for line in lines if "Hardware:" in line), "")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

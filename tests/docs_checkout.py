@@ -1,12 +1,14 @@
 """A clean copy of the repository in which the commands of the docs run: with small files where docs have placeholders.
 
-Owns that copy: programs, models, data and configurations; nothing here checks anything.
+Owns that copy (programs, models, data, configurations) and a call in it; nothing here checks anything.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,9 @@ from tests.tiny_run import ARGS, write_tiny_run
 
 # Eight heads, because levels of eight ranks are tried on it, and positions for the longest of them.
 MODEL = replace(ARGS, hidden_size=64, num_heads=8, max_position_embeddings=131072)
+
+SECONDS = 900
+"""That one command may take."""
 
 X_TOML = """
 [job]
@@ -89,6 +94,38 @@ def make_documented_checkout(root: Path) -> Path:
     return root
 
 
+def run(text: str, checkout: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run a command of bash in the copy; one of several nodes once for each, at the same time."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {
+        "PATH": f"{checkout / 'bin'}:{environment['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "M": "models/Llama-3.1-8B-Instruct",
+    }
+    nodes = 2 if "NNODES=" in text and "COMM_MODE" not in text else 1
+    if nodes == 2:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            text = text.replace("node0:29500", f"localhost:{probe.getsockname()[1]}")
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", text],
+            cwd=checkout,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(nodes)
+    ]
+    ended = []
+    for process in started:
+        output, errors = process.communicate(timeout=SECONDS)
+        ended.append(subprocess.CompletedProcess(text, process.returncode, output, errors))
+    return ended
+
+
 def _write_programs(folder: Path) -> None:
     folder.mkdir()
     launcher = "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0"
@@ -107,10 +144,9 @@ def _edit(source: Path, target: Path, edits: dict[str, str]) -> None:
 
 def _write_data(root: Path) -> None:
     """Rows of 10 to 700 tokens under the names that docs use, lengths, and a file of measured iterations."""
-    write_tiny_run_at = root / "tiny"
-    (write_tiny_run_at / "model").mkdir(parents=True)
-    write_tiny_run(write_tiny_run_at, num_rows=90)
-    rows = (write_tiny_run_at / "train.jsonl").read_text().splitlines(keepends=True)
+    (root / "tiny" / "model").mkdir(parents=True)
+    write_tiny_run(root / "tiny", num_rows=90)
+    rows = (root / "tiny" / "train.jsonl").read_text().splitlines(keepends=True)
     kept = [row for row in rows if len(row) < 1000]
     (root / "my_data.jsonl").write_text("".join(kept[:-8]))
     (root / "held_out.jsonl").write_text("".join(kept[-8:]))

@@ -6,18 +6,8 @@ Run itself replaces or adds. tests/test_docs.py holds the table complete.
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from tests.docs_checkout import make_documented_checkout
-
-__all__ = ["NOT_RUN", "RUNS", "Run", "make_documented_checkout", "run"]
-
-SECONDS = 900
 
 NOT_RUN = {
     **dict.fromkeys(
@@ -385,36 +375,3 @@ RUNS = [
     ),
 ]
 """In this order: some need what those before them left."""
-
-
-def run(documented: Run, checkout: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Run it in the copy; a command of several nodes once for each, at the same time."""
-    text = documented.text()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {
-        "PATH": f"{checkout / 'bin'}:{environment['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "M": "models/Llama-3.1-8B-Instruct",
-    }
-    nodes = 2 if "NNODES=" in text and "COMM_MODE" not in text else 1
-    if nodes == 2:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            text = text.replace("node0:29500", f"localhost:{probe.getsockname()[1]}")
-    started = [
-        subprocess.Popen(
-            ["bash", "-c", text],
-            cwd=checkout,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(nodes)
-    ]
-    ended = []
-    for process in started:
-        output, errors = process.communicate(timeout=SECONDS)
-        ended.append(subprocess.CompletedProcess(text, process.returncode, output, errors))
-    return ended

@@ -20,7 +20,8 @@ import pytest
 from hbp_titan.__main__ import commands as hbp_titan_commands
 from hbp_titan.__main__ import with_presets
 from hbp_titan.config import load_config
-from tests.docs_commands import NOT_RUN, RUNS, Run, make_documented_checkout, run
+from tests.docs_checkout import make_documented_checkout, run
+from tests.docs_commands import NOT_RUN, RUNS, Run
 from tests.docs_text import PAGES, ROOT, Command, anchors, blocks, commands, links
 
 PLACEHOLDERS = ("X.toml", "train_configs/X.toml")
@@ -182,5 +183,5 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("documented", RUNS, ids=[run.command[:90] for run in RUNS])
 def test_a_command_runs(documented: Run, checkout: Path) -> None:
     done: subprocess.CompletedProcess[str]
-    for done in run(documented, checkout):
+    for done in run(documented.text(), checkout):
         assert done.returncode == 0, f"{done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
