@@ -245,11 +245,13 @@ class Checkpoint:
 @dataclass
 class Validation:
     enable: bool = False
-    """Evaluate data.validation_files during training."""
+    """Evaluate held-out samples during training."""
+    share: float = 0
+    """Hold out a seeded random share of the training rows, where data names no validation sources: never trained."""
     interval: int = 100
     """Optimizer steps between evaluations; also at the end."""
     max_samples: int = 0
-    """Evaluate a seeded share of so many samples; 0 evaluates all."""
+    """Evaluate a seeded random share of so many held-out samples; 0 evaluates all."""
 
 
 @dataclass
@@ -262,6 +264,8 @@ class Metrics:
     """Optimizer steps between tables of tokens per expert in metrics.jsonl (every step has a summary); 0: none."""
     enable_tensorboard: bool = True
     """Write tensorboard/ into the run folder."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases; the environment says where (WANDB_PROJECT, WANDB_TEAM) and how (WANDB_MODE=offline)."""
     progress_bar: bool = True
     """Progress bar with time to finish, on a terminal."""
 
@@ -269,9 +273,13 @@ class Metrics:
 @dataclass
 class Profiling:
     enable_profiling: bool = False
-    """Write a torch profiler trace into the run folder."""
-    profile_step: int = 10
-    """The optimizer step that is traced."""
+    """Write a torch profiler trace of each rank into profile/ of the run folder."""
+    first_step: int = 10
+    """First optimizer step that is traced."""
+    last_step: int = 10
+    """Last optimizer step that is traced; all of them lie in one trace."""
+    enable_memory_snapshot: bool = False
+    """Keep the history of GPU memory and write it to memory_snapshot/ of the run folder when memory runs out."""
 
 
 @dataclass

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from hbp_titan.components.model_state import check_load_path
+from hbp_titan.components.wandb_run import check_wandb
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_from_hf, token_ids_from_hf
 from hbp_titan.models.lora import lora_targets
@@ -85,6 +87,9 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
 def check_without_data(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs) -> None:
     """The part of `check` that needs no data."""
     validate(config, world_size)
+    log_rank(world_size)
+    if config.metrics.enable_wandb:
+        check_wandb()
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     check_experts(args, config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
+from hbp_titan.components.console import fit
 from hbp_titan.components.expert_load import ExpertLoad
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
@@ -29,18 +28,12 @@ from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.components.preemption import Preempted, Preemption
-from hbp_titan.components.profiling import profiled_step
+from hbp_titan.components.profiling import StepTrace, memory_snapshot
 from hbp_titan.components.progress import Progress
 from hbp_titan.components.reproducibility import note_start, start_generators
-from hbp_titan.components.step_record import StepMeasurements, StepRecorder
-from hbp_titan.components.summary import (
-    compare_methods,
-    describe_model,
-    describe_plan,
-    describe_totals,
-    describe_wait,
-    level_name,
-)
+from hbp_titan.components.step_meter import StepMeter
+from hbp_titan.components.step_record import StepRecorder
+from hbp_titan.components.summary import compare_methods, describe_start, level_name
 from hbp_titan.components.validation import Validator
 from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
@@ -61,6 +54,7 @@ from hbp_titan.distributed.world import (
     close_world,
     gather_values,
     init_world,
+    log_rank,
     ranks_per_node,
     set_timeouts,
 )
@@ -69,6 +63,7 @@ from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.packing import Plan
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
+from hbp_titan.simulation.predict import predicted_time
 
 
 class Trainer:
@@ -80,7 +75,7 @@ class Trainer:
         self.world = world
         self.device = world.device
         self.folder = config.dump_folder
-        self.prints = world.rank == int(os.environ.get("LOG_RANK", "0"))
+        self.prints = world.rank == log_rank(world.size)
         start_generators(config.training.rng_seed, config.training.deterministic)
 
         # Data and plan: all ranks prepare, each its share, and find the others' on the shared file system.
@@ -98,7 +93,7 @@ class Trainer:
         if config.validation.enable and held_out:
             plan = EpochPlans(config, held_out, world.size, cost).of(0)
             self.shapes = self.shapes.covering(plan)
-            self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), world)
+            self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), held_out, world)
 
         self.engine = Engine(config, self.args, world)
         self.model = self.engine.model
@@ -115,16 +110,17 @@ class Trainer:
             config.checkpoint,
             check=self._check_state,
         )
-        times = load_level_times(self.folder, config.levels)
-        self.live_check = LiveCheck(self.model, world, times, config.metrics.live_check_interval)
+        self.level_times = load_level_times(self.folder, config.levels)
+        self.live_check = LiveCheck(self.model, world, self.level_times, config.metrics.live_check_interval)
         self.expert_load = ExpertLoad(
             self.model, config.parallelism.expert_parallel_degree, config.metrics.expert_load_interval
         )
         self.normalizer = NORMALIZERS[config.training.normalizer]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.recorder = StepRecorder(
-            self.args, self.plans.of(0), self.device, self.normalizer, self.store, trained if self.adapter else 0
+            self.args, world.size, self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
+        self.meter = StepMeter(world, self.store, len(config.levels))
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
@@ -155,28 +151,19 @@ class Trainer:
                 self._export()
             return
         self.checkpointer.require_optimizer()
-        metrics_config = self.config.metrics
-        with MetricsLogger(
-            self.folder,
-            self.prints,
-            self.step,
-            self.total_steps,
-            log_interval=metrics_config.log_interval,
-            tensorboard=metrics_config.enable_tensorboard,
-            progress_bar=metrics_config.progress_bar,
-        ) as metrics:
-            self._probe_levels()
+        trace = StepTrace(self.config.profiling, self.folder, self.world.rank)
+        with MetricsLogger(self.config, self.prints, self.step, self.total_steps, self.world.size) as metrics:
+            self._predict(self._probe_levels())
             if self.prints:
                 self.preemption.clear()
             parts = describe_parts(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
-            with self.preemption, self.checkpointer:
+            with self.preemption, self.checkpointer, trace:
                 while self.step < self.total_steps:
-                    self._train_epoch(metrics)
+                    self._train_epoch(metrics, trace)
         self.consumed.close()
-        self._print(describe_totals(self.recorder.totals, metrics.sources))
-        self._print(describe_wait(self.recorder.data_wait_seconds, self.recorder.seconds))
+        self._print(metrics.totals.describe())
         if self.nonfinite.steps:
             self._print(self.nonfinite.describe())
         self._print(f"run folder   {self.folder}")
@@ -188,16 +175,17 @@ class Trainer:
                 self.watchdog.at("the export")
             self._print(export(self.model, self.args, self.config, self.token_ids))
 
-    def _train_epoch(self, metrics: MetricsLogger) -> None:
+    def _train_epoch(self, metrics: MetricsLogger, trace: StepTrace) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
         position, plan = self.position, self.position.plan
         if self.world.rank == 0:
             position.save_plan()
         batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
-            with profiled_step(self.config.profiling, self.step + 1, self.folder):
-                values = self.train_step(plan, position.step_in_plan, batches)
+            trace.before(self.step + 1)
+            values = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
+            trace.after(self.step)
             self._finish_step(values, metrics)
         if position.finished:
             self.consumed.sync()
@@ -239,7 +227,7 @@ class Trainer:
             values["checkpoint_blocked_seconds"] = self._stage()
         metrics.log(values)
         for line in [report.line(names), *report.warnings(names)] if report else ():
-            metrics.write(line)
+            metrics.write(fit(line))
         if saves:
             # Only now: no checkpoint knows of a step that metrics.jsonl lacks.
             self.checkpointer.write()
@@ -252,59 +240,60 @@ class Trainer:
         if self.world.rank == 0:
             write(confirm_epoch(self.folder, self.position.parts, self.store))
 
-    def _probe_levels(self) -> None:
+    def _probe_levels(self) -> list[float]:
         """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
-        and compilation ends here."""
+        and compilation ends here. Returns the seconds of each, the slowest rank's."""
         plan = self.position.plan
         self.shapes = self.shapes.covering(plan)
         batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
+        seconds = [0.0] * len(plan.levels)
         for level in reversed(range(len(plan.levels))):
             iteration = plan.heaviest_iteration(level)
             if iteration is not None:
                 self._at(f"the first pass of level {level_name(plan.levels[level])}", starting=True)
-                self.engine.forward_backward(batches[iteration])
+                started = time.perf_counter()
+                self.engine.forward_backward(batches[iteration]).cpu()
+                seconds[level] = time.perf_counter() - started
                 if self.validator:
                     self.engine.evaluate(batches[iteration])
         self.optimizer.zero_grad()
+        return all_reduce_values(seconds, "max", self.device)
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
         """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
-        started = time.perf_counter()
-        waited = 0.0
-        loss_by_level = torch.zeros(len(plan.levels), dtype=torch.float64, device=self.device)
-        iterations = range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1]))
-        for iteration in iterations:
+        self.meter.start()
+        first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
+        for iteration in range(first, last):
             self._at(f"step {self.step + 1}, data of iteration {iteration} of the plan")
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited = time.perf_counter() - asked
             level = level_name(plan.levels[batch.level])
             self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}")
             with self.live_check.iteration(iteration):
-                loss = self.engine.forward_backward(batch)
-            loss_by_level[batch.level] += loss
-            self.nonfinite.see(iteration, batch, loss)
+                losses = self.engine.forward_backward(batch)
+            self.meter.add(batch, losses, waited)
+            self.nonfinite.see(iteration, batch, losses)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
         self._at(f"step {self.step + 1}, clipping and update")
         grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
         learning_rate = self.progress.learning_rate()
-        losses = all_reduce_values([*loss_by_level.tolist()], "sum", self.device)
+        loss_sums = self.meter.sum_over_ranks(self.live_check.take())
         skipped = ""
-        if math.isfinite(sum(losses) + grad_norm):
+        if math.isfinite(sum(loss_sums) + grad_norm):
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
         else:
-            skipped = self.nonfinite.meet(plan, self.step + 1, step, losses, grad_norm)
+            skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
         self.nonfinite.clear()
         self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
         self.optimizer.zero_grad()
-        told = [waited, float(self.preemption.received), float(self.checkpointer.failed)]
-        waited, signal, save_failed = all_reduce_values(told, "max", self.device)
+        signal, save_failed = self.meter.max_over_ranks([self.preemption.received, self.checkpointer.failed])
         if save_failed:
             self.checkpointer.wait()
         self.signal = int(signal)
-        measured = StepMeasurements(losses, grad_norm, learning_rate, waited, time.perf_counter() - started)
+        measured = self.meter.measurements(plan, first, last, grad_norm, learning_rate)
         record = self.recorder.record(plan, step, self.step + 1, measured, skipped)
         return {**record, **self.expert_load.take(self.step + 1)}
 
@@ -360,14 +349,19 @@ class Trainer:
         plan = self.position.plan
         if self.config.packing.print_comparison:
             print(compare_methods(self.plans))
-        print(describe_model(self.config, self.args, self.model, self.device))
-        print(f"ranks: {self.world.size} on {self.device.type}; data: {len(self.store):,} samples")
         experts = self.config.parallelism.expert_parallel_degree
-        for warning in crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size)):
-            print(f"warning: {warning}")
-        print(describe_plan(plan, self.total_steps, self.config.parallelism.cp_collectives))
+        warnings = crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size))
+        print(describe_start(self.config, self.args, self.model, plan, self.total_steps, self.device, warnings))
         if self.progress.resumed:
-            print(self.progress.resumed, flush=True)
+            print(fit(self.progress.resumed), flush=True)
+
+    def _predict(self, first_passes: list[float]) -> None:
+        position, steps = self.position, self.total_steps - self.step
+        plan, step = position.plan, position.step_in_plan
+        time_left = predicted_time(
+            self.config, self.args, plan, step, steps, self.device, self.level_times, first_passes
+        )
+        self._print(fit(f"predicted time: {time_left}"))
 
     def _at(self, where: str, starting: bool = False) -> None:
         """Something begins that no rank should spend longer on than a collective may take."""
@@ -388,7 +382,8 @@ def main(argv: list[str]) -> None:
     config = guarded(lambda: load_config(argv), first_to_fail)
     world = init_world(config.parallelism.init_timeout_seconds)
     watchdog = Watchdog(world.rank, world.size, job_store())
-    with watchdog, told_once(world.rank, lambda: watchdog.where):
+    snapshot = memory_snapshot(config.profiling, config.dump_folder, world.rank)
+    with watchdog, told_once(world.rank, lambda: watchdog.where), snapshot:
         trainer = guarded(lambda: Trainer(config, world, watchdog), first_to_fail)
         trainer.train()
     # Not after a failure: it would wait for ranks that are gone.

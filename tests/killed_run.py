@@ -24,7 +24,7 @@ from hbp_titan.distributed.local_ranks import RankError, run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.train import Trainer
 
-COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr", "tokens", "sources")
+COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "loss_by_length", "grad_norm", "lr", "tokens", "sources")
 
 
 @dataclass(frozen=True)

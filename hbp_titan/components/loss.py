@@ -1,4 +1,4 @@
-"""The summed cross entropy of a packed batch, without the [T, vocab] logits.
+"""The cross entropy of a packed batch's trained tokens, without the [T, vocab] logits.
 
 Owns the chunked linear cross entropy. Both gradients are made while a chunk's logits exist (as in Liger Kernel's
 fused_linear_cross_entropy and torch 2.13's linear_cross_entropy, which has no per-token weights and is missing in
@@ -22,7 +22,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
         objective = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
-        loss_sum = torch.zeros_like(objective)
+        losses_L = torch.empty(len(hidden_LD), dtype=torch.float32, device=hidden_LD.device)
         grad_hidden_LD = torch.empty_like(hidden_LD)
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         # Many chunks are summed: fp32 keeps what bf16 would round away. A frozen matrix (LoRA) needs none.
@@ -33,7 +33,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
             losses_C = F.cross_entropy(logits_CV, labels_C, reduction="none")
             objective += losses_C @ weights_C.to(losses_C.dtype)
-            loss_sum += losses_C.sum()
+            losses_L[part] = losses_C
             # d loss / d logits = softmax - one_hot
             grad_CV = torch.softmax(logits_CV, dim=-1)
             grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(labels_C), 1), -1.0))
@@ -42,8 +42,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_CV.T @ hidden_CD
         ctx.save_for_backward(grad_hidden_LD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
-        ctx.mark_non_differentiable(loss_sum)
-        return objective, loss_sum
+        ctx.mark_non_differentiable(losses_L)
+        return objective, losses_L
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,16 +57,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Over L tokens of cross_entropy(hidden @ weight.T, labels): the sum by weight, and the plain sum for the log.
+    """cross_entropy(hidden @ weight.T, labels) of L tokens: their sum by weight, a scalar, and each one's own, [L].
 
-    Both are fp32 scalars; only the first is differentiable. token_weights_L: fp32 (components/normalizer.py); L may
-    be 0. At most `chunk_tokens` rows of logits exist at one time.
+    Both are fp32; only the first is differentiable. token_weights_L: fp32 (components/normalizer.py); L may be 0. At
+    most `chunk_tokens` rows of logits exist at one time.
     """
     return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, token_weights_L, chunk_tokens)
 
 
-def linear_cross_entropy_sum(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
-    """The plain sum alone, without gradients (validation)."""
+def linear_cross_entropy_losses(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
+    """Each token's own alone, fp32 [L], without gradients."""
     parts = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
-    losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="sum") for h_CD, l_C in parts]
-    return torch.stack(losses).sum()
+    losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="none") for h_CD, l_C in parts]
+    return torch.cat(losses)

@@ -1,80 +1,54 @@
-"""What a run tells: one line a step on the console, TensorBoard, and metrics.jsonl.
+"""What a run tells of its steps: metrics.jsonl, the console, TensorBoard and Weights & Biases.
 
-Owns the names and the formatting of metrics, and the memory reading. Throughput counts real tokens, never padding;
-MFU counts the attention that the documents need, not that of the full pack.
+Owns the writers, their place in the run folder, and what of an earlier start is kept where a run goes on.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-_TENSORBOARD_NAMES = {
-    "loss": "loss_metrics/global_avg_loss",
-    "grad_norm": "grad_norm",
-    "lr": "lr",
-    "level": "level",
-    "tokens_per_second": "throughput(tps)",
-    "mfu": "mfu(%)",
-    "padding": "padding(%)",
-    "data_wait_seconds": "time_metrics/data_loading(s)",
-    "step_seconds": "time_metrics/end_to_end(s)",
-    "checkpoint_blocked_seconds": "time_metrics/checkpoint_blocked(s)",
-    "checkpoint_write_seconds": "time_metrics/checkpoint_write(s)",
-    "peak_memory_gib": "memory/max_active(GiB)",
-}
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, GiB: CUDA's allocator on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+from hbp_titan.components.console import filled, number, step_line
+from hbp_titan.components.metric_names import scalars
+from hbp_titan.components.run_totals import RunTotals
+from hbp_titan.components.wandb_run import WandbRun
+from hbp_titan.job_config import JobConfig, to_dict
+from hbp_titan.packing.bands import band_name
 
 
 class MetricsLogger:
     """Writes on one rank only (`active`); on the others every call does nothing. A context manager.
 
-    sources: what each source was trained since step 1, counts by the names of metrics.jsonl; on the active rank.
+    first_step: optimizer steps done before this start. totals: of the run since step 1, on the active rank.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        active: bool,
-        first_step: int,
-        total_steps: int,
-        *,
-        log_interval: int,
-        tensorboard: bool,
-        progress_bar: bool,
-    ) -> None:
+    def __init__(self, config: JobConfig, active: bool, first_step: int, total_steps: int, world_size: int) -> None:
         self.active = active
-        self.log_interval = log_interval
+        self.log_interval = config.metrics.log_interval
+        self.first_step = first_step
         self.total_steps = total_steps
+        self.world_size = world_size
         self.seconds = 0.0
-        self.sources: dict[str, Counter[str]] = {}
+        self.totals = RunTotals()
         if not active:
             return
+        folder = config.dump_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        for kept in keep_steps_up_to(self.path, first_step):
-            self._count_sources(kept)
-        self.file = self.path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        for kept in keep_steps_up_to(path, first_step):
+            self.totals.add(kept)
+        self.file = path.open("a", encoding="utf-8")
+        tensorboard = config.metrics.enable_tensorboard
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
-        self.first_step = first_step
-        show_bar = progress_bar and sys.stderr.isatty()
+        self.wandb = WandbRun(folder, to_dict(config)) if config.metrics.enable_wandb else None
+        show_bar = config.metrics.progress_bar and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if show_bar else None
 
     def __enter__(self) -> MetricsLogger:
@@ -87,6 +61,8 @@ class MetricsLogger:
             self.file.close()
             if self.writer:
                 self.writer.close()
+            if self.wandb:
+                self.wandb.close()
             if self.bar:
                 self.bar.close()
 
@@ -97,31 +73,23 @@ class MetricsLogger:
         step = metrics["step"]
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
-        self._count_sources(metrics)
+        self.totals.add(metrics)
+        figures = scalars(metrics, self.totals, self.world_size)
         if self.writer:
-            for name in metrics["sources"]:
-                self.writer.add_scalar(f"source/{name}/tokens", self.sources[name]["tokens"], step)
-            for name, figure in metrics.get("expert_load", {}).items():
-                self.writer.add_scalar(f"expert_load/{name}", figure, step)
-            for name, tag in _TENSORBOARD_NAMES.items():
-                if metrics.get(name) is not None:
-                    self.writer.add_scalar(tag, metrics[name], step)
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(step, figures)
         self.seconds += metrics["step_seconds"]
         if self.bar:
             self.bar.update(1)
         if step % self.log_interval == 0 or step in (self.first_step + 1, self.total_steps):
-            self.write(self._line(metrics))
+            left = (self.total_steps - step) * self.seconds / (step - self.first_step)
+            self.write(step_line(metrics, self.total_steps, left))
         if "skipped" in metrics:
             self.write(f"warning: {metrics['skipped']}")
         if "validation" in metrics:
-            means = metrics["validation"]
-            if self.writer:
-                self.writer.add_scalar("validation_metrics/loss", means["loss"], step)
-            self.write(f"step {step} validation  " + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
-
-    def _count_sources(self, metrics: dict[str, Any]) -> None:
-        for name, counts in metrics["sources"].items():
-            self.sources.setdefault(name, Counter()).update(counts)
+            self.write(_validation_lines(step, metrics["validation"]))
 
     def write(self, text: str) -> None:
         """Print `text` above the progress bar."""
@@ -131,27 +99,12 @@ class MetricsLogger:
             else:
                 print(text, flush=True)
 
-    def _line(self, m: dict[str, Any]) -> str:
-        left = (self.total_steps - m["step"]) * self.seconds / (m["step"] - self.first_step)
-        parts = [
-            f"step {m['step']:>{len(str(self.total_steps))}}/{self.total_steps}",
-            f"level {m['level_name']}",
-            "loss     nan" if m["loss"] is None else f"loss {m['loss']:7.4f}",
-            "grad    nan" if m["grad_norm"] is None else f"grad {m['grad_norm']:6.3f}",
-            f"lr {m['lr']:.2e}",
-            f"tok/s {m['tokens_per_second']:,.0f}",
-        ]
-        if m["mfu"] is not None:
-            parts.append(f"mfu {m['mfu']:.1f}%")
-        if "expert_load" in m:
-            parts.append(f"experts {m['expert_load']['worst']:.2f}x")
-        parts += [
-            f"pad {m['padding']:.1f}%",
-            f"wait {m['data_wait_seconds']:.2f}s",
-            f"mem {m['peak_memory_gib']:.2f}G",
-            f"eta {time.strftime('%H:%M:%S', time.gmtime(left))}",
-        ]
-        return "  ".join(parts)
+
+def _validation_lines(step: int, means: Mapping[str, Any]) -> str:
+    """The loss of all held-out tokens, then by level and by length band."""
+    parts = [f"{name} {number(mean['loss'], 0, 4)}" for name, mean in means["by_level"].items()]
+    parts += [f"{band_name(int(border))} {number(mean['loss'], 0, 4)}" for border, mean in means["by_length"].items()]
+    return "\n".join([f"step {step} validation  loss {number(means['loss'], 0, 4)}", *filled(parts)])
 
 
 def keep_steps_up_to(path: Path, step: int) -> list[dict[str, Any]]:

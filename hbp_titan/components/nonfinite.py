@@ -31,12 +31,12 @@ SHOWN = 10
 
 @dataclass
 class _Seen:
-    """What this rank trained in one iteration. loss: the sum of its token losses, still on the device."""
+    """What this rank trained in one iteration. losses: of its samples, still on the device."""
 
     iteration: int
     level: int
     sample_ids: NDArray[np.int64]
-    loss: Tensor
+    losses: Tensor
 
 
 class NonFiniteGuard:
@@ -54,9 +54,9 @@ class NonFiniteGuard:
         self.samples = 0
         self._seen: list[_Seen] = []
 
-    def see(self, iteration: int, batch: PackedBatch, loss: Tensor) -> None:
+    def see(self, iteration: int, batch: PackedBatch, losses: Tensor) -> None:
         """Keep what would have to be told; waits for nothing."""
-        self._seen.append(_Seen(iteration, batch.level, batch.sample_ids, loss))
+        self._seen.append(_Seen(iteration, batch.level, batch.sample_ids, losses))
 
     def clear(self) -> None:
         """Forget the iterations of the step."""
@@ -113,7 +113,7 @@ class NonFiniteGuard:
         """The packs of the step on which some rank has no finite loss, with all such ranks."""
         mine = []
         for seen in self._seen:
-            if not math.isfinite(seen.loss.item()):
+            if not math.isfinite(seen.losses.sum().item()):
                 dp_rank = self.world.rank // plan.levels[seen.level].cp_degree
                 mine.append((seen.iteration, seen.level, dp_rank, seen.sample_ids.tolist()))
         packs: dict[tuple[int, int], dict[str, Any]] = {}

@@ -1,17 +1,17 @@
-"""What a run prints before its first step and after its last: every derived number, for 80 columns.
+"""What a run prints before its first step: every derived number, for 80 columns.
 
-Owns the wording of these blocks and the running totals per level; the numbers come from configuration and plan.
+Owns the wording; the numbers come from configuration, model, data and plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from hbp_titan.components.console import fit
 from hbp_titan.components.model_state import describe_weights
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.distributed.parallelize import compute_dtype
@@ -21,7 +21,6 @@ from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Level, Plan, comparison_table, measure
 
-SHOWN_SOURCES = 30
 COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
 
 
@@ -36,6 +35,28 @@ def compare_methods(plans: EpochPlans) -> str:
     configured = plans.config.packing.method
     names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
+
+
+def describe_start(
+    config: JobConfig,
+    args: ModelArgs,
+    model: nn.Module,
+    plan: Plan,
+    total_steps: int,
+    device: torch.device,
+    warnings: Sequence[str],
+) -> str:
+    """All of it but the table of methods. plan: of the epoch that begins or goes on."""
+    samples, trained = plan.packs.ids, int(plan.loss_tokens[plan.packs.ids].sum())
+    parts = [
+        describe_model(config, args, model, device),
+        f"ranks: {plan.world_size} on {device.type}",
+        f"data: {len(samples):,} samples, {int(plan.lengths[samples].sum()):,} tokens, {trained:,} of them trained",
+        *(f"warning: {warning}" for warning in warnings),
+        describe_plan(plan, total_steps, config.parallelism.cp_collectives),
+        f"outputs: {config.dump_folder}",
+    ]
+    return fit("\n".join(parts))
 
 
 def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
@@ -78,57 +99,3 @@ def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:
         f"+- {int(np.std(tokens)):,} tokens in {plan.num_iterations} iterations"
     )
     return "\n".join(lines)
-
-
-@dataclass
-class LevelTotals:
-    """What one level did in this run, for the table at the end."""
-
-    level: Level
-    iterations: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    first_loss: float | None = None
-    last_loss: float = 0.0
-
-    def add(self, iterations: int, tokens: int, seconds: float, loss: float) -> None:
-        """Count one optimizer step's share of this level; `loss` is its mean per loss token."""
-        self.iterations += iterations
-        self.tokens += tokens
-        self.seconds += seconds
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.last_loss = loss
-
-
-def describe_totals(totals: Sequence[LevelTotals], sources: Mapping[str, Mapping[str, int]]) -> str:
-    """A table of tokens, time and loss per level, and one of tokens per source, the largest first.
-
-    Levels without iterations are left out. sources: counts by the names of metrics.jsonl.
-    """
-    lines = [f"{'level':<12}{'iterations':>11}{'tokens':>13}{'seconds':>10}{'tok/s':>10}{'loss':>20}"]
-    for total in totals:
-        if total.first_loss is None:
-            continue
-        rate = total.tokens / max(total.seconds, 1e-9)
-        loss = f"{total.first_loss:.3f} -> {total.last_loss:.3f}"
-        lines.append(
-            f"{level_name(total.level):<12}{total.iterations:>11}{total.tokens:>13,}{total.seconds:>10.1f}"
-            f"{rate:>10,.0f}{loss:>20}"
-        )
-    return "\n".join([*lines, *_source_lines(sources)])
-
-
-def _source_lines(sources: Mapping[str, Mapping[str, int]]) -> list[str]:
-    shown = sorted(sources, key=lambda name: -sources[name]["tokens"])
-    lines = [f"{'source':<32}{'samples':>12}{'tokens':>15}{'trained':>15}"]
-    for name in shown[:SHOWN_SOURCES]:
-        counts = sources[name]
-        lines.append(f"{name[:31]:<32}{counts['samples']:>12,}{counts['tokens']:>15,}{counts['trained_tokens']:>15,}")
-    if len(shown) > SHOWN_SOURCES:
-        lines.append(f"... and {len(shown) - SHOWN_SOURCES} smaller sources (metrics.jsonl has all)")
-    return lines
-
-
-def describe_wait(data_wait_seconds: float, seconds: float) -> str:
-    """How much of the time of all steps the slowest rank waited for data."""
-    return f"waiting for data: {data_wait_seconds:.2f} s of {seconds:.1f} s, {100 * data_wait_seconds / seconds:.2f}%"

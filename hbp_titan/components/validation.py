@@ -1,16 +1,17 @@
 """Validation during training: the mean loss per token of held-out samples, exact for every world size.
 
-Owns the plan of the held-out samples and the sums over it. They are packed like training data, so memory and kernels
-are those of the levels; each token counts once.
+Owns the passes over the plan of the held-out samples. They are packed like training data, so memory and kernels are
+those of the levels; each token counts once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from hbp_titan.components.loss_means import LossCollector, NamedSources
 from hbp_titan.components.summary import level_name
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
@@ -18,30 +19,28 @@ from hbp_titan.distributed.world import World, all_reduce_values
 
 
 class Validator:
-    """Evaluates every sample of a plan once."""
+    """Evaluates every sample of a plan once. store: that of the plan."""
 
-    def __init__(self, batches: PlanDataset, world: World) -> None:
+    def __init__(self, batches: PlanDataset, store: NamedSources, world: World) -> None:
         self.plan = batches.plan
         self.batches = batches
+        self.collector = LossCollector(store, len(self.plan.levels))
         self.world = world
 
-    def run(self, loss_sum_of: Callable[[PackedBatch], Tensor]) -> dict[str, float]:
-        """Mean loss per loss token, whole and by level; every rank calls it and gets the same.
+    def run(self, losses_of: Callable[[PackedBatch], Tensor]) -> dict[str, Any]:
+        """Mean loss per trained token: whole, by level, length band and source; every rank calls it and gets the same.
 
-        loss_sum_of: a batch (on the CPU) -> the sum of this rank's token losses.
+        losses_of: a batch (on the CPU) -> the sum of this rank's token losses of each of its samples, [S].
         """
-        levels = self.plan.levels
-        losses = torch.zeros(len(levels), dtype=torch.float64)
-        for iteration in range(self.plan.num_iterations):
+        plan = self.plan
+        for iteration in range(plan.num_iterations):
             batch = self.batches[iteration]
-            losses[batch.level] += loss_sum_of(batch).item()
-        losses = torch.tensor(all_reduce_values(losses.tolist(), "sum", self.world.device))
-        counts = [0] * len(levels)
-        for iteration in range(self.plan.num_iterations):
-            ids = self.plan.samples_of(iteration, iteration + 1)
-            counts[self.plan.level_of_iteration[iteration]] += int(self.plan.loss_tokens[ids].sum())
-        means = {"loss": float(losses.sum()) / max(sum(counts), 1)}
-        for level, loss, count in zip(levels, losses.tolist(), counts, strict=True):
-            if count:
-                means[f"loss {level_name(level)}"] = loss / count
-        return means
+            self.collector.add(batch, losses_of(batch))
+        sums = all_reduce_values(self.collector.take(), "sum", self.world.device)
+        means = self.collector.means(sums, plan, 0, plan.num_iterations)
+        return {
+            **means.whole.as_dict(),
+            "by_level": {level_name(plan.levels[k]): mean.as_dict() for k, mean in means.by_level.items()},
+            "by_length": {str(border): mean.as_dict() for border, mean in means.by_length.items()},
+            "by_source": {name: mean.as_dict() for name, mean in means.by_source.items()},
+        }

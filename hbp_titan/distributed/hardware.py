@@ -86,6 +86,14 @@ HARDWARE: dict[str, Hardware] = {
 }
 
 
+def hardware_of(device: torch.device) -> Hardware | None:
+    """The machine that has such a device; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((hardware for key, hardware in HARDWARE.items() if key.split("-")[0] in name), None)
+
+
 def get_hardware(name: str) -> Hardware:
     """The machine called `name`; ValueError that names the nearest one otherwise."""
     key = name.strip().lower()

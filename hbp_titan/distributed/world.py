@@ -66,6 +66,14 @@ def fake_world(size: int, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def log_rank(world_size: int) -> int:
+    """The rank that prints and writes the metrics, from the environment's LOG_RANK; ValueError where there is none."""
+    text = os.environ.get("LOG_RANK", "0")
+    if not text.isdecimal() or int(text) >= world_size:
+        raise ValueError(f"LOG_RANK={text} is no rank of {world_size}: set it to one of 0 to {world_size - 1}")
+    return int(text)
+
+
 def ranks_per_node(world_size: int) -> int:
     """Ranks on this node, as torchrun says; all of them without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -3,7 +3,7 @@
 Owns the token losses, the bands and their exact means: every trained token counts once and the same, whatever it was
 packed with. Documents are read, tokenized, masked and packed as in training.
 
-Shape suffixes: L trained tokens, C tokens of a chunk, H hidden width, V vocabulary.
+Shape suffixes: T tokens, L trained tokens, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from hbp_titan.components.loss import linear_cross_entropy_losses
 from hbp_titan.data.batch import PackedBatch, make_batch
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, build_plan
-from hbp_titan.packing.svg import short
+from hbp_titan.packing.bands import band_name, band_of
 
 CHUNK_TOKENS = 1024
 """Rows of logits that exist at one time."""
-LOWEST_BAND = 256
 DEFAULT_PACK_TOKENS = 16384
 
 Means = dict[str, dict[int | str, tuple[float, int]]]
@@ -96,17 +95,9 @@ def token_losses(model: Decoder, batch: PackedBatch) -> Tensor:
     labels_L = batch.labels[batch.loss_index]
 
     def head(normed_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        chunks = zip(normed_TH[batch.loss_index].split(CHUNK_TOKENS), labels_L.split(CHUNK_TOKENS), strict=True)
-        parts = [F.cross_entropy((h_CH @ weight_VH.T).float(), l_C, reduction="none") for h_CH, l_C in chunks]
-        return torch.cat(parts)
+        return linear_cross_entropy_losses(normed_TH[batch.loss_index], weight_VH, labels_L, CHUNK_TOKENS)
 
     return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, head_fn=head)
-
-
-def band_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The least power of two, LOWEST_BAND or more, that is at least each count."""
-    exponents = np.ceil(np.log2(np.maximum(counts, LOWEST_BAND))).astype(np.int64)
-    return np.left_shift(1, exponents)
 
 
 def _add(groups: dict[int | str, tuple[float, int]], keys: NDArray[Any], losses: NDArray[np.float64]) -> None:
@@ -124,7 +115,8 @@ def perplexity_table(means: Means) -> str:
         if kind == "source" and len(groups) == 1:
             continue
         for name, (total, count) in sorted(groups.items()):
-            label = titles[kind] if kind == "all" else f"{titles[kind]} {_band(name) if kind != 'source' else name}"
+            group = band_name(name) if isinstance(name, int) else name
+            label = titles[kind] if kind == "all" else f"{titles[kind]} {group}"
             lines.append(f"{label:<28}{count:>15,}{total / count:>10.4f}{perplexity(total, count):>12.3f}")
     return "\n".join(lines)
 
@@ -144,9 +136,3 @@ def perplexity(total: float, count: int) -> float:
     """exp of the mean loss; infinite where that has no float."""
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _band(border: int | str) -> str:
-    assert isinstance(border, int)
-    low = 1 if border == LOWEST_BAND else border // 2 + 1
-    return f"{low:,} to {short(border, 1024)}"

@@ -2,6 +2,8 @@
 
 Owns the way from an architecture to a sharded, initialized model with its level runtime, and the forward and backward
 of a batch. The trainer and the proof of equivalence (verify.py) run this same code, and the dry run its first half.
+
+Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L trained tokens, S samples of the pack.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_sum
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses
 from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
@@ -57,16 +59,19 @@ class Engine:
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
     def forward_backward(self, batch: PackedBatch) -> Tensor:
-        """One iteration on this rank: gradients of the weighted loss; returns the plain sum of its token losses."""
+        """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
+
+        That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
+        """
         try:
-            objective, loss_sum = self.forward(batch)
+            objective, losses_S = self.forward(batch)
             objective.backward()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(self._out_of_memory(batch)) from error
-        return loss_sum
+        return losses_S
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """The weighted loss of this rank, to be differentiated, and the plain sum of its token losses."""
+        """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
         return self._run(batch, linear_cross_entropy)
 
     def _out_of_memory(self, batch: PackedBatch) -> str:
@@ -80,23 +85,28 @@ class Engine:
         )
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
-        """The plain sum of this rank's token losses of a batch, without gradients."""
+        """The plain loss of each sample, as `forward_backward`, without gradients."""
 
-        def plain_sum(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> Tensor:
-            return linear_cross_entropy_sum(hidden, weight, labels, chunk_tokens)
+        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> tuple[None, Tensor]:
+            return None, linear_cross_entropy_losses(hidden, weight, labels, chunk_tokens)
 
         with torch.no_grad():
-            return self._run(batch, plain_sum)
+            return self._run(batch, plain)[1]
 
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
-        """The model at the batch's level, with `loss` in place of the logits."""
+        """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
         self.model.balance.use(batch.document_ids, batch.document_shares)
+        index = batch.loss_index
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
-            index = batch.loss_index
             return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
 
-        return self.model(batch.input_ids, batch.position_ids, batch.documents, batch.max_seqlen, loss_of)
+        objective, losses_L = self.model(
+            batch.input_ids, batch.position_ids, batch.documents, batch.max_seqlen, loss_of
+        )
+        # The documents behind the samples' are padding, and train nothing.
+        losses_S = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=self.device)
+        return objective, losses_S.index_add_(0, batch.document_ids[index], losses_L.double())

@@ -41,15 +41,18 @@ class LevelCheck:
 
 @dataclass(frozen=True)
 class Report:
-    """levels: by index, those that ran. slowest: (rank, its work per modelled work / that of the median rank)."""
+    """levels: by index, those that ran. slowest: (rank, its work per modelled work / that of the median rank). work:
+    seconds of work of each rank."""
 
     levels: dict[int, LevelCheck]
     slowest: tuple[int, float]
+    work: tuple[float, ...]
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """For metrics.jsonl; names: one a level."""
         checks = {names[k]: vars(check) for k, check in self.levels.items()}
-        return {"levels": checks, "slowest_rank": self.slowest[0], "slowest_ratio": self.slowest[1]}
+        rank, ratio = self.slowest
+        return {"levels": checks, "slowest_rank": rank, "slowest_ratio": ratio, "work_by_rank": list(self.work)}
 
     def line(self, names: Sequence[str]) -> str:
         """For the console."""
@@ -97,6 +100,7 @@ class LiveCheck:
         self.clock = WorkClock(model, world.device)
         self._units: dict[int, float] = {}
         self._indices: list[int] = []
+        self._seconds: list[tuple[float, float]] = []
 
     @contextmanager
     def iteration(self, index: int) -> Iterator[None]:
@@ -108,19 +112,28 @@ class LiveCheck:
             yield
         self._indices.append(index)
 
+    def take(self) -> list[tuple[float, float]]:
+        """(wall, work) in seconds of this rank's iterations since the last call; none where interval is 0.
+
+        On a GPU it waits for the last of them to end.
+        """
+        seconds = self.clock.read() if self.interval else []
+        self._seconds += seconds
+        return seconds
+
     def report(self, plan: Plan, steps_done: int) -> Report | None:
         """What the iterations since the last report showed, after every interval and at the end of the epoch.
 
-        steps_done: optimizer steps of `plan` so far. A collective: every rank calls it after each step.
+        steps_done: optimizer steps of `plan` so far. A collective: every rank calls it after each step and its `take`.
         """
         if not self.interval or (steps_done % self.interval and steps_done < plan.num_steps):
             return None
-        mine = torch.tensor(self.clock.read(), dtype=torch.float64, device=self.world.device)
+        mine = torch.tensor(self._seconds, dtype=torch.float64, device=self.world.device)
         gathered = [torch.empty_like(mine) for _ in range(self.world.size)]
         dist.all_gather(gathered, mine)
         wall_RI, work_RI = torch.stack(gathered).cpu().numpy().transpose(2, 0, 1)
         indices = np.array(self._indices)
-        self._indices = []
+        self._indices, self._seconds = [], []
         model_RI = self._modelled(plan, indices)
         levels = plan.level_of_iteration[indices]
         for k in np.unique(levels).tolist():
@@ -165,4 +178,4 @@ def compare(levels: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_
         paces[:, of] = work / model / np.median(work / model)
     pace_R = (paces * model_RI).sum(1) / model_RI.sum(1)
     slowest = int(pace_R.argmax())
-    return Report(checks, (slowest, float(pace_R[slowest] / np.median(pace_R))))
+    return Report(checks, (slowest, float(pace_R[slowest] / np.median(pace_R))), tuple(work_RI.sum(1).tolist()))

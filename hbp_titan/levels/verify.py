@@ -222,7 +222,7 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
     loss_sum = 0.0
     for step in range(plan.num_steps):
         for iteration in range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])):
-            loss_sum += engine.forward_backward(breakage(batches[iteration])).item()
+            loss_sum += engine.forward_backward(breakage(batches[iteration])).sum().item()
         share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
         for name, parameter in engine.model.named_parameters():
             joined[name] += share * _grad(parameter)

@@ -22,7 +22,7 @@ from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.soak.disturbed_run import DisturbedRun, Kill, steps_done, torchrun
 from hbp_titan.soak.sampler import Lifetime, Sampler
 
-COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr", "tokens", "sources")
+COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "loss_by_length", "grad_norm", "lr", "tokens", "sources")
 """The keys of metrics.jsonl that do not depend on the clock."""
 
 

@@ -1,40 +1,56 @@
-"""metrics.jsonl across a resume, and the counts per source."""
+"""The figures of a step: their sums and names, metrics.jsonl across a resume."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hbp_titan.components.loss_means import LossCollector, LossMeans, Mean
+from hbp_titan.components.metric_names import scalars
 from hbp_titan.components.metrics import MetricsLogger, keep_steps_up_to
-from hbp_titan.components.step_record import count_sources
-from hbp_titan.components.summary import describe_totals
-from hbp_titan.packing import Level, build_plan
+from hbp_titan.components.run_totals import RunTotals
+from hbp_titan.components.step_record import attention_balance, count_sources
+from hbp_titan.data.batch import make_batch
+from hbp_titan.job_config import JobConfig
+from hbp_titan.packing import Level, build_plan, measure
 
 
-def _values(step: int) -> dict[str, object]:
+def _values(step: int) -> dict[str, Any]:
+    done = {"iterations": 2, "tokens": 30, "positions": 40, "seconds": 2.0, "waiting_seconds": 0.5, "mfu": None}
     return {
         "step": step,
         "level_name": "1K/cp1",
         "loss": 2.5,
+        "loss_by_level": {"1K/cp1": 2.5},
+        "loss_by_length": {"256": {"loss": 2.5, "trained_tokens": 20}},
         "grad_norm": 1.0,
         "lr": 1e-3,
+        "tokens": 30,
         "tokens_per_second": 12345.6,
         "mfu": None,
         "padding": 0.5,
+        "idle_share": 0.25,
         "data_wait_seconds": 0.0,
         "step_seconds": 2.0,
+        "per_level": {"1K/cp1": done},
+        "memory_by_level": {"1K/cp1": 0.1},
         "peak_memory_gib": 0.1,
-        "sources": {"chat": {"samples": 2, "tokens": 30, "trained_tokens": 20}},
+        "sources": {"chat": {"samples": 2, "tokens": 30, "trained_tokens": 20, "loss": 2.5}},
     }
 
 
-def _logger(folder: Path, first_step: int, log_interval: int = 1) -> MetricsLogger:
-    return MetricsLogger(folder, True, first_step, 10, log_interval=log_interval, tensorboard=False, progress_bar=False)
+def _logger(folder: Path, first_step: int, log_interval: int = 1, tensorboard: bool = False) -> MetricsLogger:
+    config = JobConfig()
+    config.job.dump_folder = str(folder)
+    config.metrics.log_interval, config.metrics.enable_tensorboard = log_interval, tensorboard
+    return MetricsLogger(config, True, first_step, 10, world_size=2)
 
 
 def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
@@ -49,9 +65,10 @@ def test_each_step_is_written_and_the_interval_printed(tmp_path: Path, capsys: p
         for step in range(1, 6):
             logger.log(_values(step))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/10", "3/10"]
-    assert "tok/s 12,346" in lines[0]
-    assert "eta 00:00:18" in lines[0]
+    assert lines == [
+        " 1/10  1K/cp1  loss 2.5000  grad 1.000  12.3K tok/s  idle 25%  0.1G  eta 0:00:18",
+        " 3/10  1K/cp1  loss 2.5000  grad 1.000  12.3K tok/s  idle 25%  0.1G  eta 0:00:14",
+    ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
@@ -59,30 +76,97 @@ def test_sources_are_counted_over_a_resume(tmp_path: Path) -> None:
     with _logger(tmp_path, 0) as logger:
         for step in (1, 2, 3):
             logger.log(_values(step))
-    code = {"code": {"samples": 1, "tokens": 7, "trained_tokens": 5}}
+    code = {"code": {"samples": 1, "tokens": 7, "trained_tokens": 5, "loss": None}}
     with _logger(tmp_path, 2) as logger:
         logger.log({**_values(3), "sources": code})
-    assert logger.sources == {"chat": {"samples": 4, "tokens": 60, "trained_tokens": 40}, **code}
-    table = describe_totals([], logger.sources).splitlines()[1:]
-    assert [line.split() for line in table] == [
+    table = logger.totals.describe().splitlines()
+    assert [line.split() for line in table[-4:-1]] == [
         ["source", "samples", "tokens", "trained"],
         ["chat", "4", "60", "40"],
         ["code", "1", "7", "5"],
     ]
+    assert table[1].split() == ["1K/cp1", "6", "90", "0:00:06", "15", "-", "25.0%", "25.0%"]
 
 
-def test_tensorboard_has_the_tokens_of_each_source_so_far(tmp_path: Path) -> None:
-    with MetricsLogger(tmp_path, True, 0, 10, log_interval=9, tensorboard=True, progress_bar=False) as logger:
+def test_a_skipped_step_counts_for_no_level_and_no_source() -> None:
+    totals = RunTotals()
+    totals.add({**_values(1), "skipped": "nan"})
+    assert (totals.levels, totals.sources, totals.tokens, totals.seconds) == ({}, {}, 0, 2.0)
+
+
+def test_mfu_of_a_level_is_its_steps_mean_by_time() -> None:
+    totals = RunTotals()
+    for seconds, mfu in ((2.0, 30.0), (6.0, 50.0)):
+        record = _values(1)
+        record["per_level"]["1K/cp1"] |= {"seconds": seconds, "mfu": mfu}
+        totals.add(record)
+    assert totals.describe().splitlines()[1].split()[5] == "45.0%"
+
+
+def test_tensorboard_has_a_steps_figures_under_torchtitans_names(tmp_path: Path) -> None:
+    with _logger(tmp_path, 0, tensorboard=True) as logger:
         for step in (1, 2):
             logger.log(_values(step))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("source/chat/tokens")] == [(1, 30), (2, 60)]
+    assert [event.value for event in events.Scalars("loss_metrics/global_avg_loss")] == [2.5, 2.5]
+    # Of one of two devices.
+    assert [event.value for event in events.Scalars("throughput(tps)")] == pytest.approx([6172.8, 6172.8])
+    assert [event.value for event in events.Scalars("n_tokens_seen")] == [30, 60]
+
+
+def test_losses_of_validation_are_named_by_group_and_what_is_not_finite_is_left_out() -> None:
+    mean, none = {"loss": 1.5, "trained_tokens": 3}, {"loss": None, "trained_tokens": 3}
+    groups = {"by_level": {"1K/cp1": mean}, "by_length": {"256": mean, "512": none}, "by_source": {"chat": mean}}
+    totals = RunTotals()
+    totals.add(_values(1))
+    named = scalars({**_values(1), "validation": {**mean, **groups}}, totals, 1)
+    assert {name: value for name, value in named.items() if name.startswith("validation")} == {
+        "validation_metrics/loss": 1.5,
+        "validation_metrics/level/1K/cp1": 1.5,
+        "validation_metrics/length/256": 1.5,
+        "validation_metrics/source/chat": 1.5,
+    }
+    assert "mfu(%)" not in named
+
+
+def _plan_of_two_ranks() -> tuple[Any, Any]:
+    """Samples of 3, 300, 5 and 600 tokens, of which 2, 3, 1 and 4 are trained, in two packs of one iteration."""
+    plan = build_plan([3, 300, 5, 600], [Level(640)], 2, loss_tokens=np.array([2, 3, 1, 4]))
+    sources = np.array([1, 0, 1, 2], np.uint16)
+    store = SimpleNamespace(lengths=plan.lengths, sources=sources, source_names=["a", "b", "c"])
+    return plan, store
 
 
 def test_a_steps_samples_are_counted_by_source() -> None:
-    plan = build_plan([3, 4, 5, 6], [Level(16)], 1, loss_tokens=np.array([2, 3, 1, 0]))
-    store = SimpleNamespace(sources=np.array([1, 0, 1, 2], np.uint16), source_names=["a", "b", "c"])
-    assert count_sources(plan, np.array([0, 2, 1]), store) == {
-        "a": {"samples": 1, "tokens": 4, "trained_tokens": 3},
-        "b": {"samples": 2, "tokens": 8, "trained_tokens": 3},
+    plan, store = _plan_of_two_ranks()
+    whole = Mean(2.0, 6)
+    means = LossMeans(whole, {0: whole}, {}, {"a": Mean(3.0, 3), "b": Mean(1.0, 3)})
+    assert count_sources(plan, np.array([0, 2, 1]), store, means) == {
+        "a": {"samples": 1, "tokens": 300, "trained_tokens": 3, "loss": 3.0},
+        "b": {"samples": 2, "tokens": 8, "trained_tokens": 3, "loss": 1.0},
     }
+
+
+def test_losses_of_samples_are_grouped_by_level_band_and_source() -> None:
+    plan, store = _plan_of_two_ranks()
+    text = SimpleNamespace(sample=lambda index: (np.zeros(plan.lengths[index], np.int32), np.ones(plan.lengths[index])))
+    sums = np.zeros(1 + 3 + 3)
+    for dp_rank in range(2):
+        ids = plan.pack(0, dp_rank)
+        collector = LossCollector(store, 1)
+        # Sample i has a loss of i + 1 in all.
+        collector.add(make_batch(text, ids, plan.levels[0], 0, len(ids)), torch.tensor(ids + 1.0))
+        sums += collector.take()
+    means = collector.means(sums.tolist(), plan, 0, 1)
+    assert means.whole == Mean(1.0, 10)
+    assert means.by_level == {0: Mean(1.0, 10)}
+    assert means.by_length == {256: Mean(4 / 3, 3), 512: Mean(2 / 3, 3), 1024: Mean(1.0, 4)}
+    assert means.by_source == {"a": Mean(2 / 3, 3), "b": Mean(4 / 3, 3), "c": Mean(1.0, 4)}
+
+
+def test_attention_balance_of_all_iterations_is_that_of_the_plan() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 200)
+    plan = build_plan(lengths, [Level(512)], 4, method="isf")
+    assert attention_balance(plan, 0, plan.num_iterations) == pytest.approx(measure(plan).abr, rel=1e-12)
+    assert measure(plan).abr > 0.01

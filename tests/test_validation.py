@@ -1,0 +1,111 @@
+"""Losses by length band and source, in training and on held-out samples: transformers' own, whatever the ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hbp_titan.config import load_config
+from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.train import Trainer
+from tests.tiny_run import write_tiny_run
+
+RANKS = (1, 4)
+
+
+def _train(world: World, argv: list[str]) -> None:
+    Trainer(load_config(argv), world).train()
+
+
+def _argv(folder: Path, ranks: int) -> list[str]:
+    argv = write_tiny_run(folder)
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, share in (("train", rows[:30]), ("other", rows[30:]), ("held", rows[::3]), ("out", rows[1::3])):
+        (folder / f"{name}.jsonl").write_text("".join(share))
+    files = {key: ",".join(str(folder / f"{name}.jsonl") for name in names) for key, names in FILES.items()}
+    # Without a learning rate all steps see the weights that are exported.
+    argv += ["--optimizer.lr=0", "--validation.enable=true", f"--job.dump_folder={folder / f'run{ranks}'}"]
+    argv += [f"--data.{key}={value}" for key, value in files.items()]
+    return [*argv, "--levels=128:1,512:1" if ranks == 1 else "--levels=128:1,512:4:hybrid"]
+
+
+FILES = {"train_files": ("train", "other"), "validation_files": ("held", "out")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Folder with the run folders run1 and run4, and the arguments of the first."""
+    folder = tmp_path_factory.mktemp("validation")
+    for ranks in RANKS:
+        run_distributed(_train, ranks, _argv(folder, ranks))
+    return folder, _argv(folder, 1)
+
+
+def _groups(store: Any, model: Any) -> dict[str, dict[str, tuple[float, int]]]:
+    """Sums of token losses and their number by band and source; each sample alone through transformers."""
+    groups: dict[str, dict[str, tuple[float, int]]] = {"by_length": {}, "by_source": {}}
+    for index in range(len(store)):
+        tokens, mask = store.sample(index)
+        ids = torch.from_numpy(tokens.astype("int64"))
+        labels = torch.where(torch.from_numpy(mask.astype(bool)), ids, -100)
+        count = int((labels[1:] != -100).sum())
+        with torch.no_grad():
+            loss = float(model(input_ids=ids[None], labels=labels[None]).loss) * count if count else 0.0
+        band = str(max(256, 1 << (len(tokens) - 1).bit_length()))
+        for kind, name in (("by_length", band), ("by_source", store.source_names[store.sources[index]])):
+            total, number = groups[kind].get(name, (0.0, 0))
+            groups[kind][name] = total + loss, number + count
+    return groups
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_validation_means_are_those_of_transformers(runs: tuple[Path, list[str]], ranks: int) -> None:
+    folder, argv = runs
+    model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
+    means = _lines(folder / f"run{ranks}")[-1]["validation"]
+    store = open_stores(load_config(argv), 512)[1]
+    for kind, expected in _groups(store, model).items():
+        found = {
+            name: (mean["loss"] * mean["trained_tokens"], mean["trained_tokens"]) for name, mean in means[kind].items()
+        }
+        assert found.keys() == expected.keys()
+        assert len(found) == 2 if kind == "by_source" else len(found) > 1
+        for name, (total, count) in expected.items():
+            assert found[name] == (pytest.approx(total, rel=1e-5), count)
+    whole = sum(total for total, _ in expected.values()) / means["trained_tokens"]
+    assert means["loss"] == pytest.approx(whole, rel=1e-5)
+    by_level = means["by_level"].values()
+    assert sum(mean["trained_tokens"] for mean in by_level) == means["trained_tokens"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_an_epochs_losses_by_band_and_source_are_those_of_transformers(
+    runs: tuple[Path, list[str]], ranks: int
+) -> None:
+    folder, argv = runs
+    model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
+    store = open_stores(load_config(argv), 512)[0]
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for line in _lines(folder / f"run{ranks}"):
+        for kind, groups in (("by_length", line["loss_by_length"]), ("by_source", line["sources"])):
+            for name, mean in groups.items():
+                sums[kind, name][0] += mean["loss"] * mean["trained_tokens"]
+                sums[kind, name][1] += mean["trained_tokens"]
+    expected = {
+        (kind, name): [*pair] for kind, groups in _groups(store, model).items() for name, pair in groups.items()
+    }
+    assert sums.keys() == expected.keys()
+    for key, (total, count) in expected.items():
+        assert sums[key] == [pytest.approx(total, rel=1e-5), count]

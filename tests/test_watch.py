@@ -1,0 +1,146 @@
+"""What a run shows of itself: its console, its traces, what it hands to Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from hbp_titan.components.wandb_run import check_wandb
+from hbp_titan.distributed.world import log_rank
+from tests.tiny_run import write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Run folder, stdout and stderr of two ranks of which rank 1 speaks, with a trace and W&B offline."""
+    folder = tmp_path_factory.mktemp("watched")
+    argv = [*write_tiny_run(folder), "--training.steps=5", "--training.global_batch_tokens=600"]
+    argv += ["--metrics.enable_wandb=true", "--packing.print_comparison=true", "--metrics.live_check_interval=2"]
+    argv += ["--profiling.enable_profiling=true", "--profiling.first_step=2", "--profiling.last_step=3"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launcher, "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "LOG_RANK": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet}, check=True)
+    return folder / "run", done.stdout, done.stderr
+
+
+def test_console_is_of_one_rank_plain_and_of_80_columns(run: tuple[Path, str, str]) -> None:
+    folder, output, errors = run
+    lines = output.splitlines()
+    long = [line for line in lines if len(line) > 80 and str(folder) not in line]
+    assert long == []
+    assert "\x1b" not in output + errors
+    assert "\r" not in output + errors
+    assert sum(line.startswith("model: ") for line in lines) == 1
+    assert [line.split()[0] for line in lines if re.match(r"\d/5 ", line)] == [f"{step}/5" for step in range(1, 6)]
+    assert "Traceback" not in errors
+
+
+def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, str, str]) -> None:
+    folder, output, _ = run
+    start, end = output.split("1/5", 1)
+    for pattern in (
+        r"^model: model, [\d,]+ parameters, float32, computed in float32",
+        r"^weights: new ones",
+        r"^ranks: 2 on cpu$",
+        r"^data: 60 samples, [\d,]+ tokens, [\d,]+ of them trained$",
+        r"^level 128/cp1: dp 2 x cp 1, checkpointing none, \d+ iterations$",
+        r"^level 512/cp2: dp 1 x cp 2 \(ulysses, fused\), checkpointing none, \d+ iterations$",
+        r"^steps: 5 in all; the plan has \d+ steps of [\d,]+ \+- [\d,]+ tokens",
+        r"^predicted time: [\d.]+ (s|min) for 5 steps, from each level's first pass$",
+    ):
+        assert re.search(pattern, start, re.MULTILINE), pattern
+    assert re.search(r"^level +iterations +tokens +time +tok/s +mfu +padding +waiting$", end, re.MULTILINE)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("128/cp1", "512/cp2"):
+        done = sum(step["per_level"].get(name, {}).get("iterations", 0) for step in steps)
+        assert re.search(rf"^{name} +{done} ", end, re.MULTILINE)
+
+
+def test_lived_figures_are_shares_that_add_up(run: tuple[Path, str, str]) -> None:
+    steps = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        assert 0 <= step["time_imbalance"] < 1
+        assert 0 <= step["idle_share"] < 1
+        assert 0 <= step["abr"] < 1
+        levels = step["per_level"].values()
+        assert sum(level["seconds"] for level in levels) == pytest.approx(step["step_seconds"])
+        waiting = sum(level["waiting_seconds"] for level in levels)
+        assert waiting == pytest.approx(step["idle_share"] * step["step_seconds"])
+        assert sum(level["tokens"] for level in levels) == step["tokens"]
+        assert 0 < max(step["memory_by_level"].values()) <= step["peak_memory_gib"]
+    work = [step["live_check"]["work_by_rank"] for step in steps if "live_check" in step]
+    assert [len(of_ranks) for of_ranks in work] == [2] * len(work)
+    assert len(work) >= 2
+
+
+def test_one_trace_of_each_rank_holds_the_steps_that_were_asked_for(run: tuple[Path, str, str]) -> None:
+    folder = run[0] / "profile"
+    assert sorted(path.name for path in folder.glob("*/*")) == ["rank0.json", "rank1.json"]
+    trace = json.loads((folder / "steps-2-3" / "rank0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step#") for name in names) == 2
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of an offline run: LevelDB's log format behind seven bytes of W&B's own."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole of a record, or its last part
+            yield whole
+            whole = b""
+
+
+def test_weights_and_biases_gets_each_steps_figures_offline(run: tuple[Path, str, str]) -> None:
+    (path,) = (run[0] / "wandb").glob("offline-run-*/run-*.wandb")
+    rows, config = [], {}
+    for data in _records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        items = record.history.item
+        if items:
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    steps = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["loss_metrics/global_avg_loss"] for row in rows] == pytest.approx([step["loss"] for step in steps])
+    assert config["training"]["steps"] == 5
+
+
+def test_a_rank_that_is_not_there_cannot_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_RANK", "2")
+    assert log_rank(3) == 2
+    for text in ("3", "-1", "first"):
+        monkeypatch.setenv("LOG_RANK", text)
+        with pytest.raises(ValueError, match=f"LOG_RANK={text} is no rank of 3: set it to one of 0 to 2"):
+            log_rank(3)
+
+
+def test_weights_and_biases_without_a_login_is_said_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ValueError, match=r"enable_wandb = true, but: No API key .* set WANDB_MODE=offline"):
+        check_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb is not installed: pip install"):
+        check_wandb()
