@@ -24,6 +24,7 @@ NOT_RUN = {
     "export OMP_NUM_THREADS=1": "set for every command below",
     "./scripts/run_tests.sh": "runs this very test",
     "python -m pytest -m gpu": "needs a GPU",
+    "tensorboard --logdir outputs/debug_model/tensorboard": "serves until it is stopped",
     **dict.fromkeys(
         (
             "hf download meta-llama/Llama-3.1-8B-Instruct --local-dir models/Llama-3.1-8B-Instruct",
@@ -90,6 +91,9 @@ class Run:
 
 _PREPARED = "python scripts/prepare_data.py --job.config_file"
 _BENCH = {"llama3_2_1b": "debug", "16384,32768,65536,131072": "256,512"}
+_SHORT = "--training.steps 1 --data.max_samples 60 --validation.enable false --checkpoint.enable false"
+# The preset's data is in the copy, for the worked example; without it lengths like its own stand in.
+_NO_DATA = "--data.sources=[] --data.train_files not_here.jsonl"
 _FEW = "--repeats 1 --documents one"
 _COMPARED = {"train_configs/debug_model.toml": "X.toml", "--data.max_samples 1": "--repeats 1 --data.max_samples 1"}
 _LEVELS = {"8192": "512", "2048": "256", "1024": "128"}
@@ -118,10 +122,19 @@ RUNS = [
         "./run_train.sh --levels 1024,8192:2:allgather:keep_attention:4",
         "--training.steps 1 --job.dump_folder outputs/kept",
     ),
+    Run("LOG_RANK=1 ./run_train.sh"),
+    Run("WANDB_MODE=offline ./run_train.sh --metrics.enable_wandb true", f"{_SHORT} --job.dump_folder outputs/wandb"),
+    Run(
+        "./run_train.sh --profiling.enable_profiling true --profiling.first_step 10 --profiling.last_step 12",
+        f"{_SHORT} --job.dump_folder outputs/profiled",
+        {"first_step 10": "first_step 1", "last_step 12": "last_step 1"},
+    ),
+    Run("./run_train.sh --profiling.enable_memory_snapshot true", f"{_SHORT} --job.dump_folder outputs/snapshot"),
+    Run("python scripts/report.py outputs/debug_model"),
     Run(
         "NGPU=4 ./run_train.sh --model.flavor debug_moe --parallelism.expert_parallel_degree 2 "
         "--job.dump_folder outputs/moe",
-        "--training.steps 1 --data.max_samples 60 --validation.enable false --checkpoint.enable false",
+        _SHORT,
     ),
     Run("python scripts/generate.py outputs/debug_model/hf", "--count 1 --max_new_tokens 4"),
     Run("python scripts/audit_epoch.py outputs/debug_model"),
@@ -212,7 +225,7 @@ RUNS = [
         "--model.hf_path $M --checkpoint.initial_load_path $M --data.max_samples 20000 --repeats 1 --json compared.json"
     ),
     # Dry runs and estimates, as they stand.
-    Run("COMM_MODE=fake NGPU=32 CONFIG_FILE=train_configs/llama3_1_70b_hbp.toml ./run_train.sh"),
+    Run("COMM_MODE=fake NGPU=32 CONFIG_FILE=train_configs/llama3_1_70b_hbp.toml ./run_train.sh", _NO_DATA),
     Run(
         "COMM_MODE=fake NGPU=64 GPU=h200-141gb CONFIG_FILE=X.toml ./run_train.sh "
         "--levels 16384:1:ulysses:full,131072:8:ulysses:full"
@@ -222,7 +235,7 @@ RUNS = [
         "--checkpoint.initial_load_path DIR"
     ),
     Run("python -m hbp_titan.dry_run --world_size 32 --gpu h100-80gb --job.config_file X.toml"),
-    Run("hbp-titan dry_run --world_size 32 --job.config_file llama3_1_8b_hbp"),
+    Run("hbp-titan dry_run --world_size 32 --job.config_file llama3_1_8b_hbp", _NO_DATA),
     Run("python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32"),
     Run(
         "python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8"

@@ -25,9 +25,9 @@ from tests.docs_commands import NOT_RUN, RUNS, Run
 from tests.docs_text import PAGES, ROOT, Command, anchors, blocks, commands, links
 
 PLACEHOLDERS = ("X.toml", "train_configs/X.toml")
-# What run_train.sh and SLURM's script read, and two of torch's and of Python's.
+# What run_train.sh and SLURM's script read, and what others do.
 SHELL = "".join((ROOT / name).read_text() for name in ("run_train.sh", "scripts/slurm_train.sbatch"))
-VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK")
+VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE")
 
 
 class _Parsed(Exception):
