@@ -46,7 +46,7 @@ def main() -> None:
         name, path = guarded(lambda: _command(argv[0]))
         words = guarded(lambda: with_presets(argv[1:]))
         if name == "train" and "RANK" not in os.environ and not {"-h", "--help"} & set(words):
-            print("one rank; several: torchrun --nproc_per_node N -m hbp_titan train ...", file=sys.stderr, flush=True)
+            print("one rank; several: torchrun --nproc_per_node N -m hbp_titan train ...", flush=True)
         _run(name, path, words)
 
 
