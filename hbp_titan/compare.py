@@ -96,7 +96,8 @@ class MeasuredEpoch(Trainer):
     def __init__(self, config: JobConfig, world: World) -> None:
         super().__init__(config, world)
         self.prints = False
-        self.live_check = _IterationLog(WorkClock(self.model, world.device))  # type: ignore[assignment]
+        self.log = _IterationLog(WorkClock(self.model, world.device))
+        self.live_check = self.log  # type: ignore[assignment]
         self.records: list[dict[str, Any]] = []
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> dict[str, Any]:
@@ -112,11 +113,18 @@ class _IterationLog:
 
     def __init__(self, clock: WorkClock) -> None:
         self.clock = clock
+        self.seconds: list[tuple[float, float]] = []
 
     @contextmanager
     def iteration(self, index: int) -> Iterator[None]:
         with self.clock.iteration():
             yield
+
+    def take(self) -> list[tuple[float, float]]:
+        """As LiveCheck's; keeps them."""
+        seconds = self.clock.read()
+        self.seconds += seconds
+        return seconds
 
     def report(self, plan: Plan, steps_done: int) -> None:
         return None
@@ -135,7 +143,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
         trainer = MeasuredEpoch(config, world)
         trainer.train()
     plan = trainer.plans.of(0)
-    wall_IR, work_IR = _gathered(trainer.live_check.clock.read(), world)
+    wall_IR, work_IR = _gathered(trainer.log.seconds, world)
     records = trainer.records
     (seconds,) = all_reduce_values([sum(record["step_seconds"] for record in records)], "max", world.device)
     last = records[-max(len(records) // 10, 1) :]

@@ -55,7 +55,8 @@ def validate(config: JobConfig, world_size: int) -> None:
         check_levels(config.levels, world_size)
     if world_size % config.parallelism.dp_replicate:
         raise ValueError(
-            f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size {world_size}"
+            f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size "
+            f"{world_size}: change one of them"
         )
     if not (config.data.train_files or config.data.sources):
         raise ValueError("data.train_files is empty: name at least one file, or add a [[data.sources]] block")

@@ -62,6 +62,7 @@ def check_values(config: JobConfig) -> None:
         if value < 1:
             raise ValueError(f"{key} = {value} must be at least 1")
     _check_lora(config)
+    _check_validation(config)
     profiling = config.profiling
     if profiling.enable_profiling and not 1 <= profiling.first_step <= profiling.last_step:
         raise ValueError(
@@ -77,6 +78,21 @@ def check_values(config: JobConfig) -> None:
         raise ValueError(
             f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
             "redistribution would break the graph of a block; set one of the two back"
+        )
+
+
+def _check_validation(config: JobConfig) -> None:
+    share, data = config.validation.share, config.data
+    if not share < 1:
+        raise ValueError(f"validation.share = {share} must be below 1: it is a share of the training rows")
+    if share and (data.validation_files or data.validation_sources):
+        raise ValueError(
+            f"validation.share = {share} and data.validation_files or _sources: what is held out comes from one of the "
+            "two; set validation.share = 0, or name no sources"
+        )
+    if config.validation.enable and not (share or data.validation_files or data.validation_sources):
+        raise ValueError(
+            "validation.enable = true but nothing is held out: name data.validation_files, or set validation.share"
         )
 
 

@@ -245,11 +245,13 @@ class Checkpoint:
 @dataclass
 class Validation:
     enable: bool = False
-    """Evaluate data.validation_files during training."""
+    """Evaluate held-out samples during training."""
+    share: float = 0
+    """Hold out a seeded random share of the training rows, where data names no validation sources: never trained."""
     interval: int = 100
     """Optimizer steps between evaluations; also at the end."""
     max_samples: int = 0
-    """Evaluate a seeded share of so many samples; 0 evaluates all."""
+    """Evaluate a seeded random share of so many held-out samples; 0 evaluates all."""
 
 
 @dataclass

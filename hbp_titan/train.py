@@ -33,7 +33,7 @@ from hbp_titan.components.progress import Progress
 from hbp_titan.components.reproducibility import note_start, start_generators
 from hbp_titan.components.step_meter import StepMeter
 from hbp_titan.components.step_record import StepRecorder
-from hbp_titan.components.summary import compare_methods, describe_start, level_name
+from hbp_titan.components.summary import compare_methods, describe_start
 from hbp_titan.components.validation import Validator
 from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
@@ -60,9 +60,12 @@ from hbp_titan.distributed.world import (
 )
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.live_check import LiveCheck
+from hbp_titan.levels.out_of_memory import SETTING_UP, UPDATE, out_of_memory_in
 from hbp_titan.packing import Plan
+from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
+from hbp_titan.simulation.memory_advice import MemoryAdvisor
 from hbp_titan.simulation.predict import predicted_time
 
 
@@ -82,6 +85,7 @@ class Trainer:
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
+        self.memory = MemoryAdvisor(config, self.args, world)
         cost = cost_model(self.args, frozen=config.lora.rank > 0)
         if config.selects_levels:
             resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
@@ -95,9 +99,11 @@ class Trainer:
             self.shapes = self.shapes.covering(plan)
             self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), held_out, world)
 
-        self.engine = Engine(config, self.args, world)
+        self.memory.plan = self.plans.of(0)
+        with self.memory, out_of_memory_in(SETTING_UP):
+            self.engine = Engine(config, self.args, world)
+            self.optimizer = build_optimizer(self.engine.model, config.optimizer)
         self.model = self.engine.model
-        self.optimizer = build_optimizer(self.model, config.optimizer)
 
         # The whole of what a resumed run needs beside tensors.
         self.progress = Progress(config, self.args, self.plans, self.store.fingerprint)
@@ -125,7 +131,8 @@ class Trainer:
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
         self.signal = 0  # the one that any rank had got when the last step ended
-        self._resume()
+        with self.memory, out_of_memory_in(SETTING_UP):
+            self._resume()
 
     @property
     def step(self) -> int:
@@ -283,7 +290,8 @@ class Trainer:
         skipped = ""
         if math.isfinite(sum(loss_sums) + grad_norm):
             set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+            with out_of_memory_in(UPDATE):
+                self.optimizer.step()
         else:
             skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
         self.nonfinite.clear()
@@ -385,7 +393,8 @@ def main(argv: list[str]) -> None:
     snapshot = memory_snapshot(config.profiling, config.dump_folder, world.rank)
     with watchdog, told_once(world.rank, lambda: watchdog.where), snapshot:
         trainer = guarded(lambda: Trainer(config, world, watchdog), first_to_fail)
-        trainer.train()
+        with trainer.memory:
+            trainer.train()
     # Not after a failure: it would wait for ranks that are gone.
     close_world()
 

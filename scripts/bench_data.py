@@ -21,7 +21,8 @@ import platform
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.benchmark.data_speed import Speed, loader_speeds, preparation_speeds, table
 from hbp_titan.cli import guarded

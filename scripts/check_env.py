@@ -41,8 +41,8 @@ def _extra(project: dict[str, Any], name: str) -> list[str]:
     """What an extra asks for, and the extras of this project that it names."""
     requirements: list[str] = []
     for text in project["optional-dependencies"][name]:
-        own = re.fullmatch(re.escape(project["name"]) + r"\[(\w+)\]", text)
-        requirements += _extra(project, own[1]) if own else [text]
+        own = re.fullmatch(re.escape(project["name"]) + r"\[([\w,]+)\]", text)
+        requirements += [part for extra in own[1].split(",") for part in _extra(project, extra)] if own else [text]
     return requirements
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         requirements += _extra(project, "dev")
     missing = unmet(requirements)
     if missing:
-        print(f"error: not installed and not to be had here: {', '.join(missing)}", file=sys.stderr)
+        print(f"error: not installed and not to be had here: {', '.join(missing)}: pip install them", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -1,4 +1,6 @@
-"""Make a checkpoint from an HF folder: python scripts/convert_from_hf.py HF_DIR OUT
+"""Make a checkpoint from an HF folder.
+
+    python scripts/convert_from_hf.py HF_DIR OUT
 
 OUT is a checkpoint of the model alone, in fp32, that [checkpoint] initial_load_path takes: each rank then reads only
 its own shards. initial_load_path takes HF_DIR itself as well; convert once what is loaded often.
@@ -11,7 +13,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -1,4 +1,6 @@
-"""Write a checkpoint as an HF folder: python scripts/convert_to_hf.py CHECKPOINT OUT [--dtype bfloat16]
+"""Write a checkpoint as an HF folder.
+
+    python scripts/convert_to_hf.py CHECKPOINT OUT [--dtype bfloat16]
 
 CHECKPOINT is a step-N folder, or a run folder (its newest checkpoint is taken). OUT gets config.json, safetensors and
 the tokenizer's files; transformers, vLLM and SGLang load it. LoRA adapters are merged into the base they belong to.
@@ -10,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -1,4 +1,6 @@
-"""Greedy samples from an exported HF folder: python scripts/generate.py outputs/debug_model/hf
+"""Greedy answers of an exported HF folder to a few questions.
+
+    python scripts/generate.py outputs/debug_model/hf [--prompt TEXT]
 
 --prompt TEXT asks one question (several times: several questions); without it, the first prompts of --file
 (messages JSONL) are asked and the reference answers shown beside. Our own model code answers, on a GPU where there is
@@ -12,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
 from hbp_titan.distributed.world import local_device

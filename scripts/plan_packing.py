@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -34,7 +35,6 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     methods = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(
-        prog="plan_packing.py",
         description=__doc__,
         epilog=f"methods:\n{methods}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

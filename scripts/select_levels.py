@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
@@ -38,7 +39,6 @@ from hbp_titan.simulation.estimate import estimate_candidates
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     parser = argparse.ArgumentParser(
-        prog="select_levels.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

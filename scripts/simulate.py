@@ -22,7 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -53,7 +54,6 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     named = {**{name: method.summary for name, method in METHODS.items()}, **EXTRA_METHODS}
     parser = argparse.ArgumentParser(
-        prog="simulate.py",
         description=__doc__,
         epilog="methods:\n" + "\n".join(f"  {name:<18}{text}" for name, text in named.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,12 +11,18 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from hbp_titan import train
 from hbp_titan.levels.engine import Engine
 
 
 def _raise() -> None:
     raise RuntimeError("the third iteration went wrong")
+
+
+def _run_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 KiB.")
 
 
 def _sleep() -> None:
@@ -27,7 +33,7 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FAULTS = {"raises": _raise, "hangs": _sleep, "is killed": _die}
+FAULTS = {"raises": _raise, "runs out of memory": _run_out, "hangs": _sleep, "is killed": _die}
 
 
 def main(fault: str, argv: list[str]) -> None:

@@ -36,6 +36,16 @@ def test_an_error_is_told_by_the_rank_that_has_it_alone(tmp_path: Path) -> None:
     assert output.count("RuntimeError: the third iteration went wrong") == 1
 
 
+def test_a_rank_that_runs_out_of_memory_is_advised_and_takes_the_others_along(tmp_path: Path) -> None:
+    output, seconds = _run(tmp_path, "runs out of memory", num_ranks=2)
+    (head, change) = re.findall(r"^error: (.*)$", output, re.MULTILINE)
+    assert head.startswith("rank 1: out of memory in training at level 128/cp1 (max_tokens = 128, cp_degree = 1, ")
+    assert change.startswith("cheapest change that fits: in the [[levels]] block of max_tokens = 128 set ")
+    assert re.search(r"; as overrides: --levels=128:\S*,512:1:ulysses:none \(predicted peak ", change)
+    assert output.count(TRACEBACK) == 1
+    assert seconds < 90
+
+
 def test_a_killed_rank_takes_the_others_along(tmp_path: Path) -> None:
     output, seconds = _run(tmp_path, "is killed")
     assert len(re.findall(r"^rank [02] failed in step 3", output, re.MULTILINE)) == 1

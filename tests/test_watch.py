@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from hbp_titan.components.wandb_run import check_wandb
 from hbp_titan.distributed.world import log_rank
 from tests.tiny_run import write_tiny_run
 
@@ -128,3 +129,18 @@ def test_a_rank_that_is_not_there_cannot_speak(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("LOG_RANK", text)
         with pytest.raises(ValueError, match=f"LOG_RANK={text} is no rank of 3: set it to one of 0 to 2"):
             log_rank(3)
+
+
+def test_weights_and_biases_without_a_login_is_said_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ValueError, match=r"enable_wandb = true, but: No API key .* set WANDB_MODE=offline"):
+        check_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb is not installed: pip install"):
+        check_wandb()

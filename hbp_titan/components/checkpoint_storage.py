@@ -154,7 +154,10 @@ class FolderWriter(StorageWriter):
         return WriteError(f"{path}: {error.strerror}{hint}")
 
     def _no_space(self, what: str, needed: int, free: int) -> WriteError:
-        return WriteError(f"{self.partial}: no space for {what}: {needed:,} bytes needed, {free:,} free")
+        return WriteError(
+            f"{self.partial}: no space for {what}: {needed:,} bytes needed, {free:,} free: free some, or lower "
+            "checkpoint.keep_latest_k"
+        )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -82,7 +82,9 @@ def check_model_shapes(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     }
     faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if faults:
-        raise ValueError(f"{path}: its tensors are not those of this model; {'; '.join(faults)}")
+        raise ValueError(
+            f"{path}: its tensors are not those of this model; {'; '.join(faults)}: name the model that it was saved of"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hbp_titan.components.summary import level_name
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World, gather_values
 from hbp_titan.job_config import Training
 from hbp_titan.packing import Plan
+from hbp_titan.packing.level import level_name
 
 FILE = "nonfinite.jsonl"
 SHOWN = 10

@@ -18,7 +18,7 @@ from hbp_titan.job_config import LRScheduler, Optimizer
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only: norms and biases have one dim.
+    """AdamW with weight decay on matrices only: norms and biases have one dim. Its state is there at once, all zeros.
 
     Stacks of experts are a group of their own, because a fused update takes tensors of one mesh.
     """
@@ -28,13 +28,34 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimize
         {"params": [p for p in trained if p.ndim > 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
+    _make_state(optimizer)
+    return optimizer
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate what the optimizer keeps, as before its first step.
+
+    Else the first update would be the first to run out of memory, and a checkpoint before it would count as an update:
+    torch's get_optimizer_state_dict makes a missing state by a step.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def lr_factor(config: LRScheduler, total_steps: int) -> Callable[[int], float]:

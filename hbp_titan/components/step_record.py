@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from hbp_titan.components.loss_means import LossMeans, NamedSources, finite
 from hbp_titan.components.normalizer import weight_range
 from hbp_titan.components.step_times import StepTimes
-from hbp_titan.components.summary import level_name
 from hbp_titan.data.loader import SampleWeights
 from hbp_titan.distributed.hardware import peak_flops
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan
+from hbp_titan.packing.level import level_name
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def attention_balance(plan: Plan, first: int, last: int) -> float:
     ratios = []
     for iteration in range(first, last):
         attention = packs[plan.pack_offsets[iteration] : plan.pack_offsets[iteration + 1]]
-        ratios.append(1 - float(attention.mean() / attention.max()))
+        ratios.append(1 - float(attention.mean() / attention.max()) if attention.any() else 0.0)
     return sum(ratios) / len(ratios)
 
 

@@ -19,15 +19,10 @@ from hbp_titan.job_config import JobConfig, LoRA
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import num_params
-from hbp_titan.packing import Level, Plan, comparison_table, measure
+from hbp_titan.packing import Plan, comparison_table, measure
+from hbp_titan.packing.level import level_name
 
 COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
-
-
-def level_name(level: Level) -> str:
-    """A level in one word: 8K/cp2."""
-    tokens = level.max_tokens
-    return f"{tokens // 1024}K/cp{level.cp_degree}" if tokens % 1024 == 0 else f"{tokens}/cp{level.cp_degree}"
 
 
 def compare_methods(plans: EpochPlans) -> str:

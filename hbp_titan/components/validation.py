@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from hbp_titan.components.loss_means import LossCollector, NamedSources
-from hbp_titan.components.summary import level_name
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
 from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.packing.level import level_name
 
 
 class Validator:

@@ -16,12 +16,20 @@ _IDENTITY = "wandb_id"
 
 
 def check_wandb() -> None:
-    """ValueError where the package is missing."""
+    """ValueError where the package is missing, or the run is to go online and nobody is logged in."""
     try:
-        import wandb  # noqa: F401
+        import wandb
     except ImportError:
         raise ValueError(
             "metrics.enable_wandb = true but wandb is not installed: pip install 'hbp-titan[wandb]', or set it to false"
+        ) from None
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise ValueError(
+            f"metrics.enable_wandb = true, but: {error} Or set WANDB_MODE=offline: the run folder keeps all of it"
         ) from None
 
 

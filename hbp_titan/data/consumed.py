@@ -163,7 +163,7 @@ def read_attempts(run_folder: Path, steps_done: int) -> list[Attempt]:
                 Attempt(folder, first, last_step, epoch, parts, world_size, values["data"], Path(values["store"]))
             )
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: not an attempt of a consumed record") from None
+            raise ValueError(f"{path}: not an attempt of a consumed record: move it away") from None
         last_step = min(last_step, first - 1)
     return attempts[::-1]
 

@@ -91,9 +91,9 @@ def check_experts(args: ModelArgs, degree: int, shards: int) -> None:
     if args.moe is None:
         raise ValueError(f"{key}: the model {args.name} has no experts; leave it at 1")
     if shards % degree:
-        raise ValueError(f"{key} does not divide the {shards} ranks of one copy of the parameters")
+        raise ValueError(f"{key} does not divide the {shards} ranks of one copy of the parameters: change one of them")
     if args.moe.n_routed_experts % degree:
-        raise ValueError(f"{key} does not divide the model's {args.moe.n_routed_experts} experts")
+        raise ValueError(f"{key} does not divide the model's {args.moe.n_routed_experts} experts: change it")
     rest, widths = shards // degree, (args.moe.moe_intermediate_size, args.hidden_size)
     if all(width % rest for width in widths):
         raise ValueError(

@@ -51,5 +51,7 @@ def told_once(rank: int, where: Callable[[], str]) -> Iterator[None]:
         if first_to_fail():
             user_mistake = isinstance(error, Mistakes | OSError)
             text = error_lines(error) if user_mistake else f"rank {rank} failed in {where()}:\n{traceback.format_exc()}"
+            if user_mistake and os.environ.get("HBP_TRACEBACK") == "1":
+                text = f"{traceback.format_exc()}{text}"
             print(text.rstrip(), file=sys.stderr, flush=True)
         raise SystemExit(1) from None

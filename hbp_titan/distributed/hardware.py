@@ -7,6 +7,7 @@ and bandwidths are the vendor's; efficiencies are the share of them that trainin
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 
@@ -102,3 +103,9 @@ def get_hardware(name: str) -> Hardware:
     close = difflib.get_close_matches(key, HARDWARE, n=1, cutoff=0.3)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"hardware {name!r} is none of {', '.join(HARDWARE)}{hint}")
+
+
+def hardware_like(device: torch.device, memory_bytes: int, gpus_per_node: int) -> Hardware:
+    """The entry of the table that `device` is called by, with its own memory; without one, as on a CPU, the H100's."""
+    like = hardware_of(device) or HARDWARE["h100-80gb"]
+    return dataclasses.replace(like, memory_bytes=memory_bytes, gpus_per_node=gpus_per_node)

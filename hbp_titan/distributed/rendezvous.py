@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+_MEND = "are all nodes started, with the same RDZV_ENDPOINT, RDZV_ID and NNODES, and is the port open?"
 _POLL_SECONDS = 0.05
 
 
@@ -39,7 +40,7 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timede
             try:
                 store.wait(joined, timeout)
             except dist.DistStoreError as error:
-                raise RuntimeError(f"the ranks did not meet within {timeout.total_seconds():.0f} s") from error
+                raise RuntimeError(f"the ranks did not meet within {timeout.total_seconds():.0f} s: {_MEND}") from error
         store.set(f"hbp_titan/{own}", json.dumps([store.get(key).decode() for key in joined]))
         return f"hbp_titan/{own}"
     end = time.monotonic() + timeout.total_seconds()
@@ -53,4 +54,4 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timede
             if store.check([name]) and own in json.loads(store.get(name)):
                 return name
         time.sleep(_POLL_SECONDS)
-    raise RuntimeError(f"rank {rank} did not meet rank 0 within {timeout.total_seconds():.0f} s")
+    raise RuntimeError(f"rank {rank} did not meet rank 0 within {timeout.total_seconds():.0f} s: {_MEND}")

@@ -7,7 +7,6 @@ a level fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hbp_titan.config import JobConfig
-from hbp_titan.distributed.context_parallel import check_heads
-from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.hardware import Hardware
 from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.selection.memory_estimate import MemoryEstimate, estimate_memory
-from hbp_titan.simulation.estimate import MEMORY_MARGIN, estimate_candidates
-
-# Up to so many times the ranks are tried where no other change helps.
-MOST_RANKS = 64
+from hbp_titan.simulation.cheapest_change import MOST_RANKS, Change, Search, shown
+from hbp_titan.simulation.estimate import usable_bytes
 
 
 @dataclass(frozen=True)
@@ -86,82 +81,23 @@ def level_memory(config: JobConfig, args: ModelArgs, world_size: int, level: Lev
     return LevelMemory(level, configured, policies)
 
 
-def usable_bytes(hardware: Hardware) -> int:
-    """Bytes of a GPU that tensors may take."""
-    return int(hardware.memory_bytes * (1 - MEMORY_MARGIN))
-
-
 def cheapest_change(
     config: JobConfig, args: ModelArgs, world_size: int, hardware: Hardware, level: Level, load: FloatArray
 ) -> str:
-    """What to set so that `level` fits: of the first kind of change that helps at all, the fastest.
-
-    The kinds, from the cheapest: checkpointing; experts spread over more ranks; one copy of the parameters instead of
-    several; a higher cp degree; more ranks. load: a typical pack of the level, as from pack_loads, [4].
-    """
-    for text, changed, ranks, levels in _changes(config, args, world_size, level):
-        candidates = estimate_candidates(args, changed, hardware, ranks, levels)
-        fitting = [(float(c.time.seconds(load)), c.level) for c in candidates if c.time is not None]
-        if fitting:
-            return text + _settings(min(fitting, key=lambda pair: pair[0])[1], level)
-    return f"even {MOST_RANKS * world_size} ranks do not hold it: lower its max_tokens, or use another GPU"
-
-
-def _changes(
-    config: JobConfig, args: ModelArgs, world_size: int, level: Level
-) -> Iterator[tuple[str, JobConfig, int, list[Level]]]:
-    """Changes from the cheapest: in words, the configuration, the ranks, and the levels to choose from."""
-    same = _policies(level)
-    yield "", config, world_size, same
-    yield from _more_expert_parallel(config, args, world_size, same)
-    one_copy = _with_parallelism(config, dp_replicate=1)
-    if config.parallelism.dp_replicate > 1:
-        yield "set parallelism.dp_replicate = 1; ", one_copy, world_size, same
-    cp_degree = 2 * level.cp_degree
-    while world_size % cp_degree == 0 and level.max_tokens % cp_degree == 0:
-        yield "", one_copy, world_size, _policies(_with_cp(level, cp_degree, args))
-        cp_degree *= 2
-    factor = 2
-    while factor <= MOST_RANKS:
-        yield f"use {factor * world_size} ranks; ", one_copy, factor * world_size, same
-        factor *= 2
+    """What to set so that `level` fits, in words. load: a typical pack of the level, as from pack_loads, [4]."""
+    search = Search(config, args, world_size, hardware, level, load, usable_bytes(hardware))
+    found = search.cheapest()
+    if found is not None:
+        return _settings(found, config, level)
+    more, shorter = search.more_ranks(), search.shorter()
+    words = []
+    if more is not None:
+        words.append(f"use {more.world_size} ranks; {_settings(more, config, level)}")
+    if shorter is not None:
+        words.append(f"{_settings(shorter, config, level)} (a longer sample falls under data.overlong)")
+    return ", or ".join(words) or f"even {MOST_RANKS * world_size} ranks do not hold it: use another GPU"
 
 
-def _more_expert_parallel(
-    config: JobConfig, args: ModelArgs, world_size: int, levels: list[Level]
-) -> Iterator[tuple[str, JobConfig, int, list[Level]]]:
-    degree, shards = config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate
-    while args.moe is not None and 2 * degree <= min(shards, args.moe.n_routed_experts):
-        degree *= 2
-        try:
-            check_experts(args, degree, shards)
-        except ValueError:
-            continue
-        changed = _with_parallelism(config, expert_parallel_degree=degree)
-        yield f"set parallelism.expert_parallel_degree = {degree}; ", changed, world_size, levels
-
-
-def _with_parallelism(config: JobConfig, **changes: int) -> JobConfig:
-    return dataclasses.replace(config, parallelism=dataclasses.replace(config.parallelism, **changes))  # type: ignore[arg-type]
-
-
-def _policies(level: Level) -> list[Level]:
-    return [dataclasses.replace(level, ac_policy=policy, ac_layers=None) for policy in AC_POLICIES]
-
-
-def _with_cp(level: Level, cp_degree: int, args: ModelArgs) -> Level:
-    """The level at another cp degree, as "hybrid" where the heads do not allow its style."""
-    changed = dataclasses.replace(level, cp_degree=cp_degree)
-    try:
-        check_heads([changed], args.num_heads, args.num_kv_heads)
-    except ValueError:
-        return dataclasses.replace(changed, cp_style="hybrid")
-    return changed
-
-
-def _settings(level: Level, before: Level) -> str:
-    """The keys in which `level` differs, as they stand in its [[levels]] block."""
-    names: Sequence[str] = ("cp_degree", "cp_style", "ac_policy", "ac_layers")
-    changed = [(name, getattr(level, name)) for name in names if getattr(level, name) != getattr(before, name)]
-    words = [f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in changed]
-    return f"set {', '.join(words)}" if words else "with the level as it is"
+def _settings(change: Change, config: JobConfig, level: Level) -> str:
+    groups = [change.config_settings(config), change.level_settings(level)]
+    return "; ".join(f"set {shown(group)}" for group in groups if group) or "with the level as it is"

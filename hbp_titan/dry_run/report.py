@@ -10,12 +10,14 @@ import dataclasses
 import numpy as np
 import torch
 
-from hbp_titan.components.summary import describe_plan, level_name
+from hbp_titan.components.summary import describe_plan
 from hbp_titan.distributed.parallelize import compute_dtype
-from hbp_titan.dry_run.memory import LevelMemory, usable_bytes
+from hbp_titan.dry_run.memory import LevelMemory
 from hbp_titan.dry_run.run import DryRun
+from hbp_titan.packing.level import level_name
 from hbp_titan.selection.memory_estimate import MemoryEstimate
 from hbp_titan.selection.selection import duration
+from hbp_titan.simulation.estimate import usable_bytes
 
 
 def describe(found: DryRun) -> str:

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 
 from hbp_titan.cli import Mistakes
-from hbp_titan.components.summary import level_name
 from hbp_titan.config import JobConfig
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.distributed.hardware import Hardware
 from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.world import fake_world
-from hbp_titan.dry_run.memory import LevelMemory, RankState, cheapest_change, level_memory, rank_state, usable_bytes
+from hbp_titan.dry_run.memory import LevelMemory, RankState, cheapest_change, level_memory, rank_state
 from hbp_titan.dry_run.samples import Samples, samples_of
 from hbp_titan.levels.engine import parallelized_on_meta
 from hbp_titan.levels.level_time import FloatArray, pack_loads
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Plan
+from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check_without_data, cost_model, model_args
 from hbp_titan.selection.memory_estimate import MemoryEstimate
-from hbp_titan.simulation.estimate import time_model
+from hbp_titan.simulation.estimate import time_model, usable_bytes
 from hbp_titan.simulation.simulate import Replay, replay
 
 # Shards above this share of an even one are told: rounding alone makes less.

@@ -21,6 +21,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import DTYPES, parallelize
 from hbp_titan.distributed.world import World
+from hbp_titan.levels.out_of_memory import TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.lora import apply_lora
@@ -62,27 +63,16 @@ class Engine:
         """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
 
         That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
+        Raises OutOfMemory, as evaluate does.
         """
-        try:
+        with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
             objective.backward()
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(self._out_of_memory(batch)) from error
         return losses_S
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
         return self._run(batch, linear_cross_entropy)
-
-    def _out_of_memory(self, batch: PackedBatch) -> str:
-        level = self.runtime.levels[batch.level]
-        held = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}" if self.device.type == "cuda" else "?"
-        layers = "all" if level.ac_layers is None else level.ac_layers
-        return (
-            f"out of memory at the level with max_tokens={level.max_tokens}, cp_degree={level.cp_degree}, "
-            f"ac_policy={level.ac_policy!r} on {layers} layers, at a peak of {held} GiB: set ac_policy = 'full' on "
-            "more layers of that [[levels]] block, raise its cp_degree, or lower its max_tokens"
-        )
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain loss of each sample, as `forward_backward`, without gradients."""
@@ -90,7 +80,7 @@ class Engine:
         def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> tuple[None, Tensor]:
             return None, linear_cross_entropy_losses(hidden, weight, labels, chunk_tokens)
 
-        with torch.no_grad():
+        with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
             return self._run(batch, plain)[1]
 
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:

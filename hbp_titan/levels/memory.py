@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, on a GPU or a CPU, to the byte.
+"""How much memory a rank has, and how much a piece of work takes, on a GPU or a CPU, to the byte.
 
 Owns the measurement: CUDA's allocator keeps the statistics itself; on the CPU torch's profiler reports every
 allocation and release, also those inside operators (work is slower while it watches: do not time it).
@@ -6,12 +6,21 @@ allocation and release, also those inside operators (work is slower while it wat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def device_memory(device: torch.device, local_ranks: int) -> int:
+    """Bytes that this rank can use: of its GPU what others leave, of a machine with `local_ranks` ranks its share."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
 
 
 @dataclass

@@ -261,7 +261,10 @@ def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: Mod
     kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating point": not_float}
     faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if faults:
-        raise ValueError(f"{folder}: the weights do not fit {args.hf_model_type} config.json; {'; '.join(faults)}")
+        raise ValueError(
+            f"{folder}: the weights do not fit {args.hf_model_type} config.json, restore the folder; "
+            + "; ".join(faults)
+        )
 
 
 def _listed(names: Iterable[str], limit: int = 20) -> str:

@@ -14,17 +14,13 @@ from numpy.typing import NDArray
 from hbp_titan.packing.arrays import IntArray, shuffled
 from hbp_titan.packing.metrics import Metrics
 from hbp_titan.packing.plan import Plan
-from hbp_titan.packing.svg import Chart, short
+from hbp_titan.packing.svg import PALETTE, Chart, short
 
 SHOWN_ITERATIONS = 60
 EPOCH_BINS = 120
 FILL_BINS = 50
 
 _STYLE = """
-:root { --ink: #1c2430; --soft: #5c6675; --grid: #e3e7ed; --paper: #ffffff; --panel: #f7f9fb;
-  --c0: #2f6fb7; --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --grid: #2c3440; --paper: #12161c;
-  --panel: #1a2029; --c0: #6aa6e8; --c1: #f0a85a; --c2: #64c496; --c3: #d98abd; --c4: #a79df0; --c5: #c0ad88; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1120px; margin: 32px auto; padding: 0 20px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 6px; }
@@ -62,7 +58,7 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Packing plan</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<style>{PALETTE}{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 

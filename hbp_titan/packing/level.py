@@ -1,6 +1,6 @@
 """Level: one packing length with the parallelism and recomputation that serve it (paper section 3.1).
 
-Owns the Level type and the check of an ordered set of levels against a world size.
+Owns the Level type, its name, and the check of an ordered set of levels against a world size.
 """
 
 from __future__ import annotations
@@ -106,3 +106,9 @@ def parse_levels(text: str) -> tuple[Level, ...]:
 def level_from_dict(values: dict[str, Any]) -> Level:
     """A Level from its plain form (as in JSON); keys are the field names."""
     return Level(**values)
+
+
+def level_name(level: Level) -> str:
+    """A level in one word: 8K/cp2."""
+    tokens = level.max_tokens
+    return f"{tokens // 1024}K/cp{level.cp_degree}" if tokens % 1024 == 0 else f"{tokens}/cp{level.cp_degree}"

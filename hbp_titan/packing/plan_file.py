@@ -91,7 +91,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         described = json.loads(entries.pop("__metadata__")["plan"])
         end = max(entry["data_offsets"][1] for entry in entries.values())
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not a plan file") from None
+        raise ValueError(f"{path}: not a plan file: delete it to plan anew") from None
     if path.stat().st_size != 8 + size + end:
         raise ValueError(
             f"{path}: the plan file is damaged: {path.stat().st_size} bytes where its header says {8 + size + end}: "
@@ -115,4 +115,6 @@ def _compare(path: Path, found: Mapping[str, Any], expect: Mapping[str, Any]) ->
         if found.get(name) != wanted:
             differences.append(f"{name} is {json.dumps(found.get(name))} in the file but {json.dumps(wanted)} here")
     if differences:
-        raise ValueError(f"{path}: the plan was made from other inputs: {'; '.join(differences)}")
+        raise ValueError(
+            f"{path}: the plan was made from other inputs: {'; '.join(differences)}: delete it to plan anew"
+        )

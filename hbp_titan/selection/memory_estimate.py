@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -57,6 +58,15 @@ def estimate_memory(
     return _Composition(args, level, config, world_size, device_type, loss_tokens).estimate()
 
 
+def estimate_evaluation(
+    args: ModelArgs, level: Level, config: JobConfig, world_size: int, *, device_type: str
+) -> MemoryEstimate:
+    """The same for a forward without gradients, as validation runs it: nothing is kept for a backward."""
+    # What a fully recomputed block does in its forward is what a block does without gradients.
+    level = replace(level, ac_policy="full", ac_layers=None)
+    return _Composition(args, level, config, world_size, device_type, None).evaluation()
+
+
 def fewest_layers(peak_all: float, peak_fewer: float, depth_all: int, depth_fewer: int, limit: float) -> int | None:
     """The fewest layers to checkpoint for a peak of at most `limit` bytes (the paper's GreedyProfileCkpt).
 
@@ -102,17 +112,13 @@ class _Composition:
         self.hidden = tokens * args.hidden_size * dtype.itemsize
         # cos and sin, float32, of all layers.
         self.rope = 2 * tokens * args.rope_dim * 4
-        with torch.device("meta"):
-            model = build_model(args)
-            if config.lora.rank:
-                apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
+        sizes = _model_sizes(replace(args, rope_scaling=None), config.lora.rank, tuple(config.lora.target_modules))
         reduce_dtype = DTYPES[config.training.mixed_precision_reduce]
-        self.block = _gathered_block(max(model.layers, key=num_elements), dtype, reduce_dtype, self.shards, spread)
-        self.vocab = Gathered.of(num_elements(model.head), dtype, reduce_dtype, self.shards)
+        self.block = _gathered_block(sizes, dtype, reduce_dtype, self.shards, spread)
+        self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        elements = num_elements(model) + 3 * trained
-        self.resident = elements * DTYPES[config.training.dtype].itemsize // self.shards
+        itemsize = DTYPES[config.training.dtype].itemsize
+        self.resident = (sizes.model + 3 * sizes.trained) * itemsize // self.shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]
@@ -120,6 +126,11 @@ class _Composition:
         for i in range(len(self.blocks)):
             moments += [self._forward_moment(i, saved), self._backward_moment(i, saved), self._reduce_moment(i, saved)]
         return MemoryEstimate(self.resident, sum(saved), max(moments) - sum(saved))
+
+    def evaluation(self) -> MemoryEstimate:
+        nothing = [0] * len(self.blocks)
+        moments = [self._head_moment(nothing), *(self._forward_moment(i, nothing) for i in range(len(self.blocks)))]
+        return MemoryEstimate(self.resident, 0, max(moments))
 
     def _held(self, layers_kept: int, saved: list[int]) -> int:
         """Held while a block works: tied weights, cos and sin, what earlier layers saved, parameters not freed."""
@@ -186,15 +197,41 @@ class Gathered:
         return Gathered(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+@dataclass(frozen=True)
+class _ModelSizes:
+    """Elements of a model's parameters: all, the trained ones, the head's, its largest block's and of those experts."""
+
+    model: int
+    trained: int
+    head: int
+    block: int
+    experts: int
+
+
+@lru_cache(maxsize=64)
+def _model_sizes(args: ModelArgs, lora_rank: int, target_modules: tuple[str, ...]) -> _ModelSizes:
+    with torch.device("meta"):
+        model = build_model(args)
+        if lora_rank:
+            apply_lora(model, lora_rank, 1.0, list(target_modules))
+    block = max(model.layers, key=num_elements)
+    return _ModelSizes(
+        model=num_elements(model),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        head=num_elements(model.head),
+        block=num_elements(block),
+        experts=sum(num_elements(module) for module in block.modules() if isinstance(module, Experts)),
+    )
+
+
 def _gathered_block(
-    block: nn.Module, dtype: torch.dtype, reduce_dtype: torch.dtype, shards: int, spread: int
+    sizes: _ModelSizes, dtype: torch.dtype, reduce_dtype: torch.dtype, shards: int, spread: int
 ) -> Gathered:
     """A block's parameters; where its experts are spread over ranks they are a group of their own."""
     if spread == 1:
-        return Gathered.of(num_elements(block), dtype, reduce_dtype, shards)
-    experts = sum(num_elements(module) for module in block.modules() if isinstance(module, Experts))
-    rest = Gathered.of(num_elements(block) - experts, dtype, reduce_dtype, shards)
-    return rest + Gathered.of(experts // spread, dtype, reduce_dtype, shards // spread)
+        return Gathered.of(sizes.block, dtype, reduce_dtype, shards)
+    rest = Gathered.of(sizes.block - sizes.experts, dtype, reduce_dtype, shards)
+    return rest + Gathered.of(sizes.experts // spread, dtype, reduce_dtype, shards // spread)
 
 
 def num_elements(module: nn.Module) -> int:

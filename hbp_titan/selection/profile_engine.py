@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -21,7 +20,8 @@ from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
 from hbp_titan.levels.engine import Engine
-from hbp_titan.levels.memory import measure_memory
+from hbp_titan.levels.memory import device_memory, measure_memory
+from hbp_titan.levels.out_of_memory import OutOfMemory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.selection.profile_packs import Packs
@@ -31,11 +31,7 @@ T = TypeVar("T")
 
 def available_memory(world: World) -> int:
     """Bytes that a rank can use, the least over all ranks: of its GPU what others leave, of a machine its share."""
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        own = free + torch.cuda.memory_reserved(world.device)
-    else:
-        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_node(world.size)
+    own = device_memory(world.device, ranks_per_node(world.size))
     return int(-all_reduce_values([-float(own)], "max", world.device)[0])
 
 
@@ -127,10 +123,9 @@ class ProfileEngine:
             # Graphs of an earlier engine would count towards the compiler's limit.
             torch._dynamo.reset()
             self._engine = Engine(self.config, self.args, self.world)
+            self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
             for parameter in self._engine.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
-            self._optimizer.step()
         return self._engine
 
     def _index(self, level: Level) -> int:
@@ -151,10 +146,8 @@ class ProfileEngine:
         result, failed = None, False
         try:
             result = work()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not isinstance(
-                error.__cause__, torch.OutOfMemoryError
-            ):
+        except RuntimeError as error:
+            if not any(isinstance(e, torch.OutOfMemoryError | OutOfMemory) for e in (error, error.__cause__)):
                 raise
             failed = True
         # Here the exception is gone, and the tensors that its traceback held.

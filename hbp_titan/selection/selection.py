@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.components.summary import level_name
 from hbp_titan.config import JobConfig
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import EpochTime, FloatArray, LevelTime, pack_loads, predict_epoch
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
+from hbp_titan.packing.level import level_name
 
 IntArray = NDArray[np.int64]
 

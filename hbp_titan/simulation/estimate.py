@@ -7,7 +7,7 @@ depth of checkpointing that memory allows (the least, paper section 3.1), and th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.hardware import Hardware
@@ -24,15 +24,19 @@ MEMORY_MARGIN = 0.05
 
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
     """The TimeModel of a run of this configuration."""
+    return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
+
+
+def sharding(config: JobConfig) -> Sharding:
+    """How parameters are spread, as the TimeModel wants it."""
     bytes_of = {"float32": 4, "bfloat16": 2, "auto": 2}
-    sharding = Sharding(
+    return Sharding(
         dp_replicate=config.parallelism.dp_replicate,
         expert_parallel=config.parallelism.expert_parallel_degree,
         reshard_after_forward=config.parallelism.reshard_after_forward,
         param_bytes=bytes_of[config.training.mixed_precision_param],
         reduce_bytes=bytes_of[config.training.mixed_precision_reduce],
     )
-    return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding)
 
 
 def estimate_candidates(
@@ -49,29 +53,39 @@ def estimate_candidates(
     level that does not fit has time None and the peak that it would need. fixed_seconds: of each iteration.
     """
     model = dataclasses.replace(time_model(args, config, hardware, world_size), fixed_seconds=fixed_seconds)
-    limit = int(hardware.memory_bytes * (1 - MEMORY_MARGIN))
+    limit = usable_bytes(hardware)
     candidates = []
     for level in levels:
-        level, peak = _least_recomputation(args, config, world_size, level, limit)
-        candidates.append(Candidate(level, model.level_time(level) if peak <= limit else None, peak))
+
+        def peak(at: Level) -> int:
+            return estimate_memory(args, at, config, world_size, device_type="cuda").peak_bytes
+
+        level, peak_bytes = least_recomputation(peak, level, args.num_layers, limit)
+        candidates.append(Candidate(level, model.level_time(level) if peak_bytes <= limit else None, peak_bytes))
     return candidates
 
 
-def _least_recomputation(
-    args: ModelArgs, config: JobConfig, world_size: int, level: Level, limit: int
-) -> tuple[Level, int]:
-    """The level with the fewest checkpointed layers whose peak is at most `limit`, or all of them; and its peak."""
+def usable_bytes(hardware: Hardware) -> int:
+    """Bytes of a GPU that tensors may take."""
+    return int(hardware.memory_bytes * (1 - MEMORY_MARGIN))
 
-    def peak(layers: int | None) -> int:
-        at_depth = dataclasses.replace(level, ac_layers=layers)
-        return estimate_memory(args, at_depth, config, world_size, device_type="cuda").peak_bytes
+
+def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int) -> tuple[Level, int]:
+    """The level with the fewest of `depth` layers checkpointed whose peak is at most `limit`, or all; and its peak.
+
+    A level that names its ac_layers, or does not recompute, stays as it is.
+    """
+
+    def peak(layers: int) -> int:
+        return peak_bytes(dataclasses.replace(level, ac_layers=layers))
 
     if level.ac_policy == "none" or level.ac_layers is not None:
-        return level, peak(level.ac_layers)
-    depth = args.num_layers
-    layers = fewest_layers(peak(depth), peak(0), depth, 0, limit)
-    layers = depth if layers is None else layers
+        return level, peak_bytes(level)
+    found = fewest_layers(peak(depth), peak(0), depth, 0, limit)
+    layers = depth if found is None else found
     # Between its two ends the peak is not quite a straight line.
     while layers < depth and peak(layers) > limit:
         layers += 1
+    while layers > 0 and peak(layers - 1) <= limit:
+        layers -= 1
     return dataclasses.replace(level, ac_layers=layers), peak(layers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm, lr_factor
 from hbp_titan.job_config import LRScheduler, Optimizer
@@ -50,3 +53,27 @@ def test_clipping_scales_to_the_norm_and_zero_turns_it_off() -> None:
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert float(clip_grad_norm(model, max_norm)) == pytest.approx(5.0)
         assert model.weight.grad[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_state_is_there_before_the_first_update_and_changes_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5))
+    assert all(p.equal(old) and p.grad is None for p, old in zip(model.parameters(), before, strict=True))
+    get_optimizer_state_dict(model, optimizer)  # as a checkpoint does; it makes what is missing
+    assert len(optimizer.state) == len(before)
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+    # torch's own AdamW makes its state in the first step.
+    twin = copy.deepcopy(model)
+    groups = [{**group, "params": []} for group in optimizer.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group, source in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = [dict(twin.named_parameters())[names[id(p)]] for p in source["params"]]
+    for each, stepped in ((model, optimizer), (twin, torch.optim.AdamW(groups))):
+        for _ in range(2):
+            each(torch.ones(3, 4)).square().sum().backward()
+            stepped.step()
+            stepped.zero_grad()
+    assert all(p.equal(q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

@@ -290,7 +290,16 @@ def test_a_folder_without_record_or_plan_is_refused(run: Run) -> None:
 
 def test_ledger_that_does_not_add_up_is_named() -> None:
     totals = {"rows": 9, "whole": 5, "truncated": 1, "split": 1, "excluded: empty": 2, "not_chosen": 0}
-    totals |= {"samples_made": 8, "duplicate": 1, "not drawn": 0, "trained": 7, "copies": 7, "samples": 14}
+    totals |= {
+        "samples_made": 8,
+        "duplicate": 1,
+        "not drawn": 0,
+        "held out": 0,
+        "not held out": 0,
+        "trained": 7,
+        "copies": 7,
+        "samples": 14,
+    }
     lines, faults = check_ledger(totals, 14)
     assert lines[0] == "ledger: 9 rows = 5 whole + 1 truncated + 1 split + 2 excluded: empty"
     assert lines[2] == "ledger: 14 samples = 7 trained + 7 copies"

@@ -64,7 +64,7 @@ class ChatTokenizer:
         Raises ValueError where the template refuses the conversation or cannot tell what the assistant said.
         """
         if not messages:
-            raise ValueError("no message")
+            raise ValueError("the conversation has no message")
         if tools and self._other_for_tools:
             raise ValueError(
                 "the tokenizer folder has another template for tools (tool_use): make it chat_template.jinja"

@@ -16,6 +16,10 @@ from hbp_titan.data.chat.text_encoder import Span
 
 Tools = Sequence[dict[str, Any]] | None
 
+_CUT_BLOCKS = (
+    "the chat template cuts its {% generation %} blocks apart, so the loss mask is unknown: put each around a whole "
+    "answer"
+)
 _USE_BLOCKS = "so the loss mask is unknown: use a template with {% generation %} blocks"
 
 
@@ -164,9 +168,9 @@ def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[
         length += len(inside)
         for part in after:
             if not starts:
-                raise ValueError("the chat template cuts its {% generation %} blocks apart: the loss mask is unknown")
+                raise ValueError(_CUT_BLOCKS)
             spans.append((starts.pop(), length))
             length += len(part)
     if starts or closing in first:
-        raise ValueError("the chat template cuts its {% generation %} blocks apart: the loss mask is unknown")
+        raise ValueError(_CUT_BLOCKS)
     return "".join(text), [(start, end) for start, end in spans if start < end]

@@ -146,7 +146,7 @@ def _parse_sharegpt(row: _Record) -> Conversation:
         messages.append(check_message(value, number, keys, row.roles))
     system = row.optional_text("system")
     if system and messages and messages[0]["role"] == "system":
-        raise ValueError(f"both the column {row.name('system')} and message 1 hold a system prompt: which one counts?")
+        raise ValueError(f"both the column {row.name('system')} and message 1 hold a system prompt: leave one out")
     return row.conversation([{"role": "system", "content": system}, *messages] if system else messages)
 
 

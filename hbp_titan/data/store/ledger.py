@@ -13,7 +13,7 @@ def check_ledger(totals: Mapping[str, int], samples: int) -> tuple[list[str], li
     outcomes = [key for key in totals if key.startswith("excluded: ")]
     sums = {
         "rows": ["whole", "truncated", "split", *outcomes, "not_chosen"],
-        "samples_made": ["duplicate", "not drawn", "trained"],
+        "samples_made": ["duplicate", "not drawn", "held out", "not held out", "trained"],
         "samples": ["trained", "copies"],
     }
     lines, faults = [], []

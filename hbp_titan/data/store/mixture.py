@@ -1,7 +1,7 @@
 """Which samples of which sources an epoch trains, and how often.
 
-Owns repeats, weights and the removal of duplicates: index arithmetic over finished source stores, nothing is
-tokenized again.
+Owns repeats, weights, the removal of duplicates and the share that is held out: index arithmetic over finished source
+stores, nothing is tokenized again.
 """
 
 from __future__ import annotations
@@ -57,3 +57,25 @@ def first_of_each(digests: Sequence[NDArray[np.void]]) -> list[NDArray[np.bool_]
     is_first = np.zeros(len(everything), dtype=np.bool_)
     is_first[first] = True
     return np.split(is_first, np.cumsum([len(values) for values in digests])[:-1])
+
+
+def held_out(digests: NDArray[np.void], rows: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+    """For each sample of a source, whether it is held out: a share of the rows, random by `seed`.
+
+    digests: of 16 bytes, [n]; rows: the row of each sample, equal ones adjacent, [n]. The content of a row's first
+    sample decides for all that the row was split into: equal rows, of any source, are on the same side, and a row stays
+    there when others come or go.
+    """
+    first = np.ones(len(rows), dtype=np.bool_)
+    first[1:] = rows[1:] != rows[:-1]
+    words = np.ascontiguousarray(digests).view("<u8").reshape(-1, 2)[:, 0]
+    drawn = _mixed(words ^ _mixed(np.array([seed], dtype=np.uint64)))
+    return (drawn < np.uint64(int(share * 2.0**64)))[np.flatnonzero(first)[np.cumsum(first) - 1]]
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function: every bit of a value decides over every bit of the result."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

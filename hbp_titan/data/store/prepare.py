@@ -19,13 +19,15 @@ from hbp_titan.data.sources.row_files import RowIndex, index_rows, read_records
 from hbp_titan.data.sources.row_formats import check_mapping, detect_format
 from hbp_titan.data.sources.source_files import source_files
 from hbp_titan.data.store.fingerprint import file_digests, fingerprint
-from hbp_titan.data.store.mixture import draw, epoch_counts, first_of_each, share_out
+from hbp_titan.data.store.mixture import draw, epoch_counts, first_of_each, held_out, share_out
 from hbp_titan.data.store.source_store import FORMAT_VERSION, SourceStore, build_source_store, malformed_rows
 from hbp_titan.data.store.team import Team, own_cores
 from hbp_titan.data.store.token_store import (
     DROPPED,
     DUPLICATE,
+    HELD_OUT,
     NOT_DRAWN,
+    NOT_HELD_OUT,
     TokenStore,
     check_fits,
     check_strict,
@@ -41,7 +43,8 @@ FORMAT_ROWS = 100
 def prepare(
     config: JobConfig, progress: bool = True, most_tokens: int | None = None, team: Team | None = None
 ) -> tuple[Path, Path | None]:
-    """Folders of the training store and, where data.validation_files or _sources names any, of the validation store.
+    """Folders of the training store and, where data.validation_files or _sources or validation.share asks for one, of
+    the validation store.
 
     Builds the embedded corpus and the stores that are not there yet; what is there is found again in well under a
     second. The validation store takes its share by validation.max_samples. To be called by all ranks of `team`.
@@ -56,12 +59,12 @@ def prepare(
         if not config.levels:
             raise ValueError("no level is given: add at least one [[levels]] block (scripts/select_levels.py chooses)")
         most_tokens = config.levels[-1].max_tokens
-    folders = []
-    for key, limit in (("train", data.max_samples), ("validation", config.validation.max_samples)):
-        sources = _named_sources(config, key)
-        if sources or key == "train":
-            folders.append(_Preparation(config, sources, limit, most_tokens, team, progress).run())
-    return folders[0], folders[1] if len(folders) == 2 else None
+    training = _Preparation(config, _named_sources(config, "train"), data.max_samples, most_tokens, team, progress)
+    named, most = _named_sources(config, "validation"), config.validation.max_samples
+    folder = training.run()
+    if named:
+        return folder, dataclasses.replace(training, sources=named, max_samples=most).run()
+    return folder, dataclasses.replace(training, holds_out=True).run() if config.validation.share else None
 
 
 def open_stores(config: JobConfig, most_tokens: int, team: Team | None = None) -> list[TokenStore]:
@@ -81,24 +84,29 @@ def _named_sources(config: JobConfig, key: str) -> list[tuple[str, DataSource]]:
     return short + [(f"{blocks_key}[{number}]", source) for number, source in enumerate(blocks, start=1)]
 
 
+@dataclasses.dataclass
 class _Preparation:
-    """One set: its sources' files, their rows, their stores, the mixture."""
+    """One set: its sources' files, their rows, their stores, the mixture.
 
-    def __init__(
-        self,
-        config: JobConfig,
-        sources: list[tuple[str, DataSource]],
-        max_samples: int,
-        most_tokens: int,
-        team: Team,
-        progress: bool,
-    ) -> None:
-        self.config, self.data, self.team, self.progress = config, config.data, team, progress
-        self.cache = Path(config.data.cache_folder)
-        self.sources, self.max_samples, self.most_tokens = sources, max_samples, most_tokens
-        self.recipe = Recipe(config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes)
+    sources: each with the key that names it. max_samples: rows of all of them together. holds_out: the set has those
+    samples that validation.share takes from training; the set without it has the others.
+    """
+
+    config: JobConfig
+    sources: list[tuple[str, DataSource]]
+    max_samples: int
+    most_tokens: int
+    team: Team
+    progress: bool
+    holds_out: bool = False
+
+    def __post_init__(self) -> None:
+        self.data = self.config.data
+        self.cache = Path(self.data.cache_folder)
+        self.share = self.config.validation.share
+        self.recipe = Recipe(self.config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes)
         if self.data.overlong != "error":
-            self.recipe = dataclasses.replace(self.recipe, max_tokens=most_tokens, overlong=self.data.overlong)
+            self.recipe = dataclasses.replace(self.recipe, max_tokens=self.most_tokens, overlong=self.data.overlong)
 
     def run(self) -> Path:
         """The folder of the set, made where it is not there yet; the checks that its configuration asks for."""
@@ -118,6 +126,9 @@ class _Preparation:
         contents = [[[file.name, digests[file]] for file in group] for group in files]
         blocks = [{**dataclasses.asdict(source), "path": ""} for _, source in self.sources]
         settings = {"max_samples": self.max_samples, "duplicates": self.data.duplicates, "seed": self.data.seed}
+        if self.share:
+            most = self.config.validation.max_samples if self.holds_out else 0
+            settings |= {"share": self.share, "holds_out": self.holds_out, "most": most}
         digest = fingerprint({**base, "sources": contents, "blocks": blocks, **settings})
         folder = self.cache / f"set-{digest[:16]}"
         if not all(self.team.gather(folder.is_dir())):
@@ -205,8 +216,13 @@ class _Preparation:
             for number, first in enumerate(first_of_each([store.samples["digest"] for store in stores])):
                 dropped.append(_dropped(number, kept[number][~first], DUPLICATE))
                 kept[number] = kept[number][first]
+        if self.share:
+            kept = self._divided(stores, kept, dropped)
         blocks = [source for _, source in self.sources]
-        counts = epoch_counts([len(part) for part in kept], [s.repeat for s in blocks], [s.weight for s in blocks])
+        available = [len(part) for part in kept]
+        counts = epoch_counts(available, [s.repeat for s in blocks], [s.weight for s in blocks])
+        if self.holds_out:
+            counts = share_out(self.config.validation.max_samples or sum(available), available)
         drawn = []
         for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
             drawn.append(draw(part, count, (self.data.seed, number)))
@@ -220,6 +236,28 @@ class _Preparation:
             "eos_token_id": tokenizer.token_id("eos_token"),
         }
         write_set(folder, stores, drawn, np.concatenate(dropped), meta)
+
+    def _divided(
+        self, stores: list[SourceStore], kept: list[NDArray[np.int64]], dropped: list[NDArray[np.int64]]
+    ) -> list[NDArray[np.int64]]:
+        """The samples of each store on this set's side of validation.share; those of the other go to `dropped`."""
+        parts = []
+        for number, (store, part) in enumerate(zip(stores, kept, strict=True)):
+            held = held_out(store.samples["digest"], _rows(store.samples), self.share, self.data.seed)[part]
+            own = held == self.holds_out
+            dropped.append(_dropped(number, part[~own], NOT_HELD_OUT if self.holds_out else HELD_OUT))
+            parts.append(part[own])
+        if not sum(map(len, parts)):
+            use, mend = ("hold out", "raise") if self.holds_out else ("train on", "lower")
+            raise ValueError(
+                f"validation.share = {self.share} leaves no sample to {use} of {sum(map(len, kept))}: {mend} it"
+            )
+        return parts
+
+
+def _rows(samples: NDArray[Any]) -> NDArray[np.int64]:
+    """A number for the row of each sample of a store, [n]."""
+    return (samples["file"].astype(np.int64) << 40) + samples["line"].astype(np.int64)
 
 
 def _dropped(store: int, samples: NDArray[np.int64], reason: str) -> NDArray[np.int64]:

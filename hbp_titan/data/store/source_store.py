@@ -29,7 +29,7 @@ from hbp_titan.data.store.shards import SAMPLE, Shard, ShardReport, cut_shards, 
 from hbp_titan.data.store.team import Team
 from hbp_titan.data.store.tokenize_rows import EXCLUDED, SPLIT, TRUNCATED, Recipe
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PLACED = np.dtype([*((name, SAMPLE[name]) for name in SAMPLE.names or ()), ("shard", "<u4"), ("start", "<i8")])
 # Each open shard takes two maps, and a map may take a file handle.
 OPEN_SHARDS = 200

@@ -28,8 +28,8 @@ from hbp_titan.cli import Mistakes
 from hbp_titan.data.store.source_store import FORMAT_VERSION, SourceStore, publish
 
 MAX_SOURCES = 1 << 16
-DUPLICATE, NOT_DRAWN = "duplicate", "not drawn"
-DROPPED = (DUPLICATE, NOT_DRAWN)
+DUPLICATE, NOT_DRAWN, HELD_OUT, NOT_HELD_OUT = "duplicate", "not drawn", "held out", "not held out"
+DROPPED = (DUPLICATE, NOT_DRAWN, HELD_OUT, NOT_HELD_OUT)
 
 
 class TokenStore:
@@ -97,7 +97,7 @@ class TokenStore:
         """Counts of rows by outcome and of samples, which were seen to add up when the set was made:
 
         rows = not_chosen + excluded: each reason + whole + truncated + split
-        samples_made (of the last three) = duplicate + not drawn + trained
+        samples_made (of the last three) = duplicate + not drawn + held out + not held out + trained
         samples (of an epoch) = trained + copies
         """
         return dict(self.meta["totals"])
@@ -119,7 +119,7 @@ def write_set(
     """
     if not sum(map(len, drawn)):
         found = "; ".join(f"{store.meta['files'][0]}: {_reasons(store)}" for store in stores)
-        raise ValueError(f"no sample is left to train on: {found}")
+        raise ValueError(f"no sample is left to train on: {found}: mend the rows, or change [data]")
     names: dict[str, int] = {}
     columns: dict[str, list[NDArray[Any]]] = {
         name: [] for name in ("lengths", "loss_tokens", "sources", "stores", "places")

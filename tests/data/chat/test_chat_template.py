@@ -349,7 +349,7 @@ def test_tools_are_given_to_the_template_and_cannot_spell_control_tokens(tmp_pat
 
 def test_what_cannot_be_encoded_is_said(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, CHATML_PLAIN)
-    with pytest.raises(ValueError, match=r"^no message$"):
+    with pytest.raises(ValueError, match=r"^the conversation has no message$"):
         ChatTokenizer(folder).encode([])
     with pytest.raises(ValueError, match=r"a lone surrogate, U\+D800"):
         ChatTokenizer(folder).encode(chat("a\ud800", "b"))

@@ -485,5 +485,5 @@ def test_a_missing_foreign_or_damaged_store_is_named(tmp_path: Path) -> None:
         TokenStore.open(store.folder).sample(0)
     meta = json.loads((store.folder / "meta.json").read_text())
     (store.folder / "meta.json").write_text(json.dumps({**meta, "format_version": 0}))
-    with pytest.raises(ValueError, match=r"format 0 is not this version's 3"):
+    with pytest.raises(ValueError, match=r"format 0 is not this version's 4"):
         TokenStore.open(store.folder)

@@ -1,0 +1,162 @@
+"""The look of the page, for screens wide and narrow and for paper, and the script that shows values under the pointer.
+
+Owns style sheet and script. Without the script the page shows all but these values; tables have them too.
+"""
+
+STYLE = """
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  color: var(--ink); background: var(--paper); }
+main { max-width: 1160px; margin: 0 auto; padding: 28px 24px 64px; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -0.01em; }
+h2 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h3 { font-size: 18px; margin: 0 0 4px; letter-spacing: -0.005em; }
+p { color: var(--soft); margin: 0 0 10px; max-width: 84ch; overflow-wrap: anywhere; }
+a { color: var(--c0); }
+nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 0 0 16px; }
+article + article, nav + section { margin-top: 24px; }
+article + article, section + article { border-top: 3px solid var(--grid); padding-top: 32px; margin-top: 48px; }
+section { margin-top: 36px; padding-top: 20px; border-top: 1px solid var(--grid); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 14px 0; }
+.card { background: var(--panel); border: 1px solid var(--grid); border-radius: 10px; padding: 10px 14px;
+  min-width: 0; }
+.card span, .card small { display: block; color: var(--soft); font-size: 12px; }
+.card b { display: block; font-size: 21px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 2px 28px; margin: 14px 0; }
+.facts div { display: flex; gap: 10px; min-width: 0; border-bottom: 1px solid var(--grid); padding: 4px 0; }
+.facts dt { flex: 0 0 110px; color: var(--soft); } .facts dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; margin: 12px 0;
+  align-items: start; }
+.row > * { min-width: 0; }
+figure { margin: 0; background: var(--panel); border: 1px solid var(--grid); border-radius: 10px;
+  padding: 12px 14px 8px; min-width: 0; }
+figcaption { font-size: 14px; } figcaption small { color: var(--soft); margin-left: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--soft); margin: 2px 0 4px; }
+.legend i { font-style: normal; overflow-wrap: anywhere; } .legend s { display: inline-block; width: 10px;
+  height: 10px; border-radius: 3px; margin-right: 5px; vertical-align: -1px; }
+.chart { display: block; width: 100%; height: auto; font-size: 11px; fill: var(--soft);
+  font-variant-numeric: tabular-nums; touch-action: pan-y; }
+.chart polyline { stroke-linejoin: round; stroke-linecap: round; }
+.chart .cross { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 3; }
+.wide { margin: 12px 0; }
+.lanes { display: grid; grid-template-columns: max-content 1fr; gap: 5px 12px; align-items: center; margin-top: 8px; }
+.lanes .legend { margin: 0; }
+.lanes .name { font-size: 12px; color: var(--soft); text-align: right; }
+.lane { display: block; width: 100%; height: 18px; background: var(--paper); border-radius: 4px; overflow: hidden; }
+.lane.tall { height: 64px; } .lane line { vector-effect: non-scaling-stroke; stroke-width: 2; }
+.axis { position: relative; height: 16px; font-size: 11px; color: var(--soft); font-variant-numeric: tabular-nums; }
+.axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.axis .end { right: 0; transform: none; }
+.scroll { overflow-x: auto; margin: 12px 0; max-width: 100%; }
+.row .scroll { margin: 0; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
+caption { text-align: left; font-weight: 600; padding: 0 0 4px; }
+th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--grid); font-weight: 400; }
+thead th { color: var(--soft); font-size: 12px; vertical-align: bottom; }
+tbody th { max-width: 340px; overflow: hidden; text-overflow: ellipsis; }
+th:first-child { text-align: left; } .marked th, .marked td { font-weight: 600; }
+td small { color: var(--soft); }
+.note { font-size: 12.5px; margin: 6px 0 4px; }
+.missing { font-size: 13.5px; border-left: 3px solid var(--grid); padding: 2px 0 2px 10px; margin: 10px 0; }
+details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: 10px; border-radius: 8px;
+  font-size: 12.5px; }
+#tip { position: fixed; z-index: 9; pointer-events: none; background: var(--ink); color: var(--paper);
+  font-size: 12.5px; line-height: 1.45; padding: 6px 10px; border-radius: 7px; max-width: min(340px, 90vw);
+  white-space: pre-line;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+#tip[hidden] { display: none; }
+@media (max-width: 600px) {
+  main { padding: 18px 14px 48px; } .chart { font-size: 15px; } figure { padding: 10px 10px 6px; }
+  .facts dt { flex-basis: 92px; } .cards { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); }
+  .lanes { grid-template-columns: 1fr; gap: 2px; } .lanes .legend { margin: 0; }
+.lanes .name { text-align: left; margin-top: 6px; }
+  .axis span:nth-child(even) { display: none; }
+}
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --grid: #ccc; --paper: #fff; --panel: #fff; --c0: #2f6fb7;
+    --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a; --c6: #2b9aa8; --c7: #c4504a; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { font-size: 11px; } main { max-width: none; padding: 0; } nav, #tip { display: none; }
+  .row { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
+  table { white-space: normal; font-size: 10px; }
+  figure, table, .card { break-inside: avoid; } h3 { break-after: avoid; } article { break-before: auto; }
+}
+"""
+
+SCRIPT = """
+'use strict';
+(() => {
+  const tip = document.getElementById('tip');
+  const show = (text, event) => {
+    tip.textContent = text;
+    tip.hidden = false;
+    const box = tip.getBoundingClientRect();
+    const left = Math.min(event.clientX + 14, innerWidth - box.width - 8);
+    const above = event.clientY - box.height - 12;
+    tip.style.left = Math.max(8, left) + 'px';
+    tip.style.top = (above > 8 ? above : event.clientY + 18) + 'px';
+  };
+  // A browser's own tips do not come on touch, and would come twice.
+  const own = new Map();
+  for (const title of document.querySelectorAll('svg title')) {
+    own.set(title.parentNode, title.textContent);
+    title.remove();
+  }
+  const named = (target, svg) => {
+    for (let node = target; node && node !== svg; node = node.parentNode) if (own.has(node)) return own.get(node);
+    return '';
+  };
+  const curvesOf = (svg) => [...svg.querySelectorAll('polyline[data-name]')].map((line) => ({
+    name: line.dataset.name,
+    at: [...line.points].map((point) => point.x),
+    x: line.dataset.x.split(' '),
+    y: line.dataset.y.split(' '),
+  }));
+  for (const svg of document.querySelectorAll('svg')) {
+    let curves = null;
+    let cross = null;
+    const leave = () => {
+      tip.hidden = true;
+      if (cross) { cross.remove(); cross = null; }
+    };
+    svg.addEventListener('pointerleave', leave);
+    svg.addEventListener('pointercancel', leave);
+    const move = (event) => {
+      const text = named(event.target, svg);
+      curves = curves || curvesOf(svg);
+      if (text || !curves.length) {
+        leave();
+        if (text) show(text, event);
+        return;
+      }
+      const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
+      let nearest = null;
+      const found = curves.map((curve) => {
+        let best = 0;
+        curve.at.forEach((at, i) => { if (Math.abs(at - x) < Math.abs(curve.at[best] - x)) best = i; });
+        const far = Math.abs(curve.at[best] - x);
+        if (!nearest || far < nearest.far) nearest = { far, at: curve.at[best], x: curve.x[best] };
+        return { name: curve.name, far, y: curve.y[best] };
+      }).filter((one) => one.far < 30);
+      if (!cross) {
+        cross = document.createElementNS('http://www.w3.org/2000/svg', 'line');
+        cross.setAttribute('class', 'cross');
+        const box = svg.viewBox.baseVal;
+        cross.setAttribute('y1', 8);
+        cross.setAttribute('y2', box.height - 46);
+        svg.appendChild(cross);
+      }
+      cross.setAttribute('x1', nearest.at);
+      cross.setAttribute('x2', nearest.at);
+      const label = svg.querySelector('.x').textContent;
+      const shown = Number(nearest.x).toLocaleString('en-US', { maximumSignificantDigits: 7 });
+      show([`${label} ${shown}`, ...found.map((one) => `${one.name}: ${one.y}`)].join('\\n'), event);
+    };
+    svg.addEventListener('pointermove', move);
+    svg.addEventListener('pointerdown', move);
+  }
+})();
+"""
