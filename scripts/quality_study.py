@@ -3,7 +3,7 @@
     python scripts/quality_study.py
     python scripts/quality_study.py --variants isf,flat_sorted --seeds 1,2,3 --parallel 2
     python scripts/quality_study.py --launch torchrun --ranks 8 --folder outputs/study_8b \\
-        --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000
+        --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 --data.validation_files V.jsonl
 
 Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
 and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hbp_titan.config import JobConfig, load_config, to_toml
+from hbp_titan.config_checks import check_values
 from hbp_titan.data.store.prepare import open_stores
 from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
@@ -98,10 +99,9 @@ def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
     config = load_config(overrides)
     if config.packing.levels == "auto" or not config.levels:
         raise ValueError("a study compares runs on the same levels: name them in [[levels]] or by --levels")
-    if not (config.data.validation_files or config.data.validation_sources):
-        raise ValueError("a study compares losses of held-out samples: data.validation_files is empty")
     config.validation.enable = True
     config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False
+    check_values(config)
     return config
 
 

@@ -43,8 +43,9 @@ class Launch:
     ranks: int
 
     def __post_init__(self) -> None:
-        if self.kind not in LAUNCHES or self.ranks < 1:
-            raise ValueError(f"launch {self.kind!r} of {self.ranks} ranks: one of {', '.join(LAUNCHES)}, at least 1")
+        assert self.kind in LAUNCHES
+        if self.ranks < 1:
+            raise ValueError(f"--ranks {self.ranks} must be at least 1")
 
     def command(self, config_file: Path) -> list[str]:
         """What starts the run that `config_file` describes."""

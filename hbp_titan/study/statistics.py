@@ -36,8 +36,7 @@ def paired_difference(values: Sequence[float], base: Sequence[float], confidence
     """values - base, pair by pair: at least two pairs. Interval and p are Student's with n - 1 degrees of freedom."""
     differences = np.asarray(values, np.float64) - np.asarray(base, np.float64)
     n = len(differences)
-    if n < 2:
-        raise ValueError(f"{n} pair: an interval needs at least 2 seeds")
+    assert n > 1, "one pair has no spread"
     mean, deviation = mean_and_deviation(differences.tolist())
     error = deviation / n**0.5
     half = t_quantile((1 + confidence) / 2, n - 1) * error

@@ -5,8 +5,6 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from typing import Any
 
-import pytest
-
 from hbp_titan.study.chart import draw
 from hbp_titan.study.tables import band_table, loss_table, plan_table
 
@@ -84,8 +82,3 @@ def test_the_chart_has_a_row_for_each_variant_with_an_interval() -> None:
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 6
     lefts = [float(c.attrib["cx"]) for c in root.iter("{http://www.w3.org/2000/svg}circle")][:3]
     assert lefts == sorted(lefts)
-
-
-def test_a_chart_of_one_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="a chart needs two variants with two seeds"):
-        draw({**STUDY, "runs": [run for run in STUDY["runs"] if run["seed"] == 1]})
