@@ -97,6 +97,7 @@ _NO_DATA = "--data.sources=[] --data.train_files not_here.jsonl"
 _FEW = "--repeats 1 --documents one"
 _COMPARED = {"train_configs/debug_model.toml": "X.toml", "--data.max_samples 1": "--repeats 1 --data.max_samples 1"}
 _LEVELS = {"8192": "512", "2048": "256", "1024": "128"}
+_STUDY = "--job.config_file X.toml --training.steps 1 --checkpoint.enable false"
 _ELASTIC = {"train_configs/debug_model.toml": "X.toml", "2500": "60"}
 
 RUNS = [
@@ -385,6 +386,27 @@ RUNS = [
             "epochs 40": "epochs 4",
             "interval 10": "interval 2",
         },
+    ),
+    # The quality study: on the copy's own configuration, without bases.
+    Run("python scripts/quality_study.py --parallel 2", f"--variants hbp --seeds 1 {_STUDY}"),
+    Run(
+        "python scripts/quality_study.py --variants isf,flat_sorted --seeds 1,2,3",
+        f"--folder outputs/part {_STUDY}",
+        {"isf,flat_sorted": "isf", "1,2,3": "1"},
+    ),
+    Run(
+        "python scripts/quality_study.py --launch torchrun --ranks 8 --seeds 1,2,3 --folder outputs/study_8b "
+        "--job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 "
+        "--data.validation_files held_out.jsonl",
+        "--variants hbp --training.steps 1 --checkpoint.enable false",
+        {"--ranks 8": "--ranks 2", "1,2,3": "1", "train_configs/llama3_1_8b_hbp.toml": "X.toml", "20000": "60"},
+    ),
+    Run(
+        "python scripts/quality_study.py --variants hbp --folder outputs/quality_48 --training.steps 48 "
+        "--job.config_file outputs/quality/hbp/seed-1/run.toml "
+        "--checkpoint.initial_load_path 'outputs/quality/base/seed-{seed}/hf'",
+        "--seeds 1",
+        {" --checkpoint.initial_load_path 'outputs/quality/base/seed-{seed}/hf'": "", "steps 48": "steps 2"},
     ),
 ]
 """In this order: some need what those before them left."""

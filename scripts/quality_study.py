@@ -1,0 +1,73 @@
+"""Train the same samples with HBP and what it is compared with, over several seeds; losses of held-out samples.
+
+    python scripts/quality_study.py
+    python scripts/quality_study.py --variants isf,flat_sorted --seeds 1,2,3 --parallel 2
+    python scripts/quality_study.py --launch torchrun --ranks 8 --folder outputs/study_8b \\
+        --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 --data.validation_files V.jsonl
+
+Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
+and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default
+one process trains the packs of all of them in turn, which gives their losses (hbp_titan/study/in_turn.py). Without a
+config file a small model is trained on the debug data: on short samples first (FOLDER/base), then by every variant.
+
+A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
+Prints Markdown tables; writes study.json, tables.md and quality.svg in FOLDER. Every key of the configuration can be
+given too. docs/quality.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hbp_titan.cli import guarded
+from hbp_titan.study.chart import draw
+from hbp_titan.study.quality import is_built_in, run_study, study_config, train_bases
+from hbp_titan.study.runs import LAUNCHES, Launch
+from hbp_titan.study.tables import band_table, loss_table, plan_table
+from hbp_titan.study.variants import VARIANTS, parse_variants
+
+
+def main(argv: list[str]) -> None:
+    """Train, then print the tables."""
+    known = "\n".join(f"  {variant.name:12} {variant.says}" for variant in VARIANTS.values())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"variants:\n{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--variants", default="", help="beside the default, parted by commas [all]")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="of each variant [1,2,3,4,5]")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("--ranks", type=int, default=4, help="that plans are made for [4]")
+    parser.add_argument("--launch", choices=LAUNCHES, default="in_turn", help="one process a run, or torchrun")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="of the study [outputs/quality]")
+    options, overrides = parser.parse_known_args(argv)
+    seeds = [int(word) for word in options.seeds.split(",") if word.strip().isdecimal()]
+    if len(seeds) != len(options.seeds.split(",")) or len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds {options.seeds}: not different whole numbers, parted by commas")
+    if options.parallel < 1:
+        raise ValueError(f"--parallel {options.parallel} must be at least 1")
+    launch, variants = Launch(options.launch, options.ranks), parse_variants(options.variants)
+    config = study_config(overrides, options.folder)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if is_built_in(overrides):
+        train_bases(options.folder, launch, seeds, options.parallel, report)
+    study = run_study(config, options.folder, launch, variants, seeds, options.parallel, report)
+    tables = "\n\n".join([loss_table(study), band_table(study), plan_table(study)])
+    print(f"\n{tables}")
+    (options.folder / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    if len(seeds) > 1 and len(variants) > 1:
+        (options.folder / "quality.svg").write_text(draw(study), encoding="utf-8")
+    print(f"\nwrote {options.folder}")
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1:]))
