@@ -26,8 +26,8 @@ from hbp_titan.cli import guarded
 
 PACKAGE = Path(__file__).resolve().parent
 MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.dry_run.__main__"}
-# Serves run_train.sh and run_tests.sh alone.
-NOT_COMMANDS = ("check_env",)
+# What serves a checkout alone.
+NOT_COMMANDS = ("check_env", "list_errors")
 CONFIG_KEY = "--job.config_file"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from hbp_titan.models.hf import save_hf_folder
 from hbp_titan.models.registry import build_model
-from tests.checkout import make_checkout
+from tests.checkout import ROOT, make_checkout
 from tests.tiny_run import ARGS, write_tiny_run
 
 # Eight heads, because levels of eight ranks are tried on it, and positions for the longest of them.
@@ -88,7 +89,7 @@ def make_documented_checkout(root: Path) -> Path:
     _edit(root / "train_configs" / preset, root / "small" / preset, SMALL_8B)
     for name in ("X.toml", "train_configs/X.toml"):
         (root / name).write_text(X_TOML)
-    (root / "docs").mkdir()
+    shutil.copytree(ROOT / "docs", root / "docs")
     _write_data(root)
     _write_models(root)
     return root

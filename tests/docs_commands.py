@@ -24,6 +24,14 @@ NOT_RUN = {
     "export OMP_NUM_THREADS=1": "set for every command below",
     "./scripts/run_tests.sh": "runs this very test",
     "python -m pytest -m gpu": "needs a GPU",
+    "pip install '.[data]'": "installs packages",
+    ".venv/bin/pip install -e '.[wandb]'": "installs packages",
+    "python scripts/list_errors.py": "compares the repository's own files; a test runs it there",
+    "git lfs pull": "is for a data set's repository",
+    "cp -L": "is named without its files",
+    "sbatch --signal=B:USR1@600": "is named without its script",
+    "python scripts/prepare_data.py": "is named without a run's arguments",
+    "PYTHON=/path/to/python3.11 ./run_train.sh": "the environment of the tests is used",
     "tensorboard --logdir outputs/debug_model/tensorboard": "serves until it is stopped",
     **dict.fromkeys(
         (
@@ -132,6 +140,7 @@ RUNS = [
     ),
     Run("./run_train.sh --profiling.enable_memory_snapshot true", f"{_SHORT} --job.dump_folder outputs/snapshot"),
     Run("python scripts/report.py outputs/debug_model"),
+    Run("HBP_TRACEBACK=1 LOG_RANK=3 ./run_train.sh", replace={"LOG_RANK=3": "LOG_RANK=1"}),
     Run(
         "NGPU=4 ./run_train.sh --model.flavor debug_moe --parallelism.expert_parallel_degree 2 "
         "--job.dump_folder outputs/moe",
@@ -166,6 +175,13 @@ RUNS = [
     Run("NNODES=4 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=X.toml ./run_train.sh", "--job.dump_folder outputs/4"),
     Run("NNODES=2 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=X.toml ./run_train.sh", "--training.steps 4"),
     Run("python scripts/audit_epoch.py outputs/X"),
+    Run("python scripts/report.py outputs/X"),
+    Run(
+        "python scripts/report.py outputs/hbp outputs/flat_sorted --html compared.html",
+        replace={"hbp": "X", "flat_sorted": "X_lr"},
+    ),
+    Run(f"{_PREPARED} X.toml --world_size 32"),
+    Run("python scripts/convert_to_hf.py outputs/X OUT", replace={" OUT": " OUT_X32"}),
     Run("python scripts/evaluate.py outputs/X/hf --help"),
     Run("python scripts/evaluate.py outputs/X/hf --perplexity held_out.jsonl --overlong skip"),
     Run("python scripts/evaluate.py outputs/X/hf --needles --lengths 4096,16384"),
@@ -364,6 +380,10 @@ RUNS = [
         "--shrink --num_samples 8 --world_sizes 1,2 --only levels",
     ),
     Run("python scripts/verify_equivalence.py --job.config_file X.toml", "--num_samples 8 --world_sizes 1"),
+    Run(
+        "python scripts/verify_equivalence.py --job.config_file X.toml --shrink",
+        "--num_samples 8 --world_sizes 1 --only CONTROL",
+    ),
     Run("python scripts/verify_equivalence.py --job.config_file X.toml --shrink --only ulysses", "--num_samples 8"),
     Run(
         "python scripts/verify_equivalence.py --job.config_file train_configs/debug_model.toml "

@@ -24,9 +24,12 @@ from tests.docs_checkout import make_documented_checkout, run
 from tests.docs_commands import NOT_RUN, RUNS, Run
 from tests.docs_text import PAGES, ROOT, Command, anchors, blocks, commands, links
 
-PLACEHOLDERS = ("X.toml", "train_configs/X.toml")
+# The last is what a command of the page leaves.
+PLACEHOLDERS = ("X.toml", "train_configs/X.toml", "outputs/quality/hbp/seed-1/run.toml")
 # What run_train.sh and SLURM's script read, and what others do.
-SHELL = "".join((ROOT / name).read_text() for name in ("run_train.sh", "scripts/slurm_train.sbatch"))
+SHELL = "".join(
+    (ROOT / name).read_text() for name in ("run_train.sh", "scripts/setup_env.sh", "scripts/slurm_train.sbatch")
+)
 VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE")
 
 
@@ -110,7 +113,7 @@ def test_a_command_names_what_there_is(command: Command, monkeypatch: pytest.Mon
     match argv:
         case ["./run_train.sh", *words]:
             _check_keys(words)
-        case ["sbatch", *words]:
+        case ["sbatch", *words] if "scripts/slurm_train.sbatch" in words:
             place = words.index("scripts/slurm_train.sbatch")
             _check_keys(words[place + 1 :])
         case ["python", "-m", "hbp_titan.dry_run", *words]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.__main__ import commands, presets, with_presets
+from hbp_titan.__main__ import NOT_COMMANDS, commands, presets, with_presets
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_help_lists_each_script_without_importing_torch(installed: Path, tmp_pat
     code = "import sys; from hbp_titan.__main__ import main; main(); sys.exit('torch' in sys.modules)"
     listed = _call(sys.executable, "-c", code, "--help", cwd=tmp_path, PYTHONPATH=str(installed), COLUMNS="200")
     assert listed.returncode == 0, listed.stderr
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "check_env"}
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", *NOT_COMMANDS}
     assert {"train", "dry_run", "presets", *scripts} == set(re.findall(r"^  (\w+)  ", listed.stdout, re.MULTILINE))
     assert "  evaluate            Evaluate an exported HF folder: perplexity," in listed.stdout
 

@@ -3,13 +3,16 @@
 Owns the samples and the criterion. A process counts from its first checkpoint on, which brings a buffer and connections
 that stay. Levels and saves come and go, so peaks are compared: it is flat where the peak of the last third of its time
 exceeds that of the two before by at most MEMORY_GROWTH and MEMORY_SLACK_BYTES together, and by HANDLE_SLACK handles.
+In a life of a minute or two a third holds a few packs and a save or none, and its peak is chance: such lives are judged
+together, by the median of what their last thirds exceed the others by. Chance has both signs, a leak has one.
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from hbp_titan.components.checkpoint import completed
 from hbp_titan.soak.processes import open_handles, ranks_of, resident_bytes
 
 MEMORY_GROWTH, MEMORY_SLACK_BYTES, HANDLE_SLACK = 0.05, 16 << 20, 2
+LONG_SECONDS = 600
+"""From then on a life is judged by itself."""
 _MIN_SAMPLES = 16
 
 
@@ -49,6 +54,18 @@ class Lifetime:
         if last_handles > max(handles) + HANDLE_SLACK:
             found.append(f"{where}: handles grew from {max(handles):.0f} to {last_handles:.0f}")
         return found
+
+
+def growth(lives: Sequence[Lifetime], long_seconds: float = LONG_SECONDS) -> list[str]:
+    """What is not flat: of each life of `long_seconds` or more, and of the shorter ones of the ranks together."""
+    found = [fault for life in lives if life.seconds >= long_seconds for fault in life.faults()]
+    short = [life for life in lives if life.seconds < long_seconds and life.name != "torchrun"]
+    for what, column, unit, slack in (("memory", 1, 2**20, MEMORY_SLACK_BYTES), ("handles", 2, 1, HANDLE_SLACK)):
+        grown = [last - max(before) for *before, last in (life.peaks(column) for life in short)]
+        if grown and statistics.median(grown) > slack:
+            size = f"{statistics.median(grown) / unit:.0f}{' MiB' if unit > 1 else ''}"
+            found.append(f"{what} grew by {size} in the median of {len(grown)} lives shorter than {long_seconds:.0f} s")
+    return found
 
 
 class Sampler:

@@ -20,7 +20,7 @@ from hbp_titan.data.audit import audit_run
 from hbp_titan.data.consumed import read_attempts
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.soak.disturbed_run import DisturbedRun, Kill, steps_done, torchrun
-from hbp_titan.soak.sampler import Lifetime, Sampler
+from hbp_titan.soak.sampler import Lifetime, Sampler, growth
 
 COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "loss_by_length", "grad_norm", "lr", "tokens", "sources")
 """The keys of metrics.jsonl that do not depend on the clock."""
@@ -67,8 +67,7 @@ def soak(settings: Settings, kills: Callable[[random.Random], Iterable[Kill]], s
     judged += _watched(settings, whole, (), generator, over=saved.exists)[1]
     report["whole_seconds"] = round(time.monotonic() - restarted, 1)
     report["lifetimes"] = [_row(life) for life in judged]
-    flat = [fault for life in judged for fault in life.faults()]
-    report["faults"] = [*flat, *audit_faults(disturbed), *differences(whole, disturbed, step)]
+    report["faults"] = [*growth(judged), *audit_faults(disturbed), *differences(whole, disturbed, step)]
     return report
 
 

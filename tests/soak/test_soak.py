@@ -9,7 +9,7 @@ import pytest
 
 from hbp_titan.components.checkpoint import completed
 from hbp_titan.soak.disturbed_run import stepped_kills, timed_kills
-from hbp_titan.soak.sampler import Lifetime
+from hbp_titan.soak.sampler import Lifetime, growth
 from hbp_titan.soak.soak import Settings, differences, soak, table
 from tests.tiny_run import write_tiny_run
 
@@ -32,6 +32,23 @@ def test_growth_is_found_and_what_comes_and_goes_is_none() -> None:
     ]
     assert _life(steady, [50 + at // 4 for at in range(42)]).faults() == [
         "rank 0 (process 7, 41 s): handles grew from 56 to 60"
+    ]
+
+
+def test_short_lives_are_judged_together() -> None:
+    # Peaks of the last third above and below the others', as chance has it; then a leak of 2 MiB a sample in each.
+    chance = [
+        _life([400, 430, 430, step], [50, 52, 52, 50 + handles]) for step, handles in ((480, 8), (420, 1), (390, 0))
+    ]
+    assert growth(chance) == []
+    assert growth(chance, long_seconds=2) == [
+        "rank 0 (process 7, 3 s): memory grew from 430 to 480 MiB",
+        "rank 0 (process 7, 3 s): handles grew from 52 to 58",
+    ]
+    leaking = [_life([400 + 2 * at for at in range(42)], [50 + at // 4 for at in range(42)])] * 3
+    assert growth(leaking) == [
+        "memory grew by 28 MiB in the median of 3 lives shorter than 600 s",
+        "handles grew by 4 in the median of 3 lives shorter than 600 s",
     ]
 
 
