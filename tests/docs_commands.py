@@ -419,7 +419,7 @@ RUNS = [
         "--job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 "
         "--data.validation_files held_out.jsonl",
         "--variants hbp --training.steps 1 --checkpoint.enable false",
-        {"--ranks 8": "--ranks 2", "1,2,3": "1", "train_configs/llama3_1_8b_hbp.toml": "X.toml", "20000": "60"},
+        {"--ranks 8": "--ranks 2", "1,2,3": "1", "small/llama3_1_8b_hbp.toml": "X.toml", "20000": "60"},
     ),
     Run(
         "python scripts/quality_study.py --variants hbp --folder outputs/quality_48 --training.steps 48 "
