@@ -50,7 +50,6 @@ from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
 from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.world import (
     World,
-    all_reduce_values,
     close_world,
     gather_values,
     init_world,
@@ -59,9 +58,10 @@ from hbp_titan.distributed.world import (
     set_timeouts,
 )
 from hbp_titan.levels.engine import Engine
+from hbp_titan.levels.first_passes import first_passes
 from hbp_titan.levels.live_check import LiveCheck
 from hbp_titan.levels.out_of_memory import SETTING_UP, UPDATE, out_of_memory_in
-from hbp_titan.packing import Plan
+from hbp_titan.packing import CostModel, Plan
 from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
 from hbp_titan.selection.auto import load_level_times, resolve_levels
@@ -91,7 +91,7 @@ class Trainer:
             resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
             check(config, world.size, self.device, self.args, self.store)
         self.token_ids = token_ids(config, self.store)
-        self.plans = EpochPlans(config, self.store, world.size, cost)
+        self.plans = self._make_plans(cost)
         self.shapes = BatchShapes.of(self.plans.of(0), self.args.num_kv_heads)
         self.validator = None
         if config.validation.enable and held_out:
@@ -144,6 +144,10 @@ class Trainer:
         """Optimizer steps of the whole run."""
         return self.progress.total_steps
 
+    def _make_plans(self, cost: CostModel) -> EpochPlans:
+        """The plans of the training data."""
+        return EpochPlans(self.config, self.store, self.world.size, cost)
+
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
         team = Team(self.world.rank, self.world.size, gather_values)
         stores = open_stores(self.config, most_tokens(self.config, self.args), team)
@@ -160,7 +164,7 @@ class Trainer:
         self.checkpointer.require_optimizer()
         trace = StepTrace(self.config.profiling, self.folder, self.world.rank)
         with MetricsLogger(self.config, self.prints, self.step, self.total_steps, self.world.size) as metrics:
-            self._predict(self._probe_levels())
+            self._probe_levels()
             if self.prints:
                 self.preemption.clear()
             parts = describe_parts(self.position.parts)
@@ -247,24 +251,18 @@ class Trainer:
         if self.world.rank == 0:
             write(confirm_epoch(self.folder, self.position.parts, self.store))
 
-    def _probe_levels(self) -> list[float]:
-        """Each level's heaviest pack once, its gradients thrown away: trouble with memory shows in the first minute,
-        and compilation ends here. Returns the seconds of each, the slowest rank's."""
-        plan = self.position.plan
+    def _probe_levels(self) -> None:
+        """Run each level once, tell the time that the run will take, and throw the gradients away."""
+        position, steps = self.position, self.total_steps - self.step
+        plan = position.plan
         self.shapes = self.shapes.covering(plan)
         batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
-        seconds = [0.0] * len(plan.levels)
-        for level in reversed(range(len(plan.levels))):
-            iteration = plan.heaviest_iteration(level)
-            if iteration is not None:
-                self._at(f"the first pass of level {level_name(plan.levels[level])}", starting=True)
-                started = time.perf_counter()
-                self.engine.forward_backward(batches[iteration]).cpu()
-                seconds[level] = time.perf_counter() - started
-                if self.validator:
-                    self.engine.evaluate(batches[iteration])
+        passes = first_passes(self.engine, batches, self.validator is not None, lambda where: self._at(where, True))
         self.optimizer.zero_grad()
-        return all_reduce_values(seconds, "max", self.device)
+        time_left = predicted_time(
+            self.config, self.args, plan, position.step_in_plan, steps, self.device, self.level_times, passes
+        )
+        self._print(fit(f"predicted time: {time_left}"))
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
         """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
@@ -362,14 +360,6 @@ class Trainer:
         print(describe_start(self.config, self.args, self.model, plan, self.total_steps, self.device, warnings))
         if self.progress.resumed:
             print(fit(self.progress.resumed), flush=True)
-
-    def _predict(self, first_passes: list[float]) -> None:
-        position, steps = self.position, self.total_steps - self.step
-        plan, step = position.plan, position.step_in_plan
-        time_left = predicted_time(
-            self.config, self.args, plan, step, steps, self.device, self.level_times, first_passes
-        )
-        self._print(fit(f"predicted time: {time_left}"))
 
     def _at(self, where: str, starting: bool = False) -> None:
         """Something begins that no rank should spend longer on than a collective may take."""

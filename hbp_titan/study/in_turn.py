@@ -21,7 +21,7 @@ from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.distributed.world import World, close_world, init_world
-from hbp_titan.packing import Level, Plan
+from hbp_titan.packing import CostModel, Level, Plan
 from hbp_titan.packing.level import check_levels
 from hbp_titan.train import Trainer
 
@@ -71,16 +71,8 @@ class TrainerInTurn(Trainer):
         alone.packing.print_comparison = False
         super().__init__(alone, world)
 
-    @property
-    def plans(self) -> EpochPlans:
-        """The plans that the trainer follows."""
-        return self._plans
-
-    @plans.setter
-    def plans(self, plans: EpochPlans) -> None:
-        # Of these the trainer makes all that depends on a plan: they are replaced before it does.
-        planned = EpochPlans(self._planned_config, plans.store, self._ranks, plans.cost)
-        self._plans = PlansInTurn(planned, plans.config)
+    def _make_plans(self, cost: CostModel) -> EpochPlans:
+        return PlansInTurn(EpochPlans(self._planned_config, self.store, self._ranks, cost), self.config)
 
 
 def main(argv: list[str]) -> None:
