@@ -136,19 +136,23 @@ class Situation:
         bias = max(0, seen - estimated)
         missing = max(estimated + bias - self.limit, figures.tried, 1)
         below = [other.max_tokens for other in self.config.levels if other.max_tokens < level.max_tokens]
-        search = Search(
+        search = self._search(level, estimated - missing, evaluating=evaluating, shortest=max(below, default=0) + 1)
+        return search, bias
+
+    def _search(self, level: Level, limit: int, evaluating: bool = False, shortest: int = 1) -> Search:
+        load = self._load(level)
+        return Search(
             self.config,
             self.args,
             self.world_size,
             self.hardware,
             level,
-            self._load(level),
-            estimated - missing,
+            load,
+            limit,
             evaluating,
-            max(below, default=0) + 1,
+            shortest,
             self.device_type,
         )
-        return search, bias
 
     def _change(self, search: Search, bias: int, chose_levels: bool) -> list[str]:
         found = search.cheapest()
@@ -201,16 +205,7 @@ class Situation:
 
     def _smaller_state(self, level: Level) -> str:
         """What makes parameters, gradients and moments smaller; no level does."""
-        search = Search(
-            self.config,
-            self.args,
-            self.world_size,
-            self.hardware,
-            level,
-            self._load(level),
-            self.limit,
-            device_type=self.device_type,
-        )
+        search = self._search(level, self.limit)
         ways = []
         if self.config.parallelism.dp_replicate > 1:
             ways.append("set parallelism.dp_replicate = 1")
