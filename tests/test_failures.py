@@ -47,7 +47,8 @@ def test_a_rank_that_runs_out_of_memory_is_advised_and_takes_the_others_along(tm
 
 
 def test_a_killed_rank_takes_the_others_along(tmp_path: Path) -> None:
-    output, seconds = _run(tmp_path, "is killed")
+    # With checkpoints a rank outlives the SIGTERM that torchrun sends it, long enough to speak.
+    output, seconds = _run(tmp_path, "is killed", "--checkpoint.enable=true")
     assert len(re.findall(r"^rank [02] failed in step 3", output, re.MULTILINE)) == 1
     assert output.count(TRACEBACK) == 2
     assert "Signal 9 (SIGKILL)" in output

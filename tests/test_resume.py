@@ -111,6 +111,7 @@ def argv(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     _finish(_start([*argv, f"--job.dump_folder={whole}"]))

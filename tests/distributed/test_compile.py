@@ -45,7 +45,7 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
         ("ulysses", 2, "keep_attention", 3),
         ("allgather", 2, "full", 2),
         # Two kv heads: two groups that gather from each other, of two ranks each.
-        ("hybrid", 4, "keep_attention", 3),
+        pytest.param("hybrid", 4, "keep_attention", 3, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_run_equals_the_eager_one_with_one_graph_a_level(

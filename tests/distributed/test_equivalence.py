@@ -177,7 +177,12 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
         (4, "ulysses", ["--packing.mix=interleave", "--parallelism.dp_replicate=2"]),
         (4, "styles", ["--packing.mix=interleave"]),
         (4, "styles", ["--packing.mix=interleave", "--parallelism.cp_collectives=dtensor"]),
-        (8, "eight ranks", ["--packing.mix=alternate", "--parallelism.dp_replicate=2"]),
+        pytest.param(
+            8,
+            "eight ranks",
+            ["--packing.mix=alternate", "--parallelism.dp_replicate=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_with_three_levels_equal_transformers_on_one(

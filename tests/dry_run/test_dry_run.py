@@ -138,6 +138,7 @@ def test_logits_of_too_many_tokens_are_held_in_smaller_chunks() -> None:
     _try([*words, "--training.loss_chunk_tokens=256"], 1).check_memory()
 
 
+@pytest.mark.slow
 def test_model_that_nothing_can_hold_is_told() -> None:
     # 236 billion parameters of 16 bytes are 55 GiB a rank of 64; a layer's experts, whole, and their gradients in
     # float32 do not fit beside them.

@@ -67,6 +67,7 @@ def test_levels_and_model_can_be_made_small() -> None:
     assert (sparse.num_heads, sparse.head_dim, sparse.moe.n_routed_experts, sparse.moe.topk_group) == (128, 16, 160, 3)
 
 
+@pytest.mark.slow
 def test_command_proves_a_tiny_run_and_its_controls(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--compile.backend=aot_eager"]
     own = ["--world_sizes=1,2", "--max_tokens=512", "--num_samples=30"]

@@ -67,7 +67,7 @@ CASES = [
     (DEBUG, 1, 1, (512, 1024), [(1, "ulysses")]),
     (WIDE, 1, 1, (512,), [(1, "ulysses")]),
     (EXPERTS, 1, 1, (512,), [(1, "ulysses")]),
-    (DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]),
+    pytest.param(*(DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]), marks=pytest.mark.slow),
     (WIDE, 2, 1, (512,), [(2, "allgather")]),
     (EXPERTS, 2, 2, (512,), [(1, "ulysses")]),
 ]
