@@ -1,6 +1,7 @@
-"""Several ranks on this machine from within one process: spawned, with gloo, results and errors brought back.
+"""Several ranks on this machine from within one process: spawned, results and errors brought back.
 
-Owns what the multi-process tests and scripts/verify_equivalence.py share. Training starts its ranks by torchrun.
+Owns what the multi-process tests and scripts/verify_equivalence.py share: gloo ranks on the CPU, or NCCL ranks with one
+GPU each. Training starts its ranks by torchrun.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ class RankError(RuntimeError):
     """A rank failed or hung; the message holds its traceback."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, device_type: str = "cpu"
+) -> list[Any]:
     """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
 
-    Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
+    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and tensors, of the CPU.
+    Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         # From a server that has torch: importing it takes a process seconds. The server has no thread and no device.
@@ -36,7 +40,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
         )
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
+            context.Process(
+                target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), device_type, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -64,16 +70,23 @@ def _rank_main(
     world_size: int,
     folder: str,
     environment: dict[str, str],
+    device_type: str,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     # A fork server's children have the environment of its start.
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    os.environ["LOCAL_RANK"] = str(rank)
     store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    device, backend = torch.device("cpu"), "gloo"
+    if device_type == "cuda":
+        device, backend = torch.device("cuda", rank), "cuda:nccl,cpu:gloo"
+        torch.cuda.set_device(device)
     try:
-        result = function(World(rank, world_size, torch.device("cpu")), *args)
+        timeout = timedelta(seconds=120)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+        result = function(World(rank, world_size, device), *args)
         torch.save(result, Path(folder, f"result_{rank}"))
         dist.barrier()
     except BaseException:
