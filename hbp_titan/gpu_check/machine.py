@@ -102,7 +102,7 @@ def _gpu_rows() -> list[list[str]]:
         ["GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, SM {capability}"],
         ["memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"],
         ["CUDA of torch", str(torch.version.cuda)],
-        ["NCCL", ".".join(map(str, torch.cuda.nccl.version()))],  # type: ignore[no-untyped-call]
+        ["NCCL", ".".join(map(str, torch.cuda.nccl.version()))],
         ["peak for MFU", f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known: no MFU"],
         ["hardware table", hardware.name if hardware else "not known: no comparison of times"],
         ["C compiler", shutil.which("gcc") or shutil.which("cc") or "none"],
@@ -314,7 +314,7 @@ def _judge_run(folder: Path, args: ModelArgs, killed_at: int) -> Found:
     losses = [float(rows[step]["loss"]) for step in sorted(rows)]
     levels = sorted({str(row["level"]) for row in rows.values()})
     resumed = "resumed" in (folder / "second.log").read_text(encoding="utf-8", errors="replace")
-    with safe_open(next((folder / "run" / "hf").glob("*.safetensors")), framework="pt") as weights:  # type: ignore[no-untyped-call]
+    with safe_open(next((folder / "run" / "hf").glob("*.safetensors")), framework="pt") as weights:
         norm = weights.get_tensor("model.norm.weight")
     problems = [
         message

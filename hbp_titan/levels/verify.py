@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from hbp_titan.components.normalizer import NORMALIZERS
 from hbp_titan.config import JobConfig
-from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
+from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch, SampleSource
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.data.store.token_store import TokenStore
@@ -136,7 +136,7 @@ class Result:
 class Samples:
     """A choice of a store's samples, renumbered from 0."""
 
-    def __init__(self, store: TokenStore, ids: Sequence[int]) -> None:
+    def __init__(self, store: SampleSource, ids: Sequence[int]) -> None:
         self.rows = [tuple(np.array(part) for part in store.sample(i)) for i in ids]
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
