@@ -134,7 +134,7 @@ class Bench:
     def measure(self, index: int, documents: Documents, repeats: int) -> Measurement:
         """One level, self.levels[index], alone: a warm-up, the peak, then `repeats` timed iterations.
 
-        For a choice of rows under a time budget: there is no turn-taking with other policies, and saved_bytes stays None.
+        For a choice of rows under a time budget: policies do not take turns, and saved_bytes stays None.
         """
         first, policy = divmod(index, len(self.settings.policies))
         batch = self._batches(first, documents)[policy]

@@ -243,7 +243,9 @@ def synchronizations(settings: Settings) -> Found:
             _step(engine, optimizer, batches)
     counts = collections.Counter(places).most_common()
     rows = [[place, str(count)] for place, count in counts]
-    problems = [f"{len(places)} synchronizations in a step, at {', '.join(place for place, _ in counts)}"] * bool(places)
+    problems = [f"{len(places)} synchronizations in a step, at {', '.join(place for place, _ in counts)}"] * bool(
+        places
+    )
     summary = "" if places else "none in forward, backward, clipping and update"
     return Found(summary, [Table("places", ["place", "count"], rows)], {"count": len(places)}, problems)
 
@@ -253,13 +255,13 @@ def _recorded_synchronizations() -> Iterator[list[str]]:
     """Collect the place of every synchronization in the body: the innermost line of ours and the innermost of all."""
     places: list[str] = []
 
-    def record(message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
+    def record(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         if "synchroniz" not in str(message):
             return
         frames = traceback.extract_stack()[:-1]
         own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.filename != __file__]
         ours = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno} > " if own else ""
-        places.append(f"{ours}{'/'.join(Path(filename).parts[-3:])}:{line}")
+        places.append(f"{ours}{'/'.join(Path(filename).parts[-3:])}:{lineno}")
 
     torch.cuda.synchronize()
     with warnings.catch_warnings():
@@ -291,7 +293,7 @@ def _train(args: ModelArgs, config: JobConfig, world: World) -> dict[str, Tensor
     engine = Engine(config, args, world)
     optimizer = build_optimizer(engine.model, config.optimizer)
     batches = _batches(args, config, world.device)
-    values = {}
+    values: dict[str, Tensor] = {}
     for step in range(3):
         values |= {f"step {step}, {i}": value.cpu() for i, value in enumerate(_step(engine, optimizer, batches))}
     local = {name: getattr(p, "_local_tensor", p).detach().cpu() for name, p in engine.model.named_parameters()}

@@ -11,6 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,7 +70,7 @@ def varlen(settings: Settings) -> Found:
         seconds: dict[str, float] = {}
         for name, documents in calls.items():
             outputs[name] = _attend(qkv, documents)
-            seconds[name] = median(_timed(lambda d=documents: _attend(qkv, d), device) for _ in range(repeats))
+            seconds[name] = median(_timed(partial(_attend, qkv, documents), device) for _ in range(repeats))
         for name, documents in calls.items():
             difference = float((outputs[name] - outputs["real lengths"]).abs().max())
             blocks = launched_blocks(documents.groups)
@@ -103,7 +104,8 @@ def argument_forms(lengths: np.ndarray, tokens: int, slots: int, device: torch.d
 
 def _attend(qkv: Sequence[Tensor], documents: Documents) -> Tensor:
     """Forward and backward; returns output and gradients in one tensor."""
-    output = varlen_attention(*qkv, documents)
+    q_TND, k_TKD, v_TKD = qkv
+    output = varlen_attention(q_TND, k_TKD, v_TKD, documents)
     grads = torch.autograd.grad(output, qkv, torch.ones_like(output))
     return torch.cat([x.detach().flatten().float() for x in (output, *grads)])
 
@@ -230,7 +232,10 @@ def _measure_group(
     policies = tuple(dict.fromkeys((row.policy, None) for row in rows))
     config = base_config(settings, compiled=rows[0].compiled)
     bench = Bench(config, args, world, BenchSettings(lengths, policies, (SHORT,), layers, REPEATS))
-    found, skipped, seen, cost = [], [], set(), START_SECONDS
+    found: list[tuple[Row, Measurement]] = []
+    skipped: list[str] = []
+    seen: set[int] = set()
+    cost = START_SECONDS
     for row in rows:
         index = [level.max_tokens for level in lengths].index(row.max_tokens) * len(policies)
         index += policies.index((row.policy, None))
@@ -344,13 +349,13 @@ def side_by_side(settings: Settings) -> Found:
     flavor, layers, tokens = ("debug", 2, 256) if settings.tiny else ("llama3_2_1b", 8, 16384)
     args = dataclasses.replace(get_flavor(flavor), num_layers=layers)
     documents = DocumentLengths(40) if settings.tiny else SHORT
-    lengths = np.sort(documents.lengths(tokens, seed=0))[::-1]
+    lengths = documents.lengths(tokens, seed=0)
     folder = settings.folder / "same_weights"
     rows: list[tuple[str, float, float]] = []
     with one_rank(settings) as world:
         (batch,) = random_batches([lengths], args, Level(tokens), 0, 0)
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        rows += _transformers_rows(transformers, args, batch.to(world.device), lengths, dtype, folder)
+        rows += _transformers_rows(transformers, args, batch.to(world.device), dtype, folder)
         for compiled in (False, True):
             rows.append(_own_row(args, batch, compiled, settings, world, folder))
     best = min((row for row in rows if row[0].startswith("transformers")), key=lambda row: row[1])
@@ -359,7 +364,9 @@ def side_by_side(settings: Settings) -> Found:
     columns = ["what", "tokens/s", "seconds", "times the best of transformers", "loss"]
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
     problems = [
-        f"{name}: loss {loss:.5f} instead of {best[2]:.5f}" for name, _, loss in rows if abs(loss / best[2] - 1) > allowed
+        f"{name}: loss {loss:.5f} instead of {best[2]:.5f}"
+        for name, _, loss in rows
+        if abs(loss / best[2] - 1) > allowed
     ]
     title = f"{flavor}, {layers} layers, {tokens} tokens, {len(lengths)} documents, no recomputation"
     summary = f"{own[0]} is {best[1] / own[1]:.2f} times as fast as {best[0]}"
@@ -367,7 +374,7 @@ def side_by_side(settings: Settings) -> Found:
 
 
 def _transformers_rows(
-    transformers: Any, args: ModelArgs, batch: PackedBatch, lengths: np.ndarray, dtype: torch.dtype, folder: Path
+    transformers: Any, args: ModelArgs, batch: PackedBatch, dtype: torch.dtype, folder: Path
 ) -> list[tuple[str, float, float]]:
     """(name, seconds, loss) of each form that runs here; the weights are left in `folder`."""
     config = args_to_hf_config(args)
@@ -376,25 +383,21 @@ def _transformers_rows(
         hf_config = transformers.AutoConfig.for_model(**config)
         model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype).train()
     model.save_pretrained(folder)
-    forms: dict[str, tuple[str, Callable[[], Tensor]]] = {
-        "transformers, sdpa, one document at a time": ("sdpa", lambda: _by_document(model, batch, lengths)),
-        "transformers, sdpa, packed by position_ids": ("sdpa", lambda: _packed(model, batch)),
-    }
+    forms = [("sdpa", "one document at a time"), ("sdpa", "packed by position_ids")]
     if transformers.utils.is_flash_attn_2_available() and batch.input_ids.is_cuda:
-        forms["transformers, flash_attention_2, packed"] = ("flash_attention_2", lambda: _packed(model, batch))
+        forms.append(("flash_attention_2", "packed by position_ids"))
     rows = []
-    for name, (attention, run) in forms.items():
+    for attention, form in forms:
         model.set_attn_implementation(attention)
+        run = partial(_packed if "packed" in form else _by_document, model, batch)
         try:
             loss = float(run())
             seconds = median(_timed(run, batch.input_ids.device) for _ in range(REPEATS))
         except torch.OutOfMemoryError:
-            print(f"{name}: out of memory", flush=True)
+            print(f"transformers, {attention}, {form}: out of memory", flush=True)
             continue
-        finally:
-            model.zero_grad()
-        rows.append((name, seconds, loss))
-    del model, forms
+        rows.append((f"transformers, {attention}, {form}", seconds, loss))
+    del model, run
     gc.collect()
     if batch.input_ids.is_cuda:
         torch.cuda.empty_cache()
@@ -412,11 +415,12 @@ def _packed(model: Any, batch: PackedBatch) -> Tensor:
     return loss.detach()
 
 
-def _by_document(model: Any, batch: PackedBatch, lengths: np.ndarray) -> Tensor:
+def _by_document(model: Any, batch: PackedBatch) -> Tensor:
     """The same, one document in a call."""
     model.zero_grad()
     total = torch.zeros((), device=batch.input_ids.device)
-    ids, labels = batch.input_ids.split(lengths.tolist()), batch.labels.split(lengths.tolist())
+    lengths = batch.lengths.tolist()
+    ids, labels = batch.input_ids.split(lengths), batch.labels.split(lengths)
     for ids_T, labels_T in zip(ids, labels, strict=True):
         logits = model(input_ids=ids_T[None], use_cache=False).logits[0]
         loss = F.cross_entropy(logits.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
