@@ -24,6 +24,7 @@ NOT_RUN = {
     "export OMP_NUM_THREADS=1": "set for every command below",
     "./scripts/run_tests.sh": "runs this very test",
     "python -m pytest -m gpu": "needs a GPU",
+    "python scripts/gpu_check.py --out gpu_check": "needs a GPU",
     "pip install '.[data]'": "installs packages",
     ".venv/bin/pip install -e '.[wandb]'": "installs packages",
     "python scripts/list_errors.py": "compares the repository's own files; a test runs it there",
@@ -313,6 +314,10 @@ RUNS = [
         replace=_COMPARED,
     ),
     Run("python scripts/simulate.py --validate compared.json --profile outputs/compared/profile.json"),
+    Run(
+        "python scripts/gpu_check.py --device cpu --tiny --out gpu_check",
+        "--steps environment,varlen,gpu_tests --minutes 3",
+    ),
     Run("python scripts/bench_train.py --help"),
     Run("python scripts/bench_train.py", f"--lengths 256 {_FEW}"),
     Run(

@@ -3,10 +3,11 @@
     python scripts/gpu_check.py --out gpu_check                      one GPU or more, at most 8 minutes
     python scripts/gpu_check.py --device cpu --tiny --out gpu_check  the same steps on a CPU with tiny shapes
 
-Prints each step as it ends. Writes report.md, report.json and the output of each step (NAME.log) into the folder; the
-report is complete after every step, so that a check that is stopped leaves what it found. A step that fails, crashes or
-exceeds its limit is FAIL, and the next one runs: a CUDA error cannot spread over processes. A step for which there is
-no time left, or nothing to run on this machine, is SKIP with its reason. The exit code is 1 if any step is FAIL.
+Prints each step as it ends; steps that do not measure run side by side where there are cores. Writes report.md,
+report.json and the output of each step (NAME.log) into the folder; the report is written again after every step, so
+that a check that is stopped leaves what it found. A step that fails, crashes or exceeds its limit is FAIL, and the
+others run: a CUDA error cannot spread over processes. A step for which there is no time left, or nothing to run on this
+machine, is SKIP with its reason. The exit code is 1 if any step is FAIL.
 
 No network is used. What the machine lacks comes from a folder of wheels that scripts/fill_wheels.sh fills beforehand on
 a machine with network:
@@ -27,11 +28,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hbp_titan.soak.processes import kill_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST_STEP_SECONDS = 5.0
@@ -81,27 +86,32 @@ class Found:
 
 @dataclass(frozen=True)
 class Step:
-    """function: "module:name" below hbp_titan.gpu_check, imported only in the step's own process."""
+    """function: "module:name" below hbp_titan.gpu_check, imported only in the step's own process.
+
+    phase: those of 1 find errors and may run side by side; those of 2 measure, and have the machine to themselves on a
+    GPU; those of 3 read what others measured.
+    """
 
     name: str
     title: str
     function: str
     limit_seconds: float
+    phase: int = 1
 
 
-# In the order of their importance: what has no time left at the end is what matters least.
+# In each phase in the order of their importance: what has no time left at the end is what matters least.
 STEPS = (
     Step("environment", "Environment", "machine:environment", 60),
-    Step("blocks", "Compiled blocks against an fp32 reference", "blocks:compiled_blocks", 120),
-    Step("equivalence", "Equivalence with one fp32 process", "machine:equivalence", 90),
-    Step("varlen", "Attention by the arguments of its calls", "speed:varlen", 45),
-    Step("throughput", "Tokens/s, MFU and peak memory", "speed:throughput", 150),
-    Step("estimates", "Measured against estimated memory and time", "speed:estimates", 45),
-    Step("run", "A run with save, kill, resume and export", "machine:training_run", 120),
-    Step("synchronizations", "Synchronizations of a step", "blocks:synchronizations", 60),
-    Step("deterministic", "Deterministic mode, twice", "blocks:deterministic", 60),
-    Step("transformers", "Side by side with transformers", "speed:side_by_side", 90),
+    Step("blocks", "Compiled blocks against an fp32 reference", "blocks:compiled_blocks", 150),
+    Step("run", "A run with save, kill, resume and export", "machine:training_run", 180),
+    Step("equivalence", "Equivalence with one fp32 process", "machine:equivalence", 120),
+    Step("synchronizations", "Synchronizations of a step", "blocks:synchronizations", 90),
+    Step("deterministic", "Deterministic mode, twice", "blocks:deterministic", 90),
     Step("gpu_tests", "pytest -m gpu", "machine:gpu_tests", 180),
+    Step("varlen", "Attention by the arguments of its calls", "speed:varlen", 45, 2),
+    Step("throughput", "Tokens/s, MFU and peak memory", "speed:throughput", 170, 2),
+    Step("transformers", "Side by side with transformers", "speed:side_by_side", 90, 2),
+    Step("estimates", "Measured against estimated memory and time", "speed:estimates", 45, 3),
 )
 
 
@@ -125,7 +135,7 @@ def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
         process = subprocess.Popen(
             [sys.executable, "-m", "hbp_titan.gpu_check", *words],
             cwd=ROOT,
-            env=step_environment(),
+            env=step_environment(settings.device_type),
             stdout=output,
             stderr=subprocess.STDOUT,
             # A group of its own: what the step itself started ends with it.
@@ -143,15 +153,29 @@ def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
     return Result(step, Found(problems=[_reason(code, settings.seconds, log)]), seconds)
 
 
-def step_environment() -> dict[str, str]:
+def step_environment(device_type: str) -> dict[str, str]:
     """The environment of a step: this code is found, and the allocator is set as run_train.sh sets it."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    allocator = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTORCH_ALLOC_CONF": allocator}
+    defaults = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    if device_type == "cpu":
+        # Steps share the cores; a GPU that is there is hidden.
+        defaults["OMP_NUM_THREADS"] = "1"
+        return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def parallel_steps(phase: int, device_type: str) -> int:
+    """How many steps of a phase run at one time: they need cores for imports and compilation more than the GPU."""
+    cores = os.cpu_count() or 1
+    if device_type == "cpu":
+        return min(2, cores)
+    return max(1, min(3, cores // 4)) if phase == 1 else 1
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
     """Kill the process and everything that it started, and wait for it."""
+    # torchrun gives each rank a session of its own, which a signal to the group misses.
+    kill_tree(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -160,7 +184,7 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 def _reason(code: int | None, limit: float, log: Path) -> str:
     """Why a step left no result."""
     if code is None:
-        return f"ran longer than its limit of {limit:.0f} s (see {log.name})"
+        return f"ran longer than its limit of {limit:.3g} s (see {log.name})"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{lines[-1][:300] if lines else 'no output'} ({ended}, see {log.name})"
@@ -170,26 +194,38 @@ def _found_of(values: dict[str, Any]) -> Found:
     return Found(**{**values, "tables": [Table(**table) for table in values["tables"]]})
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def run_steps(
-    steps: Sequence[Step], settings: Settings, minutes: float, failing: str = "", say: Callable[[str], None] = print
+    steps: Sequence[Step], settings: Settings, minutes: float, failing: str = "", say: Callable[[str], None] = _say
 ) -> list[Result]:
-    """Run the steps one after another within `minutes`, and write the report after each.
+    """Run the steps, phase by phase, within `minutes`, and write the report after each; results in their order.
 
     settings.seconds does not count. failing: name of a step that is made to fail.
     """
     deadline = time.monotonic() + 60 * minutes
-    results: list[Result] = []
-    for step in steps:
+    results: dict[str, Result] = {}
+    lock = threading.Lock()
+
+    def work(step: Step) -> None:
         left = deadline - time.monotonic()
         if left < SHORTEST_STEP_SECONDS:
             result = Result(step, Found(skipped=f"no time left of {minutes:g} minutes"), 0.0)
         else:
             limit = min(step.limit_seconds, left)
             result = run_step(step, dataclasses.replace(settings, seconds=limit), step.name == failing)
-        results.append(result)
-        say(f"{result.found.verdict:4}  {result.seconds:6.1f} s  {step.name}: {_words(result.found)}")
-        write_report(results, settings)
-    return results
+        with lock:
+            results[step.name] = result
+            say(f"{result.found.verdict:4}  {result.seconds:6.1f} s  {step.name}: {_words(result.found)}")
+            write_report([results[s.name] for s in steps if s.name in results], settings)
+
+    for phase in sorted({step.phase for step in steps}):
+        with ThreadPoolExecutor(parallel_steps(phase, settings.device_type)) as pool:
+            # list: an exception in a thread is raised here.
+            list(pool.map(work, [step for step in steps if step.phase == phase]))
+    return [results[step.name] for step in steps]
 
 
 def _words(found: Found) -> str:

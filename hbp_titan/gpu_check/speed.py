@@ -152,9 +152,9 @@ def throughput_rows(tiny: bool) -> list[Row]:
         Row(large, True, 131072, "keep_attention", ONE, 0.45),
         Row(small, True, 16384, "none", SHORT),
         Row(small, True, 16384, "keep_attention", SHORT),
-        Row(small, True, 131072, "keep_attention", ONE),
         Row(large, False, 16384, "keep_attention", SHORT),
         Row(small, False, 16384, "none", SHORT),
+        Row(small, True, 131072, "keep_attention", ONE),
         Row(large, True, 16384, "full", SHORT),
         Row(small, True, 16384, "full", SHORT),
     ]
@@ -172,6 +172,10 @@ COMPILE_SECONDS = 25.0
 START_SECONDS = 15.0
 """The same for a new model."""
 REPEATS = 2
+LONG_SECONDS = 3.0
+"""An iteration that is predicted to take longer is timed once."""
+TOGETHER = 10
+"""So many rows at the top of the list are as good as equally important: those of one engine are measured together."""
 
 
 def throughput(settings: Settings) -> Found:
@@ -184,8 +188,7 @@ def throughput(settings: Settings) -> Found:
         rows = throughput_rows(settings.tiny)
         while rows:
             engine = (rows[0].flavor, rows[0].compiled)
-            # Rows of one engine that come early go together: a new engine costs more than a row.
-            group = [row for row in rows[:6] if (row.flavor, row.compiled) == engine]
+            group = [row for row in rows[:TOGETHER] if (row.flavor, row.compiled) == engine]
             rows = [row for row in rows if row not in group]
             measured, left_out = _measure_group(group, layers[engine[0]], settings, world, deadline)
             found += measured
@@ -211,7 +214,8 @@ def fitting_layers(flavor: str, settings: Settings, world: World) -> int:
     for layers in choices:
         shape = dataclasses.replace(args, num_layers=layers)
         peaks = [estimated_peak(shape, Level(row.max_tokens, ac_policy=row.policy), settings) for row in rows]
-        if max(peaks) <= usable_bytes(hardware):
+        # The estimate leaves no room for fragments.
+        if max(peaks) <= 0.9 * usable_bytes(hardware):
             return layers
     return choices[-1]
 
@@ -239,13 +243,15 @@ def _measure_group(
     for row in rows:
         index = [level.max_tokens for level in lengths].index(row.max_tokens) * len(policies)
         index += policies.index((row.policy, None))
-        cost += (2 + REPEATS) * predicted_seconds(args, bench.levels[index], row.documents, settings, world)
+        seconds = predicted_seconds(args, bench.levels[index], row.documents, settings, world)
+        repeats = REPEATS if seconds < LONG_SECONDS else 1
+        cost += (2 + repeats) * seconds
         cost += COMPILE_SECONDS if row.compiled and row.max_tokens not in seen else 0
         if not settings.tiny and time.monotonic() + cost > deadline:
             skipped.append(_name(row))
             cost = 0.0 if seen else START_SECONDS
             continue
-        found.append((row, bench.measure(index, row.documents, REPEATS)))
+        found.append((row, bench.measure(index, row.documents, repeats)))
         seen.add(row.max_tokens)
         cost = 0.0
         print(*_cells(*found[-1], peak_flops(world.device)), flush=True)
