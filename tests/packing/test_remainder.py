@@ -43,6 +43,9 @@ def test_curriculum_steps_that_are_left_come_first():
     assert rest.curriculum_steps == 20
     assert (rest.level_of_iteration[:20] == 0).all()
     assert remainder(plan, int(plan.step_offsets[40])).curriculum_steps == 0
+    # Steps, not a share: half a step that is left must not become half of the steps.
+    halves = build_plan(np.arange(1, 60), LEVELS, 4, curriculum_steps=2.5)
+    assert remainder(halves, int(halves.step_offsets[2])).curriculum_steps == 0
 
 
 def test_a_remaining_sample_that_fits_no_new_level_is_named():
