@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hbp_titan.config import load_config
@@ -17,6 +17,7 @@ from hbp_titan.data.epoch_parts import Part, plan_path
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.position import Position
 from hbp_titan.packing import CostModel, Plan
+from tests.properties import examples
 
 DATA = "d" * 64
 LEVELS = "16:1,64:2"
@@ -66,7 +67,7 @@ def test_same_ranks_go_on_in_the_same_plan(tmp_path: Path) -> None:
     assert again.total_steps() == first.total_steps() == sum(first.plans.of(e).num_steps for e in range(3))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6))
 @example([(1, False, 1), (4, True, 9), (4, True, 9), (4, True, 9)])  # more steps than the 27 that the run has
 def test_each_sample_is_trained_once_an_epoch_however_often_the_run_changes(

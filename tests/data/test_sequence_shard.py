@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.data.sequence_shard import chunk_bounds, head_tail_shard
+from tests.properties import examples
 
 
 def boundaries(lengths: list[int], empty: int = 0) -> np.ndarray:
@@ -59,7 +60,7 @@ def packs(draw: st.DrawFn) -> tuple[list[int], int]:
     return [*lengths, -sum(lengths) % degree + degree], degree
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(packs())
 def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple[list[int], int]) -> None:
     lengths, degree = pack
@@ -85,7 +86,7 @@ def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple
                     assert set(start[mine].tolist()) == {int(cu_k[i])}
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(packs())
 def test_largest_rank_exceeds_the_mean_by_less_than_two_pairs_a_token(pack: tuple[list[int], int]) -> None:
     lengths, degree = pack

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import CostModel, build_plan, measure, parse_levels, remainder
 from hbp_titan.packing.synthetic import tulu3_longcite_like
+from tests.properties import examples
 
 LEVELS = parse_levels("100:1,800:4")
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(st.data(), st.lists(st.integers(1, 800), min_size=1, max_size=80).map(np.array))
 def test_trained_and_remaining_samples_are_each_sample_once(data, lengths):
     plan = build_plan(lengths, LEVELS, data.draw(st.sampled_from([4, 8])), global_batch_tokens=1000)
