@@ -30,10 +30,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # From a server that has torch: importing it takes a process seconds. The server has no thread and no device.
+        # From a server that has imported what a rank needs, which takes a process seconds. It has no thread and no device.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+            ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
         )
         processes = [
             context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
