@@ -3,7 +3,7 @@
 Owns the two profiles of hypothesis. "fixed" is the test command's: the same examples at every run, so that it never
 fails by chance. "random" draws other examples each time, ten times as many:
 
-    scripts/run_tests.sh --hypothesis-profile=random tests/packing tests/data tests/simulation tests/selection
+    scripts/run_tests.sh --hypothesis-profile=random -m hypothesis
 """
 
 from __future__ import annotations
