@@ -30,11 +30,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # From a server that has imported what a rank needs, which takes a process seconds. It has no thread and no device.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
-        )
+        context = fork_server()
         processes = [
             context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
             for rank in range(world_size)
@@ -56,6 +52,18 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             raise RankError(f"ranks {hung} of {world_size} did not end within {timeout} s")
         # Written by our own ranks into our own folder a moment ago.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def fork_server() -> Any:
+    """The multiprocessing context whose processes are forked from a server that has imported what a rank needs.
+
+    These imports take a process 4 s. The server has no thread and no device; it starts with the first process.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+    )
+    return context
 
 
 def _rank_main(
