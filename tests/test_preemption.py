@@ -42,10 +42,10 @@ def test_signals_are_noted_inside_and_as_before_outside(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGTERM) == before[0]
 
 
-def _start(argv: list[str], step: int, release: Path) -> subprocess.Popen[str]:
+def _start(argv: list[str], *module: str) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     return subprocess.Popen(
-        [*launcher, "--rdzv-endpoint=localhost:0", "-m", "tests.held_run", str(step), str(release), *argv],
+        [*launcher, "--rdzv-endpoint=localhost:0", "-m", *(module or ("hbp_titan.train",)), *argv],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -76,7 +76,7 @@ def _signal_after(
 ) -> tuple[int, str]:
     """Start a run and signal torchrun, or one rank, after `step`; torchrun's exit code and all that it said."""
     release = folder.with_name(f"after-{number.name}")
-    process = _start(argv, step, release)
+    process = _start(argv, "tests.held_run", str(step), str(release))
     deadline = time.monotonic() + DEADLINE
     while max(_steps(folder), default=0) < step:
         assert process.poll() is None, process.communicate()[0]

@@ -129,7 +129,7 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Candidate], Workload]:
     return candidates, Workload(lengths, lengths // 2, 4, cost, step_seconds=draw(st.sampled_from([0.0, 0.2])))
 
 
-@examples(25)
+@examples(10)
 @given(_worlds())
 def test_the_search_finds_what_brute_force_finds(world: tuple[list[Candidate], Workload]) -> None:
     candidates, workload = world
