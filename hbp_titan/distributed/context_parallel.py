@@ -69,7 +69,8 @@ class Transfer:
 
     send: issues the collective of a contiguous tensor and returns its result, not yet there. receive: what the waiting
     side makes of the result. send_back: issues the collective of the gradients of what `receive` returned; its result
-    is the gradient of what was sent, in `grad_dtype` (or better, as what was sent) until it has arrived.
+    is the gradient of what was sent. grad_dtype: the dtype in which it travels, from that of what was sent. It must be
+    right: autograd casts a gradient of another dtype at once, which would read it before it has arrived.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Transfer:
         send: Callable[[Tensor], Tensor],
         send_back: Callable[..., Tensor],
         receive: Callable[[Tensor], Any] = lambda result: result,
-        grad_dtype: torch.dtype = torch.float16,
+        grad_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ) -> None:
         self.send, self.receive, self.send_back, self.grad_dtype = send, receive, send_back, grad_dtype
         self.result: Tensor | None = None
@@ -103,7 +104,7 @@ class _Start(torch.autograd.Function):
         ctx.dtype = x.dtype
         transfer.result = transfer.send(x.contiguous())
         # Expanded: it has the shape and dtype of the gradient that will come, but no memory.
-        return x.new_zeros((), dtype=torch.promote_types(x.dtype, transfer.grad_dtype)).expand(x.shape)
+        return x.new_zeros((), dtype=transfer.grad_dtype(x.dtype)).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -244,7 +245,7 @@ class KeysValues:
             return kv_T2KD.index_select(0, head_rows), kv_T2KD.index_select(0, tail_rows)
 
         def back(head_grad: Tensor, tail_grad: Tensor) -> Tensor:
-            dtype = torch.promote_types(head_grad.dtype, torch.float32)
+            dtype = _summed(head_grad.dtype)
             total = head_grad.new_zeros(num_rows, *head_grad.shape[1:], dtype=dtype)
             # Copies, no atomic additions: a pass has each row at most once.
             total.index_copy_(0, tail_rows, tail_grad.to(dtype))
@@ -257,7 +258,7 @@ class KeysValues:
             num_rows = len(gathered)
             return gathered
 
-        return Transfer(send, back, rows, torch.float32)
+        return Transfer(send, back, rows, _summed)
 
     def of_sequence(self) -> tuple[Tensor, Tensor]:
         """k and v of the group's sequence, [T, K/C, D] each."""
@@ -269,6 +270,11 @@ class KeysValues:
         """k and v that the queries of the heads and of the tails see, [R, K, D] each."""
         assert self.transfer is not None
         return [tuple(kv_R2KD.chunk(2, dim=1)) for kv_R2KD in self.transfer.finish()]
+
+
+def _summed(dtype: torch.dtype) -> torch.dtype:
+    """In which gradients of many parts are added up."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
-from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, crossed_nodes
@@ -110,6 +110,46 @@ def test_shards_of_each_style_equal_the_whole_attention(world_size: int, collect
             assert len(found) == 4
             ordered = [x[tokens.argsort()] for x in found]
             torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=str(case))
+
+
+def _in_bfloat16(world: World) -> list[list[Tensor]]:
+    """By style: tokens of this rank and gradients of its q, k and v, for 32 short documents that every rank shares."""
+    attention = CP_ATTENTION["fused"](VarlenAttention(), state := ContextParallelState())
+    shapes = [Level(1024, 4, style).cp_shape(2) for style in ("ulysses", "hybrid", "allgather")]
+    meshes = LevelMeshes(world.device, world.size, shapes)
+    results = []
+    for gather_degree, ulysses_degree in shapes:
+        state.use(meshes.of((gather_degree, ulysses_degree)))
+        group, part = divmod(world.rank, ulysses_degree)
+        positions, documents = np.arange(1024), pack_documents(np.full(32, 32))
+        if gather_degree > 1:
+            positions, documents = head_tail_shard(np.full(32, 32), group, gather_degree)
+        positions = positions[part * 256 : (part + 1) * 256]
+        leaves = [x[positions].requires_grad_() for x in _bfloat16_inputs()]
+        attention(*leaves, documents).square().sum().backward()
+        results.append([torch.from_numpy(positions), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    return results
+
+
+def _bfloat16_inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1024, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2)]
+
+
+def test_gradients_in_bfloat16_are_about_as_exact_as_those_of_one_rank() -> None:
+    whole = pack_documents(np.full(32, 32))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype).requires_grad_() for x in _bfloat16_inputs()]
+        VarlenAttention()(*leaves, whole).square().sum().backward()
+        gradients.append([leaf.grad.float() for leaf in leaves if leaf.grad is not None])
+    for parts in zip(*run_distributed(_in_bfloat16, 4), strict=True):
+        tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        for shared, wanted, alone in zip(found, *gradients, strict=True):
+            assert shared.dtype == torch.bfloat16
+            error = (shared[tokens.argsort()].float() - wanted).norm()
+            # Each part is rounded once by its kernel; sums in bfloat16 of eight parts would round seven times more.
+            assert error <= 1.2 * (alone - wanted).norm()
 
 
 def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:
