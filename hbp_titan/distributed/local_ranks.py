@@ -39,7 +39,8 @@ def run_distributed(
     Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = fork_server()
+        # A process that is forked from one in which torch has asked for GPUs cannot use them; nothing rules that out.
+        context = mp.get_context("spawn") if device_type == "cuda" else fork_server()
         processes = [
             context.Process(
                 target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), device_type, args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from hbp_titan.gpu_check import blocks, machine, runner, speed
 from hbp_titan.gpu_check.runner import STEPS, Found, Settings, Step, Table
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
+from tests.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,20 +46,13 @@ def test_a_failing_step_is_reported_and_the_others_run(tmp_path: Path) -> None:
     assert report.count("| FAIL |") == report.count("| SKIP |") == report.count("| PASS |") == 1
 
 
-def _run_forked(words: list[str]) -> None:
-    raise SystemExit(runner.main(words))
-
-
 def _step(name: str, folder: Path) -> Found:
-    """What one step finds in a process of its own, forked from the server that has torch."""
-    words = ["--device=cpu", "--tiny", f"--out={folder}", f"--step={name}", f"--json={folder / name}.json"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hbp_titan.gpu_check.machine", "hbp_titan.gpu_check.speed", "torch._dynamo"])
-    process = context.Process(target=_run_forked, args=(words,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    values = json.loads((folder / f"{name}.json").read_text())
+    """What one step finds in a process of its own."""
+    out = folder / f"{name}.json"
+    words = ["--device=cpu", "--tiny", f"--out={folder}", f"--step={name}", f"--json={out}"]
+    result = run_python("-m", "hbp_titan.gpu_check", *words, env=runner.step_environment("cpu"))
+    assert result.returncode == 0, result.stderr
+    values = json.loads(out.read_text())
     return Found(**{**values, "tables": [Table(**table) for table in values["tables"]]})
 
 
