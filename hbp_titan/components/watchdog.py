@@ -3,12 +3,17 @@
 Owns a thread beside the training loop. Collectives have timeouts of their own and end a rank that waits in one; this
 thread speaks a little before, because only it knows the step and the level, and it also sees what is no collective (a
 loader, a file system). Ranks that stand at the same place are one line.
+
+It also ends a rank that was asked to leave (SIGTERM, SIGUSR1) and cannot: one that waits for a rank that is gone, which
+NCCL does not notice, never comes to the end of its step, where it would save. What a sound wait takes is known from
+earlier ones of its kind; a kind that was not seen yet, and waits for a disk, are left to their own timeouts.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +25,9 @@ import torch.distributed as dist
 
 # Of the timeout of collectives.
 SPEAKS_AT, ENDS_AT = 0.9, 1.2
+# A rank that got a signal is stuck after this many seconds without progress, and after this many times the longest
+# wait of the same kind before. torchrun kills after 30 s.
+STUCK_SECONDS, STUCK_FACTOR = 10.0, 3.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -27,6 +35,7 @@ class Watchdog:
     """A context manager around the run, which calls `at` whenever something new begins.
 
     store: where the ranks tell each other; made once a job.
+    signal_received: set while signals ask the run to leave: the number of one that came, or 0.
     """
 
     def __init__(
@@ -40,6 +49,9 @@ class Watchdog:
         self.world_size = world_size
         self.store = store
         self.where = "the start"
+        self.signal_received: Callable[[], int] = lambda: 0
+        self._kind = ""
+        self._longest: dict[str, float] = {}
         self._end = end
         self._timeout = math.inf
         self._since = time.monotonic()
@@ -47,9 +59,15 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, where: str, timeout_seconds: float = math.inf) -> None:
-        """Something new begins, which may take as long as a collective may; as long as it wants unless told."""
-        self.where, self._timeout, self._since = where, timeout_seconds, time.monotonic()
+    def at(self, where: str, timeout_seconds: float = math.inf, kind: str = "") -> None:
+        """Something new begins, which may take `timeout_seconds`.
+
+        kind: of work that takes about as long each time, so that a rank stuck in it can be told from a busy one.
+        """
+        now = time.monotonic()
+        if self._kind:
+            self._longest[self._kind] = max(self._longest.get(self._kind, 0.0), now - self._since)
+        self.where, self._timeout, self._since, self._kind = where, timeout_seconds, now, kind
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -63,6 +81,9 @@ class Watchdog:
         told = False
         while not self._stop.wait(min(1.0, 0.05 * self._timeout)):
             idle, timeout = time.monotonic() - self._since, self._timeout
+            if idle > self._stuck_after() and self.signal_received():
+                self._leave(idle)
+                return
             if idle <= SPEAKS_AT * timeout:
                 told = False
             elif not told:
@@ -72,6 +93,20 @@ class Watchdog:
                 print(f"rank {self.rank} is ended after {idle:.0f} s without progress", file=sys.stderr, flush=True)
                 self._end(1)
                 return
+
+    def _stuck_after(self) -> float:
+        longest = self._longest.get(self._kind)
+        return math.inf if longest is None else max(STUCK_SECONDS, STUCK_FACTOR * longest)
+
+    def _leave(self, idle: float) -> None:
+        name = signal.Signals(self.signal_received()).name
+        print(
+            f"rank {self.rank}: {name}, but no progress for {idle:.0f} s in {self.where}: another rank is gone; ends "
+            "without saving",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._end(1)
 
     def _tell(self, idle: float) -> None:
         """Leave this rank's place for the others; the first to do so prints the places of all."""
