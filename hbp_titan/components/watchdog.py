@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -29,6 +30,13 @@ SPEAKS_AT, ENDS_AT = 0.9, 1.2
 # wait of the same kind before. torchrun kills after 30 s.
 STUCK_SECONDS, STUCK_FACTOR = 10.0, 3.0
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class _Place(NamedTuple):
+    where: str
+    timeout: float
+    since: float
+    kind: str
 
 
 class Watchdog:
@@ -48,13 +56,11 @@ class Watchdog:
         self.rank = rank
         self.world_size = world_size
         self.store = store
-        self.where = "the start"
         self.signal_received: Callable[[], int] = lambda: 0
-        self._kind = ""
         self._longest: dict[str, float] = {}
         self._end = end
-        self._timeout = math.inf
-        self._since = time.monotonic()
+        # Replaced as a whole: the thread never sees the time of one place and the timeout of another.
+        self._place = _Place("the start", math.inf, time.monotonic(), "")
         self._watched = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,10 +70,15 @@ class Watchdog:
 
         kind: of work that takes about as long each time, so that a rank stuck in it can be told from a busy one.
         """
-        now = time.monotonic()
-        if self._kind:
-            self._longest[self._kind] = max(self._longest.get(self._kind, 0.0), now - self._since)
-        self.where, self._timeout, self._since, self._kind = where, timeout_seconds, now, kind
+        now, before = time.monotonic(), self._place
+        if before.kind:
+            self._longest[before.kind] = max(self._longest.get(before.kind, 0.0), now - before.since)
+        self._place = _Place(where, timeout_seconds, now, kind)
+
+    @property
+    def where(self) -> str:
+        """What the main thread does."""
+        return self._place.where
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -79,10 +90,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         told = False
-        while not self._stop.wait(min(1.0, 0.05 * self._timeout)):
-            idle, timeout = time.monotonic() - self._since, self._timeout
-            if idle > self._stuck_after() and self.signal_received():
-                self._leave(idle)
+        while not self._stop.wait(min(1.0, 0.05 * self._place.timeout)):
+            place = self._place
+            idle, timeout = time.monotonic() - place.since, place.timeout
+            if idle > self._stuck_after(place.kind) and (number := self.signal_received()):
+                self._leave(number, idle)
                 return
             if idle <= SPEAKS_AT * timeout:
                 told = False
@@ -94,15 +106,14 @@ class Watchdog:
                 self._end(1)
                 return
 
-    def _stuck_after(self) -> float:
-        longest = self._longest.get(self._kind)
+    def _stuck_after(self, kind: str) -> float:
+        longest = self._longest.get(kind)
         return math.inf if longest is None else max(STUCK_SECONDS, STUCK_FACTOR * longest)
 
-    def _leave(self, idle: float) -> None:
-        name = signal.Signals(self.signal_received()).name
+    def _leave(self, number: int, idle: float) -> None:
         print(
-            f"rank {self.rank}: {name}, but no progress for {idle:.0f} s in {self.where}: another rank is gone; ends "
-            "without saving",
+            f"rank {self.rank}: {signal.Signals(number).name}, but no progress for {idle:.0f} s in {self.where}: another "
+            "rank is gone; ends without saving",
             file=sys.stderr,
             flush=True,
         )
@@ -114,7 +125,7 @@ class Watchdog:
         if self.store.add("hbp_titan/stands", 1) != 1:
             return
         # The others come to the same conclusion within a second or two.
-        self._stop.wait(min(5.0, 0.1 * self._timeout))
+        self._stop.wait(min(5.0, 0.1 * self._place.timeout))
         print(f"nothing has moved for {idle:.0f} s:\n{self._places()}", file=sys.stderr, flush=True)
 
     def _places(self) -> str:
