@@ -169,6 +169,7 @@ class Trainer:
         self.checkpointer.require_optimizer()
         trace = StepTrace(self.config.profiling, self.folder, self.world.rank)
         with MetricsLogger(self.config, self.prints, self.step, self.total_steps, self.world.size) as metrics:
+            self._check_plan()
             self._probe_levels()
             if self.prints:
                 self.preemption.clear()
@@ -199,9 +200,6 @@ class Trainer:
         position, plan = self.position, self.position.plan
         if self.world.rank == 0:
             position.save_plan()
-        self._at(f"the plan of epoch {position.epoch}")
-        # A plan is a pure function, but of each node's CPU and numpy.
-        check_same(plan.fingerprint, f"the plan of epoch {position.epoch}")
         batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
             trace.before(self.step + 1)
@@ -214,6 +212,13 @@ class Trainer:
             self._confirm_epoch(metrics.write)
             if self.step < self.total_steps:
                 position.next_epoch()
+                self._check_plan()
+
+    def _check_plan(self) -> None:
+        """Raise ValueError unless all ranks have the same plan: a pure function, but of each node's NumPy and CPU."""
+        epoch = self.position.epoch
+        self._at(f"the comparison of the plans of epoch {epoch}")
+        check_same(self.position.plan.fingerprint, f"the plan of epoch {epoch}")
 
     def _loader(self) -> PackLoader:
         """The batches of this rank from the current step on."""

@@ -112,8 +112,8 @@ class Watchdog:
 
     def _leave(self, number: int, idle: float) -> None:
         print(
-            f"rank {self.rank}: {signal.Signals(number).name}, but no progress for {idle:.0f} s in {self.where}: another "
-            "rank is gone; ends without saving",
+            f"rank {self.rank}: {signal.Signals(number).name}, but no progress for {idle:.0f} s in {self.where}: "
+            "another rank is gone; ends without saving",
             file=sys.stderr,
             flush=True,
         )

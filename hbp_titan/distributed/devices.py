@@ -1,13 +1,15 @@
 """The GPUs of this machine, before any rank starts: whether torch can use them, and how torchrun should.
 
-`python -m hbp_titan.distributed.devices` prints for run_train.sh the number of ranks to start on this machine and the
-options that torchrun gets for GPUs. It ends with one error line where torch cannot use the machine's GPU.
+`python -m hbp_titan.distributed.devices [RANKS]` prints for run_train.sh the number of ranks to start on this machine
+(RANKS, or one for each GPU) and torchrun's options for GPUs. It ends with one error line where torch cannot use the
+machine's GPU.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,7 +72,8 @@ def main() -> None:
     """Print the number of ranks and torchrun's options on one line."""
     guarded(require_usable_gpu)
     gpus = torch.cuda.device_count()
-    print(gpus or CPU_RANKS, *(numa_options(gpus) if gpus else []))
+    ranks = int(sys.argv[1]) if len(sys.argv) > 1 else gpus or CPU_RANKS
+    print(ranks, *(numa_options(ranks) if gpus >= ranks else []))
 
 
 if __name__ == "__main__":

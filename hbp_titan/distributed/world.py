@@ -207,7 +207,7 @@ def check_same(value: str, what: str) -> None:
         ranks = f"rank{'s' if len(differ) > 1 else ''} {', '.join(map(str, differ[:8]))}"
         more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise ValueError(
-            f"{what} is not the same on all ranks: {ranks}{more} have another than rank 0; use the same Python, NumPy "
+            f"{what} is not the same on all ranks: rank 0 and {ranks}{more} differ; use the same Python, NumPy "
             "and hbp_titan, and the same data, on every node"
         )
 

@@ -137,7 +137,9 @@ def test_the_control_group_agrees_on_objects_failures_and_plans() -> None:
         # run_distributed's own 120 s for every group that is made, then train_timeout_seconds.
         assert found["timeouts"] == [120, 120, 120]
         assert found["timeouts after"] == [SLOW_WORK_SECONDS, 40, 40]
-        assert found["differs"].startswith("the plan of epoch 1 is not the same on all ranks: rank 2 ")
+        assert found["differs"].startswith(
+            "the plan of epoch 1 is not the same on all ranks: rank 0 and rank 2 differ;"
+        )
 
 
 def _alone(world: World) -> float:
