@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,6 +35,8 @@ class Preemption:
         self.received = 0
         self._before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        # `seen` reads in another thread than the one that closes.
+        self._pipe_lock = threading.Lock()
         self._seen = 0
 
     def __enter__(self) -> Preemption:
@@ -53,9 +56,10 @@ class Preemption:
             signal.signal(number, handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            pipe, self._pipe = self._pipe, None
-            for end in pipe:
-                os.close(end)
+            with self._pipe_lock:
+                pipe, self._pipe = self._pipe, None
+                for end in pipe:
+                    os.close(end)
 
     def seen(self) -> int:
         """The signal that this process got, 0 before; for another thread than the main one.
@@ -63,10 +67,11 @@ class Preemption:
         `received` is set by a handler in Python, which does not run while the main thread waits in a collective. The
         interpreter's own handler writes the number into a pipe at once.
         """
-        try:
-            numbers = os.read(self._pipe[0], 64) if self._pipe is not None else b""
-        except BlockingIOError:
-            numbers = b""
+        with self._pipe_lock:
+            try:
+                numbers = os.read(self._pipe[0], 64) if self._pipe is not None else b""
+            except BlockingIOError:
+                numbers = b""
         self._seen = next((number for number in numbers if number in SIGNALS), self._seen)
         return self._seen
 
