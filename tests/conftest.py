@@ -1,12 +1,17 @@
-"""Shared settings of the tests: few threads, so that several ranks share two cores without fighting."""
+"""Shared settings of the tests: few threads, so that several ranks share two cores without fighting; fixed examples."""
 
 from __future__ import annotations
 
 import os
 
+# Before torch is imported, which reads it then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
+
+from tests.properties import register_profiles
 
 # A CPU build of torch on a machine with a GPU: the tests use the CPU on purpose.
 if not torch.cuda.is_available():
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+register_profiles()

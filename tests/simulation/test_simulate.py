@@ -34,8 +34,8 @@ def test_a_plan_of_two_iterations_by_hand() -> None:
     assert result.idle == pytest.approx(0.768 / 2 / 0.75)
     # 28 bytes x 50 parameters of a rank at 1400 byte/s, twice.
     assert result.steps == pytest.approx(2.0)
-    assert result.seconds == pytest.approx(2 * (2.4 + 1.536 + 1.6) + 2)
-    assert result.gpu_days == pytest.approx(13.072 * 2 / 86400)
+    assert result.seconds == pytest.approx(2 * (2.4 + 1.536 / 0.75 + 1.6) + 2)
+    assert result.gpu_days == pytest.approx(14.096 * 2 / 86400)
     assert result.tokens == 16
 
 
