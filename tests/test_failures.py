@@ -9,6 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from hbp_titan.config import load_config
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +69,21 @@ def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) 
     assert re.search(rf"^  rank 1 in {where}: _sleep from hbp_titan/levels/engine.py:\d+$", output, re.MULTILINE)
     assert output.count(TRACEBACK) == 2
     assert seconds < 200  # with the start of three ranks on a busy machine
+
+
+def _train_another_order(world: World, argv: list[str]) -> str:
+    config = load_config(argv)
+    config.packing.seed = world.rank // 2
+    with pytest.raises(ValueError, match="plan") as caught:
+        Trainer(config, world).train()
+    return str(caught.value)
+
+
+def test_a_rank_that_plans_another_order_is_named_before_the_first_step(tmp_path: Path) -> None:
+    argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1", "--checkpoint.enable=false"]
+    messages = run_distributed(_train_another_order, 3, argv)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("the plan of epoch 0 is not the same on all ranks: rank 0 and rank 2 differ;")
 
 
 def test_a_mistake_that_every_rank_meets_is_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from hbp_titan.components.checkpoint_tensors import check_model_shapes, load_model_shards, read_state
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import DTYPES
+from hbp_titan.distributed.world import barrier
 from hbp_titan.job_config import LoRA
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
@@ -134,7 +135,7 @@ def export_hf(
     else:
         for _ in tensors:
             pass
-    dist.barrier()
+    barrier()
 
 
 def export_adapter(model: nn.Module, lora: LoRA, base: str, out: Path, dtype: torch.dtype) -> None:
@@ -153,7 +154,7 @@ def export_adapter(model: nn.Module, lora: LoRA, base: str, out: Path, dtype: to
             dtype=dtype,
             base=base if base and (Path(base) / "config.json").is_file() else None,
         )
-    dist.barrier()
+    barrier()
 
 
 def _named_targets(lora: LoRA, adapter: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ position is reached at once, without reading what lies before it.
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -139,5 +140,9 @@ class PackLoader:
 
 
 def _leave_group(worker: int) -> None:
-    """torchrun signals a rank's process group: a worker that died of that could not feed the step to be saved."""
+    """torchrun signals a rank's process group: a worker that died of that could not feed the step to be saved.
+
+    Nor does a signal to a worker count as the rank's, whose pipe (components/preemption.py) it has inherited.
+    """
+    signal.set_wakeup_fd(-1)
     os.setpgrp()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hbp_titan.distributed.world import World, close_world
+from hbp_titan.distributed.world import barrier, close_world, start_groups
 
 SURVIVES_SECONDS = 10.0
 """How long ranks may live on when another has failed: long enough to find that out and say so."""
@@ -96,12 +96,12 @@ def _rank_main(
     # A fork server's children have the environment of its start.
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    store = dist.FileStore(f"{folder}/rendezvous", world_size)
+    world = start_groups(store, rank, world_size, torch.device("cpu"), timedelta(seconds=120))
     try:
-        result = function(World(rank, world_size, torch.device("cpu")), *args)
+        result = function(world, *args)
         torch.save(result, Path(folder, f"result_{rank}"))
-        dist.barrier()
+        barrier()
     except BaseException:
         Path(folder, f"error_{rank}").write_text(traceback.format_exc())
         os._exit(1)

@@ -8,7 +8,7 @@ Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,16 @@ from hbp_titan.models.attention import choose_backend
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.registry import build_model
+from hbp_titan.packing.level import Level
+
+
+def level_meshes(
+    config: JobConfig, args: ModelArgs, world: World, mesh_device: torch.device, levels: Sequence[Level]
+) -> LevelMeshes:
+    """The meshes of `levels` and of the parameters as `config` shards them, their process groups made and connected."""
+    cp_shapes = [level.cp_shape(args.num_kv_heads) for level in levels]
+    copies, experts = config.parallelism.dp_replicate, config.parallelism.expert_parallel_degree
+    return LevelMeshes(mesh_device, world.size, cp_shapes, copies, experts)
 
 
 def parallelized_on_meta(
@@ -36,11 +46,7 @@ def parallelized_on_meta(
 
     mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
     """
-    cp_shapes = [level.cp_shape(args.num_kv_heads) for level in config.levels]
-    parallelism = config.parallelism
-    meshes = LevelMeshes(
-        mesh_device, world.size, cp_shapes, parallelism.dp_replicate, parallelism.expert_parallel_degree
-    )
+    meshes = level_meshes(config, args, world, mesh_device, config.levels)
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
     with torch.device("meta"):
         model = build_model(args).to(DTYPES[config.training.dtype])

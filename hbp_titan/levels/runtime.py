@@ -1,7 +1,7 @@
 """LevelRuntime: what a level swap changes, and the swap itself.
 
-Owns the states that the wrapped model reads (context parallelism, activation checkpointing) and this rank's
-place in each level's mesh. A swap assigns a few attributes: no group is made, nothing is rebuilt (paper 3.3).
+Owns the states that the wrapped model reads (context parallelism, activation checkpointing) and the mesh of each
+level. A swap assigns a few attributes: no group is made, nothing is rebuilt (paper 3.3).
 """
 
 from __future__ import annotations
@@ -32,9 +32,3 @@ class LevelRuntime:
         self.ac_state.policy = level.ac_policy
         self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
         self.active = index
-
-    def coordinates(self, index: int) -> tuple[int, int]:
-        """This rank's (dp_rank, cp_rank) in the mesh of level `index`."""
-        mesh = self.meshes[index]
-        cp_rank = mesh.get_local_rank("gather") * mesh.size(2) + mesh.get_local_rank("ulysses")
-        return mesh.get_local_rank("dp"), cp_rank

@@ -33,6 +33,8 @@ from hbp_titan.simulation.estimate import usable_bytes
 LORA_RANK = 16
 # Memory that others hold is told from this share of the device's on.
 OTHERS_SHARE = 0.08
+# Two names of one variable of torch's; run_train.sh sets the first.
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 class MemoryAdvisor:
@@ -71,9 +73,9 @@ class MemoryAdvisor:
                 f"{size(total - found)} of the device's {size(total)} are not this rank's: end other processes "
                 "(nvidia-smi lists them)"
             )
-        if error.figures.unallocated > error.figures.tried > 0 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        if error.figures.unallocated > error.figures.tried > 0 and not ALLOCATOR_SETTINGS & os.environ.keys():
             lines.append(
-                f"{size(error.figures.unallocated)} are free, but in pieces: PYTORCH_CUDA_ALLOC_CONF="
+                f"{size(error.figures.unallocated)} are free, but in pieces: PYTORCH_ALLOC_CONF="
                 "expandable_segments:True in the environment may be enough"
             )
         return lines
