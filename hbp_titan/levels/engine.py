@@ -9,12 +9,13 @@ Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses, select_rows
 from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
@@ -55,6 +56,7 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.chunk_tokens = config.training.loss_chunk_tokens
+        self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
@@ -72,18 +74,18 @@ class Engine:
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
-        return self._run(batch, linear_cross_entropy)
+        return self._run(batch, partial(linear_cross_entropy, chunk_tokens=self.chunk_tokens, backend=self.backend))
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain loss of each sample, as `forward_backward`, without gradients."""
 
-        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> tuple[None, Tensor]:
-            return None, linear_cross_entropy_losses(hidden, weight, labels, chunk_tokens)
+        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor) -> tuple[None, Tensor]:
+            return None, linear_cross_entropy_losses(hidden, weight, labels, self.chunk_tokens)
 
         with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
             return self._run(batch, plain)[1]
 
-    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
+    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
         """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
@@ -92,7 +94,8 @@ class Engine:
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
-            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
+            hidden_LH = select_rows(hidden_TH, index)
+            return loss(hidden_LH, weight_VH, batch.labels[index], batch.loss_weights[index])
 
         objective, losses_L = self.model(
             batch.input_ids, batch.position_ids, batch.documents, batch.max_seqlen, loss_of
