@@ -17,6 +17,7 @@ from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import load_config
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.train import Trainer
 from tests.tiny_run import ARGS, write_tiny_run
 
@@ -36,9 +37,8 @@ def _first_logits(world: World, argv: list[str]) -> torch.Tensor:
 
 def _logits(trainer: Trainer) -> torch.Tensor:
     trainer.engine.runtime.activate(0)
-    cu_seqlens = torch.tensor([0, len(PROMPT)], dtype=torch.int32)
     with torch.no_grad():
-        return trainer.model(PROMPT, torch.arange(len(PROMPT)), cu_seqlens, len(PROMPT))
+        return trainer.model(PROMPT, torch.arange(len(PROMPT)), pack_documents([len(PROMPT)]))
 
 
 @pytest.fixture(scope="module")

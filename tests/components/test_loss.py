@@ -139,7 +139,7 @@ class _LargeTensors(TorchDispatchMode):
         product = "mm" in name or "matmul" in name
         # Views and what touches one element of each row move nothing.
         if not product and any(
-            part in name for part in ("view", "aten.t.", "slice", "empty", "scatter", "gather", "prim.")
+            part in name for part in ("view", "permute", "slice", "empty", "scatter", "gather", "prim.")
         ):
             return result
         self.products += product
@@ -151,8 +151,8 @@ class _LargeTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.bfloat16, 10), (torch.float32, 12)])
-def test_a_chunk_takes_three_products_and_few_passes_over_its_logits(dtype: torch.dtype, passes: int) -> None:
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.bfloat16, 9.5), (torch.float32, 11)])
+def test_a_chunk_takes_three_products_and_few_passes_over_its_logits(dtype: torch.dtype, passes: float) -> None:
     tokens, vocab, hidden_size, chunks = 32, 999, 16, 3
     with FakeTensorMode():
         hidden = torch.empty(chunks * tokens, hidden_size, dtype=dtype, requires_grad=True)
