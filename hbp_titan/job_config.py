@@ -72,6 +72,8 @@ class LoRA:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Matrices that get an adapter, by the end of their names; "all-linear" alone means all in the blocks."""
+    base_dtype: str = "auto"
+    """Dtype of the frozen weights between steps: auto (the compute dtype), float32 or bfloat16 (docs/models.md)."""
 
 
 @dataclass

@@ -19,8 +19,9 @@ from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy
 from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed.fsdp import reshard
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize, stored_dtype
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.out_of_memory import TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
@@ -44,9 +45,10 @@ def parallelized_on_meta(
     )
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
     with torch.device("meta"):
-        model = build_model(args).to(DTYPES[config.training.dtype])
+        model = build_model(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
-            apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
+            lora = config.lora
+            apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
     return model, runtime
 
@@ -86,7 +88,10 @@ class Engine:
             return None, linear_cross_entropy_losses(hidden, weight, labels, self.chunk_tokens)
 
         with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
-            return self._run(batch, plain)[1]
+            losses_S = self._run(batch, plain)[1]
+        # Without a backward the head and the root stay gathered: gigabytes, and copies where parameters are looked for.
+        reshard(self.model)
+        return losses_S
 
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
         """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""

@@ -139,7 +139,7 @@ class _LargeTensors(TorchDispatchMode):
         product = "mm" in name or "matmul" in name
         # Views and what touches one element of each row move nothing.
         if not product and any(
-            part in name for part in ("view", "permute", "slice", "empty", "scatter", "gather", "prim.")
+            part in name for part in ("view", "permute", "slice", "empty", "scatter", "gather", "detach", "prim.")
         ):
             return result
         self.products += product
