@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.data.sequence_shard import chunk_bounds, head_tail_shard
+from tests.properties import examples
 
 
 def causal_pairs(lengths: np.ndarray, degree: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def packs(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return np.array([*lengths, -sum(lengths) % degree + degree]), degree
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(packs())
 def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple[np.ndarray, int]) -> None:
     lengths, degree = pack
@@ -85,7 +86,7 @@ def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple
                 assert seen == list(range(start[mine[0]], mine[-1] + 1))
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(packs())
 def test_largest_rank_exceeds_the_mean_by_less_than_two_pairs_a_token(pack: tuple[np.ndarray, int]) -> None:
     lengths, degree = pack
