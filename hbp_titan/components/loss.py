@@ -33,12 +33,17 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("hbp_titan::add_matmul_fp32_cpu", mutates_args=("total",))
-def _add_matmul_fp32_cpu(total: Tensor, a: Tensor, b: Tensor) -> None:
-    total.addmm_(a.float(), b.float())
+@torch.library.custom_op("hbp_titan::add_matmul_fp32", mutates_args=("total",))
+def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.is_cuda:
+        # An fp32 `self` next to bf16 factors works since torch 2.10 (pytorch #167931). On fake tensors the overload
+        # fails before 2.13 (#163880): one more reason for an op.
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
-@_add_matmul_fp32_cpu.register_fake
+@_add_matmul_fp32.register_fake
 def _(total: Tensor, a: Tensor, b: Tensor) -> None:
     return None
 
@@ -53,13 +58,10 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; total is fp32 where a and b are bf16."""
-    if a.dtype != torch.bfloat16:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        # An fp32 `self` next to bf16 factors works since torch 2.10 (pytorch #167931).
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if a.dtype == torch.bfloat16:
+        _add_matmul_fp32(total, a, b)
     else:
-        _add_matmul_fp32_cpu(total, a, b)
+        total.addmm_(a, b)
 
 
 def _losses_and_exponentials(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
