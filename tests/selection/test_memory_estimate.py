@@ -119,10 +119,10 @@ def test_each_style_keeps_what_its_exchanges_leave() -> None:
     by_hand = {
         # one query head, one repeated key head and one value head of all tokens
         "ulysses": 4 * head + 8 * head + 4 * head + 4 * head + lse,
-        # own queries of all heads; 2 key and 2 value heads of all tokens
-        "allgather": 4 * head + 16 * head + 4 * head + 4 * head + lse,
-        # half of the tokens for half of the heads, keys and values before their gathering with them; then both gathered
-        "hybrid": (4 + 2 + 2) * head + 8 * head + 4 * head + 4 * head + lse,
+        # own queries of all heads; 2 key and 2 value heads of the tokens that the passes see, an eighth more than all
+        "allgather": 4 * head + 18 * head + 4 * head + 4 * head + lse,
+        # half of the tokens for half of the heads; a key and a value head of a quarter more than all tokens
+        "hybrid": 4 * head + 10 * head + 4 * head + 4 * head + lse,
     }
     for style, kept in by_hand.items():
         level = Level(4096, 4, style, "keep_attention")
