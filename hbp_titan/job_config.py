@@ -72,6 +72,8 @@ class LoRA:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Matrices that get an adapter, by the end of their names; "all-linear" alone means all in the blocks."""
+    base_dtype: str = "auto"
+    """Dtype of the frozen weights between steps: auto (the compute dtype), float32 or bfloat16 (docs/models.md)."""
 
 
 @dataclass
@@ -162,8 +164,9 @@ class Training:
     """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
     max_nonfinite_steps: int = 10
     """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
-    loss_chunk_tokens: int = 1024
-    """Loss tokens whose logits are held at one time."""
+    loss_chunk_tokens: int = 2048
+    """Loss tokens whose logits are held at one time: 6 bytes a token and word of the vocabulary in bfloat16. With fewer
+    than 2048, adding each chunk to the output matrix's gradient is bound by memory traffic on an H100."""
 
 
 @dataclass

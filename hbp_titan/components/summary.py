@@ -14,7 +14,7 @@ from torch import nn
 from hbp_titan.components.console import fit
 from hbp_titan.components.model_state import describe_weights
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.distributed.parallelize import compute_dtype, stored_dtype
 from hbp_titan.job_config import JobConfig, LoRA
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.attention import selected_backend
@@ -57,9 +57,10 @@ def describe_start(
 def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
     """Architecture, dtypes, attention kernel, where the weights come from, and what of them is trained."""
     computed = str(compute_dtype(config, device)).removeprefix("torch.")
-    weights = describe_weights(config.checkpoint.initial_load_path, args, config.training.dtype)
+    stored = str(stored_dtype(config, device)).removeprefix("torch.")
+    weights = describe_weights(config.checkpoint.initial_load_path, args, stored)
     lines = [
-        f"model: {args.name}, {num_params(args):,} parameters, {config.training.dtype}, computed in {computed}, "
+        f"model: {args.name}, {num_params(args):,} parameters, {stored}, computed in {computed}, "
         f"attention {selected_backend(device)}",
         f"weights: {weights}",
     ]

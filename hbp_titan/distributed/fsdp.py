@@ -6,6 +6,7 @@ averaged, because the loss is already divided by the tokens of the whole optimiz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -55,6 +56,23 @@ def apply_fsdp(
             # Neither call recurses. gloo has no pre-multiplied sum, so the factor 1 must not be a multiplication.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The (name, parameter) pairs of `model`, sharded: the trained values in the dtype in which they are stored.
+
+    After a forward without a backward, groups with reshard_after_forward=False still hold their gathered copy, in the
+    compute dtype, and model.named_parameters() would give that.
+    """
+    reshard(model)
+    return model.named_parameters()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free every gathered parameter of `model`; no collective."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def even_placement(parameter: nn.Parameter, shards: int, first_dim: int = 0) -> Shard | None:

@@ -31,6 +31,18 @@ def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def stored_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the model's own weights between steps; with LoRA these are frozen, and adapters have training.dtype.
+
+    Frozen weights are never updated, so a dtype wider than that of forward and backward would hold bits that nothing
+    reads.
+    """
+    if not config.lora.rank:
+        return DTYPES[config.training.dtype]
+    name = config.lora.base_dtype
+    return compute_dtype(config, device) if name == "auto" else DTYPES[name]
+
+
 def parallelize(
     model: Decoder,
     config: JobConfig,

@@ -9,17 +9,19 @@ Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses, select_rows
 from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed.fsdp import reshard
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize, stored_dtype
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.out_of_memory import TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
@@ -49,9 +51,10 @@ def parallelized_on_meta(
     meshes = level_meshes(config, args, world, mesh_device, config.levels)
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
     with torch.device("meta"):
-        model = build_model(args).to(DTYPES[config.training.dtype])
+        model = build_model(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
-            apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
+            lora = config.lora
+            apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
     return model, runtime
 
@@ -64,6 +67,7 @@ class Engine:
         dtype = compute_dtype(config, world.device)
         choose_backend(config.model.attention_backend, world.device, args.head_dim, dtype)
         self.chunk_tokens = config.training.loss_chunk_tokens
+        self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
@@ -81,18 +85,21 @@ class Engine:
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
-        return self._run(batch, linear_cross_entropy)
+        return self._run(batch, partial(linear_cross_entropy, chunk_tokens=self.chunk_tokens, backend=self.backend))
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain loss of each sample, as `forward_backward`, without gradients."""
 
-        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> tuple[None, Tensor]:
-            return None, linear_cross_entropy_losses(hidden, weight, labels, chunk_tokens)
+        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor) -> tuple[None, Tensor]:
+            return None, linear_cross_entropy_losses(hidden, weight, labels, self.chunk_tokens)
 
         with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
-            return self._run(batch, plain)[1]
+            losses_S = self._run(batch, plain)[1]
+        # Without a backward the head and the root stay gathered: gigabytes, and copies where parameters are looked for.
+        reshard(self.model)
+        return losses_S
 
-    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
+    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
         """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
@@ -101,7 +108,8 @@ class Engine:
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
-            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
+            hidden_LH = select_rows(hidden_TH, index)
+            return loss(hidden_LH, weight_VH, batch.labels[index], batch.loss_weights[index])
 
         objective, losses_L = self.model(batch.input_ids, batch.position_ids, batch.documents, loss_of)
         # The documents behind the samples' are padding, and train nothing.

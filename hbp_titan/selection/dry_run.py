@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hbp_titan.components.loss import linear_cross_entropy
+from hbp_titan.components.loss import linear_cross_entropy, select_rows
 from hbp_titan.data.sequence_shard import HeadTailShard, ShardPass
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, BlockForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
@@ -145,7 +145,7 @@ def _head_memory(
         weights = torch.empty(loss_tokens)
 
         def loss(hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden_SH[index], weight_VH, index, weights, chunk_tokens)[0]
+            return linear_cross_entropy(select_rows(hidden_SH, index), weight_VH, index, weights, chunk_tokens)[0]
 
         x_SH = torch.empty(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
         return _measure(head, head, (x_SH, loss))

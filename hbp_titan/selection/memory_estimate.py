@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hbp_titan.config import JobConfig
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, stored_dtype
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.moe import Experts
@@ -117,8 +117,9 @@ class _Composition:
         self.block = _gathered_block(sizes, dtype, reduce_dtype, self.shards, spread)
         self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
-        itemsize = DTYPES[config.training.dtype].itemsize
-        self.resident = (sizes.model + 3 * sizes.trained) * itemsize // self.shards
+        trained = 4 * sizes.trained * DTYPES[config.training.dtype].itemsize
+        frozen = (sizes.model - sizes.trained) * stored_dtype(config, torch.device(device_type)).itemsize
+        self.resident = (trained + frozen) // self.shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]
