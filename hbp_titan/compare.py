@@ -26,6 +26,7 @@ from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.level_time import pack_loads
 from hbp_titan.levels.work_clock import WorkClock
 from hbp_titan.packing import METHODS, Level, Plan, parse_levels
+from hbp_titan.packing.level import format_level
 from hbp_titan.train import Trainer
 
 
@@ -41,6 +42,8 @@ class Run:
 
 
 def _short(level: Level) -> str:
+    if level.reshard_after_forward is not None:
+        return format_level(level)
     fields = [str(level.max_tokens), str(level.cp_degree)]
     if level.cp_degree > 1 or level.ac_policy != "none":
         fields.append(level.cp_style)

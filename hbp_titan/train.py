@@ -276,7 +276,7 @@ class Trainer:
             level = level_name(plan.levels[batch.level])
             self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}")
             with self.live_check.iteration(iteration):
-                losses = self.engine.forward_backward(batch)
+                losses = self.engine.forward_backward(batch, last=iteration + 1 == last)
             self.meter.add(batch, losses, waited)
             self.nonfinite.see(iteration, batch, losses)
             self.expert_load.add()

@@ -40,12 +40,12 @@ def parallelized_on_meta(
     meshes = LevelMeshes(
         mesh_device, world.size, cp_shapes, parallelism.dp_replicate, parallelism.expert_parallel_degree
     )
-    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
+    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, parallelism.reshard_after_forward)
     with torch.device("meta"):
         model = build_model(args).to(DTYPES[config.training.dtype])
         if config.lora.rank:
             apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
-    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
+    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)
     return model, runtime
 
 
@@ -54,19 +54,24 @@ class Engine:
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
+        self.replicated = config.parallelism.dp_replicate > 1
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
-    def forward_backward(self, batch: PackedBatch) -> Tensor:
+    def forward_backward(self, batch: PackedBatch, last: bool = True) -> Tensor:
         """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
 
+        last: whether it is the last of its optimizer step. Copies of the parameters (dp_replicate) add up their
+        gradients only then; before it a parameter's `grad` lacks what was reduced within this copy.
         That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
         Raises OutOfMemory, as evaluate does.
         """
         with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
+            if self.replicated:
+                self.model.set_requires_all_reduce(last)
             objective.backward()
         return losses_S
 

@@ -24,7 +24,7 @@ from hbp_titan.levels.memory import device_memory
 from hbp_titan.levels.out_of_memory import VALIDATION, OutOfMemory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import level_name
+from hbp_titan.packing.level import format_level, level_name
 from hbp_titan.selection.memory_estimate import MemoryEstimate, estimate_evaluation, estimate_memory
 from hbp_titan.simulation.cheapest_change import Change, Search, shown
 from hbp_titan.simulation.estimate import usable_bytes
@@ -199,7 +199,7 @@ class Situation:
         if change.level != level:
             levels = [change.level if other is level else other for other in self.config.levels]
             words += ["--packing.levels="] if chose_levels else []
-            words.append(f"--levels={','.join(short_form(level) for level in levels)}")
+            words.append(f"--levels={','.join(format_level(level) for level in levels)}")
         words += [f"--{key}={str(value).lower()}" for key, value in change.config_settings(self.config)]
         return " ".join(words)
 
@@ -225,14 +225,6 @@ class Situation:
             if own.any():
                 return pack_loads(self.plan)[own].mean(axis=0)
         return np.array([1.0, level.max_tokens, float(level.max_tokens) ** 2, 1.0])
-
-
-def short_form(level: Level) -> str:
-    """The level as --levels takes it."""
-    words = [str(level.max_tokens), str(level.cp_degree), level.cp_style, level.ac_policy]
-    if level.ac_layers is not None:
-        return ":".join([*words, str(level.ac_layers)])
-    return ":".join(words)
 
 
 def size(num_bytes: float) -> str:
