@@ -96,10 +96,8 @@ def _is_tables(value: Any) -> bool:
 def help_text() -> str:
     """Every key with its default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
-    lines.append(
-        "  --levels 1024:1,8192:2    levels as max_tokens:cp_degree[:cp_style[:ac_policy[:ac_layers[:reshard_after_forward]]]];"
-    )
-    lines.append("                            in TOML, [[levels]] blocks")
+    lines.append("  --levels 1024:1,8192:2    max_tokens:cp_degree:cp_style:ac_policy:ac_layers:reshard_after_forward;")
+    lines.append("                            all but max_tokens may be left out; in TOML, [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":
             continue

@@ -7,6 +7,7 @@ summed in `reduce_dtype`, never averaged, because the loss is already divided by
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import Shard
 
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.moe import MixtureOfExperts
+from hbp_titan.models.moe import Experts, MixtureOfExperts
 
 
 class ReshardState:
@@ -110,19 +111,32 @@ def apply_fsdp(
         data_mesh = expert_mesh[("dp_replicate", "fsdp") if expert_mesh.ndim == 3 else ("fsdp",)]
         of_stack = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
         experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=of_stack)
-        sharded = shard_block(block, mesh=mesh, shard_placement_fn=placement)
-        # The exchange waits for the device: asked for only there, the experts would come when it has nothing to do.
-        sharded.set_modules_to_forward_prefetch([experts])
-        blocks += [experts, sharded]
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        blocks += [shard_block(block, mesh=mesh, shard_placement_fn=placement), experts]
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if expert_mesh is not None:
+        _prefetch(blocks)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Neither call recurses. gloo has no pre-multiplied sum, so the factor 1 must not be a multiplication.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if separate_reduce_scatter and hasattr(model, "set_separate_reduce_scatter_group"):
-        model.set_separate_reduce_scatter_group()
+    if separate_reduce_scatter and hasattr(root, "set_separate_reduce_scatter_group"):
+        root.set_separate_reduce_scatter_group()
     reshard.attach(blocks, mesh)
+
+
+def _prefetch(blocks: list[FSDPModule]) -> None:
+    """Ask for a block's parameters, those of its experts among them, when the block before it starts.
+
+    blocks: in the order of their forward, experts after their block. Expert parallelism's exchange makes the host wait
+    for the device: what is asked for only after it would come when the device has nothing left to do. In backward
+    nothing waits, and FSDP2's own prefetch does (after torchtitan's models/llama4/infra/parallelize.py).
+    """
+    starts = [k for k, module in enumerate(blocks) if not isinstance(module, Experts)]
+    for start, end in itertools.pairwise([*starts, len(blocks)]):
+        following = next((k for k in starts if k > end), len(blocks))
+        wanted = blocks[end:following]
+        blocks[start].set_modules_to_forward_prefetch(blocks[1:end] + wanted if start == 0 else wanted)
 
 
 def even_placement(parameter: nn.Parameter, shards: int, first_dim: int = 0) -> Shard | None:

@@ -9,10 +9,11 @@ Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses
 from hbp_titan.components.model_state import initialize
@@ -71,7 +72,7 @@ class Engine:
         with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
             if self.replicated:
-                self.model.set_requires_all_reduce(last)
+                cast(FSDPModule, self.model).set_requires_all_reduce(last)
             objective.backward()
         return losses_S
 

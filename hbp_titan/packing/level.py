@@ -27,8 +27,8 @@ class Level:
     cp_style: how attention is spread over the cp ranks (see CP_STYLES).
     ac_policy: activation checkpointing, see AC_POLICIES.
     ac_layers: the first so many layers are checkpointed; None means all of them.
-    reshard_after_forward: whether FSDP2 frees a block's gathered parameters between its forward and its backward (True),
-        keeps them (False), or keeps them sharded over that many adjacent ranks (an integer above 1); None takes
+    reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: frees them
+        (True), keeps them (False), or keeps them sharded over that many adjacent ranks (an integer above 1); None takes
         parallelism.reshard_after_forward. Memory against traffic: it changes neither numbers nor the plan.
 
     Raises ValueError for a value outside these domains or a max_tokens that cp_degree does not divide.

@@ -135,7 +135,8 @@ class TimeModel:
         inside = min(degree, self.hardware.gpus_per_node)
         intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
         inter = sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth
-        passes = 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy != "none" else 0)
+        # Recomputation sends tokens to their experts again, and stops before they come back.
+        passes = 2 * self.dims.num_layers + (self._recomputed(level) / 2 if level.ac_policy != "none" else 0)
         return max(intra, inter) * passes / self.hardware.exchange_efficiency
 
     def fsdp_seconds(self, level: Level) -> tuple[float, float]:
