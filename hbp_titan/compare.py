@@ -103,9 +103,10 @@ class MeasuredEpoch(Trainer):
         self.live_check = self.log  # type: ignore[assignment]
         self.records: list[dict[str, Any]] = []
 
-    def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> dict[str, Any]:
-        self.records.append(super().train_step(plan, step, batches))
-        return self.records[-1]
+    def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
+        record = super().train_step(plan, step, batches)
+        self.records.append(record())
+        return record
 
     def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Each rank has a folder of its own: there is no record of all of them."""

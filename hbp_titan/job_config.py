@@ -160,6 +160,8 @@ class Training:
     """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
     max_nonfinite_steps: int = 10
     """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
+    gc_interval: int = 50
+    """Optimizer steps between Python's garbage collections, which all ranks then make together; 0: as Python likes."""
     loss_chunk_tokens: int = 1024
     """Loss tokens whose logits are held at one time."""
 
