@@ -240,7 +240,7 @@ def _state(num_bytes: int) -> str:
 
 
 def _described(level: Level) -> str:
-    keys: Sequence[str] = ("max_tokens", "cp_degree", "ac_policy", "ac_layers")
+    keys: Sequence[str] = ("max_tokens", "cp_degree", "ac_policy", "ac_layers", "reshard_after_forward")
     return shown([(key, getattr(level, key)) for key in keys if getattr(level, key) is not None])
 
 
