@@ -76,11 +76,8 @@ def _describe_lora(lora: LoRA, model: nn.Module) -> str:
     )
 
 
-_KEPT = {True: "", False: ", parameters kept"}
-
-
 def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
-    """Levels with their mesh, exchanges, recomputation and what they keep of parameters, iterations, steps and tokens per step of one epoch."""
+    """Levels with their mesh, exchanges, recomputation and what they keep of parameters; steps of one epoch."""
     lines = []
     # Of a run that goes on it may be another than when the plan was made.
     resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
@@ -89,9 +86,10 @@ def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
         style = f" ({level.cp_style}, {config.parallelism.cp_collectives})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
+        kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {recomputed}{_KEPT.get(reshard, f', parameters kept over {reshard} ranks')}, {count} iterations"
+            f"checkpointing {recomputed}{kept}, {count} iterations"
         )
     tokens = plan.step_tokens
     lines.append(
