@@ -11,6 +11,7 @@ from hbp_titan.job_config import DataSource, JobConfig, to_dict
 from hbp_titan.packing.level import AC_POLICIES
 
 _CHOICES = {
+    "model.attention_backend": ("auto", "fa3", "fa4", "fa2", "torch", "cpu", "reference"),
     "packing.levels": ("", "auto"),
     "packing.mix": ("alternate", "interleave"),
     "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),

@@ -32,6 +32,8 @@ class Model:
     """Folder with an HF config.json: the architecture comes from it."""
     tokenizer_path: str = ""
     """Folder with tokenizer.json and tokenizer_config.json; empty means hf_path."""
+    attention_backend: str = "auto"
+    """Attention kernel: auto (the fastest installed one), fa3, fa4, fa2, torch, cpu, or reference (slow, for tests)."""
 
 
 @dataclass

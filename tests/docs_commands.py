@@ -23,6 +23,7 @@ NOT_RUN = {
     "export M=models/Llama-3.1-8B-Instruct": "set for every command below",
     "export OMP_NUM_THREADS=1": "set for every command below",
     "./scripts/run_tests.sh": "runs this very test",
+    "scripts/run_tests.sh --hypothesis-profile=random -m hypothesis": "takes ten minutes",
     "python -m pytest -m gpu": "needs a GPU",
     "pip install '.[data]'": "installs packages",
     ".venv/bin/pip install -e '.[wandb]'": "installs packages",

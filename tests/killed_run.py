@@ -83,8 +83,7 @@ def _deadly(function: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
 
 def train_until_killed(argv: list[str], kill: Kill) -> None:
     """A start of the run on two ranks that a kill ends."""
-    # The ranks that live on lose the others; where all die there is no result.
-    with contextlib.suppress(RankError, FileNotFoundError):
+    with contextlib.suppress(RankError):
         run_distributed(train, 2, argv, kill)
 
 

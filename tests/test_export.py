@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,9 @@ from hbp_titan.components.model_state import check_load_path
 from hbp_titan.config import load_config
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.train import Trainer
+from tests.programs import run_python
 from tests.tiny_run import ARGS, write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +36,8 @@ def _first_logits(world: World, argv: list[str]) -> torch.Tensor:
 
 def _logits(trainer: Trainer) -> torch.Tensor:
     trainer.engine.runtime.activate(0)
-    cu_seqlens = torch.tensor([0, len(PROMPT)], dtype=torch.int32)
     with torch.no_grad():
-        return trainer.model(PROMPT, torch.arange(len(PROMPT)), cu_seqlens, len(PROMPT))
+        return trainer.model(PROMPT, torch.arange(len(PROMPT)), pack_documents([len(PROMPT)]))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,7 @@ def _transformers_logits(folder: Path) -> torch.Tensor:
 
 
 def _script(name: str, *argv: object) -> str:
-    command = [sys.executable, f"scripts/{name}", *map(str, argv)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_python(f"scripts/{name}", *argv)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -117,8 +115,7 @@ def test_a_checkpoint_of_another_model_is_named_tensor_by_tensor_before_the_star
 
 
 def test_conversion_of_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/convert_to_hf.py", str(tmp_path), str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_python("scripts/convert_to_hf.py", tmp_path, tmp_path / "out")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1

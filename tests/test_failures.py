@@ -43,7 +43,7 @@ def test_a_rank_that_runs_out_of_memory_is_advised_and_takes_the_others_along(tm
     assert change.startswith("cheapest change that fits: in the [[levels]] block of max_tokens = 128 set ")
     assert re.search(r"; as overrides: --levels=128:\S*,512:1:ulysses:none \(predicted peak ", change)
     assert output.count(TRACEBACK) == 1
-    assert seconds < 90
+    assert seconds < 200
 
 
 def test_a_killed_rank_takes_the_others_along(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_killed_rank_takes_the_others_along(tmp_path: Path) -> None:
     assert len(re.findall(r"^rank [02] failed in step 3", output, re.MULTILINE)) == 1
     assert output.count(TRACEBACK) == 2
     assert "Signal 9 (SIGKILL)" in output
-    assert seconds < 90  # with the start of three ranks
+    assert seconds < 200  # with the start of three ranks on a busy machine
 
 
 def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) 
     assert re.search(rf"^  ranks 0, 2 in {where}: .*(wait|all_gather)\S* from hbp_titan/", output, re.MULTILINE), output
     assert re.search(rf"^  rank 1 in {where}: _sleep from hbp_titan/levels/engine.py:\d+$", output, re.MULTILINE)
     assert output.count(TRACEBACK) == 2
-    assert seconds < 90  # with the start of three ranks
+    assert seconds < 200  # with the start of three ranks on a busy machine
 
 
 def test_a_mistake_that_every_rank_meets_is_one_line(tmp_path: Path) -> None:

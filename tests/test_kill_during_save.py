@@ -75,7 +75,9 @@ def _kill_at_random(whole: Path, tmp_path: Path, num_rows: int, kills: int, seed
     for number in range(kills):
         ranks = generator.choice([(0,), (1,), (0, 1)])
         train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0, 2), loaded=number % 3 > 0))
-    assert run_distributed(train, 2, argv)[0][0] > 0
+    # How far a kill after seconds lets the run come depends on the machine; that nothing saved is lost does not.
+    saved = [int(path.name.removeprefix("step-")) for path in completed(tmp_path / "killed" / "checkpoint")]
+    assert run_distributed(train, 2, argv)[0][0] == max(saved, default=0)
     _same(whole, tmp_path / "killed")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from hbp_titan.models.hf import load_hf_tensors, to_hf_name
 from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
 from hbp_titan.preflight import check, cost_model
 from tests.lora_run import train, train_and_resume, write_lora_run
+from tests.programs import run_python
 from tests.tiny_run import ARGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,8 +175,7 @@ def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(
 
 def test_converted_checkpoint_is_the_merged_export(run: Run, tmp_path: Path) -> None:
     folder = run[1]
-    command = [sys.executable, "scripts/convert_to_hf.py", str(folder / "run"), str(tmp_path / "hf")]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+    run_python("scripts/convert_to_hf.py", folder / "run", tmp_path / "hf").check_returncode()
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (folder / "run" / "hf" / name).read_bytes()
 

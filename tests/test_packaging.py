@@ -26,10 +26,11 @@ REPOSITORY = ("hbp_titan", "scripts", "train_configs", "pyproject.toml", "README
 
 def _copy_repository(root: Path) -> Path:
     for name in REPOSITORY:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, root / name)
-    for cache in [*root.rglob("__pycache__")]:
-        shutil.rmtree(cache)
+        if (ROOT / name).is_dir():
+            # Other tests write into the caches at the same time.
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, root / name)
     return root
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-    )
+    return run_python(*words, timeout=500)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,9 +47,21 @@ def _start(root: Path, argv: Sequence[str], folder: Path, **environment: str) ->
     return subprocess.Popen(command, cwd=root, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _wait_for_step(folder: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:
+def _make_held(root: Path, release: Path) -> Path:
+    """A checkout whose runs wait after step 12, past a checkpoint and before the next, until `release` exists."""
+    make_checkout(root)
+    shutil.copy(Path(__file__).with_name("held_run.py"), root / "hbp_titan" / "held_run.py")
+    train = root / "hbp_titan" / "train.py"
+    held = f"from hbp_titan.held_run import hold\n\nhold(Trainer, 12, Path({str(release)!r}))\n"
+    before, main, after = train.read_text().partition('if __name__ == "__main__":')
+    assert main
+    train.write_text(f"{before}{held}{main}{after}")
+    return root
+
+
+def _wait_until_held(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + DEADLINE
-    while steps_done(folder) < step:
+    while steps_done(folder) < 12 or not completed(folder / "checkpoint"):
         assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -62,10 +75,12 @@ def _same(whole: Path, folder: Path) -> None:
 
 
 def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
-    root, folder = make_checkout(tmp_path / "checkout"), tmp_path / "killed"
+    folder, release = tmp_path / "killed", tmp_path / "release"
+    root = _make_held(tmp_path / "checkout", release)
     process = _start(root, argv, folder, NGPU="2", MAX_RESTARTS="2")
-    _wait_for_step(folder, 12, [process])
+    _wait_until_held(folder, [process])
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    release.touch()
     output = process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 0, output
     assert "Signal 9 (SIGKILL)" in output or "exitcode: -9" in output
@@ -79,7 +94,8 @@ def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path
 def test_two_nodes_of_which_one_dies_go_on_when_both_are_started_again(
     argv: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    root, folder = make_checkout(tmp_path / "checkout"), tmp_path / "nodes"
+    folder, release = tmp_path / "nodes", tmp_path / "release"
+    root = _make_held(tmp_path / "checkout", release)
     for attempt in range(2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -87,8 +103,9 @@ def test_two_nodes_of_which_one_dies_go_on_when_both_are_started_again(
         node = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job"}
         nodes = [_start(root, argv, folder, **node) for _ in range(2)]
         if attempt == 0:
-            _wait_for_step(folder, 12, nodes)
+            _wait_until_held(folder, nodes)
             kill_tree(nodes[1].pid)
+            release.touch()
             # As a supervisor that has seen a node die ends the others.
             nodes[0].terminate()
             assert all(node.communicate(timeout=DEADLINE) and node.returncode for node in nodes)

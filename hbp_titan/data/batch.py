@@ -1,12 +1,12 @@
 """PackedBatch: one pack as the tensors of a training step, and the context-parallel shard of it.
 
-Owns the layout of a pack: documents one after the other, positions that restart in each, labels shifted inside
-each, padding at the end. For documents a a a and b b with padding up to T = 8:
+Owns the layout of a pack: documents one after the other, the longest first (models/documents.py says why), positions
+that restart in each, labels shifted inside each, padding at the end. For documents a a a and b b, padded up to T = 8:
 
     input_ids     a0 a1 a2 b0 b1  p  p  p
     position_ids   0  1  2  0  1  0  1  2
     labels        a1 a2  .  b1 .  .  .  .     "." = IGNORE_INDEX, also where the loss mask is 0
-    cu_seqlens     0  3  5  8  8 ...          padded with T up to the level's fixed length
+    documents      3     2     3              lengths, those of padding too
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
+from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.packing.level import Level
 
 IGNORE_INDEX = -100
@@ -40,35 +41,31 @@ class SampleSource(Protocol):
 class PackedBatch:
     """One rank's share of a pack. S = T / cp_degree tokens; T = level.max_tokens.
 
-    input_ids, position_ids, labels: int64 [S]. cu_seqlens: int32 [documents + 1], of the whole pack.
+    input_ids, position_ids, labels: int64 [S]. documents: of the whole pack; a HeadTailShard for attention over
+    gathered keys and values, where the shard is one of heads and tails (data/sequence_shard.py).
     loss_weights: float32 [S], what the loss of each label counts (0 where there is none).
     loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
-    whole pack, padding not counted. sample_ids: int64 [n], the samples that were read into the whole pack; an array,
-    because it stays on the host. head_tail: for attention over gathered keys and values, where the shard is one of
-    heads and tails (data/sequence_shard.py); None where it is contiguous.
-    document_ids: int64 [S], the document of each token, padding's included. document_shares: float32 [documents], the
-    sum of the loss weights of each document of the pack, whatever the shard (models/balance.py).
+    whole pack, padding not counted. sample_ids: int64 [n], the samples of the whole pack in its order; an array,
+    because it stays on the host. lengths: int64 [documents], tokens of each document of the whole pack, those of
+    padding last; on the host too.
+    document_ids: int64 [S], the document of each token, padding's included. document_shares: float32 [slots], the
+    sum of the loss weights of each document of the pack, whatever the shard (models/balance.py); zeros behind the
+    documents fill it up to a size that all packs of a level have.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    cu_seqlens: Tensor
+    documents: Documents | HeadTailShard
     loss_weights: Tensor
     loss_index: Tensor
-    max_seqlen: int
     level: int
     num_tokens: int
     num_loss_tokens: int
     sample_ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
     document_ids: Tensor
     document_shares: Tensor
-    head_tail: HeadTailShard | None = None
-
-    @property
-    def documents(self) -> Tensor | HeadTailShard:
-        """What attention is told of the pack's documents."""
-        return self.cu_seqlens if self.head_tail is None else self.head_tail
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; copies run asynchronously from pinned memory."""
@@ -84,7 +81,7 @@ class PackedBatch:
 
 
 def document_slots(level: Level, max_documents: int) -> int:
-    """Length of cu_seqlens less one for every pack of a level: its most documents and its most padding."""
+    """Length of document_shares for every pack of a level: its most documents and its most padding."""
     return max_documents + -(-level.max_tokens // PAD_DOCUMENT_TOKENS)
 
 
@@ -103,6 +100,8 @@ def make_batch(
     capacity = level.max_tokens
     ids = np.array(sample_ids, dtype=np.int64)
     samples = [store.sample(index) for index in ids.tolist()]
+    order = np.argsort([-len(tokens) for tokens, _ in samples], kind="stable").astype(np.int64)
+    ids, samples = ids[order], [samples[place] for place in order]
     lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
     num_tokens = int(lengths.sum())
     assert num_tokens <= capacity, f"pack of {num_tokens} tokens exceeds its level's {capacity}"
@@ -117,28 +116,27 @@ def make_batch(
     if samples:
         np.concatenate([tokens for tokens, _ in samples], out=input_ids[:num_tokens])
         np.concatenate([mask for _, mask in samples], out=trained[:num_tokens], casting="unsafe")
-        weights[:num_tokens] = 1.0 if sample_weights is None else np.repeat(sample_weights.astype(np.float32), lengths)
+        own_weights = np.ones(len(ids)) if sample_weights is None else sample_weights[order]
+        weights[:num_tokens] = np.repeat(own_weights.astype(np.float32), lengths)
     # The first token of a document is predicted by nothing.
     trained[starts] = False
     has_label = trained[1:]
     loss_index = np.flatnonzero(has_label)
-    cu_seqlens = np.full(document_slots(level, max_documents) + 1, capacity, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : len(ends) + 1] = ends
     document_ids = np.repeat(np.arange(len(counts)), counts)
-    shares = np.bincount(document_ids, weights=weights * has_label, minlength=len(cu_seqlens) - 1)
+    slots = document_slots(level, max_documents)
+    shares = np.bincount(document_ids, weights=weights * has_label, minlength=slots)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids[:capacity]),
         position_ids=torch.from_numpy(np.arange(capacity) - np.repeat(starts, counts)),
         labels=torch.from_numpy(np.where(has_label, input_ids[1:], IGNORE_INDEX)),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
+        documents=pack_documents(counts),
         loss_weights=torch.from_numpy(weights * has_label),
         loss_index=torch.from_numpy(loss_index),
-        max_seqlen=capacity,
         level=level_index,
         num_tokens=num_tokens,
         num_loss_tokens=len(loss_index),
         sample_ids=ids,
+        lengths=counts,
         document_ids=torch.from_numpy(document_ids),
         document_shares=torch.from_numpy(shares.astype(np.float32)),
     )
@@ -150,17 +148,17 @@ def _padding_documents(tokens: int) -> NDArray[np.int64]:
 
 
 def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1) -> PackedBatch:
-    """The sequence shard of `cp_rank`. Labels were shifted before: a border loses no label.
+    """The sequence shard of `cp_rank`. Labels were shifted before: a boundary loses no label.
 
     gather_degree: groups of cp ranks between which keys and values are all-gathered; they hold head-tail shards, and
     the ranks of a group hold contiguous parts of its shard. 1: contiguous shards of the pack itself.
     """
     if cp_degree == 1:
         return batch
-    tokens, head_tail = torch.arange(len(batch.input_ids)), None
+    tokens, documents = torch.arange(len(batch.input_ids)), batch.documents
     group, part = divmod(cp_rank, cp_degree // gather_degree)
     if gather_degree > 1:
-        positions, head_tail = head_tail_shard(batch.cu_seqlens.numpy(), group, gather_degree)
+        positions, documents = head_tail_shard(batch.lengths, group, gather_degree)
         tokens = torch.from_numpy(positions)
     size = len(batch.input_ids) // cp_degree
     tokens = tokens[part * size : (part + 1) * size]
@@ -173,5 +171,5 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
         loss_weights=batch.loss_weights[tokens],
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
         document_ids=batch.document_ids[tokens],
-        head_tail=head_tail,
+        documents=documents,
     )

@@ -69,6 +69,9 @@ class EpochPlans:
         return self.build(self.config.packing.method, epoch)
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        training = self.config.training
-        return training.steps or sum(self.of(epoch).num_steps for epoch in range(training.epochs))
+        """Optimizer steps of a run that is never stopped, or continues on the same ranks and levels."""
+        return self.config.training.steps or self.steps_from(0)
+
+    def steps_from(self, epoch: int) -> int:
+        """Optimizer steps of `epoch` and all later epochs, each planned as a whole."""
+        return sum(self.of(later).num_steps for later in range(epoch, self.config.training.epochs))

@@ -47,19 +47,21 @@ class Position:
         return self.step_in_plan == self.plan.num_steps
 
     def next_epoch(self) -> None:
-        """To the start of the next epoch, planned as a whole."""
+        """Move to the start of the next epoch, planned as a whole; not at the end of the run."""
+        training = self.plans.config.training
+        # A step of an epoch that the configuration does not have would be one that total_steps does not count.
+        assert training.steps or self.epoch + 1 < training.epochs, f"epoch {self.epoch} is the last"
         self.epoch += 1
         self.parts = [Part(self.step + 1, self.plans.of(self.epoch))]
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, those that are done included."""
+        """Optimizer steps of the whole run, those that are done included; the same at every step of an attempt."""
         training = self.plans.config.training
         if training.steps:
             return training.steps
-        if self.epoch >= training.epochs:  # of a run that was to be longer
+        if self.epoch >= training.epochs:  # training.epochs was larger when the checkpoint was written
             return self.parts[0].first_step - 1
-        later = range(self.epoch + 1, training.epochs)
-        return self.parts[-1].end - 1 + sum(self.plans.of(epoch).num_steps for epoch in later)
+        return self.parts[-1].end - 1 + self.plans.steps_from(self.epoch + 1)
 
     def save_plan(self) -> None:
         """Write the plan that is trained now into the run folder, unless it came from there. One rank calls it."""

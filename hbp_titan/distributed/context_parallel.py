@@ -5,33 +5,39 @@ gather_degree groups of ulysses_degree ranks (Level.cp_shape), and attention run
 
     inside a group    Ulysses (arXiv 2309.14509): all-to-alls give each rank the group's sequence for some of the heads
     between groups    keys and values are all-gathered (arXiv 2407.21783, section 3.3.2), queries stay; backward
-                      reduce-scatters their gradients. The groups hold head-tail shards (data/sequence_shard.py), so
-                      their causal work is even
+                      reduce-scatters their gradients in fp32. The groups hold head-tail shards, so their causal work
+                      is even (data/sequence_shard.py)
 
 "ulysses" is the first alone, "allgather" the second alone, "hybrid" both. The active groups are read at each forward,
-so that a level swap costs nothing. context_parallel_dtensor.py declares the same exchanges as DTensor placements.
+so that a level switch costs nothing. Attention is called in two halves: `start` sends keys and values on their way,
+`finish` waits for them; between the two the block projects its queries, and in backward it does so while their
+gradients travel back:
+
+    forward     project k, v | start k, v | project q | exchange q, wait for k, v | attention | exchange o
+    backward    attention | start dk, dv, exchange dq | q's projection | wait for dk, dv | k's and v's projection
+
+context_parallel_dtensor.py declares the same exchanges as DTensor placements.
 
 Shape suffixes: T tokens of the pack (of the group's shard inside Ulysses), S tokens of a rank's shard, N query heads,
-K key/value heads, D head dim, C ranks of a group, H = (N + 2K)/C heads that travel to one rank.
+K key/value heads, D head dim, C ranks of a group, R rows of gathered keys that one pass reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as collectives
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.models.documents import Documents
 from hbp_titan.packing.level import Level
-
-# torch 2.13 has it under the first name and warns at the second, the only one of older versions.
-_gather_autograd = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
 @dataclass
@@ -58,11 +64,71 @@ class ContextParallelState:
         return x
 
 
+class Transfer:
+    """One collective under way, and its counterpart in backward.
+
+    send: issues the collective of a contiguous tensor and returns its result, not yet there. receive: what the waiting
+    side makes of the result. send_back: issues the collective of the gradients of what `receive` returned; its result
+    is the gradient of what was sent. grad_dtype: the dtype in which it travels, from that of what was sent. It must be
+    right: autograd casts a gradient of another dtype at once, which would read it before it has arrived.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Tensor], Tensor],
+        send_back: Callable[..., Tensor],
+        receive: Callable[[Tensor], Any] = lambda result: result,
+        grad_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    ) -> None:
+        self.send, self.receive, self.send_back, self.grad_dtype = send, receive, send_back, grad_dtype
+        self.result: Tensor | None = None
+        self.token: Tensor | None = None
+
+    def start(self, x: Tensor) -> Transfer:
+        """Issue the collective of `x`."""
+        self.token = _Start.apply(x, self)
+        return self
+
+    def finish(self) -> Any:
+        """Wait for it; returns what `receive` makes of the result, differentiable with respect to what was sent."""
+        received = _Finish.apply(self.token, self)
+        self.token = None
+        return received
+
+
+class _Start(torch.autograd.Function):
+    """Hands on a token in place of the result: its gradient travels back to here while the engine does other work."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, transfer: Transfer) -> Tensor:
+        ctx.dtype = x.dtype
+        transfer.result = transfer.send(x.contiguous())
+        # Expanded: it has the shape and dtype of the gradient that will come, but no memory.
+        return x.new_zeros((), dtype=transfer.grad_dtype(x.dtype)).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return wait_tensor(grad).to(ctx.dtype), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, transfer: Transfer) -> Any:
+        assert transfer.result is not None
+        ctx.transfer = transfer
+        result, transfer.result = wait_tensor(transfer.result), None
+        return transfer.receive(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.send_back(*grads), None
+
+
 class ContextParallelAttention(nn.Module):
     """Wraps a model's inner attention with the exchanges that the active level asks for; without any it is that.
 
     forward takes q [S, N, D] and k, v [S, K, D] of the rank's sequence shard, and the documents of the whole pack
-    (PackedBatch.documents): a HeadTailShard where keys and values are gathered, else cu_seqlens. Returns o [S, N, D].
+    (PackedBatch.documents): a HeadTailShard where keys and values are gathered. Returns o [S, N, D].
     """
 
     def __init__(self, inner: nn.Module, state: ContextParallelState) -> None:
@@ -70,78 +136,145 @@ class ContextParallelAttention(nn.Module):
         self.inner = inner
         self.state = state
 
-    def forward(
-        self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Tensor | HeadTailShard, max_seqlen: int
-    ) -> Tensor:
-        scatters, gathers = self.state.ulysses_group is not None, self.state.gather_group is not None
+    @property
+    def exchanges(self) -> bool:
+        """Whether the active level has cp ranks: then `start` and `finish` let the exchange overlap with other work."""
+        return self.state.ulysses_group is not None or self.state.gather_group is not None
+
+    def forward(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents | HeadTailShard) -> Tensor:
+        if not self.exchanges:
+            return self.inner(q_SND, k_SKD, v_SKD, documents)
+        return self.finish(q_SND, self.start(k_SKD, v_SKD, documents))
+
+    def start(self, k_SKD: Tensor, v_SKD: Tensor, documents: Documents | HeadTailShard) -> KeysValues:
+        """Send the keys and values of this rank's shard to where they are attended to."""
+        return KeysValues(self, k_SKD, v_SKD, documents)
+
+    def finish(self, q_SND: Tensor, keys_values: KeysValues) -> Tensor:
+        """Attention of this rank's queries to the keys and values on their way; returns o [S, N, D]."""
+        documents = keys_values.documents
+        scatters = self.state.ulysses_group is not None
         if scatters:
-            q_SND, k_SKD, v_SKD = self.scatter_heads(q_SND, k_SKD, v_SKD)
-        if gathers:
-            assert isinstance(documents, HeadTailShard)
-            k_TKD, v_TKD = self.gather_sequence(k_SKD, v_SKD)
-            o_SND = attend_shard(self.inner, q_SND, k_TKD, v_TKD, documents, max_seqlen)
+            q_SND = self.scatter_queries(q_SND)
+        if isinstance(documents, HeadTailShard):
+            (heads_k, heads_v), (tails_k, tails_v) = keys_values.of_passes()
+            split = documents.heads.documents.whole.num_queries
+            q_heads, q_tails = q_SND.split([split, len(q_SND) - split])
+            # Two passes because the keys of a head are among those of its document's tail.
+            o_heads = self.inner(q_heads, heads_k, heads_v, documents.heads.documents)
+            o_SND = torch.cat([o_heads, self.inner(q_tails, tails_k, tails_v, documents.tails.documents)])
         else:
-            o_SND = self.inner(q_SND, k_SKD, v_SKD, documents, max_seqlen)
+            o_SND = self.inner(q_SND, *keys_values.of_sequence(), documents)
         return self.gather_heads(o_SND) if scatters else o_SND
 
-    def scatter_heads(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequence shards with all heads -> the group's sequence with this rank's heads; one collective for all three.
+    def scatter_queries(self, q_SND: Tensor) -> Tensor:
+        """Queries of a sequence shard with all heads -> of the group's sequence with this rank's heads, [T, N/C, D]."""
+        return self.scatter_heads(q_SND).finish().flatten(0, 1)
 
-        Fewer kv heads than ranks are repeated, so that each rank holds the kv head that its query heads use.
-        Returns q [T, N/C, D], k and v [T, max(K, C)/C, D].
-        """
-        degree, num_kv_heads = self.state.ulysses_degree, k_SKD.shape[1]
-        if num_kv_heads < degree:
-            k_SKD = k_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
-            v_SKD = v_SKD.repeat_interleave(degree // num_kv_heads, dim=1)
-        # [S, N, D] -> [S, C, N/C, D]: consecutive heads go to the same rank; q, k, v side by side on the head dim.
-        parts = [x.unflatten(1, (degree, -1)) for x in (q_SND, k_SKD, v_SKD)]
-        # [S, C, H, D] -> [C, S, H, D] -> all-to-all over dim 0 -> [C, S, H, D], now dim 0 is the sequence -> [T, H, D]
-        qkv_CSHD = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
-        qkv_THD = self.all_to_all(qkv_CSHD).flatten(0, 1)
-        q_TND, k_TKD, v_TKD = qkv_THD.split([part.shape[2] for part in parts], dim=1)
-        return q_TND, k_TKD, v_TKD
+    def scatter_heads(self, x_SND: Tensor) -> Transfer:
+        """Sequence shard with all heads -> the group's sequence with this rank's heads, [C, S, N/C, D]."""
+        # [S, N, D] -> [S, C, N/C, D] -> [C, S, N/C, D] -> all-to-all over dim 0: then dim 0 is the sequence
+        x_CSND = x_SND.unflatten(1, (self.state.ulysses_degree, -1)).transpose(0, 1)
+        return Transfer(self.all_to_all, lambda grad: self.all_to_all(grad.contiguous())).start(x_CSND)
 
     def gather_heads(self, o_TND: Tensor) -> Tensor:
         """The group's sequence with this rank's heads -> this rank's sequence shard with all heads, [S, N, D]."""
         # [T, N/C, D] -> [C, S, N/C, D] -> all-to-all -> [C, S, N/C, D], now dim 0 is the heads -> [S, C, N/C, D]
-        o_CSND = o_TND.unflatten(0, (self.state.ulysses_degree, -1)).contiguous()
-        return self.all_to_all(o_CSND).transpose(0, 1).flatten(1, 2)
+        o_CSND = o_TND.unflatten(0, (self.state.ulysses_degree, -1))
+        transfer = Transfer(self.all_to_all, lambda grad: self.all_to_all(grad.contiguous())).start(o_CSND)
+        return transfer.finish().transpose(0, 1).flatten(1, 2)
 
-    def gather_sequence(self, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a shard -> of all shards, end to end, [T, K, D] each; one collective for both."""
-        # [S, K, D] twice -> [S, 2K, D] -> all-gather -> [T, 2K, D]
-        k_TKD, v_TKD = self.all_gather(torch.cat([k_SKD, v_SKD], dim=1)).chunk(2, dim=1)
-        return k_TKD, v_TKD
+    # The collectives themselves: contiguous tensors to results that are not there before wait_tensor.
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Part i of dim 0 goes to rank i of the Ulysses group; differentiable."""
-        assert self.state.ulysses_group is not None
-        return wait_tensor(all_to_all_single_autograd(x, None, None, self.state.ulysses_group))
+        """Part i of dim 0 goes to rank i of the Ulysses group; applied twice it is the identity."""
+        group = self.state.ulysses_group
+        assert group is not None
+        sizes = [x.shape[0] // group.size()] * group.size()
+        return torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group.group_name)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The parts of all ranks of the gather group, end to end on dim 0; differentiable."""
-        assert self.state.gather_group is not None
-        return wait_tensor(_gather_autograd(x, 0, self.state.gather_group))
+        """The parts of all ranks of the gather group, end to end on dim 0."""
+        group = self.state.gather_group
+        assert group is not None
+        return torch.ops._c10d_functional.all_gather_into_tensor(x, group.size(), group.group_name)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Part i of dim 0, summed over the ranks of the gather group, goes to rank i."""
+        group = self.state.gather_group
+        assert group is not None
+        return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
 
 
-def attend_shard(
-    inner: nn.Module, q_SND: Tensor, k_TKD: Tensor, v_TKD: Tensor, shard: HeadTailShard, max_seqlen: int
-) -> Tensor:
-    """Attention of a head-tail shard's queries to the keys and values of all shards end to end; returns o [S, N, D].
+class KeysValues:
+    """Keys and values on their way to the ranks that attend to them."""
 
-    Heads and tails are two passes because they share keys.
-    """
-    k_TKD, v_TKD = (x.index_select(0, shard.kv_order) for x in (k_TKD, v_TKD))
-    # A chunk is at most as long as one of a single document: the longest head there can be.
-    longest = (len(q_SND) + 1) // 2
-    head_SND, tail_SND = q_SND.split([longest, len(q_SND) - longest])
-    return torch.cat(
-        [
-            inner(head_SND, k_TKD, v_TKD, shard.head_q, longest, shard.head_k, max_seqlen),
-            inner(tail_SND, k_TKD, v_TKD, shard.tail_q, longest, shard.tail_k, max_seqlen),
-        ]
-    )
+    def __init__(
+        self,
+        attention: ContextParallelAttention,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        documents: Documents | HeadTailShard,
+    ) -> None:
+        self.documents = documents
+        # [S, K, D] twice -> [S, 2K, D] for one collective; where each rank gets some heads, its keys lie by its values.
+        degree = attention.state.ulysses_degree
+        # Fewer kv heads than ranks are repeated, so that each rank holds the kv head that its query heads use.
+        repeats = max(degree // k_SKD.shape[1], 1)
+        k_SKD, v_SKD = (x if repeats == 1 else x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
+        parts = [x.unflatten(1, (degree, -1)) for x in (k_SKD, v_SKD)]
+        kv_S2KD = torch.cat(parts, dim=2).flatten(1, 2)
+        self.transfer: Transfer | None = None
+        if attention.state.ulysses_group is not None:
+            self.transfer = attention.scatter_heads(kv_S2KD)
+        if isinstance(documents, HeadTailShard):
+            if self.transfer is not None:
+                kv_S2KD = self.transfer.finish().flatten(0, 1)
+            self.transfer = self._gather(attention, documents).start(kv_S2KD)
+
+    @staticmethod
+    def _gather(attention: ContextParallelAttention, shard: HeadTailShard) -> Transfer:
+        """All-gather of [S, 2K, D]; received are the rows of the heads' pass and of the tails', [R, 2K, D] each.
+
+        Gradients of both passes and of all ranks are added up in fp32: in bf16 each of 2C sums would round.
+        """
+        head_rows, tail_rows = shard.heads.key_rows, shard.tails.key_rows
+        num_rows = 0
+
+        def rows(kv_T2KD: Tensor) -> tuple[Tensor, Tensor]:
+            return kv_T2KD.index_select(0, head_rows), kv_T2KD.index_select(0, tail_rows)
+
+        def back(head_grad: Tensor, tail_grad: Tensor) -> Tensor:
+            dtype = _summed(head_grad.dtype)
+            total = head_grad.new_zeros(num_rows, *head_grad.shape[1:], dtype=dtype)
+            # Copies, no atomic additions: a pass has each row at most once.
+            total.index_copy_(0, tail_rows, tail_grad.to(dtype))
+            total.index_copy_(0, head_rows, total.index_select(0, head_rows) + head_grad)
+            return attention.reduce_scatter(total)
+
+        def send(kv_S2KD: Tensor) -> Tensor:
+            nonlocal num_rows
+            gathered = attention.all_gather(kv_S2KD)
+            num_rows = len(gathered)
+            return gathered
+
+        return Transfer(send, back, rows, _summed)
+
+    def of_sequence(self) -> tuple[Tensor, Tensor]:
+        """k and v of the group's sequence, [T, K/C, D] each."""
+        assert self.transfer is not None
+        k_TKD, v_TKD = self.transfer.finish().flatten(0, 1).chunk(2, dim=1)
+        return k_TKD, v_TKD
+
+    def of_passes(self) -> list[tuple[Tensor, Tensor]]:
+        """k and v that the queries of the heads and of the tails see, [R, K, D] each."""
+        assert self.transfer is not None
+        return [tuple(kv_R2KD.chunk(2, dim=1)) for kv_R2KD in self.transfer.finish()]
+
+
+def _summed(dtype: torch.dtype) -> torch.dtype:
+    """In which gradients of many parts are added up."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:

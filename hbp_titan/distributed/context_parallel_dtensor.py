@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from hbp_titan.distributed.context_parallel import ContextParallelAttention
+from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.distributed.context_parallel import ContextParallelAttention, KeysValues
+from hbp_titan.models.documents import Documents
 
 # On the axes (gather, ulysses), for tensors [T, heads, D]: dim 0 is the sequence, dim 1 the heads.
 SEQUENCE_SHARD = (Shard(0), Shard(0))
@@ -26,30 +28,52 @@ HEADS_OF_ALL = (Replicate(), Shard(1))
 
 
 class DTensorContextParallelAttention(ContextParallelAttention):
-    """ContextParallelAttention whose exchanges are redistributions of DTensors."""
+    """ContextParallelAttention whose exchanges are redistributions of DTensors; none overlaps with other work."""
 
-    def scatter_heads(self, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        repeats = max(self.state.ulysses_degree // k_SKD.shape[1], 1)
-        k_SKD, v_SKD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
-        q_TND, k_TKD, v_TKD = (
-            redistribute(x, self.mesh, SEQUENCE_SHARD, HEADS_OF_GROUP) for x in (q_SND, k_SKD, v_SKD)
-        )
-        return q_TND, k_TKD, v_TKD
+    def start(self, k_SKD: Tensor, v_SKD: Tensor, documents: Documents | HeadTailShard) -> KeysValues:
+        return DTensorKeysValues(self, k_SKD, v_SKD, documents)
+
+    def scatter_queries(self, q_SND: Tensor) -> Tensor:
+        return redistribute(q_SND, self.mesh, SEQUENCE_SHARD, HEADS_OF_GROUP)
 
     def gather_heads(self, o_TND: Tensor) -> Tensor:
         return redistribute(o_TND, self.mesh, HEADS_OF_GROUP, SEQUENCE_SHARD)
-
-    def gather_sequence(self, k_SKD: Tensor, v_SKD: Tensor) -> tuple[Tensor, Tensor]:
-        # Each rank's queries contribute to the gradient of all keys.
-        gradient = (Partial(), Shard(1))
-        k_TKD, v_TKD = (redistribute(x, self.mesh, HEADS_OF_GROUP, HEADS_OF_ALL, gradient) for x in (k_SKD, v_SKD))
-        return k_TKD, v_TKD
 
     @property
     def mesh(self) -> DeviceMesh:
         """The (gather, ulysses) axes of the active level's mesh."""
         assert self.state.mesh is not None
         return self.state.mesh["gather", "ulysses"]
+
+
+class DTensorKeysValues(KeysValues):
+    """Keys and values that have arrived when they are made."""
+
+    def __init__(
+        self,
+        attention: DTensorContextParallelAttention,
+        k_SKD: Tensor,
+        v_SKD: Tensor,
+        documents: Documents | HeadTailShard,
+    ) -> None:
+        self.documents = documents
+        repeats = max(attention.state.ulysses_degree // k_SKD.shape[1], 1)
+        sequence = [
+            redistribute(x.repeat_interleave(repeats, dim=1), attention.mesh, SEQUENCE_SHARD, HEADS_OF_GROUP)
+            for x in (k_SKD, v_SKD)
+        ]
+        if isinstance(documents, HeadTailShard):
+            # Each rank's queries contribute to the gradient of all keys.
+            gradient = (Partial(), Shard(1))
+            sequence = [redistribute(x, attention.mesh, HEADS_OF_GROUP, HEADS_OF_ALL, gradient) for x in sequence]
+        self.k_TKD, self.v_TKD = sequence
+
+    def of_sequence(self) -> tuple[Tensor, Tensor]:
+        return self.k_TKD, self.v_TKD
+
+    def of_passes(self) -> list[tuple[Tensor, Tensor]]:
+        assert isinstance(self.documents, HeadTailShard)
+        return [(self.k_TKD[part.key_rows], self.v_TKD[part.key_rows]) for part in self.documents]
 
 
 def redistribute(

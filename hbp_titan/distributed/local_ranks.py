@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from hbp_titan.distributed.world import World, close_world
+
+SURVIVES_SECONDS = 10.0
+"""How long ranks may live on when another has failed: long enough to find that out and say so."""
 
 
 class RankError(RuntimeError):
@@ -30,32 +35,53 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # From a server that has torch: importing it takes a process seconds. The server has no thread and no device.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
-        )
+        context = fork_server()
         processes = [
             context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout)
-        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+        hung = _join(processes, timeout)
         for rank in range(world_size):
             error = Path(folder, f"error_{rank}")
             if error.exists():
                 raise RankError(f"rank {rank}:\n{error.read_text()}")
-        if hung:
-            raise RankError(f"ranks {hung} of {world_size} did not end within {timeout} s")
+        codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+        if codes:
+            late = f", of which ranks {hung} were stopped because they did not end" if hung else ""
+            raise RankError(f"exit codes of the ranks that failed: {codes}{late}")
         # Written by our own ranks into our own folder a moment ago.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
+
+
+def _join(processes: list[Any], timeout: float) -> list[int]:
+    """Wait for the ranks, only a while once one has failed, and kill those that are left; returns which were killed."""
+    deadline = time.monotonic() + timeout
+    alive = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while alive and (ended := wait(list(alive), max(0.0, deadline - time.monotonic()))):
+        for sentinel in ended:
+            process = processes[alive.pop(sentinel)]
+            process.join()
+            if process.exitcode:
+                # Ranks that need the one that is gone would wait for it until their own timeout.
+                deadline = min(deadline, time.monotonic() + SURVIVES_SECONDS)
+    for rank in alive.values():
+        processes[rank].kill()
+        processes[rank].join()
+    return sorted(alive.values())
+
+
+def fork_server() -> Any:
+    """The multiprocessing context whose processes are forked from a server that has imported what a rank needs.
+
+    These imports take a process 4 s. The server has no thread and no device; it starts with the first process.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+    )
+    return context
 
 
 def _rank_main(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hbp_titan.evaluation.kv_cache import CacheState, cached
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.hf import load_hf_tensors
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.registry import build_model
@@ -98,12 +99,10 @@ class Generator:
 
     def _forward(self, input_ids_T: Tensor, position_ids_T: Tensor, lengths: list[int]) -> Tensor:
         ends_B = torch.tensor(lengths, device=self.device).cumsum(0)
-        cu_seqlens = F.pad(ends_B, (1, 0)).to(torch.int32)
         return self.model(
             input_ids_T,
             position_ids_T,
-            cu_seqlens,
-            max(lengths),
+            pack_documents(lengths, device=self.device),
             head_fn=lambda normed_TH, weight_VH: F.linear(normed_TH[ends_B - 1], weight_VH),
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import Documents
 
 
 class CacheState:
@@ -54,12 +55,12 @@ class CachedAttention(nn.Module):
         self.inner, self.state, self.scale = inner, state, scale
         self.keys_BKCD = self.values_BKCD = torch.empty(0)
 
-    def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """What `inner_attention` returns, o_TND; while decoding T is B, and cu_seqlens is not read."""
+    def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, documents: Documents) -> Tensor:
+        """What `inner_attention` returns, o_TND; while decoding T is B, and `documents` is not read."""
         if self.state.decoding:
             return self._next_token(q_TND, k_TKD, v_TKD)
         self.keys_BKCD, self.values_BKCD = self._stored(k_TKD), self._stored(v_TKD)
-        return self.inner(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
+        return self.inner(q_TND, k_TKD, v_TKD, documents)
 
     def _stored(self, x_TKD: Tensor) -> Tensor:
         state = self.state

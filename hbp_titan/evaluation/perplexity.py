@@ -76,6 +76,7 @@ def evaluate(
     for iteration in range(plan.num_iterations):
         ids = plan.pack(iteration, 0)
         batch = make_batch(store, ids, level, 0, len(ids))
+        ids = batch.sample_ids  # in the order of the batch's documents
         losses = token_losses(model, batch.to(device)).double().cpu().numpy()
         documents = batch.document_ids[batch.loss_index].numpy()
         _add(means["all"], np.full(len(losses), "all"), losses)
@@ -97,7 +98,7 @@ def token_losses(model: Decoder, batch: PackedBatch) -> Tensor:
     def head(normed_TH: Tensor, weight_VH: Tensor) -> Tensor:
         return linear_cross_entropy_losses(normed_TH[batch.loss_index], weight_VH, labels_L, CHUNK_TOKENS)
 
-    return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, head_fn=head)
+    return model(batch.input_ids, batch.position_ids, batch.documents, head_fn=head)
 
 
 def _add(groups: dict[int | str, tuple[float, int]], keys: NDArray[Any], losses: NDArray[np.float64]) -> None:

@@ -20,10 +20,11 @@ from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.out_of_memory import TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
+from hbp_titan.models.attention import choose_backend
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.registry import build_model
@@ -56,6 +57,8 @@ class Engine:
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
         self.replicated = config.parallelism.dp_replicate > 1
+        dtype = compute_dtype(config, world.device)
+        choose_backend(config.model.attention_backend, world.device, args.head_dim, dtype)
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
@@ -100,9 +103,7 @@ class Engine:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
             return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
 
-        objective, losses_L = self.model(
-            batch.input_ids, batch.position_ids, batch.documents, batch.max_seqlen, loss_of
-        )
+        objective, losses_L = self.model(batch.input_ids, batch.position_ids, batch.documents, loss_of)
         # The documents behind the samples' are padding, and train nothing.
         losses_S = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=self.device)
         return objective, losses_S.index_add_(0, batch.document_ids[index], losses_L.double())

@@ -29,6 +29,7 @@ from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.engine import Engine
 from hbp_titan.models.args import MLAArgs, ModelArgs
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import CP_STYLES
 
@@ -149,16 +150,13 @@ def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
 
 
 def _merge_documents(batch: PackedBatch) -> PackedBatch:
-    def merged(cu_seqlens: Tensor) -> Tensor:
-        ends = torch.full_like(cu_seqlens, int(cu_seqlens[-1]))
-        ends[0] = 0
-        return ends
+    def merged(documents: Documents) -> Documents:
+        return pack_documents([documents.whole.num_queries], [documents.whole.num_keys])
 
-    head_tail = batch.head_tail
-    if head_tail is not None:
-        head_q, head_k, tail_q, tail_k = (merged(cu_seqlens) for cu_seqlens in head_tail[:4])
-        head_tail = HeadTailShard(head_q, head_k, tail_q, tail_k, head_tail.kv_order)
-    return dataclasses.replace(batch, cu_seqlens=merged(batch.cu_seqlens), head_tail=head_tail)
+    if isinstance(batch.documents, HeadTailShard):
+        parts = (part._replace(documents=merged(part.documents)) for part in batch.documents)
+        return dataclasses.replace(batch, documents=HeadTailShard(*parts))
+    return dataclasses.replace(batch, documents=merged(batch.documents))
 
 
 def _run_positions_on(batch: PackedBatch) -> PackedBatch:
@@ -185,9 +183,8 @@ def reference(args: ModelArgs, seed: int, samples: Samples) -> tuple[float, dict
     loss_sum = 0.0
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64))
-        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         model.balance.use(torch.zeros_like(ids), torch.tensor([int(mask[1:].sum()) / total]))
-        logits = model(ids, torch.arange(len(ids)), cu_seqlens, len(ids))
+        logits = model(ids, torch.arange(len(ids)), pack_documents([len(ids)]))
         kept = torch.from_numpy(mask[1:].astype(bool))
         loss = F.cross_entropy(logits[:-1][kept], ids[1:][kept], reduction="sum")
         (loss / total).backward()

@@ -1,15 +1,18 @@
-"""Causal attention inside the documents of a packed sequence: one interface, one backend per kind of device.
+"""Causal attention inside the documents of a packed sequence: one interface, one backend per kind of kernel.
 
 Owns `varlen_attention`, the module that models call it through, and the choice of backend:
 
-    flash      flash-attn's varlen kernel (CUDA, float16 or bfloat16), where the package is installed
-    torch      torch.nn.attention.varlen, the flash kernel that ships with torch (CUDA, float16 or bfloat16)
+    fa3        FlashAttention-3 through torch's registry (Hopper), where flash_attn_interface is installed
+    fa4        FlashAttention-4 through torch's registry (Blackwell, Hopper), where flash_attn.cute is installed
+    fa2        flash-attn's varlen kernel (CUDA, compute capability 8.0 or newer), where the package is installed
+    torch      torch.nn.attention.varlen, the FlashAttention-2 kernel that ships with torch
     cpu        one CPU flash kernel per document (models/attention_cpu.py)
     reference  plain softmax(QK^T)V per document: slow, any device and dtype, for tests
 
-Every backend aligns the causal mask at the bottom right: the last query of a document sees its last key
-(flash-attn since 2.1, https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag; torch's varlen
-is the same kernel).
+The first four compute in float16 or bfloat16. Attention runs eagerly, between compiled regions: torch.compile never
+sees a kernel's package, and neither document lengths nor process groups can cause a recompilation. Every backend aligns
+the causal mask at the bottom right: the last query of a document sees its last key (flash-attn since 2.1,
+https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
 
 Shape suffixes: T query tokens, S key/value tokens, N query heads, K key/value heads (K divides N), G = N / K,
 D head width, L and M queries and keys of one document.
@@ -17,53 +20,64 @@ D head width, L and M queries and keys of one document.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import attention as torch_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from hbp_titan.models.attention_cpu import document_lengths, varlen_attention_cpu
+from hbp_titan.models.documents import DocumentGroup, Documents
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
-"""(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale) -> o_TND."""
+Backend = Callable[[Tensor, Tensor, Tensor, DocumentGroup, float], Tensor]
+"""(q_TND, k_SKD, v_SKD, group, scale) -> o_TND."""
 
-# The argument is newer than the kernel's support; without it the key/value heads are repeated by hand.
+_REGISTERED = {"fa3": "FA3", "fa4": "FA4"}
+"""Backends that torch's registry puts in place of its own kernel, for the whole process."""
+_CAPABILITIES = {"fa3": (9,), "fa4": (9, 10)}
+"""Major compute capabilities that torch admits them on (torch/nn/attention/_fa3.py, _fa4.py)."""
+# Kernels for wider heads are missing in flash-attn-4's backward; FlashAttention-2 and 3 go up to 256.
+_FA4_MAX_HEAD_DIM = 128
+# torch 2.11 has no such argument and takes fewer key/value heads without it.
 _TORCH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen_attention(
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_k: int | None = None,
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents, scale: float | None = None
 ) -> Tensor:
     """Causal softmax attention where a token sees its own document only.
 
     q_TND, k_SKD, v_SKD: one dtype and one device; query head n reads key/value head n // (N / K).
-    cu_seqlens: int32 [documents + 1], 0 first and T last, ascending; repeats (empty documents) are skipped, so it
-        may be padded at its end with T.
-    max_seqlen: at least the longest document; a fixed upper bound (the level's capacity) keeps graphs static.
+    documents: of the T queries and S keys. The queries of a document are the last tokens of its keys.
     scale: factor of the logits, 1 / sqrt(D) unless given.
-    cu_seqlens_k, max_seqlen_k: where the keys of a document are not those of its queries: int32 [documents + 1], 0
-        first and S last, and the bound of its lengths. The queries are the last tokens of a document's keys, so it
-        has at least as many keys as queries; it may have no query.
-    Returns o_TND in the dtype of q. Raises ValueError where N is no multiple of K or the backend lacks the dtype.
+    Returns o_TND in the dtype of q. Raises ValueError if K does not divide N, the documents do not add up to T and S,
+    or the backend does not support the dtype.
     """
     num_heads, num_kv_heads = q_TND.shape[1], k_SKD.shape[1]
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} key/value heads")
-    backend = BACKENDS[selected_backend(q_TND.device)]
-    if cu_seqlens_k is None or max_seqlen_k is None:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+        raise ValueError(f"{num_heads} query heads are not divisible by {num_kv_heads} key/value heads")
+    if (documents.whole.num_queries, documents.whole.num_keys) != (len(q_TND), len(k_SKD)):
+        raise ValueError(
+            f"documents of {documents.whole.num_queries} queries and {documents.whole.num_keys} keys do not add up to "
+            f"the {len(q_TND)} and {len(k_SKD)} tokens of the pack"
+        )
+    name = selected_backend(q_TND.device)
+    backend = BACKENDS[name]
     scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
-    return backend(q_TND, k_SKD, v_SKD, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale)
+    # FlashAttention-3's forward hands out blocks by the lengths it reads; its backward launches a grid as the others.
+    groups = (documents.whole,) if name == "fa3" and not torch.is_grad_enabled() else documents.groups
+    if len(groups) == 1:
+        return backend(q_TND, k_SKD, v_SKD, groups[0], scale)
+    queries, keys = [group.num_queries for group in groups], [group.num_keys for group in groups]
+    # By split, whose backward is one concatenation; slices would each fill a gradient of the whole with zeros.
+    parts = zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), groups, strict=True)
+    outputs = [backend(q, k, v, group, scale) for q, k, v, group in parts]
+    return torch.cat(outputs) if outputs else torch.empty_like(q_TND)
 
 
 class VarlenAttention(nn.Module):
@@ -76,140 +90,174 @@ class VarlenAttention(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(
-        self,
-        q_TND: Tensor,
-        k_SKD: Tensor,
-        v_SKD: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_k: int | None = None,
-    ) -> Tensor:
-        return varlen_attention(q_TND, k_SKD, v_SKD, cu_seqlens, max_seqlen, self.scale, cu_seqlens_k, max_seqlen_k)
+    def forward(self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents) -> Tensor:
+        return varlen_attention(q_TND, k_SKD, v_SKD, documents, self.scale)
 
 
 def set_backend(name: str) -> None:
-    """Force the backend `name` on every device; "auto" chooses by device again. ValueError for another name."""
-    global _forced
+    """Use the backend `name` on every device; "auto" chooses by device at each call, without FA3 and FA4.
+
+    Raises ValueError for another name, or where the backend cannot be used here, with the reason.
+    """
+    global _selected
     if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"attention backend {name!r} is none of {', '.join(BACKENDS)}, auto")
-    _forced = name
+        raise ValueError(f"attention backend {name!r} must be one of {', '.join(BACKENDS)}, auto")
+    reason = missing(name)
+    if reason:
+        raise ValueError(f"attention backend {name!r} cannot be used here: {reason}")
+    if name in _REGISTERED:
+        torch_attention.activate_flash_attention_impl(_REGISTERED[name])
+    elif _selected in _REGISTERED:
+        torch_attention.restore_flash_attention_impl()
+    _selected = name
+
+
+def choose_backend(requested: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Select the backend of a run, once, and return its name.
+
+    requested: `model.attention_backend`. "auto" takes the fastest that is installed for the device and the head width.
+    dtype: that of queries, keys and values. Raises ValueError if the device, the head width, the dtype or the
+    installation does not allow it.
+    """
+    name = _fastest(device, head_dim) if requested == "auto" else requested
+    reason = _unfit(name, device, head_dim)
+    if reason:
+        raise ValueError(f"model.attention_backend = {requested!r}: {reason}; use auto")
+    if name not in ("cpu", "reference"):
+        _check_half_precision(name, dtype)
+    try:
+        set_backend(name)
+    except ValueError as error:
+        raise ValueError(f"model.attention_backend: {error}; use auto") from None
+    return name
+
+
+def _fastest(device: torch.device, head_dim: int) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    major, _ = torch.cuda.get_device_capability(device)
+    by_capability = {9: ("fa3", "fa2"), 10: ("fa4", "fa2")}.get(major, ("fa2",))
+    return next((name for name in by_capability if not (_unfit(name, device, head_dim) or missing(name))), "torch")
+
+
+def _unfit(name: str, device: torch.device, head_dim: int) -> str:
+    """Why the device or the head width rules a backend out; "" if they do not."""
+    if name in ("cpu", "reference"):
+        return "" if device.type == "cpu" or name == "reference" else "the cpu backend does not run on a GPU"
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if name in _CAPABILITIES:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major not in _CAPABILITIES[name]:
+            return f"does not run on compute capability {major}.{minor}"
+    if name == "fa4" and head_dim > _FA4_MAX_HEAD_DIM:
+        return f"supports heads of at most {_FA4_MAX_HEAD_DIM}, not {head_dim}"
+    return ""
 
 
 def selected_backend(device: torch.device | str) -> str:
     """The name of the backend that serves tensors on `device`."""
-    if _forced != "auto":
-        return _forced
+    if _selected != "auto":
+        return _selected
     if torch.device(device).type != "cuda":
         return "cpu"
-    return "flash" if flash_attn_installed() else "torch"
+    return "torch" if missing("fa2") else "fa2"
 
 
 @cache
-def flash_attn_installed() -> bool:
-    """Whether flash-attn can be imported here."""
+def missing(name: str) -> str:
+    """Why the package behind a backend cannot be used, "" if it can; its kernel is looked for once in a process.
+
+    The function itself is imported: flash-attn-4 alone makes `import flash_attn` succeed without FlashAttention-2.
+    """
     try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        if name == "fa2":
+            importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
+        elif name == "fa3":
+            importlib.import_module("flash_attn_interface")
+            torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd  # noqa: B018
+        elif name == "fa4":
+            module = importlib.import_module("flash_attn.cute.interface")
+            module._flash_attn_fwd, module._flash_attn_bwd  # noqa: B018
+        if name in _REGISTERED and _REGISTERED[name] not in torch_attention.list_flash_attention_impls():
+            return f"torch {torch.__version__} has no {_REGISTERED[name]}"
+    # An extension built for another torch or CUDA fails with whatever its loader raises.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
-def _cpu(
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> Tensor:
-    return varlen_attention_cpu(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, scale)[0]
+def _cpu(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+    return varlen_attention_cpu(q_TND, k_SKD, v_SKD, group.cu_seqlens_q, group.cu_seqlens_k, scale)[0]
 
 
-def _flash(
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> Tensor:
+def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    _check_half_precision("flash", q_TND)
+    _check_half_precision("fa2", q_TND.dtype)
     return flash_attn_varlen_func(
         q_TND,
         k_SKD,
         v_SKD,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        group.cu_seqlens_q,
+        group.cu_seqlens_k,
+        group.max_seqlen_q,
+        group.max_seqlen_k,
         softmax_scale=scale,
         causal=True,
-        # Its backward adds up in a varying order unless told otherwise; torch's own kernel obeys the global switch.
+        # Its backward adds up in a varying order by default; torch's own kernel obeys the global switch.
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def _torch(
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> Tensor:
-    _check_half_precision("torch", q_TND)
-    # A tuple: with a list the comparison that turns causality on is false and the mask is lost without a word.
-    options: dict = {"scale": scale, "window_size": (-1, 0)}
+def _torch(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+    _check_half_precision("torch", q_TND.dtype)
+    # A tuple: with a list the comparison that turns causality on is false and the mask is lost silently.
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if _TORCH_HAS_GQA:
         options["enable_gqa"] = True
-    else:
-        group = q_TND.shape[1] // k_SKD.shape[1]
-        k_SKD, v_SKD = k_SKD.repeat_interleave(group, dim=1), v_SKD.repeat_interleave(group, dim=1)
-    o_TND = varlen_attn(q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    o_TND = varlen_attn(
+        q_TND,
+        k_SKD,
+        v_SKD,
+        group.cu_seqlens_q,
+        group.cu_seqlens_k,
+        group.max_seqlen_q,
+        group.max_seqlen_k,
+        **options,
+    )
     assert isinstance(o_TND, Tensor)
     return o_TND
 
 
-def _reference(
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-) -> Tensor:
-    lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
-    group = q_TND.shape[1] // k_SKD.shape[1]
+def _reference(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+    lengths = document_lengths(group.cu_seqlens_q, group.cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
+    repeats = q_TND.shape[1] // k_SKD.shape[1]
     queries, keys = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
     outputs = []
     for q_LND, k_MKD, v_MKD in zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), strict=True):
         length, width = len(q_LND), len(k_MKD)
-        scores_NLM = torch.einsum("qnd,knd->nqk", q_LND, k_MKD.repeat_interleave(group, dim=1)) * scale
+        scores_NLM = torch.einsum("qnd,knd->nqk", q_LND, k_MKD.repeat_interleave(repeats, dim=1)) * scale
         future_LM = torch.ones(length, width, dtype=torch.bool, device=q_TND.device).triu(1 + width - length)
         weights_NLM = scores_NLM.masked_fill(future_LM, -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("nqk,knd->qnd", weights_NLM, v_MKD.repeat_interleave(group, dim=1)))
+        outputs.append(torch.einsum("nqk,knd->qnd", weights_NLM, v_MKD.repeat_interleave(repeats, dim=1)))
     return torch.cat(outputs)
 
 
-def _check_half_precision(backend: str, q_TND: Tensor) -> None:
-    if q_TND.dtype not in (torch.float16, torch.bfloat16):
+def _check_half_precision(backend: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"attention backend {backend!r} computes in float16 or bfloat16, not {q_TND.dtype}: "
+            f"attention backend {backend!r} computes in float16 or bfloat16, not {dtype}: "
             "set training.mixed_precision_param to bfloat16"
         )
 
 
-BACKENDS: dict[str, Backend] = {"flash": _flash, "torch": _torch, "cpu": _cpu, "reference": _reference}
-_forced = "auto"
+BACKENDS: dict[str, Backend] = {
+    "fa3": _torch,
+    "fa4": _torch,
+    "fa2": _fa2,
+    "torch": _torch,
+    "cpu": _cpu,
+    "reference": _reference,
+}
+_selected = "auto"

@@ -3,8 +3,8 @@
 Owns Decoder, grouped-query attention and the initialization of weights; the architecture is models/args.py's, latent
 attention models/mla.py's, experts are models/moe.py's. Single-device code: sharding, context parallelism,
 recomputation and compilation act on it from outside, through three seams: every block holds its attention kernel as
-the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`; the head takes the function
-that turns hidden states and the output matrix into logits or a loss.
+the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`, each of which comes in two
+parts as well; the head takes the function that turns hidden states and the output matrix into logits or a loss.
 Parameter names are HF's, with the prefixes of models/hf_names.py exchanged.
 
 Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.attention import VarlenAttention
 from hbp_titan.models.balance import BalanceState
+from hbp_titan.models.documents import Documents
 from hbp_titan.models.feed_forward import FeedForward
 from hbp_titan.models.mla import LatentAttention
 from hbp_titan.models.moe import MixtureOfExperts
@@ -49,11 +50,14 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
 
-    def project(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         q_TND = self.q_norm(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
+        return apply_rope(q_TND, cos_TD, sin_TD)
+
+    def keys_values(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
         k_TKD = self.k_norm(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
         v_TKD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
-        return apply_rope(q_TND, cos_TD, sin_TD), apply_rope(k_TKD, cos_TD, sin_TD), v_TKD
+        return apply_rope(k_TKD, cos_TD, sin_TD), v_TKD
 
     def output(self, o_TND: Tensor) -> Tensor:
         return self.o_proj(o_TND.flatten(-2))
@@ -77,18 +81,41 @@ class DecoderBlock(nn.Module):
         else:
             self.mlp = FeedForward(args.hidden_size, args.intermediate_size)
 
-    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents) -> Tensor:
         q_TND, k_TKD, v_TKD = self.pre_attention(x_TH, cos_TD, sin_TD)
-        return self.post_attention(x_TH, self.inner_attention(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen))
+        return self.post_attention(x_TH, self.inner_attention(q_TND, k_TKD, v_TKD, documents))
 
     def pre_attention(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_TND, k_TKD and v_TKD of the normalized input, q and k rotated."""
-        return self.self_attn.project(self.input_layernorm(x_TH), cos_TD, sin_TD)
+        normed_TH = self.input_layernorm(x_TH)
+        return (
+            self.self_attn.queries(normed_TH, cos_TD, sin_TD),
+            *self.self_attn.keys_values(normed_TH, cos_TD, sin_TD),
+        )
+
+    def pre_queries(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        """q_TND of pre_attention alone."""
+        return self.self_attn.queries(self.input_layernorm(x_TH), cos_TD, sin_TD)
+
+    def pre_keys_values(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """k_TKD and v_TKD of pre_attention alone."""
+        return self.self_attn.keys_values(self.input_layernorm(x_TH), cos_TD, sin_TD)
 
     def post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
         """The block's output from its input and the attention's output."""
         x_TH = x_TH + self.self_attn.output(o_TND)
         return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+
+    def post_hidden(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
+        """post_attention up to its last product, for a dense block: what `last_product` takes, [T, H] and [T, F]."""
+        assert isinstance(self.mlp, FeedForward)
+        x_TH = x_TH + self.self_attn.output(o_TND)
+        return x_TH, self.mlp.hidden(self.post_attention_layernorm(x_TH))
+
+    def last_product(self, x_TH: Tensor, hidden_TF: Tensor) -> Tensor:
+        """The rest of post_attention."""
+        assert isinstance(self.mlp, FeedForward)
+        return x_TH + self.mlp.down_proj(hidden_TF)
 
 
 class Head(nn.Module):
@@ -126,21 +153,20 @@ class Decoder(nn.Module):
         self,
         input_ids_T: Tensor,
         position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
+        documents: Documents,
         head_fn: HeadFn | None = None,
     ) -> Any:
         """input_ids_T, position_ids_T: int64 [T], positions counted from each document's start.
 
-        cu_seqlens, max_seqlen: the documents, as in attention.varlen_attention; handed to inner_attention as they are,
-            so what wraps that may define cu_seqlens otherwise.
+        documents: as in attention.varlen_attention; handed to inner_attention as they are, so what wraps that may take
+            another description.
         Returns logits_TV or head_fn's value.
         """
         factor = attention_factor(self.args.rope_scaling)
         cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T, factor)
         x_TH = self.tok_embeddings(input_ids_T)
         for block in self.layers:
-            x_TH = block(x_TH, cos_TD, sin_TD, cu_seqlens, max_seqlen)
+            x_TH = block(x_TH, cos_TD, sin_TD, documents)
         return self.head(x_TH, head_fn)
 
     def blocks(self) -> Iterator[DecoderBlock]:

@@ -1,6 +1,6 @@
 """SwiGLU: the dense feed-forward network of every family, and a mixture's shared experts.
 
-Shape suffixes: T tokens, H hidden width.
+Shape suffixes: T tokens, H hidden width, F intermediate width.
 """
 
 from __future__ import annotations
@@ -19,4 +19,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        return self.down_proj(self.hidden(x_TH))
+
+    def hidden(self, x_TH: Tensor) -> Tensor:
+        """What the last product multiplies, [T, F]."""
+        return F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH)

@@ -41,20 +41,23 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(mla.kv_lora_rank, kv_width, bias=False)
         self.o_proj = nn.Linear(args.num_heads * mla.v_head_dim, args.hidden_size, bias=False)
 
-    def project(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q_TND, k_TND and v_TND, its last D - V elements 0."""
+    def queries(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """q_TND."""
         mla = self.mla
         q_TND = self._queries(x_TH).unflatten(-1, (-1, mla.qk_head_dim))
         q_TNP, q_TNR = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        return torch.cat((q_TNP, apply_rope(halves_from_pairs(q_TNR), cos_TR, sin_TR)), dim=-1)
+
+    def keys_values(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """k_TND and v_TND, its last D - V elements 0."""
+        mla = self.mla
         c_TC, k_TR = self.kv_a_proj_with_mqa(x_TH).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
         kv_TN = self.kv_b_proj(self.kv_a_layernorm(c_TC)).unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
         k_TNP, v_TNV = kv_TN.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
-        q_TNR = apply_rope(halves_from_pairs(q_TNR), cos_TR, sin_TR)
         # One rotated key for all heads.
         k_T1R = apply_rope(halves_from_pairs(k_TR.unsqueeze(1)), cos_TR, sin_TR)
-        q_TND = torch.cat((q_TNP, q_TNR), dim=-1)
         k_TND = torch.cat((k_TNP, k_T1R.expand(-1, k_TNP.shape[1], -1)), dim=-1)
-        return q_TND, k_TND, F.pad(v_TNV, (0, mla.qk_head_dim - mla.v_head_dim))
+        return k_TND, F.pad(v_TNV, (0, mla.qk_head_dim - mla.v_head_dim))
 
     def _queries(self, x_TH: Tensor) -> Tensor:
         if self.mla.q_lora_rank is None:

@@ -49,14 +49,14 @@ def remainder(
     check_fit(plan.lengths[left], left, levels[-1])
     curriculum_steps = plan.curriculum_steps
     if 0 < curriculum_steps < 1:
-        curriculum_steps = round(curriculum_steps * plan.num_steps)
+        curriculum_steps *= plan.num_steps
     finished_steps = int(plan.step_of_iteration[finished_iterations])
     unplaced = dataclasses.replace(
         plan,
         levels=levels,
         world_size=world_size,
         costs=costs_per_level(cost, len(levels)),
-        curriculum_steps=max(0.0, float(curriculum_steps - finished_steps)),
+        curriculum_steps=max(0.0, float(round(curriculum_steps) - finished_steps)),
         global_batch_tokens=plan.global_batch_tokens if global_batch_tokens is None else global_batch_tokens,
     )
     return place(unplaced, left)

@@ -29,11 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hbp_titan.components.loss import linear_cross_entropy
-from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, CheckpointedForward
+from hbp_titan.data.sequence_shard import HeadTailShard, ShardPass
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, BlockForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.distributed.expert_parallel import ExpertExchange, Splits
 from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
+from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.models.moe import Experts, MixtureOfExperts
 from hbp_titan.packing import Level
 
@@ -109,12 +110,12 @@ def _block_memory(
     with FakeTensorMode():
         block = _make(lambda: _block(args, expert_parallel), dtype, device_type)
         block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
-        forward = CheckpointedForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
+        forward = BlockForward(block, 0, ActivationCheckpointState(level.ac_policy, 1))
         size = level.max_tokens // level.cp_degree
         x_SH = torch.empty(size, args.hidden_size, dtype=dtype, requires_grad=True)
         rope_SD = [torch.empty(size, args.rope_dim) for _ in range(2)]
         documents = _documents(level, args)
-        inputs = (x_SH, *rope_SD, documents, level.max_tokens)
+        inputs = (x_SH, *rope_SD, documents)
         return _measure(block, forward, inputs, _attention_workspaces(args, level, dtype, device_type))
 
 
@@ -235,11 +236,18 @@ def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
     )
 
 
-def _documents(level: Level, args: ModelArgs) -> Tensor | HeadTailShard:
-    if level.cp_shape(args.num_kv_heads)[0] == 1:
-        return torch.empty(2, dtype=torch.int32)
-    borders = torch.empty(3, dtype=torch.int32)
-    return HeadTailShard(borders, borders, borders, borders, torch.empty(level.max_tokens, dtype=torch.int64))
+def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
+    """One document that fills the pack; of a head-tail shard the last rank's, whose passes have the most keys."""
+    gather_degree = level.cp_shape(args.num_kv_heads)[0]
+    if gather_degree == 1:
+        return pack_documents([level.max_tokens])
+    queries = level.max_tokens // (2 * gather_degree)
+    return HeadTailShard(
+        *(
+            ShardPass(pack_documents([queries], [chunks * queries]), torch.empty(chunks * queries, dtype=torch.int64))
+            for chunks in (gather_degree, gather_degree + 1)
+        )
+    )
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -254,19 +262,6 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
-
-
-class _Exchange(torch.autograd.Function):
-    """A collective as its shapes: `times` as many rows come out as go in."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, times: int) -> Tensor:
-        ctx.shape = x.shape
-        return x.new_empty(times * x.shape[0], *x.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.contiguous().new_empty(ctx.shape), None
 
 
 class _ExchangeWithoutRanks(ExpertExchange):
@@ -286,6 +281,7 @@ class _ExchangeWithoutRanks(ExpertExchange):
         return Splits(counts_E.view(self.ranks, -1), self.sent_P, self.sent_P)
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
+        # A collective as its shapes: a new tensor in each direction.
         return torch.empty_like(x)
 
 
@@ -297,7 +293,10 @@ class _AttentionWithoutRanks(ContextParallelAttention):
         self.gather_degree = gather_degree
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        return _Exchange.apply(x, 1)
+        return torch.empty_like(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return _Exchange.apply(x, self.gather_degree)
+        return x.new_empty(self.gather_degree * x.shape[0], *x.shape[1:])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0] // self.gather_degree, *x.shape[1:])

@@ -24,6 +24,7 @@ MEMORY_MARGIN = 0.05
 
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
     """The TimeModel of a run of this configuration."""
+    hardware = hardware.with_attention(config.model.attention_backend)
     return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
 
 

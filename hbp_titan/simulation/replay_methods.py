@@ -59,7 +59,8 @@ def replay_methods(
 def level_cost(model: TimeModel, level: Level) -> CostModel:
     """What balances the packs of a level: their seconds, less what all packs have in common.
 
-    A pack is padded to the level's length, so its tokens count through the loss head alone.
+    A pack is padded to the level's length, so its tokens count through the loss head alone. The tiles that a document
+    wastes (time_parts.py) do not count: packs of a level differ by little in them.
     """
     time = model.level_time(level)
     return CostModel(time.per_loss_token, time.per_square)

@@ -25,6 +25,7 @@ the fixed costs."""
 
 # Kernels of one layer's forward and backward in eager mode, without recomputation (about a third of them forward).
 LAYER_KERNELS = 150
+_SQUARES_OF_A_DOCUMENT = 0.75
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,30 @@ class Sharding:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Predicts iterations of any level. fixed_seconds: of each iteration, whatever it holds (data, synchronization)."""
+    """Predicts iterations of any level. fixed_seconds: of each iteration, whatever it holds (data, synchronization).
+    overlaps: whether keys and values are exchanged while queries are projected (distributed/context_parallel.py)."""
 
     dims: ModelDims
     hardware: Hardware
     world_size: int
     sharding: Sharding = field(default_factory=Sharding)
     fixed_seconds: float = 0.0
+    overlaps: bool = True
 
     def parts(self, level: Level, loads: FloatArray, tokens: FloatArray | None = None) -> dict[str, FloatArray]:
         """Seconds of each of PARTS for each pack, float64 [n].
 
         loads: as from pack_loads, [n, 4]. tokens: positions that are computed, [n]; default the level's max_tokens.
         """
-        trained, squares = loads[:, 1], loads[:, 2]
         if tokens is None:
             tokens = np.full(len(loads), float(level.max_tokens))
+        trained, squares = loads[:, 1], self._launched_squares(loads, tokens)
         own = tokens / level.cp_degree
         plain, full = self._flops("none", None), self._flops(level.ac_policy, level.ac_layers)
         head = 6 * self.dims.head_params * trained / level.cp_degree / self._linear_rate
         linear = plain.alpha * own / self._linear_rate
         recomputed = (full.alpha - plain.alpha) * own / self._linear_rate
-        square_rate = level.cp_degree * self.hardware.peak_flops * self.hardware.attention_efficiency
+        square_rate = level.cp_degree * self.hardware.attention_rate(self.dims.head_dim)
         return {
             "linear": linear + head,
             "attention": plain.beta * squares / square_rate,
@@ -80,8 +83,9 @@ class TimeModel:
         base = sum(part[0] for part in self.parts(level, np.zeros((1, 4))).values())
         # Without tokens what is left are the parts that vary: no difference of nearly equal sums.
         varying = self.parts(level, np.array([[0.0, 1, 1, 0]]), np.zeros(1))
-        per_square = varying["attention"][0] + varying["recompute"][0]
-        return LevelTime(float(base), float(varying["linear"][0]), float(per_square))
+        per_square = float(varying["attention"][0] + varying["recompute"][0])
+        per_document = per_square * _SQUARES_OF_A_DOCUMENT * self.hardware.attention_block**2
+        return LevelTime(float(base), float(varying["linear"][0]), per_square, per_document)
 
     def step_seconds(self) -> float:
         """AdamW on a rank's shard, and the sum of the gradients over copies of the parameters, once a step.
@@ -93,38 +97,43 @@ class TimeModel:
         return 28 * own / self.hardware.memory_bandwidth + copies / self.hardware.inter_node_bandwidth
 
     def exchange_seconds_per_token(self, level: Level) -> float:
-        """Seconds of the level's collectives inside attention for each token of a rank's shard, over all layers."""
-        rate = self.hardware.exchange_efficiency
-        gather, scatter = level.cp_shape(self.dims.num_kv_heads)
-        node = self.hardware.gpus_per_node
-        seconds = 0.0
-        if scatter > 1:
-            inside = min(scatter, node)
-            sent = self.scatter_bytes_per_token(scatter)
-            intra = sent * (inside - 1) / scatter / self.hardware.intra_node_bandwidth
-            inter = sent * (scatter - inside) / scatter / self.hardware.inter_node_bandwidth
-            seconds += max(intra, inter)
-        if gather > 1:
-            # The groups' ranks with the same place gather from each other: scatter ranks apart.
-            bus = self.hardware.bus_bandwidth(gather, max(1, node // scatter))
-            seconds += self.gather_bytes_per_token(scatter) * (gather - 1) / bus
-        return seconds * self._exchange_passes(level) / rate
+        """Seconds of the level's collectives inside attention for each token of a rank's shard, over all layers.
 
-    def scatter_bytes_per_token(self, degree: int) -> int:
-        """Bytes of q, k, v and the output of one token in one layer that a Ulysses exchange deals out, forward."""
-        d = self.dims
-        kv_heads = max(d.num_kv_heads, degree)
-        qkv = d.num_heads * d.head_dim + kv_heads * (d.head_dim + d.v_head_dim)
-        return self.sharding.param_bytes * (qkv + d.num_heads * d.v_head_dim)
-
-    def gather_bytes_per_token(self, scatter: int) -> float:
-        """Bytes of k and v of one token in one layer that each rank of a gather group hands to each other, forward.
-
-        Inside groups of `scatter` ranks heads are dealt out first: a rank then holds its heads of `scatter` shards.
+        Only what shows: keys and values travel while queries are projected, and their gradients while q's are.
         """
-        d = self.dims
-        kv_heads = max(d.num_kv_heads, scatter)
-        return self.sharding.param_bytes * kv_heads * (d.head_dim + d.v_head_dim)
+        d, rate = self.dims, self.hardware.exchange_efficiency
+        gather, scatter = level.cp_shape(d.num_kv_heads)
+        queries = self._scatter_seconds(self.query_bytes_per_token(), scatter) / rate
+        keys_values = self._scatter_seconds(self.kv_bytes_per_token(scatter), scatter) / rate
+        forward = backward = queries
+        projection = 2 * d.hidden_size * d.num_heads * d.head_dim / self._linear_rate if self.overlaps else 0.0
+        if gather == 1:
+            forward += max(0.0, keys_values - projection)
+            backward += max(0.0, keys_values - 2 * projection)
+        else:
+            # Dealt out before, inside groups of `scatter` ranks; gradients are summed in fp32.
+            bus = self.hardware.bus_bandwidth(gather, max(1, self.hardware.gpus_per_node // scatter))
+            gathered = self.kv_bytes_per_token(scatter) * (gather - 1) / bus / rate
+            summed = gathered * 4 / self.sharding.param_bytes
+            forward += keys_values + max(0.0, gathered - projection)
+            backward += keys_values + max(0.0, summed - 2 * projection)
+        again = self._recomputed(level) if level.ac_policy == "full" else 0
+        return d.num_layers * (forward + backward) + again * forward
+
+    def _scatter_seconds(self, sent: float, degree: int) -> float:
+        """Of a Ulysses exchange in which each rank deals out `sent` bytes."""
+        inside = min(degree, self.hardware.gpus_per_node)
+        intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
+        return max(intra, sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth)
+
+    def query_bytes_per_token(self) -> int:
+        """Bytes of q and the output of one token in one layer, forward."""
+        return self.sharding.param_bytes * self.dims.num_heads * (self.dims.head_dim + self.dims.v_head_dim)
+
+    def kv_bytes_per_token(self, scatter: int) -> int:
+        """Bytes of k and v of one token in one layer, forward; heads are repeated for `scatter` ranks."""
+        kv_heads = max(self.dims.num_kv_heads, scatter)
+        return self.sharding.param_bytes * kv_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
     def expert_seconds_per_token(self, level: Level) -> float:
         """Seconds of dispatch and combine for each token of a rank's shard, over all layers."""
@@ -163,6 +172,14 @@ class TimeModel:
         if spread == 1 and ranks < self._shards:
             experts = self._ring(d.expert_params, ranks, min(node, ranks))
         return gather, reduce + (again + experts) * s.param_bytes + self._fsdp_hops(ranks)
+
+    def _launched_squares(self, loads: FloatArray, tokens: FloatArray) -> FloatArray:
+        """Squared tokens of whole tiles: a document of L tokens, n = ceil(L / B) blocks, has n (n + 1) / 2 of B^2.
+
+        In the mean over what L leaves over a block n (n + 1) B^2 is L^2 + 2 B L + 3/4 B^2: linear in what loads hold.
+        """
+        block = self.hardware.attention_block
+        return loads[:, 2] + 2 * block * tokens + _SQUARES_OF_A_DOCUMENT * block**2 * loads[:, 3]
 
     @property
     def _linear_rate(self) -> float:

@@ -43,10 +43,10 @@ def test_cp_shards_make_up_the_pack_and_dp_ranks_differ_in_tokens_alone() -> Non
                 assert joined.equal(getattr(whole, name)), name
             assert {shard.level for shard in shards} == {5}
     first, second = wholes[0][0], wholes[1][0]
-    assert first.cu_seqlens.equal(second.cu_seqlens)
+    assert first.lengths.tolist() == second.lengths.tolist() == [40, 24]
     assert not first.input_ids.equal(second.input_ids)
     # Every token but each document's first is trained; the loss is their mean.
     assert int((first.labels != IGNORE_INDEX).sum()) == 62
     assert float(first.loss_weights.sum()) == pytest.approx(1)
-    # Static shapes: one graph a level.
-    assert first.cu_seqlens.shape == wholes[0][1].cu_seqlens.shape
+    # Static shapes: one graph for each level.
+    assert first.document_shares.shape == wholes[0][1].document_shares.shape

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from hbp_titan.benchmark.data_speed import Speed, table
+from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_way_is_timed_on_the_same_tokens(tmp_path: Path) -> None:
     words = ["--rounds=2", "--workers=0,1", f"--json={tmp_path / 'out.json'}", *write_tiny_run(tmp_path)]
-    command = [sys.executable, "scripts/bench_data.py", *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_python("scripts/bench_data.py", *words)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert [speed["what"] for speed in report["loader"]] == [

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,15 @@ import pytest
 import torch
 
 from hbp_titan.distributed.world import World
+from tests.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def _report(path: Path, *words: str, launcher: tuple[str, ...] = (), gpu: str = "") -> tuple[str, dict[str, Any]]:
+def _report(path: Path, *words: str, ranks: int = 0, gpu: str = "") -> tuple[str, dict[str, Any]]:
     """What the command prints and writes; gpu: the devices that it sees."""
-    command = [sys.executable, *launcher, "scripts/bench_train.py", *words, f"--json={path}"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    words = ("scripts/bench_train.py", *words, f"--json={path}")
+    result = run_python(*words, ranks=ranks, env={"CUDA_VISIBLE_DEVICES": gpu})
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(path.read_text())
 
@@ -59,7 +55,7 @@ def test_one_row_for_every_length_kind_of_documents_and_policy(tmp_path: Path) -
 def test_two_ranks_report_the_cost_of_a_swap(tmp_path: Path) -> None:
     words = ("--swap", "--lengths=64:1,128:2", "--policies=none,full:1", "--documents=20", "--layers=2")
     path = tmp_path / "out.json"
-    printed, report = _report(path, *words, "--swap_iterations=1", "--repeats=2", launcher=TORCHRUN)
+    printed, report = _report(path, *words, "--swap_iterations=1", "--repeats=2", ranks=2)
     assert "alternating / grouped" in printed
     assert printed.count("groups made 0") == 1  # one rank prints
     (found,) = report["measurements"]

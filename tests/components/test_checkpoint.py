@@ -270,7 +270,7 @@ def test_full_disk_on_one_rank_of_two_stops_both_and_keeps_what_was_saved(tmp_pa
             " free: free some, or lower checkpoint.keep_latest_k (rank 1); the checkpoints before it are untouched"
         )
         assert names == ["step-1"]
-        assert seconds < 10
+        assert seconds < 60  # not the timeout of a collective, also on a busy machine
 
 
 FULL = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
@@ -13,47 +14,56 @@ from hbp_titan.cli import guarded
 from hbp_titan.components.watchdog import Watchdog, place_of
 
 
-def _stand(seconds: float) -> None:
-    time.sleep(seconds)
+def _stand(until: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not until() and time.monotonic() < give_up:
+        time.sleep(0.02)
 
 
-def _rank(rank: int, store: dist.Store, where: str, codes: list[int], seconds: float, timeout: float = 1.0) -> None:
+def _rank(
+    rank: int, store: dist.Store, where: str, codes: list[int], until: Callable[[], bool], timeout: float
+) -> None:
     with Watchdog(rank, 4, store, end=codes.append) as watchdog:
         watchdog.at(where, timeout)
-        _stand(seconds)
+        _stand(until)
 
 
 def test_ranks_that_stand_still_are_told_once_and_by_place(capsys: pytest.CaptureFixture[str]) -> None:
     store, codes = dist.HashStore(), [list[int]() for _ in range(3)]
     places = ["step 7, level 8K/cp2", "step 7, level 8K/cp2", "reading"]
-    ranks = [threading.Thread(target=_rank, args=(i, store, places[i], codes[i], 3.4, 3.0)) for i in range(3)]
+
+    def all_spoke() -> bool:
+        return store.check([f"hbp_titan/stands/{rank}" for rank in range(3)]) and store.add("hbp_titan/stands", 0) == 3
+
+    # A rank is ended 1.5 s after it spoke, which is also how late a busy machine may make another.
+    ranks = [threading.Thread(target=_rank, args=(i, store, places[i], codes[i], all_spoke, 5.0)) for i in range(3)]
     for thread in ranks:
         thread.start()
     for thread in ranks:
         thread.join()
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "nothing has moved for 3 s:"
+    assert re.fullmatch(r"nothing has moved for [456] s:", told[0])
     assert [line.partition(": ")[0] for line in told[1:]] == [
         "  ranks 0-1 in step 7, level 8K/cp2",
         "  rank 2 in reading",
         "  rank 3 in no word",
     ]
-    assert told[1].endswith(": _stand")
+    assert re.search(r": (_stand|all_spoke)$", told[1])
     assert codes == [[], [], []]
 
 
 def test_a_rank_that_does_not_end_is_ended(capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
-    _rank(0, dist.HashStore(), "step 1", codes, 2.5)
+    _rank(0, dist.HashStore(), "step 1", codes, lambda: bool(codes), 1.0)
     assert codes == [1]
-    assert re.search(r"rank 0 is ended after [12] s without progress", capsys.readouterr().err)
+    assert re.search(r"rank 0 is ended after \d+ s without progress", capsys.readouterr().err)
 
 
 def test_progress_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
-        for step in range(12):
-            watchdog.at(f"step {step}", timeout_seconds=2.0)
+        for step in range(20):
+            watchdog.at(f"step {step}", timeout_seconds=4.0)
             time.sleep(0.2)
         watchdog.at("an export, which takes its time")
         time.sleep(0.8)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from hbp_titan.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, make_batch, shard_batch
+from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.packing import Level
 
 X = IGNORE_INDEX
@@ -30,8 +33,32 @@ def test_labels_are_shifted_inside_each_document_and_positions_restart() -> None
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert batch.labels.tolist() == [12, 13, X, 22, X, X, X, X]
     assert batch.loss_index.tolist() == [0, 1, 3]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 8, 8]
-    assert (batch.num_tokens, batch.num_loss_tokens, batch.max_seqlen, batch.level) == (5, 3, 8, 1)
+    assert batch.lengths.tolist() == [3, 2, 3]
+    assert batch.documents.whole.cu_seqlens_q.tolist() == batch.documents.whole.cu_seqlens_k.tolist() == [0, 3, 5, 8]
+    assert batch.documents.whole.max_seqlen_q == batch.documents.whole.max_seqlen_k == 3
+    assert (batch.num_tokens, batch.num_loss_tokens, batch.level) == (5, 3, 1)
+
+
+def test_documents_lie_longest_first_with_their_weights_and_numbers() -> None:
+    batch = make_batch(Samples(), [2, 1, 0], Level(8), 0, max_documents=3, sample_weights=np.array([4.0, 2.0, 0.5]))
+    assert batch.sample_ids.tolist() == [0, 1, 2]
+    assert batch.input_ids.tolist() == [11, 12, 13, 21, 22, 31, 0, 0]
+    assert batch.loss_weights.tolist() == [0.5, 0.5, 0, 2.0, 0, 0, 0, 0]
+    assert batch.document_ids.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert batch.document_shares.tolist() == [1.0, 2.0, 0, 0]
+
+
+def test_attention_is_called_by_groups_of_similar_length() -> None:
+    samples = Samples()
+    samples.rows = tuple((np.ones(n), np.ones(n)) for n in (1, 600, 130, 2, 140, 3))
+    batch = make_batch(samples, range(6), Level(1000), 0, max_documents=6)
+    # The padding of 124 tokens lies with the short documents behind.
+    assert [group.cu_seqlens_q.tolist() for group in batch.documents.groups] == [
+        [0, 600],
+        [0, 140, 270],
+        [0, 3, 5, 6, 130],
+    ]
+    assert [group.max_seqlen_q for group in batch.documents.groups] == [600, 140, 124]
 
 
 def test_shards_cut_the_sequence_but_no_label() -> None:
@@ -41,7 +68,7 @@ def test_shards_cut_the_sequence_but_no_label() -> None:
     assert [shard.labels.tolist() for shard in shards] == [[12, 13], [X, 22], [X, X], [X, X]]
     assert [shard.position_ids.tolist() for shard in shards] == [[0, 1], [2, 0], [1, 0], [1, 2]]
     assert [shard.loss_index.tolist() for shard in shards] == [[0, 1], [1], [], []]
-    assert all(shard.cu_seqlens.equal(batch.cu_seqlens) for shard in shards)
+    assert all(shard.documents is batch.documents for shard in shards)
 
 
 def test_head_tail_shards_take_labels_positions_and_weights_along() -> None:
@@ -56,8 +83,10 @@ def test_head_tail_shards_take_labels_positions_and_weights_along() -> None:
     assert second.input_ids.tolist() == [12, 0, 13, 0]
     assert second.labels.tolist() == [13, X, X, X]
     assert second.loss_index.tolist() == [0]
-    assert first.documents is first.head_tail
-    assert batch.documents is batch.cu_seqlens
+    assert isinstance(first.documents, HeadTailShard)
+    # Chunks of one token: its keys are the document up to it. Of the tails 2 and 1 tokens.
+    assert first.documents.heads.documents.whole.cu_seqlens_k.tolist() == [0, 1, 2]
+    assert first.documents.tails.documents.whole.cu_seqlens_k.tolist() == [0, 2, 5]
 
 
 def test_documents_have_numbers_and_shares_which_shards_take_along() -> None:
@@ -78,20 +107,14 @@ def test_ranks_of_a_group_hold_contiguous_parts_of_its_head_tail_shard() -> None
     assert [shard.loss_index.tolist() for shard in shards] == [[0, 1], [], [0], []]
 
 
-def test_head_tail_tensors_have_one_length_for_every_pack_of_a_level() -> None:
-    packs = ([], [2], [0, 1], [0, 1, 2])
-    batches = [make_batch(Samples(), pack, Level(8, 2, "allgather"), 0, max_documents=3) for pack in packs]
-    lengths = [[len(part) for part in shard_batch(batch, 1, 2, 2).head_tail or ()] for batch in batches]
-    # Three documents and one of padding, each with a chunk and a rest: nine boundaries; kv_order has the pack's tokens.
-    assert lengths == [[9, 9, 9, 9, 8]] * 4
-
-
 def test_moving_a_batch_moves_every_tensor() -> None:
     batch = make_batch(Samples(), [0, 1], Level(8, 2, "allgather"), 0, max_documents=2)
     moved = shard_batch(batch, 0, 2, gather_degree=2).to(torch.device("meta"))
-    assert moved.head_tail is not None
-    assert {tensor.device.type for tensor in (moved.input_ids, moved.cu_seqlens, *moved.head_tail)} == {"meta"}
-    assert (moved.max_seqlen, moved.num_tokens) == (8, 5)
+    tensors = [leaf for leaf in tree_leaves(dataclasses.astuple(moved)) if isinstance(leaf, torch.Tensor)]
+    # Seven of the batch; of each pass the rows of its keys, and the boundaries of its group and of the whole.
+    assert len(tensors) == 7 + 2 * (1 + 2 + 2)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.num_tokens == 5
 
 
 def test_a_batch_names_the_samples_of_the_whole_pack_on_the_host() -> None:
@@ -99,7 +122,7 @@ def test_a_batch_names_the_samples_of_the_whole_pack_on_the_host() -> None:
     for shard in (shard_batch(batch, rank, 2) for rank in range(2)):
         moved = shard.to(torch.device("meta"))
         assert isinstance(moved.sample_ids, np.ndarray)
-        assert moved.sample_ids.tolist() == [1, 0]
+        assert moved.sample_ids.tolist() == [0, 1]
 
 
 def test_labels_and_weights_equal_those_filled_document_by_document() -> None:
@@ -107,6 +130,7 @@ def test_labels_and_weights_equal_those_filled_document_by_document() -> None:
     for _ in range(200):
         samples = Samples()
         lengths = generator.integers(1, 9, size=generator.integers(0, 6))
+        lengths = np.sort(lengths)[::-1]
         samples.rows = tuple((generator.integers(1, 9, n), generator.integers(0, 2, n)) for n in lengths)
         weights = generator.random(len(lengths))
         capacity = int(lengths.sum() + generator.integers(1, 2000))
@@ -127,15 +151,16 @@ def test_single_token_document_trains_nothing_and_an_empty_pack_is_padding() -> 
     single = make_batch(Samples(), [2], Level(4), 0, max_documents=1)
     assert single.labels.tolist() == [X, X, X, X]
     empty = make_batch(Samples(), [], Level(4), 0, max_documents=1)
-    assert empty.cu_seqlens.tolist() == [0, 4, 4]
+    assert empty.lengths.tolist() == [4]
     assert empty.num_tokens == 0
 
 
 def test_padding_is_cut_into_documents_of_bounded_length() -> None:
     level = Level(4 * PAD_DOCUMENT_TOKENS)
     batch = make_batch(Samples(), [1], level, 0, max_documents=3)
-    lengths = np.diff(batch.cu_seqlens.numpy())
-    assert lengths.tolist() == [2, 1024, 1024, 1024, 1022, 0, 0]
+    assert batch.lengths.tolist() == [2, 1024, 1024, 1024, 1022]
+    # Three documents and four pieces of padding, whatever the pack holds.
+    assert len(batch.document_shares) == 7
     assert batch.position_ids.max() == PAD_DOCUMENT_TOKENS - 1
 
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hbp_titan.config import load_config
-from hbp_titan.data.epoch_parts import plan_path
+from hbp_titan.data import position as position_module
+from hbp_titan.data.epoch_parts import Part, plan_path
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.data.position import Position
-from hbp_titan.packing import CostModel
+from hbp_titan.packing import CostModel, Plan
+from tests.properties import examples
 
 DATA = "d" * 64
 LEVELS = "16:1,64:2"
@@ -32,16 +34,18 @@ def _position(folder: Path, ranks: int, levels: str = LEVELS, *words: str) -> Po
     return Position(EpochPlans(config, Lengths(), ranks, CostModel()), folder, DATA)
 
 
-def _train(position: Position, steps: int) -> list[int]:
-    """Do `steps` steps, as the trainer does; returns their samples."""
-    trained: list[int] = []
-    for _ in range(steps):
+def _train(position: Position, steps: int) -> list[list[int]]:
+    """Train `steps` steps, fewer where the run ends, as the trainer does; returns the samples of each step."""
+    trained = []
+    total = position.total_steps()
+    for _ in range(min(steps, total - position.step)):
         if position.finished:
             position.next_epoch()
         position.save_plan()
         plan, step = position.plan, position.step_in_plan
-        trained += plan.samples_of(*plan.step_offsets[step : step + 2].tolist()).tolist()
+        trained.append(plan.samples_of(*plan.step_offsets[step : step + 2].tolist()).tolist())
         position.step += 1
+        assert position.total_steps() == total
     return trained
 
 
@@ -63,28 +67,101 @@ def test_same_ranks_go_on_in_the_same_plan(tmp_path: Path) -> None:
     assert again.total_steps() == first.total_steps() == sum(first.plans.of(e).num_steps for e in range(3))
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6))
+@example([(1, False, 1), (4, True, 9), (4, True, 9), (4, True, 9)])  # more steps than the 27 that the run has
 def test_each_sample_is_trained_once_an_epoch_however_often_the_run_changes(
     tmp_path_factory: pytest.TempPathFactory, stretches: list[tuple[int, bool, int]]
 ) -> None:
     folder = tmp_path_factory.mktemp("position")
     saved: dict[str, Any] | None = None
-    trained: list[int] = []
-    for ranks, other, steps in [*stretches, (2, False, 0)]:
+    trained: list[list[int]] = []
+    for ranks, other, steps in [*stretches, (2, False, 999)]:
         position = _position(folder, ranks, OTHER_LEVELS if other or ranks == 1 else LEVELS)
         if saved is not None:
             position.restore(saved)
-            if position.finished:
-                position.next_epoch()
         trained += _train(position, steps)
         # Where nothing was trained, a checkpoint on a signal is of the plan that the stretch began with.
         position.save_plan()
         saved = _saved(position)
-    while len(trained) < 2 * 60:
-        trained += _train(position, 1)
-    assert sorted(trained[:60]) == sorted(trained[60:120]) == list(range(60))
-    assert position.step <= position.total_steps()
+    samples = [sample for step in trained for sample in step]
+    assert [sorted(samples[start : start + 60]) for start in (0, 60, 120)] == [list(range(60))] * 3
+    assert len(samples) == 3 * 60
+    assert position.step == position.total_steps() == len(trained)
+    assert position.finished
+
+
+class Small:
+    """Lengths of a data set whose every course of a run can be walked."""
+
+    lengths = np.array([3, 60, 12, 16, 30, 7, 33, 16, 9])
+    loss_tokens = lengths - 1
+
+
+# A change at every step to every other, three times in a run: ranks, levels (also their number) and epochs.
+SMALL_RUNS = [
+    (1, "--levels=64:1", "--training.epochs=2"),
+    (2, "--levels=16:1,64:2", "--training.epochs=2"),
+    (4, "--levels=32:1,64:1", "--training.epochs=3"),
+    (2, "--levels=32:1,64:1", "--training.epochs=1"),
+]
+
+
+@pytest.mark.parametrize("extra", ["", "--training.global_batch_tokens=90", "--packing.curriculum_steps=1.6"])
+def test_every_small_run_ends_with_its_last_sample_at_the_promised_step(
+    monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    """Every sequence of up to three changes of SMALL_RUNS, each after every step: exhaustive, no example is drawn."""
+    words = [word for word in [extra, "--packing.mix=interleave" if "batch" in extra else ""] if word]
+    makers = [(ranks, load_config([*own, *words])) for ranks, *own in SMALL_RUNS]
+    plans = [EpochPlans(config, Small(), ranks, CostModel()) for ranks, config in makers]
+    for own in plans:
+        own.of = {epoch: own.of(epoch) for epoch in range(3)}.__getitem__  # type: ignore[assignment]
+    files: dict[str, Plan] = {}  # by fingerprint: the courses share one folder, where names repeat
+    monkeypatch.setattr(
+        position_module,
+        "load_parts",
+        lambda folder, epoch, parts, data: [Part(part["first_step"], files[part["plan"]]) for part in parts],
+    )
+    walked: set[tuple[int, int, str]] = set()
+    ends: set[int] = set()
+
+    def walk(own: EpochPlans, saved: dict[str, Any] | None, trained: list[int], changes: int) -> None:
+        """Run to the end from a checkpoint, `trained` its samples; and stop after every step for other changes."""
+        position = Position(own, Path("run"), DATA)
+        if saved is not None:
+            position.restore(saved)
+        total, trained = position.total_steps(), list(trained)
+        over = position.step >= total  # it was longer when it was saved
+        while True:
+            for part in position.parts:
+                files[part.plan.fingerprint] = part.plan
+            branch = json.dumps(position.state())
+            for number, other in enumerate(plans if changes and not over else []):
+                if other is not own and (number, changes, branch) not in walked:
+                    walked.add((number, changes, branch))
+                    walk(other, json.loads(branch), trained, changes - 1)
+            if position.step >= total:
+                break
+            if position.finished:
+                position.next_epoch()
+            plan, step = position.plan, position.step_in_plan
+            trained += plan.samples_of(*plan.step_offsets[step : step + 2].tolist()).tolist()
+            position.step += 1
+            assert position.total_steps() == total
+            if position.finished:
+                assert sorted(trained[position.epoch * 9 :]) == list(range(9))
+        if not over:
+            ends.add(total)
+            assert position.finished
+            assert len(trained) == own.config.training.epochs * 9
+            with pytest.raises(AssertionError, match="is the last"):
+                position.next_epoch()
+
+    for own in plans:
+        walk(own, None, [], 3)
+    assert len(walked) > 500
+    assert len(ends) > 5
 
 
 def test_a_remainder_is_the_same_whenever_and_by_whom_it_is_planned(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
-from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, crossed_nodes
@@ -17,15 +17,16 @@ from hbp_titan.distributed.parallelize import CP_ATTENTION
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.runtime import LevelRuntime
 from hbp_titan.models.attention import VarlenAttention
+from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.packing import Level
 
 # Four ranks have 15 tokens each: 8 of heads and 7 of tails.
 T = 60
 DOCUMENTS = {
-    "uneven, with padding of cu_seqlens": [0, 1, 14, 15, 41, 60, 60, 60],
-    "one document": [0, 60],
-    "single tokens": list(range(61)),
-    "shorter than the chunks are many": [0, 2, 5, 9, 14, 20, 27, 60],
+    "uneven": [1, 13, 1, 26, 19],
+    "one document": [60],
+    "single tokens": [1] * 60,
+    "shorter than the chunks are many": [2, 3, 4, 5, 6, 7, 33],
 }
 
 
@@ -39,23 +40,23 @@ def _inputs(num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor, 
 def _attend(
     attention: torch.nn.Module,
     tokens: Tensor,
-    documents: Tensor | HeadTailShard,
+    documents: Documents | HeadTailShard,
     num_heads: int,
     num_kv_heads: int,
 ) -> list[Tensor]:
     """Output and gradients of q, k, v of the shard that holds `tokens`, the output's gradient given."""
     *inputs, grad_TND = (x[tokens] for x in _inputs(num_heads, num_kv_heads))
     leaves = [x.clone().requires_grad_() for x in inputs]
-    o_TND = attention(*leaves, documents, T)
+    o_TND = attention(*leaves, documents)
     o_TND.backward(grad_TND)
     return [o_TND.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def _numbered_pack(boundaries: list[int]) -> PackedBatch:
+def _numbered_pack(lengths: list[int]) -> PackedBatch:
     """A pack whose input_ids say which token of the pack each is."""
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    ids, share = torch.zeros(T, dtype=torch.int64), torch.ones(len(boundaries) - 1)
-    whole = (cu_seqlens, torch.ones(T), torch.arange(T), T, 0, T, T, np.zeros(0, np.int64), ids, share)
+    ids, share = torch.zeros(T, dtype=torch.int64), torch.ones(len(lengths))
+    documents, none = pack_documents(lengths), np.zeros(0, np.int64)
+    whole = (documents, torch.ones(T), torch.arange(T), 0, T, T, none, np.array(lengths), ids, share)
     return PackedBatch(*[torch.arange(T)] * 3, *whole)
 
 
@@ -87,9 +88,9 @@ def _rank(world: World, collectives: str) -> dict[object, list[Tensor]]:
     for level, layout in cases:
         shape = level.cp_shape(layout[1])
         state.use(meshes.of(shape))
-        for name, boundaries in DOCUMENTS.items():
+        for name, lengths in DOCUMENTS.items():
             cp_rank = world.rank % level.cp_degree
-            batch = shard_batch(_numbered_pack(boundaries), cp_rank, level.cp_degree, shape[0])
+            batch = shard_batch(_numbered_pack(lengths), cp_rank, level.cp_degree, shape[0])
             outcome = _attend(attention, batch.input_ids, batch.documents, *layout)
             results[level.cp_style, level.cp_degree, layout, name] = [batch.input_ids, *outcome]
     return results
@@ -101,7 +102,7 @@ def test_shards_of_each_style_equal_the_whole_attention(world_size: int, collect
     results = run_distributed(_rank, world_size, collectives)
     for case in results[0]:
         _, degree, layout, name = case
-        expected = _attend(VarlenAttention(), torch.arange(T), _numbered_pack(DOCUMENTS[name]).cu_seqlens, *layout)
+        expected = _attend(VarlenAttention(), torch.arange(T), pack_documents(DOCUMENTS[name]), *layout)
         for first in range(0, world_size, degree):
             parts = [results[first + cp_rank][case] for cp_rank in range(degree)]
             tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
@@ -109,6 +110,46 @@ def test_shards_of_each_style_equal_the_whole_attention(world_size: int, collect
             assert len(found) == 4
             ordered = [x[tokens.argsort()] for x in found]
             torch.testing.assert_close(ordered, expected, rtol=1e-5, atol=1e-5, msg=str(case))
+
+
+def _in_bfloat16(world: World) -> list[list[Tensor]]:
+    """By style: tokens of this rank and gradients of its q, k and v, for 32 short documents that every rank shares."""
+    attention = CP_ATTENTION["fused"](VarlenAttention(), state := ContextParallelState())
+    shapes = [Level(1024, 4, style).cp_shape(2) for style in ("ulysses", "hybrid", "allgather")]
+    meshes = LevelMeshes(world.device, world.size, shapes)
+    results = []
+    for gather_degree, ulysses_degree in shapes:
+        state.use(meshes.of((gather_degree, ulysses_degree)))
+        group, part = divmod(world.rank, ulysses_degree)
+        positions, documents = np.arange(1024), pack_documents(np.full(32, 32))
+        if gather_degree > 1:
+            positions, documents = head_tail_shard(np.full(32, 32), group, gather_degree)
+        positions = positions[part * 256 : (part + 1) * 256]
+        leaves = [x[positions].requires_grad_() for x in _bfloat16_inputs()]
+        attention(*leaves, documents).square().sum().backward()
+        results.append([torch.from_numpy(positions), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    return results
+
+
+def _bfloat16_inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1024, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2)]
+
+
+def test_gradients_in_bfloat16_are_about_as_exact_as_those_of_one_rank() -> None:
+    whole = pack_documents(np.full(32, 32))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype).requires_grad_() for x in _bfloat16_inputs()]
+        VarlenAttention()(*leaves, whole).square().sum().backward()
+        gradients.append([leaf.grad.float() for leaf in leaves if leaf.grad is not None])
+    for parts in zip(*run_distributed(_in_bfloat16, 4), strict=True):
+        tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        for shared, wanted, alone in zip(found, *gradients, strict=True):
+            assert shared.dtype == torch.bfloat16
+            error = (shared[tokens.argsort()].float() - wanted).norm()
+            # Each part is rounded once by its kernel; sums in bfloat16 of eight parts would round seven times more.
+            assert error <= 1.2 * (alone - wanted).norm()
 
 
 def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:

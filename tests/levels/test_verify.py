@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from hbp_titan.levels.verify import Case, Result, build_cases, compare, scaled_levels, shrunk
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
+from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +70,7 @@ def test_levels_and_model_can_be_made_small() -> None:
 def test_command_proves_a_tiny_run_and_its_controls(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--compile.backend=aot_eager"]
     own = ["--world_sizes=1,2", "--max_tokens=512", "--num_samples=30"]
-    command = [sys.executable, "scripts/verify_equivalence.py", *own, *argv]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    result = run_python("scripts/verify_equivalence.py", *own, *argv, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line for line in result.stdout.splitlines() if line.endswith(("equal", "caught"))]
     assert sum(line.endswith("caught") for line in rows) == 4

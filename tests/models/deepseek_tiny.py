@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hbp_titan.models.args import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.hf import args_to_hf_config, to_hf_name
 
 YARN = {
@@ -99,12 +100,11 @@ def in_hf_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_pack(args: ModelArgs, lengths: tuple[int, ...], seed: int, first_position: int = 0) -> dict[str, Any]:
-    """Random documents as the arguments of Decoder.forward, cu_seqlens padded."""
+    """Random documents as the arguments of Decoder.forward."""
     generator = torch.Generator().manual_seed(seed + 1)
     total = sum(lengths)
     return {
         "input_ids_T": torch.randint(args.vocab_size, (total,), generator=generator),
         "position_ids_T": torch.cat([torch.arange(n) for n in lengths]) + first_position,
-        "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), total], dtype=torch.int32),
-        "max_seqlen": total,
+        "documents": pack_documents(lengths),
     }

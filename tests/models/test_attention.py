@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hbp_titan.models import attention
-from hbp_titan.models.attention import selected_backend, set_backend, varlen_attention
+from hbp_titan.models.attention import choose_backend, missing, selected_backend, set_backend, varlen_attention
+from hbp_titan.models.documents import Documents, pack_documents
 
 
 @pytest.fixture(autouse=True)
 def _automatic_backend() -> Iterator[None]:
+    missing.cache_clear()
     yield
     set_backend("auto")
+    missing.cache_clear()
+
+
+def documents_of(boundaries: list[int], boundaries_k: list[int] | None = None, device: str = "cpu") -> Documents:
+    lengths_k = None if boundaries_k is None else np.diff(boundaries_k)
+    return pack_documents(np.diff(boundaries), lengths_k, device=device)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], scale: float) -> Tensor:
@@ -48,8 +57,8 @@ def output_and_grads(function: object, inputs: list[Tensor], *args: object) -> l
     return [o, *torch.autograd.grad((o.double() * weights).sum(), inputs)]
 
 
-# One document; single-token documents; padding repeats; empty documents between others and in front.
-BOUNDARIES = ([0, 40], [0, 1, 2, 19, 39, 40], [0, 7, 40, 40, 40, 40], [0, 0, 12, 12, 12, 13, 40])
+# One document; short ones among longer ones; three groups of similar length, each a kernel call.
+BOUNDARIES = ([0, 300], [0, 1, 2, 19, 299, 300], [0, 270, 285, 290, 300], [0, 140, 280, 290, 300])
 HEADS = ((4, 4), (4, 2), (4, 1), (6, 3))
 
 
@@ -59,23 +68,23 @@ HEADS = ((4, 4), (4, 2), (4, 1), (6, 3))
 def test_outputs_and_gradients_equal_plain_attention(
     backend: str, heads: int, kv_heads: int, boundaries: list[int]
 ) -> None:
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        inputs = make_inputs(40, heads, kv_heads, 16, dtype)
+        inputs = make_inputs(300, heads, kv_heads, 16, dtype)
         doubles = [t.detach().double().requires_grad_() for t in inputs]
         expected = output_and_grads(plain_attention, doubles, boundaries, 0.25)
         set_backend(backend)
-        actual = output_and_grads(varlen_attention, inputs, cu_seqlens, 40)
+        actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries))
         for found, wanted in zip(actual, expected, strict=True):
             assert found.dtype == dtype
             assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
-# Documents of 12, 1 and 27 tokens. Queries: tokens 5 to 8 of the first, none of the second, 13 to 29 of the third.
-# A document's keys after its last query are a document without queries.
-CHUNK_Q = [0, 4, 4, 4, 21, 21, 21]
-CHUNK_K = [0, 9, 12, 13, 30, 40, 40]
+# Documents of 12, 1 and 27 tokens. Queries: tokens 5 to 8 of the first, none of the second, 13 to 29 of the third;
+# each document's keys up to its last query.
+CHUNK_Q = [0, 4, 21]
+CHUNK_K = [0, 9, 26]
 CHUNK_TOKENS = [*range(5, 9), *range(13, 30)]
+KEY_TOKENS = [*range(9), *range(13, 30)]
 
 
 def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,8 +92,8 @@ def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int
     q, k, v = make_inputs(40, heads, kv_heads, 16, dtype, device)
 
     def chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (CHUNK_Q, CHUNK_K))
-        return varlen_attention(q[CHUNK_TOKENS], k, v, cu_q, 17, 0.25, cu_k, 40)
+        documents = documents_of(CHUNK_Q, CHUNK_K, device)
+        return varlen_attention(q[CHUNK_TOKENS], k[KEY_TOKENS], v[KEY_TOKENS], documents, 0.25)
 
     def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain_attention(q, k, v, [0, 12, 13, 40], 0.25)[CHUNK_TOKENS]
@@ -110,38 +119,34 @@ def test_last_query_sees_the_last_key(backend: str) -> None:
     set_backend(backend)
     # Queries of zero weigh every visible value alike: two queries over values 1, 3, 5, 7 see three and four of them.
     v = torch.tensor([1.0, 3.0, 5.0, 7.0])[:, None, None]
-    cu_q, cu_k = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
-    o = varlen_attention(torch.zeros(2, 1, 1), torch.ones(4, 1, 1), v, cu_q, 2, None, cu_k, 4)
+    o = varlen_attention(torch.zeros(2, 1, 1), torch.ones(4, 1, 1), v, documents_of([0, 2], [0, 4]))
     torch.testing.assert_close(o.flatten(), torch.tensor([3.0, 4.0]))
 
 
 def test_cpu_kernel_with_longer_keys_passes_gradcheck_in_float64() -> None:
-    cu_q, cu_k = torch.tensor([0, 2, 2, 5], dtype=torch.int32), torch.tensor([0, 5, 7, 10], dtype=torch.int32)
+    documents = documents_of([0, 2, 5], [0, 5, 10])
     generator = torch.Generator().manual_seed(0)
     shapes = ((5, 4, 4), (10, 2, 4), (10, 2, 4))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, cu_q, 3, None, cu_k, 5), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents), inputs)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_fewer_keys_than_queries_are_refused(backend: str) -> None:
-    set_backend(backend)
-    cu_q, cu_k = torch.tensor([0, 5, 8], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="a document has 5 queries but 4 keys"):
-        varlen_attention(*make_inputs(8, 2, 2, 4, torch.float32), cu_q, 8, None, cu_k, 8)
+def test_documents_that_are_empty_or_have_fewer_keys_than_queries_are_refused() -> None:
+    for boundaries, boundaries_k in (([0, 5, 8], [0, 4, 8]), ([0, 5, 5, 8], None)):
+        with pytest.raises(ValueError, match="at least one query, and a key for each"):
+            documents_of(boundaries, boundaries_k)
 
 
 def test_scale_multiplies_the_logits() -> None:
     inputs = make_inputs(9, 2, 1, 8, torch.float64)
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
     expected = plain_attention(*inputs, [0, 4, 9], 0.7)
-    torch.testing.assert_close(varlen_attention(*inputs, cu_seqlens, 9, scale=0.7), expected)
+    torch.testing.assert_close(varlen_attention(*inputs, documents_of([0, 4, 9]), scale=0.7), expected)
 
 
 def test_cpu_kernel_passes_gradcheck_in_float64() -> None:
-    cu_seqlens = torch.tensor([0, 1, 5, 5, 8], dtype=torch.int32)
     inputs = make_inputs(8, 4, 2, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, 8), inputs)
+    documents = documents_of([0, 1, 5, 8])
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents), inputs)
 
 
 def test_cpu_kernel_obeys_the_custom_op_rules() -> None:
@@ -153,67 +158,60 @@ def test_cpu_kernel_obeys_the_custom_op_rules() -> None:
 def test_strided_views_of_one_projection_are_read_rightly() -> None:
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(10, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor([0, 6, 10], dtype=torch.int32)
     weights = torch.randn(10, 4, 8, generator=generator, dtype=torch.float64)
     grads = []
-    for function, extra in ((varlen_attention, (cu_seqlens, 10, 0.5)), (plain_attention, ([0, 6, 10], 0.5))):
+    for function, extra in ((varlen_attention, (documents_of([0, 6, 10]), 0.5)), (plain_attention, ([0, 6, 10], 0.5))):
         o = function(*qkv.split([4, 2, 2], dim=1), *extra)  # type: ignore[operator]
         grads.append(torch.autograd.grad((o * weights).sum(), qkv)[0])
     torch.testing.assert_close(*grads)
 
 
-def test_compiles_without_graph_breaks_and_new_lengths_do_not_recompile() -> None:
-    graphs = []
+def test_one_call_for_each_group_of_similar_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
-    def counting_backend(module: torch.fx.GraphModule, _: list[Tensor]) -> object:
-        graphs.append(module)
-        return module.forward
+    def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append((len(q), len(k), args[2], args[3]))
+        return q
 
-    torch._dynamo.reset()
-    # Through AOT autograd as well, which calls the fake implementations of forward and backward.
-    eager = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager", dynamic=False)
-    counted = torch.compile(varlen_attention, fullgraph=True, backend=counting_backend, dynamic=False)
-    for boundaries in ([0, 5, 16, 16], [0, 2, 9, 16]):
-        inputs = make_inputs(16, 4, 2, 8, torch.float64)
-        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-        expected = output_and_grads(plain_attention, inputs, boundaries, 8**-0.5)
-        for compiled in (eager, counted):
-            for found, wanted in zip(output_and_grads(compiled, inputs, cu_seqlens, 16), expected, strict=True):
-                torch.testing.assert_close(found, wanted)
-    assert len(graphs) == 1
+    monkeypatch.setattr(attention, "varlen_attn", record)
+    set_backend("torch")
+    inputs = make_inputs(1000, 2, 2, 4, torch.bfloat16)
+    varlen_attention(*inputs, documents_of([0, 600, 750, 900, 950, 1000]))
+    # Blocks of 128: 5 of the longest, 2 of each of the next two, one of the others.
+    assert calls == [(600, 600, 600, 600), (300, 300, 150, 150), (100, 100, 50, 50)]
 
 
 def test_backward_keeps_no_score_matrix() -> None:
     saved = []
     inputs = make_inputs(64, 4, 2, 8, torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        varlen_attention(*inputs, torch.tensor([0, 64], dtype=torch.int32), 64)
+        varlen_attention(*inputs, documents_of([0, 64]))
     # q, k, v, output, logsumexp and the two boundaries of queries and of keys
     assert sum(saved) <= 64 * 8 * (4 + 2 + 2 + 4) + 64 * 4 + 4
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("boundaries", [[0, 4], [1, 8], [0, 9], [0, 6, 4, 8]])
-def test_boundaries_that_do_not_cover_the_pack_are_refused(backend: str, boundaries: list[int]) -> None:
-    set_backend(backend)
-    inputs = make_inputs(8, 2, 2, 4, torch.float32)
-    with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to the 8 tokens"):
-        varlen_attention(*inputs, torch.tensor(boundaries, dtype=torch.int32), 8)
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_documents_that_do_not_cover_the_pack_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match="do not add up to the 8 and 8 tokens"):
+        varlen_attention(*make_inputs(8, 2, 2, 4, torch.float32), documents_of([0, tokens]))
 
 
 def test_head_counts_that_do_not_divide_are_refused() -> None:
     inputs = make_inputs(8, 4, 3, 4, torch.float32)
-    with pytest.raises(ValueError, match="4 query heads are no multiple of 3 key/value heads"):
-        varlen_attention(*inputs, torch.tensor([0, 8], dtype=torch.int32), 8)
+    with pytest.raises(ValueError, match="4 query heads are not divisible by 3"):
+        varlen_attention(*inputs, documents_of([0, 8]))
 
 
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", ["torch", "fa2"])
 def test_gpu_kernels_refuse_float32_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "flash_attn", type("M", (), {"flash_attn_varlen_func": None}))
     set_backend(backend)
     inputs = make_inputs(8, 2, 2, 4, torch.float32)
     with pytest.raises(ValueError, match=rf"attention backend '{backend}' computes in float16 or bfloat16"):
-        varlen_attention(*inputs, torch.tensor([0, 8], dtype=torch.int32), 8)
+        varlen_attention(*inputs, documents_of([0, 8]))
+    _fake_packages(monkeypatch, {"fa2"}, (8, 0))
+    with pytest.raises(ValueError, match=rf"attention backend '{backend}' computes in float16 or bfloat16"):
+        choose_backend(backend, torch.device("cuda", 0), 64, torch.float32)
 
 
 @pytest.mark.parametrize("has_gqa", [True, False])
@@ -229,48 +227,115 @@ def test_torch_kernel_is_called_causally_with_the_heads_it_can_serve(
     monkeypatch.setattr(attention, "varlen_attn", record)
     monkeypatch.setattr(attention, "_TORCH_HAS_GQA", has_gqa)
     set_backend("torch")
-    boundaries = torch.tensor([0, 8], dtype=torch.int32)
-    varlen_attention(*make_inputs(8, 4, 2, 4, torch.bfloat16), boundaries, 8, None, boundaries, 16)
+    varlen_attention(*make_inputs(8, 4, 2, 4, torch.bfloat16), documents_of([0, 8]))
     options = {"scale": 0.5, "window_size": (-1, 0)}
-    assert calls == [(2, 2, (8, 16), options | {"enable_gqa": True}) if has_gqa else (4, 4, (8, 16), options)]
+    # Its kernel reads fewer key/value heads, whether there is an argument for it or not.
+    assert calls == [(2, 2, (8, 8), options | ({"enable_gqa": True} if has_gqa else {}))]
+
+
+def _fake_packages(monkeypatch: pytest.MonkeyPatch, installed: set[str], capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(attention, "missing", lambda name: "" if name in {*installed, "torch"} else "not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.torch_attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(attention.torch_attention, "restore_flash_attention_impl", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "head_dim", "expected"),
+    [
+        ((8, 0), {"fa2", "fa3", "fa4"}, 128, "fa2"),
+        ((8, 0), set(), 128, "torch"),
+        ((9, 0), {"fa2", "fa3", "fa4"}, 128, "fa3"),
+        ((9, 0), {"fa2", "fa4"}, 128, "fa2"),
+        ((9, 0), {"fa3"}, 192, "fa3"),
+        ((10, 0), {"fa2", "fa3", "fa4"}, 128, "fa4"),
+        ((10, 0), {"fa2", "fa4"}, 192, "fa2"),
+        ((12, 0), {"fa3", "fa4"}, 128, "torch"),
+    ],
+)
+def test_fastest_installed_kernel_is_chosen_by_capability_and_head_width(
+    capability: tuple[int, int],
+    installed: set[str],
+    head_dim: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _fake_packages(monkeypatch, installed, capability)
+    assert choose_backend("auto", torch.device("cuda", 0), head_dim) == expected
+    assert selected_backend("cuda") == expected
+
+
+def test_a_requested_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_packages(monkeypatch, {"fa3", "fa4"}, (9, 0))
+    cuda = torch.device("cuda", 0)
+    assert choose_backend("fa4", cuda, 128) == "fa4"
+    with pytest.raises(ValueError, match=r"attention_backend.*heads of at most 128, not 192"):
+        choose_backend("fa4", cuda, 192)
+    with pytest.raises(ValueError, match=r"attention_backend.*'fa2' cannot be used here: not installed"):
+        choose_backend("fa2", cuda, 128)
+    with pytest.raises(ValueError, match=r"attention_backend.*needs a CUDA device"):
+        choose_backend("fa3", torch.device("cpu"), 128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match=r"attention_backend.*compute capability 8.6"):
+        choose_backend("fa3", cuda, 128)
 
 
 def test_backend_follows_the_device_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selected_backend("cpu") == "cpu"
-    monkeypatch.setattr(attention, "flash_attn_installed", lambda: False)
+    monkeypatch.setattr(attention, "missing", lambda name: "not installed")
     assert selected_backend(torch.device("cuda", 0)) == "torch"
-    monkeypatch.setattr(attention, "flash_attn_installed", lambda: True)
-    assert selected_backend(torch.device("cuda", 0)) == "flash"
+    monkeypatch.setattr(attention, "missing", lambda name: "")
+    assert selected_backend(torch.device("cuda", 0)) == "fa2"
     set_backend("reference")
     assert selected_backend("cuda") == "reference"
-    with pytest.raises(ValueError, match="attention backend 'fast' is none of flash, torch, cpu, reference, auto"):
+    with pytest.raises(ValueError, match="attention backend 'fast' must be one of"):
         set_backend("fast")
 
 
+def test_the_configuration_admits_every_backend() -> None:
+    from hbp_titan.config_checks import _CHOICES
+
+    assert set(_CHOICES["model.attention_backend"]) == {"auto", *attention.BACKENDS}
+
+
+def test_a_package_without_the_function_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As flash-attn-4 alone leaves it: a namespace package `flash_attn` without FlashAttention-2.
+    monkeypatch.setitem(__import__("sys").modules, "flash_attn", type("Namespace", (), {}))
+    assert "flash_attn_varlen_func" in missing("fa2")
+    assert selected_backend("cuda") == "torch"
+    assert "ModuleNotFoundError" in missing("fa3")
+    assert missing("fa4")
+
+
+GPU_BACKENDS = ["torch", "fa2", "fa3", "fa4"]
+
+
+def _use_on_gpu(backend: str) -> None:
+    try:
+        choose_backend(backend, torch.device("cuda", 0), 64)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (4, 1)])
 def test_gpu_kernels_equal_plain_attention_in_bfloat16(backend: str, heads: int, kv_heads: int) -> None:
-    if backend == "flash":
-        pytest.importorskip("flash_attn")
-    boundaries = [0, 1, 130, 131, 512, 512, 512]
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
+    _use_on_gpu(backend)
+    boundaries = [0, 1, 130, 131, 512]
     inputs = make_inputs(512, heads, kv_heads, 64, torch.bfloat16, "cuda")
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     expected = output_and_grads(plain_attention, doubles, boundaries, 0.125)
-    set_backend(backend)
-    actual = output_and_grads(varlen_attention, inputs, cu_seqlens, 512)
+    actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries, device="cuda"))
     for found, wanted in zip(actual, expected, strict=True):
         # Without the document or the causal mask the difference is of the order of the norm itself.
         assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
 def test_gpu_kernels_align_queries_with_the_end_of_longer_keys(backend: str, heads: int, kv_heads: int) -> None:
-    if backend == "flash":
-        pytest.importorskip("flash_attn")
-    set_backend(backend)
+    _use_on_gpu(backend)
     for found, wanted in zip(*_chunks_and_whole("cuda", torch.bfloat16, heads, kv_heads), strict=True):
         assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hbp_titan.models.attention import VarlenAttention, varlen_attention
 from hbp_titan.models.decoder import Decoder, ModelArgs, init_parameter
+from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.models.hf import args_to_hf_config, to_hf_name
 
 LENGTHS = (1, 23, 9, 40)
@@ -70,12 +71,10 @@ def build_pair(args: ModelArgs, seed: int) -> tuple[Decoder, nn.Module]:
 def make_pack(args: ModelArgs, seed: int, first_position: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed + 1)
     num_tokens = sum(LENGTHS)
-    boundaries = [0, *torch.tensor(LENGTHS).cumsum(0).tolist(), num_tokens, num_tokens]
     return {
         "input_ids_T": torch.randint(args.vocab_size, (num_tokens,), generator=generator),
         "position_ids_T": torch.cat([torch.arange(n) for n in LENGTHS]) + first_position,
-        "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
-        "max_seqlen": num_tokens,
+        "documents": pack_documents(LENGTHS),
     }
 
 
@@ -137,7 +136,7 @@ def test_a_mask_that_lets_documents_see_each_other_is_caught() -> None:
     args = tiny_args("llama", 3, 1, tied=False)
     ours, theirs = build_pair(args, 0)
     pack = make_pack(args, 0)
-    pack["cu_seqlens"] = torch.tensor([0, sum(LENGTHS)], dtype=torch.int32)
+    pack["documents"] = pack_documents([sum(LENGTHS)])
     assert largest_difference(ours, theirs, pack) > 1e-2
 
 
@@ -176,11 +175,11 @@ class _HalfCheckpointed(nn.Module):
     """A forward as activation checkpointing will set it: the halves recomputed, attention kept."""
 
     @staticmethod
-    def forward(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         from torch.utils.checkpoint import checkpoint
 
         q, k, v = checkpoint(block.pre_attention, x, cos, sin, use_reentrant=False)
-        o = block.inner_attention(q, k, v, cu_seqlens, max_seqlen)
+        o = block.inner_attention(q, k, v, documents)
         return checkpoint(block.post_attention, x, o, use_reentrant=False)
 
 
@@ -209,7 +208,7 @@ def test_replacing_block_forward_and_inner_attention_from_outside_changes_nothin
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_blocks_compile_in_one_graph_for_all_packs() -> None:
+def test_regions_before_and_behind_attention_compile_in_one_graph_each_for_all_packs() -> None:
     args = tiny_args("qwen3", 4, 2, tied=True)
     eager = Decoder(args)
     eager.init_weights(0)
@@ -222,13 +221,22 @@ def test_blocks_compile_in_one_graph_for_all_packs() -> None:
 
     torch._dynamo.reset()
     for block in compiled.layers:
-        block.compile(fullgraph=True, dynamic=False, backend=counting_backend)
-    for seed, boundaries in ((0, None), (1, [0, 50, 60, 73, 73, 73, 73])):
-        pack = make_pack(args, seed)
-        if boundaries:
-            pack["cu_seqlens"] = torch.tensor(boundaries, dtype=torch.int32)
+        for region in ("pre_attention", "post_attention"):
+            whole = torch.compile(getattr(block, region), fullgraph=True, dynamic=False, backend=counting_backend)
+            setattr(block, region, whole)
+    for seed, lengths in ((0, LENGTHS), (1, (50, 10, 13))):
+        pack = make_pack(args, seed) | {"documents": pack_documents(lengths)}
         torch.testing.assert_close(compiled(**pack), eager(**pack))
-    assert len(graphs) == 1
+    assert len(graphs) == 2
+
+
+def test_parts_of_the_regions_are_the_regions() -> None:
+    block = Decoder(tiny_args("qwen3", 4, 2, tied=True)).layers[0]
+    x, o = torch.randn(5, block.input_layernorm.weight.numel()), torch.randn(5, 4, 16)
+    cos, sin = torch.randn(5, 16), torch.randn(5, 16)
+    parts = (block.pre_queries(x, cos, sin), *block.pre_keys_values(x, cos, sin))
+    assert all(torch.equal(part, whole) for part, whole in zip(parts, block.pre_attention(x, cos, sin), strict=True))
+    assert torch.equal(block.last_product(*block.post_hidden(x, o)), block.post_attention(x, o))
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

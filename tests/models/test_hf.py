@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.hf import (
     HFTensors,
     args_from_hf,
@@ -71,8 +72,7 @@ def random_model(args: ModelArgs) -> Decoder:
 
 
 def logits(model: Decoder) -> Tensor:
-    cu_seqlens = torch.tensor([0, len(IDS)], dtype=torch.int32)
-    return model(IDS, torch.arange(len(IDS)), cu_seqlens, len(IDS))
+    return model(IDS, torch.arange(len(IDS)), pack_documents([len(IDS)]))
 
 
 def write_folder(folder: Path, args: ModelArgs, **options: Any) -> Decoder:

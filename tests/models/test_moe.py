@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hbp_titan.models.args import MoEArgs
 from hbp_titan.models.balance import BalanceState, balance_loss
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.grouped_mm import grouped_mm, grouped_mm_cpu
 from hbp_titan.models.moe import MixtureOfExperts, combine, dispatch, route, sort_by_expert
 from tests.models.deepseek_tiny import MOE, make_pack, random_model, tiny_args
@@ -162,9 +163,8 @@ def _gradients(model: Decoder, packs: list[tuple[tuple[int, ...], Tensor]], docu
         ids = torch.cat([*(documents[i] for i in which), torch.zeros(4, dtype=torch.int64)])
         lengths = [*(len(documents[i]) for i in which), 4]
         number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), len(ids)], dtype=torch.int32)
         model.balance.use(number, torch.cat([shares, torch.zeros(2)]))
-        logits = model(ids, torch.cat([torch.arange(n) for n in lengths]), cu_seqlens, len(ids))
+        logits = model(ids, torch.cat([torch.arange(n) for n in lengths]), pack_documents(lengths))
         losses = [part.square().mean() for part in logits.split(lengths)]
         sum(share * loss for share, loss in zip(shares, losses, strict=False)).backward()  # type: ignore[union-attr]
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]

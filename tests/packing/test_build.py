@@ -6,11 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import METHODS, Level, build_plan, measure, parse_levels
 from hbp_titan.packing.synthetic import tulu3_longcite_like
+from tests.properties import examples
 
 LEVELS = parse_levels("100:1,800:4")
 WORLDS = (4, 8, 32, 512)
@@ -39,7 +40,7 @@ def check_plan(plan, lengths):
     assert sorted(seen) == list(range(len(lengths)))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     lengths=lengths_strategy,
     world_size=st.sampled_from(WORLDS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import build_plan, parse_levels
@@ -11,11 +11,12 @@ from hbp_titan.packing.arrays import shuffled
 from hbp_titan.packing.hierarchy import paper_packs
 from hbp_titan.packing.histogram import best_fit_decreasing
 from hbp_titan.packing.packers import pack_in_order
+from tests.properties import examples
 
 LEVELS = parse_levels("10:1,40:2,100:4")
 
 
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=120).map(np.array), st.sampled_from([4, 8, 16]))
 def test_fill_never_moves_a_sample_up_needlessly(lengths, world_size):
     plan = build_plan(lengths, LEVELS, world_size)

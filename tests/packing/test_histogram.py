@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing.histogram import (
@@ -26,7 +26,6 @@ def loads_of(pack_of, lengths, num_packs):
     return sorted(np.bincount(pack_of, weights=lengths, minlength=num_packs).astype(int).tolist())
 
 
-@settings(deadline=None)
 @given(descending, st.lists(st.integers(0, CAPACITY), max_size=5))
 def test_bfd_equals_naive_bfd_also_into_opened_packs(lengths, rooms):
     pack_of, num_packs = best_fit_decreasing(lengths, CAPACITY, np.array(rooms, np.int64))
@@ -44,7 +43,6 @@ def test_bfd_equals_naive_bfd_also_into_opened_packs(lengths, rooms):
     assert sorted(left.astype(int).tolist()) == sorted(naive)
 
 
-@settings(deadline=None)
 @given(descending, st.integers(1, 30))
 def test_lpt_equals_heap_lpt_and_says_when_it_overflows(lengths, num_packs):
     pack_of = longest_processing_time(lengths, num_packs, CAPACITY)
@@ -58,7 +56,6 @@ def test_lpt_equals_heap_lpt_and_says_when_it_overflows(lengths, num_packs):
         assert loads_of(pack_of, lengths, num_packs) == sorted(heap)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, CAPACITY), max_size=20), descending)
 def test_fill_gives_the_roomiest_pack_the_largest_sample_that_fits(rooms, lengths):
     positions, packs = fill(np.array(rooms, np.int64), lengths)
@@ -76,7 +73,6 @@ def test_fill_gives_the_roomiest_pack_the_largest_sample_that_fits(rooms, length
     assert sorted(np.delete(lengths, positions).tolist()) == sorted(offered)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, CAPACITY), max_size=10), st.lists(st.integers(1, CAPACITY), max_size=60))
 def test_the_papers_fill_takes_in_order_what_fits(rooms, lengths):
     positions, packs = first_fit_fill(np.array(rooms, np.int64), np.array(lengths, np.int64))

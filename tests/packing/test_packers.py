@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import PACKERS, Level, build_plan
@@ -16,7 +16,6 @@ CAPACITY = 50
 lengths_strategy = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=80).map(np.array)
 
 
-@settings(deadline=None)
 @given(lengths_strategy, st.sampled_from(sorted(PACKERS)))
 def test_every_packer_places_each_sample_once_and_overfills_no_pack(lengths, name):
     packs = PACKERS[name].pack(lengths, CAPACITY, (1, 2))
@@ -37,7 +36,6 @@ def first_fit(lengths, order):
     return packs
 
 
-@settings(deadline=None)
 @given(lengths_strategy)
 def test_first_fit_equals_naive_first_fit(lengths):
     for name, order in (("ffs", shuffled(len(lengths), 7)), ("ffd", longest_first(lengths, 7))):

@@ -46,10 +46,11 @@ def test_a_million_samples_are_planned_in_well_under_a_second():
     lengths = tulu3_longcite_like(1_000_000)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        # Of this process: on a busy machine the clock counts what others take.
+        start = time.process_time()
         build_plan(lengths, LEVELS, 32)
-        seconds.append(time.perf_counter() - start)
-    # 0.2 s on an idle core; the bar leaves room for a busy machine.
+        seconds.append(time.process_time() - start)
+    # 0.2 s on an idle core; shared caches cost some of the rest.
     assert min(seconds) < 0.5
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import CostModel, build_plan, measure, parse_levels, remainder
 from hbp_titan.packing.synthetic import tulu3_longcite_like
+from tests.properties import examples
 
 LEVELS = parse_levels("100:1,800:4")
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(st.data(), st.lists(st.integers(1, 800), min_size=1, max_size=80).map(np.array))
 def test_trained_and_remaining_samples_are_each_sample_once(data, lengths):
     plan = build_plan(lengths, LEVELS, data.draw(st.sampled_from([4, 8])), global_batch_tokens=1000)
@@ -43,6 +44,9 @@ def test_curriculum_steps_that_are_left_come_first():
     assert rest.curriculum_steps == 20
     assert (rest.level_of_iteration[:20] == 0).all()
     assert remainder(plan, int(plan.step_offsets[40])).curriculum_steps == 0
+    # Steps, not a share: half a step that is left must not become half of the steps.
+    halves = build_plan(np.arange(1, 60), LEVELS, 4, curriculum_steps=2.5)
+    assert remainder(halves, int(halves.step_offsets[2])).curriculum_steps == 0
 
 
 def test_a_remaining_sample_that_fits_no_new_level_is_named():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from hbp_titan.packing import build_plan, load_plan, measure, save_plan
 from hbp_titan.report import read_runs, report_page
 from hbp_titan.report.parts import duration, number, percent
+from tests.programs import run_python
 from tests.report.sample_run import LEVELS, levels_of, start_of, step_of, write_run, write_usual_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
@@ -264,13 +263,12 @@ def test_the_command_writes_the_page_and_ends_mistakes_in_a_line(tmp_path: Path)
     run = write_usual_run(tmp_path / "run", 5)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "los')
-    done = subprocess.run([sys.executable, str(SCRIPT), str(run)], capture_output=True, text=True, timeout=60)
+    done = run_python(SCRIPT, run)
     assert (done.returncode, done.stderr) == (0, "")
     assert "half written" in done.stdout
     assert done.stdout.endswith(f"wrote {run / 'report.html'}\n")
     assert (run / "report.html").read_text().startswith("<!doctype html>")
-    words = [sys.executable, str(SCRIPT), str(tmp_path)]
-    refused = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    refused = run_python(SCRIPT, tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1

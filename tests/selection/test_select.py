@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.levels.candidate import Candidate
@@ -16,6 +16,7 @@ from hbp_titan.packing import CostModel, Level, build_plan
 from hbp_titan.packing.synthetic import tulu3_longcite_like
 from hbp_titan.selection.select import LEAST_GAIN, select_paper, select_search
 from hbp_titan.selection.selection import Workload, describe, rivals
+from tests.properties import examples
 
 K = 1024
 
@@ -128,7 +129,7 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Candidate], Workload]:
     return candidates, Workload(lengths, lengths // 2, 4, cost, step_seconds=draw(st.sampled_from([0.0, 0.2])))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(10)
 @given(_worlds())
 def test_the_search_finds_what_brute_force_finds(world: tuple[list[Candidate], Workload]) -> None:
     candidates, workload = world

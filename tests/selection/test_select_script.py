@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from hbp_titan.config import load_config
+from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,12 +83,8 @@ def test_named_candidates_are_the_only_ones_and_levels_are_printed(folder: Path,
 
 def test_two_ranks_measure_and_speak_once(folder: Path) -> None:
     output, cache = folder / "measured.toml", folder / "profile.json"
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launcher += ["--rdzv-endpoint=localhost:0"]
     words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2", "--profile_cache", cache]
-    argv = [sys.executable, *launcher, SCRIPT, *words, "--output", output]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
+    result = run_python(SCRIPT, *words, "--output", output, ranks=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("settings fit in memory") == 1
     assert load_config(["--job.config_file", str(output)]).levels[-1].max_tokens == 1024
@@ -114,7 +108,6 @@ def test_a_mistake_is_named(folder: Path, words: tuple[str, ...], message: str) 
 
 
 def test_a_mistake_is_one_line(folder: Path) -> None:
-    argv = [sys.executable, SCRIPT, "--estimate", "h100-80gb"]
-    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = run_python(SCRIPT, "--estimate", "h100-80gb")
     assert result.returncode == 1
     assert re.fullmatch("error: --estimate HARDWARE .*\n", result.stderr)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.levels.level_time import LevelTime
 from hbp_titan.selection.time_fit import fit_level_time, nonnegative_least_squares
+from tests.properties import examples
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(0, 10**6), st.integers(4, 9))
 def test_the_solution_meets_the_conditions_that_only_the_optimum_meets(seed: int, rows: int) -> None:
     # Karush-Kuhn-Tucker: the problem is convex, so they suffice.

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import Level, measure
 from hbp_titan.simulation.flexsp import FlexSPPlan, plan_flexsp, replay_concurrent, sample_seconds
 from hbp_titan.simulation.simulate import replay
 from hbp_titan.simulation.time_parts import TimeModel
+from tests.properties import examples
 from tests.simulation.toy import MACHINE, TOY
 
 WORLD = 4
@@ -35,7 +36,7 @@ def makespans(plan: FlexSPPlan, model: TimeModel) -> np.ndarray:
     return slowest
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.integers(1, 32), min_size=1, max_size=60), st.integers(0, 3))
 def test_every_sample_once_within_memory_and_ranks(lengths: list[int], seed: int) -> None:
     plan = plan_flexsp(lengths, LEVELS, MODEL, seed)
@@ -77,7 +78,7 @@ def best_makespan(lengths: list[int], model: TimeModel) -> float:
     return best
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(1, 32), min_size=1, max_size=5), st.sampled_from([MODEL, FAST]))
 def test_the_makespan_is_near_the_best_of_all_groupings(lengths: list[int], model: TimeModel) -> None:
     plan = plan_flexsp(lengths, LEVELS, model)

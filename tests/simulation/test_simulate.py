@@ -29,13 +29,13 @@ def test_a_plan_of_two_iterations_by_hand() -> None:
     # An iteration: matrix products 6 x 100 x 4 / 1000 = 2.4; attention 96 x 16 / 1000, of 2 + 2 half of it; FSDP 1 s
     # forward of which 0.8 is hidden, 3 s backward of which 1.6 is hidden.
     assert result.parts["linear"] == pytest.approx(2 * 2.4)
-    assert result.parts["attention"] == pytest.approx(1.536 + (1.536 + 0.768) / 2)
+    assert result.parts["attention"] == pytest.approx((1.536 + (1.536 + 0.768) / 2) / 0.75)
     assert result.parts["fsdp"] == pytest.approx(2 * (0.2 + 1.4))
-    assert result.idle == pytest.approx(0.768 / 2)
+    assert result.idle == pytest.approx(0.768 / 2 / 0.75)
     # 28 bytes x 50 parameters of a rank at 1400 byte/s, twice.
     assert result.steps == pytest.approx(2.0)
-    assert result.seconds == pytest.approx(2 * (2.4 + 1.536 + 1.6) + 2)
-    assert result.gpu_days == pytest.approx(13.072 * 2 / 86400)
+    assert result.seconds == pytest.approx(2 * (2.4 + 1.536 / 0.75 + 1.6) + 2)
+    assert result.gpu_days == pytest.approx(14.096 * 2 / 86400)
     assert result.tokens == 16
 
 

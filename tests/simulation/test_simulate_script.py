@@ -6,8 +6,6 @@ import functools
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +14,7 @@ import pytest
 
 from hbp_titan.cli import one_line
 from hbp_titan.packing.synthetic import tulu3_longcite_like
+from tests.programs import run_python
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
 
@@ -81,9 +80,7 @@ def test_a_mistake_is_named(words: str, message: str) -> None:
 
 
 def test_a_mistake_ends_in_one_line_on_stderr() -> None:
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--estimate", "h100"], capture_output=True, text=True, timeout=120
-    )
+    result = run_python(SCRIPT, "--estimate", "h100")
     assert result.returncode == 1
     assert result.stderr.startswith("error: hardware 'h100' is none of")
     assert len(result.stderr.splitlines()) == 1

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from hbp_titan.data.chat.chat_template import ChatTokenizer
 from hbp_titan.data.chat.tokenizer import CHATML_TEMPLATE, train_tokenizer
+from tests.properties import examples
 
 START, END = 2, 3  # ids of <|im_start|> and <|im_end|>
 
@@ -138,7 +139,7 @@ ordinary_text = st.text(alphabet=st.sampled_from("ab def\n\r\t(:)'1\u00e9\u4e2d\
 
 
 @given(turns=st.lists(ordinary_text, min_size=2, max_size=6))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, HealthCheck.function_scoped_fixture)
 def test_ids_and_mask_equal_transformers(merged: tuple[ChatTokenizer, Any], turns: list[str]) -> None:
     tokenizer, oracle = merged
     ids, mask = tokenizer.encode(chat(*turns))
@@ -159,7 +160,7 @@ hostile_text = st.text(alphabet=st.sampled_from("ab \n<|>"), max_size=6) | st.sa
 
 
 @given(turns=st.lists(st.lists(hostile_text, max_size=3).map("".join), min_size=2, max_size=4))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, HealthCheck.function_scoped_fixture)
 def test_control_tokens_spelled_in_messages_stay_text(bytewise: tuple[ChatTokenizer, Any], turns: list[str]) -> None:
     tokenizer, oracle = bytewise
     messages = chat(*turns)

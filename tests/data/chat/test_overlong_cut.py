@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.data.chat.overlong import SplitConversation, split_conversation, truncate
 from hbp_titan.data.sources.conversation import Conversation
+from tests.properties import examples
 
 
 def cut(text: str, mask: str, max_tokens: int) -> tuple[str, str]:
@@ -48,7 +49,7 @@ def test_a_cut_keeps_the_last_trained_span_where_it_can(
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30), max_tokens=st.integers(1, 32))
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_a_cut_is_the_head_and_one_later_part_of_the_sample(mask: list[bool], max_tokens: int) -> None:
     size = len(mask)
     ids, trained = truncate(np.arange(size, dtype=np.uint32), np.array(mask), max_tokens)
@@ -122,7 +123,7 @@ def test_each_piece_has_the_tools() -> None:
     system=st.integers(0, 3),
     max_tokens=st.integers(1, 25),
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_pieces_are_the_longest_that_fit_as_a_search_one_by_one_finds_them(
     sizes: list[int], system: int, max_tokens: int
 ) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hbp_titan.data.chat.text_encoder import TextEncoder
 from hbp_titan.data.chat.tokenizer import read_tokenizer_folder, train_tokenizer
+from tests.properties import examples
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "the cat\n\nsat on the mat", "\u00e9\u00e9 \u4e2d\u4e2d"] * 4
 
@@ -55,7 +56,7 @@ texts = st.lists(pieces, max_size=12).map("".join)
 
 @pytest.mark.parametrize("kind", ["bytes", "composed", "blanks", "metaspace"])
 @given(text=texts, data=st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_ids_and_masks_are_those_of_the_offsets(
     tokenizers: dict[str, Tokenizer], kind: str, text: str, data: Any
 ) -> None:

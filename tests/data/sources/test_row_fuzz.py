@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from hbp_titan.data.sources.conversation import ROLES, Conversation
 from hbp_titan.data.sources.row_files import index_rows, read_records
 from hbp_titan.data.sources.row_formats import FORMATS, detect_format, parse_record
+from tests.properties import examples
 
 ROWS_PER_FILE = 20
 
@@ -107,7 +108,7 @@ counts = [0, 0, 0]
 
 
 @given(st.lists(rows, min_size=ROWS_PER_FILE, max_size=ROWS_PER_FILE))
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(500, *HealthCheck)
 def run_500_files(lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "a.jsonl"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hbp_titan.data.store.prepare import prepare
 from hbp_titan.data.store.report import show, summary
 from hbp_titan.data.store.token_store import TokenStore
 from tests.data.store.preparing import SCRIPT, run_script
+from tests.programs import run_python
 
 
 def row(question: str, answer: str, **more: Any) -> str:
@@ -206,9 +205,7 @@ def test_ranks_under_torchrun_leave_the_same_bytes_and_one_summary(config_file: 
     arguments = [str(SCRIPT), "--job.config_file", str(config_file), "--levels", "1024:1", "--data.num_proc", "1"]
     launched = {}
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command += [*arguments, "--data.cache_folder", str(folder / f"cache{ranks}")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = run_python(*arguments, "--data.cache_folder", folder / f"cache{ranks}", ranks=ranks)
         assert result.returncode == 0, result.stderr
         launched[ranks] = result.stdout.replace(f"cache{ranks}", "cache")
     assert launched[1] == launched[2]
@@ -220,10 +217,7 @@ def test_ranks_under_torchrun_leave_the_same_bytes_and_one_summary(config_file: 
 
 def test_a_mistake_that_ranks_meet_is_said_once(config_file: Path) -> None:
     (config_file.parent / "train.jsonl").write_text(row("q", "a") + "not json\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    result = subprocess.run(
-        [*command, "--job.config_file", str(config_file)], capture_output=True, text=True, check=False
-    )
+    result = run_python(SCRIPT, "--job.config_file", config_file, ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("train.jsonl:2: not JSON") == 1
 

@@ -1,0 +1,141 @@
+"""Documents: where the documents of a packed sequence lie, in the form in which varlen attention kernels take them.
+
+Owns `pack_documents` and the cut of a pack into a few contiguous groups of documents of similar length, one kernel call
+each. Flash kernels launch ceil(max_seqlen / 128) thread blocks for every document of a call, however short it is: a
+pack of one document of 8K and 20 of 400 tokens launches 16 times the blocks that have work. Documents lie longest first
+(data/batch.py), so two or three calls with their own max_seqlen come within a third of the useful number
+(docs/benchmarks.md has the counts; grid: flash-attention v2.8 csrc/flash_attn/src/flash_fwd_launch_template.h).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+BLOCK_TOKENS = 128
+"""Queries (or, in backward, keys) of a document that one thread block works on, for each head."""
+MAX_GROUPS = 3
+# A further call has costs of its own (a launch, a last wave of blocks): it must save this share of the blocks.
+_WORTH_A_CALL = 0.02
+
+IntArray = NDArray[np.int64]
+
+
+class DocumentGroup(NamedTuple):
+    """Contiguous documents, the arguments of one kernel call.
+
+    cu_seqlens_q, cu_seqlens_k: int32 [documents + 1], where each begins among the group's queries and keys: 0 first and
+        num_queries or num_keys last, ascending. Every document has at least one query and as many keys as queries.
+    num_queries, num_keys: rows of the group. max_seqlen_q, max_seqlen_k: of its longest document.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    num_queries: int
+    num_keys: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class Documents(NamedTuple):
+    """All documents of a packed sequence. groups: end to end they are the sequence. whole: the same as one group."""
+
+    groups: tuple[DocumentGroup, ...]
+    whole: DocumentGroup
+
+
+def pack_documents(
+    lengths: ArrayLike,
+    lengths_k: ArrayLike | None = None,
+    max_groups: int = MAX_GROUPS,
+    device: torch.device | str | None = None,
+) -> Documents:
+    """The documents of these lengths, one after the other, in at most `max_groups` groups.
+
+    lengths: int [documents], queries of each, at least 1. lengths_k: keys of each, at least as many as queries; as many
+    unless given. device: of the tensors. Raises ValueError for other lengths.
+    """
+    queries = np.asarray(lengths, dtype=np.int64)
+    keys = queries if lengths_k is None else np.asarray(lengths_k, dtype=np.int64)
+    if (queries < 1).any() or (keys < queries).any():
+        raise ValueError(
+            f"documents have {queries.tolist()} queries and {keys.tolist()} keys: each needs at least one query, and a "
+            "key for each query"
+        )
+    bounds = [0, *group_ends(queries, keys, max_groups)]
+    groups = tuple(_group(queries[first:end], keys[first:end], device) for first, end in itertools.pairwise(bounds))
+    return Documents(groups, groups[0] if len(groups) == 1 else _group(queries, keys, device))
+
+
+def group_ends(queries: IntArray, keys: IntArray, max_groups: int = MAX_GROUPS) -> list[int]:
+    """Where each group ends, as numbers of documents: the cut of the sequence that launches the fewest blocks.
+
+    Of numbers of groups that differ by little the smallest is taken.
+    """
+    if not len(queries):
+        return []
+    sizes = np.stack([-(-queries // BLOCK_TOKENS), -(-keys // BLOCK_TOKENS)])
+    # Neighbours of equal size never part: a pack of a thousand short documents has a few dozen different sizes.
+    ends = np.flatnonzero(np.append((np.diff(sizes) != 0).any(axis=0), True)) + 1
+    costs = _costs_of_ranges(sizes[:, ends - 1], np.diff(ends, prepend=0))
+    cuts = _best_cuts(costs, min(max_groups, len(ends)))
+    fewest = min(total for total, _ in cuts)
+    chosen = next(cut for total, cut in cuts if total <= (1 + _WORTH_A_CALL) * fewest)
+    return [int(ends[i - 1]) for i in chosen]
+
+
+def launched_blocks(documents: Sequence[DocumentGroup]) -> int:
+    """Thread blocks for each head that kernels launch in forward, over queries; those without work count too."""
+    return sum((len(g.cu_seqlens_q) - 1) * -(-g.max_seqlen_q // BLOCK_TOKENS) for g in documents)
+
+
+def _costs_of_ranges(sizes: IntArray, counts: IntArray) -> IntArray:
+    """Blocks of runs first..last as one group, forward and backward, [runs, runs]; the lower triangle has no meaning.
+
+    sizes: blocks of a document of each run, over queries and over keys, [2, runs]. counts: documents of each run.
+    """
+    num_runs = len(counts)
+    longest = np.zeros((2, num_runs, num_runs), dtype=np.int64)
+    for first in range(num_runs):
+        longest[:, first, first:] = np.maximum.accumulate(sizes[:, first:], axis=1)
+    documents = np.cumsum(counts)[None, :] - (np.cumsum(counts) - counts)[:, None]
+    return longest.sum(axis=0) * documents
+
+
+def _best_cuts(costs: IntArray, max_groups: int) -> list[tuple[int, list[int]]]:
+    """For 1, 2, ... groups: the fewest blocks, and the end of each group as a number of runs."""
+    num_runs = len(costs)
+    best = costs[0].copy()  # of runs 0..i in so many groups
+    found: list[tuple[int, list[int]]] = [(int(best[-1]), [num_runs])]
+    cut_before: list[IntArray] = []
+    for _ in range(1, max_groups):
+        # total[i, j]: runs 0..i-1 as before, runs i..j as one more group
+        total = np.full((num_runs, num_runs), np.iinfo(np.int64).max // 2)
+        for first in range(1, num_runs):
+            total[first, first:] = best[first - 1] + costs[first, first:]
+        cut_before.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+        ends = [num_runs]
+        for cuts in reversed(cut_before):
+            ends.append(int(cuts[ends[-1] - 1]))
+        found.append((int(best[-1]), ends[::-1]))
+    return found
+
+
+def _group(queries: IntArray, keys: IntArray, device: torch.device | str | None) -> DocumentGroup:
+    ends_q, ends_k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (queries, keys))
+    return DocumentGroup(
+        # Copied, not shared with NumPy: a dry run then makes tensors without data of them.
+        torch.tensor(ends_q.tolist(), dtype=torch.int32, device=device),
+        torch.tensor(ends_k.tolist(), dtype=torch.int32, device=device),
+        int(ends_q[-1]),
+        int(ends_k[-1]),
+        int(queries.max(initial=0)),
+        int(keys.max(initial=0)),
+    )

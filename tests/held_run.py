@@ -1,0 +1,35 @@
+"""A run that waits after a step for what a test does to it: `python -m tests.held_run STEP RELEASE ARGUMENTS`.
+
+Owns that wait, so that a signal or a kill comes at a known step however busy the machine is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def hold(trainer_class: Any, step: int, release: Path) -> None:
+    """Let every rank stand still after `step` until it gets a signal or `release` exists."""
+    train_step = trainer_class.train_step
+
+    def held(trainer: Any, *args: Any) -> Any:
+        while trainer.step == step and not trainer.preemption.received and not release.exists():
+            time.sleep(0.01)
+        return train_step(trainer, *args)
+
+    trainer_class.train_step = held
+
+
+def main(step: int, release: Path, argv: list[str]) -> None:
+    """Train with that wait."""
+    from hbp_titan import train
+
+    hold(train.Trainer, step, release)
+    train.main(argv)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

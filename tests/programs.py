@@ -1,0 +1,80 @@
+"""Python programs run as a shell runs them, without the seconds that a new interpreter takes to import torch.
+
+Owns such a call: a process of its own, forked from a server that has the imports, with its own directory, environment,
+arguments and files for what it prints. What is about torchrun or the start of an interpreter itself takes subprocess.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from hbp_titan.distributed.local_ranks import fork_server
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(
+    *words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, ranks: int = 0, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run `python *words` in `cwd`; words: a script or -m and a module, and its arguments.
+
+    ranks: as many processes, with the environment that torchrun gives them, their output in one text; the exit code is
+    the first that is not 0. env: set in addition. Raises subprocess.TimeoutExpired.
+    """
+    argv = [str(word) for word in words]
+    environments = [{**os.environ, "OMP_NUM_THREADS": "1", **(env or {})} for _ in range(max(ranks, 1))]
+    if ranks:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        for rank, environment in enumerate(environments):
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        arguments = [(argv, str(cwd), environment, output, errors) for environment in environments]
+        processes = [fork_server().Process(target=_program, args=own) for own in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        if late:
+            raise subprocess.TimeoutExpired(argv, timeout, output.read_text(), errors.read_text())
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return subprocess.CompletedProcess(argv, code, output.read_text(), errors.read_text())
+
+
+def _program(argv: list[str], cwd: str, environment: dict[str, str], output: Path, errors: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, path in ((1, output), (2, errors)):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
+    try:
+        if argv[0] == "-m":
+            sys.path.insert(0, cwd)
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(argv[0]).absolute().parent))
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,24 @@
+"""Property tests draw the same examples at every run of the test command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+
+
+def test_the_test_command_draws_fixed_examples_without_a_clock() -> None:
+    fixed = settings.get_profile("fixed")
+    assert (fixed.derandomize, fixed.deadline, fixed.database) == (True, None, None)
+
+
+def test_no_test_has_settings_of_its_own() -> None:
+    own = [
+        str(path.relative_to(TESTS))
+        for path in sorted(TESTS.rglob("*.py"))
+        if path.name != "properties.py" and re.search(r"^@(hypothesis\.)?settings\(", path.read_text(), re.M)
+    ]
+    assert not own, "write @examples(number) of tests/properties.py, which follows the profile"
