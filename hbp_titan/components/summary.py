@@ -48,7 +48,7 @@ def describe_start(
         f"ranks: {plan.world_size} on {device.type}",
         f"data: {len(samples):,} samples, {int(plan.lengths[samples].sum()):,} tokens, {trained:,} of them trained",
         *(f"warning: {warning}" for warning in warnings),
-        describe_plan(plan, total_steps, config.parallelism.cp_collectives),
+        describe_plan(plan, total_steps, config),
         f"outputs: {config.dump_folder}",
     ]
     return fit("\n".join(parts))
@@ -77,17 +77,20 @@ def _describe_lora(lora: LoRA, model: nn.Module) -> str:
     )
 
 
-def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:
-    """Levels with their mesh, exchanges and recomputation, iterations, steps and tokens per step of one epoch."""
+def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
+    """Levels with their mesh, exchanges, recomputation and what they keep of parameters; steps of one epoch."""
     lines = []
+    # Of a run that goes on it may be another than when the plan was made.
+    resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
     iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
-    for level, count in zip(plan.levels, iterations, strict=True):
-        style = f" ({level.cp_style}, {cp_collectives})" if level.cp_degree > 1 else ""
+    for level, count, reshard in zip(plan.levels, iterations, resharded, strict=True):
+        style = f" ({level.cp_style}, {config.parallelism.cp_collectives})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
+        kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {recomputed}, {count} iterations"
+            f"checkpointing {recomputed}{kept}, {count} iterations"
         )
     tokens = plan.step_tokens
     lines.append(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses, select_rows
 from hbp_titan.components.model_state import initialize
@@ -49,13 +50,14 @@ def parallelized_on_meta(
     mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
     """
     meshes = level_meshes(config, args, world, mesh_device, config.levels)
-    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
+    reshard_after_forward = config.parallelism.reshard_after_forward
+    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, reshard_after_forward)
     with torch.device("meta"):
         model = build_model(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
             lora = config.lora
             apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
-    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
+    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)
     return model, runtime
 
 
@@ -64,6 +66,7 @@ class Engine:
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
+        self.replicated = config.parallelism.dp_replicate > 1
         dtype = compute_dtype(config, world.device)
         choose_backend(config.model.attention_backend, world.device, args.head_dim, dtype)
         self.chunk_tokens = config.training.loss_chunk_tokens
@@ -72,14 +75,18 @@ class Engine:
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
-    def forward_backward(self, batch: PackedBatch) -> Tensor:
+    def forward_backward(self, batch: PackedBatch, last: bool = True) -> Tensor:
         """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
 
+        last: whether it is the last of its optimizer step. Copies of the parameters (dp_replicate) add up their
+        gradients only then; before it a parameter's `grad` lacks what was reduced within this copy.
         That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
         Raises OutOfMemory, as evaluate does.
         """
         with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
+            if self.replicated:
+                cast(FSDPModule, self.model).set_requires_all_reduce(last)
             objective.backward()
         return losses_S
 

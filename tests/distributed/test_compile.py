@@ -81,9 +81,9 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
         after_probe.append(counters["stats"]["unique_graphs"])
         torch._dynamo.config.error_on_recompile = True
 
-    def watched(batch: PackedBatch) -> torch.Tensor:
+    def watched(batch: PackedBatch, last: bool = True) -> torch.Tensor:
         seen.add(tuple(batch.lengths.tolist()))
-        return forward_backward(batch)
+        return forward_backward(batch, last)
 
     trainer._probe_levels = probe_then_forbid  # type: ignore[method-assign]
     trainer.engine.forward_backward = watched  # type: ignore[method-assign]
