@@ -4,7 +4,8 @@
 #   NGPU=8 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh --training.steps 1000
 #   COMM_MODE=fake NGPU=32 CONFIG_FILE=... ./run_train.sh  tries a configuration for 32 ranks: no GPU, no weights, no data
 # env: NGPU ranks on this machine; CONFIG_FILE; LOG_RANK the rank that prints; MAX_RESTARTS how often torchrun starts the
-#      ranks again when one dies (0); for several nodes NNODES, RDZV_ENDPOINT=host:port and RDZV_ID (the same on each).
+#      ranks again when one dies (0); NUMA_BINDING how ranks are bound to the CPUs next to their GPU (node, or none;
+#      torchrun --numa-binding); CUDA_VISIBLE_DEVICES="" to train on the CPU of a GPU machine; for several nodes NNODES, RDZV_ENDPOINT=host:port and RDZV_ID (the same on each).
 #      Further arguments override the TOML: --section.key value; with COMM_MODE=fake, GPU is the kind of GPU to plan
 #      for (h100-80gb). What happens when something dies: docs/supervision.md
 set -euo pipefail
@@ -15,11 +16,15 @@ NNODES=${NNODES:-1}
 export LOG_RANK=${LOG_RANK:-0}
 
 source scripts/setup_env.sh run
-NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 
 case "${COMM_MODE:-}" in
-    "") ;;
+    "")
+        # Ends here, with torch's reason, where the machine has a GPU that torch cannot use.
+        RANKS=$("$PY" -m hbp_titan.distributed.devices ${NGPU:+"$NGPU"})
+        NGPU=${RANKS%% *}
+        ;;
     fake)
+        NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
         exec "$PY" -m hbp_titan.dry_run --world_size $((NGPU * NNODES)) --gpu "${GPU:-h100-80gb}" \
             --job.config_file "$CONFIG_FILE" "$@"
         ;;
@@ -43,6 +48,11 @@ done
 # By the environment, because a torchrun that does not know of it has no such option.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
-exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NGPU" --max-restarts "${MAX_RESTARTS:-0}" \
+# Levels that take turns leave the allocator with blocks of other sizes: these grow and shrink instead. The name with
+# CUDA in it is the older one of the same variable.
+[ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
+# RANKS: the number of ranks, then torchrun's options for GPUs.
+exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node $RANKS --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-hbp_titan}" \
     -m hbp_titan.train --job.config_file "$CONFIG_FILE" "$@"

@@ -11,22 +11,22 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from hbp_titan.cli import guarded
 from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.console import fit
 from hbp_titan.components.expert_load import ExpertLoad
+from hbp_titan.components.garbage_collection import GarbageCollection
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
-from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
+from hbp_titan.components.optimizer import build_optimizer, scale_gradients, square_norm, step_unless
 from hbp_titan.components.preemption import Preempted, Preemption
 from hbp_titan.components.profiling import StepTrace, memory_snapshot
 from hbp_titan.components.progress import Progress
@@ -49,7 +49,11 @@ from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
 from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.world import (
+    SLOW_WORK_SECONDS,
     World,
+    barrier,
+    broadcast_value,
+    check_same,
     close_world,
     gather_values,
     init_world,
@@ -97,7 +101,8 @@ class Trainer:
         if config.validation.enable and held_out:
             plan = EpochPlans(config, held_out, world.size, cost).of(0)
             self.shapes = self.shapes.covering(plan)
-            self.validator = Validator(PlanDataset(plan, held_out, world.rank, self.shapes), held_out, world)
+            loader = partial(self._loader_of, plan, held_out)
+            self.validator = Validator(plan, held_out, loader, world)
 
         self.memory.plan = self.plans.of(0)
         with self.memory, out_of_memory_in(SETTING_UP):
@@ -115,6 +120,7 @@ class Trainer:
             self.optimizer,
             config.checkpoint,
             check=self._check_state,
+            at=lambda where: self._at(where, SLOW_WORK_SECONDS),
         )
         self.level_times = load_level_times(self.folder, config.levels)
         self.live_check = LiveCheck(self.model, world, self.level_times, config.metrics.live_check_interval)
@@ -127,9 +133,10 @@ class Trainer:
             self.args, world.size, self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.meter = StepMeter(world, self.store, len(config.levels))
-        self.consumed = ConsumedRecord(self.folder, world.rank, config.levels)
+        self.consumed = ConsumedRecord(self.folder, world.rank, config.levels, broadcast_value)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
+        self._unwritten: Callable[[], None] | None = None  # writes the metrics of the last step
         self.signal = 0  # the one that any rank had got when the last step ended
         with self.memory, out_of_memory_in(SETTING_UP):
             self._resume()
@@ -164,15 +171,21 @@ class Trainer:
         self.checkpointer.require_optimizer()
         trace = StepTrace(self.config.profiling, self.folder, self.world.rank)
         with MetricsLogger(self.config, self.prints, self.step, self.total_steps, self.world.size) as metrics:
+            self._check_plan()
             self._probe_levels()
             if self.prints:
                 self.preemption.clear()
             parts = describe_parts(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
-            with self.preemption, self.checkpointer, trace:
-                while self.step < self.total_steps:
-                    self._train_epoch(metrics, trace)
+            with self.preemption, self.checkpointer, trace, GarbageCollection(self.config.training.gc_interval) as gc:
+                if self.watchdog:
+                    self.watchdog.signal_received = self.preemption.seen
+                try:
+                    while self.step < self.total_steps:
+                        self._train_epoch(metrics, trace, gc)
+                finally:
+                    self._write_last()
         self.consumed.close()
         self._print(metrics.totals.describe())
         if self.nonfinite.steps:
@@ -182,11 +195,12 @@ class Trainer:
 
     def _export(self) -> None:
         if self.config.checkpoint.export_hf:
-            if self.watchdog:
-                self.watchdog.at("the export")
+            # Ranks wait for the one that writes.
+            set_timeouts(SLOW_WORK_SECONDS)
+            self._at("the export", SLOW_WORK_SECONDS)
             self._print(export(self.model, self.args, self.config, self.token_ids))
 
-    def _train_epoch(self, metrics: MetricsLogger, trace: StepTrace) -> None:
+    def _train_epoch(self, metrics: MetricsLogger, trace: StepTrace, collection: GarbageCollection) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
         position, plan = self.position, self.position.plan
         if self.world.rank == 0:
@@ -194,49 +208,70 @@ class Trainer:
         batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
             trace.before(self.step + 1)
-            values = self.train_step(plan, position.step_in_plan, batches)
+            record = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
             trace.after(self.step)
-            self._finish_step(values, metrics)
+            self._finish_step(record, metrics)
+            collection.after(self.step)
         if position.finished:
             self.consumed.sync()
             self._confirm_epoch(metrics.write)
             if self.step < self.total_steps:
                 position.next_epoch()
+                self._check_plan()
+
+    def _check_plan(self) -> None:
+        """Raise ValueError unless all ranks have the same plan: a pure function, but of each node's NumPy and CPU."""
+        epoch = self.position.epoch
+        self._at(f"the comparison of the plans of epoch {epoch}")
+        check_same(self.position.plan.fingerprint, f"the plan of epoch {epoch}")
 
     def _loader(self) -> PackLoader:
         """The batches of this rank from the current step on."""
-        plan, data = self.position.plan, self.config.data
+        plan = self.position.plan
         self.shapes = self.shapes.covering(plan)
+        first = int(plan.step_offsets[self.position.step_in_plan])
+        return self._loader_of(plan, self.store, sample_weights=self.normalizer, first_iteration=first)
+
+    def _loader_of(self, plan: Plan, store: TokenStore, **options: Any) -> PackLoader:
         return PackLoader(
             plan,
-            self.store,
+            store,
             self.world.rank,
             self.shapes,
-            sample_weights=self.normalizer,
-            first_iteration=int(plan.step_offsets[self.position.step_in_plan]),
-            num_workers=data.num_workers,
-            prefetch_factor=data.prefetch_factor,
+            num_workers=self.config.data.num_workers,
+            prefetch_factor=self.config.data.prefetch_factor,
             pin_memory=self.device.type == "cuda",
+            **options,
         )
 
-    def _finish_step(self, values: dict[str, Any], metrics: MetricsLogger) -> None:
-        """What is due after a step: validation, live check, its metrics, a checkpoint; or the end, for a signal."""
+    def _finish_step(self, record: Callable[[], dict[str, Any]], metrics: MetricsLogger) -> None:
+        """What is due after a step: validation, live check, its metrics, a checkpoint; or the end, for a signal.
+
+        Where nothing else is due, the metrics are written while the next step runs (_write_last).
+        """
         config, plan, last = self.config, self.position.plan, self.step == self.total_steps
+        values: dict[str, Any] = {}
         # A signal leaves seconds: its step has no validation.
         if self.validator and not self.signal and (self.step % config.validation.interval == 0 or last):
-            self._at(f"validation after step {self.step}")
-            values["validation"] = self.validator.run(self.engine.evaluate)
+            place = f"validation after step {self.step}"
+            self._at(f"{place}, data")
+            values["validation"] = self.validator.run(
+                self.engine.evaluate, lambda where, level: self._at(f"{place}, {where}", kind=f"validation {level}")
+            )
         names = [level_name(level) for level in plan.levels]
         report = self.live_check.report(plan, self.position.step_in_plan)
         if report:
             values["live_check"] = report.as_dict(names)
         saves = config.checkpoint.enable and (self.step % config.checkpoint.interval == 0 or last or self.signal)
-        self._at(f"checkpoint of step {self.step}")
+        self._at(f"checkpoint of step {self.step}", SLOW_WORK_SECONDS)
         values |= self.checkpointer.take_measured()
         if saves:
             values["checkpoint_blocked_seconds"] = self._stage()
-        metrics.log(values)
+        self._unwritten = lambda: metrics.log({**record(), **values})
+        if not values and not self.position.finished and not self.signal:
+            return
+        self._write_last()
         for line in [report.line(names), *report.warnings(names)] if report else ():
             metrics.write(fit(line))
         if saves:
@@ -245,9 +280,15 @@ class Trainer:
         if self.signal and not last:
             self._leave()
 
+    def _write_last(self) -> None:
+        """Write the metrics of the last step, unless they are written."""
+        write, self._unwritten = self._unwritten, None
+        if write:
+            write()
+
     def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Compare what was trained with the plans of the epoch and the store: each sample once."""
-        dist.barrier()
+        barrier()
         if self.world.rank == 0:
             write(confirm_epoch(self.folder, self.position.parts, self.store))
 
@@ -257,51 +298,62 @@ class Trainer:
         plan = position.plan
         self.shapes = self.shapes.covering(plan)
         batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
-        passes = first_passes(self.engine, batches, self.validator is not None, lambda where: self._at(where, True))
+        at = partial(self._at, seconds=self.config.parallelism.init_timeout_seconds)
+        passes = first_passes(self.engine, batches, self.validator is not None, at)
         self.optimizer.zero_grad()
         time_left = predicted_time(
             self.config, self.args, plan, position.step_in_plan, steps, self.device, self.level_times, passes
         )
         self._print(fit(f"predicted time: {time_left}"))
 
-    def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
-        """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
+    def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> Callable[[], dict[str, Any]]:
+        """One optimizer step: its iterations, clipping, update; returns what makes its metrics, until the next step."""
         self.meter.start()
         first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
         for iteration in range(first, last):
-            self._at(f"step {self.step + 1}, data of iteration {iteration} of the plan")
+            self._at(f"step {self.step + 1}, data of iteration {iteration} of the plan", kind="data")
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
             level = level_name(plan.levels[batch.level])
-            self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}")
+            self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}", kind=level)
             with self.live_check.iteration(iteration):
-                losses = self.engine.forward_backward(batch)
+                losses = self.engine.forward_backward(batch, last=iteration + 1 == last)
+            # Files of the step before: the device has work meanwhile.
+            self._write_last()
             self.meter.add(batch, losses, waited)
             self.nonfinite.see(iteration, batch, losses)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
-        self._at(f"step {self.step + 1}, clipping and update")
-        grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
+        # On a GPU this waits for the iterations before it: steps of other levels take other times.
+        self._at(f"step {self.step + 1}, clipping and update", kind=f"update {level}")
+        norm, skips = self.meter.sum_over_ranks(square_norm(self.model), self.expert_load.take())
+        scale_gradients(self.model, norm, self.config.training.max_norm)
         learning_rate = self.progress.learning_rate()
-        loss_sums = self.meter.sum_over_ranks(self.live_check.take())
-        skipped = ""
-        if math.isfinite(sum(loss_sums) + grad_norm):
-            set_learning_rate(self.optimizer, learning_rate)
-            with out_of_memory_in(UPDATE):
-                self.optimizer.step()
-        else:
+        set_learning_rate(self.optimizer, learning_rate)
+        with out_of_memory_in(UPDATE):
+            # Decided on the device, by what all ranks have alike: a step that is not finite changes nothing.
+            step_unless(self.optimizer, skips)
+        self.optimizer.zero_grad()
+        # The step's one wait for the device.
+        flags = [self.preemption.received, self.checkpointer.failed]
+        signal, save_failed = self.meter.read(self.live_check.take(), flags)
+        loss_sums, grad_norm, skipped = self.meter.loss_sums, self.meter.grad_norm, ""
+        if not math.isfinite(sum(loss_sums) + grad_norm):
             skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
         self.nonfinite.clear()
         self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
-        self.optimizer.zero_grad()
-        signal, save_failed = self.meter.max_over_ranks([self.preemption.received, self.checkpointer.failed])
         if save_failed:
             self.checkpointer.wait()
         self.signal = int(signal)
-        measured = self.meter.measurements(plan, first, last, grad_norm, learning_rate)
-        record = self.recorder.record(plan, step, self.step + 1, measured, skipped)
-        return {**record, **self.expert_load.take(self.step + 1)}
+        number = self.step + 1
+
+        def record() -> dict[str, Any]:
+            measured = self.meter.measurements(plan, first, last, learning_rate)
+            figures = self.expert_load.figures(self.meter.counts, number)
+            return {**self.recorder.record(plan, step, number, measured, skipped), **figures}
+
+        return record
 
     def _stage(self) -> float:
         """Take what the next checkpoint holds; returns the seconds that training stood still."""
@@ -361,11 +413,10 @@ class Trainer:
         if self.progress.resumed:
             print(fit(self.progress.resumed), flush=True)
 
-    def _at(self, where: str, starting: bool = False) -> None:
-        """Something begins that no rank should spend longer on than a collective may take."""
+    def _at(self, where: str, seconds: float | None = None, kind: str = "") -> None:
+        """Something begins that no rank should spend longer on: than a collective may take unless `seconds` says."""
         if self.watchdog:
-            times = self.config.parallelism
-            self.watchdog.at(where, times.init_timeout_seconds if starting else times.train_timeout_seconds)
+            self.watchdog.at(where, seconds or self.config.parallelism.train_timeout_seconds, kind)
 
     def _print(self, text: str) -> None:
         if self.prints:
@@ -378,7 +429,7 @@ def main(argv: list[str]) -> None:
         print(__doc__.splitlines()[0], help_text(), sep="\n\n")
         return
     config = guarded(lambda: load_config(argv), first_to_fail)
-    world = init_world(config.parallelism.init_timeout_seconds)
+    world = guarded(lambda: init_world(config.parallelism.init_timeout_seconds, config.dump_folder), first_to_fail)
     watchdog = Watchdog(world.rank, world.size, job_store())
     snapshot = memory_snapshot(config.profiling, config.dump_folder, world.rank)
     with watchdog, told_once(world.rank, lambda: watchdog.where), snapshot:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 
+# Before torch is imported, which reads it then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
 from tests.properties import register_profiles
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A CPU build of torch on a machine with a GPU: the tests use the CPU on purpose.
+if not torch.cuda.is_available():
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 register_profiles()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FAULTS = {"raises": _raise, "runs out of memory": _run_out, "hangs": _sleep, "is killed": _die}
+def _stop() -> None:
+    folder = next(word.partition("=")[2] for word in sys.argv if word.startswith("--job.dump_folder="))
+    Path(folder, "stopped").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+FAULTS = {"raises": _raise, "runs out of memory": _run_out, "hangs": _sleep, "is killed": _die, "stops": _stop}
 
 
 def main(fault: str, argv: list[str]) -> None:

@@ -22,6 +22,7 @@ from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 120
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 
 
 def test_signals_are_noted_inside_and_as_before_outside(tmp_path: Path) -> None:
@@ -32,6 +33,8 @@ def test_signals_are_noted_inside_and_as_before_outside(tmp_path: Path) -> None:
         assert preemption.received == signal.SIGUSR1
         signal.raise_signal(signal.SIGTERM)
         assert preemption.received == signal.SIGTERM
+        assert preemption.seen() == signal.SIGUSR1
+        assert preemption.seen() == signal.SIGUSR1
         child = os.fork()
         if child == 0:  # a data worker, say: it has nothing to save, and must end
             signal.raise_signal(signal.SIGTERM)
@@ -71,6 +74,13 @@ def _ranks(launcher: int) -> Iterator[tuple[str, int]]:
             yield environment["RANK"], pid
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def _signal_after(
     argv: list[str], folder: Path, step: int, number: signal.Signals, rank: str | None
 ) -> tuple[int, str]:
@@ -89,7 +99,7 @@ def _signal_after(
     return process.returncode, output
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+@NEEDS_PROC
 def test_signalled_run_saves_its_step_leaves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--training.epochs=2", "--checkpoint.interval=1000"]
     # Processes of the ranks' groups, which torchrun signals as well.
@@ -121,3 +131,26 @@ def test_signalled_run_saves_its_step_leaves_and_goes_on_bit_for_bit(tmp_path: P
     (expected, weights), (found, again) = outcome(whole), outcome(folder)
     assert found == expected
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@NEEDS_PROC
+def test_a_rank_whose_peer_is_gone_leaves_within_seconds_of_a_signal(tmp_path: Path) -> None:
+    # A stopped peer is what a dead one is to NCCL: the collective waits, and no handler in Python runs.
+    argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1"]
+    process = _start(argv, "tests.faulty_run", "stops")
+    deadline = time.monotonic() + DEADLINE
+    while not (tmp_path / "run" / "stopped").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ranks = dict(_ranks(process.pid))
+    time.sleep(1)
+    os.kill(ranks["0"], signal.SIGTERM)
+    started = time.monotonic()
+    while _runs(ranks["0"]) and time.monotonic() < started + 60:
+        time.sleep(0.1)
+    taken = time.monotonic() - started
+    os.kill(ranks["1"], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert "rank 0: SIGTERM, but no progress for" in output
+    assert taken < 20  # STUCK_SECONDS, on a busy machine

@@ -34,6 +34,8 @@ def _argv(folder: Path, ranks: int) -> list[str]:
     # Without a learning rate all steps see the weights that are exported.
     argv += ["--optimizer.lr=0", "--validation.enable=true", f"--job.dump_folder={folder / f'run{ranks}'}"]
     argv += [f"--data.{key}={value}" for key, value in files.items()]
+    # Batches come from the process itself, and from a worker.
+    argv.append(f"--data.num_workers={int(ranks == 1)}")
     return [*argv, "--levels=128:1,512:1" if ranks == 1 else "--levels=128:1,512:4:hybrid"]
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.distributed.world import World, all_reduce_values, barrier
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.memory import measure_memory
 from hbp_titan.models.decoder import ModelArgs
@@ -85,7 +84,7 @@ class EngineSlot:
     def seconds(self, engine: Engine, batches: Sequence[PackedBatch]) -> float:
         """Time of iterations one after another: from when all ranks are ready to when the slowest is done."""
         self._wait_for_device()
-        dist.barrier()
+        barrier()
         started = time.perf_counter()
         for batch in batches:
             self.iterate(engine, batch)

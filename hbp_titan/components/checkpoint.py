@@ -29,12 +29,10 @@ from hbp_titan.components.checkpoint_storage import PARTIAL, FolderReader, Folde
 from hbp_titan.components.checkpoint_tensors import CheckpointError, agree, describe, load_tensors, read_state
 from hbp_titan.components.staging import HostBuffer, local_part
 from hbp_titan.components.train_state import collect, restore, rng_state, set_rng_state
-from hbp_titan.distributed.world import gather_values, set_timeout
+from hbp_titan.distributed.world import SLOW_WORK_SECONDS, gather_values, new_group, set_timeout
 from hbp_titan.job_config import Checkpoint
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-# Of collectives between the writing threads: they wait for the slowest rank's disk, which is no hang.
-_WRITE_TIMEOUT_SECONDS = 3600
 
 
 class Checkpointer:
@@ -42,6 +40,7 @@ class Checkpointer:
 
     `state` in stage and load is the trainer's state: plain JSON values, the same on every rank.
     check: called with the state and the folder before any tensor is read; raises ValueError for one of another run.
+    at: called with the place before each wait for a disk, which may take SLOW_WORK_SECONDS.
     As a context manager, entered when training begins, it waits at the end for the save that is in flight.
     """
 
@@ -52,15 +51,18 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         config: Checkpoint,
         check: Callable[[dict[str, Any], Path], None] | None = None,
+        at: Callable[[str], None] = lambda where: None,
     ) -> None:
         self.folder = folder
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.check = check
+        self._at = at
         self._loaded_model_only: Path | None = None
         self._buffer = HostBuffer()
-        self._group = dist.new_group(backend="gloo") if config.enable else None
+        # Not the control group: its collectives run in the writing thread, while the main thread has others.
+        self._group = new_group(backend="gloo", description="checkpoint") if config.enable else None
         self._staged: tuple[FolderWriter, dict[str, Tensor], dict[str, Tensor]] | None = None
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -123,15 +125,20 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return when no save is in flight. Raises CheckpointError where the last one failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         if self._error is not None:
             raise CheckpointError([self._error])
 
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._at("the wait for the checkpoint's writing")
+            self._thread.join()
+            self._thread = None
+
     def __enter__(self) -> Checkpointer:
         if self._group is not None:
-            set_timeout(self._group, _WRITE_TIMEOUT_SECONDS)
+            # The writing threads wait for the slowest rank's disk, which is not a hang.
+            set_timeout(self._group, SLOW_WORK_SECONDS)
         return self
 
     def __exit__(
@@ -139,9 +146,9 @@ class Checkpointer:
     ) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:
+        else:
             # The run failed at a later step: its own error is the one to show, and this checkpoint may still be whole.
-            self._thread.join()
+            self._join()
         self._buffer.close()
 
     def load(self) -> dict[str, Any] | None:

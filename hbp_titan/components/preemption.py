@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -33,10 +34,18 @@ class Preemption:
         self.enabled = enabled
         self.received = 0
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        # `seen` reads in another thread than the one that closes.
+        self._pipe_lock = threading.Lock()
+        self._seen = 0
 
     def __enter__(self) -> Preemption:
         if self.enabled:
             self._pid = os.getpid()
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -45,6 +54,26 @@ class Preemption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            with self._pipe_lock:
+                pipe, self._pipe = self._pipe, None
+                for end in pipe:
+                    os.close(end)
+
+    def seen(self) -> int:
+        """The signal that this process got, 0 before; for another thread than the main one.
+
+        `received` is set by a handler in Python, which does not run while the main thread waits in a collective. The
+        interpreter's own handler writes the number into a pipe at once.
+        """
+        with self._pipe_lock:
+            try:
+                numbers = os.read(self._pipe[0], 64) if self._pipe is not None else b""
+            except BlockingIOError:
+                numbers = b""
+        self._seen = next((number for number in numbers if number in SIGNALS), self._seen)
+        return self._seen
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:

@@ -1,10 +1,12 @@
 """Host copies of what is about to be saved, so that training goes on while they are written.
 
-Owns one buffer in host memory, allocated at the first save and used again by every later one.
+Owns one buffer in host memory, allocated at the first save and used again by every later one. Forked processes do not
+inherit it.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +52,13 @@ class HostBuffer:
 
     def _allocate(self, size: int, pinned: bool) -> None:
         self.close()
-        self._block = torch.empty(size, dtype=torch.uint8)
+        if not size:
+            return
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Loader workers are forked at each epoch, and Linux gives a child a copy of pinned pages at once. They do not
+        # need these.
+        block.madvise(mmap.MADV_DONTFORK)
+        self._block = torch.frombuffer(block, dtype=torch.uint8)
         if pinned:
             # torch's own pinned allocator would round up to a power of two: gigabytes here.
             _check(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, _PORTABLE))

@@ -3,30 +3,47 @@
 Owns a thread beside the training loop. Collectives have timeouts of their own and end a rank that waits in one; this
 thread speaks a little before, because only it knows the step and the level, and it also sees what is no collective (a
 loader, a file system). Ranks that stand at the same place are one line.
+
+It also ends a rank that was asked to leave (SIGTERM, SIGUSR1) and cannot: one that waits for a rank that is gone, which
+NCCL does not notice, never comes to the end of its step, where it would save. What a sound wait takes is known from
+earlier ones of its kind; a kind that was not seen yet, and waits for a disk, are left to their own timeouts.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 # Of the timeout of collectives.
 SPEAKS_AT, ENDS_AT = 0.9, 1.2
+# A rank that got a signal is stuck after this many seconds without progress, and after this many times the longest
+# wait of the same kind before. torchrun kills after 30 s.
+STUCK_SECONDS, STUCK_FACTOR = 10.0, 3.0
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class _Place(NamedTuple):
+    where: str
+    timeout: float
+    since: float
+    kind: str
 
 
 class Watchdog:
     """A context manager around the run, which calls `at` whenever something new begins.
 
     store: where the ranks tell each other; made once a job.
+    signal_received: set while signals ask the run to leave: the number of one that came, or 0.
     """
 
     def __init__(
@@ -39,17 +56,29 @@ class Watchdog:
         self.rank = rank
         self.world_size = world_size
         self.store = store
-        self.where = "the start"
+        self.signal_received: Callable[[], int] = lambda: 0
+        self._longest: dict[str, float] = {}
         self._end = end
-        self._timeout = math.inf
-        self._since = time.monotonic()
+        # Replaced as a whole: the thread never sees the time of one place and the timeout of another.
+        self._place = _Place("the start", math.inf, time.monotonic(), "")
         self._watched = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, where: str, timeout_seconds: float = math.inf) -> None:
-        """Something new begins, which may take as long as a collective may; as long as it wants unless told."""
-        self.where, self._timeout, self._since = where, timeout_seconds, time.monotonic()
+    def at(self, where: str, timeout_seconds: float = math.inf, kind: str = "") -> None:
+        """Something new begins, which may take `timeout_seconds`.
+
+        kind: of work that takes about as long each time, so that a rank stuck in it can be told from a busy one.
+        """
+        now, before = time.monotonic(), self._place
+        if before.kind:
+            self._longest[before.kind] = max(self._longest.get(before.kind, 0.0), now - before.since)
+        self._place = _Place(where, timeout_seconds, now, kind)
+
+    @property
+    def where(self) -> str:
+        """What the main thread does."""
+        return self._place.where
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -61,8 +90,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         told = False
-        while not self._stop.wait(min(1.0, 0.05 * self._timeout)):
-            idle, timeout = time.monotonic() - self._since, self._timeout
+        while not self._stop.wait(min(1.0, 0.05 * self._place.timeout)):
+            place = self._place
+            idle, timeout = time.monotonic() - place.since, place.timeout
+            if idle > self._stuck_after(place.kind) and (number := self.signal_received()):
+                self._leave(number, idle)
+                return
             if idle <= SPEAKS_AT * timeout:
                 told = False
             elif not told:
@@ -73,13 +106,26 @@ class Watchdog:
                 self._end(1)
                 return
 
+    def _stuck_after(self, kind: str) -> float:
+        longest = self._longest.get(kind)
+        return math.inf if longest is None else max(STUCK_SECONDS, STUCK_FACTOR * longest)
+
+    def _leave(self, number: int, idle: float) -> None:
+        print(
+            f"rank {self.rank}: {signal.Signals(number).name}, but no progress for {idle:.0f} s in {self.where}: "
+            "another rank is gone; ends without saving",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._end(1)
+
     def _tell(self, idle: float) -> None:
         """Leave this rank's place for the others; the first to do so prints the places of all."""
         self.store.set(f"hbp_titan/stands/{self.rank}", f"{self.where}: {place_of(self._watched)}")
         if self.store.add("hbp_titan/stands", 1) != 1:
             return
         # The others come to the same conclusion within a second or two.
-        self._stop.wait(min(5.0, 0.1 * self._timeout))
+        self._stop.wait(min(5.0, 0.1 * self._place.timeout))
         print(f"nothing has moved for {idle:.0f} s:\n{self._places()}", file=sys.stderr, flush=True)
 
     def _places(self) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,12 +36,16 @@ _RANK = re.compile(r"rank-(\d+)\.jsonl")
 
 
 class ConsumedRecord:
-    """A rank's side of the record: batches are added as they are trained and written when their step is done."""
+    """A rank's side of the record: batches are added as they are trained and written when their step is done.
 
-    def __init__(self, run_folder: Path, rank: int, levels: Sequence[Level]) -> None:
+    broadcast: returns rank 0's value on every rank (`world.broadcast_value`).
+    """
+
+    def __init__(self, run_folder: Path, rank: int, levels: Sequence[Level], broadcast: Callable[[int], int]) -> None:
         self.folder = run_folder / FOLDER
         self.rank = rank
         self.levels = tuple(levels)
+        self.broadcast = broadcast
         self._trained: list[dict[str, Any]] = []
         self._file: TextIO | None = None
 
@@ -50,10 +54,10 @@ class ConsumedRecord:
 
         parts: of `epoch`, as from `describe_parts`. data: the store's fingerprint, store: its folder.
         """
-        numbers = [0]
+        number = 0
         if self.rank == 0:
             earlier = attempt_folders(self.folder)
-            numbers = [1 + (_number(earlier[-1]) if earlier else 0)]
+            number = 1 + (_number(earlier[-1]) if earlier else 0)
             values = {
                 "first_step": first_step,
                 "epoch": epoch,
@@ -68,9 +72,8 @@ class ConsumedRecord:
                 file.write(json.dumps(values, indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(self.folder / f"attempt-{numbers[0]:04}")
-        dist.broadcast_object_list(numbers, src=0)
-        path = self.folder / f"attempt-{numbers[0]:04}" / f"rank-{self.rank}.jsonl"
+            partial.rename(self.folder / f"attempt-{number:04}")
+        path = self.folder / f"attempt-{self.broadcast(number):04}" / f"rank-{self.rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
 

@@ -42,19 +42,20 @@ from hbp_titan.packing.level import Level
 
 @dataclass
 class ContextParallelState:
-    """What the attention layers read: the active level's (dp, gather, ulysses) mesh, its groups (None of degree 1)."""
+    """What the attention layers read: the active cp mesh (`LevelMeshes.of`) and its groups, None of degree 1."""
 
     ulysses_degree: int = 1
     ulysses_group: ProcessGroup | None = None
     gather_group: ProcessGroup | None = None
     mesh: DeviceMesh | None = None
 
-    def use(self, mesh: DeviceMesh) -> None:
-        """Make the groups of a (dp, gather, ulysses) mesh the active ones."""
+    def use(self, mesh: DeviceMesh | None) -> None:
+        """Make the groups of a cp mesh, None at cp 1, the active ones."""
         self.mesh = mesh
-        _, gather_degree, self.ulysses_degree = mesh.shape
-        self.ulysses_group = mesh.get_group("ulysses") if self.ulysses_degree > 1 else None
-        self.gather_group = mesh.get_group("gather") if gather_degree > 1 else None
+        axes = mesh.mesh_dim_names if mesh is not None and mesh.mesh_dim_names else ()
+        groups = {axis: mesh.get_group(axis) for axis in axes} if mesh is not None else {}
+        self.ulysses_group, self.gather_group = groups.get("ulysses"), groups.get("gather")
+        self.ulysses_degree = self.ulysses_group.size() if self.ulysses_group is not None else 1
 
     def sum(self, x: Tensor) -> Tensor:
         """`x` added up over the cp ranks, without a gradient."""

@@ -21,7 +21,8 @@ from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, KeysValues
 from hbp_titan.models.documents import Documents
 
-# On the axes (gather, ulysses), for tensors [T, heads, D]: dim 0 is the sequence, dim 1 the heads.
+AXES = ("gather", "ulysses")
+# On these axes, for tensors [T, heads, D]: dim 0 is the sequence, dim 1 the heads.
 SEQUENCE_SHARD = (Shard(0), Shard(0))
 HEADS_OF_GROUP = (Shard(0), Shard(1))
 HEADS_OF_ALL = (Replicate(), Shard(1))
@@ -41,9 +42,9 @@ class DTensorContextParallelAttention(ContextParallelAttention):
 
     @property
     def mesh(self) -> DeviceMesh:
-        """The (gather, ulysses) axes of the active level's mesh."""
+        """The active level's mesh, with those of the axes (gather, ulysses) whose degree is above 1."""
         assert self.state.mesh is not None
-        return self.state.mesh["gather", "ulysses"]
+        return self.state.mesh
 
 
 class DTensorKeysValues(KeysValues):
@@ -84,5 +85,10 @@ def redistribute(
     gradient: Sequence[Placement] | None = None,
 ) -> Tensor:
     """This rank's part of a tensor placed as `source` -> as `target`; gradient: how the result's gradient is placed."""
-    placed = DTensor.from_local(local, mesh, source, run_check=False).redistribute(placements=target)
-    return placed.to_local(grad_placements=gradient)
+
+    def on_mesh(placements: Sequence[Placement]) -> list[Placement]:
+        axes = mesh.mesh_dim_names or ()
+        return [placement for axis, placement in zip(AXES, placements, strict=True) if axis in axes]
+
+    placed = DTensor.from_local(local, mesh, on_mesh(source), run_check=False).redistribute(placements=on_mesh(target))
+    return placed.to_local(grad_placements=on_mesh(gradient) if gradient else None)

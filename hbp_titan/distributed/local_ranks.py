@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hbp_titan.distributed.world import World, close_world
+from hbp_titan.distributed.world import barrier, close_world, start_groups
 
 SURVIVES_SECONDS = 10.0
 """How long ranks may live on when another has failed: long enough to find that out and say so."""
@@ -35,8 +35,9 @@ def run_distributed(
 ) -> list[Any]:
     """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
 
-    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and tensors, of the CPU.
-    Raises RankError with the traceback of the first rank that failed.
+    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and tensors, of the CPU. Raises
+    RankError with the traceback of the first rank that failed, or with exit codes. Ranks that have not ended `timeout`
+    seconds after the start, or SURVIVES_SECONDS after another failed, are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A process that is forked from one in which torch has asked for GPUs cannot use them; nothing rules that out.
@@ -56,8 +57,7 @@ def run_distributed(
                 raise RankError(f"rank {rank}:\n{error.read_text()}")
         codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         if codes:
-            late = f", of which ranks {hung} were stopped because they did not end" if hung else ""
-            raise RankError(f"exit codes of the ranks that failed: {codes}{late}")
+            raise RankError(f"exit codes of ranks: {codes}; stopped because they did not end: {hung or 'none'}")
         # Written by our own ranks into our own folder a moment ago.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 
@@ -105,17 +105,13 @@ def _rank_main(
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     os.environ["LOCAL_RANK"] = str(rank)
-    store = f"file://{folder}/rendezvous"
-    device, backend = torch.device("cpu"), "gloo"
-    if device_type == "cuda":
-        device, backend = torch.device("cuda", rank), "cuda:nccl,cpu:gloo"
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    store = dist.FileStore(f"{folder}/rendezvous", world_size)
     try:
-        timeout = timedelta(seconds=120)
-        dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size, timeout=timeout)
-        result = function(World(rank, world_size, device), *args)
+        world = start_groups(store, rank, world_size, device, timedelta(seconds=120))
+        result = function(world, *args)
         torch.save(result, Path(folder, f"result_{rank}"))
-        dist.barrier()
+        barrier()
     except BaseException:
         Path(folder, f"error_{rank}").write_text(traceback.format_exc())
         os._exit(1)

@@ -1,7 +1,9 @@
 """Device meshes: one that shards the parameters, and one view of the same ranks per form of context parallelism.
 
-Owns every process group beside the default one. All groups are made at the start; a level swap only points at
-another view (design after torchtitan v0.2.2 distributed/parallel_dims.py; paper section 3.3, adaptive SP).
+Owns every process group of the meshes. All are made at the start; a level switch only points at another view (design
+after torchtitan v0.2.2 distributed/parallel_dims.py; paper section 3.3, adaptive SP). An axis of degree 1, or one that
+nothing communicates over (data parallelism across cp groups), has no group. Groups live as long as the process: engines
+that are built again, a profile and the training after it share them by their place in the world (`AxisGroups`).
 cp ranks are adjacent, and so are the ranks that share one copy of the parameters: both lie inside a node, or inside a
 group of nodes, where their number allows it.
 """
@@ -9,18 +11,128 @@ group of nodes, where their number allows it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from hbp_titan.distributed.world import new_group
 from hbp_titan.packing.level import Level
 
 
+@dataclass(frozen=True)
+class Axis:
+    """A partition of the world into groups of `size` ranks that are `stride` ranks apart.
+
+    use: what the groups carry. Sharding has communicators of its own even where its ranks are those of another axis:
+    collectives of one communicator run one after another, and FSDP's are to overlap with all others.
+    """
+
+    size: int
+    stride: int
+    use: str
+
+    def ranks(self, rank: int) -> list[int]:
+        """The group of `rank`."""
+        first = rank - rank // self.stride % self.size * self.stride
+        return list(range(first, first + self.size * self.stride, self.stride))
+
+
+SHARD, COPY, EXCHANGE = "shard", "copy", "exchange"
+"""Uses of an axis: parameters sharded over it (FSDP), copied over it (HSDP); cp and expert exchanges."""
+
+
+@dataclass
+class AxisGroups:
+    """The process groups of the meshes made so far, for as long as the default group lives.
+
+    The default group is that of parameters sharded over all ranks.
+
+    destroyed: axes whose groups are gone. torch names a group that only its members make by its ranks and the number of
+    groups; made again, it could get a name that is still in the store, with addresses of dead connections.
+    """
+
+    default: ProcessGroup
+    groups: dict[Axis, ProcessGroup] = field(default_factory=dict)
+    destroyed: set[Axis] = field(default_factory=set)
+
+    def get(self, axis: Axis, device_type: str) -> ProcessGroup:
+        """This rank's group of `axis`, made on the first request; every rank of the world calls it."""
+        if axis not in self.groups:
+            self.groups[axis] = self._make(axis)
+            _connect(self.groups[axis], axis.use, device_type)
+        return self.groups[axis]
+
+    def _make(self, axis: Axis) -> ProcessGroup:
+        rank, description = dist.get_rank(), f"{axis.use}_{axis.size}x{axis.stride}"
+        if axis.use == SHARD and axis.size == dist.get_world_size():
+            return self.default
+        if axis not in self.destroyed:
+            return new_group(axis.ranks(rank), description=description, members_only=True)
+        partition = sorted({tuple(axis.ranks(other)) for other in range(dist.get_world_size())})
+        groups = [new_group(ranks, description=description) for ranks in partition]
+        return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
+
+    def keep(self, axes: Iterable[Axis]) -> None:
+        """Destroy the exchange groups of all axes but these; every rank calls it, and no engine uses them."""
+        kept = set(axes)
+        for axis in [axis for axis in self.groups if axis.use == EXCHANGE and axis not in kept]:
+            dist.destroy_process_group(self.groups.pop(axis))
+            self.destroyed.add(axis)
+
+
+_axis_groups: AxisGroups | None = None
+
+
+def axis_groups() -> AxisGroups:
+    """Those of the default group that is there now."""
+    global _axis_groups
+    default = dist.group.WORLD
+    assert default is not None, "init_process_group comes first"
+    if _axis_groups is None or _axis_groups.default is not default:
+        _axis_groups = AxisGroups(default)
+    return _axis_groups
+
+
+def _connect(group: ProcessGroup, use: str, device_type: str) -> None:
+    """Run what the group will carry once, on a few bytes.
+
+    NCCL allocates a communicator's buffers with its first collective of a kind: gigabytes for all-to-all (NVIDIA/nccl
+    issue 1685). Here that happens before anyone asks how much memory is free, and a bad network shows by name.
+    """
+    size = dist.get_world_size(group)
+    one, many = torch.zeros(1, device=device_type), torch.zeros(size, device=device_type)
+    if use == COPY:
+        dist.all_reduce(one, group=group)
+        return
+    dist.all_gather(list(many.split(1)), one, group=group)
+    dist.reduce_scatter(one, list(many.split(1)), group=group)
+    if use == EXCHANGE:
+        dist.all_to_all_single(torch.empty_like(many), many, group=group)
+
+
+def keep_groups(cp_shapes: Iterable[tuple[int, int]], expert_parallel: int) -> None:
+    """Destroy the exchange groups that neither these cp shapes nor this degree need; every rank calls it.
+
+    No engine that was made with others may run any more: their communicators hold gigabytes of each GPU.
+    """
+    axes = [axis for shape in cp_shapes for axis in _cp_axes(shape).values()]
+    axis_groups().keep([*axes, Axis(expert_parallel, 1, EXCHANGE)])
+
+
+def _cp_axes(cp_shape: tuple[int, int]) -> dict[str, Axis]:
+    """The axes of a cp shape that have a group, in the mesh's order."""
+    gather, ulysses = cp_shape
+    axes = {"gather": Axis(gather, ulysses, EXCHANGE), "ulysses": Axis(ulysses, 1, EXCHANGE)}
+    return {name: axis for name, axis in axes.items() if axis.size > 1}
+
+
 class LevelMeshes:
-    """The mesh of the parameters and the (dp, gather, ulysses) mesh of each cp shape in use.
+    """The mesh of the parameters and the (gather, ulysses) mesh of each cp shape in use.
 
     fsdp: flat, axis "fsdp"; with dp_replicate > 1 it has the axes ("dp_replicate", "fsdp"): parameters are sharded over
     the last and copied over the first (HSDP).
@@ -38,25 +150,33 @@ class LevelMeshes:
         dp_replicate: int = 1,
         expert_parallel: int = 1,
     ) -> None:
+        self._device, self._groups = device, axis_groups()
         shards = world_size // dp_replicate
-        copies, copies_axis = ((dp_replicate,), ("dp_replicate",)) if dp_replicate > 1 else ((), ())
-        self.fsdp = init_device_mesh(device.type, (*copies, shards), mesh_dim_names=(*copies_axis, "fsdp"))
+        copies = {"dp_replicate": Axis(dp_replicate, shards, COPY)} if dp_replicate > 1 else {}
+        self.fsdp = self._mesh(copies | {"fsdp": Axis(shards, 1, SHARD)}, range(world_size))
         self.experts: DeviceMesh | None = None
         if expert_parallel > 1:
-            shape = (*copies, shards // expert_parallel, expert_parallel)
-            self.experts = init_device_mesh(device.type, shape, mesh_dim_names=(*copies_axis, "fsdp", "ep"))
-        self._by_shape: dict[tuple[int, int], DeviceMesh] = {
-            (gather, ulysses): init_device_mesh(
-                device.type,
-                (world_size // (gather * ulysses), gather, ulysses),
-                mesh_dim_names=("dp", "gather", "ulysses"),
-            )
-            for gather, ulysses in sorted(set(cp_shapes))
-        }
+            rest = {"fsdp": Axis(shards // expert_parallel, expert_parallel, SHARD)}
+            ep = {"ep": Axis(expert_parallel, 1, EXCHANGE)}
+            self.experts = self._mesh(copies | rest | ep, range(world_size))
+        self._by_shape = {shape: self._cp_mesh(shape) for shape in sorted(set(cp_shapes))}
 
-    def of(self, cp_shape: tuple[int, int]) -> DeviceMesh:
-        """The (dp, gather, ulysses) mesh with these degrees on its last two axes."""
+    def of(self, cp_shape: tuple[int, int]) -> DeviceMesh | None:
+        """This rank's cp group with the axes "gather" and "ulysses" whose degree is above 1; None without any."""
         return self._by_shape[cp_shape]
+
+    def _cp_mesh(self, cp_shape: tuple[int, int]) -> DeviceMesh | None:
+        axes, degree = _cp_axes(cp_shape), cp_shape[0] * cp_shape[1]
+        first = dist.get_rank() // degree * degree
+        return self._mesh(axes, range(first, first + degree)) if axes else None
+
+    def _mesh(self, axes: dict[str, Axis], ranks: range) -> DeviceMesh:
+        groups = [self._groups.get(axis, self._device.type) for axis in axes.values()]
+        shape = [axis.size for axis in axes.values()]
+        mesh = torch.tensor(ranks, dtype=torch.int).view(shape)
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], self._device.type, mesh_dim_names=tuple(axes))
+        return DeviceMesh.from_group(groups, self._device.type, mesh, mesh_dim_names=tuple(axes))
 
 
 def shard_group(tensors: Iterable[Tensor]) -> ProcessGroup | None:

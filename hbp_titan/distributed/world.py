@@ -1,23 +1,30 @@
-"""The process group and its device: start, stop, and reductions of a few scalars.
+"""The process groups and the device of a rank: start, stop, timeouts, and collectives of a few values.
 
-Owns the choice of device and backend: NCCL with one GPU a rank where CUDA is present, gloo on the CPU elsewhere.
-Nothing else in the project asks which of the two it is.
+The default group computes: NCCL with one GPU per rank where CUDA is present, gloo on the CPU elsewhere. One more gloo
+group of all ranks, the control group, carries what the main thread agrees on outside of computation: objects, barriers,
+failures. A barrier or a pickled object then never waits behind a GPU kernel and never meets a collective of the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from hbp_titan.distributed.devices import require_usable_gpu
 from hbp_titan.distributed.rendezvous import fresh_store
+
+SLOW_WORK_SECONDS = 3600
+"""Timeout of waits for a slow disk (checkpoints, export, audit): a rank that waits there does not hang."""
+_CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,91 @@ class World:
     size: int
     device: torch.device
 
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """The gloo group of all ranks for objects, barriers and agreements of the main thread."""
+        return control_group()
+
 
 def local_device() -> torch.device:
-    """The device of this rank: the GPU that torchrun's local rank numbers, or the CPU where there is none."""
+    """The device of this rank: the GPU that torchrun's local rank numbers, or the CPU where there is none.
+
+    Raises ValueError on a machine with an NVIDIA GPU that torch cannot use.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    require_usable_gpu()
     return torch.device("cpu")
 
 
-def init_world(timeout_seconds: int) -> World:
-    """Start the default process group from torchrun's environment (a world of one rank without it)."""
+def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
+    """Start the process groups from torchrun's environment (a world of one rank without it).
+
+    run_folder: where NCCL's flight recorder writes when a collective times out.
+    Raises ValueError as `local_device` does.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device()
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cuda:nccl,cpu:gloo"
     timeout = timedelta(seconds=timeout_seconds)
     store = fresh_store(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if device.type == "cuda" and run_folder is not None:
+        set_flight_recorder(run_folder)
+    return start_groups(store, rank, size, device, timeout)
+
+
+def start_groups(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> World:
+    """Make the default group and the control group of all ranks, which meet in `store`."""
+    # Before the first gloo group: each pair of ranks then connects when it first communicates, not all with all.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    backend, device_id = "gloo", None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # With device_id the communicator is made now, and those of subgroups by one ncclCommSplit each.
+        backend, device_id = "nccl", device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+    new_group(backend="gloo", description=_CONTROL)
     return World(rank, size, device)
+
+
+def new_group(
+    ranks: Sequence[int] | None = None, backend: str | None = None, description: str = "", members_only: bool = False
+) -> dist.ProcessGroup:
+    """A process group with the timeout that the default group has now; `dist.new_group` would give it torch's.
+
+    ranks: all unless given. backend: that of the default group unless given. members_only: each rank calls this for
+    the group that it is in, and for no other.
+    """
+    devices = dist.group.WORLD._device_types  # type: ignore[union-attr]
+    # The fake backend of a dry run has no options.
+    options = dist.group.WORLD._get_backend(devices[0]).options  # type: ignore[union-attr]
+    timeout = None if options is None else options._timeout
+    return dist.new_group(
+        ranks, timeout=timeout, backend=backend, group_desc=description, use_local_synchronization=members_only
+    )
+
+
+def control_group() -> dist.ProcessGroup:
+    """The gloo group of all ranks made by `start_groups`; the default group where there is no other (a fake world)."""
+    groups = list(distributed_c10d._world.pg_map)
+    return next((group for group in groups if group.group_desc == _CONTROL), groups[0])
+
+
+def set_flight_recorder(run_folder: Path) -> None:
+    """Make NCCL's flight recorder dump each rank's last collectives into `run_folder` when one of them times out.
+
+    What the environment already says wins; torch 2.11 to 2.13 read two names of each setting. torch reads them when
+    the first NCCL group is made. `torchfrtrace` (torch.distributed.flight_recorder) reads the dumps.
+    """
+    folder = run_folder / "flight_recorder"
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder.absolute() / "rank_"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for names, value in settings.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
 
 
 @contextmanager
@@ -86,9 +158,13 @@ def close_world() -> None:
 
 
 def set_timeouts(seconds: int) -> None:
-    """Change the timeout of every group: long while things are compiled and allocated, short afterwards."""
+    """Change the timeout of every group: long while things are compiled and allocated, short afterwards.
+
+    The control group's is at least SLOW_WORK_SECONDS: ranks wait in it for another's disk. The watchdog ends a hang
+    there.
+    """
     for group in list(distributed_c10d._world.pg_map):
-        set_timeout(group, seconds)
+        set_timeout(group, max(seconds, SLOW_WORK_SECONDS) if group.group_desc == _CONTROL else seconds)
 
 
 def set_timeout(group: dist.ProcessGroup, seconds: int) -> None:
@@ -96,11 +172,51 @@ def set_timeout(group: dist.ProcessGroup, seconds: int) -> None:
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def barrier() -> None:
+    """Wait for the main threads of all ranks; what their GPUs still do is not waited for."""
+    # Not dist.barrier: on a group that is bound to a GPU it launches and waits for a kernel there.
+    dist.all_reduce(torch.zeros(1), group=control_group())
+
+
+def any_rank(value: bool, timeout_seconds: float | None = None) -> bool:
+    """Whether `value` is true on any rank, agreed on in the control group.
+
+    Raises RuntimeError where other ranks do not come in time; the control group cannot be used after that.
+    """
+    tensor = torch.tensor([float(value)])
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+    if timeout_seconds is not None:
+        options.timeout = timedelta(seconds=timeout_seconds)
+    control_group().allreduce([tensor], options).wait()
+    return bool(tensor.item())
+
+
 def gather_values(value: Any) -> list[Any]:
     """The values of all ranks, in their order; pickled between ranks of one run, never from outside."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def check_same(value: str, what: str) -> None:
+    """Raise ValueError on every rank unless all have the same `value` of `what`; the message names the others."""
+    values = gather_values(value)
+    differ = [rank for rank, other in enumerate(values) if other != values[0]]
+    if differ:
+        ranks = f"rank{'s' if len(differ) > 1 else ''} {', '.join(map(str, differ[:8]))}"
+        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise ValueError(
+            f"{what} is not the same on all ranks: rank 0 and {ranks}{more} differ; use the same Python, NumPy "
+            "and hbp_titan, and the same data, on every node"
+        )
+
+
+def broadcast_value(value: Any) -> Any:
+    """Rank 0's `value` on every rank; pickled as in `gather_values`."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=control_group())
+    return values[0]
 
 
 def all_reduce_values(values: list[float], op: str, device: torch.device) -> list[float]:

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 
 from hbp_titan.benchmark.batch import Documents as DocumentLengths
 from hbp_titan.benchmark.batch import random_batches
-from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
+from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm, step_unless
 from hbp_titan.components.reproducibility import start_generators
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
@@ -223,7 +223,7 @@ def _step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[Pa
     """An optimizer step over `batches`; returns the losses that the device computes, unread."""
     losses = [engine.forward_backward(batch) for batch in batches]
     norm = clip_grad_norm(engine.model, 1.0)
-    optimizer.step()
+    step_unless(optimizer, torch.zeros((), device=norm.device))
     optimizer.zero_grad()
     return [*losses, norm]
 

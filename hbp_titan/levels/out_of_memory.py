@@ -17,6 +17,17 @@ from hbp_titan.packing import Level
 
 SETTING_UP, TRAINING, UPDATE, VALIDATION = "setting up", "training", "the optimizer step", "validation"
 
+# In errors that have no type of their own. NCCL allocates when a communicator is first used, outside of torch's
+# allocator, and raises DistBackendError with "unhandled cuda error" and one of the next two lines (NVIDIA/nccl #2363).
+_PHRASES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "Failed to CUDA calloc",
+    "Failed to CUDA host alloc",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 
@@ -62,8 +73,11 @@ def out_of_memory_in(work: str, level: Level | None = None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch's allocator, of a GPU or of the CPU, gave up."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether memory ran out: in torch's allocator of a GPU or of the CPU, in the CUDA runtime, or in NCCL."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _PHRASES)
 
 
 def _bytes(pattern: str, message: str) -> int:

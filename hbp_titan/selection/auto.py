@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from hbp_titan.cli import one_line
 from hbp_titan.components.checkpoint import completed
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.store.token_store import TokenStore
-from hbp_titan.distributed.world import World
+from hbp_titan.distributed.mesh import keep_groups
+from hbp_titan.distributed.world import World, broadcast_value
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime
 from hbp_titan.models.decoder import ModelArgs
@@ -68,6 +67,8 @@ def resolve_levels(
         levels, text = from_rank_0(world, choose)
         log(text)
     config.levels = list(levels)
+    # The candidates had groups that these do not need.
+    keep_groups([level.cp_shape(args.num_kv_heads) for level in levels], config.parallelism.expert_parallel_degree)
     # From here on the run is one with these [[levels]] blocks; so is the config.toml that it writes.
     config.packing.levels = ""
 
@@ -120,16 +121,16 @@ def choices(candidates: Sequence[Candidate], workload: Workload) -> tuple[dict[s
 
 def from_rank_0(world: World, function: Callable[[], Result]) -> Result:
     """What `function` returns on rank 0, on every rank; a user's mistake that it raises there, on every rank too."""
-    outcome: list[object] = [None, None]
+    result, mistake = None, None
     if world.rank == 0:
         try:
-            outcome[0] = function()
+            result = function()
         except (ValueError, OSError) as error:
-            outcome[1] = one_line(error)
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]  # type: ignore[return-value]
+            mistake = one_line(error)
+    result, mistake = broadcast_value((result, mistake))
+    if mistake is not None:
+        raise ValueError(mistake)
+    return result
 
 
 def _levels_of_checkpoint(config: JobConfig) -> list[Level] | None:

@@ -22,6 +22,7 @@ import numpy as np
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
+from hbp_titan.levels.engine import level_meshes
 from hbp_titan.levels.level_time import FloatArray
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
@@ -62,6 +63,9 @@ def profile_levels(
         raise ValueError("no candidate level is given to profile")
     if not 0 <= margin < 1 or iterations < 1:
         raise ValueError(f"profile: margin={margin} must lie in [0, 1) and iterations={iterations} be at least 1")
+    if memory_limit is None:
+        # First, because their communicators take memory of each GPU that levels cannot have.
+        level_meshes(config, args, world, world.device, candidates)
     limit = available_memory(world) if memory_limit is None else memory_limit
     lengths, loss_tokens = np.asarray(lengths, np.int64), np.asarray(loss_tokens, np.int64)
     settings = {

@@ -12,21 +12,23 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.config import JobConfig
-from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
+from hbp_titan.distributed.world import World, all_reduce_values, any_rank, barrier, ranks_per_node
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.memory import device_memory, measure_memory
-from hbp_titan.levels.out_of_memory import OutOfMemory
+from hbp_titan.levels.out_of_memory import OutOfMemory, is_out_of_memory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.selection.profile_packs import Packs
 
 T = TypeVar("T")
+
+ALONE_SECONDS = 60
+"""How long a rank out of memory waits for the others, which run out at the same operator if they do."""
 
 
 def available_memory(world: World) -> int:
@@ -38,11 +40,12 @@ def available_memory(world: World) -> int:
 class ProfileEngine:
     """At most one engine with its optimizer, made when it is first needed.
 
-    Out of memory: torch.OutOfMemoryError ends the iteration on the rank where it is raised. Every rank runs the same
-    shapes on packs with the same documents, so ranks run out together, at the same operator; they then agree by a
-    reduction, and the engine is made anew, because FSDP's state is not to be trusted after a broken iteration. Should
-    one rank alone run out, the others wait in a collective until the process group's timeout ends the run: an estimate
-    keeps what surely does not fit from being tried.
+    Out of memory ends the iteration on the rank where it is raised. Every rank runs the same shapes on packs with the
+    same documents, so ranks run out together, at the same operator; they then agree in the control group, and the
+    engine is built again, because FSDP's state is not to be trusted after a broken iteration. The groups that compute
+    carry no agreement: NCCL would pair it with the next collective of a rank that goes on. Where one rank alone runs
+    out (GPUs of a job differ by what else is on them), the others wait for it in such a collective, which cannot be
+    taken back: the rank ends the run after ALONE_SECONDS. An estimate keeps what surely does not fit from being tried.
     """
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World, levels: Sequence[Level]) -> None:
@@ -147,18 +150,30 @@ class ProfileEngine:
         try:
             result = work()
         except RuntimeError as error:
-            if not any(isinstance(e, torch.OutOfMemoryError | OutOfMemory) for e in (error, error.__cause__)):
+            if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
                 raise
             failed = True
         # Here the exception is gone, and the tensors that its traceback held.
-        if all_reduce_values([float(failed)], "max", self.world.device)[0]:
+        if self._any_rank(failed):
             self.clear()
             return None
         return result
 
+    def _any_rank(self, failed: bool) -> bool:
+        """Whether any rank failed; ValueError on one that did where others do not come within ALONE_SECONDS."""
+        try:
+            return any_rank(failed, timeout_seconds=ALONE_SECONDS if failed else None)
+        except RuntimeError:
+            if not failed:
+                raise
+            raise ValueError(
+                f"rank {self.world.rank}: out of memory while levels are measured, on this rank alone: end other "
+                "processes on its GPU (nvidia-smi), or name [[levels]] blocks that need less"
+            ) from None
+
     def _wait(self) -> None:
         self._wait_for_device()
-        dist.barrier()
+        barrier()
 
     def _wait_for_device(self) -> None:
         if self.world.device.type == "cuda":

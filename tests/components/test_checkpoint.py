@@ -21,7 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from hbp_titan.components import checkpoint_storage
 from hbp_titan.components.checkpoint import Checkpointer, completed
 from hbp_titan.components.checkpoint_files import DamagedCheckpoint
+from hbp_titan.components.checkpoint_storage import FolderWriter
 from hbp_titan.components.checkpoint_tensors import CheckpointError
+from hbp_titan.components.watchdog import Watchdog
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
@@ -133,6 +135,29 @@ def _steps_1_to_3(world: World, folder: Path, **config: Any) -> list[list[torch.
             checkpointer.write()
             parameters.append(_parameters(model))
     return parameters
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_slow_disk_has_more_time_than_a_collective(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    whole = FolderWriter.write_data
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1.5)
+        return whole(*args)
+
+    monkeypatch.setattr(FolderWriter, "write_data", slow)
+    model, optimizer = _model(alone, seed=0)
+    codes: list[int] = []
+    with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
+        at = (lambda where: watchdog.at(where, 60.0)) if limited else (lambda where: None)
+        with Checkpointer(tmp_path, model, optimizer, Checkpoint(), at=at) as checkpointer:
+            _train(model, optimizer, 1)
+            watchdog.at("checkpoint of step 1", 0.5)
+            _save(checkpointer, 1)
+    assert codes == ([] if limited else [1])
+    assert [path.name for path in completed(tmp_path)] == ["step-1"]
 
 
 def _cut(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +35,19 @@ def _check_copies(device: str) -> None:
 
 def test_copies_do_not_follow_their_tensors_and_memory_is_used_again() -> None:
     _check_copies("cpu")
+
+
+def test_forked_processes_do_not_inherit_the_buffer() -> None:
+    buffer = HostBuffer()
+    copies = buffer.copy({"weight": torch.ones(1 << 20)})
+    pages = [f"{copies['weight'].data_ptr():x}-"]
+    assert any(line.startswith(pages[0]) for line in Path("/proc/self/maps").read_text().splitlines())
+    child = os.fork()
+    if child == 0:  # as a loader worker
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+        os._exit(any(line.startswith(pages[0]) for line in mapped))
+    assert os.waitpid(child, 0)[1] == 0
+    assert copies["weight"].sum() == 1 << 20
 
 
 @pytest.mark.gpu

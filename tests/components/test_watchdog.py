@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from hbp_titan.cli import guarded
+from hbp_titan.components import watchdog as watchdog_module
 from hbp_titan.components.watchdog import Watchdog, place_of
 
 
@@ -68,6 +70,28 @@ def test_progress_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
         watchdog.at("an export, which takes its time")
         time.sleep(0.8)
     assert (codes, capsys.readouterr().err) == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "signal_number", "code"),
+    [("level", signal.SIGTERM, [1]), ("level", 0, []), ("unknown", 15, []), ("", 15, [])],
+)
+def test_a_rank_with_a_signal_ends_where_it_stands_longer_than_ever_before(
+    kind: str, signal_number: int, code: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog_module, "STUCK_SECONDS", 0.2)
+    codes: list[int] = []
+    with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
+        watchdog.signal_received = lambda: signal_number
+        watchdog.at("step 1", 4.0, kind="level")
+        time.sleep(0.3)
+        watchdog.at("step 2", 4.0, kind=kind)
+        time.sleep(0.6)  # twice the time of before: busy, not stuck
+        assert codes == []
+        time.sleep(0.7)
+    assert codes == code
+    line = "rank 0: SIGTERM, but no progress for 1 s in step 2: another rank is gone; ends without saving\n"
+    assert capsys.readouterr().err == (line if code else "")
 
 
 def test_the_place_names_the_line_of_the_package_that_a_call_comes_from() -> None:

@@ -105,7 +105,7 @@ def _train(world: World, argv: list[str], without: str | None) -> tuple[dict[str
     if without == "all-to-all":
         ContextParallelAttention.all_to_all = lambda attention, x: x  # type: ignore[method-assign]
     if without == "all-gather":
-        ContextParallelAttention.all_gather = lambda attention, x: torch.cat([x] * attention.state.mesh.size(1))  # type: ignore[method-assign]
+        ContextParallelAttention.all_gather = lambda attention, x: torch.cat([x] * attention.state.gather_group.size())  # type: ignore[method-assign]
     trainer = Trainer(load_config(argv), world)
     trained: set[int] = set()
     whole_step = trainer.train_step

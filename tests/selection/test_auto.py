@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from hbp_titan.config import load_config
 from hbp_titan.data.store.prepare import prepare
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.distributed.local_ranks import run_distributed
-from hbp_titan.distributed.world import World
+from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.level_time import LevelTime
 from hbp_titan.packing import CostModel, Level
-from hbp_titan.selection import auto
+from hbp_titan.selection import auto, profile_engine
 from hbp_titan.selection.auto import LEVEL_TIMES, load_level_times, save_level_times
 from hbp_titan.selection.profile_file import Profile, profile_key
 from hbp_titan.selection.selection import Workload, selected
@@ -128,3 +129,36 @@ def test_level_times_are_those_of_the_levels_asked_for(tmp_path: Path) -> None:
     (tmp_path / LEVEL_TIMES).write_text('[{"level": 1}]')
     with pytest.raises(ValueError, match=r"level_times\.json: not the times of levels"):
         load_level_times(tmp_path, [SHORT])
+
+
+def _measure_alone(world: World, argv: list[str]) -> tuple[Any, str, float]:
+    """What an attempt gives where both ranks run out of memory; then where rank 1 does, and the sum of both ranks."""
+    profile_engine.ALONE_SECONDS = 1
+    engine = profile_engine.ProfileEngine(load_config(argv), ARGS, world, [SHORT])
+
+    def run_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    def reduce() -> float:
+        return all_reduce_values([world.rank + 1.0], "sum", world.device)[0]
+
+    both, alone, total = engine._attempt(run_out), "", 0.0
+    try:
+        # As FSDP's collectives on the rank that has memory: it waits there for the other.
+        total = engine._attempt(reduce if world.rank == 0 else run_out) or 0.0
+    except ValueError as error:
+        alone, total = str(error), reduce()
+    except RuntimeError:
+        # Rank 0, when rank 1 has given up the agreement.
+        total = 3.0
+    dist.destroy_process_group(world.control)
+    return both, alone, total
+
+
+def test_a_rank_that_runs_out_of_memory_alone_ends_and_touches_no_group_that_computes(tmp_path: Path) -> None:
+    found = run_distributed(_measure_alone, 2, _auto_run(tmp_path))
+    assert [both for both, _, _ in found] == [None, None]
+    assert found[1][1].startswith("rank 1: out of memory while levels are measured, on this rank alone")
+    assert found[0][1] == ""
+    # The collective that rank 0 waited in was met by rank 1's own, not by an agreement.
+    assert found[1][2] == 3.0

@@ -150,6 +150,10 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     config.lora.rank, config.lora.target_modules = 16, ["q_proj"]
     adapters = 32 * 16 * (4096 + 4096)
     resident = estimate_memory(args, Level(1024, ac_policy="full"), config, 8, device_type="cuda").resident_bytes
+    # The base in bfloat16, as it is computed with on a GPU.
+    assert resident == (2 * num_params(args) + 16 * adapters) // 8
+    config.lora.base_dtype = "float32"
+    resident = estimate_memory(args, Level(1024, ac_policy="full"), config, 8, device_type="cuda").resident_bytes
     assert resident == (4 * num_params(args) + 16 * adapters) // 8
 
 

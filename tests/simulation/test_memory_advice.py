@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from hbp_titan.cli import Mistakes
 from hbp_titan.config import load_config
@@ -60,6 +61,14 @@ def test_a_cpu_that_has_no_more_memory_is_recognized() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert caught.value.figures.tried == 1 << 60
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    nccl = (
+        "NCCL error in: NCCLUtils.cpp:76, unhandled cuda error, NCCL version 2.27.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    )
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Failed to CUDA calloc async 608 bytes"))
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Cuda failure 2 'out of memory'"))
+    assert not is_out_of_memory(dist.DistBackendError(f"{nccl}Cuda failure 700 'an illegal memory access'"))
+    assert not is_out_of_memory(ValueError("Failed to CUDA calloc"))
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_in(UPDATE):
         raise RuntimeError("shapes do not match")
 
@@ -197,6 +206,7 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 59 * GIB)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     situation = _situation()
     advisor = MemoryAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
@@ -211,7 +221,7 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
     assert "): 2.00 GiB more did not fit beside 50.00 GiB, of 59.00 GiB; " in head
     assert float(re.search(r"predicted peak (\S+) GiB", change)[1]) < 59  # type: ignore[index]
     assert others.startswith("20.00 GiB of the device's 79.00 GiB are not this rank's: ")
-    assert pieces.startswith("9.00 GiB are free, but in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True ")
+    assert pieces.startswith("9.00 GiB are free, but in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True ")
 
 
 def test_other_errors_go_through() -> None:
