@@ -26,6 +26,7 @@ from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.levels.level_time import pack_loads
 from hbp_titan.levels.work_clock import WorkClock
 from hbp_titan.packing import METHODS, Level, Plan, parse_levels
+from hbp_titan.packing.level import format_level
 from hbp_titan.train import Trainer
 
 
@@ -41,6 +42,8 @@ class Run:
 
 
 def _short(level: Level) -> str:
+    if level.reshard_after_forward is not None:
+        return format_level(level)
     fields = [str(level.max_tokens), str(level.cp_degree)]
     if level.cp_degree > 1 or level.ac_policy != "none":
         fields.append(level.cp_style)
@@ -100,9 +103,10 @@ class MeasuredEpoch(Trainer):
         self.live_check = self.log  # type: ignore[assignment]
         self.records: list[dict[str, Any]] = []
 
-    def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> dict[str, Any]:
-        self.records.append(super().train_step(plan, step, batches))
-        return self.records[-1]
+    def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
+        record = super().train_step(plan, step, batches)
+        self.records.append(record())
+        return record
 
     def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Each rank has a folder of its own: there is no record of all of them."""

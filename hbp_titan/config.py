@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hbp_titan.config_checks import check_values
 from hbp_titan.job_config import DataSource, JobConfig, to_dict
-from hbp_titan.packing.level import Level, check_levels, parse_levels
+from hbp_titan.packing.level import Level, check_levels, check_reshard, parse_levels
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,6 +58,11 @@ def validate(config: JobConfig, world_size: int) -> None:
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size "
             f"{world_size}: change one of them"
         )
+    shards = world_size // config.parallelism.dp_replicate
+    check_reshard("parallelism.reshard_after_forward", config.parallelism.reshard_after_forward, shards)
+    for level in config.levels:
+        name = f"level of max_tokens={level.max_tokens}: reshard_after_forward"
+        check_reshard(name, level.resharded(True), shards)
     if not (config.data.train_files or config.data.sources):
         raise ValueError("data.train_files is empty: name at least one file, or add a [[data.sources]] block")
 
@@ -91,10 +96,8 @@ def _is_tables(value: Any) -> bool:
 def help_text() -> str:
     """Every key with its default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
-    lines.append(
-        "  --levels 1024:1,8192:2    levels as max_tokens:cp_degree[:cp_style[:ac_policy[:ac_layers]]]; in TOML,"
-    )
-    lines.append("                            [[levels]] blocks")
+    lines.append("  --levels 1024:1,8192:2    max_tokens:cp_degree:cp_style:ac_policy:ac_layers:reshard_after_forward;")
+    lines.append("                            all but max_tokens may be left out; in TOML, [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":
             continue
@@ -251,7 +254,7 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
     elif origin is dict:
         fits = isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     elif origin in (typing.Union, types.UnionType):
-        fits = isinstance(value, get_args(expected)) and not isinstance(value, bool)
+        fits = isinstance(value, get_args(expected)) and (bool in get_args(expected) or not isinstance(value, bool))
     elif expected is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     else:

@@ -19,6 +19,7 @@ _CHOICES = {
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
     "training.on_nonfinite": ("stop", "skip"),
+    "lora.base_dtype": ("auto", "float32", "bfloat16"),
     "optimizer.name": ("AdamW",),
     "parallelism.cp_collectives": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),

@@ -72,6 +72,8 @@ class LoRA:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Matrices that get an adapter, by the end of their names; "all-linear" alone means all in the blocks."""
+    base_dtype: str = "auto"
+    """Dtype of the frozen weights between steps: auto (the compute dtype), float32 or bfloat16 (docs/models.md)."""
 
 
 @dataclass
@@ -162,8 +164,11 @@ class Training:
     """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
     max_nonfinite_steps: int = 10
     """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
-    loss_chunk_tokens: int = 1024
-    """Loss tokens whose logits are held at one time."""
+    gc_interval: int = 50
+    """Optimizer steps between Python's garbage collections, which all ranks then make together; 0: as Python likes."""
+    loss_chunk_tokens: int = 2048
+    """Loss tokens whose logits are held at one time: 6 bytes a token and word of the vocabulary in bfloat16. With fewer
+    than 2048, adding each chunk to the output matrix's gradient is bound by memory traffic on an H100."""
 
 
 @dataclass
@@ -198,8 +203,11 @@ class Parallelism:
     """Copies of the parameters: each is sharded over world / dp_replicate adjacent ranks (HSDP); 1 shards over all."""
     expert_parallel_degree: int = 1
     """Adjacent ranks that share the experts of a layer: tokens travel to them; must divide world / dp_replicate."""
-    reshard_after_forward: bool = True
-    """FSDP2: free the gathered parameters of a block after its forward (ZeRO-3); False keeps them (ZeRO-2)."""
+    reshard_after_forward: bool | int = True
+    """FSDP2: free a block's gathered parameters after its forward (ZeRO-3), false: keep them (ZeRO-2), or an integer:
+    keep them sharded over so many adjacent ranks, such as a node's. Levels may have their own."""
+    separate_reduce_scatter: bool = True
+    """On GPUs, where torch has it (2.13): gradients are reduced on a communicator of their own, next to all-gathers."""
     cp_collectives: str = "fused"
     """Exchanges between cp ranks: fused (few, written out) or dtensor (derived from placements: the reference)."""
     init_timeout_seconds: int = 600

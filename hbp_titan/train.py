@@ -20,12 +20,13 @@ from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.console import fit
 from hbp_titan.components.expert_load import ExpertLoad
+from hbp_titan.components.garbage_collection import GarbageCollection
 from hbp_titan.components.lr_course import set_learning_rate
 from hbp_titan.components.metrics import MetricsLogger
 from hbp_titan.components.model_state import export
 from hbp_titan.components.nonfinite import NonFiniteGuard
 from hbp_titan.components.normalizer import NORMALIZERS
-from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
+from hbp_titan.components.optimizer import build_optimizer, scale_gradients, square_norm, step_unless
 from hbp_titan.components.preemption import Preempted, Preemption
 from hbp_titan.components.profiling import StepTrace, memory_snapshot
 from hbp_titan.components.progress import Progress
@@ -135,6 +136,7 @@ class Trainer:
         self.consumed = ConsumedRecord(self.folder, world.rank, config.levels, broadcast_value)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
+        self._unwritten: Callable[[], None] | None = None  # writes the metrics of the last step
         self.signal = 0  # the one that any rank had got when the last step ended
         with self.memory, out_of_memory_in(SETTING_UP):
             self._resume()
@@ -176,11 +178,14 @@ class Trainer:
             parts = describe_parts(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
-            with self.preemption, self.checkpointer, trace:
+            with self.preemption, self.checkpointer, trace, GarbageCollection(self.config.training.gc_interval) as gc:
                 if self.watchdog:
                     self.watchdog.signal_received = self.preemption.seen
-                while self.step < self.total_steps:
-                    self._train_epoch(metrics, trace)
+                try:
+                    while self.step < self.total_steps:
+                        self._train_epoch(metrics, trace, gc)
+                finally:
+                    self._write_last()
         self.consumed.close()
         self._print(metrics.totals.describe())
         if self.nonfinite.steps:
@@ -195,7 +200,7 @@ class Trainer:
             self._at("the export", SLOW_WORK_SECONDS)
             self._print(export(self.model, self.args, self.config, self.token_ids))
 
-    def _train_epoch(self, metrics: MetricsLogger, trace: StepTrace) -> None:
+    def _train_epoch(self, metrics: MetricsLogger, trace: StepTrace, collection: GarbageCollection) -> None:
         """The rest of the current epoch, or as much of it as the steps that are left need."""
         position, plan = self.position, self.position.plan
         if self.world.rank == 0:
@@ -203,10 +208,11 @@ class Trainer:
         batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
             trace.before(self.step + 1)
-            values = self.train_step(plan, position.step_in_plan, batches)
+            record = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
             trace.after(self.step)
-            self._finish_step(values, metrics)
+            self._finish_step(record, metrics)
+            collection.after(self.step)
         if position.finished:
             self.consumed.sync()
             self._confirm_epoch(metrics.write)
@@ -239,9 +245,13 @@ class Trainer:
             **options,
         )
 
-    def _finish_step(self, values: dict[str, Any], metrics: MetricsLogger) -> None:
-        """What is due after a step: validation, live check, its metrics, a checkpoint; or the end, for a signal."""
+    def _finish_step(self, record: Callable[[], dict[str, Any]], metrics: MetricsLogger) -> None:
+        """What is due after a step: validation, live check, its metrics, a checkpoint; or the end, for a signal.
+
+        Where nothing else is due, the metrics are written while the next step runs (_write_last).
+        """
         config, plan, last = self.config, self.position.plan, self.step == self.total_steps
+        values: dict[str, Any] = {}
         # A signal leaves seconds: its step has no validation.
         if self.validator and not self.signal and (self.step % config.validation.interval == 0 or last):
             place = f"validation after step {self.step}"
@@ -258,7 +268,10 @@ class Trainer:
         values |= self.checkpointer.take_measured()
         if saves:
             values["checkpoint_blocked_seconds"] = self._stage()
-        metrics.log(values)
+        self._unwritten = lambda: metrics.log({**record(), **values})
+        if not values and not self.position.finished and not self.signal:
+            return
+        self._write_last()
         for line in [report.line(names), *report.warnings(names)] if report else ():
             metrics.write(fit(line))
         if saves:
@@ -266,6 +279,12 @@ class Trainer:
             self.checkpointer.write()
         if self.signal and not last:
             self._leave()
+
+    def _write_last(self) -> None:
+        """Write the metrics of the last step, unless they are written."""
+        write, self._unwritten = self._unwritten, None
+        if write:
+            write()
 
     def _confirm_epoch(self, write: Callable[[str], None]) -> None:
         """Compare what was trained with the plans of the epoch and the store: each sample once."""
@@ -287,8 +306,8 @@ class Trainer:
         )
         self._print(fit(f"predicted time: {time_left}"))
 
-    def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> dict[str, Any]:
-        """One optimizer step: its iterations, clipping, update; returns the step's metrics."""
+    def train_step(self, plan: Plan, step: int, batches: Iterator[PackedBatch]) -> Callable[[], dict[str, Any]]:
+        """One optimizer step: its iterations, clipping, update; returns what makes its metrics, until the next step."""
         self.meter.start()
         first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
         for iteration in range(first, last):
@@ -299,33 +318,42 @@ class Trainer:
             level = level_name(plan.levels[batch.level])
             self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}", kind=level)
             with self.live_check.iteration(iteration):
-                losses = self.engine.forward_backward(batch)
+                losses = self.engine.forward_backward(batch, last=iteration + 1 == last)
+            # Files of the step before: the device has work meanwhile.
+            self._write_last()
             self.meter.add(batch, losses, waited)
             self.nonfinite.see(iteration, batch, losses)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
         # On a GPU this waits for the iterations before it: steps of other levels take other times.
         self._at(f"step {self.step + 1}, clipping and update", kind=f"update {level}")
-        grad_norm = float(clip_grad_norm(self.model, self.config.training.max_norm))
+        norm, skips = self.meter.sum_over_ranks(square_norm(self.model), self.expert_load.take())
+        scale_gradients(self.model, norm, self.config.training.max_norm)
         learning_rate = self.progress.learning_rate()
-        loss_sums = self.meter.sum_over_ranks(self.live_check.take())
-        skipped = ""
-        if math.isfinite(sum(loss_sums) + grad_norm):
-            set_learning_rate(self.optimizer, learning_rate)
-            with out_of_memory_in(UPDATE):
-                self.optimizer.step()
-        else:
+        set_learning_rate(self.optimizer, learning_rate)
+        with out_of_memory_in(UPDATE):
+            # Decided on the device, by what all ranks have alike: a step that is not finite changes nothing.
+            step_unless(self.optimizer, skips)
+        self.optimizer.zero_grad()
+        # The step's one wait for the device.
+        flags = [self.preemption.received, self.checkpointer.failed]
+        signal, save_failed = self.meter.read(self.live_check.take(), flags)
+        loss_sums, grad_norm, skipped = self.meter.loss_sums, self.meter.grad_norm, ""
+        if not math.isfinite(sum(loss_sums) + grad_norm):
             skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
         self.nonfinite.clear()
         self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
-        self.optimizer.zero_grad()
-        signal, save_failed = self.meter.max_over_ranks([self.preemption.received, self.checkpointer.failed])
         if save_failed:
             self.checkpointer.wait()
         self.signal = int(signal)
-        measured = self.meter.measurements(plan, first, last, grad_norm, learning_rate)
-        record = self.recorder.record(plan, step, self.step + 1, measured, skipped)
-        return {**record, **self.expert_load.take(self.step + 1)}
+        number = self.step + 1
+
+        def record() -> dict[str, Any]:
+            measured = self.meter.measurements(plan, first, last, learning_rate)
+            figures = self.expert_load.figures(self.meter.counts, number)
+            return {**self.recorder.record(plan, step, number, measured, skipped), **figures}
+
+        return record
 
     def _stage(self) -> float:
         """Take what the next checkpoint holds; returns the seconds that training stood still."""

@@ -25,6 +25,7 @@ NOT_RUN = {
     "./scripts/run_tests.sh": "runs this very test",
     "scripts/run_tests.sh --hypothesis-profile=random -m hypothesis": "takes ten minutes",
     "python -m pytest -m gpu": "needs a GPU",
+    **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4"), "installs a kernel of a GPU"),
     "pip install '.[data]'": "installs packages",
     ".venv/bin/pip install -e '.[wandb]'": "installs packages",
     "python scripts/list_errors.py": "compares the repository's own files; a test runs it there",

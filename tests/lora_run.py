@@ -65,6 +65,11 @@ def train_and_resume(world: World, argv: list[str], folder: Path) -> list[dict[s
     return [whole, train(world, [*argv, f"--job.dump_folder={resumed}"])]
 
 
+def train_each(world: World, runs: list[list[str]]) -> list[dict[str, Any]]:
+    """Several runs one after the other."""
+    return [train(world, argv) for argv in runs]
+
+
 def train(world: World, argv: list[str]) -> dict[str, Any]:
     """The whole parameters after a run, and what a rank saw: graphs, levels, bytes of the optimizer's state."""
     from torch._dynamo.utils import counters

@@ -47,13 +47,13 @@ def train_poisoned(world: World, argv: Sequence[str], poison: str, places: Seque
     forward_backward, whole_step = trainer.engine.forward_backward, trainer.train_step
     states = []
 
-    def marked(batch: Any) -> Tensor:
+    def marked(batch: Any, last: bool = True) -> Tensor:
         now[0] = trainer.consumed._file is not None and bool(poisoned & set(batch.sample_ids.tolist()))
-        loss = forward_backward(batch)
+        loss = forward_backward(batch, last)
         now[0] = False
         return loss
 
-    def step(*args: Any) -> dict[str, Any]:
+    def step(*args: Any) -> Any:
         if poison == "parameter" and trainer.step == 2 and world.rank == 0:
             with torch.no_grad():
                 next(iter(trainer.model.parameters())).to_local()[0, 0] = math.nan  # type: ignore[attr-defined]

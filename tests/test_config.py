@@ -125,7 +125,7 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["training.steps"], "unexpected argument 'training.steps'"),
         (["--levels", "1024:x"], "'1024:x' is not of the form max_tokens:cp_degree"),
         (["--levels", "1024:2:rings"], "cp_style='rings' is none of ulysses, allgather, hybrid"),
-        (["--levels", "64:1:ulysses:full:2:3"], "'64:1:ulysses:full:2:3' is not of the form"),
+        (["--levels", "64:1:ulysses:full:2:true:3"], "'64:1:ulysses:full:2:true:3' is not of the form"),
         (
             ["--compile.enable=true", "--parallelism.cp_collectives=dtensor"],
             "compile.enable with parallelism.cp_collectives = 'dtensor'",

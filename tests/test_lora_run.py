@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import load_hf_tensors, to_hf_name
 from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
 from hbp_titan.preflight import check, cost_model
-from tests.lora_run import train, train_and_resume, write_lora_run
+from tests.lora_run import train, train_and_resume, train_each, write_lora_run
 from tests.programs import run_python
 from tests.tiny_run import ARGS
 
@@ -111,6 +112,29 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
     assert {checksum(base.items())} == {mark for rank in ranks for mark in rank[0]["checksums"]}
 
 
+def test_base_in_bfloat16_trains_the_same_adapters_as_in_float32(tmp_path: Path) -> None:
+    argv = [*write_lora_run(tmp_path, tied=False), "--training.steps=3", "--training.mixed_precision_param=bfloat16"]
+    runs = [[*argv, f"--lora.base_dtype={d}", f"--job.dump_folder={tmp_path / d}"] for d in ("float32", "auto")]
+    wide, narrow = (found["parameters"] for found in run_distributed(train_each, 2, runs)[0])
+    args = dataclasses.replace(ARGS, tie_embeddings=False)
+    base = load_hf_tensors(tmp_path / "base", args)
+    for name, value in wide.items():
+        if is_adapter(name):
+            assert value.norm() > 0.001
+            assert narrow[name].dtype == torch.float32
+            assert narrow[name].equal(value), name
+        else:
+            assert value.equal(base[name]), name
+            assert narrow[name].dtype == torch.bfloat16
+            assert narrow[name].equal(value.bfloat16()), name
+    # The checkpoint's adapters belong to the rounded base, and are merged into it as the run's own export is.
+    step_folder = tmp_path / "auto" / "checkpoint" / "step-3"
+    whole = dict(whole_tensors(step_folder, json.loads((step_folder / "state.json").read_text()), args))
+    exported = load_file(tmp_path / "auto" / "hf" / "model.safetensors")
+    for name, value in whole.items():
+        assert exported[to_hf_name(name)].equal(value.float()), name
+
+
 # Four ranks are two copies, each sharded over two ranks.
 @pytest.mark.parametrize(("world_size", "copies"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_compiled_run_that_keeps_attention_equals_peft_with_one_graph_a_level(
@@ -128,8 +152,8 @@ def test_compiled_run_that_keeps_attention_equals_peft_with_one_graph_a_level(
     ]
     found = run_distributed(train, world_size, argv)[0]
     assert found["levels"] == {0, 1}
-    # The second level's halves of a block are two graphs.
-    assert (found["graphs"], found["breaks"]) == (3, 0)
+    # Two regions of a block without cp, three with it; and the loss.
+    assert (found["graphs"], found["breaks"]) == (6, 0)
     _check_against_peft(argv, found["parameters"], world_size)
 
 
@@ -244,6 +268,7 @@ OWN = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj"], "base": BASE}
         ({**OWN, "rank": 8}, OWN, "lora.rank is 8 in step-4 but 4 here"),
         ({**OWN, "alpha": 16.0}, OWN, "lora.alpha is 16.0 in step-4 but 8.0 here"),
         ({**OWN, "target_modules": ["o_proj"]}, OWN, "lora.target_modules is ['o_proj'] in step-4"),
+        ({**OWN, "base": {**BASE, "dtype": "bfloat16"}}, OWN, "in float32 here; set lora.base_dtype = bfloat16"),
         ({**OWN, "base": {**BASE, "checksum": "01"}}, OWN, "those of /models/x with checksum 01, not 00"),
     ],
 )

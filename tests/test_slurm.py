@@ -104,15 +104,15 @@ ENDS = {
     "preempted": ("echo 'SIGUSR1 step 7' > run/preempted; exit 1", False, 0, True),
     "ended": ("echo 'SIGTERM step 7' > run/preempted; exit 1", False, 1, False),
     "failed": ("mkdir -p run/checkpoint/step-7; exit 1", False, 1, False),
-    "out of time": ("trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 20 & wait", True, 0, True),
-    "no step in time": ("trap 'exit 138' USR1; mkdir up; sleep 20 & wait", True, 138, False),
+    "out of time": ("trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait", True, 0, True),
+    "no step in time": ("trap 'exit 138' USR1; mkdir up; sleep 60 & wait", True, 138, False),
     "out of time at first": (
-        "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 20 & wait",
+        "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait",
         True,
         0,
         True,
     ),
-    "complete in time": ("trap 'sleep 0.3; exit 0' USR1; mkdir up; sleep 20 & wait", True, 0, False),
+    "complete in time": ("trap 'sleep 0.3; exit 0' USR1; mkdir up; sleep 60 & wait", True, 0, False),
 }
 
 
@@ -129,7 +129,7 @@ def test_job_is_queued_again_when_it_left_for_want_of_time(repository: Path, end
     if warned:
         _wait_until((repository / "up").exists, process)
         process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert ("scontrol requeue 20077" in _calls(repository)) == again
     assert ("srun got USR1" in _calls(repository)) == warned
@@ -139,7 +139,7 @@ def test_job_is_queued_again_when_it_left_for_want_of_time(repository: Path, end
 
 def test_a_mistake_ends_the_job_before_a_node_starts(repository: Path) -> None:
     process = _submit(repository, "--trainin.steps=3")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.strip() == "error: command line: unknown key trainin.steps; did you mean training.steps?"
     assert not (repository / "calls").exists()

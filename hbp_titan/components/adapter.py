@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.checkpoint_tensors import load_model_tensors
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.fsdp import sharded_parameters
 from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.models.decoder import ModelArgs, init_parameter
 from hbp_titan.models.hf import load_hf_tensors
@@ -43,8 +44,8 @@ def describe_adapter(config: JobConfig, model: nn.Module) -> dict[str, Any] | No
         "base": {
             "path": str(Path(path).resolve()) if path else "",
             "seed": config.training.seed,
-            "dtype": config.training.dtype,
-            "checksum": checksum((name, p.detach()) for name, p in model.named_parameters() if not is_adapter(name)),
+            "dtype": str(next(p.dtype for p in model.parameters() if not p.requires_grad)).removeprefix("torch."),
+            "checksum": checksum((name, p.detach()) for name, p in sharded_parameters(model) if not is_adapter(name)),
         },
     }
 
@@ -60,6 +61,12 @@ def check_adapter(saved: Mapping[str, Any] | None, own: Mapping[str, Any] | None
     for key in ("rank", "alpha", "target_modules"):
         if saved[key] != own[key]:
             raise ValueError(f"cannot resume: lora.{key} is {saved[key]} in {path} but {own[key]} here: {mend}")
+    dtype, own_dtype = saved["base"]["dtype"], own["base"]["dtype"]
+    if dtype != own_dtype:
+        raise ValueError(
+            f"cannot resume: frozen weights are held in {dtype} in {path} but in {own_dtype} here; "
+            f"set lora.base_dtype = {dtype}"
+        )
     if saved["base"]["checksum"] != own["base"]["checksum"]:
         raise ValueError(
             f"cannot resume: {path} holds adapters of other frozen weights: those of {_origin(saved['base'])} with "

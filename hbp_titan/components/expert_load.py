@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hbp_titan.models.decoder import Decoder
@@ -36,18 +37,22 @@ class ExpertLoad:
         counts_LE = torch.stack(list(counts.values())).long()
         self.counts_LE = counts_LE if self.counts_LE is None else self.counts_LE + counts_LE
 
-    def take(self, step: int) -> dict[str, Any]:
-        """The figures of what was added up since the last call, over all ranks; every rank calls it.
+    def take(self) -> Tensor | None:
+        """What this rank added up since the last call, int64 [layers, experts] on its device; None without experts."""
+        counts_LE, self.counts_LE = self.counts_LE, None
+        return counts_LE
+
+    def figures(self, counts: NDArray[np.int64], step: int) -> dict[str, Any]:
+        """The figures of a step. counts: the sum over all ranks of what `take` returned, flat; empty without experts.
 
         expert_load: the most loaded expert as a multiple of its layer's mean, in the "worst" layer and in the "mean"
         of all; "idle", the experts of all layers without a token; "ranks", the most loaded rank as a multiple of the
         mean in the worst layer. tokens_per_expert: by layer, in every `table_interval`-th step. Padding counts: experts
         work on it as well.
         """
-        if self.counts_LE is None:
+        if not len(counts):
             return {}
-        dist.all_reduce(self.counts_LE)
-        table_LE, self.counts_LE = self.counts_LE.cpu(), None
+        table_LE = torch.from_numpy(counts).view(len(self.layers), -1)
         load = _over_mean(table_LE)
         figures = {
             "worst": load.max().item(),

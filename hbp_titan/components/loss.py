@@ -1,72 +1,192 @@
 """The cross entropy of a packed batch's trained tokens, without the [T, vocab] logits.
 
-Owns the chunked linear cross entropy. Both gradients are made while a chunk's logits exist (as in Liger Kernel's
+Owns the chunked linear cross entropy. Both gradients are computed while a chunk's logits exist (as in Liger Kernel's
 fused_linear_cross_entropy and torch 2.13's linear_cross_entropy, which has no per-token weights and is missing in
 2.11): backward only scales them, and no logits are computed twice or kept.
 
-Shape suffixes: L loss tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Memory above the hidden states, for a bf16 matrix: its gradient in fp32 and, of one chunk, the logits in fp32 with
+their gradient in bf16; the matrix's gradient in bf16 only when backward returns it. A chunk takes three matrix
+products. With bf16 inputs these multiply bf16 and add in fp32, and two of them also return fp32: logits are not
+rounded, and the chunks' gradients are summed inside the product, without a [vocab, hidden] bf16 copy for each.
+
+Shape suffixes: T tokens, L loss tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+
+@torch.library.custom_op("hbp_titan::matmul_fp32_cpu", mutates_args=())
+def _matmul_fp32_cpu(a: Tensor, b: Tensor) -> Tensor:
+    # A product of two bf16 numbers is exact in fp32.
+    return torch.mm(a.float(), b.float())
+
+
+@_matmul_fp32_cpu.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("hbp_titan::add_matmul_fp32", mutates_args=("total",))
+def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.is_cuda:
+        # An fp32 `self` next to bf16 factors works since torch 2.10 (pytorch #167931). On fake tensors the overload
+        # fails before 2.13 (#163880): one more reason for an op.
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+@_add_matmul_fp32.register_fake
+def _(total: Tensor, a: Tensor, b: Tensor) -> None:
+    return None
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; of bf16 matrices in fp32."""
+    if a.dtype != torch.bfloat16:
+        return torch.mm(a, b)
+    # torch has out_dtype on CUDA alone. On the CPU one op, so that a dry run does not count the copies that it makes.
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else _matmul_fp32_cpu(a, b)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; total is fp32 where a and b are bf16."""
+    if a.dtype == torch.bfloat16:
+        _add_matmul_fp32(total, a, b)
+    else:
+        total.addmm_(a, b)
+
+
+def _losses_and_exponentials(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [C] and the sums [C] of the exponentials of the logits, which take the logits' place.
+
+    In place, because each [C, V] tensor of a large vocabulary takes a gigabyte; logsumexp and log_softmax make one.
+    """
+    largest_C = logits_CV.amax(-1)
+    label_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
+    sums_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(-1)
+    return sums_C.log() + largest_C - label_C, sums_C
+
+
+def _chunk(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses [C] of a chunk, and the gradient of their weighted sum by the logits, [C, V] in hidden's dtype."""
+    logits_CV = _matmul(hidden_CH, weight_VH.T)
+    losses_C, sums_C = _losses_and_exponentials(logits_CV, labels_C)
+    # d loss / d logits = softmax - one_hot, times the token's weight.
+    grad_CV = logits_CV if logits_CV.dtype == hidden_CH.dtype else torch.empty_like(logits_CV, dtype=hidden_CH.dtype)
+    torch.mul(logits_CV, (weights_C / sums_C)[:, None], out=grad_CV)
+    # Rounded once, after the subtraction. expm1(-loss) is softmax - 1 without its cancellation.
+    at_label_C = (torch.expm1(-losses_C) * weights_C).to(grad_CV.dtype)
+    return losses_C, grad_CV.scatter_(1, labels_C[:, None], at_label_C[:, None])
+
+
+@cache
+def _compiled_chunk(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_chunk` compiled: it reads the logits in few passes and writes their gradient alone."""
+    compiled = torch.compile(_chunk, backend=backend, fullgraph=True, dynamic=False)
+
+    def chunk(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
+        if len(hidden_CH) == 1:
+            # The compiler would make a graph for size 1 alone.
+            return _chunk(hidden_CH, weight_VH, labels_C, weights_C)
+        for tensor in (hidden_CH, labels_C, weights_C):
+            # The last chunk has another size in each batch: one graph for all sizes.
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(hidden_CH, weight_VH, labels_C, weights_C)
+
+    return chunk
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
+        ctx: Any,
+        hidden_LH: Tensor,
+        weight_VH: Tensor,
+        labels_L: Tensor,
+        token_weights_L: Tensor,
+        chunk_tokens: int,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        objective = torch.zeros((), dtype=torch.float32, device=hidden_LD.device)
-        losses_L = torch.empty(len(hidden_LD), dtype=torch.float32, device=hidden_LD.device)
-        grad_hidden_LD = torch.empty_like(hidden_LD)
-        dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-        # Many chunks are summed: fp32 keeps what bf16 would round away. A frozen matrix (LoRA) needs none.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden_LD.shape[0], chunk_tokens):
+        dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+        token_weights_L = token_weights_L.to(dtype)
+        losses_L = torch.empty(len(hidden_LH), dtype=dtype, device=hidden_LH.device)
+        grad_hidden_LH = torch.empty_like(hidden_LH)
+        # Many chunks are summed: fp32 keeps what bf16 would round away. A frozen matrix (LoRA) needs no gradient.
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if ctx.needs_input_grad[1] else None
+        chunk = _compiled_chunk(backend) if backend else _chunk
+        for start in range(0, hidden_LH.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            hidden_CD, labels_C, weights_C = hidden_LD[part], labels_L[part], token_weights_L[part]
-            logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
-            losses_C = F.cross_entropy(logits_CV, labels_C, reduction="none")
-            objective += losses_C @ weights_C.to(losses_C.dtype)
-            losses_L[part] = losses_C
-            # d loss / d logits = softmax - one_hot
-            grad_CV = torch.softmax(logits_CV, dim=-1)
-            grad_CV.scatter_add_(1, labels_C[:, None], grad_CV.new_full((len(labels_C), 1), -1.0))
-            grad_CV = (grad_CV * weights_C[:, None]).to(hidden_LD.dtype)
-            torch.matmul(grad_CV, weight_VD, out=grad_hidden_LD[part])
-            if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_CD
-        ctx.save_for_backward(grad_hidden_LD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
+            hidden_CH, labels_C, weights_C = hidden_LH[part], labels_L[part], token_weights_L[part]
+            losses_L[part], grad_CV = chunk(hidden_CH, weight_VH, labels_C, weights_C)
+            torch.mm(grad_CV, weight_VH, out=grad_hidden_LH[part])
+            if grad_weight_VH is not None:
+                _add_matmul(grad_weight_VH, grad_CV.T, hidden_CH)
+            # Not held while the next chunk makes its own.
+            del grad_CV
+        ctx.save_for_backward(grad_hidden_LH, grad_weight_VH)
+        ctx.weight_dtype = weight_VH.dtype
         ctx.mark_non_differentiable(losses_L)
-        return objective, losses_L
+        return losses_L @ token_weights_L, losses_L
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_LD, grad_weight_VD = ctx.saved_tensors
-        grad_hidden_LD = grad_hidden_LD * grad.to(grad_hidden_LD.dtype)
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD * grad.to(grad_weight_VD.dtype)
-        return grad_hidden_LD, grad_weight_VD, None, None, None
+        grad_hidden_LH, grad_weight_VH = ctx.saved_tensors
+        grad_hidden_LH = grad_hidden_LH * grad.to(grad_hidden_LH.dtype)
+        if grad_weight_VH is not None:
+            # Scaled and rounded in one pass. autograd frees the fp32 sum when this returns.
+            rounded_VH = torch.empty_like(grad_weight_VH, dtype=ctx.weight_dtype)
+            grad_weight_VH = torch.mul(grad_weight_VH, grad, out=rounded_VH)
+        return grad_hidden_LH, grad_weight_VH, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, token_weights_L: Tensor, chunk_tokens: int
+    hidden_LH: Tensor,
+    weight_VH: Tensor,
+    labels_L: Tensor,
+    token_weights_L: Tensor,
+    chunk_tokens: int,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """cross_entropy(hidden @ weight.T, labels) of L tokens: their sum by weight, a scalar, and each one's own, [L].
+    """cross_entropy(hidden @ weight.T, labels) of L tokens: their weighted sum, a scalar, and each token's loss, [L].
 
-    Both are fp32; only the first is differentiable. token_weights_L: fp32 (components/normalizer.py); L may be 0. At
-    most `chunk_tokens` rows of logits exist at one time.
+    Both are fp32 (float64 for float64 inputs); only the first is differentiable. hidden, weight: of one dtype.
+    token_weights_L: fp32 (components/normalizer.py); L may be 0. At most `chunk_tokens` rows of logits exist at one
+    time. backend: of torch.compile for the work on a chunk's logits; "" runs it eagerly.
     """
-    return _ChunkedLinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L, token_weights_L, chunk_tokens)
+    return _ChunkedLinearCrossEntropy.apply(hidden_LH, weight_VH, labels_L, token_weights_L, chunk_tokens, backend)
 
 
-def linear_cross_entropy_losses(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
-    """Each token's own alone, fp32 [L], without gradients."""
-    parts = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
-    losses = [F.cross_entropy((h_CD @ weight_VD.T).float(), l_C, reduction="none") for h_CD, l_C in parts]
+def linear_cross_entropy_losses(hidden_LH: Tensor, weight_VH: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
+    """Each token's loss alone, [L] as linear_cross_entropy returns it, without gradients."""
+    parts = zip(hidden_LH.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
+    losses = [_losses_and_exponentials(_matmul(h_CH, weight_VH.T), l_C)[0] for h_CH, l_C in parts]
     return torch.cat(losses)
+
+
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, index_L: Tensor) -> Tensor:
+        ctx.save_for_backward(index_L)
+        ctx.num_rows = len(x_TH)
+        return x_TH.index_select(0, index_L)
+
+    @staticmethod
+    def backward(ctx: Any, grad_LH: Tensor) -> tuple[Tensor, None]:
+        (index_L,) = ctx.saved_tensors
+        return grad_LH.new_zeros(ctx.num_rows, *grad_LH.shape[1:]).index_copy_(0, index_L, grad_LH), None
+
+
+def select_rows(x_TH: Tensor, index_L: Tensor) -> Tensor:
+    """x[index] of rows that are named at most once, with a backward that copies rows.
+
+    Indexing would sort the index in its backward, and index_select would add atomically: both for rows named twice.
+    """
+    return _SelectRows.apply(x_TH, index_L)

@@ -70,21 +70,24 @@ class LossCollector:
         self.num_levels = num_levels
         self.borders, bands = np.unique(band_of(store.lengths), return_inverse=True)
         self.bands = bands.astype(np.uint8)
-        self._seen: list[tuple[int, NDArray[np.int64], Tensor]] = []
+        self._sums_G: Tensor | None = None
 
     def add(self, batch: PackedBatch, losses_S: Tensor) -> None:
-        """Keep an iteration; waits for nothing. losses_S: [S], what this rank has of each of batch.sample_ids."""
-        self._seen.append((batch.level, batch.sample_ids, losses_S))
+        """Add an iteration; waits for nothing. losses_S: [S], what this rank has of each of batch.sample_ids."""
+        ids = batch.sample_ids
+        starts = np.cumsum([0, *self._sizes()[:-1]])
+        groups = self._groups(np.full(len(ids), batch.level), ids)
+        places = np.concatenate([group + start for group, start in zip(groups, starts, strict=True)])
+        if self._sums_G is None:
+            self._sums_G = torch.zeros(sum(self._sizes()), dtype=torch.float64, device=losses_S.device)
+        index = torch.from_numpy(places).to(losses_S.device, non_blocking=True)
+        self._sums_G.index_add_(0, index, losses_S.double().repeat(len(groups)))
 
-    def take(self) -> list[float]:
-        """Sums since the last call by level, then by band, then by source; waits for the device."""
-        levels = np.repeat([level for level, _, _ in self._seen], [len(ids) for _, ids, _ in self._seen])
-        ids = np.concatenate([ids for _, ids, _ in self._seen])
-        losses = torch.cat([losses for _, _, losses in self._seen]).cpu().numpy()
-        self._seen = []
-        groups = zip(self._groups(levels, ids), self._sizes(), strict=True)
-        sums = [np.bincount(group, losses, size) for group, size in groups]
-        return np.concatenate(sums).tolist()
+    def take(self) -> Tensor:
+        """Sums since the last call by level, then by band, then by source: float64 on the device."""
+        sums_G, self._sums_G = self._sums_G, None
+        assert sums_G is not None, "add comes first"
+        return sums_G
 
     def by_level(self, sums: Sequence[float]) -> list[float]:
         """The first part of such sums."""

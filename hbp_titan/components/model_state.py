@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.checkpoint_tensors import check_model_shapes, load_model_shards, read_state
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.fsdp import sharded_parameters
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import barrier
 from hbp_titan.job_config import LoRA
@@ -54,8 +55,8 @@ def check_load_path(path: str, args: ModelArgs) -> None:
 def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: int, load_path: str) -> None:
     """Give the meta-device `model` storage on `device` and weights.
 
-    load_path: an HF folder or a checkpoint; empty means new weights from `seed`, the same for every world size.
-        Adapters are new in any case.
+    load_path: an HF folder or a checkpoint; empty means new weights from `seed`, the same for every world size; each
+        rank draws its own shards, on `device`. Adapters are new in any case.
     """
     model.to_empty(device=device)
     if load_path and (Path(load_path) / "state.json").is_file():
@@ -68,9 +69,13 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
         _fill(_parameters(model, adapters=False), lambda name, shape, dims: tensors.part(name, dims))
     else:
         _fill(
-            _parameters(model, adapters=False), lambda name, shape, dims: init_parameter(args, name, shape, seed)[dims]
+            _parameters(model, adapters=False),
+            lambda name, shape, dims: init_parameter(args, name, shape, seed, dims, device),
         )
-    _fill(_parameters(model, adapters=True), lambda name, shape, dims: init_lora_parameter(name, shape, seed)[dims])
+    _fill(
+        _parameters(model, adapters=True),
+        lambda name, shape, dims: init_lora_parameter(name, shape, seed, dims, device),
+    )
 
 
 def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
@@ -84,7 +89,7 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
 
 
 def _parameters(model: nn.Module, adapters: bool) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if is_adapter(name) == adapters)
+    return ((name, p) for name, p in sharded_parameters(model) if is_adapter(name) == adapters)
 
 
 @torch.no_grad()
@@ -166,5 +171,8 @@ def _named_targets(lora: LoRA, adapter: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def _whole_tensors(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) pairs, a collective for each; on the host on rank 0, of no use elsewhere."""
     for name, parameter in _parameters(model, adapters):
-        yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        # A model of 70B takes 282 GB of a host in fp32: one copy of it, not one for each rank of a node.
+        yield name, whole.cpu() if dist.get_rank() == 0 else whole

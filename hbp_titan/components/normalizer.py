@@ -32,9 +32,7 @@ def ave_token(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDAr
 def token_mean(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Every pack with trained tokens counts the same."""
     first, last = _iterations_of_step(plan, iteration)
-    offsets = plan.packs.offsets[plan.pack_offsets[first] : plan.pack_offsets[last] + 1]
-    running = np.concatenate([[0], np.cumsum(plan.loss_tokens[plan.samples_of(first, last)])])
-    trained = np.diff(running[offsets - offsets[0]])
+    trained = _trained_by_pack(plan, first, last)
     in_pack = int(plan.loss_tokens[sample_ids].sum())
     return _where_trained(plan, sample_ids, 1.0 / max(in_pack * int((trained > 0).sum()), 1))
 
@@ -66,10 +64,21 @@ def weight_range(normalizer: SampleWeights, plan: Plan, step: int) -> tuple[floa
     (1, 1) says that every token counts the same; (0.2, 9) that some count 45 times as much as others.
     """
     first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
-    packs = [(i, pack) for i in range(first, last) for pack in plan.iteration(i).packs]
-    weights = np.concatenate([normalizer(plan, i, pack) for i, pack in packs])
+    if normalizer is token_mean:
+        trained = _trained_by_pack(plan, first, last)
+        weights = 1.0 / (trained[trained > 0] * max(int((trained > 0).sum()), 1))
+    else:
+        # Its pack does not matter to a sample: all of the step at once.
+        weights = normalizer(plan, first, plan.samples_of(first, last))
     weights = weights[weights > 0] * int(plan.step_loss_tokens[step])
     return (float(weights.min()), float(weights.max())) if len(weights) else (0.0, 0.0)
+
+
+def _trained_by_pack(plan: Plan, first: int, last: int) -> NDArray[np.int64]:
+    """Trained tokens of each pack of iterations first to last - 1."""
+    offsets = plan.packs.offsets[plan.pack_offsets[first] : plan.pack_offsets[last] + 1]
+    running = np.concatenate([[0], np.cumsum(plan.loss_tokens[plan.samples_of(first, last)])])
+    return np.diff(running[offsets - offsets[0]])
 
 
 def _iterations_of_step(plan: Plan, iteration: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.distributed.mesh import shard_group
 from hbp_titan.job_config import LRScheduler, Optimizer
 
 
@@ -82,19 +81,53 @@ def lr_factor(config: LRScheduler, total_steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
+def square_norm(model: nn.Module) -> Tensor:
+    """The squared norm of this rank's shards of the gradients, a float64 scalar on its device; waits for nothing.
+
+    0 on ranks that hold another copy of the parameters than the first (dp_replicate): a sum over the world counts each
+    gradient once.
+    """
+    square = torch.nn.utils.get_total_norm(_local_grads(model)).double().square()
+    meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    copies = next((mesh for mesh in meshes if "dp_replicate" in (mesh.mesh_dim_names or ())), None)
+    if copies is not None and copies.get_local_rank("dp_replicate") > 0:
+        return torch.zeros_like(square)
+    return square
+
+
+@torch.no_grad()
+def scale_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
+    """Clip the gradients, whose norm over the world is `norm` (a scalar on the device), to max_norm; 0: not at all."""
+    if max_norm > 0:
+        torch._foreach_mul_(_local_grads(model), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradients by their norm over the whole world (0 turns clipping off); returns the norm before.
 
     As torch.nn.utils.clip_grad_norm_, which does not take tensors of several meshes.
     """
-    grads = [
-        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.grad is not None
-    ]
-    square = torch.nn.utils.get_total_norm(grads).square()
-    group = shard_group(model.parameters())
-    if group is not None:
-        dist.all_reduce(square, group=group)
-    norm = square.sqrt()
-    if max_norm > 0:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    square = square_norm(model)
+    if dist.is_initialized():
+        dist.all_reduce(square)
+    norm = square.sqrt().float()
+    scale_gradients(model, norm, max_norm)
     return norm
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skips: Tensor) -> None:
+    """The optimizer's step, which the device leaves out where `skips` (float32 scalar on it) is 1; the host waits not.
+
+    Parameters, moments and the count of steps are then as before.
+    """
+    # What torch.amp.GradScaler sets for a fused optimizer.
+    optimizer.found_inf = skips  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _local_grads(model: nn.Module) -> list[Tensor]:
+    grads = (p.grad for p in model.parameters() if p.grad is not None)
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

@@ -14,7 +14,7 @@ from torch import nn
 from hbp_titan.components.console import fit
 from hbp_titan.components.model_state import describe_weights
 from hbp_titan.data.planning import EpochPlans
-from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.distributed.parallelize import compute_dtype, stored_dtype
 from hbp_titan.job_config import JobConfig, LoRA
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.attention import selected_backend
@@ -48,7 +48,7 @@ def describe_start(
         f"ranks: {plan.world_size} on {device.type}",
         f"data: {len(samples):,} samples, {int(plan.lengths[samples].sum()):,} tokens, {trained:,} of them trained",
         *(f"warning: {warning}" for warning in warnings),
-        describe_plan(plan, total_steps, config.parallelism.cp_collectives),
+        describe_plan(plan, total_steps, config),
         f"outputs: {config.dump_folder}",
     ]
     return fit("\n".join(parts))
@@ -57,9 +57,10 @@ def describe_start(
 def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
     """Architecture, dtypes, attention kernel, where the weights come from, and what of them is trained."""
     computed = str(compute_dtype(config, device)).removeprefix("torch.")
-    weights = describe_weights(config.checkpoint.initial_load_path, args, config.training.dtype)
+    stored = str(stored_dtype(config, device)).removeprefix("torch.")
+    weights = describe_weights(config.checkpoint.initial_load_path, args, stored)
     lines = [
-        f"model: {args.name}, {num_params(args):,} parameters, {config.training.dtype}, computed in {computed}, "
+        f"model: {args.name}, {num_params(args):,} parameters, {stored}, computed in {computed}, "
         f"attention {selected_backend(device)}",
         f"weights: {weights}",
     ]
@@ -76,17 +77,20 @@ def _describe_lora(lora: LoRA, model: nn.Module) -> str:
     )
 
 
-def describe_plan(plan: Plan, total_steps: int, cp_collectives: str) -> str:
-    """Levels with their mesh, exchanges and recomputation, iterations, steps and tokens per step of one epoch."""
+def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
+    """Levels with their mesh, exchanges, recomputation and what they keep of parameters; steps of one epoch."""
     lines = []
+    # Of a run that goes on it may be another than when the plan was made.
+    resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
     iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
-    for level, count in zip(plan.levels, iterations, strict=True):
-        style = f" ({level.cp_style}, {cp_collectives})" if level.cp_degree > 1 else ""
+    for level, count, reshard in zip(plan.levels, iterations, resharded, strict=True):
+        style = f" ({level.cp_style}, {config.parallelism.cp_collectives})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
+        kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {recomputed}, {count} iterations"
+            f"checkpointing {recomputed}{kept}, {count} iterations"
         )
     tokens = plan.step_tokens
     lines.append(

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from hbp_titan.components.loss_means import LossCollector, NamedSources
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PackLoader
-from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.distributed.world import World
 from hbp_titan.packing import Plan
 from hbp_titan.packing.level import level_name
 
@@ -42,8 +43,9 @@ class Validator:
             at(f"micro-batch {iteration} of {plan.num_iterations}, level {level}", level)
             self.collector.add(batch, losses_of(batch))
         at("the sum of losses", "sum")
-        sums = all_reduce_values(self.collector.take(), "sum", self.world.device)
-        means = self.collector.means(sums, plan, 0, plan.num_iterations)
+        sums_G = self.collector.take()
+        dist.all_reduce(sums_G)
+        means = self.collector.means(sums_G.tolist(), plan, 0, plan.num_iterations)
         return {
             **means.whole.as_dict(),
             "by_level": {level_name(plan.levels[k]): mean.as_dict() for k, mean in means.by_level.items()},

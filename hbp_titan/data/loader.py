@@ -6,6 +6,7 @@ position is reached at once, without reading what lies before it.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import warnings
@@ -130,7 +131,7 @@ class PackLoader:
                 num_workers=num_workers,
                 prefetch_factor=prefetch_factor if num_workers else None,
                 pin_memory=pin_memory,
-                worker_init_fn=_leave_group if num_workers else None,
+                worker_init_fn=_start_worker if num_workers else None,
                 # Its draw for the workers' seeds would move the rank's own generator at every start of a run.
                 generator=torch.Generator(),
             )
@@ -139,10 +140,11 @@ class PackLoader:
         return iter(self._loader)
 
 
-def _leave_group(worker: int) -> None:
-    """torchrun signals a rank's process group: a worker that died of that could not feed the step to be saved.
-
-    Nor does a signal to a worker count as the rank's, whose pipe (components/preemption.py) it has inherited.
-    """
+def _start_worker(worker: int) -> None:
+    """What a forked worker must not share with its rank."""
+    # A signal to a worker does not count as the rank's, whose pipe (components/preemption.py) it has inherited.
     signal.set_wakeup_fd(-1)
+    # torchrun signals a rank's process group: a worker that died of that could not feed the step to be saved.
     os.setpgrp()
+    # Training runs the rank's collector by itself (components/garbage_collection.py); nobody runs the worker's.
+    gc.enable()

@@ -16,6 +16,7 @@ from typing import Any
 from hbp_titan.data.epoch_parts import Part, describe_parts, load_parts, save_part
 from hbp_titan.data.planning import EpochPlans
 from hbp_titan.packing import Level, Plan, remainder
+from hbp_titan.packing.level import format_level
 
 
 class Position:
@@ -84,7 +85,9 @@ class Position:
         if not 0 <= self.step_in_plan <= self.plan.num_steps:
             raise ValueError(f"step {self.step} is none of the {self.plan.num_steps} steps of its plan")
         before, now = self.plan, self.plans
-        if self.finished or (before.world_size, before.levels, before.costs) == (now.world_size, now.levels, now.costs):
+        same = before.world_size == now.world_size and before.costs == now.costs
+        # Where a level keeps its parameters changes no pack: the plan goes on.
+        if self.finished or (same and _planned(before.levels) == _planned(now.levels)):
             return ""
         return self._plan_anew()
 
@@ -110,6 +113,11 @@ class Position:
         )
 
 
+def _planned(levels: Sequence[Level]) -> list[Level]:
+    """The levels without what no plan depends on."""
+    return [dataclasses.replace(level, reshard_after_forward=None) for level in levels]
+
+
 def _changes(before: Plan, now: Plan) -> str:
     changes = []
     if now.world_size != before.world_size:
@@ -121,5 +129,4 @@ def _changes(before: Plan, now: Plan) -> str:
 
 def _form(levels: Sequence[Level]) -> str:
     """As on the command line, with everything that a level has: the change may be in any of it."""
-    fields = ([str(value) for value in dataclasses.astuple(level) if value is not None] for level in levels)
-    return ",".join(":".join(words) for words in fields)
+    return ",".join(format_level(level) for level in levels)

@@ -3,61 +3,167 @@
 Owns the sharding of stacked experts over the axis "ep" and the exchange of rows (GShard, arXiv 2006.16668). Each rank
 of the axis runs its own tokens, of whatever level: a row knows neither documents nor context parallelism, so nothing
 here depends on the level, and a swap changes nothing. No token is dropped, whatever the load. How many rows each rank
-gets is in the data: each forward reads these numbers from the device once.
+gets is in the data: each forward reads these numbers from the device once, its recomputation does not.
 
-Shape suffixes: S copies of a rank's tokens, H hidden width, E experts of a layer, P ranks of the axis, L = E / P
-experts of a rank, R rows that a rank receives.
+Shape suffixes: T tokens, K experts of a token, S = T * K copies of a rank's tokens, H hidden width, E experts of a
+layer, P ranks of the axis, L = E / P experts of a rank, R rows that a rank receives, W a row with its weight.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as collectives
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.moe import Experts, MixtureOfExperts
+from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
+
+
+class Splits(NamedTuple):
+    """Rows of one exchange. arriving_PL: from each rank for each of this rank's experts, int32 on the device.
+    received_P, sent_P: from and to each rank."""
+
+    arriving_PL: Tensor
+    received_P: list[int]
+    sent_P: list[int]
 
 
 class ExpertExchange:
     """Stands in for `MixtureOfExperts.run_experts`: rows to the ranks of their experts, their outputs back.
 
     experts: whose parameters are DTensors of which this rank has L experts. group: the ranks of the axis.
+    A forward has three all-to-alls (numbers of rows; rows with their weights; outputs), a backward two. Its
+    recomputation repeats that of the rows alone: the numbers are kept, and it stops before the outputs.
     """
 
     def __init__(self, experts: Experts, group: ProcessGroup) -> None:
         self.experts = experts
         self.group = group
+        self.splits: Splits | None = None
+        self.waiting = 0  # forwards whose backward is still to come
 
-    def __call__(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows in the order of their experts, their weights, and how many each expert has; returns y_SH."""
-        arriving_PL, received_P, sent_P = self.count(counts_E)
-        # [S, H] -> rows to the rank of their expert -> [R, H], by sender and of each sender by expert
-        x_RH = self.exchange(x_SH, received_P, sent_P)
-        weights_R = self.exchange(weights_S, received_P, sent_P)
-        order_R = order_by_expert(arriving_PL, sum(received_P))
-        place_R = torch.empty_like(order_R).scatter(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        sorted_RH, sorted_R = x_RH.index_select(0, order_R), weights_R.index_select(0, order_R)
-        y_RH = self.experts(sorted_RH, sorted_R, arriving_PL.sum(0)).index_select(0, place_R)
-        # [R, H] -> back to their senders -> [S, H]
-        return self.exchange(y_RH, sent_P, received_P)
+    def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+        """y_TH, as from run_experts."""
+        splits = self._splits(counts_E)
+        order_R = order_by_expert(splits.arriving_PL, sum(splits.received_P))
+        x_RH, weights_R = _ToExperts.apply(x_TH, weights_TK, order_S, order_R, splits, self)
+        y_RH = self.experts(x_RH, weights_R, splits.arriving_PL.sum(0))
+        return _FromExperts.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
 
-    def count(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """What each rank sends to each of this rank's experts, [P, L]; rows received from, and sent to, each rank."""
+    def _splits(self, counts_E: Tensor) -> Splits:
+        """Of this forward; those of the one that is recomputed, where that is the only one that it can be."""
+        # As FSDP2 tells a recomputation from a forward.
+        recomputes = torch._C._current_graph_task_id() != -1
+        if recomputes and self.waiting == 1 and self.splits is not None:
+            return self.splits
+        if not recomputes:
+            self.waiting += torch.is_grad_enabled()
+        self.splits = self.count(counts_E)
+        return self.splits
+
+    def count(self, counts_E: Tensor) -> Splits:
+        """What the ranks send each other; waits for the device."""
         # [E] -> [P, L] -> all-to-all over dim 0 -> [P, L]
         counts_PL = counts_E.view(self.group.size(), -1)
         arriving_PL = wait_tensor(collectives.all_to_all_single(counts_PL, None, None, self.group))
         received_P, sent_P = torch.stack([arriving_PL.sum(1), counts_PL.sum(1)]).tolist()
-        return arriving_PL, received_P, sent_P
+        return Splits(arriving_PL, received_P, sent_P)
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
-        """sent_P rows to each rank for received_P rows from each, in the order of ranks; differentiable."""
-        return wait_tensor(all_to_all_single_autograd(x, received_P, sent_P, self.group))
+        """sent_P rows to each rank for received_P rows from each, in the order of ranks. Not differentiable."""
+        return wait_tensor(collectives.all_to_all_single(x, received_P, sent_P, self.group))
+
+
+class _ToExperts(torch.autograd.Function):
+    """Copies of tokens, each with its weight behind it, to the ranks of their experts, there sorted by expert.
+
+    Integers are kept as attributes: a saved tensor would have to be made again in recomputation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        order_S: Tensor,
+        order_R: Tensor,
+        splits: Splits,
+        exchange: ExpertExchange,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.orders, ctx.splits, ctx.exchange, ctx.chosen = (order_S, order_R), splits, exchange, weights_TK.shape[1]
+        tokens_S = order_S // ctx.chosen
+        joined_SW = _join(x_TH, tokens_S, weights_TK.flatten().index_select(0, order_S))
+        # [S, W] -> rows to the rank of their expert -> [R, W], by sender and of each sender by expert
+        joined_RW = exchange.exchange(joined_SW, splits.received_P, splits.sent_P)
+        x_RH, weights_R = _parted(joined_RW, x_TH.shape[1])
+        return x_RH.index_select(0, order_R), weights_R.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        (order_S, order_R), splits = ctx.orders, ctx.splits
+        ctx.exchange.waiting -= 1
+        place_R = inverse_order(order_R)
+        joined_RW = _join(grad_RH, place_R, grad_R.index_select(0, place_R))
+        joined_SW = ctx.exchange.exchange(joined_RW, splits.sent_P, splits.received_P)
+        grad_SH, grad_S = _parted(joined_SW, grad_RH.shape[1])
+        grad_TK = sum_copies(grad_S[:, None], order_S, 1).view(-1, ctx.chosen)
+        return sum_copies(grad_SH, order_S, ctx.chosen), grad_TK, None, None, None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """Outputs back to the ranks of their tokens, where the copies of a token are added up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_RH: Tensor,
+        order_S: Tensor,
+        order_R: Tensor,
+        splits: Splits,
+        exchange: ExpertExchange,
+        chosen: int,
+    ) -> Tensor:
+        ctx.orders, ctx.splits, ctx.exchange, ctx.chosen = (order_S, order_R), splits, exchange, chosen
+        # [R, H] -> back to their senders -> [S, H]
+        y_RH = y_RH.index_select(0, inverse_order(order_R))
+        return sum_copies(exchange.exchange(y_RH, splits.sent_P, splits.received_P), order_S, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        (order_S, order_R), splits = ctx.orders, ctx.splits
+        grad_SH = gather_copies(grad_TH, order_S, ctx.chosen)
+        grad_RH = ctx.exchange.exchange(grad_SH, splits.received_P, splits.sent_P)
+        return grad_RH.index_select(0, order_R), None, None, None, None, None
+
+
+# Bytes behind each row: a float32 weight, filled up so that rows stay aligned for wide loads.
+_TAIL_BYTES = 16
+
+
+def _join(x_NH: Tensor, rows_M: Tensor, weights_M: Tensor) -> Tensor:
+    """x[rows] with the bits of a float32 behind each row, [M, W], in the dtype of x: one exchange for both.
+
+    Eager only: a compiler that computes bfloat16 in float32 would change bits that are no bfloat16 number.
+    """
+    width, tail = x_NH.shape[1], _TAIL_BYTES // x_NH.element_size()
+    joined_MW = x_NH.new_empty(len(rows_M), width + tail)
+    torch.index_select(x_NH, 0, rows_M, out=joined_MW[:, :width])
+    bits = nn.functional.pad(weights_M[:, None].float(), (0, _TAIL_BYTES // 4 - 1)).view(x_NH.dtype)
+    joined_MW[:, width:] = bits
+    return joined_MW
+
+
+def _parted(joined_MW: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows [M, width], a view, and float32 weights [M] of what _join made."""
+    weights_M = joined_MW[:, width:].contiguous().view(torch.float32)[:, 0]
+    return joined_MW[:, :width], weights_M
 
 
 def order_by_expert(counts_PL: Tensor, num_rows: int) -> Tensor:

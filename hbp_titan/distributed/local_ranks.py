@@ -32,7 +32,9 @@ class RankError(RuntimeError):
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
 
-    Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed.
+    Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed,
+    or with exit codes. Ranks that have not ended `timeout` seconds after the start, or SURVIVES_SECONDS after another
+    failed, are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = fork_server()
@@ -49,8 +51,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
                 raise RankError(f"rank {rank}:\n{error.read_text()}")
         codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         if codes:
-            late = f", of which ranks {hung} were stopped because they did not end" if hung else ""
-            raise RankError(f"exit codes of the ranks that failed: {codes}{late}")
+            raise RankError(f"exit codes of ranks: {codes}; stopped because they did not end: {hung or 'none'}")
         # Written by our own ranks into our own folder a moment ago.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 

@@ -13,7 +13,7 @@ from hbp_titan.distributed.compile import apply_compile
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.distributed.context_parallel_dtensor import DTensorContextParallelAttention
 from hbp_titan.distributed.expert_parallel import apply_expert_parallel
-from hbp_titan.distributed.fsdp import apply_fsdp
+from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import let_gradients_start
@@ -31,6 +31,18 @@ def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def stored_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the model's own weights between steps; with LoRA these are frozen, and adapters have training.dtype.
+
+    Frozen weights are never updated, so a dtype wider than that of forward and backward would hold bits that nothing
+    reads.
+    """
+    if not config.lora.rank:
+        return DTYPES[config.training.dtype]
+    name = config.lora.base_dtype
+    return compute_dtype(config, device) if name == "auto" else DTYPES[name]
+
+
 def parallelize(
     model: Decoder,
     config: JobConfig,
@@ -38,6 +50,7 @@ def parallelize(
     meshes: LevelMeshes,
     cp_state: ContextParallelState,
     ac_state: ActivationCheckpointState,
+    reshard: ReshardState,
 ) -> None:
     """Apply everything to `model` (best on the meta device) in place."""
     # Innermost: attention exchanges heads between cp ranks, whatever runs around it.
@@ -59,7 +72,9 @@ def parallelize(
         meshes.experts,
         param_dtype=compute_dtype(config, device),
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-        reshard_after_forward=config.parallelism.reshard_after_forward,
+        reshard=reshard,
+        # gloo has no communicator that collectives would take turns on.
+        separate_reduce_scatter=config.parallelism.separate_reduce_scatter and device.type == "cuda",
     )
     if config.lora.rank:
         let_gradients_start(model)

@@ -22,7 +22,7 @@ from hbp_titan.simulation.estimate import usable_bytes
 
 def describe(found: DryRun) -> str:
     """Model and state of a rank, plan, memory by level and policy, time by level; for 100 columns."""
-    parts = [_model(found), describe_plan(found.plan, found.total_steps, found.config.parallelism.cp_collectives)]
+    parts = [_model(found), describe_plan(found.plan, found.total_steps, found.config)]
     return "\n\n".join([*parts, _memory(found), _time(found), *_needs(found)])
 
 

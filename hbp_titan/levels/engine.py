@@ -9,17 +9,20 @@ Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses
+from hbp_titan.components.loss import linear_cross_entropy, linear_cross_entropy_losses, select_rows
 from hbp_titan.components.model_state import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed.fsdp import reshard
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, parallelize, stored_dtype
 from hbp_titan.distributed.world import World
 from hbp_titan.levels.out_of_memory import TRAINING, VALIDATION, out_of_memory_in
 from hbp_titan.levels.runtime import LevelRuntime
@@ -47,12 +50,14 @@ def parallelized_on_meta(
     mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
     """
     meshes = level_meshes(config, args, world, mesh_device, config.levels)
-    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads)
+    reshard_after_forward = config.parallelism.reshard_after_forward
+    runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, reshard_after_forward)
     with torch.device("meta"):
-        model = build_model(args).to(DTYPES[config.training.dtype])
+        model = build_model(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
-            apply_lora(model, config.lora.rank, config.lora.alpha, config.lora.target_modules)
-    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state)
+            lora = config.lora
+            apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
+    parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)
     return model, runtime
 
 
@@ -61,38 +66,47 @@ class Engine:
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
+        self.replicated = config.parallelism.dp_replicate > 1
         dtype = compute_dtype(config, world.device)
         choose_backend(config.model.attention_backend, world.device, args.head_dim, dtype)
         self.chunk_tokens = config.training.loss_chunk_tokens
+        self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Given storage and weights shard by shard.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
-    def forward_backward(self, batch: PackedBatch) -> Tensor:
+    def forward_backward(self, batch: PackedBatch, last: bool = True) -> Tensor:
         """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
 
+        last: whether it is the last of its optimizer step. Copies of the parameters (dp_replicate) add up their
+        gradients only then; before it a parameter's `grad` lacks what was reduced within this copy.
         That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
         Raises OutOfMemory, as evaluate does.
         """
         with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
+            if self.replicated:
+                cast(FSDPModule, self.model).set_requires_all_reduce(last)
             objective.backward()
         return losses_S
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
-        return self._run(batch, linear_cross_entropy)
+        return self._run(batch, partial(linear_cross_entropy, chunk_tokens=self.chunk_tokens, backend=self.backend))
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
         """The plain loss of each sample, as `forward_backward`, without gradients."""
 
-        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor, chunk_tokens: int) -> tuple[None, Tensor]:
-            return None, linear_cross_entropy_losses(hidden, weight, labels, chunk_tokens)
+        def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor) -> tuple[None, Tensor]:
+            return None, linear_cross_entropy_losses(hidden, weight, labels, self.chunk_tokens)
 
         with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
-            return self._run(batch, plain)[1]
+            losses_S = self._run(batch, plain)[1]
+        # Without a backward the head and the root stay gathered: gigabytes, and copies where parameters are looked for.
+        reshard(self.model)
+        return losses_S
 
-    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor, int], Any]) -> Any:
+    def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
         """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
@@ -101,7 +115,8 @@ class Engine:
 
         def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
             # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
-            return loss(hidden_TH[index], weight_VH, batch.labels[index], batch.loss_weights[index], self.chunk_tokens)
+            hidden_LH = select_rows(hidden_TH, index)
+            return loss(hidden_LH, weight_VH, batch.labels[index], batch.loss_weights[index])
 
         objective, losses_L = self.model(batch.input_ids, batch.position_ids, batch.documents, loss_of)
         # The documents behind the samples' are padding, and train nothing.

@@ -218,8 +218,10 @@ def run_case(world: World, config: JobConfig, args: ModelArgs, case: Case, sampl
     joined = {name: torch.zeros(p.shape) for name, p in engine.model.named_parameters()}
     loss_sum = 0.0
     for step in range(plan.num_steps):
-        for iteration in range(int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])):
-            loss_sum += engine.forward_backward(breakage(batches[iteration])).sum().item()
+        end = int(plan.step_offsets[step + 1])
+        for iteration in range(int(plan.step_offsets[step]), end):
+            losses_S = engine.forward_backward(breakage(batches[iteration]), last=iteration + 1 == end)
+            loss_sum += losses_S.sum().item()
         share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
         for name, parameter in engine.model.named_parameters():
             joined[name] += share * _grad(parameter)

@@ -13,7 +13,6 @@ the feed-forward layer, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from hbp_titan.models.documents import Documents
 from hbp_titan.models.feed_forward import FeedForward
 from hbp_titan.models.mla import LatentAttention
 from hbp_titan.models.moe import MixtureOfExperts
+from hbp_titan.models.random_values import Slices, normal
 from hbp_titan.models.rope import apply_rope, attention_factor, inverse_frequencies, rope_cos_sin
 
 __all__ = ["Decoder", "DecoderBlock", "Head", "HeadFn", "ModelArgs", "init_parameter"]
@@ -195,29 +195,30 @@ class Decoder(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every (whole, unsharded) parameter with `init_parameter`."""
         for fqn, parameter in self.named_parameters():
-            parameter.copy_(init_parameter(self.args, fqn, parameter.shape, seed, parameter.dtype))
+            parameter.copy_(init_parameter(self.args, fqn, parameter.shape, seed, device=parameter.device))
 
 
 def init_parameter(
-    args: ModelArgs, fqn: str, shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float32
+    args: ModelArgs,
+    fqn: str,
+    shape: Sequence[int],
+    seed: int,
+    part: Slices | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The initial value of the whole parameter `fqn`, on the CPU: a function of (seed, fqn) alone.
+    """The initial value of the parameter `fqn` of `shape`, or of a part of it, fp32: a function of (seed, fqn) alone.
 
-    So it does not depend on the order of parameters, on their sharding or on the world size. Matrices are normal
-    with std initializer_range, those that write to the residual stream narrower by sqrt(2 * num_layers) (GPT-2);
-    norm weights are 1, biases 0.
+    So it does not depend on the order of parameters, on their sharding, the world size or the device, and a shard
+    costs no more than its own elements. Matrices are normal with std initializer_range, those that write to the
+    residual stream narrower by sqrt(2 * num_layers) (GPT-2); norm weights are 1, biases 0.
     """
+    part = part or tuple(slice(0, size) for size in shape)
+    size = [len(range(*dim.indices(length))) for dim, length in zip(part, shape, strict=True)]
     if fqn.endswith("bias"):
-        return torch.zeros(*shape, dtype=dtype, device="cpu")
+        return torch.zeros(size, device=device)
     if "norm" in fqn.rpartition(".")[0].rpartition(".")[2]:
-        return torch.ones(*shape, dtype=dtype, device="cpu")
+        return torch.ones(size, device=device)
     std = args.initializer_range
     if fqn.removesuffix(".weight").endswith(("o_proj", "down_proj")):
         std /= (2 * args.num_layers) ** 0.5
-    return torch.empty(*shape, device="cpu").normal_(std=std, generator=seeded_generator(seed, fqn)).to(dtype)
-
-
-def seeded_generator(seed: int, fqn: str) -> torch.Generator:
-    """The random numbers of one parameter."""
-    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return normal(seed, fqn, shape, part, std, torch.device(device))

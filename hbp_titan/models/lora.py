@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hbp_titan.models.decoder import Decoder, seeded_generator
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.random_values import Slices, uniform
 
 ALL_LINEAR = "all-linear"
 _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
@@ -26,13 +27,13 @@ _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
 class LoRALinear(nn.Linear):
     """Takes over the weight and bias of `linear`, frozen: y = linear(x) + alpha / rank * B A x."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
         inputs, outputs, weight = linear.in_features, linear.out_features, linear.weight
         super().__init__(inputs, outputs, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = weight, linear.bias
         self.requires_grad_(False)
-        self.lora_A = nn.Linear(inputs, rank, bias=False, device=weight.device, dtype=weight.dtype)
-        self.lora_B = nn.Linear(rank, outputs, bias=False, device=weight.device, dtype=weight.dtype)
+        self.lora_A = nn.Linear(inputs, rank, bias=False, device=weight.device, dtype=dtype or weight.dtype)
+        self.lora_B = nn.Linear(rank, outputs, bias=False, device=weight.device, dtype=dtype or weight.dtype)
         self.scaling = alpha / rank
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -40,11 +41,13 @@ class LoRALinear(nn.Linear):
         return super().forward(x_TI) + self.lora_B(self.scaling * self.lora_A(x_TI))
 
 
-def apply_lora(model: Decoder, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
+def apply_lora(
+    model: Decoder, rank: int, alpha: float, target_modules: Sequence[str], dtype: torch.dtype | None = None
+) -> None:
     """Freeze `model` (best on the meta device) and adapt the matrices that `target_modules` names, in place.
 
-    The adapters have the weights' dtype and device, and values only after init_lora_parameter. Raises ValueError as
-    lora_targets does.
+    The adapters have the weights' device and `dtype` (the weights' unless given), and values only after
+    init_lora_parameter. Raises ValueError as lora_targets does.
     """
     targets = lora_targets(model, target_modules)
     model.requires_grad_(False)
@@ -52,7 +55,7 @@ def apply_lora(model: Decoder, rank: int, alpha: float, target_modules: Sequence
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha))
+        setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dtype))
 
 
 def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
@@ -97,15 +100,19 @@ def is_adapter(fqn: str) -> bool:
     return fqn.endswith((_LORA_A, _LORA_B))
 
 
-def init_lora_parameter(fqn: str, shape: Sequence[int], seed: int) -> Tensor:
-    """The first value of an adapter's whole parameter `fqn`, fp32 on the CPU: a function of (seed, fqn) alone.
+def init_lora_parameter(
+    fqn: str, shape: Sequence[int], seed: int, part: Slices | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The first value of an adapter's parameter `fqn` of `shape`, or of a part of it, fp32: of (seed, fqn) alone.
 
     PEFT's: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zero: the model starts as its base.
     """
+    part = part or tuple(slice(0, size) for size in shape)
     if fqn.endswith(_LORA_B):
-        return torch.zeros(*shape, device="cpu")
-    bound = shape[1] ** -0.5
-    return torch.empty(*shape, device="cpu").uniform_(-bound, bound, generator=seeded_generator(seed, fqn))
+        return torch.zeros(
+            [len(range(*dim.indices(size))) for dim, size in zip(part, shape, strict=True)], device=device
+        )
+    return uniform(seed, fqn, shape, part, shape[1] ** -0.5, torch.device(device))
 
 
 def merged(

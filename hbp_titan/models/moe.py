@@ -3,13 +3,17 @@
 Owns the way of a token: route (which experts, with which weights), sort_by_expert and dispatch (its copies, put in the
 order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Expert
 parallelism takes the place of `run_experts`, between `send` and `receive`. No token is dropped. All shapes are known
-beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph.
+beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph. Copies
+are added up by a gather in the inverse order and one sum, forward and backward: adding into place would round each
+addition to bfloat16, in an order that varies on a GPU.
 
 Shape suffixes: T tokens, H hidden width, E experts, F width of an expert, K experts of a token, S = T * K copies,
 G groups of experts.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,26 +74,30 @@ class MixtureOfExperts(nn.Module):
         self.tokens_per_expert: Tensor | None = None
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        x_SH, weights_S, order_S, counts_E = self.send(x_TH)
+        weights_TK, order_S, counts_E, shared_TH = self.send(x_TH)
         self.tokens_per_expert = counts_E
-        return self.receive(self.run_experts(x_SH, weights_S, counts_E), order_S, x_TH)
+        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), shared_TH)
 
     def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the experts get, in their order: x_SH and weights_S; order_S as in sort_by_expert; rows of each [E]."""
+        """Where each copy goes: weights_TK, order_S and counts_E (as from sort_by_expert); the shared experts' output.
+
+        The shared experts come first so that recomputation may stop before the copies are brought back.
+        """
         # float32, as DeepSeek's code has it: which experts are chosen hangs on small differences.
         scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
         weights_TK, experts_TK = route(scores_TE, self.moe)
         weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
         order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
-        return *dispatch(x_TH, weights_TK, order_S), order_S, counts_E
+        return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
 
-    def run_experts(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
-        """What Experts.forward does for all experts of the layer, wherever they lie."""
-        return self.experts(x_SH, weights_S, counts_E)
+    def run_experts(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+        """The weighted sum of what its experts make of each token, y_TH, wherever they lie."""
+        x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
+        return combine(self.experts(x_SH, weights_S, counts_E), order_S, self.moe.num_experts_per_tok)
 
-    def receive(self, y_SH: Tensor, order_S: Tensor, x_TH: Tensor) -> Tensor:
-        """The layer's output from its input and what the experts made of it."""
-        return combine(y_SH, order_S, self.moe.num_experts_per_tok) + self.shared_experts(x_TH)
+    def receive(self, y_TH: Tensor, shared_TH: Tensor) -> Tensor:
+        """The layer's output."""
+        return y_TH + shared_TH
 
 
 def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
@@ -119,11 +127,57 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def dispatch(x_TH: Tensor, weights_TK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
     """The rows and the weights of the copies in `order_S`: x_SH, weights_S."""
-    return x_TH.index_select(0, order_S // weights_TK.shape[1]), weights_TK.flatten().index_select(0, order_S)
+    x_SH = _Dispatch.apply(x_TH, order_S, weights_TK.shape[1])
+    return x_SH, _Dispatch.apply(weights_TK.reshape(-1, 1), order_S, 1).squeeze(1)
 
 
 def combine(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
     """The sum of each token's copies, y_TH."""
-    # By the inverse order and a sum, not by adding into place, whose order would vary on a GPU.
-    place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return y_SH.index_select(0, place_S).unflatten(0, (-1, num_experts_per_tok)).sum(dim=1)
+    return _Combine.apply(y_SH, order_S, num_experts_per_tok)
+
+
+def gather_copies(x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """The token of each copy in `order_S`, x_SH. Not differentiable by itself."""
+    return x_TH.index_select(0, order_S // num_experts_per_tok)
+
+
+def sum_copies(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """The sum of each token's copies, y_TH, accumulated in float32. Not differentiable by itself."""
+    y_TKH = y_SH.index_select(0, inverse_order(order_S)).unflatten(0, (-1, num_experts_per_tok))
+    # torch accumulates a bfloat16 sum in float32, and rounds once.
+    return y_TKH.sum(dim=1)
+
+
+def inverse_order(order_N: Tensor) -> Tensor:
+    """Where each row went: place with place[order[i]] = i. order_N: int64, a permutation."""
+    return torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+
+class _Dispatch(torch.autograd.Function):
+    """gather_copies, whose gradient is a sum of copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_experts_per_tok = num_experts_per_tok
+        return gather_copies(x_TH, order_S, num_experts_per_tok)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return sum_copies(grad_SH, order_S, ctx.num_experts_per_tok), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """sum_copies, whose gradient is a gather of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_experts_per_tok = num_experts_per_tok
+        return sum_copies(y_SH, order_S, num_experts_per_tok)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return gather_copies(grad_TH, order_S, ctx.num_experts_per_tok), None, None

@@ -5,9 +5,10 @@ Owns the Level type, its name, and the check of an ordered set of levels against
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ class Level:
     cp_style: how attention is spread over the cp ranks (see CP_STYLES).
     ac_policy: activation checkpointing, see AC_POLICIES.
     ac_layers: the first so many layers are checkpointed; None means all of them.
+    reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: frees them
+        (True), keeps them (False), or keeps them sharded over that many adjacent ranks (an integer above 1); None takes
+        parallelism.reshard_after_forward. Memory against traffic: it changes neither numbers nor the plan.
 
     Raises ValueError for a value outside these domains or a max_tokens that cp_degree does not divide.
     """
@@ -35,6 +39,7 @@ class Level:
     cp_style: str = "ulysses"
     ac_policy: str = "none"
     ac_layers: int | None = None
+    reshard_after_forward: bool | int | None = None
 
     def __post_init__(self) -> None:
         name = f"level of max_tokens={self.max_tokens}"
@@ -48,10 +53,16 @@ class Level:
             raise ValueError(f"{name}: ac_policy={self.ac_policy!r} is none of {', '.join(AC_POLICIES)}")
         if self.ac_layers is not None and self.ac_layers < 0:
             raise ValueError(f"{name}: ac_layers={self.ac_layers} is below 0")
+        if self.reshard_after_forward is not None:
+            check_reshard(f"{name}: reshard_after_forward", self.reshard_after_forward)
 
     def dp_degree(self, world_size: int) -> int:
         """Packs that run side by side in one iteration of this level."""
         return world_size // self.cp_degree
+
+    def resharded(self, default: bool | int) -> bool | int:
+        """reshard_after_forward, or `default`, the run's, where the level has none."""
+        return default if self.reshard_after_forward is None else self.reshard_after_forward
 
     def cp_shape(self, num_kv_heads: int) -> tuple[int, int]:
         """(gather_degree, ulysses_degree), whose product is cp_degree.
@@ -84,23 +95,64 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
             )
 
 
-def parse_levels(text: str) -> tuple[Level, ...]:
-    """Levels from the short form "16384:1,131072:8:ulysses:full:28", whose fields are Level's in their order.
+def check_reshard(name: str, value: bool | int, shards: int | None = None) -> None:
+    """Raise ValueError unless `value` is a bool or a number of ranks above 1 that divides `shards`, if given.
 
-    Those that are left out have Level's defaults.
+    name: the key, for the message. shards: ranks that share one copy of the parameters.
     """
-    types = (int, int, str, str, int)
+    if isinstance(value, bool):
+        return
+    if value < 2:
+        raise ValueError(f"{name}={value} must be true, false or a number of ranks above 1")
+    if shards is not None and shards % value:
+        raise ValueError(
+            f"{name}={value} does not divide the {shards} ranks that share one copy of the parameters: use true, false "
+            "or a divisor, such as the GPUs of a node"
+        )
+
+
+def parse_levels(text: str) -> tuple[Level, ...]:
+    """Levels from the short form "16384:1,131072:8:ulysses:full:28:false", whose fields are Level's in their order.
+
+    Those that are left out or empty have Level's defaults.
+    """
+    fields: dict[str, Callable[[str], Any]] = {
+        "max_tokens": _number,
+        "cp_degree": _number,
+        "cp_style": str,
+        "ac_policy": str,
+        "ac_layers": _number,
+        "reshard_after_forward": _bool_or_number,
+    }
     levels = []
     for part in text.split(","):
         words = [word.strip() for word in part.split(":")]
-        numeric = all(word.isdecimal() for word, kind in zip(words, types, strict=False) if kind is int)
-        if len(words) > len(types) or not numeric:
-            form = "max_tokens:cp_degree:cp_style:ac_policy:ac_layers"
+        try:
+            if len(words) > len(fields) or not words[0]:
+                raise ValueError
+            values = {key: fields[key](word) for key, word in zip(fields, words, strict=False) if word}
+        except ValueError:
             raise ValueError(
-                f"levels {text!r}: {part!r} is not of the form {form} (all but max_tokens may be left out)"
-            )
-        levels.append(Level(*(kind(word) for word, kind in zip(words, types, strict=False))))
+                f"levels {text!r}: {part!r} is not of the form {':'.join(fields)} (all but max_tokens may be left out)"
+            ) from None
+        levels.append(Level(**values))
     return tuple(levels)
+
+
+def format_level(level: Level) -> str:
+    """The level as parse_levels reads it, with every field that it needs and no more."""
+    words = ["" if value is None else str(value).lower() for value in dataclasses.astuple(level)]
+    return ":".join(words).rstrip(":")
+
+
+def _number(word: str) -> int:
+    if not word.isdecimal():
+        raise ValueError
+    return int(word)
+
+
+def _bool_or_number(word: str) -> bool | int:
+    return {"true": True, "false": False}[word] if word in ("true", "false") else _number(word)
 
 
 def level_from_dict(values: dict[str, Any]) -> Level:

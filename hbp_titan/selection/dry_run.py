@@ -28,11 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hbp_titan.components.loss import linear_cross_entropy
+from hbp_titan.components.loss import linear_cross_entropy, select_rows
 from hbp_titan.data.sequence_shard import HeadTailShard, ShardPass
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, BlockForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
-from hbp_titan.distributed.expert_parallel import ExpertExchange
+from hbp_titan.distributed.expert_parallel import ExpertExchange, Splits
 from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
 from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.models.moe import Experts, MixtureOfExperts
@@ -145,7 +145,7 @@ def _head_memory(
         weights = torch.empty(loss_tokens)
 
         def loss(hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden_SH[index], weight_VH, index, weights, chunk_tokens)[0]
+            return linear_cross_entropy(select_rows(hidden_SH, index), weight_VH, index, weights, chunk_tokens)[0]
 
         x_SH = torch.empty(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
         return _measure(head, head, (x_SH, loss))
@@ -268,19 +268,21 @@ class _ExchangeWithoutRanks(ExpertExchange):
     """Expert parallelism in one process: each of `ranks` sends this one as many rows as every other."""
 
     def __init__(self, experts: Experts, ranks: int) -> None:
-        self.experts, self.ranks = experts, ranks
+        group: Any = None
+        super().__init__(experts, group)
+        self.ranks = ranks
 
-    def __call__(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
-        rows, rest = divmod(len(x_SH), self.ranks)
+    def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+        rows, rest = divmod(len(order_S), self.ranks)
         self.sent_P = [rows + (rank < rest) for rank in range(self.ranks)]
-        return super().__call__(x_SH, weights_S, counts_E)
+        return super().__call__(x_TH, weights_TK, order_S, counts_E)
 
-    def count(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        return counts_E.view(self.ranks, -1), self.sent_P, self.sent_P
+    def count(self, counts_E: Tensor) -> Splits:
+        return Splits(counts_E.view(self.ranks, -1), self.sent_P, self.sent_P)
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
         # A collective as its shapes: a new tensor in each direction.
-        return x.clone()
+        return torch.empty_like(x)
 
 
 class _AttentionWithoutRanks(ContextParallelAttention):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hbp_titan.config import JobConfig
-from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, stored_dtype
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.moe import Experts
@@ -63,7 +63,8 @@ def estimate_evaluation(
 ) -> MemoryEstimate:
     """The same for a forward without gradients, as validation runs it: nothing is kept for a backward."""
     # What a fully recomputed block does in its forward is what a block does without gradients.
-    level = replace(level, ac_policy="full", ac_layers=None)
+    # It keeps no parameters either (levels/runtime.py).
+    level = replace(level, ac_policy="full", ac_layers=None, reshard_after_forward=True)
     return _Composition(args, level, config, world_size, device_type, None).evaluation()
 
 
@@ -100,7 +101,9 @@ class _Composition:
         self.shards = world_size // config.parallelism.dp_replicate
         spread = config.parallelism.expert_parallel_degree
         self.tied = args.tie_embeddings
-        self.keeps_parameters = not config.parallelism.reshard_after_forward
+        resharded = level.resharded(config.parallelism.reshard_after_forward)
+        # What a block leaves after its forward: nothing, all of its parameters, or a share of them.
+        self.kept_share = 0.0 if resharded is True else 1.0 if resharded is False else 1 / resharded
         tokens = level.max_tokens // level.cp_degree
         layers = args.num_layers if level.ac_layers is None else min(level.ac_layers, args.num_layers)
         policies = [level.ac_policy] * layers + ["none"] * (args.num_layers - layers)
@@ -117,8 +120,9 @@ class _Composition:
         self.block = _gathered_block(sizes, dtype, reduce_dtype, self.shards, spread)
         self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, self.shards)
         # AdamW: two moments beside a trained parameter and its gradient, in the parameter's dtype.
-        itemsize = DTYPES[config.training.dtype].itemsize
-        self.resident = (sizes.model + 3 * sizes.trained) * itemsize // self.shards
+        trained = 4 * sizes.trained * DTYPES[config.training.dtype].itemsize
+        frozen = (sizes.model - sizes.trained) * stored_dtype(config, torch.device(device_type)).itemsize
+        self.resident = (trained + frozen) // self.shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]
@@ -135,7 +139,7 @@ class _Composition:
     def _held(self, layers_kept: int, saved: list[int]) -> int:
         """Held while a block works: tied weights, cos and sin, what earlier layers saved, parameters not freed."""
         root = self.vocab.parameters if self.tied else 0
-        kept = layers_kept * self.block.parameters if self.keeps_parameters else 0
+        kept = int(layers_kept * self.block.parameters * self.kept_share)
         return root + kept + self.rope + sum(saved)
 
     def _forward_moment(self, i: int, saved: list[int]) -> int:
@@ -152,19 +156,22 @@ class _Composition:
         last = i + 1 == len(self.blocks)
         # The reduction of the block before, or of the head, holds its input meanwhile; the next parameters come.
         reduction = (0 if self.tied else self.vocab.reduce_input) if last else self.block.reduce_input
-        prefetched = self.block.all_gather if i and not self.keeps_parameters else 0
+        prefetched = self.block.all_gather if i and self.kept_share < 1 else 0
         held = self._held(i, saved[: i + 1]) + self._root_gradient()
         return held + self.block.parameters + reduction + prefetched + self.hidden + self.blocks[i].backward
 
     def _reduce_moment(self, i: int, saved: list[int]) -> int:
         held = self._held(i, saved[:i]) + self._root_gradient() + self.hidden
-        prefetched = self.block.all_gather if i and not self.keeps_parameters else 0
+        prefetched = self.block.all_gather if i and self.kept_share < 1 else 0
         return held + prefetched + 2 * self.block.parameters + self.block.reduction
 
     def _embedding_moment(self) -> int:
-        """Gradient of the embedding; a tied one is added to that of the head. Then its reduction."""
-        gradients = 2 if self.tied else 1
-        return self.hidden + self.rope + (1 + gradients) * self.vocab.parameters + self.vocab.reduction
+        """Gradient of the embedding; a tied one is added to that of the head. Then its reduction.
+
+        Only a tied matrix is there whole meanwhile: the gradient of an embedding needs no weights.
+        """
+        whole = 3 if self.tied else 1
+        return self.hidden + self.rope + whole * self.vocab.parameters + self.vocab.reduction
 
     def _root_gradient(self) -> int:
         # A tied matrix waits for the embedding's share before it is reduced.

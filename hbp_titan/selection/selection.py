@@ -179,6 +179,8 @@ def describe_level(level: Level) -> str:
         words.append(level.cp_style)
     if level.ac_policy != "none":
         words.append(f"{level.ac_policy} on {'all' if level.ac_layers is None else level.ac_layers} layers")
+    if level.reshard_after_forward is not None:
+        words.append(f"reshard_after_forward {str(level.reshard_after_forward).lower()}")
     return ", ".join(words)
 
 

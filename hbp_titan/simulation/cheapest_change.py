@@ -34,7 +34,7 @@ ROUNDING = 1e-6
 # Logits of fewer tokens at a time make matrix products that do not fill a GPU; down to here it hardly costs time.
 FEWEST_LOSS_TOKENS = 256
 
-_LEVEL_KEYS = ("max_tokens", "cp_degree", "cp_style", "ac_policy", "ac_layers")
+_LEVEL_KEYS = ("max_tokens", "cp_degree", "cp_style", "ac_policy", "ac_layers", "reshard_after_forward")
 _CONFIG_KEYS = (
     ("parallelism", "reshard_after_forward"),
     ("parallelism", "dp_replicate"),
@@ -172,7 +172,14 @@ class Search:
     def _policies(self, level: Level) -> list[Level]:
         if self.evaluating:
             return [level]
-        return [dataclasses.replace(level, ac_policy=policy, ac_layers=None) for policy in AC_POLICIES]
+        # Of a level that has none of its own the run's is changed (_configs).
+        own = level.reshard_after_forward
+        reshards = (None,) if own is None else (own, True)
+        return [
+            dataclasses.replace(level, ac_policy=policy, ac_layers=None, reshard_after_forward=reshard)
+            for reshard in dict.fromkeys(reshards)
+            for policy in AC_POLICIES
+        ]
 
     def _forms(self) -> Iterator[Level]:
         most = MOST_CP_FACTOR * self.level.cp_degree

@@ -24,7 +24,7 @@ from hbp_titan.levels.memory import device_memory
 from hbp_titan.levels.out_of_memory import VALIDATION, OutOfMemory
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import level_name
+from hbp_titan.packing.level import format_level, level_name
 from hbp_titan.selection.memory_estimate import MemoryEstimate, estimate_evaluation, estimate_memory
 from hbp_titan.simulation.cheapest_change import Change, Search, shown
 from hbp_titan.simulation.estimate import usable_bytes
@@ -201,7 +201,7 @@ class Situation:
         if change.level != level:
             levels = [change.level if other is level else other for other in self.config.levels]
             words += ["--packing.levels="] if chose_levels else []
-            words.append(f"--levels={','.join(short_form(level) for level in levels)}")
+            words.append(f"--levels={','.join(format_level(level) for level in levels)}")
         words += [f"--{key}={str(value).lower()}" for key, value in change.config_settings(self.config)]
         return " ".join(words)
 
@@ -229,14 +229,6 @@ class Situation:
         return np.array([1.0, level.max_tokens, float(level.max_tokens) ** 2, 1.0])
 
 
-def short_form(level: Level) -> str:
-    """The level as --levels takes it."""
-    words = [str(level.max_tokens), str(level.cp_degree), level.cp_style, level.ac_policy]
-    if level.ac_layers is not None:
-        return ":".join([*words, str(level.ac_layers)])
-    return ":".join(words)
-
-
 def size(num_bytes: float) -> str:
     """Bytes in the largest unit that leaves at least one of it."""
     for unit, bytes_of in (("GiB", 2**30), ("MiB", 2**20)):
@@ -250,7 +242,7 @@ def _state(num_bytes: int) -> str:
 
 
 def _described(level: Level) -> str:
-    keys: Sequence[str] = ("max_tokens", "cp_degree", "ac_policy", "ac_layers")
+    keys: Sequence[str] = ("max_tokens", "cp_degree", "ac_policy", "ac_layers", "reshard_after_forward")
     return shown([(key, getattr(level, key)) for key in keys if getattr(level, key) is not None])
 
 

@@ -36,7 +36,7 @@ class Sharding:
     """
 
     dp_replicate: int = 1
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | int = True
     expert_parallel: int = 1
     param_bytes: int = 2
     reduce_bytes: int = 4
@@ -74,7 +74,7 @@ class TimeModel:
             "recompute": recomputed + (full.beta - plain.beta) * squares / square_rate,
             "sp": own * self.exchange_seconds_per_token(level) + self._exchange_latency(level) * (own > 0),
             "experts": own * self.expert_seconds_per_token(level),
-            "fsdp": self._exposed_fsdp(linear, recomputed),
+            "fsdp": self._exposed_fsdp(level, linear, recomputed),
             "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
         }
 
@@ -88,8 +88,13 @@ class TimeModel:
         return LevelTime(float(base), float(varying["linear"][0]), per_square, per_document)
 
     def step_seconds(self) -> float:
-        """AdamW on a rank's shard: fp32 parameter, gradient and two moments are read, all but the gradient written."""
-        return 28 * self.dims.params / self._shards / self.hardware.memory_bandwidth
+        """AdamW on a rank's shard, and the sum of the gradients over copies of the parameters, once a step.
+
+        AdamW: fp32 parameter, gradient and two moments are read, all but the gradient written.
+        """
+        s, own = self.sharding, self.dims.params / self._shards
+        copies = 2 * own * s.reduce_bytes * (s.dp_replicate - 1) / s.dp_replicate
+        return 28 * own / self.hardware.memory_bandwidth + copies / self.hardware.inter_node_bandwidth
 
     def exchange_seconds_per_token(self, level: Level) -> float:
         """Seconds of the level's collectives inside attention for each token of a rank's shard, over all layers.
@@ -139,24 +144,34 @@ class TimeModel:
         inside = min(degree, self.hardware.gpus_per_node)
         intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
         inter = sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth
-        passes = 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy != "none" else 0)
+        # Recomputation sends tokens to their experts again, and stops before they come back.
+        passes = 2 * self.dims.num_layers + (self._recomputed(level) / 2 if level.ac_policy != "none" else 0)
         return max(intra, inter) * passes / self.hardware.exchange_efficiency
 
-    def fsdp_seconds(self) -> tuple[float, float]:
-        """All traffic of the parameters in forward and in backward, hidden or not."""
+    def fsdp_seconds(self, level: Level) -> tuple[float, float]:
+        """All traffic of the parameters in forward and in backward of an iteration of `level`, hidden or not.
+
+        What copies of the parameters exchange is the step's (step_seconds).
+        """
         s, d = self.sharding, self.dims
         node = self.hardware.gpus_per_node
-        dense = self._ring(d.params - d.expert_params, self._shards, node)
+        body = d.body_params - d.expert_params
+        rest = self._ring(d.head_params + d.embedding_params, self._shards, node)
+        dense = self._ring(body, self._shards, node)
         # A layer's experts lie on expert_parallel adjacent ranks; their shards are that far apart.
         spread = s.expert_parallel
         experts = self._ring(d.expert_params / spread, max(1, self._shards // spread), max(1, node // spread))
-        hops = d.num_layers * self.hardware.hop_seconds * np.log2(max(2, self._shards)) * (self._shards > 1)
-        gather = (dense + experts) * s.param_bytes + hops
-        reduce = (dense + experts) * s.reduce_bytes + hops
-        if s.dp_replicate > 1:
-            own = d.params / self._shards * s.reduce_bytes
-            reduce += 2 * own * (s.dp_replicate - 1) / s.dp_replicate / self.hardware.inter_node_bandwidth
-        return gather, reduce + (gather if s.reshard_after_forward else 0.0)
+        gather = (rest + dense + experts) * s.param_bytes + self._fsdp_hops(self._shards)
+        reduce = (rest + dense + experts) * s.reduce_bytes + self._fsdp_hops(self._shards)
+        resharded = level.resharded(s.reshard_after_forward)
+        if resharded is False:
+            return gather, reduce
+        # The head is kept, and the embedding's backward needs no weights: only blocks are gathered twice.
+        ranks = self._shards if resharded is True else resharded
+        again = self._ring(body, ranks, min(node, ranks)) if ranks < self._shards else dense
+        if spread == 1 and ranks < self._shards:
+            experts = self._ring(d.expert_params, ranks, min(node, ranks))
+        return gather, reduce + (again + experts) * s.param_bytes + self._fsdp_hops(ranks)
 
     def _launched_squares(self, loads: FloatArray, tokens: FloatArray) -> FloatArray:
         """Squared tokens of whole tiles: a document of L tokens, n = ceil(L / B) blocks, has n (n + 1) / 2 of B^2.
@@ -207,9 +222,13 @@ class TimeModel:
         bus = self.hardware.bus_bandwidth(ranks, ranks_per_node) * self.hardware.gather_efficiency
         return params * (ranks - 1) / ranks / bus
 
-    def _exposed_fsdp(self, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
+    def _fsdp_hops(self, ranks: int) -> float:
+        """Latency of one collective a layer among `ranks` ranks."""
+        return float(self.dims.num_layers * self.hardware.hop_seconds * np.log2(max(2, ranks)) * (self._shards > 1))
+
+    def _exposed_fsdp(self, level: Level, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
         """Traffic beyond what the matrix products of the same direction hide; attention is not relied on for it."""
-        forward, backward = self.fsdp_seconds()
+        forward, backward = self.fsdp_seconds(level)
         return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
 
     def _exposed_launches(self, matrix_seconds: FloatArray, level: Level) -> FloatArray:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.expert_parallel import apply_expert_parallel, check_experts, order_by_expert
+from hbp_titan.data.loader import BatchShapes, PlanDataset
+from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_parallel, check_experts, order_by_expert
 from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.verify import Case, compare, reference, run_case
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.balance import BalanceState
-from hbp_titan.models.moe import Experts, MixtureOfExperts
+from hbp_titan.models.moe import MixtureOfExperts, sort_by_expert
 from hbp_titan.models.registry import get_flavor
-from hbp_titan.packing import Level
+from hbp_titan.packing import Level, build_plan
+from hbp_titan.packing.level import AC_POLICIES
 from tests.distributed.test_deepseek import RandomSamples
 from tests.models.deepseek_tiny import tiny_args
 
@@ -60,23 +65,24 @@ def test_gradients_equal_one_process(found: list[tuple[float, dict[str, Tensor]]
 def _send_all_to_one(world: World) -> list[float]:
     """Rows for the second rank's experts alone: differences of output and gradients from all experts on one rank."""
     torch.manual_seed(0)
-    whole = Experts(ARGS.hidden_size, ARGS.moe.moe_intermediate_size, 8)
-    for parameter in whole.parameters():
+    moe = dataclasses.replace(ARGS.moe, num_experts_per_tok=2)
+    together, spread = (MixtureOfExperts(ARGS.hidden_size, moe, BalanceState()) for _ in range(2))
+    for parameter in together.parameters():
         torch.nn.init.normal_(parameter)
-    spread = MixtureOfExperts(ARGS.hidden_size, ARGS.moe, BalanceState())
-    spread.experts.load_state_dict(whole.state_dict())
+    spread.load_state_dict(together.state_dict())
     block = SimpleNamespace(mlp=spread)
     apply_expert_parallel(
         SimpleNamespace(blocks=lambda: [block]), init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     )
-    counts_E = torch.tensor([0, 0, 0, 0, 0, 5, 0, 2], dtype=torch.int32)
-    x_SH, weights_S = torch.randn(2, 7, ARGS.hidden_size)[world.rank], torch.rand(7)
+    # Of 4 tokens two copies each, all for experts 5 and 7.
+    order_S, counts_E = sort_by_expert(torch.tensor([[5, 7]] * 4), 8)
+    x_TH, weights_TK = torch.randn(2, 4, ARGS.hidden_size)[world.rank], torch.rand(4, 2)
     found = []
-    for run in (whole, spread.run_experts):
-        inputs = [x_SH.clone().requires_grad_(), weights_S.clone().requires_grad_()]
-        y_SH = run(*inputs, counts_E)
-        y_SH.square().sum().backward()
-        found.append([y_SH, *(x.grad for x in inputs)])
+    for mixture in (together, spread):
+        inputs = [x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()]
+        y_TH = mixture.run_experts(*inputs, order_S, counts_E)
+        y_TH.square().sum().backward()
+        found.append([y_TH, *(x.grad for x in inputs)])
     return [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
 
 
@@ -108,3 +114,47 @@ def test_a_degree_that_does_not_fit_is_refused(args: ModelArgs, degree: int, sha
 def test_a_degree_that_fits_is_not_refused() -> None:
     check_experts(ARGS, 8, 8)
     check_experts(dataclasses.replace(ARGS, moe=None), 1, 4)
+
+
+def _count_exchanges(world: World) -> dict[str, tuple[list[str], list[str]]]:
+    return {policy: _count_under(world, policy) for policy in AC_POLICIES}
+
+
+def _count_under(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
+    """The all-to-alls of a layer with experts in a forward and its backward, and what the host read of the device."""
+    config = load_config(["--parallelism.expert_parallel_degree=2", f"--training.seed={SEED}"])
+    config.levels = [Level(64, 1, ac_policy=ac_policy)]
+    engine = Engine(config, ARGS, world)
+    plan = build_plan(np.array([64, 60]), config.levels, world.size, loss_tokens=np.array([34, 30]))
+    samples = SimpleNamespace(sample=lambda i: (np.arange(64)[: [64, 60][i]] % 97, np.arange([64, 60][i]) > 29))
+    batch = PlanDataset(plan, samples, world.rank, BatchShapes.of(plan, ARGS.num_kv_heads))[0]  # type: ignore[arg-type]
+    calls: list[str] = []
+    exchange, count = ExpertExchange.exchange, ExpertExchange.count
+
+    def noted(name: str, call: Any) -> Any:
+        def noting(*args: Any) -> Any:
+            calls.append(name)
+            return call(*args)
+
+        return noting
+
+    ExpertExchange.exchange, ExpertExchange.count = noted("rows", exchange), noted("count", count)  # type: ignore
+    try:
+        objective, _ = engine.forward(batch)
+        forward = calls.copy()
+        objective.backward()
+        # The next one starts as the first did.
+        kept = calls[len(forward) :]
+        engine.forward_backward(batch)
+        assert calls[len(forward) + len(kept) :] == [*forward, *kept]
+    finally:
+        ExpertExchange.exchange, ExpertExchange.count = exchange, count  # type: ignore[method-assign]
+    return forward, kept
+
+
+def test_a_layer_exchanges_rows_with_their_weights_and_counts_once() -> None:
+    sparse = sum(ARGS.is_sparse(layer) for layer in range(ARGS.num_layers))
+    for policy, (forward, backward) in run_distributed(_count_exchanges, 2)[0].items():
+        assert forward == ["count", "rows", "rows"] * sparse
+        # Gradients of both; a recomputation sends the rows to the experts again and stops there.
+        assert backward == ["rows"] * (2 if policy == "none" else 3) * sparse, policy

@@ -58,12 +58,12 @@ def _train(world: World, argv: list[str]) -> None:
     trainer = Trainer(load_config(argv), world)
     whole = trainer.engine.forward_backward
 
-    def slow(batch: Any) -> Any:
+    def slow(batch: Any, last: bool = True) -> Any:
         if world.rank == 1:
             end = time.thread_time() + 0.1
             while time.thread_time() < end:
                 pass
-        return whole(batch)
+        return whole(batch, last)
 
     trainer.engine.forward_backward = slow  # type: ignore[method-assign]
     trainer.train()

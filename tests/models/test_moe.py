@@ -248,3 +248,40 @@ def test_experts_come_every_second_layer_where_the_configuration_says_so() -> No
     assert torch.isfinite(logits).all()
     assert list(model.tokens_per_expert()) == [2, 4]
     assert [int(counts.sum()) for counts in model.tokens_per_expert().values()] == [24, 24]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_dispatch_are_sums_in_float32_and_always_the_same(compiled: bool) -> None:
+    tokens, chosen, width = 64, 6, 32
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.stack([torch.randperm(8, generator=generator)[:chosen] for _ in range(tokens)])
+    order, _ = sort_by_expert(experts, 8)
+    weights = torch.rand(tokens, chosen, generator=generator)
+    grad = torch.randn(tokens * chosen, width, generator=generator).bfloat16()
+    exact = torch.zeros(tokens, width, dtype=torch.float64).index_add(0, order // chosen, grad.double())
+
+    def gradient(run: Any) -> Tensor:
+        x = torch.zeros(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        run(x).backward(grad)
+        assert x.grad is not None
+        return x.grad
+
+    run = torch.compile(dispatch, backend="aot_eager", fullgraph=True) if compiled else dispatch
+    found, again = (gradient(lambda x: run(x, weights, order)[0]) for _ in range(2))
+    # As a GPU's bfloat16 atomics add, in one of their orders.
+    in_place = torch.zeros(tokens, width, dtype=torch.bfloat16)
+    for row, token in enumerate((order // chosen).tolist()):
+        in_place[token] += grad[row]
+    assert torch.equal(found, again)
+    # One rounding, not one for each copy.
+    assert torch.equal(found, exact.float().bfloat16())
+    assert (found - exact).norm() < 0.7 * (in_place - exact).norm()
+
+
+def test_gradients_of_combine_and_of_weights_are_exact() -> None:
+    order, _ = sort_by_expert(torch.tensor([[2, 0], [0, 3], [2, 3]]), 5)
+    y = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: combine(y, order, 2), (y,))
+    assert torch.autograd.gradcheck(lambda x, w: dispatch(x, w, order), (x, weights))

@@ -119,10 +119,10 @@ def test_each_style_keeps_what_its_exchanges_leave() -> None:
     by_hand = {
         # one query head, one repeated key head and one value head of all tokens
         "ulysses": 4 * head + 8 * head + 4 * head + 4 * head + lse,
-        # own queries of all heads; 2 key and 2 value heads of all tokens
-        "allgather": 4 * head + 16 * head + 4 * head + 4 * head + lse,
-        # half of the tokens for half of the heads, keys and values before their gathering with them; then both gathered
-        "hybrid": (4 + 2 + 2) * head + 8 * head + 4 * head + 4 * head + lse,
+        # own queries of all heads; 2 key and 2 value heads of the tokens that the passes see, an eighth more than all
+        "allgather": 4 * head + 18 * head + 4 * head + 4 * head + lse,
+        # half of the tokens for half of the heads; a key and a value head of a quarter more than all tokens
+        "hybrid": 4 * head + 10 * head + 4 * head + 4 * head + lse,
     }
     for style, kept in by_hand.items():
         level = Level(4096, 4, style, "keep_attention")
@@ -149,6 +149,10 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     args, config = get_flavor("llama3_1_8b"), JobConfig()
     config.lora.rank, config.lora.target_modules = 16, ["q_proj"]
     adapters = 32 * 16 * (4096 + 4096)
+    resident = estimate_memory(args, Level(1024, ac_policy="full"), config, 8, device_type="cuda").resident_bytes
+    # The base in bfloat16, as it is computed with on a GPU.
+    assert resident == (2 * num_params(args) + 16 * adapters) // 8
+    config.lora.base_dtype = "float32"
     resident = estimate_memory(args, Level(1024, ac_policy="full"), config, 8, device_type="cuda").resident_bytes
     assert resident == (4 * num_params(args) + 16 * adapters) // 8
 

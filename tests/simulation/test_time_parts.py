@@ -89,18 +89,28 @@ def test_keys_and_values_travel_while_queries_are_projected() -> None:
 
 
 def test_fsdp_traffic_and_what_computation_hides() -> None:
-    # 200 parameters; each rank lacks half: gathered as 2 bytes at 100 byte/s, reduced as 4; backward gathers again.
-    assert TimeModel(TOY, MACHINE, 2).fsdp_seconds() == pytest.approx((2.0, 4.0 + 2.0))
-    kept = Sharding(reshard_after_forward=False)
-    assert TimeModel(TOY, MACHINE, 2, kept).fsdp_seconds() == pytest.approx((2.0, 4.0))
-    # Two nodes: three quarters, at the 20 byte/s of a node's adapters.
-    assert TimeModel(TOY, MACHINE, 4).fsdp_seconds() == pytest.approx((15.0, 45.0))
-    # Copies on two nodes: gathered inside the node; each rank's half of the gradients, 400 bytes, crosses twice x 1/2.
-    assert TimeModel(TOY, MACHINE, 4, Sharding(dp_replicate=2)).fsdp_seconds() == pytest.approx((2.0, 6.0 + 40.0))
+    # 200 parameters; each rank lacks half: gathered as 2 bytes at 100 byte/s, reduced as 4; backward gathers the 100 of
+    # the layers again.
+    level, kept = Level(16), Sharding(reshard_after_forward=False)
+    assert TimeModel(TOY, MACHINE, 2).fsdp_seconds(level) == pytest.approx((2.0, 4.0 + 1.0))
+    assert TimeModel(TOY, MACHINE, 2, kept).fsdp_seconds(level) == pytest.approx((2.0, 4.0))
+    # A level's own setting counts.
+    for resharded, again in ((True, 1.0), (False, 0.0)):
+        own = dataclasses.replace(level, reshard_after_forward=resharded)
+        assert TimeModel(TOY, MACHINE, 2, kept).fsdp_seconds(own) == pytest.approx((2.0, 4.0 + again))
+    # Two nodes: three quarters, at the 20 byte/s of a node's adapters; or again from the other rank of the node.
+    assert TimeModel(TOY, MACHINE, 4).fsdp_seconds(level) == pytest.approx((15.0, 30.0 + 7.5))
+    in_node = dataclasses.replace(level, reshard_after_forward=2)
+    assert TimeModel(TOY, MACHINE, 4).fsdp_seconds(in_node) == pytest.approx((15.0, 30.0 + 1.0))
+    # Copies on two nodes: gathered inside the node. Once a step each rank's half of the gradients, 400 bytes, crosses
+    # twice x 1/2.
+    copies, one = TimeModel(TOY, MACHINE, 4, Sharding(dp_replicate=2)), TimeModel(TOY, MACHINE, 2)
+    assert copies.fsdp_seconds(level) == pytest.approx((2.0, 4.0 + 1.0))
+    assert copies.step_seconds() - one.step_seconds() == pytest.approx(40.0)
     # Matrix products of 16 tokens: 3.2 s forward, 6.4 backward; of 8 tokens: 1.6 and 3.2.
     model = TimeModel(TOY, MACHINE, 2)
     assert model.parts(Level(16), pack(0, 0))["fsdp"][0] == 0
-    assert model.parts(Level(8), pack(0, 0))["fsdp"][0] == pytest.approx(0.4 + 2.8)
+    assert model.parts(Level(8), pack(0, 0))["fsdp"][0] == pytest.approx(0.4 + 1.8)
 
 
 def test_launches_show_only_where_the_matrix_products_are_shorter() -> None:
@@ -116,7 +126,7 @@ def test_experts_are_gathered_by_their_group_and_tokens_sent_to_them() -> None:
     # 200 dense parameters over 4 ranks on two nodes as above; each rank gathers half of the experts, 200, from one
     # other rank, alone on its node: half of 200 x 2 bytes at 10 byte/s.
     model = TimeModel(moe, MACHINE, 4, Sharding(expert_parallel=2))
-    assert model.fsdp_seconds()[0] == pytest.approx(15.0 + 20.0)
+    assert model.fsdp_seconds(Level(16))[0] == pytest.approx(15.0 + 20.0)
     # To and fro, 8 wide, bf16: 32 bytes, half to the other rank of the node, forward and backward in two layers.
     assert model.parts(Level(16), pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,13 @@ def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
     trainer._confirm_epoch = lambda write: None  # type: ignore[method-assign]
     losses = []
     step = trainer.train_step
-    trainer.train_step = lambda *args: losses.append(step(*args)) or losses[-1]  # type: ignore
+
+    def noted(*args: Any) -> Any:
+        record = step(*args)
+        losses.append(record())
+        return record
+
+    trainer.train_step = noted  # type: ignore[method-assign]
     trainer.train()
     return [record["loss"] for record in losses]
 

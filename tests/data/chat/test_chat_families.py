@@ -62,7 +62,7 @@ conversations = st.lists(said | said | others | called | reasoned, min_size=1, m
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(messages=conversations, tools=st.sampled_from([None, TOOLS, TOOLS * 2, []]))
-@examples(60)
+@examples(30)
 def test_ids_equal_transformers_and_what_it_refuses_is_refused(
     merging: dict[str, tuple[ChatTokenizer, Any]], family: str, messages: list[dict[str, Any]], tools: Any
 ) -> None:
@@ -97,7 +97,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("family", ANSWERS)
 @given(turns=st.lists(texts, min_size=2, max_size=6), system=st.none() | texts, tools=st.sampled_from([None, TOOLS]))
-@examples(40)
+@examples(30)
 def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(
     folders: dict[str, Path], family: str, turns: list[str], system: str | None, tools: Any
 ) -> None:

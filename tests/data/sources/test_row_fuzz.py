@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
@@ -120,6 +121,7 @@ def run_500_files(lines: list[bytes]) -> None:
     counts[2] += errors
 
 
+@pytest.mark.hypothesis  # which it cannot be seen to be: it looks at the sums of all examples
 def test_10000_rows_give_conversations_or_errors_of_one_line() -> None:
     counts[:] = 0, 0, 0
     run_500_files()

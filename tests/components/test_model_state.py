@@ -1,0 +1,98 @@
+"""What leaves a sharded model is what was trained, and what enters it new is the same for every sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from hbp_titan.components.model_state import initialize
+from hbp_titan.config import JobConfig, load_config
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.engine import parallelized_on_meta
+from hbp_titan.models.args import ModelArgs, MoEArgs
+from hbp_titan.models.decoder import init_parameter
+from hbp_titan.models.hf import args_to_hf_config, to_hf_name
+from hbp_titan.models.registry import DEBUG
+from hbp_titan.packing import Level
+from hbp_titan.train import Trainer
+from tests.tiny_run import ARGS, write_tiny_run
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _train(world: World, runs: list[list[str]]) -> list[tuple[Tensors, set[str]]]:
+    """Of each run the trained values, which the optimizer holds, and the parameters that were left gathered."""
+    found = []
+    for argv in runs:
+        trainer = Trainer(load_config(argv), world)
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        trained = {names[id(p)]: _whole(p).detach().clone() for p in held}
+        gathered = {name for name, p in trainer.model.named_parameters() if not isinstance(p, DTensor)}
+        found.append((trained, gathered))
+    return found
+
+
+def test_a_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_path: Path) -> None:
+    runs = []
+    for tied in (True, False):
+        folder = tmp_path / f"tied_{tied}"
+        folder.mkdir()
+        argv = [
+            *write_tiny_run(folder),
+            "--training.steps=2",
+            "--training.mixed_precision_param=bfloat16",
+            "--validation.enable=true",
+            "--validation.share=0.2",
+            "--validation.interval=1",
+            "--checkpoint.enable=false",
+        ]
+        args = dataclasses.replace(ARGS, tie_embeddings=tied)
+        (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
+        runs.append(argv)
+    for argv, (trained, gathered) in zip(runs, run_distributed(_train, 2, runs)[0], strict=True):
+        exported = load_file(load_config(argv).dump_folder / "hf" / "model.safetensors")
+        assert not gathered
+        assert set(exported) == {to_hf_name(name) for name in trained}
+        for name, value in trained.items():
+            assert exported[to_hf_name(name)].equal(value), name
+            if value.ndim == 2:
+                # What bfloat16 would round away is there.
+                assert not value.bfloat16().float().equal(value)
+
+
+# Of three experts no two ranks can have the same number: their stacks are sharded along the second dim.
+EXPERTS = dataclasses.replace(
+    DEBUG,
+    name="experts",
+    moe=MoEArgs(n_routed_experts=3, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1),
+)
+
+
+def _first_weights(world: World, args: ModelArgs, copies: int) -> tuple[Tensors, set[int]]:
+    config = JobConfig(levels=[Level(128)])
+    config.parallelism.dp_replicate = copies
+    model, _ = parallelized_on_meta(config, args, world, world.device)
+    initialize(model, args, world.device, 7, "")
+    dims = {p.placements[-1].dim for p in model.parameters() if isinstance(p, DTensor)}  # type: ignore[union-attr]
+    return {name: _whole(p).detach().clone() for name, p in model.named_parameters()}, dims
+
+
+@pytest.mark.parametrize(("world_size", "copies"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_new_weights_are_the_same_for_every_sharding(world_size: int, copies: int) -> None:
+    for weights, dims in run_distributed(_first_weights, world_size, EXPERTS, copies):
+        assert dims == {0, 1}
+        for name, value in weights.items():
+            assert value.equal(init_parameter(EXPERTS, name, value.shape, 7)), name

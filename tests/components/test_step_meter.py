@@ -1,0 +1,129 @@
+"""What a step exchanges between its last micro-batch and the next, and what its host waits for."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hbp_titan.components.garbage_collection import GarbageCollection
+from hbp_titan.components.optimizer import build_optimizer, step_unless
+from hbp_titan.config import load_config
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.job_config import Optimizer
+from hbp_titan.train import Trainer
+from tests.tiny_run import write_tiny_run
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__")
+
+
+def test_an_update_that_is_to_be_skipped_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5))
+
+    def state() -> list[torch.Tensor]:
+        kept = [value for of in optimizer.state.values() for value in of.values()]
+        return [value.detach().clone() for value in (*model.parameters(), *kept)]
+
+    def step(skips: float, grad: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, grad)
+        step_unless(optimizer, torch.tensor(skips))
+
+    step(0.0, 1.0)
+    before = state()
+    step(1.0, float("nan"))
+    assert all(a.equal(b) for a, b in zip(before, state(), strict=True))
+    step(0.0, 1.0)
+    assert not any(a.equal(b) for a, b in zip(before, state(), strict=True))
+    assert not hasattr(optimizer, "found_inf")
+
+
+def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list[int]]:
+    """Collectives and reads of one step after its micro-batches, what of the metrics was there, and collections."""
+    trainer = Trainer(load_config(argv), world)
+    events: list[str] = []
+    watching = [False]
+    written: list[bool] = []
+
+    def noted(name: str, call: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if watching[0]:
+                events.append(name)
+            return call(*args, **kwargs)
+
+        return noting
+
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast"):
+        if hasattr(dist, name):
+            setattr(dist, name, noted(name, getattr(dist, name)))
+    for name in READS:
+        setattr(torch.Tensor, name, noted(f"read {name}", getattr(torch.Tensor, name)))
+    trainer.optimizer.step = noted("update", trainer.optimizer.step)  # type: ignore[method-assign]
+    whole_step, square, path = trainer.train_step, trainer.meter.sum_over_ranks, trainer.folder / "metrics.jsonl"
+    forward_backward = trainer.engine.forward_backward
+
+    def from_here(*args: Any) -> Any:
+        watching[0] = trainer.step == 2
+        return square(*args)
+
+    def micro_batch(*args: Any, **kwargs: Any) -> Any:
+        if trainer.consumed._file is not None:
+            written.append(len(path.read_text().splitlines()) == trainer.step if path.exists() else False)
+        return forward_backward(*args, **kwargs)
+
+    def step(*args: Any) -> Any:
+        record = whole_step(*args)
+        watching[0] = False
+        return record
+
+    trainer.meter.sum_over_ranks = from_here  # type: ignore[method-assign]
+    trainer.engine.forward_backward = micro_batch  # type: ignore[method-assign]
+    trainer.train_step = step  # type: ignore[method-assign]
+    collections: list[int] = []
+    gc.callbacks.append(lambda phase, info: collections.append(trainer.step) if phase == "start" else None)
+    trainer.train()
+    gc.callbacks.pop()
+    assert gc.isenabled()
+    return events, written, collections
+
+
+def test_a_step_waits_once_and_its_metrics_are_written_while_the_next_one_runs(tmp_path: Path) -> None:
+    off = ["--metrics.live_check_interval=0", "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
+    argv = [*write_tiny_run(tmp_path), *off, "--training.gc_interval=3", "--training.steps=8"]
+    events, written, collections = run_distributed(_watched, 2, argv)[0]
+    # One sum before the update, which nobody reads; one gather after it; one copy to the host.
+    assert events[:2] == ["all_reduce", "update"], events
+    assert [event for event in events if not event.startswith("read")] == ["all_reduce", "update", events[2]]
+    assert events[2].startswith("all_gather")
+    # The copy, and numpy's view of it.
+    assert events[3:] == ["read cpu", "read numpy"], events
+    assert written.count(False) >= 5
+    assert [step for step in collections if 0 < step < 8] == [3, 6]
+
+
+def test_python_collects_nothing_by_itself_inside_and_as_before_outside() -> None:
+    assert gc.isenabled()
+    with GarbageCollection(2) as collection:
+        assert not gc.isenabled()
+        frozen = gc.get_freeze_count()
+        assert frozen > 0
+        cycle: list[Any] = []
+        cycle.append(cycle)
+        del cycle
+        collection.after(1)
+        collection.after(2)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    with GarbageCollection(0) as collection:
+        assert gc.isenabled()
+    with pytest.raises(KeyError), GarbageCollection(1):
+        raise KeyError
+    assert gc.isenabled()

@@ -1,0 +1,183 @@
+"""What FSDP2 exchanges, counted in each micro-batch, and gradients that stay those of one process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hbp_titan.config import load_config, validate
+from hbp_titan.data.batch import PackedBatch
+from hbp_titan.distributed import parallelize
+from hbp_titan.distributed.fsdp import apply_fsdp
+from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.distributed.world import World
+from hbp_titan.levels.engine import Engine
+from hbp_titan.levels.verify import Case, compare, reference, run_case
+from hbp_titan.packing import Level
+from tests.distributed.test_deepseek import RandomSamples
+from tests.models.deepseek_tiny import tiny_args
+
+SEED = 3
+ARGS = tiny_args(4)
+SPARSE = sum(ARGS.is_sparse(layer) for layer in range(ARGS.num_layers))
+# The name that FSDP2 calls from torch 2.13 on, and before.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+LEVELS = (
+    Level(40, 2, reshard_after_forward=False),
+    Level(120, 4, "hybrid", reshard_after_forward=True),
+    Level(256, 4, "hybrid", "full", reshard_after_forward=2),
+)
+COPIES = (Level(40, 2), Level(120, 4, "hybrid"), Level(256, 4, "hybrid"))
+CASES = [
+    Case("levels reshard differently", 4, LEVELS),
+    Case("experts over 2 ranks", 4, LEVELS, expert_parallel=2),
+    Case("2 copies", 4, COPIES, dp_replicate=2),
+    Case("2 copies, experts over 2 ranks", 4, COPIES, expert_parallel=2, dp_replicate=2),
+]
+
+
+class Samples(RandomSamples):
+    """Enough short ones for the lowest level to have packs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows += self.rows[4:6] * 5
+        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
+        self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
+
+
+Passes = list[tuple[int, bool, Counter]]
+"""Level, whether it is the last of its step, and (collective, size of its group): calls, of each micro-batch."""
+
+
+def _counted(found: Passes) -> Callable[..., Tensor]:
+    """Engine.forward_backward that counts FSDP's collectives."""
+    run, gather, reduce = Engine.forward_backward, getattr(dist, GATHER), dist.all_reduce
+
+    def counted(self: Engine, batch: PackedBatch, last: bool = True) -> Tensor:
+        calls: Counter = Counter()
+
+        def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def counted_call(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+                calls[name, dist.get_world_size(group)] += 1
+                return call(*args, group=group, **kwargs)
+
+            return counted_call
+
+        setattr(dist, GATHER, counting("gather", gather))
+        dist.all_reduce = counting("reduce", reduce)
+        try:
+            losses_S = run(self, batch, last)
+        finally:
+            setattr(dist, GATHER, gather)
+            dist.all_reduce = reduce
+        found.append((batch.level, last, calls))
+        return losses_S
+
+    return counted
+
+
+def _run(world: World, cases: list[Case], separate: bool) -> list[tuple[tuple[float, dict[str, Tensor]], Passes]]:
+    config = load_config([f"--training.seed={SEED}"])
+    results = []
+    for case in cases:
+        passes: Passes = []
+        whole = Engine.forward_backward
+        Engine.forward_backward = _counted(passes)  # type: ignore[method-assign, assignment]
+        if separate:
+            parallelize.apply_fsdp = lambda *a, **k: apply_fsdp(*a, **{**k, "separate_reduce_scatter": True})
+        try:
+            results.append((run_case(world, config, ARGS, case, Samples()), passes))  # type: ignore[arg-type]
+        finally:
+            Engine.forward_backward, parallelize.apply_fsdp = whole, apply_fsdp  # type: ignore[method-assign]
+    return results
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, tuple[tuple[float, dict[str, Tensor]], Passes]]:
+    results = run_distributed(_run, 4, CASES, False)[0]
+    return {case.name: result for case, result in zip(CASES, results, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_gradients_equal_one_process(found: dict, case: Case) -> None:
+    result = compare(case, reference(ARGS, SEED, Samples()), found[case.name][0])  # type: ignore[arg-type]
+    assert result.loss_difference < 1e-6
+    assert result.grad_difference < 1e-5, result.worst
+
+
+def test_parameters_are_gathered_as_often_as_the_level_says(found: dict) -> None:
+    layers, seen = ARGS.num_layers, set()
+    # The embedding, the head and the root's norm or nothing: gathered once by every level.
+    for level, _, calls in found["levels reshard differently"][1]:
+        others = calls["gather", 4] - (layers if level != 1 else 2 * layers)
+        assert others == 2, (level, calls)
+        # Again in backward: not at all, from all ranks, from the two that keep the parameters.
+        assert calls["gather", 2] == (layers if level == 2 else 0), (level, calls)
+        seen.add(level)
+    assert seen == {0, 1, 2}
+
+
+def test_spread_experts_follow_the_level_where_torch_can(found: dict) -> None:
+    layers, seen = ARGS.num_layers, set()
+    for level, _, calls in found["experts over 2 ranks"][1]:
+        # Experts have groups of 2 ranks, and are gathered again from those whatever the number says.
+        again = {0: 0, 1: SPARSE, 2: layers + SPARSE}[level]
+        assert calls["gather", 2] == SPARSE + again, (level, calls)
+        assert calls["gather", 4] - (2 * layers if level == 1 else layers) == 2, (level, calls)
+        seen.add(level)
+    assert seen == {0, 1, 2}
+
+
+def test_copies_of_the_parameters_reduce_once_per_step(found: dict) -> None:
+    for name, groups in (("2 copies", ARGS.num_layers + 2), (CASES[3].name, ARGS.num_layers + 2 + SPARSE)):
+        passes = found[name][1]
+        ends = [last for _, last, _ in passes]
+        assert ends.count(False) > 0, "no step has several micro-batches"
+        for _, last, calls in passes:
+            assert calls["reduce", 2] == (groups if last else 0), (name, last, calls)
+
+
+def _separate(world: World) -> tuple[tuple[float, dict[str, Tensor]], Passes, int]:
+    groups = []
+    made = dist.new_group
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_local_synchronization"):
+            groups.append(args or kwargs)
+        return made(*args, **kwargs)
+
+    dist.new_group = new_group
+    ((result, passes),) = _run(world, [Case("separate", 2, (Level(64, 1), Level(256, 2)))], True)
+    return result, passes, len(groups)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp.FSDPModule, "set_separate_reduce_scatter_group"), reason="torch 2.13 has it"
+)
+def test_a_reduce_scatter_group_of_its_own_is_one_group_and_changes_no_gradient() -> None:
+    result, _, groups = run_distributed(_separate, 2)[0]
+    assert groups == 1
+    case = Case("separate", 2, (Level(64, 1), Level(256, 2)))
+    assert compare(case, reference(ARGS, SEED, Samples()), result).grad_difference < 1e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--parallelism.reshard_after_forward=3"], "parallelism.reshard_after_forward=3 does not divide the 4 ranks"),
+        (["--parallelism.reshard_after_forward=1"], "parallelism.reshard_after_forward=1 must be true, false or a num"),
+        (["--levels=64:1:::::"], "is not of the form"),
+        (["--levels=64:1:ulysses:none::8"], "level of max_tokens=64: reshard_after_forward=8 does not divide the 4"),
+    ],
+)
+def test_a_number_of_ranks_that_does_not_fit_is_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(load_config(["--levels=64:1", "--parallelism.dp_replicate=2", *argv]), 8)
