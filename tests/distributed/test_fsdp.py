@@ -150,7 +150,7 @@ def _separate(world: World) -> tuple[tuple[float, dict[str, Tensor]], Passes, in
     made = dist.new_group
 
     def new_group(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("use_local_synchronization"):
+        if "reduce" in kwargs.get("group_desc", ""):
             groups.append(args or kwargs)
         return made(*args, **kwargs)
 
