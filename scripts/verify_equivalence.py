@@ -2,9 +2,10 @@
 
     python scripts/verify_equivalence.py --job.config_file train_configs/debug_model.toml [--section.key value]
 
-Runs the same samples through one process (unpacked, fp32) and through every case on CPU ranks of this machine; prints
-a row a case with the relative differences of loss and gradients, and a verdict. Negative controls must be caught.
-The exit code is 0 only when every verdict is right.
+Runs the same samples through one process (unpacked, fp32) and through every case on ranks of this machine (NCCL with
+one GPU per rank where there are GPUs, else gloo on the CPU); prints one row per case with the relative differences of
+loss and gradients, and a verdict. In bfloat16, the default on GPUs, a case may differ by 3 times what rounding does to
+the same unpacked run. Negative controls must be caught. The exit code is 0 only when every verdict is right.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from hbp_titan.cli import guarded
 from hbp_titan.config import load_config, validate
@@ -29,14 +32,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--world_sizes", default="1,2,4", help="ranks to try, ascending [1,2,4]")
+    parser.add_argument(
+        "--world_sizes", default="", help="ranks to try, ascending [1,2,4; on GPUs at most their number]"
+    )
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="[cuda if there]"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation [bfloat16 on cuda]")
     parser.add_argument("--num_samples", type=int, default=24, help="samples to run [24]")
     parser.add_argument("--max_tokens", type=int, default=1024, help="scale the largest level to this; 0: keep [1024]")
     parser.add_argument("--shrink", action="store_true", help="two layers and narrow heads instead of the whole model")
     parser.add_argument("--only", default="", help="only the cases whose name holds this text")
     options, overrides = parser.parse_known_args()
     config = load_config(overrides)
-    world_sizes = sorted(int(size) for size in options.world_sizes.split(","))
+    world_sizes = parse_world_sizes(options.world_sizes, options.device)
+    dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     validate(config, max(level.cp_degree for level in config.levels) if config.levels else 1)
     args = shrunk(model_args(config)) if options.shrink else model_args(config)
     store = TokenStore.open(prepare(config)[0])
@@ -45,14 +56,29 @@ def main() -> int:
     cases = [case for case in build_cases(levels, world_sizes, args) if options.only in case.name]
     print(
         f"{args.name}: {len(samples.lengths)} samples, {samples.lengths.sum():,} tokens, the longest of "
-        f"{samples.lengths.max():,}; {len(cases)} cases\n{HEADER}"
+        f"{samples.lengths.max():,}; {len(cases)} cases on {options.device} in {dtype}\n{HEADER}"
     )
     wrong = 0
-    for result in verify(config, args, cases, samples):
+    for result in verify(config, args, cases, samples, options.device, dtype):
         print(row(result), flush=True)
         wrong += not result.passed
     print("every verdict is right" if not wrong else f"{wrong} of {len(cases)} verdicts are wrong")
     return int(wrong > 0)
+
+
+def parse_world_sizes(text: str, device_type: str) -> list[int]:
+    """The numbers of ranks to try, ascending; by default 1, 2 and 4, on GPUs no more than there are."""
+    gpus = torch.cuda.device_count()
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no usable GPU here; use --device cpu")
+    if not text:
+        return [size for size in (1, 2, 4) if device_type == "cpu" or size <= gpus]
+    if not all(word.strip().isdecimal() and int(word) for word in text.split(",")):
+        raise ValueError(f"--world_sizes {text!r}: must be positive numbers with commas between them, as 1,2,4")
+    sizes = sorted(int(word) for word in text.split(","))
+    if device_type == "cuda" and sizes[-1] > gpus:
+        raise ValueError(f"--world_sizes {text}: {sizes[-1]} ranks need as many GPUs, this machine has {gpus}")
+    return sizes
 
 
 if __name__ == "__main__":

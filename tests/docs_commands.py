@@ -25,6 +25,7 @@ NOT_RUN = {
     "./scripts/run_tests.sh": "runs this very test",
     "scripts/run_tests.sh --hypothesis-profile=random -m hypothesis": "takes ten minutes",
     "python -m pytest -m gpu": "needs a GPU",
+    "python scripts/gpu_check.py --out gpu_check": "needs a GPU",
     **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4"), "installs a kernel of a GPU"),
     "pip install '.[data]'": "installs packages",
     ".venv/bin/pip install -e '.[wandb]'": "installs packages",
@@ -316,6 +317,10 @@ RUNS = [
         replace=_COMPARED,
     ),
     Run("python scripts/simulate.py --validate compared.json --profile outputs/compared/profile.json"),
+    Run(
+        "python scripts/gpu_check.py --device cpu --tiny --out gpu_check",
+        "--steps environment,varlen,gpu_tests --minutes 3",
+    ),
     Run("python scripts/bench_train.py --help"),
     Run("python scripts/bench_train.py", f"--lengths 256 {_FEW}"),
     Run(

@@ -131,6 +131,20 @@ class Bench:
                 yield group
         self.slot.clear()
 
+    def measure(self, index: int, documents: Documents, repeats: int) -> Measurement:
+        """One level, self.levels[index], alone: a warm-up, the peak, then `repeats` timed iterations.
+
+        For a choice of rows under a time budget: policies do not take turns, and saved_bytes stays None.
+        """
+        first, policy = divmod(index, len(self.settings.policies))
+        batch = self._batches(first, documents)[policy]
+        peak = self._peak(batch)
+        seconds = [self.slot.attempt(self.slot.seconds, [batch]) for _ in range(repeats if peak else 0)]
+        found = self._describe(index, documents, documents.lengths(self.levels[index].max_tokens, seed=0))
+        found.seconds = [] if None in seconds else [taken for taken in seconds if taken is not None]
+        found.peak_bytes = peak if found.fits else None
+        return found
+
     def _batches(self, index: int, documents: Documents) -> list[PackedBatch]:
         """One batch of length `index` for each policy: the same one at another level."""
         first = index * len(self.settings.policies)

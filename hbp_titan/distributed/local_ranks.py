@@ -1,6 +1,7 @@
-"""Several ranks on this machine from within one process: spawned, with gloo, results and errors brought back.
+"""Several ranks on this machine from within one process: spawned, results and errors brought back.
 
-Owns what the multi-process tests and scripts/verify_equivalence.py share. Training starts its ranks by torchrun.
+Owns what the multi-process tests and scripts/verify_equivalence.py share: gloo ranks on the CPU, or NCCL ranks with one
+GPU each. Training starts its ranks by torchrun.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ class RankError(RuntimeError):
     """A rank failed or hung; the message holds its traceback."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, device_type: str = "cpu"
+) -> list[Any]:
     """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
 
-    Results are tensors and plain containers of them. Raises RankError with the traceback of the first rank that failed,
-    or with exit codes. Ranks that have not ended `timeout` seconds after the start, or SURVIVES_SECONDS after another
-    failed, are killed.
+    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and tensors, of the CPU. Raises
+    RankError with the traceback of the first rank that failed, or with exit codes. Ranks that have not ended `timeout`
+    seconds after the start, or SURVIVES_SECONDS after another failed, are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = fork_server()
+        # A process that is forked from one in which torch has asked for GPUs cannot use them; nothing rules that out.
+        context = mp.get_context("spawn") if device_type == "cuda" else fork_server()
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
+            context.Process(
+                target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), device_type, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -91,15 +97,18 @@ def _rank_main(
     world_size: int,
     folder: str,
     environment: dict[str, str],
+    device_type: str,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     # A fork server's children have the environment of its start.
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    os.environ["LOCAL_RANK"] = str(rank)
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     store = dist.FileStore(f"{folder}/rendezvous", world_size)
-    world = start_groups(store, rank, world_size, torch.device("cpu"), timedelta(seconds=120))
     try:
+        world = start_groups(store, rank, world_size, device, timedelta(seconds=120))
         result = function(world, *args)
         torch.save(result, Path(folder, f"result_{rank}"))
         barrier()

@@ -38,7 +38,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         # The narrow product is scaled: R elements a token instead of O.
-        return super().forward(x_TI) + self.lora_B(self.scaling * self.lora_A(x_TI))
+        # The frozen product comes last: it keeps no activation, so recomputation ends before it.
+        adapted_TO = self.lora_B(self.scaling * self.lora_A(x_TI))
+        return adapted_TO + super().forward(x_TI)
 
 
 def apply_lora(

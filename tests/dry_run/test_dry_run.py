@@ -166,7 +166,7 @@ MISTAKES = [
     (["--parallelism.dp_replicate=3"], "parallelism.dp_replicate = 3 does not divide the world size 32"),
     (["--packing.method=hpb"], "method='hpb' is none of "),
     (["--data.sources=[]"], "data.train_files is empty"),
-    (["--levels=131072:8"], "level 128K/cp8 needs 95.9 GiB a rank"),
+    (["--levels=131072:8"], "level 128K/cp8 needs 99.7 GiB a rank"),
     (["--training.step=1"], "unknown key training.step"),
 ]
 
