@@ -35,6 +35,7 @@ NOT_RUN = {
     "sbatch --signal=B:USR1@600": "is named without its script",
     "python scripts/prepare_data.py": "is named without a run's arguments",
     "PYTHON=/path/to/python3.11 ./run_train.sh": "the environment of the tests is used",
+    "CUDA_VISIBLE_DEVICES= ./run_train.sh": "is ./run_train.sh where there is no GPU",
     "tensorboard --logdir outputs/debug_model/tensorboard": "serves until it is stopped",
     **dict.fromkeys(
         (

@@ -30,7 +30,7 @@ PLACEHOLDERS = ("X.toml", "train_configs/X.toml", "outputs/quality/hbp/seed-1/ru
 SHELL = "".join(
     (ROOT / name).read_text() for name in ("run_train.sh", "scripts/setup_env.sh", "scripts/slurm_train.sbatch")
 )
-VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE")
+VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE", "CUDA_VISIBLE_DEVICES")
 
 
 class _Parsed(Exception):

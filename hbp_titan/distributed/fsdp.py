@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import Shard
 
+from hbp_titan.distributed.mesh import near_mesh, reduce_group
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts
 
@@ -45,7 +46,7 @@ class ReshardState:
             self._meshes[ranks] = None
             if ranks < shards:
                 # Given the number, torch would make a mesh, hence communicators, for each block.
-                smaller = DeviceMesh(mesh.device_type, mesh.mesh.view(-1, ranks))
+                smaller = near_mesh(ranks, mesh.device_type)
                 self._meshes[ranks] = HSDPMeshInfo(smaller, shard_mesh_dim=1, replicate_mesh_dim=0)
 
     def use(self, value: bool | int) -> None:
@@ -122,6 +123,11 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if separate_reduce_scatter and hasattr(root, "set_separate_reduce_scatter_group"):
+        for module in model.modules():
+            for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+                # torch takes a group that is there; its own would be a new one for each engine, with torch's timeout.
+                info: Any = group.mesh_info
+                info.reduce_scatter_process_group = reduce_group(info.shard_process_group, mesh.device_type)
         root.set_separate_reduce_scatter_group()
     reshard.attach(blocks, mesh)
 

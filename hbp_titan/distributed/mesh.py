@@ -11,7 +11,7 @@ group of nodes, where their number allows it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,9 @@ class Axis:
         return list(range(first, first + self.size * self.stride, self.stride))
 
 
-SHARD, COPY, EXCHANGE = "shard", "copy", "exchange"
-"""Uses of an axis: parameters sharded over it (FSDP), copied over it (HSDP); cp and expert exchanges."""
+SHARD, REDUCE, COPY, EXCHANGE = "shard", "reduce", "copy", "exchange"
+"""Uses of an axis: parameters sharded over it (FSDP), their gradients reduced apart from the gathers; parameters copied
+over it (HSDP); cp and expert exchanges."""
 
 
 @dataclass
@@ -109,10 +110,28 @@ def _connect(group: ProcessGroup, use: str, device_type: str) -> None:
     if use == COPY:
         dist.all_reduce(one, group=group)
         return
-    dist.all_gather(list(many.split(1)), one, group=group)
+    if use != REDUCE:
+        dist.all_gather(list(many.split(1)), one, group=group)
     dist.reduce_scatter(one, list(many.split(1)), group=group)
     if use == EXCHANGE:
         dist.all_to_all_single(torch.empty_like(many), many, group=group)
+
+
+def reduce_group(shard_group: ProcessGroup, device_type: str) -> ProcessGroup:
+    """A second group of the ranks of a mesh's sharding group, for reductions that overlap with its gathers."""
+    groups, name = axis_groups(), shard_group.group_name
+    axis = next(axis for axis, group in groups.groups.items() if axis.use == SHARD and group.group_name == name)
+    return groups.get(replace(axis, use=REDUCE), device_type)
+
+
+def near_mesh(ranks: int, device_type: str) -> DeviceMesh:
+    """The world as (world / ranks, ranks): parameters sharded over `ranks` adjacent ranks, as those of a node."""
+    world, groups = dist.get_world_size(), axis_groups()
+    axes = [Axis(world // ranks, ranks, COPY), Axis(ranks, 1, SHARD)]
+    mesh = torch.arange(world, dtype=torch.int).view(-1, ranks)
+    return DeviceMesh.from_group(
+        [groups.get(axis, device_type) for axis in axes], device_type, mesh, mesh_dim_names=("far", "near")
+    )
 
 
 def keep_groups(cp_shapes: Iterable[tuple[int, int]], expert_parallel: int) -> None:

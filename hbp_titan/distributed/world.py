@@ -69,8 +69,8 @@ def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
 
 def start_groups(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> World:
     """Make the default group and the control group of all ranks, which meet in `store`."""
-    # Before the first gloo group: each pair of ranks then connects when it first communicates, not all with all.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # Not with TORCH_GLOO_LAZY_INIT: an operation that is the first between two ranks can then outlast its timeout (seen
+    # with torch 2.13), and a rank that waits for one that is gone never comes back.
     backend, device_id = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -156,7 +156,7 @@ def _separate(world: World) -> tuple[Outcome, Passes, int]:
     made = dist.new_group
 
     def new_group(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("group_desc", "").startswith("reduce"):
+        if "reduce" in kwargs.get("group_desc", ""):
             groups.append(args or kwargs)
         return made(*args, **kwargs)
 
