@@ -25,8 +25,12 @@ NOT_RUN = {
     "./scripts/run_tests.sh": "runs this very test",
     "scripts/run_tests.sh --hypothesis-profile=random -m hypothesis": "takes ten minutes",
     "python -m pytest -m gpu": "needs a GPU",
+    "python -m pytest tests/gpu_trace": "is part of the tests",
+    **dict.fromkeys(
+        ("scripts/trace_all_torch.sh", "scripts/trace_all_torch.sh -m slow"), "downloads three versions of torch"
+    ),
+    **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4==4.0.0b19"), "installs a kernel of a GPU"),
     "python scripts/gpu_check.py --out gpu_check": "needs a GPU",
-    **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4"), "installs a kernel of a GPU"),
     "pip install '.[data]'": "installs packages",
     ".venv/bin/pip install -e '.[wandb]'": "installs packages",
     "python scripts/list_errors.py": "compares the repository's own files; a test runs it there",

@@ -24,7 +24,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -178,12 +178,24 @@ def missing(name: str) -> str:
             torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd  # noqa: B018
         elif name == "fa4":
             module = importlib.import_module("flash_attn.cute.interface")
-            module._flash_attn_fwd, module._flash_attn_bwd  # noqa: B018
+            module._flash_attn_bwd  # noqa: B018
+            return _unfit_fa4(module._flash_attn_fwd)
         if name in _REGISTERED and _REGISTERED[name] not in torch_attention.list_flash_attention_impls():
             return f"torch {torch.__version__} has no {_REGISTERED[name]}"
     # An extension built for another torch or CUDA fails with whatever its loader raises.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _unfit_fa4(forward: Callable[..., Any]) -> str:
+    """Why torch's code around flash-attn-4 and the installed flash-attn-4 do not fit each other; "" if they do."""
+    # torch 2.11 refuses any window in backward, which varlen_attn always passes, and passes -1 in forward as a width.
+    if not hasattr(importlib.import_module("torch.nn.attention._fa4"), "_aten_to_fa4_window_size"):
+        return f"torch {torch.__version__} cannot train with FlashAttention-4: install torch 2.12 or newer"
+    # torch 2.12 and 2.13 unpack two tensors; flash-attn-4 returns four since 4.0.0b20.
+    if len(get_args(inspect.signature(forward).return_annotation)) != 2:
+        return f"torch {torch.__version__} expects an older flash-attn-4: install flash-attn-4==4.0.0b19"
     return ""
 
 

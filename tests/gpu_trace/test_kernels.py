@@ -1,0 +1,134 @@
+"""Each CUDA backend down to its kernel, with numbers: what reaches a kernel gives the reference's results."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import attention as torch_attention
+
+from hbp_titan.data.sequence_shard import head_tail_shard
+from hbp_titan.models import attention
+from hbp_titan.models.attention import varlen_attention
+from hbp_titan.models.documents import Documents, pack_documents
+from tests.gpu_trace import kernels
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+LENGTHS = (70, 33, 20, 5, 1, 1)
+backends = pytest.mark.parametrize("backend", ["torch", "fa2", "fa3", "fa4"])
+
+
+def inputs(queries: int, keys: int) -> list[Tensor]:
+    """q, k and v of 6 query and 2 key/value heads, of rows that lie apart, as behind a fused exchange."""
+    generator = torch.Generator().manual_seed(queries)
+    q_T6D = torch.randn(queries, 6, 16, generator=generator).bfloat16()
+    kv_S4D = torch.randn(keys, 4, 16, generator=generator).bfloat16()
+    return [q_T6D, *kv_S4D.chunk(2, dim=1)]
+
+
+def attend(documents: Documents, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of q, k and v."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs(documents.whole.num_queries, documents.whole.num_keys)]
+    o_TND = varlen_attention(*leaves, documents, scale=0.3)
+    o_TND.backward(torch.linspace(-1, 1, o_TND.numel()).view(o_TND.shape).to(dtype))
+    return [o_TND.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def expected(documents: Documents) -> list[Tensor]:
+    attention.set_backend("reference")
+    try:
+        return attend(documents, torch.float32)
+    finally:
+        attention.set_backend("auto")
+
+
+def assert_close(found: list[Tensor], right: list[Tensor]) -> None:
+    assert len(found) == len(right) == 4
+    for one, other in zip(found, right, strict=True):
+        assert one.dtype == torch.bfloat16
+        # Of 8 bits of a mantissa, in a sum of a few dozen terms.
+        assert (one.float() - other).norm() < 0.01 * other.norm() + 1e-6
+
+
+def run(backend: str, documents: Documents) -> list[Tensor]:
+    kernels.CALLS.clear()
+    with kernels.installed(backend):
+        if TORCH < (2, 12) and backend == "fa4":
+            pytest.skip(attention.missing("fa4"))
+        attention.set_backend(backend)
+        try:
+            return attend(documents, torch.bfloat16)
+        finally:
+            attention.set_backend("auto")
+
+
+@backends
+def test_each_kernel_gets_arguments_that_give_the_references_results(backend: str) -> None:
+    documents = pack_documents(LENGTHS)
+    assert len(documents.groups) == 1
+    assert_close(run(backend, documents), expected(documents))
+    assert len(kernels.CALLS) == 2
+    # FlashAttention-4's backward is called without.
+    assert [call.get("max_seqlen", (70, 70)) for call in kernels.CALLS] == [(70, 70), (70, 70)]
+
+
+@backends
+def test_groups_of_documents_are_a_kernel_call_each(backend: str) -> None:
+    lengths = [300, *[20] * 8]
+    documents = pack_documents(lengths)
+    assert [group.max_seqlen_q for group in documents.groups] == [300, 20]
+    assert_close(run(backend, documents), expected(documents))
+    assert [call["max_seqlen"] for call in kernels.CALLS if "deterministic" not in call] == [(300, 300), (20, 20)]
+
+
+@backends
+def test_gathered_keys_reach_each_kernel_without_documents_that_have_no_query(backend: str) -> None:
+    # Documents shorter than there are chunks have no query in most passes, which a kernel asserts (kernels.py).
+    for lengths in ([3, 1, 2, 1, 1], [70, 33, 20, 5, 1, 1, 2], [132]):
+        for rank in (0, 3):
+            _, shard = head_tail_shard(np.array(lengths), rank, 4)
+            for part in (shard.heads, shard.tails):
+                assert_close(run(backend, part.documents), expected(part.documents))
+
+
+@backends
+def test_deterministic_mode_reaches_each_kernels_backward(backend: str) -> None:
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            run(backend, pack_documents(LENGTHS))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert [call["deterministic"] for call in kernels.CALLS if "deterministic" in call] == [deterministic]
+
+
+def test_one_registered_kernel_takes_the_place_of_another_and_is_taken_back() -> None:
+    for backend, active in (("fa3", "FA3"), ("fa4", "FA4"))[: 1 if TORCH < (2, 12) else 2]:
+        with kernels.installed(backend):
+            attention.set_backend(backend)
+            assert torch_attention.current_flash_attention_impl() == active
+    attention.set_backend("torch")
+    assert torch_attention.current_flash_attention_impl() is None
+    attention.set_backend("auto")
+
+
+def test_a_flash_attention_4_that_torch_cannot_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer(q: Tensor) -> Any:
+        raise NotImplementedError
+
+    # As a module has it that does not postpone annotations.
+    newer.__annotations__["return"] = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    with kernels.installed("fa4"):
+        monkeypatch.setattr(importlib.import_module("flash_attn.cute.interface"), "_flash_attn_fwd", newer)
+        with pytest.raises(ValueError, match="torch 2.12" if TORCH < (2, 12) else "flash-attn-4==4.0.0b19"):
+            attention.set_backend("fa4")
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3", "fa4"])
+def test_a_missing_package_is_an_error_of_one_line(backend: str) -> None:
+    with kernels.installed("none"), pytest.raises(ValueError, match="flash_attn"):
+        attention.set_backend(backend)

@@ -1,0 +1,233 @@
+"""What a GPU rank runs, traced without a GPU: whole graphs, none of them made again, and kernels called as they must.
+
+docs/benchmarks.md says how to run these with other versions of torch and on CUDA tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hbp_titan.distributed.compile import BEFORE_ATTENTION, BEHIND_ATTENTION
+from hbp_titan.models.decoder import DecoderBlock
+from hbp_titan.models.documents import Documents
+from hbp_titan.packing import Level
+from tests.gpu_trace import kernels
+from tests.gpu_trace.harness import CAN_DIFFERENTIATE, PRESETS, Recorder, TracedEngine
+
+BACKENDS = ("torch", "fa2", "fa3", "fa4")
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+REGIONS = BEFORE_ATTENTION + BEHIND_ATTENTION
+# Packs of every level: a long document with short ones, and one that nearly fills the lowest level.
+PACKS = ((700, 9000, 60, 3000, 1), (15000, 200, 130))
+
+differentiates = pytest.mark.skipif(not CAN_DIFFERENTIATE, reason="autograd needs a GPU for tensors on cuda")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def graphs_by_region(engine: TracedEngine) -> dict[str, int]:
+    counted = {name: engine.graphs_of(getattr(DecoderBlock, name)) for name in REGIONS}
+    return {name: number for name, number in counted.items() if number}
+
+
+def run_all_levels(engine: TracedEngine, packs: Sequence[Sequence[int]] = PACKS) -> list[Recorder]:
+    """Each level with each pack, level by level switched; checks what holds for any; returns the last round."""
+    rounds: list[list[Recorder]] = []
+    for lengths in packs:
+        graphs = len(engine.backend.graphs)
+        rounds.append([engine.run(level, lengths) for level in range(len(engine.config.levels))])
+        assert len(rounds) == 1 or len(engine.backend.graphs) == graphs, "new documents or a level switch recompiled"
+    assert not counters["graph_break"]
+    scale = engine.args.softmax_scale or engine.args.head_dim**-0.5
+    for recorder in rounds[-1]:
+        assert not recorder.races, "a collective's result is read before it is waited for"
+        assert not recorder.unfinished
+        assert recorder.count("_local_scalar_dense") == 0
+        calls = engine.kernel_calls(recorder)
+        assert {call.backward for call in calls} == ({False, True} if CAN_DIFFERENTIATE else {False})
+        for call in calls:
+            call.check(scale)
+    check_regions(engine)
+    return rounds[-1]
+
+
+def check_regions(engine: TracedEngine) -> None:
+    """Assert that no graph holds a kernel or an exchange."""
+    foreign = {name for name in engine.backend.operators() if "attn" in name or "flash" in name or "c10d" in name}
+    if engine.args.moe is not None:
+        # Tokens per document and expert, over cp ranks, for the balance losses: part of the routing's region.
+        foreign -= {"_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"}
+    assert not foreign, "kernels and exchanges belong between the compiled regions"
+
+
+# Every policy without cp ranks, then every cp style with one of them: all have shards of 16K tokens.
+ALL_FORMS = (
+    Level(16384, 1, "ulysses", "none"),
+    Level(16384, 1, "ulysses", "full"),
+    Level(16384, 1, "ulysses", "keep_attention"),
+    Level(131072, 8, "ulysses", "full"),
+    Level(131072, 8, "allgather", "keep_attention"),
+    # 8 kv heads: two groups that gather from each other, of 8 ranks each.
+    Level(262144, 16, "hybrid", "full"),
+)
+
+
+def test_all_policies_and_cp_styles_share_one_graph_for_each_region() -> None:
+    with TracedEngine("llama3_1_8b_hbp", levels=ALL_FORMS, backend="fa2", layers=1) as engine:
+        recorders = run_all_levels(engine)
+        assert graphs_by_region(engine) == dict.fromkeys(REGIONS, 1)
+        if not CAN_DIFFERENTIATE:
+            return
+
+        # Without gradients there is one more of each region that validation runs.
+        for level in range(len(ALL_FORMS)):
+            engine.run(level, PACKS[0], grad=False)
+        assert graphs_by_region(engine) == dict.fromkeys(REGIONS, 2)
+
+        none, full, keep, ulysses, allgather, hybrid = recorders
+        # Seven products a block in forward, twice as many in backward. Recomputation repeats all but the last: of the
+        # feed-forward network 11 in place of 12 (S4).
+        vocabulary = engine.args.vocab_size
+        assert [recorder.products(vocabulary) for recorder in recorders] == [21, *[21 + 6] * 5]
+
+        # Attention is repeated under `full` alone, and so are the exchanges around it.
+        for recorder, times in zip(recorders, (1, 2, 1, 2, 1, 2), strict=True):
+            calls = engine.kernel_calls(recorder)
+            backward = sum(call.backward for call in calls)
+            assert len(calls) == (times + 1) * backward
+            assert backward <= (6 if recorder in (allgather, hybrid) else 3)
+        for recorder in (none, full, keep):
+            assert not recorder.collectives()
+        # Keys with values, queries, and the output; in backward the same.
+        assert ulysses.collectives() == {"all_to_all_single": 3 * 3}
+        assert allgather.collectives() == {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+        assert hybrid.collectives() == {
+            "all_to_all_single": 3 * 3,
+            "all_gather_into_tensor": 2,
+            "reduce_scatter_tensor": 1,
+        }
+        assert {call.tensors[0].shape[1:] for call in engine.kernel_calls(ulysses)} == {(4, 128)}
+        assert {call.tensors[1].shape[1:] for call in engine.kernel_calls(hybrid)} == {(1, 128)}
+
+
+WORLD_SIZES = {"debug_model": 2, "deepseek_v2_236b_hbp": 256, "deepseek_v2_lite_hbp": 8}
+"""Ranks that the presets name in their headers, where not 32."""
+
+
+def traced(preset: str, *argv: str, **options: Any) -> TracedEngine:
+    return TracedEngine(preset, argv, world_size=WORLD_SIZES.get(preset, 32), **options)
+
+
+def test_experts_spread_over_ranks_trace_with_their_exchanges() -> None:
+    with traced("deepseek_v2_236b_hbp", backend="torch") as engine:
+        short, long = run_all_levels(engine)
+        assert set(graphs_by_region(engine).values()) == {1}
+        if not CAN_DIFFERENTIATE:
+            return
+        # A dense layer and one with experts. Rows with their weights, and outputs, forward and backward; rows once more
+        # because the preset recomputes blocks. That of the numbers of rows is not traced.
+        assert short.collectives() == {"all_to_all_single": 5}
+        # Keys with values, queries, and the output of two layers; tokens per expert of one.
+        assert long.collectives() == {"all_to_all_single": 5 + 2 * 9, "all_reduce": 2}
+
+
+@differentiates
+def test_adapters_trace_and_gather_no_gradient_of_the_base() -> None:
+    with traced("qwen2_5_32b_hbp", "--lora.rank=8", backend="fa3", layers=1) as engine:
+        recorders = run_all_levels(engine)
+        assert set(graphs_by_region(engine).values()) == {1}
+        trained = [p for p in engine.engine.model.parameters() if p.requires_grad]
+        # Whole rows are dealt out: 8 rows of a narrow matrix over 32 ranks are padded to 32.
+        padded = sum(-(-len(p) // 32) * 32 * p.numel() // len(p) for p in trained)
+        for recorder in recorders:
+            assert recorder.fsdp_collectives()["reduced"] == [padded]
+
+
+@differentiates
+def test_fsdp_gathers_each_block_once_a_pass_and_reduces_each_group_once() -> None:
+    with traced("llama3_1_8b_hbp", backend="torch", layers=2) as engine:
+        recorders = run_all_levels(engine, PACKS[:1])
+        model = engine.engine.model
+        block, embeddings, head = (
+            sum(parameter.numel() for parameter in module.parameters())
+            for module in (model.layers[0], model.tok_embeddings, model.head)
+        )
+        for recorder in recorders:
+            moved = recorder.fsdp_collectives()
+            # Forward, then backward: the head kept its parameters, and an embedding's backward needs none.
+            assert moved["gathered"] == [embeddings, block, block, head, block, block]
+            assert moved["reduced"] == [head, block, block, embeddings]
+
+
+POLICIES = ("none", "full", "keep_attention")
+
+
+def all_forms(levels: Sequence[Level]) -> list[Level]:
+    """Each level under each policy; the longest in the other cp styles, too."""
+    longest = levels[-1]
+    styled = [replace(longest, cp_style=style) for style in ("allgather", "hybrid")] if longest.cp_degree > 1 else []
+    return [replace(level, ac_policy=policy) for level in (*levels, *styled) for policy in POLICIES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_traces_with_every_kernel_policy_and_cp_style(preset: str, backend: str) -> None:
+    levels = traced(preset).config.levels
+    # A dense layer and one with experts, where there are both.
+    layers = 2 if traced(preset).args.moe else 1
+    with traced(preset, levels=all_forms(levels), backend=backend, layers=layers) as engine:
+        capacity = levels[0].max_tokens
+        packs = [[length * capacity // 16384 + 1 for length in lengths] for lengths in PACKS]
+        run_all_levels(engine, packs)
+        shards = {level.max_tokens // level.cp_degree for level in levels}
+        # A model with experts has two kinds of blocks, and a graph of the routing for each set of cp ranks that count
+        # together.
+        cp_shapes = {level.cp_shape(engine.args.num_kv_heads) for level in engine.config.levels}
+        kinds = 1 if engine.args.moe is None else 1 + len(cp_shapes)
+        assert max(graphs_by_region(engine).values()) <= len(shards) * kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_traces_with_adapters(preset: str) -> None:
+    argv = ("--lora.rank=8", "--lora.target_modules=all-linear")
+    with traced(preset, *argv, backend="fa2") as engine:
+        capacity = engine.config.levels[0].max_tokens
+        run_all_levels(engine, [[length * capacity // 16384 + 1 for length in lengths] for lengths in PACKS])
+
+
+def _whole_block(engine: TracedEngine) -> None:
+    """Compile every block with its attention inside, as it was before attention left the regions."""
+    for block in engine.engine.model.blocks():
+        compiled = torch.compile(DecoderBlock.forward, backend=engine.backend, fullgraph=True, dynamic=False)
+        block.forward = partial(compiled, block)
+
+
+@differentiates
+def test_the_trace_finds_attention_inside_a_compiled_region() -> None:
+    """The controls: what failed on every GPU before attention ran between the regions (B1, B2) fails here."""
+    levels = (Level(16384, 1),)
+    with traced("llama3_1_8b_hbp", "--compile.enable=false", levels=levels, backend="fa2", layers=1) as engine:
+        _whole_block(engine)
+        with kernels.installed("none"), pytest.raises(torch._dynamo.exc.Unsupported, match="flash_attn"):
+            engine.run(0, PACKS[0])
+        torch._dynamo.reset()
+
+        # One tensor for the lengths of queries and keys, as attention had it.
+        batch = engine.batch(0, PACKS[0])
+        group = batch.documents.whole._replace(cu_seqlens_k=batch.documents.whole.cu_seqlens_q)
+        batch = replace(batch, documents=Documents((group,), group))
+        if TORCH >= (2, 13):
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="duplicate tensor"):
+                engine.run_batch(batch)
+        else:
+            engine.run_batch(batch)
+            with pytest.raises(AssertionError, match="between the compiled regions"):
+                check_regions(engine)
