@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs tests/gpu_trace (traces of the GPU path, no GPU needed) with every supported version of torch. Makes one virtual
-# environment per version in TRACE_VENVS, of about 5 GB each: PyPI's wheels bring CUDA's libraries along.
+# environment per version in TRACE_VENVS, of about 5 GB each: torch's wheels bring CUDA's libraries along.
 #   scripts/trace_all_torch.sh                    the quick run
 #   scripts/trace_all_torch.sh -m slow            every preset with every kernel
 #   TORCH_VERSIONS=2.12.1 scripts/trace_all_torch.sh
