@@ -160,7 +160,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
         loads=loads_of_ranks(plan),
         level_of_iteration=plan.level_of_iteration,
         idle=1 - work_IR.sum(0) / work_IR.max(1).sum(),
-        loss=records[-1].get("validation", {}).get("loss"),
+        loss=trainer.validator.latest["loss"] if trainer.validator and trainer.validator.latest else None,
         train_loss=sum(r["loss"] * r["trained_tokens"] for r in last) / sum(r["trained_tokens"] for r in last),
     )
 

@@ -132,6 +132,7 @@ RUNS = [
     Run("./run_train.sh"),
     Run("./run_train.sh --packing.method hbp"),
     Run("./run_train.sh --levels 1024:1,8192:2"),
+    Run("./run_train.sh --levels 1024:1::::false,8192:2", "--training.steps 1 --job.dump_folder outputs/reshard"),
     Run("torchrun --nproc_per_node 2 -m hbp_titan train --job.config_file debug_model"),
     Run("NNODES=2 RDZV_ENDPOINT=node0:29500 RDZV_ID=my_run ./run_train.sh", before="NGPU=1"),
     Run("./run_train.sh --levels 1024:1,8192:2:allgather", "--training.steps 1 --job.dump_folder outputs/allgather"),

@@ -21,13 +21,17 @@ from hbp_titan.packing.level import level_name
 
 
 class Validator:
-    """Evaluates every sample of a plan once. store: that of the plan; loader: makes the loader of its batches."""
+    """Evaluates every sample of a plan once. store: that of the plan; loader: makes the loader of its batches.
+
+    latest: what `run` returned last, None before.
+    """
 
     def __init__(self, plan: Plan, store: NamedSources, loader: Callable[[], PackLoader], world: World) -> None:
         self.plan = plan
         self.loader = loader
         self.collector = LossCollector(store, len(plan.levels))
         self.world = world
+        self.latest: dict[str, Any] | None = None
 
     def run(
         self, losses_of: Callable[[PackedBatch], Tensor], at: Callable[[str, str], None] = lambda where, level: None
@@ -46,9 +50,10 @@ class Validator:
         sums_G = self.collector.take()
         dist.all_reduce(sums_G)
         means = self.collector.means(sums_G.tolist(), plan, 0, plan.num_iterations)
-        return {
+        self.latest = {
             **means.whole.as_dict(),
             "by_level": {level_name(plan.levels[k]): mean.as_dict() for k, mean in means.by_level.items()},
             "by_length": {str(border): mean.as_dict() for border, mean in means.by_length.items()},
             "by_source": {name: mean.as_dict() for name, mean in means.by_source.items()},
         }
+        return self.latest

@@ -47,7 +47,7 @@ def test_a_step_is_written_when_it_is_committed_and_not_before(tmp_path: Path) -
     assert _lines(path) == []
     record.commit(1, epoch=3)
     packs = [
-        {"iteration": 4, "level": 0, "dp_rank": 0, "samples": [2, 0]},
+        {"iteration": 4, "level": 0, "dp_rank": 0, "samples": [0, 2]},
         {"iteration": 5, "level": 1, "dp_rank": 0, "samples": [1]},
     ]
     # Read while the file is still open: nothing waits in a buffer that a kill would lose.

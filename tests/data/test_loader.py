@@ -10,6 +10,7 @@ import pytest
 
 from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
+from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.data.store.prepare import prepare
 from hbp_titan.data.store.token_store import TokenStore
 from hbp_titan.packing import Level, Plan, build_plan
@@ -60,7 +61,7 @@ def test_ranks_that_gather_hold_each_token_of_the_pack_once(num_workers: int) ->
     contiguous = [list(PackLoader(plan, Samples(), rank, SHAPES)) for rank in (0, 1)]
     for iteration, (first, second) in enumerate(zip(*shards, strict=True)):
         wanted = [batches[iteration] for batches in contiguous]
-        assert (first.head_tail is not None) == (first.level == 1)
+        assert isinstance(first.documents, HeadTailShard) == (first.level == 1)
         for name in ("input_ids", "position_ids", "labels"):
             found = [*getattr(first, name).tolist(), *getattr(second, name).tolist()]
             assert sorted(found) == sorted(value for batch in wanted for value in getattr(batch, name).tolist())

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hbp_titan.models.args import ModelArgs
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import pack_documents
 from tests.models.deepseek_tiny import YARN, hf_model, in_hf_memory, make_pack, random_model, tiny_args
 
 LENGTHS = (1, 23, 9, 40)
@@ -96,7 +97,7 @@ def test_a_pack_equals_its_documents_one_by_one() -> None:
     pack = make_pack(args, LENGTHS, 3)
     packed = model(**pack)
     alone = [
-        model(ids, at, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+        model(ids, at, pack_documents([len(ids)]))
         for ids, at in zip(pack["input_ids_T"].split(LENGTHS), pack["position_ids_T"].split(LENGTHS), strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)

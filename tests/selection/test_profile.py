@@ -17,6 +17,7 @@ from hbp_titan.distributed.world import World
 from hbp_titan.levels.candidate import Candidate
 from hbp_titan.levels.engine import Engine
 from hbp_titan.levels.level_time import LevelTime
+from hbp_titan.levels.out_of_memory import TRAINING, OutOfMemory, TorchFigures
 from hbp_titan.models.registry import DEBUG, get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.selection.default_candidates import default_candidates
@@ -40,8 +41,8 @@ def _profile(world: World, candidates: list[Level], options: dict[str, Any], fai
 
     def forward_backward(self: Engine, batch: Any) -> Any:
         if self.runtime.levels[batch.level].max_tokens == fails_at:
-            # As the engine says it, in the middle of the work.
-            raise RuntimeError("out of memory at the level") from torch.OutOfMemoryError("CUDA out of memory")
+            # As the engine raises it, in the middle of the work.
+            raise OutOfMemory(TRAINING, None, TorchFigures())
         return run(self, batch)
 
     Engine.forward_backward = forward_backward  # type: ignore[method-assign]
