@@ -27,7 +27,7 @@ NOT_RUN = {
     "python -m pytest -m gpu": "needs a GPU",
     "python -m pytest tests/gpu_trace": "is part of the tests",
     **dict.fromkeys(
-        ("scripts/trace_all_torch.sh", "scripts/trace_all_torch.sh -m slow"), "downloads three versions of torch"
+        ("./scripts/trace_all_torch.sh", "./scripts/trace_all_torch.sh -m slow"), "downloads three versions of torch"
     ),
     **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4==4.0.0b19"), "installs a kernel of a GPU"),
     "python scripts/gpu_check.py --out gpu_check": "needs a GPU",

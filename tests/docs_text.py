@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=\S*$")
 _PROGRAMS = {
+    "./scripts/trace_all_torch.sh",
     *("python", ".venv/bin/python", "torchrun", "hbp-titan", "pip", ".venv/bin/pip", "sbatch", "srun", "bash"),
     *("./run_train.sh", "./scripts/run_tests.sh", "scripts/run_tests.sh", "export", "source", "cd", "cp", "ls"),
     *("git", "hf", "vllm", "tensorboard", "tail", "curl", "uv", "conda", "wandb"),

@@ -94,6 +94,7 @@ def test_weights_after_two_steps_are_those_of_one_process(folder: Path, trained:
         assert not torch.equal(value, start[name]), name
 
 
+@pytest.mark.slow
 def test_adapters_beside_spread_experts_are_those_beside_whole_ones(folder: Path) -> None:
     words = ["--lora.rank=4", '--lora.target_modules=["q_b_proj","o_proj"]', "--levels=128:1,512:2:ulysses:full"]
     spread, whole = (

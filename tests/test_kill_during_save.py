@@ -81,6 +81,7 @@ def _kill_at_random(whole: Path, tmp_path: Path, num_rows: int, kills: int, seed
     _same(whole, tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_like_the_undisturbed_one(whole: Path, tmp_path: Path) -> None:
     _kill_at_random(whole, tmp_path, num_rows=150, kills=3, seed=0)
 

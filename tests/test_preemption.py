@@ -133,6 +133,7 @@ def test_signalled_run_saves_its_step_leaves_and_goes_on_bit_for_bit(tmp_path: P
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.slow
 @NEEDS_PROC
 def test_a_rank_whose_peer_is_gone_leaves_within_seconds_of_a_signal(tmp_path: Path) -> None:
     # A stopped peer is what a dead one is to NCCL: the collective waits, and no handler in Python runs.

@@ -74,6 +74,7 @@ def _same(whole: Path, folder: Path) -> None:
     assert audit_faults(folder) == []
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
     folder, release = tmp_path / "killed", tmp_path / "release"
     root = _make_held(tmp_path / "checkout", release)

@@ -104,6 +104,7 @@ def test_optimizer_state_is_held_and_its_step_belongs_to_the_iteration(
     assert len(steps) == 5
 
 
+@pytest.mark.slow
 def test_want_of_memory_is_a_row_and_is_not_tried_again_at_greater_lengths(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_want_of_memory_is_a_row_and_is_not_tried_again_at_greater_lengths(
     assert tried.count(("none", 256, 1)) == 0
 
 
+@pytest.mark.slow
 def test_auto_halves_the_layers_until_every_policy_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     _run_out_of_memory(monkeypatch, lambda policy, tokens, layers: policy == "none" and tokens * layers > 200)
     rows = _rows(_bench(world, "32,64,128,256", layers=0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from hbp_titan.benchmark.data_speed import Speed, table
 from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
@@ -12,6 +14,7 @@ from tests.tiny_run import write_tiny_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_way_is_timed_on_the_same_tokens(tmp_path: Path) -> None:
     words = ["--rounds=2", "--workers=0,1", f"--json={tmp_path / 'out.json'}", *write_tiny_run(tmp_path)]
     result = run_python("scripts/bench_data.py", *words)

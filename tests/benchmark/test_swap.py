@@ -95,6 +95,7 @@ def _groups_during_training(world: World, argv: list[str], broken: bool) -> tupl
     return before, len(distributed_c10d._world.pg_map), levels
 
 
+@pytest.mark.slow
 def test_a_training_run_makes_no_process_group_after_its_start(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--training.epochs=2"]
     for before, after, levels in run_distributed(_groups_during_training, 2, argv, False):

@@ -172,11 +172,16 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
 @pytest.mark.parametrize(
     ("world_size", "levels", "options"),
     [
-        (4, "ulysses", ["--packing.mix=alternate"]),
-        (4, "ulysses", ["--packing.mix=interleave"]),
+        pytest.param(4, "ulysses", ["--packing.mix=alternate"], marks=pytest.mark.slow),
+        pytest.param(4, "ulysses", ["--packing.mix=interleave"], marks=pytest.mark.slow),
         (4, "ulysses", ["--packing.mix=interleave", "--parallelism.dp_replicate=2"]),
-        (4, "styles", ["--packing.mix=interleave"]),
-        (4, "styles", ["--packing.mix=interleave", "--parallelism.cp_collectives=dtensor"]),
+        (4, "styles", ["--packing.mix=alternate"]),
+        pytest.param(
+            4,
+            "styles",
+            ["--packing.mix=interleave", "--parallelism.cp_collectives=dtensor"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             8,
             "eight ranks",

@@ -120,6 +120,7 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
     again.check_memory()
 
 
+@pytest.mark.slow
 def test_experts_that_fill_a_gpu_are_spread() -> None:
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
     with pytest.raises(Mistakes, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 5\d$"):

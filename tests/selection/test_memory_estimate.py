@@ -69,7 +69,7 @@ CASES = [
     (EXPERTS, 1, 1, (512,), [(1, "ulysses")]),
     pytest.param(*(DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]), marks=pytest.mark.slow),
     (WIDE, 2, 1, (512,), [(2, "allgather")]),
-    (EXPERTS, 2, 2, (512,), [(1, "ulysses")]),
+    pytest.param(*(EXPERTS, 2, 2, (512,), [(1, "ulysses")]), marks=pytest.mark.slow),
 ]
 
 
