@@ -71,6 +71,7 @@ def test_attention_is_the_same_for_every_form_of_arguments(tmp_path: Path) -> No
     assert int(rows["capacity"][3]) > 5 * int(rows["grouped"][3])
 
 
+@pytest.mark.slow
 def test_throughput_is_measured_and_compared_with_the_estimates(tmp_path: Path) -> None:
     found = _step("throughput", tmp_path)
     assert found.verdict == "PASS", found.problems

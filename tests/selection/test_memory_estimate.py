@@ -68,7 +68,7 @@ CASES = [
     (WIDE, 1, 1, (512,), [(1, "ulysses")]),
     (EXPERTS, 1, 1, (512,), [(1, "ulysses")]),
     pytest.param(*(DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]), marks=pytest.mark.slow),
-    (WIDE, 2, 1, (512,), [(2, "allgather")]),
+    pytest.param(*(WIDE, 2, 1, (512,), [(2, "allgather")]), marks=pytest.mark.slow),
     pytest.param(*(EXPERTS, 2, 2, (512,), [(1, "ulysses")]), marks=pytest.mark.slow),
 ]
 

@@ -29,6 +29,7 @@ def test_lengths_reach_into_the_context_and_not_beyond(context: int) -> None:
     assert lengths.min() >= 1
 
 
+@pytest.mark.slow
 def test_a_scenario_runs_the_methods_or_says_that_it_does_not_fit() -> None:
     h100 = get_hardware("h100-80gb")
     scenarios = list(simulate_scale(h100, ("llama3_1_8b", "deepseek_v2_236b"), (131_072,), (8, 64)))
