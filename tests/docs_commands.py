@@ -65,7 +65,7 @@ NOT_RUN = {
             "scripts/slurm_train.sbatch --training.epochs 2",
             "CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml sbatch --nodes 4 --gpus-per-node 8 --time 4:00:00 "
             "scripts/slurm_train.sbatch --model.hf_path $M --checkpoint.initial_load_path $M "
-            "--levels 8192:1,131072:8:ulysses:keep_attention:10",
+            "--levels 8192:1,131072:8:ulysses:keep_attention:11",
         ),
         "needs SLURM; tests/test_slurm.py runs the script with stand-ins for srun and scontrol",
     ),
@@ -241,7 +241,7 @@ RUNS = [
     ),
     Run(
         "NNODES=4 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh "
-        "--model.hf_path $M --checkpoint.initial_load_path $M --levels 8192:1,131072:8:ulysses:keep_attention:10"
+        "--model.hf_path $M --checkpoint.initial_load_path $M --levels 8192:1,131072:8:ulysses:keep_attention:11"
     ),
     Run("python scripts/audit_epoch.py outputs/llama3_1_8b_hbp"),
     Run("python scripts/evaluate.py outputs/llama3_1_8b_hbp/hf --perplexity held_out.jsonl --overlong skip"),
