@@ -68,7 +68,7 @@ class Watchdog:
     def at(self, where: str, timeout_seconds: float = math.inf, kind: str = "") -> None:
         """Something new begins, which may take `timeout_seconds`.
 
-        kind: of work that takes about as long each time, so that a rank stuck in it can be told from a busy one.
+        kind: of work that takes about as long each time, so that a stuck rank differs from a busy one.
         """
         now, before = time.monotonic(), self._place
         if before.kind:

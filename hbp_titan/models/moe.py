@@ -3,7 +3,7 @@
 Owns the way of a token: route (which experts, with which weights), sort_by_expert and dispatch (its copies, put in the
 order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Expert
 parallelism takes the place of `run_experts`, between `send` and `receive`. No token is dropped. All shapes are known
-beforehand (T * K rows, whoever gets them): nothing synchronizes with the device, a block compiles to one graph. Copies
+beforehand (T * K rows, for any routing): nothing synchronizes with the device, a block compiles to one graph. Copies
 are added up by a gather in the inverse order and one sum, forward and backward: adding into place would round each
 addition to bfloat16, in an order that varies on a GPU.
 

@@ -1,4 +1,4 @@
-"""A machine whose GPU torch cannot use is an error, and what torchrun is told of GPUs."""
+"""A machine whose GPU torch cannot use is an error, and which NUMA binding torchrun gets."""
 
 from __future__ import annotations
 
