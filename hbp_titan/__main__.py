@@ -27,7 +27,7 @@ from hbp_titan.cli import guarded
 PACKAGE = Path(__file__).resolve().parent
 MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.dry_run.__main__"}
 # What serves a checkout alone.
-NOT_COMMANDS = ("check_env", "list_errors")
+NOT_COMMANDS = ("check_env",)
 CONFIG_KEY = "--job.config_file"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hbp_titan.components.run_totals import clock
-from hbp_titan.packing.svg import short
+from hbp_titan.utils import human_count
 
 COLUMNS = 80
 _GIVE_WAY = ("memory", "waiting", "grad", "mfu", "experts")
@@ -25,7 +25,7 @@ def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) 
         "level": record["level_name"],
         "loss": f"loss {number(record['loss'], 6, 4)}",
         "grad": f"grad {number(record['grad_norm'], 5, 3)}",
-        "speed": f"{short(record['tokens_per_second'])} tok/s",
+        "speed": f"{human_count(record['tokens_per_second'])} tok/s",
         "mfu": "" if mfu is None else f"mfu {mfu:.1f}%",
         "experts": f"experts {experts['worst']:.2f}x" if experts else "",
         "waiting": "" if idle is None else f"idle {idle:.0%}",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hbp_titan.packing.svg import short
+from hbp_titan.utils import human_count
 
 SHOWN_SOURCES = 30
 
@@ -94,8 +94,8 @@ def _level_line(name: str, total: LevelTotals) -> str:
     seconds = max(total.seconds, 1e-9)
     mfu = "-" if total.work_mfu is None else f"{total.work_mfu / seconds:.1f}%"
     return (
-        f"{name:<11}{total.iterations:>11,}{short(total.tokens):>8}{clock(total.seconds):>9}"
-        f"{short(total.tokens / seconds):>7}{mfu:>7}{1 - total.tokens / total.positions:>9.1%}"
+        f"{name:<11}{total.iterations:>11,}{human_count(total.tokens):>8}{clock(total.seconds):>9}"
+        f"{human_count(total.tokens / seconds):>7}{mfu:>7}{1 - total.tokens / total.positions:>9.1%}"
         f"{total.waiting / seconds:>9.1%}"
     )
 

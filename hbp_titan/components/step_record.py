@@ -18,11 +18,32 @@ from hbp_titan.components.loss_means import LossMeans, NamedSources, finite
 from hbp_titan.components.normalizer import weight_range
 from hbp_titan.components.step_times import StepTimes
 from hbp_titan.data.loader import SampleWeights
-from hbp_titan.distributed.hardware import peak_flops
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan
 from hbp_titan.packing.level import level_name
+
+# Dense bf16 FLOP/s by the vendors' data sheets (after torchtitan v0.2.2 tools/utils.py); the first match counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "MI300X": 1300e12,
+    "MI325X": 1300e12,
+    "MI355X": 2500e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device, None where it is not known (a CPU, a new GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 @dataclass(frozen=True)

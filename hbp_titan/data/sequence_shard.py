@@ -24,12 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hbp_titan.models.documents import Documents, pack_documents
-
-IntArray = NDArray[np.int64]
+from hbp_titan.models.documents import Documents, IntArray, pack_documents
 
 
 class ShardPass(NamedTuple):

@@ -14,28 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 FLOP/s by the vendors' data sheets (after torchtitan v0.2.2 tools/utils.py); the first match counts.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "B200": 2250e12,
-    "MI300X": 1300e12,
-    "MI325X": 1300e12,
-    "MI355X": 2500e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device, None where it is not known (a CPU, a new GPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-
+from hbp_titan.components.step_record import PEAK_FLOPS
 
 # Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. From published
 # TFLOP/s of the forward f and the backward b, which multiplies 2.5 times as much where the model counts twice as much:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hbp_titan.evaluation.needle_suite import Scored, mean_scores
-from hbp_titan.packing.svg import short
+from hbp_titan.utils import human_count
 
 CELL_WIDTH, CELL_HEIGHT, LEFT, TITLE, GAP = 58, 24, 150, 30, 34
 
@@ -47,7 +47,7 @@ def _panel(title: str, means: Mapping[tuple[Any, ...], float], lengths: Sequence
     bottom = TITLE + len(rows) * CELL_HEIGHT
     for x, length in enumerate(lengths):
         middle = LEFT + (x + 0.5) * CELL_WIDTH
-        parts.append(f'<text x="{middle}" y="{bottom + 14}" text-anchor="middle">{short(length, 1024)}</text>')
+        parts.append(f'<text x="{middle}" y="{bottom + 14}" text-anchor="middle">{human_count(length, 1024)}</text>')
     return "".join(parts), bottom + GAP
 
 

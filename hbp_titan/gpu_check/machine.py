@@ -24,9 +24,10 @@ from safetensors import safe_open
 
 from hbp_titan.benchmark.batch import RandomSamples
 from hbp_titan.components.reproducibility import code_version
+from hbp_titan.components.step_record import peak_flops
 from hbp_titan.config import JobConfig
 from hbp_titan.data.chat.tokenizer import train_tokenizer
-from hbp_titan.distributed.hardware import hardware_of, peak_flops
+from hbp_titan.distributed.hardware import hardware_of
 from hbp_titan.gpu_check.runner import ROOT, Found, Settings, Table, end_group
 from hbp_titan.levels.verify import Samples, build_cases, verify
 from hbp_titan.models.args import ModelArgs

@@ -26,8 +26,9 @@ from hbp_titan.benchmark.batch import random_batches
 from hbp_titan.benchmark.bench import Bench, Measurement
 from hbp_titan.benchmark.bench import Settings as BenchSettings
 from hbp_titan.benchmark.engine import EngineSlot
+from hbp_titan.components.step_record import peak_flops
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
-from hbp_titan.distributed.hardware import HARDWARE, hardware_of, peak_flops
+from hbp_titan.distributed.hardware import HARDWARE, hardware_of
 from hbp_titan.distributed.world import World
 from hbp_titan.gpu_check.blocks import base_config, one_rank, usable_backends
 from hbp_titan.gpu_check.runner import Found, Settings, Table

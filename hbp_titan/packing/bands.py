@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.packing.svg import short
+from hbp_titan.packing.level import tokens_name
 
 LOWEST_BAND = 256
 
@@ -22,4 +22,4 @@ def band_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 def band_name(border: int) -> str:
     """A band in words: 513 to 1K."""
     low = 1 if border == LOWEST_BAND else border // 2 + 1
-    return f"{low:,} to {short(border, 1024)}"
+    return f"{low:,} to {tokens_name(border)}"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from hbp_titan.packing.arrays import IntArray, shuffled
 from hbp_titan.packing.metrics import Metrics
 from hbp_titan.packing.plan import Plan
-from hbp_titan.packing.svg import PALETTE, Chart, short
+from hbp_titan.packing.svg import PALETTE, Chart
+from hbp_titan.utils import human_count
 
 SHOWN_ITERATIONS = 60
 EPOCH_BINS = 120
@@ -88,9 +89,11 @@ def _lengths(plan: Plan, by_tokens: bool) -> str:
     what = "tokens" if by_tokens else "samples"
     chart = Chart(f"Share of {what} by length", "tokens of a sample", f"share of {what}", *_axes(edges, share), True)
     for low, high, value in zip(edges[:-1].tolist(), edges[1:].tolist(), share.tolist(), strict=True):
-        chart.bar(low, high * 0.98, 0, value, 0, f"{short(low, 1024)} to {short(high, 1024)} tokens: {value:.2%}")
+        chart.bar(
+            low, high * 0.98, 0, value, 0, f"{human_count(low, 1024)} to {human_count(high, 1024)} tokens: {value:.2%}"
+        )
     for level in plan.levels:
-        chart.border(level.max_tokens, f"{short(level.max_tokens, 1024)} cp {level.cp_degree}")
+        chart.border(level.max_tokens, f"{human_count(level.max_tokens, 1024)} cp {level.cp_degree}")
     return chart.svg()
 
 
@@ -109,7 +112,7 @@ def _balance(plan: Plan, level: int) -> list[str]:
         idle = 1 - costs.mean(axis=1).sum() / costs.max(axis=1).sum()
         by_cost = np.argsort(-costs.max(axis=1), kind="stable")
         shown = by_cost[np.linspace(0, len(by_cost) - 1, min(SHOWN_ITERATIONS, len(by_cost))).astype(int)]
-        size = short(plan.levels[level].max_tokens, 1024)
+        size = human_count(plan.levels[level].max_tokens, 1024)
         title = f"{size} level, {dp} group{'s' * (dp > 1)}, {name}: {idle:.2%} idle"
         chart = Chart(title, "iterations, costliest first", "modelled cost", (0, len(shown)), (0, top))
         for at, row in enumerate(costs[shown]):
@@ -128,7 +131,7 @@ def _fill(plan: Plan, level: int) -> str:
     fill = plan.pack_tokens[plan.pack_levels == level] / capacity
     counts, edges = np.histogram(fill, FILL_BINS, (0, 1))
     share = counts / counts.sum()
-    title = f"Fill of the {short(capacity, 1024)} packs: {fill.mean():.2%} on average"
+    title = f"Fill of the {human_count(capacity, 1024)} packs: {fill.mean():.2%} on average"
     chart = Chart(title, "tokens / max_tokens", "share of packs", *_axes(edges, share))
     for low, high, value in zip(edges[:-1].tolist(), edges[1:].tolist(), share.tolist(), strict=True):
         chart.bar(low, high, 0, value, level % 6, f"{low:.0%} to {high:.0%} full: {value:.2%}")
@@ -148,7 +151,7 @@ def _epoch(plan: Plan, used: list[int]) -> str:
         for at in np.flatnonzero(share):
             chart.bar(int(starts[at]), int(starts[at + 1]), base[at], base[at] + share[at], level % 6)
         base += share
-        chart.name(short(plan.levels[level].max_tokens, 1024), level % 6)
+        chart.name(human_count(plan.levels[level].max_tokens, 1024), level % 6)
     return chart.svg()
 
 

@@ -162,5 +162,9 @@ def level_from_dict(values: dict[str, Any]) -> Level:
 
 def level_name(level: Level) -> str:
     """A level in one word: 8K/cp2."""
-    tokens = level.max_tokens
-    return f"{tokens // 1024}K/cp{level.cp_degree}" if tokens % 1024 == 0 else f"{tokens}/cp{level.cp_degree}"
+    return f"{tokens_name(level.max_tokens)}/cp{level.cp_degree}"
+
+
+def tokens_name(tokens: int) -> str:
+    """A number of tokens in one word: 8K for 8192, and 8000 for 8000."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

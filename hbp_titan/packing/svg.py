@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.utils import human_count
+
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 46
 BUCKET = 1.5
@@ -140,7 +142,7 @@ class Chart:
             parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--grid)"/>')
             parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
         values = _powers(*self.x) if self.x_log else ticks(*self.x)
-        texts = [short(value, 1024) for value in values] if self.x_log else _labels(values)
+        texts = [human_count(value, 1024) for value in values] if self.x_log else _labels(values)
         for value, text in self.x_ticks or zip(values, texts, strict=True):
             at, foot = self._px(value), HEIGHT - BOTTOM + 15
             parts.append(f'<text x="{at:.1f}" y="{foot}" text-anchor="middle">{html.escape(text)}</text>')
@@ -188,14 +190,6 @@ def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> li
     return list(zip(x[kept].tolist(), y[kept].tolist(), strict=True))
 
 
-def short(value: float, thousand: int = 1000) -> str:
-    """A number in a few characters: 1.5M, 16K (thousand = 1024 for lengths), 0.25."""
-    for size, unit in ((thousand**3, "G"), (thousand**2, "M"), (thousand, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers from low to high, four to eight of them."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
@@ -220,5 +214,5 @@ def _decades(low: float, high: float) -> list[float]:
 
 def _labels(values: Sequence[float]) -> list[str]:
     """The ticks in a few characters, with the digits that tell each from the next."""
-    texts = [short(value) for value in values]
+    texts = [human_count(value) for value in values]
     return texts if len(set(texts)) == len(texts) else [f"{value:,.6g}" for value in values]

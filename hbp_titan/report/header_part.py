@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.packing.svg import short
 from hbp_titan.report.parts import cards, duration, folded, missing, number, percent, table, text
 from hbp_titan.report.run_folder import Run
 from hbp_titan.report.series import end_figures, total_seconds_by_rank, totals, whole_steps
+from hbp_titan.utils import human_count
 
 SHOWN_STARTS = 5
 
@@ -134,9 +134,8 @@ def _levels(run: Run) -> str:
             policy = level.get("ac_policy", "none")
             recomputed = "" if policy == "none" else f" {policy}"
             size = level.get("max_tokens")
-            told.append(
-                f"{short(size, 1024) if isinstance(size, int) else '?'} at cp {level.get('cp_degree')}{recomputed}"
-            )
+            tokens = human_count(size, 1024) if isinstance(size, int) else "?"
+            told.append(f"{tokens} at cp {level.get('cp_degree')}{recomputed}")
     return "; ".join(told)
 
 

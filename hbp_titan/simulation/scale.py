@@ -16,13 +16,14 @@ from hbp_titan.job_config import JobConfig, Parallelism
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.packing.arrays import IntArray
-from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart, short
+from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart
 from hbp_titan.packing.synthetic import tulu3_longcite_like
 from hbp_titan.simulation.estimate import estimate_candidates
 from hbp_titan.simulation.model_dims import ModelDims, get_dims
 from hbp_titan.simulation.replay_methods import replay_methods
 from hbp_titan.simulation.simulate import Replay
 from hbp_titan.simulation.time_parts import Sharding, TimeModel
+from hbp_titan.utils import human_count
 
 MODELS = ("llama3_1_8b", "llama3_1_70b", "deepseek_v2_236b")
 CONTEXTS = (131_072, 262_144, 524_288, 1_048_576)
@@ -118,7 +119,7 @@ def scale_table(scenarios: Sequence[Scenario]) -> str:
     ]
     order = {name: i for i, name in enumerate(MODELS)}
     for s in sorted(scenarios, key=lambda s: (order.get(s.dims.name, 0), s.context, s.world_size)):
-        head = f"| {s.dims.name} | {short(s.context, 1024)} | {s.world_size} |"
+        head = f"| {s.dims.name} | {human_count(s.context, 1024)} | {s.world_size} |"
         if s.replays is None:
             lines.append(f"{head} does not fit | | | | | | | |")
             continue
@@ -150,7 +151,7 @@ def scale_svg(scenarios: Sequence[Scenario]) -> str:
         for color, context in enumerate(sorted({s.context for s in scenarios})):
             mine = sorted((s for s in run if s.dims.name == name and s.context == context), key=lambda s: s.world_size)
             chart.line([(s.world_size, s.speed_up("hbp")) for s in mine], color % 4)
-            chart.name(short(context, 1024), color % 4)
+            chart.name(human_count(context, 1024), color % 4)
         place = f'<svg x="{i * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
         charts.append(chart.svg().replace("<svg ", place, 1))
     width = WIDTH * len(names)
