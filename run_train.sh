@@ -20,7 +20,7 @@ source scripts/setup_env.sh run
 case "${COMM_MODE:-}" in
     "")
         # Ends here, with torch's reason, where the machine has a GPU that torch cannot use.
-        RANKS=$("$PY" -m hbp_titan.distributed.devices ${NGPU:+"$NGPU"})
+        RANKS=$("$PY" -m hbp_titan.distributed.world ${NGPU:+"$NGPU"})
         NGPU=${RANKS%% *}
         ;;
     fake)

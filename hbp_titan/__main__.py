@@ -22,10 +22,10 @@ from pathlib import Path
 from types import ModuleType
 
 from hbp_titan import __version__
-from hbp_titan.cli import guarded
+from hbp_titan.errors import guarded
 
 PACKAGE = Path(__file__).resolve().parent
-MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.dry_run.__main__"}
+MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.tuning.dry_run"}
 # What serves a checkout alone.
 NOT_COMMANDS = ("check_env",)
 CONFIG_KEY = "--job.config_file"

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from hbp_titan.components.model_state import check_load_path
-from hbp_titan.components.wandb_run import check_wandb
+from hbp_titan.components.metrics import check_wandb
+from hbp_titan.components.weights import check_load_path
 from hbp_titan.config import JobConfig, validate
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype

@@ -15,38 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hbp_titan.cli import guarded
-from hbp_titan.components.adapter import check_adapter, describe_adapter
 from hbp_titan.components.checkpoint import Checkpointer
-from hbp_titan.components.console import fit
-from hbp_titan.components.expert_load import ExpertLoad
-from hbp_titan.components.garbage_collection import GarbageCollection
-from hbp_titan.components.lr_course import set_learning_rate
-from hbp_titan.components.metrics import MetricsLogger
-from hbp_titan.components.model_state import export
-from hbp_titan.components.nonfinite import NonFiniteGuard
-from hbp_titan.components.normalizer import NORMALIZERS
-from hbp_titan.components.optimizer import build_optimizer, scale_gradients, square_norm, step_unless
-from hbp_titan.components.preemption import Preempted, Preemption
-from hbp_titan.components.profiling import StepTrace, memory_snapshot
-from hbp_titan.components.progress import Progress
-from hbp_titan.components.reproducibility import note_start, start_generators
-from hbp_titan.components.step_meter import StepMeter
-from hbp_titan.components.step_record import StepRecorder
-from hbp_titan.components.summary import compare_methods, describe_start
+from hbp_titan.components.faults import NonFiniteGuard, Preempted, Preemption, Watchdog
+from hbp_titan.components.loss import NORMALIZERS
+from hbp_titan.components.metrics import MetricsLogger, compare_methods, describe_start, fit
+from hbp_titan.components.oom import SETTING_UP, UPDATE, out_of_memory_in
+from hbp_titan.components.optimizer import build_optimizer, scale_gradients, set_learning_rate, square_norm, step_unless
+from hbp_titan.components.profiling import GarbageCollection, StepTrace, memory_snapshot
+from hbp_titan.components.resume import Progress, note_start, start_generators
+from hbp_titan.components.step_stats import ExpertLoad, StepMeter, StepRecorder
+from hbp_titan.components.timing import LiveCheck
 from hbp_titan.components.validation import Validator
-from hbp_titan.components.watchdog import Watchdog
+from hbp_titan.components.weights import check_adapter, describe_adapter, export
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
-from hbp_titan.data.audit import confirm_epoch
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.consumed import ConsumedRecord
-from hbp_titan.data.epoch_parts import describe_parts
+from hbp_titan.data.epoch import EpochPlans, describe_parts
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
-from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.data.store.team import Team
-from hbp_titan.data.store.token_store import TokenStore
-from hbp_titan.distributed.failure import first_to_fail, job_store, told_once
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.sample_log import ConsumedRecord, confirm_epoch
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import crossed_nodes
 from hbp_titan.distributed.world import (
     SLOW_WORK_SECONDS,
@@ -61,16 +48,14 @@ from hbp_titan.distributed.world import (
     ranks_per_node,
     set_timeouts,
 )
-from hbp_titan.levels.engine import Engine
-from hbp_titan.levels.first_passes import first_passes
-from hbp_titan.levels.live_check import LiveCheck
-from hbp_titan.levels.out_of_memory import SETTING_UP, UPDATE, out_of_memory_in
+from hbp_titan.engine import Engine, first_passes
+from hbp_titan.errors import Team, first_to_fail, guarded, job_store, told_once
 from hbp_titan.packing import CostModel, Plan
 from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
-from hbp_titan.selection.auto import load_level_times, resolve_levels
-from hbp_titan.simulation.memory_advice import MemoryAdvisor
-from hbp_titan.simulation.predict import predicted_time
+from hbp_titan.tuning.auto import load_level_times, resolve_levels
+from hbp_titan.tuning.oom_advice import MemoryAdvisor
+from hbp_titan.tuning.time_model import predicted_time
 
 
 class Trainer:

@@ -18,11 +18,9 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
-from hbp_titan.data.audit import EpochAudit, audit_run, shown
-from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.store.ledger import check_ledger
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.sample_log import EpochAudit, audit_run, read_attempts, shown
+from hbp_titan.data.token_store import TokenStore, check_ledger
+from hbp_titan.errors import guarded
 
 
 def main(argv: list[str]) -> int:

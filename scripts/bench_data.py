@@ -24,12 +24,12 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.benchmark.data_speed import Speed, loader_speeds, preparation_speeds, table
-from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
+from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.loader import BatchShapes
-from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.store.prepare import open_stores
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.errors import guarded
+from hbp_titan.experiments.bench_data import Speed, loader_speeds, preparation_speeds, table
 from hbp_titan.preflight import cost_model, model_args, most_tokens
 
 PARTS = ("loader", "preparation")

@@ -26,10 +26,10 @@ if not __package__:
 
 import numpy as np
 
-from hbp_titan.cli import guarded
+from hbp_titan.errors import guarded
 from hbp_titan.packing import PACKERS, build_plan, measure, parse_levels
-from hbp_titan.packing.arrays import IntArray
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.packing.ragged import IntArray
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 WORLD_SIZE = 32
 LEVELS = "16384:1,131072:8"

@@ -29,16 +29,14 @@ if not __package__:
 
 import torch
 
-from hbp_titan.benchmark.batch import parse_documents
-from hbp_titan.benchmark.bench import Bench, Settings, parse_policies
-from hbp_titan.benchmark.swap import measure_swap
-from hbp_titan.benchmark.table import header, rows
-from hbp_titan.cli import guarded
-from hbp_titan.components.step_record import peak_flops
+from hbp_titan.components.step_stats import peak_flops
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, close_world, init_world
+from hbp_titan.errors import guarded
+from hbp_titan.experiments.bench_swap import measure_swap
+from hbp_titan.experiments.bench_train import Bench, Settings, header, parse_documents, parse_policies, rows
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing.level import check_levels, parse_levels

@@ -26,16 +26,14 @@ if not __package__:
 
 import torch
 
-from hbp_titan.cli import guarded
-from hbp_titan.compare import Run, compare, parse_runs, table
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.data.store.team import Team
+from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
+from hbp_titan.errors import Team, guarded
+from hbp_titan.experiments.compare import Run, compare, parse_runs, table
 from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
-from hbp_titan.selection.auto import from_rank_0, measured
-from hbp_titan.selection.select import select_search
-from hbp_titan.selection.selection import Workload, rivals
+from hbp_titan.tuning.auto import from_rank_0, measured
+from hbp_titan.tuning.search import Workload, rivals, select_search
 
 METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
 

@@ -18,8 +18,8 @@ if not __package__:
 
 import torch
 
-from hbp_titan.cli import guarded
-from hbp_titan.components.checkpoint_tensors import save_model_tensors
+from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.errors import guarded
 from hbp_titan.models.hf import args_from_hf, load_hf_tensors, token_ids_from_hf
 from hbp_titan.models.registry import build_model
 

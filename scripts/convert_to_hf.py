@@ -17,10 +17,9 @@ if not __package__:
 
 import torch
 
-from hbp_titan.cli import guarded
-from hbp_titan.components.adapter import whole_tensors
-from hbp_titan.components.checkpoint import completed
-from hbp_titan.components.checkpoint_tensors import read_state
+from hbp_titan.components.checkpoint import completed, read_state
+from hbp_titan.components.weights import whole_tensors
+from hbp_titan.errors import guarded
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import save_hf_folder
 

@@ -19,15 +19,12 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.distributed.world import local_device
-from hbp_titan.evaluation import needle_suite, perplexity
-from hbp_titan.evaluation.answerers import LocalAnswerer, ServerAnswerer
-from hbp_titan.evaluation.generator import DEFAULT_CACHE_TOKENS, load_model
+from hbp_titan.errors import guarded
+from hbp_titan.evaluation import needles, perplexity
+from hbp_titan.evaluation.generate import DEFAULT_CACHE_TOKENS, LocalAnswerer, ServerAnswerer, load_model
 from hbp_titan.evaluation.harness import read_runs, run_harness
-from hbp_titan.evaluation.heat_map import heat_maps
-from hbp_titan.evaluation.prompt import Prompter
-from hbp_titan.evaluation.puzzles import TASKS
+from hbp_titan.evaluation.needles import TASKS, Prompter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
 
 
@@ -61,19 +58,17 @@ def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
         raise ValueError(f"--depths {options.depths} and --samples {options.samples} must be at least 1")
     depths = [0.5] if options.depths == 1 else [place / (options.depths - 1) for place in range(options.depths)]
     prompter = Prompter(options.folder)
-    answerer: needle_suite.Answerer
+    answerer: needles.Answerer
     if options.server:
         answerer = ServerAnswerer(options.server, options.server_model)
     else:
         answerer = LocalAnswerer(options.folder, prompter, local_device(), options.cache_tokens)
-    scored = needle_suite.run_suite(
-        prompter, answerer, tasks, lengths, depths, options.samples, options.seed, _progress
-    )
-    print(needle_suite.score_table(scored))
+    scored = needles.run_suite(prompter, answerer, tasks, lengths, depths, options.samples, options.seed, _progress)
+    print(needles.score_table(scored))
     if max(lengths) > limit:
         print(f"note: lengths above {limit} are beyond what config.json promises")
     settings = {"seed": options.seed, "samples": options.samples, "depths": depths, "server": options.server}
-    _write(out / "needles.json", {**settings, **needle_suite.as_json(scored)})
+    _write(out / "needles.json", {**settings, **needles.as_json(scored)})
     (out / "needles.svg").write_text(heat_maps(scored), encoding="utf-8")
     print(f"heat map: {out / 'needles.svg'}")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.distributed.world import local_device
-from hbp_titan.evaluation.answerers import LocalAnswerer
-from hbp_titan.evaluation.prompt import Prompter
+from hbp_titan.errors import guarded
+from hbp_titan.evaluation.generate import LocalAnswerer
+from hbp_titan.evaluation.needles import Prompter
 
 
 def questions(path: Path, count: int) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
     python scripts/gpu_check.py --out gpu_check
     python scripts/gpu_check.py --device cpu --tiny --out gpu_check
 
-The steps and the options are hbp_titan/gpu_check/runner.py's.
+The steps and the options are hbp_titan/testing/gpu_check/runner.py's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
-from hbp_titan.gpu_check.runner import main
+from hbp_titan.errors import guarded
+from hbp_titan.testing.gpu_check.runner import main
 
 if __name__ == "__main__":
     raise SystemExit(guarded(main))

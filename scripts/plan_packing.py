@@ -24,11 +24,11 @@ if not __package__:
 
 import numpy as np
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import load_config
+from hbp_titan.errors import guarded
 from hbp_titan.packing import METHODS, CostModel, Metrics, Plan, build_plan, comparison_table, measure, parse_levels
-from hbp_titan.packing.html_report import html_report
-from hbp_titan.packing.plan_file import save_plan
+from hbp_titan.packing.plan import save_plan
+from hbp_titan.report.plan_page import html_report
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -106,7 +106,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
     if not any(word.startswith("--job.config_file") for word in overrides):
         raise ValueError("no data is named: give --lengths, --store or --job.config_file")
     # The rooms above are needed for a configuration alone.
-    from hbp_titan.data.store.prepare import prepare
+    from hbp_titan.data.prepare import prepare
     from hbp_titan.preflight import cost_model, model_args
 
     config = load_config([*overrides, *(("--levels", options.levels) if options.levels else ())])

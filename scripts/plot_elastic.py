@@ -27,10 +27,10 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import load_config
-from hbp_titan.data.consumed import read_attempts
-from hbp_titan.packing.svg import HEIGHT, WIDTH, Chart
+from hbp_titan.data.sample_log import read_attempts
+from hbp_titan.errors import guarded
+from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
 
 NAMES = {"whole": "without a break", "elastic": "stopped and gone on"}
 _STYLE = (

@@ -17,13 +17,11 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, help_text, load_config, validate
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.data.store.report import show, summary
-from hbp_titan.data.store.team import Team
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.token_store import TokenStore, show, summary
 from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
+from hbp_titan.errors import Team, guarded
 from hbp_titan.preflight import check, model_args, most_tokens
 
 OPTIONS = """

@@ -7,8 +7,8 @@
 
 Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
 and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default
-one process trains the packs of all of them in turn, which gives their losses (hbp_titan/study/in_turn.py). Without a
-config file a small model is trained on the debug data: on short samples first (FOLDER/base), then by every variant.
+one process trains the packs of all of them in turn, which gives their losses (study/in_turn.py). Without a config
+file a small model is trained on the debug data: on short samples first (FOLDER/base), then by every variant.
 
 A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
 Prints Markdown tables; writes study.json, tables.md and quality.svg in FOLDER. Every key of the configuration can be
@@ -24,12 +24,18 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
-from hbp_titan.study.chart import draw
-from hbp_titan.study.quality import is_built_in, run_study, study_config, train_bases
-from hbp_titan.study.runs import LAUNCHES, Launch
-from hbp_titan.study.tables import band_table, loss_table, plan_table
-from hbp_titan.study.variants import VARIANTS, parse_variants
+from hbp_titan.errors import guarded
+from hbp_titan.experiments.study.quality import (
+    band_table,
+    draw,
+    is_built_in,
+    loss_table,
+    plan_table,
+    run_study,
+    study_config,
+    train_bases,
+)
+from hbp_titan.experiments.study.runs import LAUNCHES, VARIANTS, Launch, parse_variants
 
 
 def main(argv: list[str]) -> None:

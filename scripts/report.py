@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
+from hbp_titan.errors import guarded
 from hbp_titan.report import read_runs, report_page
 
 

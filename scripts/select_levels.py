@@ -19,21 +19,18 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import JobConfig, load_config, validate
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.data.store.team import Team
-from hbp_titan.distributed.hardware import HARDWARE, get_hardware
+from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
-from hbp_titan.levels.candidate import Candidate
+from hbp_titan.errors import Team, guarded
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
-from hbp_titan.selection.auto import candidate_levels, choices, from_rank_0, measured
-from hbp_titan.selection.levels_toml import levels_block, replace_levels
-from hbp_titan.selection.selection import Workload
-from hbp_titan.simulation.estimate import estimate_candidates
+from hbp_titan.tuning.auto import candidate_levels, choices, from_rank_0, levels_block, measured, replace_levels
+from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.search import Candidate, Workload
+from hbp_titan.tuning.time_model import estimate_candidates
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

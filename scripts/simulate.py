@@ -27,25 +27,36 @@ if not __package__:
 
 import numpy as np
 
-from hbp_titan.cli import guarded
+from hbp_titan.components.timing import predict_epoch
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
-from hbp_titan.distributed.hardware import HARDWARE, get_hardware
-from hbp_titan.levels.level_time import predict_epoch
+from hbp_titan.errors import guarded
+from hbp_titan.experiments.paper import epoch_check
+from hbp_titan.experiments.paper.calibrate import calibrate, load_measured
+from hbp_titan.experiments.paper.figures import (
+    fit_table,
+    fit_trade_offs,
+    models_table,
+    predict_methods,
+    predict_models,
+    prediction_table,
+)
+from hbp_titan.experiments.paper.scale import (
+    DEFAULT_METHODS,
+    EXTRA_METHODS,
+    check_methods,
+    replay_methods,
+    scale_svg,
+    scale_table,
+    simulate_scale,
+)
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
-from hbp_titan.packing.synthetic import tulu3_longcite_like
 from hbp_titan.preflight import model_args
-from hbp_titan.selection.profile_file import read_profile
-from hbp_titan.simulation import epoch_check
-from hbp_titan.simulation.calibrate import calibrate, load_measured
-from hbp_titan.simulation.estimate import MEMORY_MARGIN, estimate_candidates, time_model
-from hbp_titan.simulation.paper_figures import fit_table, fit_trade_offs, predict_methods, prediction_table
-from hbp_titan.simulation.paper_models import models_table, predict_models
-from hbp_titan.simulation.replay_methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
-from hbp_titan.simulation.scale import scale_svg, scale_table, simulate_scale
-from hbp_titan.simulation.simulate import replay, replay_table
-from hbp_titan.simulation.time_parts import TimeModel
+from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.profile_file import read_profile
+from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
+from hbp_titan.tuning.time_model import MEMORY_MARGIN, TimeModel, estimate_candidates, time_model
 
 PAPER_SAMPLES = 941_344
 

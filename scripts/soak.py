@@ -6,7 +6,7 @@
 One rank or all are killed (SIGKILL), at any moment, during a save and in the first step after a load. A rank is started
 again by torchrun, all by this command. Memory (resident, without mapped files) and open handles of torchrun and the
 ranks are sampled; a process is flat where it peaks no higher in the last third of its time than before
-(hbp_titan/soak/sampler.py says how nearly). At the end the epochs are audited, and the losses of every step and the
+(hbp_titan/experiments/soak.py says how nearly). At the end the epochs are audited, and the losses of every step and the
 state of the last one are compared with the undisturbed run's, bit for bit. Choose as many epochs as the minutes cannot
 hold: a run that is complete before is compared as it is. Exit code 1 and a line each for what is wrong. Needs /proc.
 """
@@ -22,10 +22,9 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import load_config
-from hbp_titan.soak.disturbed_run import timed_kills
-from hbp_titan.soak.soak import Settings, soak, table
+from hbp_titan.errors import guarded
+from hbp_titan.experiments.soak import Settings, soak, table, timed_kills
 
 
 def main(argv: list[str]) -> int:

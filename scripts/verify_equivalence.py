@@ -19,12 +19,12 @@ if not __package__:
 
 import torch
 
-from hbp_titan.cli import guarded
 from hbp_titan.config import load_config, validate
-from hbp_titan.data.store.prepare import prepare
-from hbp_titan.data.store.token_store import TokenStore
-from hbp_titan.levels.verify import HEADER, build_cases, choose_samples, row, scaled_levels, shrunk, verify
+from hbp_titan.data.prepare import prepare
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.errors import guarded
 from hbp_titan.preflight import model_args
+from hbp_titan.testing.equivalence import HEADER, build_cases, choose_samples, row, scaled_levels, shrunk, verify
 
 
 def main() -> int:

@@ -57,7 +57,7 @@ EDITS = {
         "max_samples = 200": "max_samples = 10",
     },
     "scripts/simulate.py": {"10_000_000": "100_000"},
-    "hbp_titan/simulation/scale.py": {
+    "hbp_titan/experiments/paper/scale.py": {
         '"llama3_1_8b", "llama3_1_70b", "deepseek_v2_236b"': '"llama3_1_8b",',
         "131_072, 262_144, 524_288, 1_048_576": "131_072, 262_144",
         "8, 64, 512, 4096": "8, 64",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hbp_titan import train
-from hbp_titan.levels.engine import Engine
+from hbp_titan.engine import Engine
 
 
 def _raise() -> None:

@@ -18,10 +18,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hbp_titan.components import checkpoint, checkpoint_storage
+from hbp_titan.components import checkpoint, dcp_storage
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import RankError, run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import RankError, run_distributed
 from hbp_titan.train import Trainer
 
 COMPARED = ("step", "epoch", "level", "loss", "loss_by_level", "loss_by_length", "grad_norm", "lr", "tokens", "sources")
@@ -48,7 +48,7 @@ def train(world: World, argv: list[str], kill: Kill | None = None) -> list[int]:
     if kill is not None and world.rank not in kill.ranks:
         kill = None
     if kill and kill.function:
-        for module in (checkpoint, checkpoint_storage):
+        for module in (checkpoint, dcp_storage):
             if hasattr(module, kill.function):
                 setattr(module, kill.function, _deadly(getattr(module, kill.function), kill))
     elif kill and not kill.loaded:

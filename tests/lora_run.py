@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.adapter import checksum
+from hbp_titan.components.weights import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from hbp_titan.distributed.local_ranks import fork_server
+from hbp_titan.testing.local_ranks import fork_server
 
 ROOT = Path(__file__).resolve().parents[1]
 

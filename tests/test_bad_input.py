@@ -11,7 +11,7 @@ import torch
 
 from hbp_titan.config import JobConfig
 from hbp_titan.preflight import check_device
-from tests.data.store.preparing import run_script
+from tests.data.preparing import run_script
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ import pytest
 from torch import Tensor
 
 from hbp_titan.config import load_config
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.elastic_run import train_until
 from tests.tiny_run import write_tiny_run
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.data.audit import audit_run
-from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.store.token_store import TokenStore
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.data.sample_log import audit_run, read_attempts
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.elastic_run import train_until
 from tests.tiny_run import write_tiny_run
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.engine import Engine
+from hbp_titan.engine import Engine
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import args_to_hf_config, load_hf_tensors, save_hf_folder
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
 from tests.tiny_run import VOCAB_SIZE, write_tiny_run

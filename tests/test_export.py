@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from hbp_titan.components.model_state import check_load_path
+from hbp_titan.components.weights import check_load_path
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.models.documents import pack_documents
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.programs import run_python
 from tests.tiny_run import ARGS, write_tiny_run

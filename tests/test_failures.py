@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 
@@ -68,7 +68,7 @@ def test_a_hang_is_told_with_its_collective_and_level_and_ended(tmp_path: Path) 
     where = "step 3, iteration 2 of the plan, level 128/cp1"
     assert output.count("nothing has moved for") == 1
     assert re.search(rf"^  ranks 0, 2 in {where}: .*(wait|all_gather)\S* from hbp_titan/", output, re.MULTILINE), output
-    assert re.search(rf"^  rank 1 in {where}: _sleep from hbp_titan/levels/engine.py:\d+$", output, re.MULTILINE)
+    assert re.search(rf"^  rank 1 in {where}: _sleep from hbp_titan/engine.py:\d+$", output, re.MULTILINE)
     assert output.count(TRACEBACK) == 2
     assert seconds < 200  # with the start of three ranks on a busy machine
 

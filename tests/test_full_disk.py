@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.components import checkpoint_storage
-from hbp_titan.components.checkpoint_tensors import CheckpointError
+from hbp_titan.components import dcp_storage
+from hbp_titan.components.checkpoint import CheckpointError
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.killed_run import train
 from tests.tiny_run import write_tiny_run
@@ -20,7 +20,7 @@ from tests.tiny_run import write_tiny_run
 
 def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int]:
     """The message and the last step; only rank 1's disk is full."""
-    write, calls = checkpoint_storage.write_safetensors, []
+    write, calls = dcp_storage.write_safetensors, []
 
     def fail(*args: Any) -> dict[str, Any]:
         calls.append(args)
@@ -29,7 +29,7 @@ def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int
         return write(*args)
 
     if world.rank == 1:
-        checkpoint_storage.write_safetensors = fail
+        dcp_storage.write_safetensors = fail
     trainer = Trainer(load_config(argv), world)
     with pytest.raises(CheckpointError) as caught:
         trainer.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hbp_titan.components.checkpoint import completed
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.killed_run import Kill, outcome, train, train_until_killed
 from tests.tiny_run import write_tiny_run
 

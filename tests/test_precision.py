@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
 from tests.tiny_run import VOCAB_SIZE, write_tiny_run

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hbp_titan.components.checkpoint import completed
-from hbp_titan.components.preemption import EXIT_PREEMPTED, Preemption
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.components.faults import EXIT_PREEMPTED, Preemption
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.killed_run import outcome, train
 from tests.tiny_run import write_tiny_run
 

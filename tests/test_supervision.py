@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 
 from hbp_titan.components.checkpoint import completed
-from hbp_titan.distributed.local_ranks import run_distributed
-from hbp_titan.soak.disturbed_run import steps_done
-from hbp_titan.soak.processes import kill_tree, ranks_of
-from hbp_titan.soak.soak import audit_faults, differences
+from hbp_titan.experiments.soak import audit_faults, differences, kill_tree, ranks_of, steps_done
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
 from tests.killed_run import train
 from tests.tiny_run import write_tiny_run

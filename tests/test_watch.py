@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from hbp_titan.components.wandb_run import check_wandb
+from hbp_titan.components.metrics import check_wandb
 from hbp_titan.distributed.world import log_rank
 from tests.tiny_run import write_tiny_run
 

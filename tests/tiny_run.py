@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hbp_titan.data.chat.tokenizer import train_tokenizer
+from hbp_titan.data.tokenizer import train_tokenizer
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import args_to_hf_config
 

@@ -4,16 +4,33 @@ Owns when a checkpoint is taken and written, for how long training stands still,
 many are kept. A checkpoint is copied to host memory, written into step-N.partial by a thread with a process group of
 its own, and renamed when every rank's part is on disk. The files are checkpoint_files', their way through torch's DCP
 checkpoint_storage's.
+
+Tensors by name out of a checkpoint and into one: whole or sharded, with a process group or without.
+
+Owns the reading that a resumed run, initial_load_path and the conversion scripts share, and its errors. Each rank reads
+what it holds and asks no other, so that a file that only one rank cannot read stops none of the others.
+
+Host copies of what is about to be saved, so that training goes on while they are written.
+
+Owns one buffer in host memory, allocated at the first save and used again by every later one. Forked processes do not
+inherit it.
+
+The tensors of a run by flat names, out of model, optimizer and random generators and back into them.
+
+Owns the names in a checkpoint: model.<parameter>, optimizer.<parameter>.<state>, rng.<rank>.<device>. What is not a
+tensor, the optimizer's settings by parameter group, is plain values.
 """
 
 from __future__ import annotations
 
 import copy
+import mmap
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,15 +39,273 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
-from hbp_titan.cli import Mistakes, one_line
-from hbp_titan.components.checkpoint_files import DamagedCheckpoint, verify
-from hbp_titan.components.checkpoint_storage import PARTIAL, FolderReader, FolderWriter, LocalDataPlanner, hide
-from hbp_titan.components.checkpoint_tensors import CheckpointError, agree, describe, load_tensors, read_state
-from hbp_titan.components.staging import HostBuffer, local_part
-from hbp_titan.components.train_state import collect, restore, rng_state, set_rng_state
+from hbp_titan.components.dcp_storage import (
+    PARTIAL,
+    STATE,
+    DamagedCheckpoint,
+    FolderReader,
+    FolderWriter,
+    LocalDataPlanner,
+    hide,
+    read_json,
+    verify,
+)
 from hbp_titan.distributed.world import SLOW_WORK_SECONDS, gather_values, new_group, set_timeout
+from hbp_titan.errors import Mistakes, one_line
 from hbp_titan.job_config import Checkpoint
+
+# Of each tensor in the buffer: enough for any dtype.
+_ALIGNMENT = 64
+# cudaHostRegisterPortable.
+_PORTABLE = 1
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+class HostBuffer:
+    """The local parts of a set of tensors in one block of host memory, pinned where they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """CPU copies of the local parts, by name; good until the next call. Returns when the last byte is there."""
+        parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+        ends = [0]
+        for part in parts.values():
+            ends.append(ends[-1] + -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT)
+        on_gpu = any(part.is_cuda for part in parts.values())
+        if self._block.numel() < ends[-1]:
+            self._allocate(ends[-1], on_gpu)
+        copies = {}
+        for (name, part), start in zip(parts.items(), ends, strict=False):
+            room = self._block[start : start + part.nbytes]
+            copies[name] = room.view(part.dtype).view(part.shape)
+            copies[name].copy_(part, non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _allocate(self, size: int, pinned: bool) -> None:
+        self.close()
+        if not size:
+            return
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Loader workers are forked at each epoch, and Linux gives a child a copy of pinned pages at once. They do not
+        # need these.
+        block.madvise(mmap.MADV_DONTFORK)
+        self._block = torch.frombuffer(block, dtype=torch.uint8)
+        if pinned:
+            # torch's own pinned allocator would round up to a power of two: gigabytes here.
+            _check(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, _PORTABLE))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._block.is_pinned():
+            _check(torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr()))
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        raise RuntimeError(f"host memory for checkpoints could not be pinned or given back: CUDA error {int(code)}")
+
+
+ParamGroups = list[dict[str, Any]]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds of the model, by name: everything but frozen weights."""
+    # A tied matrix has two names.
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], ParamGroups]:
+    """The live tensors of model and optimizer, sharded as they are; a collective. optimizer: None leaves it out."""
+    model_state: dict[str, Any] = get_model_state_dict(model)
+    optimizer_state: dict[str, Any] = {"state": {}, "param_groups": []}
+    if optimizer is not None:
+        optimizer_state = get_optimizer_state_dict(model, optimizer)
+    tensors = {f"model.{name}": model_state[name] for name in trained_parameters(model)}
+    for name, values in optimizer_state["state"].items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
+    return tensors, optimizer_state["param_groups"]
+
+
+def restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, tensors: dict[str, Tensor], param_groups: ParamGroups
+) -> None:
+    """Put what `collect` returned, filled from a checkpoint, back to where it belongs; a collective."""
+    model_state: dict[str, Any] = {name: tensors[f"model.{name}"] for name in trained_parameters(model)}
+    # Only frozen weights are missing: the keys are this model's own.
+    options = StateDictOptions(strict=False)
+    set_model_state_dict(model, model_state, options=options)
+    if optimizer is None:
+        return
+    states: dict[str, Any] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            states.setdefault(parameter, {})[key] = value
+    groups: list[Any] = [_group(values) for values in param_groups]
+    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
+
+
+def _group(values: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no tuples: betas is one.
+    return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in values.items()}
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The random state of this rank, by the names of a checkpoint."""
+    state = {f"rng.{dist.get_rank()}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"rng.{dist.get_rank()}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(tensors: dict[str, Tensor]) -> None:
+    """Set what `tensors` has of this rank's random state."""
+    for name, value in tensors.items():
+        if name == f"rng.{dist.get_rank()}.cpu":
+            torch.set_rng_state(value)
+        elif name == f"rng.{dist.get_rank()}.cuda":
+            torch.cuda.set_rng_state(value)
+
+
+SHOWN = 20
+"""Tensors of a kind that a message names."""
+
+
+class CheckpointError(Mistakes):
+    """A checkpoint could not be written; raised on every rank."""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state of checkpoint `path`."""
+    return read_json(path / STATE)
+
+
+def save_model_tensors(target: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write whole tensors by parameter name as a checkpoint that a run may start from. Needs no process group."""
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    try:
+        _alone(dcp.save, named, storage_writer=FolderWriter(target, 0, state), planner=LocalDataPlanner(named))
+    except CheckpointException as error:
+        raise CheckpointError([f"{target} was not saved: {describe(error)}"]) from None
+
+
+def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The full fp32 tensors of checkpoint `path` by parameter name, shaped as those of `model` (may be on meta).
+
+    Needs no process group; reads the model's part only, and of it what is not frozen.
+    """
+    tensors = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in trained_parameters(model).items()}
+    load_model_shards(path, tensors)
+    return tensors
+
+
+def load_model_shards(path: Path, shards: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of a model, sharded or not, by parameter name from checkpoint `path`; every rank calls it.
+
+    Raises ValueError, before any is read, naming all that are missing, unknown or misshapen.
+    """
+    check_model_shapes(path, {name: tensor.shape for name, tensor in shards.items()})
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    agree(lambda: verify(path, rank=rank, world_size=world_size))
+    agree(lambda: load_tensors(path, {f"model.{name}": tensor for name, tensor in shards.items()}))
+
+
+def check_model_shapes(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless checkpoint `path` has these tensors of a model, by parameter name, and no others."""
+    found = {name: saved.shape for name, saved in FolderReader(path).index.items() if name.startswith("model.")}
+    expected = {f"model.{name}": tuple(shape) for name, shape in shapes.items()}
+    both = found.keys() & expected.keys()
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(both)
+            if found[name] != expected[name]
+        ],
+    }
+    faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ValueError(
+            f"{path}: its tensors are not those of this model; {'; '.join(faults)}: name the model that it was saved of"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, whole or DTensors, from the checkpoint `path` by the names in it, resharding where they differ.
+
+    Raises ValueError where one is missing or has another shape, DamagedCheckpoint where a file cannot be read.
+    """
+    reader = FolderReader(path)
+    missing = sorted(tensors.keys() - reader.index.keys())
+    if missing:
+        raise ValueError(f"{path} lacks tensors of this model: {_listed(missing)}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != reader.index[name].shape:
+            raise ValueError(f"{path}: {name} is {list(reader.index[name].shape)}, this model's {list(tensor.shape)}")
+    try:
+        _alone(dcp.load, tensors, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
+    except CheckpointException as error:
+        cause = error.failures[0][0]
+        if isinstance(cause, DamagedCheckpoint):
+            raise cause from None
+        raise RuntimeError(f"{path} could not be loaded: {describe(error)}") from cause
+
+
+def _alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        function(*args, no_dist=True, **kwargs)
+
+
+def agree(function: Callable[[], None]) -> None:
+    """Run `function` on every rank; where it raised a ValueError on any, raise the first rank's on all."""
+    if not dist.is_initialized():
+        function()
+        return
+    error: ValueError | None = None
+    try:
+        function()
+    except ValueError as raised:
+        error = raised
+    errors = [found for found in gather_values(error) if found is not None]
+    if errors:
+        raise errors[0]
+
+
+def describe(error: BaseException) -> str:
+    """`error` in one line; of a DCP error the first rank's own, and how many others failed."""
+    if isinstance(error, CheckpointException):
+        (rank, (cause, _)), *others = sorted(error.failures.items())
+        return f"{describe(cause)} (rank {rank}{f' and {len(others)} more' if others else ''})"
+    expected = isinstance(error, OSError | ValueError)
+    return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 

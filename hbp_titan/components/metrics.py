@@ -1,26 +1,317 @@
 """What a run tells of its steps: metrics.jsonl, the console, TensorBoard and Weights & Biases.
 
 Owns the writers, their place in the run folder, and what of an earlier start is kept where a run goes on.
+
+What the console shows while a run trains, in lines of at most 80 columns.
+
+Owns the parts of a step's line, their order, and which of them give way; and how lines are filled and broken.
+
+The names under which TensorBoard and Weights & Biases show a step's figures.
+
+Owns the names: torchtitan's (v0.2.2 components/metrics.py) where they mean the same, docs/metrics.md lists all.
+
+Weights & Biases, on request ([metrics] enable_wandb): online, or offline with WANDB_MODE=offline.
+
+Owns the run over there: its project and name (torchtitan's environment variables), its identity over a resume, and its
+step axis. `wandb sync OUTPUTS/wandb/offline-run-*` uploads what was kept offline.
+
+What a run has done since its first step, by level and by source, and the tables of it.
+
+Owns the sums over the records of metrics.jsonl, those before a resume among them. A skipped step trained nothing and
+counts in neither.
+
+What a run prints before its first step: every derived number, for 80 columns.
+
+Owns the wording; the numbers come from configuration, model, data and plan.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from hbp_titan.components.console import filled, number, step_line
-from hbp_titan.components.metric_names import scalars
-from hbp_titan.components.run_totals import RunTotals
-from hbp_titan.components.wandb_run import WandbRun
-from hbp_titan.job_config import JobConfig, to_dict
-from hbp_titan.packing.bands import band_name
+from hbp_titan.components.weights import describe_weights
+from hbp_titan.data.epoch import EpochPlans
+from hbp_titan.distributed.parallelize import compute_dtype, stored_dtype
+from hbp_titan.job_config import JobConfig, LoRA, to_dict
+from hbp_titan.models.attention import selected_backend
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.registry import num_params
+from hbp_titan.packing import Plan, comparison_table, measure
+from hbp_titan.packing.level import level_name
+from hbp_titan.packing.metrics import band_name
+from hbp_titan.utils import human_count
+
+SHOWN_SOURCES = 30
+
+
+@dataclass
+class LevelTotals:
+    """positions: tokens with the padding. waiting: seconds, the ranks' mean. work_mfu: sum of MFU times seconds; None
+    where it is unknown. Losses are those of the first and the last step."""
+
+    iterations: int = 0
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    work_mfu: float | None = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+
+    def add(self, record: Mapping[str, Any], loss: float | None) -> None:
+        """Count a level's entry of `per_level`; loss: its mean per trained token."""
+        self.iterations += record["iterations"]
+        self.tokens += record["tokens"]
+        self.positions += record["positions"]
+        self.seconds += record["seconds"]
+        self.waiting += record["waiting_seconds"]
+        unknown = self.work_mfu is None or record["mfu"] is None
+        self.work_mfu = None if unknown else self.work_mfu + record["mfu"] * record["seconds"]
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = self.last_loss if loss is None else loss
+
+
+class RunTotals:
+    """`add` the record of every step. sources: counts by the names of metrics.jsonl; levels: by their names."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Counter[str]] = {}
+        self.levels: dict[str, LevelTotals] = {}
+        self.tokens = 0
+        self.seconds = 0.0
+        self.data_wait = 0.0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count one step."""
+        self.seconds += record["step_seconds"]
+        self.data_wait += record["data_wait_seconds"]
+        if "skipped" in record:
+            return
+        self.tokens += record["tokens"]
+        for name, counts in record["sources"].items():
+            counted = self.sources.setdefault(name, Counter())
+            counted.update({key: counts[key] for key in ("samples", "tokens", "trained_tokens")})
+        for name, done in record["per_level"].items():
+            self.levels.setdefault(name, LevelTotals()).add(done, record["loss_by_level"][name])
+
+    def describe(self) -> str:
+        """Tables of levels and of sources, the largest first, and the time spent waiting for data; 80 columns."""
+        lines = [
+            f"{'level':<11}{'iterations':>11}{'tokens':>8}{'time':>9}{'tok/s':>7}{'mfu':>7}{'padding':>9}{'waiting':>9}"
+        ]
+        lines += [_level_line(name, total) for name, total in self.levels.items()]
+        lines += [_loss_line(name, total) for name, total in self.levels.items()]
+        lines += self._source_lines()
+        share = self.data_wait / max(self.seconds, 1e-9)
+        return "\n".join([*lines, f"waiting for data: {self.data_wait:.2f} s of {self.seconds:.1f} s, {share:.2%}"])
+
+    def _source_lines(self) -> list[str]:
+        shown = sorted(self.sources, key=lambda name: -self.sources[name]["tokens"])
+        lines = [f"{'source':<32}{'samples':>12}{'tokens':>15}{'trained':>15}"]
+        for name in shown[:SHOWN_SOURCES]:
+            counts = self.sources[name]
+            lines.append(
+                f"{name[:31]:<32}{counts['samples']:>12,}{counts['tokens']:>15,}{counts['trained_tokens']:>15,}"
+            )
+        if len(shown) > SHOWN_SOURCES:
+            lines.append(f"... and {len(shown) - SHOWN_SOURCES} smaller sources (metrics.jsonl has all)")
+        return lines
+
+
+def _level_line(name: str, total: LevelTotals) -> str:
+    seconds = max(total.seconds, 1e-9)
+    mfu = "-" if total.work_mfu is None else f"{total.work_mfu / seconds:.1f}%"
+    return (
+        f"{name:<11}{total.iterations:>11,}{human_count(total.tokens):>8}{clock(total.seconds):>9}"
+        f"{human_count(total.tokens / seconds):>7}{mfu:>7}{1 - total.tokens / total.positions:>9.1%}"
+        f"{total.waiting / seconds:>9.1%}"
+    )
+
+
+def _loss_line(name: str, total: LevelTotals) -> str:
+    first, last = ("-" if loss is None else f"{loss:.4f}" for loss in (total.first_loss, total.last_loss))
+    return f"{name:<11}loss {first} -> {last}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+COLUMNS = 80
+_GIVE_WAY = ("memory", "waiting", "grad", "mfu", "experts")
+"""Parts that are left out of a longer line, the first of them first."""
+
+
+def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+    """One optimizer step: number, level, loss, gradient norm, speed, MFU, waiting, memory, time to finish."""
+    mfu, idle, experts = record["mfu"], record["idle_share"], record.get("expert_load")
+    parts = {
+        "step": f"{record['step']:>{len(str(total_steps))}}/{total_steps}",
+        "level": record["level_name"],
+        "loss": f"loss {number(record['loss'], 6, 4)}",
+        "grad": f"grad {number(record['grad_norm'], 5, 3)}",
+        "speed": f"{human_count(record['tokens_per_second'])} tok/s",
+        "mfu": "" if mfu is None else f"mfu {mfu:.1f}%",
+        "experts": f"experts {experts['worst']:.2f}x" if experts else "",
+        "waiting": "" if idle is None else f"idle {idle:.0%}",
+        "memory": f"{record['peak_memory_gib']:.1f}G",
+        "left": f"eta {clock(seconds_left)}",
+    }
+    for name in ("", *_GIVE_WAY):
+        parts.pop(name, None)
+        line = "  ".join(part for part in parts.values() if part)
+        if len(line) <= COLUMNS:
+            break
+    return line
+
+
+def number(value: float | None, width: int, digits: int) -> str:
+    """A figure of metrics.jsonl; "nan" where it is None."""
+    return f"{'nan':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def filled(parts: Iterable[str]) -> list[str]:
+    """As many of `parts` to an indented line as it holds."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 3 + len(part) <= COLUMNS:
+            lines[-1] += f"   {part}"
+        else:
+            lines.append(f"    {part}")
+    return lines
+
+
+def fit(text: str) -> str:
+    """`text` with its longer lines broken and indented; a word that is longer than a line stays whole."""
+    lines = []
+    for line in text.splitlines():
+        broken = textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        lines += broken if len(line) > COLUMNS else [line]
+    return "\n".join(lines)
+
+
+_NAMES = {
+    "loss": "loss_metrics/global_avg_loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "level": "level",
+    "mfu": "mfu(%)",
+    "padding": "padding(%)",
+    "abr": "balance/abr",
+    "time_imbalance": "balance/time_imbalance",
+    "idle_share": "balance/idle_share",
+    "data_wait_seconds": "time_metrics/data_loading(s)",
+    "step_seconds": "time_metrics/end_to_end(s)",
+    "checkpoint_blocked_seconds": "time_metrics/checkpoint_blocked(s)",
+    "checkpoint_write_seconds": "time_metrics/checkpoint_write(s)",
+    "peak_memory_gib": "memory/max_active(GiB)",
+}
+
+
+def scalars(record: Mapping[str, Any], totals: RunTotals, world_size: int) -> dict[str, float]:
+    """Name -> value for the record of a step; what was not measured, or is not finite, is left out.
+
+    totals: of the run up to this step.
+    """
+    return {name: value for name, value in _named(record, totals, world_size) if value is not None}
+
+
+def _named(record: Mapping[str, Any], totals: RunTotals, world_size: int) -> Iterator[tuple[str, float | None]]:
+    for key, name in _NAMES.items():
+        yield name, record.get(key)
+    yield "throughput(tps)", record["tokens_per_second"] / world_size  # of one device, as in torchtitan
+    yield "n_tokens_seen", totals.tokens
+    yield "time_metrics/data_loading(%)", 100 * record["data_wait_seconds"] / record["step_seconds"]
+    for name, loss in record["loss_by_level"].items():
+        yield f"loss_metrics/level/{name}", loss
+    for border, mean in record["loss_by_length"].items():
+        yield f"loss_metrics/length/{border}", mean["loss"]
+    for name, memory in record["memory_by_level"].items():
+        yield f"memory/level/{name}(GiB)", memory
+    for name, counts in record["sources"].items():
+        yield f"source/{name}/loss", counts["loss"]
+        yield f"source/{name}/tokens", totals.sources[name]["tokens"]
+    for name, figure in record.get("expert_load", {}).items():
+        yield f"expert_load/{name}", figure
+    if "validation" in record:
+        yield from _of_validation(record["validation"])
+
+
+def _of_validation(means: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    yield "validation_metrics/loss", means["loss"]
+    for kind in ("level", "length", "source"):
+        for name, mean in means[f"by_{kind}"].items():
+            yield f"validation_metrics/{kind}/{name}", mean["loss"]
+
+
+_IDENTITY = "wandb_id"
+
+
+def check_wandb() -> None:
+    """ValueError where the package is missing, or the run is to go online and nobody is logged in."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "metrics.enable_wandb = true but wandb is not installed: pip install 'hbp-titan[wandb]', or set it to false"
+        ) from None
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise ValueError(
+            f"metrics.enable_wandb = true, but: {error} Or set WANDB_MODE=offline: the run folder keeps all of it"
+        ) from None
+
+
+class WandbRun:
+    """A run that `folder` belongs to, started anew or gone on with. config: the resolved configuration."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        identity = folder / _IDENTITY
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "hbp_titan"),
+            entity=os.environ.get("WANDB_TEAM"),
+            name=os.environ.get("WANDB_RUN_NAME", folder.name),
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=folder,
+            config=dict(config),
+        )
+        # Our own axis: a resumed run logs steps anew that were logged before, which W&B's own axis does not take.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add the figures of one step."""
+        self.run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
 
 
 class MetricsLogger:
@@ -125,3 +416,81 @@ def keep_steps_up_to(path: Path, step: int) -> list[dict[str, Any]]:
     temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
     return kept
+
+
+COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
+
+
+def compare_methods(plans: EpochPlans) -> str:
+    """The table method x metrics on the data that is trained: the usual rivals and the configured method."""
+    configured = plans.config.packing.method
+    names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
+    return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
+
+
+def describe_start(
+    config: JobConfig,
+    args: ModelArgs,
+    model: nn.Module,
+    plan: Plan,
+    total_steps: int,
+    device: torch.device,
+    warnings: Sequence[str],
+) -> str:
+    """All of it but the table of methods. plan: of the epoch that begins or goes on."""
+    samples, trained = plan.packs.ids, int(plan.loss_tokens[plan.packs.ids].sum())
+    parts = [
+        describe_model(config, args, model, device),
+        f"ranks: {plan.world_size} on {device.type}",
+        f"data: {len(samples):,} samples, {int(plan.lengths[samples].sum()):,} tokens, {trained:,} of them trained",
+        *(f"warning: {warning}" for warning in warnings),
+        describe_plan(plan, total_steps, config),
+        f"outputs: {config.dump_folder}",
+    ]
+    return fit("\n".join(parts))
+
+
+def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
+    """Architecture, dtypes, attention kernel, where the weights come from, and what of them is trained."""
+    computed = str(compute_dtype(config, device)).removeprefix("torch.")
+    stored = str(stored_dtype(config, device)).removeprefix("torch.")
+    weights = describe_weights(config.checkpoint.initial_load_path, args, stored)
+    lines = [
+        f"model: {args.name}, {num_params(args):,} parameters, {stored}, computed in {computed}, "
+        f"attention {selected_backend(device)}",
+        f"weights: {weights}",
+    ]
+    return "\n".join([*lines, *([_describe_lora(config.lora, model)] if config.lora.rank else [])])
+
+
+def _describe_lora(lora: LoRA, model: nn.Module) -> str:
+    """What is trained of an adapted model."""
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(n for n, requires_grad in numbers if requires_grad), sum(n for n, _ in numbers)
+    return (
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}\n"
+        f"      {trained:,} of {total:,} parameters are trained, {100 * trained / total:.2f}%"
+    )
+
+
+def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
+    """Levels with their mesh, exchanges, recomputation and what they keep of parameters; steps of one epoch."""
+    lines = []
+    # Of a run that goes on it may be another than when the plan was made.
+    resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
+    iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
+    for level, count, reshard in zip(plan.levels, iterations, resharded, strict=True):
+        style = f" ({level.cp_style}, {config.parallelism.cp_collectives})" if level.cp_degree > 1 else ""
+        layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
+        recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
+        kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")
+        lines.append(
+            f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
+            f"checkpointing {recomputed}{kept}, {count} iterations"
+        )
+    tokens = plan.step_tokens
+    lines.append(
+        f"steps: {total_steps} in all; the plan has {plan.num_steps} steps of {int(np.mean(tokens)):,} "
+        f"+- {int(np.std(tokens)):,} tokens in {plan.num_iterations} iterations"
+    )
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from hbp_titan.components.loss_means import LossCollector, NamedSources
+from hbp_titan.components.step_stats import LossCollector, NamedSources
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PackLoader
 from hbp_titan.distributed.world import World

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
-from hbp_titan.models.documents import Documents, pack_documents
+from hbp_titan.models.documents import Documents, HeadTailShard, head_tail_shard, pack_documents
 from hbp_titan.packing.level import Level
 
 IGNORE_INDEX = -100

@@ -35,8 +35,7 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.models.documents import Documents
+from hbp_titan.models.documents import Documents, HeadTailShard
 from hbp_titan.packing.level import Level
 
 

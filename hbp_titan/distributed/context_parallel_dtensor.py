@@ -17,9 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from hbp_titan.data.sequence_shard import HeadTailShard
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, KeysValues
-from hbp_titan.models.documents import Documents
+from hbp_titan.models.documents import Documents, HeadTailShard
 
 AXES = ("gather", "ulysses")
 # On these axes, for tensors [T, heads, D]: dim 0 is the sequence, dim 1 the heads.

@@ -21,7 +21,7 @@ from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
 

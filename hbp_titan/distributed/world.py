@@ -3,12 +3,29 @@
 The default group computes: NCCL with one GPU per rank where CUDA is present, gloo on the CPU elsewhere. One more gloo
 group of all ranks, the control group, carries what the main thread agrees on outside of computation: objects, barriers,
 failures. A barrier or a pickled object then never waits behind a GPU kernel and never meets a collective of the model.
+
+The store in which the ranks of one start meet, empty even where torchrun starts them again.
+
+Owns the agreement on a name that no earlier start has used. torchrun's restarts hand every start the same store (torch
+2.13), full of what the ranks before left: addresses of the dead, counts that are full already. Nor does it tell them
+apart: each node counts its own restarts, and those of two nodes may differ.
+
+The GPUs of this machine, before any rank starts: whether torch can use them, and how torchrun should.
+
+`python -m hbp_titan.distributed.world [RANKS]` prints for run_train.sh the number of ranks to start on this machine
+(RANKS, or one for each GPU) and torchrun's options for GPUs. It ends with one error line where torch cannot use the
+machine's GPU.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +36,109 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from hbp_titan.distributed.devices import require_usable_gpu
-from hbp_titan.distributed.rendezvous import fresh_store
+from hbp_titan.errors import guarded, one_line
+
+_MEND = "are all nodes started, with the same RDZV_ENDPOINT, RDZV_ID and NNODES, and is the port open?"
+_POLL_SECONDS = 0.05
+
+
+def fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The job's store under a name that all ranks of this start have agreed on. Raises RuntimeError after `timeout`."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that is the same on all ranks of this start, whatever earlier starts have left in `store`.
+
+    1. Rank 0 offers a new name. 2. Each rank joins under the name that is offered, by a number of its own; that may
+    still be an earlier start's name. 3. Rank 0 confirms its name with the numbers of those who joined. 4. A rank
+    accepts a name that is confirmed with its own number; until then it looks for another offer.
+    """
+    offer, own = "hbp_titan/offer", uuid.uuid4().hex
+    if rank == 0:
+        store.set(offer, own)
+        joined = [f"hbp_titan/{own}/{other}" for other in range(1, world_size)]
+        if joined:
+            try:
+                store.wait(joined, timeout)
+            except dist.DistStoreError as error:
+                raise RuntimeError(f"the ranks did not meet within {timeout.total_seconds():.0f} s: {_MEND}") from error
+        store.set(f"hbp_titan/{own}", json.dumps([store.get(key).decode() for key in joined]))
+        return f"hbp_titan/{own}"
+    end = time.monotonic() + timeout.total_seconds()
+    joined_under = ""
+    while time.monotonic() < end:
+        if store.check([offer]):
+            name = f"hbp_titan/{store.get(offer).decode()}"
+            if name != joined_under:
+                store.set(f"{name}/{rank}", own)
+                joined_under = name
+            if store.check([name]) and own in json.loads(store.get(name)):
+                return name
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"rank {rank} did not meet rank 0 within {timeout.total_seconds():.0f} s: {_MEND}")
+
+
+CPU_RANKS = 2
+"""Ranks on a machine without a GPU."""
+
+
+def require_usable_gpu(dev: Path = Path("/dev")) -> None:
+    """Raise ValueError where the machine has an NVIDIA GPU and torch, without CUDA, would train on the CPU unasked.
+
+    CUDA_VISIBLE_DEVICES set to nothing asks for it. dev: where the driver's device files are.
+    """
+    device = dev / "nvidia0"
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not device.exists():
+        return
+    raise ValueError(
+        f"this machine has an NVIDIA GPU ({device}), but torch {torch.__version__} cannot use it: "
+        f"{_reason()}; install a driver and a torch build that fit, or train on the CPU with CUDA_VISIBLE_DEVICES=''"
+    )
+
+
+def _reason() -> str:
+    if torch.version.cuda is None:
+        return "it is a build without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return one_line(error).rstrip(".")
+    return "it finds no CUDA device"
+
+
+def numa_options(gpus: int) -> list[str]:
+    """torchrun's options that bind each rank to the CPUs next to its GPU; none where that is not possible.
+
+    torchrun does not start a rank that it cannot bind: without the program numactl, without an entry of the GPU in
+    /sys, or where the job may not use the CPUs of the GPU's node. NUMA_BINDING in the environment names another mode
+    of `torchrun --numa-binding`, or "none".
+    """
+    mode = os.environ.get("NUMA_BINDING", "node")
+    if mode == "none" or shutil.which("numactl") is None:
+        return []
+    try:
+        from torch.numa.binding import AffinityMode, NumaOptions, _get_logical_cpus_to_bind_to
+
+        wanted = NumaOptions(affinity_mode=AffinityMode(mode))
+        bound: Iterable[set[int]] = [
+            set(_get_logical_cpus_to_bind_to(gpu_index=gpu, numa_options=wanted)) for gpu in range(gpus)
+        ]
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+    allowed = os.sched_getaffinity(0)
+    return ["--numa-binding", mode] if all(cpus and cpus <= allowed for cpus in bound) else []
+
+
+def main() -> None:
+    """Print the number of ranks and torchrun's options on one line."""
+    guarded(require_usable_gpu)
+    gpus = torch.cuda.device_count()
+    ranks = int(sys.argv[1]) if len(sys.argv) > 1 else gpus or CPU_RANKS
+    print(ranks, *(numa_options(ranks) if gpus >= ranks else []))
+
 
 SLOW_WORK_SECONDS = 3600
 """Timeout of waits for a slow disk (checkpoints, export, audit): a rank that waits there does not hang."""
@@ -224,3 +342,7 @@ def all_reduce_values(values: list[float], op: str, device: torch.device) -> lis
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return tensor.tolist()
+
+
+if __name__ == "__main__":
+    main()

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hbp_titan.components.loss import linear_cross_entropy_losses
 from hbp_titan.data.batch import PackedBatch, make_batch
-from hbp_titan.data.store.prepare import open_stores
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, build_plan
-from hbp_titan.packing.bands import band_name, band_of
+from hbp_titan.packing.metrics import band_name, band_of
 
 CHUNK_TOKENS = 1024
 """Rows of logits that exist at one time."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hbp_titan.models.args import MLAArgs, ModelArgs, MoEArgs
+from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts
 

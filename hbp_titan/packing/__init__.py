@@ -1,13 +1,11 @@
 """Planning room: sample lengths to a plan of balanced packs. NumPy only; usable without the rest of the package."""
 
-from hbp_titan.packing.build import METHODS, build_plan
+from hbp_titan.packing.baselines import PACKERS
+from hbp_titan.packing.build import METHODS, build_plan, replan
 from hbp_titan.packing.cost import CostModel
 from hbp_titan.packing.level import Level, check_levels, parse_levels
 from hbp_titan.packing.metrics import Metrics, comparison_table, measure
-from hbp_titan.packing.packers import PACKERS
-from hbp_titan.packing.plan import Iteration, Plan
-from hbp_titan.packing.plan_file import load_plan, save_plan
-from hbp_titan.packing.remainder import remainder
+from hbp_titan.packing.plan import Iteration, Plan, load_plan, save_plan
 
 __all__ = [
     "METHODS",
@@ -23,6 +21,6 @@ __all__ = [
     "load_plan",
     "measure",
     "parse_levels",
-    "remainder",
+    "replan",
     "save_plan",
 ]

@@ -2,6 +2,16 @@
 
 Owns the registry of methods and the order of the stages: pack and fill, balance, schedule. The stages themselves
 live in hierarchy.py, packers.py, balance.py and schedule.py. Everything is a pure function of its arguments.
+
+Packs to iterations: the packs that run side by side cost nearly the same (paper section 3.2, balance batching).
+
+Owns the order of packs within a level, whose consecutive groups of dp packs are the iterations, and the empty packs
+that complete the last one. Sorting by modelled time rather than by sum(len^2), as the paper does, also balances
+packs that differ in tokens.
+
+Elastic remainder: what is left of an epoch, planned anew for another world size or other levels.
+
+Owns the promise that a run which stops and goes on elsewhere trains each sample of the epoch exactly once.
 """
 
 from __future__ import annotations
@@ -16,14 +26,57 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hbp_titan.packing.arrays import EMPTY, IntArray, Ragged, Stream, concatenated, longest_first, offsets_of
-from hbp_titan.packing.balance import BALANCERS, whole_iterations
+from hbp_titan.packing.baselines import PACKERS, isf
 from hbp_titan.packing.cost import CostModel, costs_per_level
-from hbp_titan.packing.hierarchy import hierarchical_packs, paper_packs
+from hbp_titan.packing.hbp import hierarchical_packs, paper_packs
 from hbp_titan.packing.level import Level, check_levels
-from hbp_titan.packing.packers import PACKERS, isf
 from hbp_titan.packing.plan import Plan
+from hbp_titan.packing.ragged import (
+    EMPTY,
+    IntArray,
+    Ragged,
+    Stream,
+    concatenated,
+    longest_first,
+    offsets_of,
+    round_up,
+    shuffled,
+)
 from hbp_titan.packing.schedule import MIXES, schedule
+
+# (tokens, sum_sq, cost, stream) -> order of the packs; tokens, sum_sq: int64 [num_packs].
+Balancer = Callable[[IntArray, IntArray, CostModel, Stream], IntArray]
+
+
+def _by_cost(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
+    return np.argsort(-cost.cost(tokens, sum_sq), kind="stable")
+
+
+def _by_attention(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
+    return np.argsort(-sum_sq, kind="stable")
+
+
+def _shuffled(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
+    return shuffled(len(tokens), *stream)
+
+
+def _kept(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
+    return np.arange(len(tokens))
+
+
+BALANCERS: dict[str, Balancer] = {
+    "cost": _by_cost,
+    "attention": _by_attention,
+    "shuffled": _shuffled,
+    "kept": _kept,
+}
+
+
+def whole_iterations(packs: Ragged, dp_degree: int) -> Ragged:
+    """The packs and as many empty ones as complete the last iteration."""
+    missing = round_up(packs.num_rows, dp_degree) - packs.num_rows
+    return Ragged(packs.ids, np.append(packs.offsets, np.full(missing, packs.offsets[-1])))
+
 
 # Names of random streams: with seed and epoch before them, no two stages share numbers.
 PACK_STREAM, BALANCE_STREAM, SCHEDULE_STREAM = 0, 1, 2
@@ -215,3 +268,49 @@ def check_fit(lengths: IntArray, sample_ids: IntArray | None, largest: Level) ->
             f"level's max_tokens={largest.max_tokens} ({count} such samples in all): raise levels.max_tokens, or "
             "truncate or leave out these samples (overlong)"
         )
+
+
+def replan(
+    plan: Plan,
+    finished_iterations: int,
+    *,
+    world_size: int | None = None,
+    levels: Sequence[Level] | None = None,
+    cost: CostModel | Sequence[CostModel] | None = None,
+    global_batch_tokens: int | None = None,
+) -> Plan:
+    """The plan of the samples that iterations finished_iterations, finished_iterations + 1, ... of `plan` hold.
+
+    After s optimizer steps finished_iterations is plan.step_offsets[s]. What is not given stays as in `plan`;
+    sample ids, lengths and loss tokens stay those of the whole data set, so remainders can follow one another.
+    Curriculum steps that are left come first again.
+
+    Raises ValueError where nothing is left, a remaining sample is longer than the new levels allow, the levels do
+    not suit the world size, or the number of levels changes and `plan` has a cost model for each of its own.
+    """
+    if not 0 <= finished_iterations < plan.num_iterations:
+        raise ValueError(
+            f"{finished_iterations} finished iterations leave nothing of a plan with {plan.num_iterations}: "
+            "start the next epoch"
+        )
+    levels = plan.levels if levels is None else tuple(levels)
+    world_size = plan.world_size if world_size is None else world_size
+    check_levels(levels, world_size)
+    if cost is None:
+        cost = plan.costs[0] if len(set(plan.costs)) == 1 else plan.costs
+    # Packs lie in training order.
+    left = np.sort(plan.packs.ids[plan.packs.offsets[plan.pack_offsets[finished_iterations]] :])
+    check_fit(plan.lengths[left], left, levels[-1])
+    curriculum_steps = plan.curriculum_steps
+    if 0 < curriculum_steps < 1:
+        curriculum_steps *= plan.num_steps
+    finished_steps = int(plan.step_of_iteration[finished_iterations])
+    unplaced = dataclasses.replace(
+        plan,
+        levels=levels,
+        world_size=world_size,
+        costs=costs_per_level(cost, len(levels)),
+        curriculum_steps=max(0.0, float(round(curriculum_steps) - finished_steps)),
+        global_batch_tokens=plan.global_batch_tokens if global_batch_tokens is None else global_batch_tokens,
+    )
+    return place(unplaced, left)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hbp_titan.packing.arrays import EMPTY, IntArray, Ragged, Stream, concatenated, grouped, shuffled
+from hbp_titan.packing.ragged import EMPTY, IntArray, Ragged, Stream, concatenated, grouped, shuffled
 
 MIXES = ("alternate", "interleave")
 

@@ -5,6 +5,6 @@ section shows, page.py puts the page together. Nothing here needs torch, a GPU o
 """
 
 from hbp_titan.report.page import report_page
-from hbp_titan.report.run_folder import Run, read_runs
+from hbp_titan.report.run import Run, read_runs
 
 __all__ = ["Run", "read_runs", "report_page"]

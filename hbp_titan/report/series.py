@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.report.step_log import Floats, StepLog
+from hbp_titan.report.run import Floats, StepLog
 
 Bools = NDArray[np.bool_]
 WINDOWS = 20

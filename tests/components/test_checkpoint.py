@@ -18,16 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from hbp_titan.components import checkpoint_storage
-from hbp_titan.components.checkpoint import Checkpointer, completed
-from hbp_titan.components.checkpoint_files import DamagedCheckpoint
-from hbp_titan.components.checkpoint_storage import FolderWriter
-from hbp_titan.components.checkpoint_tensors import CheckpointError
-from hbp_titan.components.watchdog import Watchdog
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.components import dcp_storage
+from hbp_titan.components.checkpoint import Checkpointer, CheckpointError, completed
+from hbp_titan.components.dcp_storage import DamagedCheckpoint, FolderWriter
+from hbp_titan.components.faults import Watchdog
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import Checkpoint
+from hbp_titan.testing.local_ranks import run_distributed
 
 
 def test_newest_complete_folder_is_by_number_and_partial_ones_are_ignored(tmp_path: Path) -> None:
@@ -63,14 +61,14 @@ def _save(checkpointer: Checkpointer, step: int) -> None:
 def _save_and_go_on(world: World, folder: Path, mode: str) -> tuple[list[torch.Tensor], bool]:
     """Four steps, each saved, then three more; whether a step was trained while the one before was being written."""
     model, optimizer = _model(world, seed=0)
-    write = checkpoint_storage.write_safetensors
+    write = dcp_storage.write_safetensors
     training, overlapped = threading.Event(), []
 
     def write_while_training(*args: Any) -> dict[str, Any]:
         overlapped.append(training.wait(timeout=20 if mode == "async" else 0.05))
         return write(*args)
 
-    checkpoint_storage.write_safetensors = write_while_training
+    dcp_storage.write_safetensors = write_while_training
     with Checkpointer(folder, model, optimizer, Checkpoint(async_mode=mode)) as checkpointer:
         state: dict[str, Any] = {}
         for step in range(1, 5):
@@ -277,7 +275,7 @@ def _fail_on_rank_1(world: World, folder: Path) -> tuple[str, list[str], float]:
     _save(checkpointer, 1)
     checkpointer.wait()
     if world.rank == 1:
-        checkpoint_storage.write_safetensors = _disk_is_full  # type: ignore[assignment]
+        dcp_storage.write_safetensors = _disk_is_full  # type: ignore[assignment]
     _save(checkpointer, 2)
     started = time.monotonic()
     with pytest.raises(CheckpointError) as caught:
@@ -341,7 +339,7 @@ def test_save_that_ends_before_its_last_file_is_never_visible(
     checkpointer = Checkpointer(tmp_path, model, optimizer, Checkpoint(keep_latest_k=1))
     _save(checkpointer, 1)
     checkpointer.wait()
-    write, seen = checkpoint_storage.write_json, []
+    write, seen = dcp_storage.write_json, []
 
     def stop_at(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         seen.append([folder.name for folder in completed(tmp_path)])
@@ -349,7 +347,7 @@ def test_save_that_ends_before_its_last_file_is_never_visible(
             raise OSError(errno.EIO, "Input/output error")
         return write(path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint_storage, "write_json", stop_at)
+    monkeypatch.setattr(dcp_storage, "write_json", stop_at)
     _save(checkpointer, 2)
     with pytest.raises(CheckpointError, match=r"step-2 was not saved: .*Input/output error"):
         checkpointer.wait()

@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from hbp_titan.components.checkpoint_files import DamagedCheckpoint
-from hbp_titan.components.checkpoint_storage import FolderWriter, LocalDataPlanner
-from hbp_titan.components.checkpoint_tensors import load_model_tensors, load_tensors, save_model_tensors
-from hbp_titan.components.staging import HostBuffer
-from hbp_titan.distributed.local_ranks import run_distributed
+from hbp_titan.components.checkpoint import HostBuffer, load_model_tensors, load_tensors, save_model_tensors
+from hbp_titan.components.dcp_storage import DamagedCheckpoint, FolderWriter, LocalDataPlanner
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import run_distributed
 
 
 def _whole() -> dict[str, Tensor]:

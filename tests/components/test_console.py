@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hbp_titan.components.console import filled, fit, step_line
+from hbp_titan.components.metrics import filled, fit, step_line
 
 RECORD: dict[str, Any] = {
     "step": 12345,

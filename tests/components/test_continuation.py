@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.components.continuation import check_lasting, lasting_settings
+from hbp_titan.components.resume import check_lasting, lasting_settings
 from hbp_titan.config import load_config
 from tests.tiny_run import ARGS
 

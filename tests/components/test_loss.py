@@ -20,7 +20,7 @@ from hbp_titan.components.loss import (
     select_rows,
 )
 from hbp_titan.models.registry import get_flavor
-from hbp_titan.selection.dry_run import head_memory
+from hbp_titan.tuning.memory import head_memory
 
 
 def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.components.lr_course import LRCourse, set_learning_rate
-from hbp_titan.components.optimizer import lr_factor
+from hbp_titan.components.optimizer import LRCourse, lr_factor, set_learning_rate
 from hbp_titan.job_config import LRScheduler
 
 LINEAR = LRScheduler(warmup_steps=2, decay="linear", min_lr_factor=0.0)

@@ -12,11 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hbp_titan.components.loss_means import LossCollector, LossMeans, Mean
-from hbp_titan.components.metric_names import scalars
-from hbp_titan.components.metrics import MetricsLogger, keep_steps_up_to
-from hbp_titan.components.run_totals import RunTotals
-from hbp_titan.components.step_record import attention_balance, count_sources
+from hbp_titan.components.metrics import MetricsLogger, RunTotals, keep_steps_up_to, scalars
+from hbp_titan.components.step_stats import LossCollector, LossMeans, Mean, attention_balance, count_sources
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
 from hbp_titan.packing import Level, build_plan, measure

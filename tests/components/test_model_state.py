@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.model_state import initialize
+from hbp_titan.components.weights import initialize
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.engine import parallelized_on_meta
-from hbp_titan.models.args import ModelArgs, MoEArgs
+from hbp_titan.engine import parallelized_on_meta
+from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
 from hbp_titan.models.hf import args_to_hf_config, to_hf_name
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import ARGS, write_tiny_run
 

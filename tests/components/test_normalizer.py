@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hbp_titan.components.normalizer import NORMALIZERS, weight_range
+from hbp_titan.components.loss import NORMALIZERS, weight_range
 from hbp_titan.packing import Level, Plan, build_plan
 
 LENGTHS = np.array([3, 60, 7, 16, 9, 33, 2, 5, 11, 40, 8, 4, 6, 12])

@@ -11,13 +11,7 @@ import pytest
 import torch
 
 import hbp_titan
-from hbp_titan.components.reproducibility import (
-    code_version,
-    note_start,
-    package_versions,
-    read_starts,
-    start_generators,
-)
+from hbp_titan.components.resume import code_version, note_start, package_versions, read_starts, start_generators
 from hbp_titan.config import load_config
 
 SEEDS = ["--data.seed=1", "--packing.seed=2", "--training.seed=3", "--training.rng_seed=4"]

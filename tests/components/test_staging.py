@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbp_titan.components.staging import HostBuffer
+from hbp_titan.components.checkpoint import HostBuffer
 
 
 def _check_copies(device: str) -> None:

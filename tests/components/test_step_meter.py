@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hbp_titan.components.garbage_collection import GarbageCollection
 from hbp_titan.components.optimizer import build_optimizer, step_unless
+from hbp_titan.components.profiling import GarbageCollection
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import Optimizer
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 

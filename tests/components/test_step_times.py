@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hbp_titan.components.step_times import StepTimes
+from hbp_titan.components.step_stats import StepTimes
 
 
 def test_waiting_is_what_the_mean_rank_has_less_to_do_than_the_slowest() -> None:

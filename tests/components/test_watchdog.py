@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from hbp_titan.cli import guarded
-from hbp_titan.components import watchdog as watchdog_module
-from hbp_titan.components.watchdog import Watchdog, place_of
+from hbp_titan.components import faults as watchdog_module
+from hbp_titan.components.faults import Watchdog, place_of
+from hbp_titan.errors import guarded
 
 
 def _stand(until: Callable[[], bool]) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.data.audit import audit_run, confirm_epoch, shown
-from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.epoch_parts import Part, plan_path
-from hbp_titan.data.store.ledger import check_ledger
+from hbp_titan.data.epoch import Part, plan_path
+from hbp_titan.data.sample_log import audit_run, confirm_epoch, read_attempts, shown
+from hbp_titan.data.token_store import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.packing.plan_file import save_plan
+from hbp_titan.packing.plan import save_plan
 
 LEVELS = (Level(16, 1), Level(64, 2))
 LENGTHS = np.array([3, 60, 7, 16, 9, 33, 2, 5, 11, 40, 8, 4])

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.data.audit import audit_run, confirm_epoch
-from hbp_titan.data.consumed import read_attempts
-from hbp_titan.data.epoch_parts import Part, describe_parts, plan_path, save_part
-from hbp_titan.packing import CostModel, Level, remainder, save_plan
+from hbp_titan.data.epoch import Part, describe_parts, plan_path, save_part
+from hbp_titan.data.sample_log import audit_run, confirm_epoch, read_attempts
+from hbp_titan.packing import CostModel, Level, replan, save_plan
 from tests.data.test_audit import LEVELS, RANKS, Run, Store, make_plan, planned_line
 
 
@@ -21,9 +20,9 @@ class ElasticRun(Run):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         whole = make_plan(0)
-        second = remainder(whole, int(whole.step_offsets[2]), world_size=1, levels=[Level(64)], cost=CostModel())
+        second = replan(whole, int(whole.step_offsets[2]), world_size=1, levels=[Level(64)], cost=CostModel())
         assert second.num_steps >= 2
-        third = remainder(second, int(second.step_offsets[1]), world_size=RANKS, levels=LEVELS, cost=CostModel())
+        third = replan(second, int(second.step_offsets[1]), world_size=RANKS, levels=LEVELS, cost=CostModel())
         self.parts = [Part(1, whole), Part(3, second), Part(4, third)]
         self.last = self.parts[-1].end - 1
         for number in range(3):
@@ -83,7 +82,7 @@ def test_a_part_that_follows_another_plan_loses_and_doubles_samples(elastic: Ela
     twice = elastic.parts[1].plan.samples_of(0, int(elastic.parts[1].plan.step_offsets[1]))
     whole = elastic.parts[0].plan
     for finished, what, count in ((2, "more than once", len(twice)), (whole.num_steps - 1, "by none", None)):
-        third = remainder(whole, int(whole.step_offsets[finished]), cost=CostModel())
+        third = replan(whole, int(whole.step_offsets[finished]), cost=CostModel())
         shutil.rmtree(elastic.folder / "consumed/attempt-0003", ignore_errors=True)
         elastic.parts[2] = Part(4, third)
         save_part(elastic.folder, elastic.parts, Store.fingerprint)

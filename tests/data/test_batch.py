@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hbp_titan.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, make_batch, shard_batch
-from hbp_titan.data.sequence_shard import HeadTailShard
+from hbp_titan.models.documents import HeadTailShard
 from hbp_titan.packing import Level
 
 X = IGNORE_INDEX

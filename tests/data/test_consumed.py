@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hbp_titan.data.batch import PackedBatch, make_batch
-from hbp_titan.data.consumed import ConsumedRecord, attempt_folders
+from hbp_titan.data.sample_log import ConsumedRecord, attempt_folders
 from hbp_titan.distributed.world import broadcast_value, close_world, init_world
 from hbp_titan.packing import Level
 from tests.data.test_batch import Samples

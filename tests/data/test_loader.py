@@ -10,9 +10,9 @@ import pytest
 
 from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
-from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.data.store.prepare import prepare
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.prepare import prepare
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.models.documents import HeadTailShard
 from hbp_titan.packing import Level, Plan, build_plan
 from tests.tiny_run import write_tiny_run
 

@@ -12,10 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hbp_titan.config import load_config
-from hbp_titan.data import position as position_module
-from hbp_titan.data.epoch_parts import Part, plan_path
-from hbp_titan.data.planning import EpochPlans
-from hbp_titan.data.position import Position
+from hbp_titan.data import epoch as position_module
+from hbp_titan.data.epoch import EpochPlans, Part, Position, plan_path
 from hbp_titan.packing import CostModel, Plan
 from tests.properties import examples
 

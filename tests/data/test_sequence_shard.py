@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.data.sequence_shard import chunk_bounds, head_tail_shard
+from hbp_titan.models.documents import chunk_bounds, head_tail_shard
 from tests.properties import examples
 
 

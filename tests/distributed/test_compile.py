@@ -10,8 +10,8 @@ import torch
 
 from hbp_titan.config import load_config
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
+from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 

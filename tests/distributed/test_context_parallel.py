@@ -9,16 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
-from hbp_titan.data.sequence_shard import HeadTailShard, head_tail_shard
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, crossed_nodes
 from hbp_titan.distributed.parallelize import CP_ATTENTION
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.runtime import LevelRuntime
+from hbp_titan.engine import LevelRuntime
 from hbp_titan.models.attention import VarlenAttention
-from hbp_titan.models.documents import Documents, pack_documents
+from hbp_titan.models.documents import Documents, HeadTailShard, head_tail_shard, pack_documents
 from hbp_titan.packing import Level
+from hbp_titan.testing.local_ranks import run_distributed
 
 # Four ranks have 15 tokens each: 8 of heads and 7 of tails.
 T = 60

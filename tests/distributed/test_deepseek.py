@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.verify import Case, Outcome, compare, reference, run_case
-from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level
+from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
 
 SEED = 3

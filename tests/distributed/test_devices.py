@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbp_titan.distributed import devices
+from hbp_titan.distributed import world
 from hbp_titan.distributed.world import set_flight_recorder
 
 
@@ -24,7 +24,7 @@ def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gpu_that_a_cpu_build_cannot_use_is_an_error(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ValueError, match=r"nvidia0.*build without CUDA.*CUDA_VISIBLE_DEVICES=''"):
-        devices.require_usable_gpu(dev)
+        world.require_usable_gpu(dev)
 
 
 def test_a_driver_that_is_too_old_is_an_error_with_torchs_reason(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,32 +34,32 @@ def test_a_driver_that_is_too_old_is_an_error_with_torchs_reason(dev: Path, monk
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(ValueError, match=r"cannot use it: The NVIDIA driver .* too old \(found version 11040\)\. Plea"):
-        devices.require_usable_gpu(dev)
+        world.require_usable_gpu(dev)
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_the_cpu_is_used_where_that_is_asked_for_or_there_is_no_gpu(
     dev: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices.require_usable_gpu(dev / "without")
+    world.require_usable_gpu(dev / "without")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    devices.require_usable_gpu(dev)
+    world.require_usable_gpu(dev)
 
 
 def _launch(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
     monkeypatch.setattr("sys.argv", ["devices", *argv])
-    devices.main()
+    world.main()
     return capsys.readouterr().out.split()
 
 
 def test_ranks_are_bound_to_the_cpus_of_their_gpu_where_torchrun_can(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "require_usable_gpu", lambda: None)
+    monkeypatch.setattr(world, "require_usable_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert _launch([], monkeypatch, capsys) == ["2"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(devices.shutil, "which", lambda program: "/usr/bin/numactl")
+    monkeypatch.setattr(world.shutil, "which", lambda program: "/usr/bin/numactl")
     cpus = {gpu: {min(os.sched_getaffinity(0))} for gpu in range(4)}
     monkeypatch.setattr("torch.numa.binding._get_logical_cpus_to_bind_to", lambda gpu_index, **_: cpus[gpu_index])
     assert _launch([], monkeypatch, capsys) == ["4", "--numa-binding", "node"]
@@ -69,7 +69,7 @@ def test_ranks_are_bound_to_the_cpus_of_their_gpu_where_torchrun_can(
     monkeypatch.delenv("NUMA_BINDING")
     cpus[3] = {1 << 20}  # a CPU that the job may not use
     assert _launch([], monkeypatch, capsys) == ["4"]
-    monkeypatch.setattr(devices.shutil, "which", lambda program: None)
+    monkeypatch.setattr(world.shutil, "which", lambda program: None)
     assert _launch(["2"], monkeypatch, capsys) == ["2"]
 
 

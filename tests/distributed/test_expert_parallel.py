@@ -14,16 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_parallel, check_experts, order_by_expert
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.engine import Engine
-from hbp_titan.levels.verify import Case, Outcome, compare, reference, run_case
-from hbp_titan.models.args import ModelArgs
-from hbp_titan.models.balance import BalanceState
-from hbp_titan.models.moe import MixtureOfExperts, sort_by_expert
+from hbp_titan.engine import Engine
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.moe import BalanceState, MixtureOfExperts, sort_by_expert
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_deepseek import RandomSamples
 from tests.models.deepseek_tiny import tiny_args
 

@@ -17,11 +17,11 @@ from hbp_titan.config import load_config, validate
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed import parallelize
 from hbp_titan.distributed.fsdp import apply_fsdp
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.world import World
-from hbp_titan.levels.engine import Engine
-from hbp_titan.levels.verify import Case, Outcome, compare, reference, run_case
+from hbp_titan.engine import Engine
 from hbp_titan.packing import Level
+from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_deepseek import RandomSamples
 from tests.models.deepseek_tiny import tiny_args
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.local_ranks import run_distributed
 from hbp_titan.distributed.mesh import LevelMeshes, keep_groups
 from hbp_titan.distributed.world import (
     SLOW_WORK_SECONDS,
@@ -27,8 +26,9 @@ from hbp_titan.distributed.world import (
     new_group,
     set_timeouts,
 )
-from hbp_titan.levels.engine import parallelized_on_meta
+from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.preflight import model_args
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import ROOT
 
 

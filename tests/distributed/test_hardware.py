@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hbp_titan.components.step_record import peak_flops
-from hbp_titan.distributed.hardware import HARDWARE, get_hardware
+from hbp_titan.components.step_stats import peak_flops
+from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 
 
 def test_peak_of_a_cpu_is_unknown() -> None:

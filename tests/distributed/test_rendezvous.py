@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from hbp_titan.distributed.rendezvous import agree_on_name
+from hbp_titan.distributed.world import agree_on_name
 
 TIMEOUT = timedelta(seconds=20)
 

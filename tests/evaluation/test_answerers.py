@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from hbp_titan.evaluation.answerers import LocalAnswerer, ServerAnswerer
-from hbp_titan.evaluation.prompt import Prompter, stop_ids
+from hbp_titan.evaluation.generate import LocalAnswerer, ServerAnswerer
+from hbp_titan.evaluation.needles import Prompter, stop_ids
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import save_hf_folder
-from tests.data.store.preparing import byte_tokenizer
+from tests.data.preparing import byte_tokenizer
 from tests.models.test_decoder import tiny_args
 
 

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from hbp_titan.cli import guarded
-from tests.data.store.preparing import line, write
+from hbp_titan.errors import guarded
+from tests.data.preparing import line, write
 from tests.evaluation.test_answerers import exported
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

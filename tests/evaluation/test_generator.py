@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from hbp_titan.evaluation.generator import Generator, batches_by_length, load_model
-from hbp_titan.models.args import ModelArgs
+from hbp_titan.evaluation.generate import Generator, batches_by_length, load_model
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import save_hf_folder
 from hbp_titan.models.hf_config import token_ids_from_hf
@@ -76,7 +76,7 @@ def test_batches_and_limits_do_not_change_an_answer() -> None:
 
 
 def test_a_cache_that_forgets_a_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hbp_titan.evaluation.kv_cache import CachedAttention
+    from hbp_titan.evaluation.generate import CachedAttention
 
     ours, theirs = pair_of("llama")
     prompts = random_prompts(ours.args.vocab_size)

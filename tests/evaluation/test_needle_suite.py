@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from hbp_titan.data.chat.tokenizer import train_tokenizer
-from hbp_titan.evaluation.fit import fit_units
-from hbp_titan.evaluation.heat_map import heat_maps
-from hbp_titan.evaluation.needle_suite import (
+from hbp_titan.data.tokenizer import train_tokenizer
+from hbp_titan.evaluation.needles import (
+    TASKS,
+    Prompter,
     Scored,
     as_json,
+    fit_units,
+    heat_maps,
     make_question,
     mean_scores,
     run_suite,
     score,
     score_table,
+    sentences,
 )
-from hbp_titan.evaluation.prompt import Prompter
-from hbp_titan.evaluation.puzzles import TASKS
-from hbp_titan.evaluation.words import sentences
 
 DEPTHS = (0.0, 0.5, 1.0)
 

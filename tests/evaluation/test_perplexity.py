@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hbp_titan.data.store.token_store import TokenStore
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.evaluation.perplexity import as_json, band_of, evaluate, open_data, perplexity_table
 from hbp_titan.models.decoder import Decoder
-from tests.data.store.preparing import byte_tokenizer, line, write
+from tests.data.preparing import byte_tokenizer, line, write
 from tests.models.test_decoder import build_pair, tiny_args
 
 ROWS = [("q" * 5, "a" * 5), ("what" * 20, "so" * 18), ("x" * 280, "yz"), ("", "w" * 499), ("long " * 250, "end " * 62)]

@@ -45,7 +45,7 @@ from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
 from hbp_titan.distributed import fsdp, mesh
 from hbp_titan.distributed.expert_parallel import ExpertExchange, Splits
 from hbp_titan.distributed.world import fake_world
-from hbp_titan.levels.engine import Engine, parallelized_on_meta
+from hbp_titan.engine import Engine, parallelized_on_meta
 from hbp_titan.models import attention
 from hbp_titan.packing import Level
 from hbp_titan.preflight import model_args

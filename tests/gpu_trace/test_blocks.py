@@ -9,10 +9,9 @@ import pytest
 
 from hbp_titan.config import load_config
 from hbp_titan.data.batch import make_batch, shard_batch
-from hbp_titan.data.sequence_shard import HeadTailShard
-from hbp_titan.models.documents import Documents
+from hbp_titan.models.documents import Documents, HeadTailShard
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.gpu_trace.harness import CONFIGS, TokenCounts
 
 BLOCK_TOKENS = 128

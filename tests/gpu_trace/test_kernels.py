@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from hbp_titan.data.sequence_shard import head_tail_shard
 from hbp_titan.models import attention
 from hbp_titan.models.attention import varlen_attention
-from hbp_titan.models.documents import Documents, pack_documents
+from hbp_titan.models.documents import Documents, head_tail_shard, pack_documents
 from tests.gpu_trace import kernels
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hbp_titan.distributed.compile import BEFORE_ATTENTION, BEHIND_ATTENTION
+from hbp_titan.distributed.parallelize import BEFORE_ATTENTION, BEHIND_ATTENTION
 from hbp_titan.models.decoder import DecoderBlock
 from hbp_titan.models.documents import Documents
 from hbp_titan.packing import Level

@@ -293,7 +293,7 @@ def test_backend_follows_the_device_unless_forced(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_configuration_admits_every_backend() -> None:
-    from hbp_titan.config_checks import _CHOICES
+    from hbp_titan.config import _CHOICES
 
     assert set(_CHOICES["model.attention_backend"]) == {"auto", *attention.BACKENDS}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hbp_titan.models.args import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
 from tests.models.deepseek_tiny import YARN, hf_model, in_hf_memory, make_pack, random_model, tiny_args

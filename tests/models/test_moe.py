@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hbp_titan.models.args import MoEArgs
-from hbp_titan.models.balance import BalanceState, balance_loss
+from hbp_titan.models.configs import MoEArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
-from hbp_titan.models.grouped_mm import grouped_mm, grouped_mm_cpu
-from hbp_titan.models.moe import MixtureOfExperts, combine, dispatch, route, sort_by_expert
+from hbp_titan.models.moe import (
+    BalanceState,
+    MixtureOfExperts,
+    balance_loss,
+    combine,
+    dispatch,
+    grouped_mm,
+    grouped_mm_cpu,
+    route,
+    sort_by_expert,
+)
 from tests.models.deepseek_tiny import MOE, make_pack, random_model, tiny_args
 
 GREEDY = dataclasses.replace(MOE, topk_method="greedy")

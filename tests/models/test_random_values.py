@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hbp_titan.models.random_values import _mix, normal, uniform
+from hbp_titan.models.layers import _mix, normal, uniform
 
 CPU = torch.device("cpu")
 SHAPE = (3, 40, 1000)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hbp_titan.models.rope import apply_rope, attention_factor, halves_from_pairs, inverse_frequencies, rope_cos_sin
+from hbp_titan.models.layers import apply_rope, attention_factor, halves_from_pairs, inverse_frequencies, rope_cos_sin
 from tests.models.deepseek_tiny import tiny_args
 
 ORIGINALS = (

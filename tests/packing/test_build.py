@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import METHODS, Level, build_plan, measure, parse_levels
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.properties import examples
 
 LEVELS = parse_levels("100:1,800:4")

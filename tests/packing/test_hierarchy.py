@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import build_plan, parse_levels
-from hbp_titan.packing.arrays import shuffled
-from hbp_titan.packing.hierarchy import paper_packs
-from hbp_titan.packing.histogram import best_fit_decreasing
-from hbp_titan.packing.packers import pack_in_order
+from hbp_titan.packing.baselines import pack_in_order
+from hbp_titan.packing.hbp import best_fit_decreasing, paper_packs
+from hbp_titan.packing.ragged import shuffled
 from tests.properties import examples
 
 LEVELS = parse_levels("10:1,40:2,100:4")

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.packing.histogram import (
+from hbp_titan.packing.hbp import (
     best_fit_decreasing,
     fill,
     first_fit_fill,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hbp_titan.packing import CostModel, Level, build_plan, comparison_table, measure
-from hbp_titan.packing.arrays import Ragged
 from hbp_titan.packing.metrics import source_mix
+from hbp_titan.packing.ragged import Ragged
 
 
 def hand_made_plan():

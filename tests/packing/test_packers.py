@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.packing import PACKERS, Level, build_plan
-from hbp_titan.packing.arrays import longest_first, shuffled
-from hbp_titan.packing.packers import ISF_THRESHOLD
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.packing.baselines import ISF_THRESHOLD
+from hbp_titan.packing.ragged import longest_first, shuffled
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 CAPACITY = 50
 lengths_strategy = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=80).map(np.array)

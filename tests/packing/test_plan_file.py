@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hbp_titan.packing import build_plan, load_plan, parse_levels, save_plan
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 LEVELS = parse_levels("16384:1,131072:8")
 

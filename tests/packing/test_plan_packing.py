@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hbp_titan.packing import METHODS, build_plan, load_plan, measure, parse_levels
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plan_packing.py"
 LENGTHS = tulu3_longcite_like(3000, seed=9)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hbp_titan.packing import build_plan, measure, parse_levels
-from hbp_titan.packing.synthetic import tulu3_longcite_like
+from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 LEVELS = parse_levels("16384:1,131072:8")
 LENGTHS = tulu3_longcite_like(60_000, seed=4)

@@ -13,7 +13,7 @@ import pytest
 
 from hbp_titan.packing import build_plan, load_plan, measure, save_plan
 from hbp_titan.report import read_runs, report_page
-from hbp_titan.report.parts import duration, number, percent
+from hbp_titan.report.html import duration, number, percent
 from tests.programs import run_python
 from tests.report.sample_run import LEVELS, levels_of, start_of, step_of, write_run, write_usual_run
 

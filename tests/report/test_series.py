@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hbp_titan.report.run import StepLog, read_steps
 from hbp_titan.report.series import (
     combinations,
     edge_means,
@@ -21,7 +22,6 @@ from hbp_titan.report.series import (
     whole_steps,
     window_of,
 )
-from hbp_titan.report.step_log import StepLog, read_steps
 
 
 def _log(folder: Path, *lines: dict[str, object]) -> StepLog:

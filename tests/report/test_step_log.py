@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.report.step_log import StepLog, read_steps
+from hbp_titan.report.run import StepLog, read_steps
 
 
 def _read(folder: Path, *lines: Any, end: str = "") -> StepLog:

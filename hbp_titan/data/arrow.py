@@ -1,0 +1,124 @@
+"""Arrow files: their rows as records, through a memory map.
+
+Owns the conversion to what a JSON file would hold: fields that are null are left out (a column of Arrow gives every
+object the fields of all), dates become ISO text. Other values that JSON has not (bytes, decimals) stay as they are and
+trouble only those who use them. Files in the stream format (as HF `datasets` writes) and in the file format; their
+record batches are mapped, not read, unless they are compressed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.data.jsonl import too_large
+
+# Rows that are turned into Python objects at one time.
+_ROWS_AT_ONCE = 64
+
+
+def require(module: str, file: Path) -> Any:
+    """An optional module, which reading `file` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{file}: reading it needs {module}: pip install 'hbp-titan[data]'") from None
+
+
+def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Position, estimated bytes and number (from 1) of each row: int64 [R] each. name: the file's name in messages."""
+    try:
+        batches, ends = _open(file, file.stat().st_mtime_ns)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}:1: not a readable Arrow file: {first_line(error)}") from None
+    for batch, start in zip(batches, ends[:-1].tolist(), strict=True):
+        _check_batch(batch, f"{name}:{start + 1}")
+    if batches and len(set(batches[0].schema.names)) < len(batches[0].schema.names):
+        raise ValueError(f"{name}:1: two columns have the same name: {', '.join(batches[0].schema.names)}")
+    sizes = [np.full(len(batch), max(1, batch.nbytes // max(1, len(batch)))) for batch in batches]
+    rows = np.arange(ends[-1])
+    return rows, np.concatenate([np.zeros(0, np.int64), *sizes]), rows + 1
+
+
+def _check_batch(batch: Any, where: str) -> None:
+    """Raise ValueError where offsets of the batch lead out of it: reading such a row would end the process."""
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        # Text that is not UTF-8 is the fault of its row alone.
+        if "UTF8" not in str(error):
+            raise ValueError(f"{where}: a damaged Arrow file: {first_line(error)}") from None
+
+
+@lru_cache(maxsize=4)
+def _open(file: Path, mtime_ns: int) -> tuple[list[Any], NDArray[np.int64]]:
+    """The record batches of a file, and the rows up to each: int64 [batches + 1].
+
+    mtime_ns: of the file, which is another after a change.
+    """
+    arrow = require("pyarrow", file)
+    source = arrow.memory_map(str(file))
+    try:
+        reader = arrow.ipc.open_file(source)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except arrow.ArrowInvalid:
+        source.seek(0)
+        batches = list(arrow.ipc.open_stream(source))
+    return batches, np.cumsum([0, *map(len, batches)])
+
+
+def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
+    """The records of the rows at these positions; a ValueError in the place of one that is malformed."""
+    batches, ends = _open(file, file.stat().st_mtime_ns)
+    numbers = np.searchsorted(ends, positions, side="right") - 1
+    new_run = (np.diff(positions) != 1) | (np.diff(numbers) != 0)
+    for run in np.split(np.arange(len(positions)), np.flatnonzero(new_run) + 1):
+        for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)):
+            if len(part):
+                number = int(numbers[part[0]])
+                yield from _records(batches[number].slice(positions[part[0]] - ends[number], len(part)), max_row_bytes)
+
+
+def _records(batch: Any, max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
+    if batch.nbytes <= max_row_bytes:
+        try:
+            yield from [_plain(record) for record in batch.to_pylist()]
+            return
+        except (ValueError, TypeError, OverflowError, ArithmeticError):
+            pass  # Row by row: only those that hold it are malformed.
+    for number in range(len(batch)):
+        row = batch.slice(number, 1)
+        yield too_large(row.nbytes, max_row_bytes) if row.nbytes > max_row_bytes else _plain(_values(row))
+
+
+def _values(row: Any) -> dict[str, Any]:
+    """The values of one row; a ValueError is the value of a cell that Python cannot hold."""
+    values: dict[str, Any] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            values[name] = column[0].as_py()
+        except (ValueError, TypeError, OverflowError, ArithmeticError) as error:
+            values[name] = ValueError(f"not readable: {first_line(error)}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """The message of another library's error, as far as its first line goes."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

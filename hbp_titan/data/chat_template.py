@@ -1,0 +1,362 @@
+"""A chat template rendered in Jinja's immutable sandbox: conversation -> text.
+
+Owns what a template sees: the messages as transformers would hand them over, the names, filters and tags that
+transformers gives to templates, and nothing that reaches files, modules or the clock.
+
+A Jinja sandbox in which a render has a budget: a template that loops, recurses or multiplies text ends in an error.
+
+Owns the accounting. A unit is about a microsecond of work: a loop's pass and a call cost some, each 1024 characters or
+64 list items that an operator, method, filter or output makes cost one; what would be large is charged before it is
+made. This stops what runs away; it is no proof against a template made to be slow.
+Owns the refusal of what reaches other templates ({% import %}, {% include %}, {% extends %}) and of what differs from
+run to run (the filter `random`, the function `lipsum`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from hbp_titan.data.tokenizer import TokenizerFolder
+
+# One to five seconds of loop passes, or 2 GB of text made: 40 operators over a message of 50 MB.
+BUDGET = 2_000_000
+ITERATION = 2
+CALL = 10
+
+# Filters that pass values on; every other filter may write a list or dict out as text.
+_STRUCTURAL = re.compile(
+    "abs|attr|batch|count|d|default|dictsort|first|float|groupby|int|items|last|length|list|map|max|min|reject"
+    "|rejectattr|reverse|round|select|selectattr|slice|sort|sum|unique"
+)
+_WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*(\{|\d{6})")
+
+
+class TemplateBudgetError(jinja2.TemplateError):
+    """A render over its budget."""
+
+
+class _CodeGenerator(CodeGenerator):
+    """Calls the environment's own methods directly: through the sandbox, a charge would cost more than a pass."""
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
+        if not isinstance(node.node, nodes.EnvironmentAttribute):
+            return super().visit_Call(node, frame, forward_caller=forward_caller)
+        self.visit(node.node, frame)
+        self.write("(")
+        for argument in node.args:
+            self.visit(argument, frame)
+        self.write(")")
+
+
+class BudgetedEnvironment(ImmutableSandboxedEnvironment):
+    """An immutable sandbox whose templates must be rendered after `start_render`, one at a time."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _CodeGenerator
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._left = BUDGET
+        self.finalize = self.charge_value
+        del self.filters["random"], self.globals["lipsum"]
+        for name, function in self.filters.items():
+            self.filters[name] = self.charged_filter(name, function)
+
+    def start_render(self) -> None:
+        """Grant the budget anew."""
+        self._left = BUDGET
+
+    def charge(self, units: int) -> bool:
+        """Pay `units`; raises TemplateBudgetError where they are not left, or are an eighth of the budget at once
+        (a text of 256 MB). True, to stand in a loop's condition."""
+        self._left -= units
+        if self._left < 0 or units > BUDGET // 8:
+            raise TemplateBudgetError("it loops, recurses or multiplies text beyond any conversation's need")
+        return True
+
+    def charge_value(self, value: Any) -> Any:
+        """Pay for a value that is written out; returns it."""
+        if isinstance(value, (str, bytes)):
+            self._charge_size(value)
+        elif isinstance(value, (list, tuple, dict)):
+            # A list that holds another twice, and so on, is small until it is written.
+            self.charge(1 + (len(value) >> 6))
+            for item in value:
+                self.charge_value(item)
+            if isinstance(value, dict):
+                for item in value.values():
+                    self.charge_value(item)
+        return value
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            result = left + right
+            self._charge_size(result)
+            return result
+        if operator == "*":
+            self.charge(_product_units(left, right))
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self.charge((left.bit_length() * abs(right)) ** 2 >> 20)
+        elif operator == "%" and isinstance(left, str):
+            self._charge_format(left, right if isinstance(right, tuple) else (right,))
+        result = super().call_binop(context, operator, left, right)
+        self._charge_size(result)
+        return result
+
+    def call(__self, __context: Context, __obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, (str, bytes, int)):
+            __self._charge_growth(__obj.__name__, owner, [*args, *kwargs.values()])
+        __self.charge(1)
+        result = super().call(__context, __obj, *args, **kwargs)
+        __self._charge_size(result)
+        return result
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.role` of a dict is an item: not first an AttributeError.
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # str.translate can grow a text by any factor.
+        return attr != "translate" and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def charged(*args: Any, **kwargs: Any) -> str:
+            self._charge_format(value.__self__, (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return charged
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for node in template.find_all((nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
+            tag = {"FromImport": "from"}.get(type(node).__name__, type(node).__name__.lower())
+            raise jinja2.TemplateSyntaxError(f"a chat template is one file: no {{% {tag} %}}", node.lineno, name)
+        for body in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            assert isinstance(body, (nodes.For, nodes.Macro, nodes.CallBlock))
+            work = sum(1 for _ in body.find_all(nodes.Expr)) // 8
+            work += sum(len(data.data) for data in body.find_all(nodes.TemplateData)) // 1024
+            is_loop = isinstance(body, nodes.For) and not body.recursive
+            cost = nodes.Const(work + (ITERATION if is_loop else CALL))
+            if isinstance(body, nodes.For) and body.test is not None:
+                body.test = nodes.And(_call("charge", cost), body.test, lineno=body.lineno)
+            body.body.insert(0, nodes.ExprStmt(_call("charge", cost), lineno=body.lineno))
+        for concat in template.find_all(nodes.Concat):
+            concat.nodes = [_call("charge_value", item) for item in concat.nodes]
+        template.set_environment(self)
+        return template
+
+    def charged_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            # The environment or context that some filters take comes first.
+            position = 1 if hasattr(function, "jinja_pass_arg") else 0
+            if len(args) > position:
+                value, more = args[position], [*args[position + 1 :], *kwargs.values()]
+                self.charge(1)
+                self._charge_size(value)
+                if not _STRUCTURAL.fullmatch(name):
+                    self.charge_value(value)
+                if name == "format":
+                    self._charge_format(str(value), tuple(more))
+                elif name not in ("default", "d"):
+                    self._charge_growth(name, value, more)
+            result = function(*args, **kwargs)
+            self._charge_size(result)
+            return result
+
+        return charged
+
+    def _charge_size(self, value: Any) -> None:
+        if isinstance(value, (str, bytes)):
+            if len(value) >= 1024:
+                self.charge(len(value) >> 10)
+        elif isinstance(value, (list, tuple, dict, range)):
+            self.charge(len(value) >> 6)
+
+    def _charge_growth(self, name: str, value: Any, args: list[Any]) -> None:
+        """Pay for what a method or filter may add to `value`: up to the largest number or text among its arguments,
+        once or, where it repeats that, as often as it may."""
+        texts = [len(arg) for arg in args if isinstance(arg, str)]
+        numbers = [arg for arg in args if isinstance(arg, int)]
+        if not texts and not numbers and name != "join":
+            return
+        times = 1
+        if name == "replace" and isinstance(value, str) and args and isinstance(args[0], str):
+            times = value.count(args[0])
+        elif name == "join":
+            times = max([len(item) for item in (value, *args) if isinstance(item, (list, tuple, range))], default=1)
+            texts += [len(value)] if isinstance(value, str) else []
+        elif name in ("indent", "expandtabs", "wordwrap", "tojson"):
+            times = len(str(value))
+        self.charge((times * max([0, *texts, *numbers])) >> 10)
+
+    def _charge_format(self, text: str, values: tuple[Any, ...]) -> None:
+        if _WIDE_FORMAT.search(text):
+            raise TemplateBudgetError("it formats with a width of six digits or one that is computed")
+        largest = max([len(value) for value in values if isinstance(value, str)], default=0)
+        self.charge(((text.count("{") + text.count("%")) * largest) >> 10)
+
+
+def _product_units(left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return (left.bit_length() * right.bit_length()) >> 20
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
+            return (len(value) * max(times, 0)) >> 10
+    return 0
+
+
+def _call(name: str, argument: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), [argument], [], None, None)
+
+
+Message = dict[str, Any]
+
+# transformers.utils.chat_template_utils: reasoning is passed under several names, the first being the standard one.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """A chat template in Jinja's immutable sandbox, with the names that transformers gives to templates.
+
+    `strftime_now` is left out: tokens must not depend on the day. Templates that know a fixed date then use that.
+    """
+
+    def __init__(self, folder: TokenizerFolder) -> None:
+        if not folder.chat_template:
+            raise ValueError(f"model.tokenizer_path: {folder.path} has no chat template: add chat_template.jinja")
+        self.special_tokens = folder.special_tokens
+        self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", folder.chat_template) is not None
+        self._environment = BudgetedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
+        )
+        self._environment.filters["tojson"] = self._environment.charged_filter("tojson", _to_json)
+        self._environment.globals.update(raise_exception=_raise_exception, dict=_TemplateDict(), namespace=_Namespace)
+        try:
+            self._compiled = self._environment.from_string(folder.chat_template)
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+            raise ValueError(f"model.tokenizer_path: the chat template of {folder.path} is broken: {error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        sentinels: tuple[str, str] = ("", ""),
+    ) -> str:
+        """The text of `messages` as `plain_messages` gives them; `sentinels` enclose each generation block.
+
+        Raises ValueError where the template refuses the conversation, or does more than any conversation needs.
+        """
+        self._environment.start_render()
+        try:
+            return self._compiled.render(
+                **self.special_tokens,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                generation_sentinels=sentinels,
+            )
+        except RecursionError:
+            raise ValueError("the chat template recurses without end") from None
+        except (TemplateBudgetError, MemoryError) as error:
+            raise ValueError(f"the chat template is refused: {error or 'it needs too much memory'}") from None
+        except Exception as error:
+            # An expression of a template may raise what any operator or method of its operands raises.
+            raise ValueError(f"the chat template refuses the conversation: {_one_line(error)}") from None
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """The messages as transformers' apply_chat_template hands them to a template, less our own key `train`."""
+    plain = []
+    for message in messages:
+        # Templates test for presence: a null field must be absent.
+        message = {key: value for key, value in message.items() if value is not None and key != "train"}
+        reasoning = next((message[field] for field in _REASONING_FIELDS if field in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        plain.append(message)
+    return plain
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: writes the block's text between the two sentinels."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own form)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        sentinels = jinja2.nodes.Name("generation_sentinels", "load")
+        call = self.call_method("_wrap", [sentinels])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _wrap(self, sentinels: tuple[str, str], caller: Callable[[], str]) -> str:
+        return sentinels[0] + caller() + sentinels[1]
+
+
+class _TemplateDict:
+    """`dict` without the attributes of a class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace, refusing names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace has no room for the private name {name!r}")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,229 @@
+"""Conversation -> token ids and loss mask, by the chat template of the tokenizer folder.
+
+Owns the choice of the turns that are trained; loss_mask.py says where they lie, control_tokens.py keeps what messages
+say from being taken for control tokens.
+
+    <|im_start|> user \\n  Hi  <|im_end|> \\n <|im_start|> assistant \\n  Hello <|im_end|> \\n
+         0        0   0   0       0      0       0          0      0    1       1      0     loss mask
+
+Ids equal those of transformers' apply_chat_template, except for such control-token text.
+
+The guard against injection: text of a message that spells a control token stays text.
+
+Owns which tokens are control tokens, and the encoding of a rendered conversation in which a message spells one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from hbp_titan.data.chat_template import ChatTemplate, Message, plain_messages
+from hbp_titan.data.loss_mask import Tools, TurnLocator
+from hbp_titan.data.tokenizer import Span, TextEncoder, mask_spans, read_tokenizer_folder
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer and its template: the special tokens, and other added tokens with which the
+    template opens or closes turns (DeepSeek-V3's).
+
+    pattern: matches the text of any of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        borders = _turn_ids(tokenizer, template)
+        control = {
+            index: token.content
+            for index, token in added.items()
+            if (token.special or index in borders) and not token.content.isspace() and len(token.content) > 1
+        }
+        self._ids = set(control)
+        texts = sorted(control.values(), key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        self._literal = self._literal_tokenizer()
+
+    def escape(self, value: Any, marker: str) -> Any:
+        """The JSON value with `marker` put into each control token that its strings spell."""
+        return map_strings(
+            value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
+        )
+
+    def encode_escaped(self, marked: str, marker: str) -> Encoding:
+        """Encoding of a text without its markers, in which only unmarked control tokens are such: they are encoded
+        one by one, the text between them with none recognized.
+
+        Raises ValueError where the tokenizer does not encode the pieces as it does the whole.
+        """
+        whole = self._tokenizer.encode(marked, add_special_tokens=False)
+        control = [span for index, span in zip(whole.ids, whole.offsets, strict=True) if index in self._ids]
+        pieces, checks, position = [], [], 0
+        for start, end in [*control, (len(marked), len(marked))]:
+            for piece, tokenizer in ((marked[position:start], self._literal), (marked[start:end], self._tokenizer)):
+                pieces.append(tokenizer.encode(piece.replace(marker, ""), add_special_tokens=False))
+                checks.append(tokenizer.encode(piece, add_special_tokens=False))
+            position = end
+        if Encoding.merge(checks, growing_offsets=True).ids != whole.ids:
+            raise ValueError("a message spells a control token, and this tokenizer cannot encode it as plain text")
+        return Encoding.merge(pieces, growing_offsets=True)
+
+    def _literal_tokenizer(self) -> Tokenizer:
+        """The same tokenizer, to which the control tokens are plain text."""
+        values = json.loads(self._tokenizer.to_str())
+        for token in values["added_tokens"]:
+            token["special"] = token["id"] in self._ids
+        literal = Tokenizer.from_str(json.dumps(values))
+        literal.encode_special_tokens = True
+        return literal
+
+
+def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
+    """The ids with which turns begin and end in a conversation that says nothing; empty where the template refuses it.
+
+    Not those between: a template may write </think>, which messages may hold.
+    """
+    probe = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        texts = [template.render(probe[:count]) for count in (1, 2, 3)]
+    except ValueError:
+        return set()
+    turns = [text.removeprefix(before) for before, text in zip(["", *texts], texts, strict=False)]
+    ids = [tokenizer.encode(turn, add_special_tokens=False).ids for turn in turns]
+    return {index for turn in ids for index in (*turn[:1], *turn[-1:])}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def map_strings(value: Any, function: Any) -> Any:
+    """The JSON value with `function` applied to every string in it, keys included."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return {function(key): map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_strings(item, function) for item in value]
+    return value
+
+
+def unused_characters(texts: list[str], count: int) -> list[str]:
+    """Characters of the private use plane that no text holds."""
+    texts = [text for text in texts if not text.isascii()]
+    unused: list[str] = []
+    candidate = 0x100000
+    while len(unused) < count:
+        if not any(chr(candidate) in text for text in texts):
+            unused.append(chr(candidate))
+        candidate += 1
+    return unused
+
+
+TRAIN_ON = ("assistant", "last", "all")
+
+
+class ChatTokenizer:
+    """A tokenizer folder ready to encode conversations.
+
+    train_on: "assistant" trains every assistant turn, "last" the conversation's last assistant turn alone, "all" every
+        token. In each, a message with `train: False` is not trained.
+    Raises ValueError where the folder lacks a file or a template, or the template does not compile.
+    """
+
+    def __init__(self, path: Path, train_on: str = "assistant") -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"train_on: {train_on!r} is none of {', '.join(TRAIN_ON)}")
+        folder = read_tokenizer_folder(path)
+        self.tokenizer = folder.load()
+        self.train_on = train_on
+        self._other_for_tools = folder.other_for_tools
+        self._encoder = TextEncoder(self.tokenizer)
+        self._template = ChatTemplate(folder)
+        self._control = ControlTokens(self.tokenizer, self._template)
+        self._locator = TurnLocator(self._template, self._control.pattern)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a named special token such as "eos_token"; None where the folder names none."""
+        text = self._template.special_tokens.get(name)
+        return None if text is None else self.tokenizer.token_to_id(text)
+
+    def encode(self, messages: Sequence[Message], tools: Tools = None) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        """Token ids [L] uint32 and loss mask [L] bool of one conversation.
+
+        messages: dicts with a `role`; `train: False` on a message that is not to be trained.
+        tools: JSON schemas, as apply_chat_template takes them.
+        Raises ValueError where the template refuses the conversation or cannot tell what the assistant said.
+        """
+        if not messages:
+            raise ValueError("the conversation has no message")
+        if tools and self._other_for_tools:
+            raise ValueError(
+                "the tokenizer folder has another template for tools (tool_use): make it chat_template.jinja"
+            )
+        turns = self._turns(messages)
+        messages = plain_messages(messages)
+        try:
+            return self._encode(messages, tools, turns)
+        except ValueError:
+            # OpenAI leaves the content of a tool call out, which templates that add to it (Qwen3's) refuse.
+            filled = [{"content": "", **message} if "tool_calls" in message else message for message in messages]
+            if filled == messages:
+                raise
+        return self._encode(filled, tools, turns)
+
+    def _encode(
+        self, messages: list[Message], tools: Tools, turns: Sequence[int]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        texts = list(strings([messages, tools]))
+        marker, opening, closing = unused_characters(texts, 3)
+        if any(map(self._control.pattern.search, texts)):
+            text, spans = self._locate_escaped(messages, tools, turns, marker, (opening, closing))
+            encoding = self._control.encode_escaped(text, marker)
+            ids, mask = np.array(encoding.ids, dtype=np.uint32), mask_spans(encoding, spans)
+        else:
+            text, spans = self._locator.locate(messages, tools, turns, (opening, closing))
+            ids, mask = self._encoder.encode(text, spans)
+        return ids, ~mask if self.train_on == "all" else mask
+
+    def _turns(self, messages: Sequence[Message]) -> list[int]:
+        """The messages whose place must be known: those that are trained; under "all", those that are not."""
+        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on == "last":
+            assistants = assistants[-1:]
+        trained = self.train_on != "all"
+        return [index for index in assistants if (messages[index].get("train", True) is not False) == trained]
+
+    def _locate_escaped(
+        self, messages: list[Message], tools: Tools, turns: Sequence[int], marker: str, sentinels: tuple[str, str]
+    ) -> tuple[str, list[Span]]:
+        """The conversation's text, in which control tokens that messages spell hold a `marker`, and the spans of
+        `turns` in the text without the markers."""
+        escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
+        marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels)
+        if marked.replace(marker, "") != self._template.render(messages, tools):
+            raise ValueError("a message spells a control token and the chat template rewrites it: remove it")
+        return marked, [
+            (start - marked.count(marker, 0, start), end - marked.count(marker, 0, end)) for start, end in spans
+        ]

@@ -1,0 +1,176 @@
+"""Where the assistant's turns lie in a rendered conversation.
+
+Owns the rule of what is trained: the text of an assistant turn with its end token. Where it begins and ends is said
+by the template's `{% generation %}` blocks; without them, by rendering the conversation turn by turn. A turn whose
+place is not certain is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hbp_titan.data.chat_template import ChatTemplate, Message
+from hbp_titan.data.tokenizer import Span
+
+Tools = Sequence[dict[str, Any]] | None
+
+_CUT_BLOCKS = (
+    "the chat template cuts its {% generation %} blocks apart, so the loss mask is unknown: put each around a whole "
+    "answer"
+)
+_USE_BLOCKS = "so the loss mask is unknown: use a template with {% generation %} blocks"
+
+
+class TurnLocator:
+    """Renders conversations and says where turns lie in the text.
+
+    control_pattern: matches the control tokens, one of which ends a turn.
+    """
+
+    def __init__(self, template: ChatTemplate, control_pattern: re.Pattern[str]) -> None:
+        self._template = template
+        self._control_pattern = control_pattern
+
+    def locate(
+        self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], sentinels: tuple[str, str]
+    ) -> tuple[str, list[Span]]:
+        """The conversation's text and the character spans of `turns`, indices of assistant messages.
+
+        sentinels: two characters that no message holds.
+        Raises ValueError where the template does not tell where a turn lies.
+        """
+
+        def render(messages: Sequence[Message], **options: Any) -> str:
+            return self._template.render(messages, tools, **options)
+
+        if not turns:
+            return render(messages), []
+        if self._template.has_generation_blocks:
+            text, blocks = cut_sentinels(render(messages, sentinels=sentinels), sentinels)
+            return text, self._blocks_of(messages, turns, text, blocks, render)
+        text = render(messages)
+        return text, [self._turn_span(messages, index, text, render) for index in turns]
+
+    def _blocks_of(
+        self,
+        messages: Sequence[Message],
+        turns: Sequence[int],
+        text: str,
+        blocks: list[Span],
+        render: Callable[..., str],
+    ) -> list[Span]:
+        """The generation blocks of `turns`: of messages that the template may give one, several or no block.
+
+        A turn's blocks begin after the text of the messages before it, and before the next assistant turn.
+        """
+        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(turns) == len(assistants):
+            return blocks
+        wanted = set(turns)
+        borders = {}
+        for index, following in zip(assistants, [*assistants[1:], None], strict=True):
+            if index not in wanted:
+                continue
+            for border in (index, following):
+                if border and border not in borders:
+                    before = render(messages[:border])
+                    if not text.startswith(before):
+                        raise ValueError(
+                            f"the chat template changes what comes before message {border + 1} (assistant) when it "
+                            "follows, so its {% generation %} blocks cannot be told from those of other turns"
+                        )
+                    borders[border] = len(before)
+        borders[0] = 0
+        spans = []
+        for index, following in zip(assistants, [*assistants[1:], None], strict=True):
+            if index in wanted:
+                end = len(text) + 1 if following is None else borders[following]
+                spans += [block for block in blocks if borders[index] <= block[0] < end]
+        return spans
+
+    def _turn_span(self, messages: Sequence[Message], index: int, text: str, render: Callable[..., str]) -> Span:
+        """An assistant turn is what its message adds to the text that a model would be asked to continue."""
+        turn = f"message {index + 1} (assistant)"
+        try:
+            prompt = render(messages[:index], add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"{turn} has no prompt that asks for it, so the loss mask is unknown: {error}") from None
+        answered = text if index + 1 == len(messages) else render(messages[: index + 1])
+        if not answered.startswith(prompt):
+            raise ValueError(
+                f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}"
+            )
+        if not text.startswith(answered):
+            answered = self._answered_earlier(messages, index, render) or ""
+            if not answered.startswith(prompt) or not text.startswith(answered):
+                raise ValueError(
+                    f"the chat template changes {turn} when later messages follow (it drops earlier reasoning, for "
+                    f"one), {_USE_BLOCKS} or train the last turn only"
+                )
+        said = answered[len(prompt) :]
+        lost = [name for name in _called(messages[index]) if name not in said]
+        if lost:
+            raise ValueError(
+                f"the chat template leaves the call of {lost[0]!r} in {turn} out: it does not know tool calls"
+            )
+        return len(prompt), len(prompt) + self._spoken(said)
+
+    def _answered_earlier(self, messages: Sequence[Message], index: int, render: Callable[..., str]) -> str | None:
+        """The text up to the end of a turn that is not the last; None where that cannot be told.
+
+        Some templates (Qwen3's) add to the last turn alone. A user's turn is put after it, and again: what the second
+        adds is cut from the end of the first. None of what the assistant said may be missing from the rest.
+        """
+        following = {"role": "user", "content": "?"}
+        try:
+            once = render([*messages[: index + 1], following])
+            twice = render([*messages[: index + 1], following, following])
+        except ValueError:
+            return None
+        added = twice[len(once) :]
+        if not added or not twice.startswith(once) or not once.endswith(added):
+            return None
+        answered = once[: -len(added)]
+        before = render(messages[:index])
+        said = [messages[index].get(field) for field in ("content", "reasoning_content")]
+        if any(isinstance(text, str) and text.strip() not in answered[len(before) :] for text in said):
+            return None
+        return answered
+
+    def _spoken(self, turn: str) -> int:
+        """Length of `turn` up to its end token: what a template writes after it, no model says."""
+        ends = [match.end() for match in self._control_pattern.finditer(turn)]
+        return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
+
+
+def _called(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    functions = (
+        [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    )
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[Span]]:
+    """The text without its sentinels, and the spans that they enclosed, less the empty ones."""
+    opening, closing = sentinels
+    first, *rest = rendered.split(opening)
+    text, starts, spans = [first], [], []
+    length = len(first)
+    for piece in rest:
+        starts.append(length)
+        inside, *after = piece.split(closing)
+        text += [inside, *after]
+        length += len(inside)
+        for part in after:
+            if not starts:
+                raise ValueError(_CUT_BLOCKS)
+            spans.append((starts.pop(), length))
+            length += len(part)
+    if starts or closing in first:
+        raise ValueError(_CUT_BLOCKS)
+    return "".join(text), [(start, end) for start, end in spans if start < end]

@@ -1,0 +1,186 @@
+"""Data files -> raw records, by index: which rows a file has, and any of them at any time.
+
+Owns the kinds of files (JSON lines, plain or compressed; JSON arrays; Parquet; Arrow) behind one index. A row is named
+by its line, or by its number in files that have no lines (Parquet, Arrow, a JSON array). A malformed row is a
+ValueError in its place, without the file and the line, which the caller knows; a broken file is one that is raised.
+
+Files whose rows cannot be read in place -> copies whose rows can.
+
+Owns the copies: .gz and .zst are unpacked to JSON lines, a .json file that is one array becomes a line for each of its
+elements, Parquet becomes an Arrow file, each by streaming. A copy is named after the file's path, size and time: a
+changed file is copied anew, another is found again. It appears by an atomic rename, so that several processes may
+make the same one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.data.arrow import first_line, index_arrow, read_arrow, require
+from hbp_titan.data.jsonl import index_lines, is_array, read_lines, write_elements
+
+_BLOCK_BYTES = 1 << 20
+# A block of zstd can unpack to 30,000 times its size.
+_ZSTD_BLOCK_BYTES = 1 << 13
+_ROWS_PER_BATCH = 256
+
+
+def unpack(file: Path, folder: Path) -> Path:
+    """The file in which the rows of `file` lie: itself, or a copy in `folder`.
+
+    Raises ValueError "file:line: ..." where the file breaks off or is no file of its kind.
+    """
+    name = file.name.lower()
+    if name.endswith(".parquet"):
+        return _copy(file, folder, ".arrow", _write_arrow)
+    readable = _copy(file, folder, "", _write_decompressed) if name.endswith((".gz", ".zst")) else file
+    if name.endswith((".json", ".json.gz", ".json.zst")) and is_array(readable):
+        return _copy(readable, folder, ".jsonl", partial(write_elements, name=file))
+    return readable
+
+
+def _copy(file: Path, folder: Path, suffix: str, write: Callable[[Path, Path], None]) -> Path:
+    stat = file.stat()
+    key = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    copy = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}-{file.name[:150]}{suffix}"
+    if not copy.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{copy.name[:200]}-{secrets.token_hex(4)}"
+        try:
+            write(file, temporary)
+            os.replace(temporary, copy)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return copy
+
+
+class _BrokenStream(Exception):
+    """Compressed bytes that end early or do not add up."""
+
+
+def _write_decompressed(file: Path, target: Path) -> None:
+    blocks = _gzip_blocks(file) if file.name.lower().endswith(".gz") else _zstd_blocks(file)
+    line = 1
+    with target.open("wb") as stream:
+        try:
+            for block in blocks:
+                stream.write(block)
+                line += block.count(b"\n")
+        except _BrokenStream as error:
+            raise ValueError(
+                f"{file}:{line}: the compressed file breaks off in this line ({error}): copy it again"
+            ) from None
+
+
+def _gzip_blocks(file: Path) -> Iterator[bytes]:
+    with gzip.open(file, "rb") as stream:
+        while True:
+            try:
+                # read1, not read: that would lose what came before the damage.
+                block = stream.read1(_BLOCK_BYTES)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise _BrokenStream(error) from None
+            if not block:
+                return
+            yield block
+
+
+def _zstd_blocks(file: Path) -> Iterator[bytes]:
+    zstandard = require("zstandard", file)
+    # Not stream_reader: it takes a stream that is cut off for one that has ended.
+    frame = None
+    with file.open("rb") as stream:
+        while block := stream.read(_ZSTD_BLOCK_BYTES):
+            while block:
+                if frame is None or frame.eof:
+                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                try:
+                    yield frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise _BrokenStream(error) from None
+                block = frame.unused_data if frame.eof else b""
+    if frame is not None and not frame.eof:
+        raise _BrokenStream("the last zstd frame has no end")
+
+
+def _write_arrow(file: Path, target: Path) -> None:
+    """Not read in place: a row group, of 100 MB and more where Spark wrote it, would be decoded by every process."""
+    arrow = require("pyarrow", file)
+    require("pyarrow.parquet", file)
+    try:
+        with (
+            arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES) as table,
+            arrow.ipc.new_stream(str(target), table.schema_arrow) as writer,
+        ):
+            for batch in table.iter_batches(_ROWS_PER_BATCH, use_threads=False):
+                writer.write_batch(batch)
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}:1: not a readable Parquet file: {first_line(error)}") from None
+
+
+JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
+ARROW_SUFFIXES = (".arrow", ".parquet")
+SUFFIXES = JSON_SUFFIXES + ARROW_SUFFIXES
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where the rows of one file are.
+
+    file: as the user named it; stored: the file that is read, a copy where `file` is compressed or Parquet.
+    starts: byte offsets in `stored`, or positions in an Arrow file; sizes: bytes, estimated for Arrow;
+    lines: line numbers, or row numbers, from 1. int64 [R] each.
+    """
+
+    file: Path
+    stored: Path
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    lines: NDArray[np.int64]
+
+    def take(self, rows: slice | NDArray[np.int64]) -> RowIndex:
+        """The index of some of the rows."""
+        return RowIndex(self.file, self.stored, self.starts[rows], self.sizes[rows], self.lines[rows])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def index_rows(file: Path, unpacked: Path) -> RowIndex:
+    """Where the rows of `file` are, found in one pass without parsing them.
+
+    unpacked: the folder for copies of compressed and Parquet files; a copy made earlier is used again.
+    Raises ValueError "file:line: ..." where the file has no rows or is broken.
+    """
+    if not file.name.lower().endswith(SUFFIXES):
+        raise ValueError(f"{file}: no known kind of data file: expected one of {', '.join(SUFFIXES)}")
+    stored = unpack(file, unpacked)
+    index = RowIndex(file, stored, *(index_arrow(stored, file) if _is_arrow(file) else index_lines(stored)))
+    if not len(index):
+        raise ValueError(f"{file}:1: the file has no rows")
+    return index
+
+
+def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """The line and the record of each row of `index` in its order; a ValueError in the place of a malformed record."""
+    if _is_arrow(index.file):
+        records = read_arrow(index.stored, index.starts, max_row_bytes)
+    else:
+        records = read_lines(index.stored, index.starts, index.sizes, max_row_bytes)
+    return zip(index.lines.tolist(), records, strict=True)
+
+
+def _is_arrow(file: Path) -> bool:
+    return file.name.lower().endswith(ARROW_SUFFIXES)

@@ -1,0 +1,260 @@
+"""Tokenizer folders in the HF layout: training the embedded byte-level BPE, and loading any such folder.
+
+Owns what is read from tokenizer.json, tokenizer_config.json and chat_template.jinja, and what is written there.
+Only data is read: no class or code that a folder names is ever imported or run.
+
+Text -> token ids, and which tokens share a character with given spans.
+
+Owns the two ways to tell where a token lies in the text: by counting bytes, for byte-level tokenizers, whose every
+token is as long as its name; and by the offsets that the tokenizers library computes, which cost it a fifth of its
+time.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+
+PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCAB_SIZE = 4096
+
+CHATML_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Words with their leading space or mark, up to three digits, punctuation with its line ends, blanks: the split of
+# Llama 3's tokenizer, which keeps indentation whole and so serves source code.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """What a tokenizer folder says.
+
+    path: the folder.
+    config: tokenizer_config.json, with the entries of special_tokens_map.json where it lacks them.
+    chat_template: the template's source; "" where the folder has none.
+    other_for_tools: whether conversations with tools have a template of their own, which is not read.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    chat_template: str
+    other_for_tools: bool = False
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens that a template may use: bos_token, eos_token, pad_token, unk_token, ..."""
+        tokens = {}
+        for name, value in self.config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
+    def load(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json, whose offsets cover every character of the text it encodes.
+
+        Raises ValueError for a file that is not a tokenizer.
+        """
+        file = self.path / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise ValueError(f"{file}: not a tokenizer: {error}") from None
+        # The folder's own post-processor would only add a prefix, which the template already writes, and trim
+        # blanks off the offsets, which the loss mask needs whole.
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def read_tokenizer_folder(path: Path) -> TokenizerFolder:
+    """The tokenizer folder at `path`; ValueError names the file that is missing or broken."""
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"model.tokenizer_path: {path} holds no tokenizer.json")
+    config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+    template_file = path / "chat_template.jinja"
+    if template_file.is_file():
+        return TokenizerFolder(path, config, template_file.read_text(encoding="utf-8"))
+    template = config.get("chat_template", "")
+    other_for_tools = False
+    if isinstance(template, list):
+        # Older folders list several templates by name.
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template, other_for_tools = named.get("default", ""), "tool_use" in named
+    if not isinstance(template, str):
+        raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is not a string")
+    return TokenizerFolder(path, config, template, other_for_tools)
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Train a byte-level BPE of `vocab_size` entries on `texts` and write it to `folder` as an HF tokenizer.
+
+    The same texts give the same bytes. The folder opens with transformers.AutoTokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": TURN_END,
+        "pad_token": PAD,
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHATML_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return value
+
+
+Span = tuple[int, int]
+
+
+class TextEncoder:
+    """A tokenizer whose ids come with a mask."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        values = json.loads(tokenizer.to_str())
+        normalizers = _sequence(values["normalizer"], "normalizers")
+        self._composes = any(normalizer["type"] == "NFC" for normalizer in normalizers)
+        lossless = all(normalizer["type"] == "NFC" for normalizer in normalizers)
+        self._token_bytes = _token_bytes(tokenizer) if lossless and _is_byte_level(values) else None
+
+    def encode(self, text: str, spans: Sequence[Span]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        """Token ids [L] uint32, and True [L] for each token that shares a character with a span.
+
+        Raises ValueError for a text that is not Unicode (a lone surrogate).
+        """
+        if self._token_bytes is not None and (not self._composes or unicodedata.is_normalized("NFC", text)):
+            size = len(_utf8(text))
+            ids = _ids(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+            ends = np.cumsum(self._token_bytes[ids])
+            # Less where an added token takes the blanks around it.
+            if size == (ends[-1] if len(ends) else 0):
+                mask = np.zeros(len(ids), dtype=np.bool_)
+                for start, end in spans:
+                    start, end = (len(_utf8(text[:border])) if size > len(text) else border for border in (start, end))
+                    mask[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end) + 1] = True
+                return ids, mask
+        _utf8(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return _ids(encoding), mask_spans(encoding, spans)
+
+
+def mask_spans(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """True for each token that shares a character with a span, as transformers' assistant mask has it."""
+    # Not char_to_token: a merged Encoding does not answer it.
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return mask
+
+
+def _ids(encoding: Encoding) -> NDArray[np.uint32]:
+    # numpy reads an array ten times as fast as a list of ints.
+    return np.array(array("I", encoding.ids))
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a message holds a lone surrogate, U+{ord(text[error.start]):04X}, which is no text"
+        ) from None
+
+
+def _sequence(value: dict[str, Any] | None, items: str) -> list[dict[str, Any]]:
+    """The normalizers or pre-tokenizers of a tokenizer.json entry, in one list."""
+    if value is None:
+        return []
+    if value["type"] == "Sequence":
+        return [inner for item in value[items] for inner in _sequence(item, items)]
+    return [value]
+
+
+def _is_byte_level(values: dict[str, Any]) -> bool:
+    """Whether each token's name spells its bytes, one character a byte, and no byte of the text is lost."""
+    model, steps = values["model"], _sequence(values["pre_tokenizer"], "pretokenizers")
+    keeps = all(
+        step["type"] in ("Split", "Digits", "ByteLevel")
+        and step.get("behavior") != "Removed"
+        and not step.get("add_prefix_space")
+        for step in steps
+    )
+    return (
+        model["type"] == "BPE"
+        and not model.get("byte_fallback")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and keeps
+        and any(step["type"] == "ByteLevel" for step in steps)
+    )
+
+
+def _token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes of text that each id of a byte-level tokenizer stands for [V]."""
+    added = tokenizer.get_added_tokens_decoder()
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    token_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for name, index in vocabulary.items():
+        token_bytes[index] = len(name.encode()) if index in added else len(name)
+    return token_bytes

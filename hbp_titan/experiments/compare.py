@@ -1,0 +1,209 @@
+"""The same samples trained by several packing methods, in turn, through the trainer itself.
+
+Owns what a compared run is, what is measured of it and the table of ratios. Each run starts from the same weights and
+trains one epoch; its compilation and its validation do not count. Rounds follow each other with another order, so that
+drift of the machine meets each run alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hbp_titan.components.timing import WorkClock, pack_loads
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.packing import METHODS, Level, Plan, parse_levels
+from hbp_titan.packing.level import format_level
+from hbp_titan.train import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method on levels. Flat methods use the last level alone."""
+
+    method: str
+    levels: tuple[Level, ...]
+
+    def __str__(self) -> str:
+        return f"{self.method}@{','.join(map(_short, self.levels))}"
+
+
+def _short(level: Level) -> str:
+    if level.reshard_after_forward is not None:
+        return format_level(level)
+    fields = [str(level.max_tokens), str(level.cp_degree)]
+    if level.cp_degree > 1 or level.ac_policy != "none":
+        fields.append(level.cp_style)
+    if level.ac_policy != "none":
+        fields.append(level.ac_policy)
+        if level.ac_layers is not None:
+            fields.append(str(level.ac_layers))
+    return ":".join(fields)
+
+
+def parse_runs(text: str) -> tuple[Run, ...]:
+    """From "isf@8192:1;hbp@1024:1,8192:2": methods of packing.METHODS on levels in their short form."""
+    runs = []
+    for part in text.split(";"):
+        method, at, levels = part.strip().partition("@")
+        if method not in METHODS or not at:
+            raise ValueError(f"runs {text!r}: {part!r} is not method@levels, with a method of {', '.join(METHODS)}")
+        runs.append(Run(method, parse_levels(levels)))
+    return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trained epoch.
+
+    seconds: of all its optimizer steps, the slowest rank. iteration_seconds [iterations]: of forward and backward.
+    loads [iterations, ranks, 4]: what each rank's pack holds, as in pack_loads. level_of_iteration [iterations].
+    idle [ranks]: share of the iterations in which a rank waits for the one that has most to do in them.
+    loss: per token of the validation samples after the epoch, None where there are none; train_loss: of the last
+    tenth of the steps.
+    """
+
+    run: Run
+    seconds: float
+    steps: int
+    tokens: int
+    iteration_seconds: np.ndarray
+    loads: np.ndarray
+    level_of_iteration: np.ndarray
+    idle: np.ndarray
+    loss: float | None
+    train_loss: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; the levels of the run beside its name."""
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        return {**plain, "run": str(self.run), "levels": [dataclasses.asdict(level) for level in self.run.levels]}
+
+
+class MeasuredEpoch(Trainer):
+    """A Trainer that prints nothing, writes only into a folder that is thrown away, and keeps what it measured."""
+
+    def __init__(self, config: JobConfig, world: World) -> None:
+        super().__init__(config, world)
+        self.prints = False
+        self.log = _IterationLog(WorkClock(self.model, world.device))
+        self.live_check = self.log  # type: ignore[assignment]
+        self.records: list[dict[str, Any]] = []
+
+    def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
+        record = super().train_step(plan, step, batches)
+        self.records.append(record())
+        return record
+
+    def _confirm_epoch(self, write: Callable[[str], None]) -> None:
+        """Each rank has a folder of its own: there is no record of all of them."""
+
+
+class _IterationLog:
+    """In place of the live check: measures every iteration, reports nothing."""
+
+    def __init__(self, clock: WorkClock) -> None:
+        self.clock = clock
+        self.seconds: list[tuple[float, float]] = []
+
+    @contextmanager
+    def iteration(self, index: int) -> Iterator[None]:
+        with self.clock.iteration():
+            yield
+
+    def take(self) -> list[tuple[float, float]]:
+        """As LiveCheck's; keeps them."""
+        seconds = self.clock.read()
+        self.seconds += seconds
+        return seconds
+
+    def report(self, plan: Plan, steps_done: int) -> None:
+        return None
+
+
+def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
+    """Train one epoch of `run`; a collective. config: everything but method and levels."""
+    config = copy.deepcopy(config)
+    config.packing.method, config.packing.levels, config.levels = run.method, "", list(run.levels)
+    config.training.epochs, config.training.steps = 1, 0
+    config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
+    # At the last step only.
+    config.validation.interval = 1 << 40
+    with tempfile.TemporaryDirectory() as folder:
+        config.job.dump_folder = str(Path(folder) / "run")
+        trainer = MeasuredEpoch(config, world)
+        trainer.train()
+    plan = trainer.plans.of(0)
+    wall_IR, work_IR = _gathered(trainer.log.seconds, world)
+    records = trainer.records
+    (seconds,) = all_reduce_values([sum(record["step_seconds"] for record in records)], "max", world.device)
+    last = records[-max(len(records) // 10, 1) :]
+    return Outcome(
+        run=run,
+        seconds=seconds,
+        steps=len(records),
+        tokens=sum(record["tokens"] for record in records),
+        iteration_seconds=wall_IR.max(1),
+        loads=loads_of_ranks(plan),
+        level_of_iteration=plan.level_of_iteration,
+        idle=1 - work_IR.sum(0) / work_IR.max(1).sum(),
+        loss=trainer.validator.latest["loss"] if trainer.validator and trainer.validator.latest else None,
+        train_loss=sum(r["loss"] * r["trained_tokens"] for r in last) / sum(r["trained_tokens"] for r in last),
+    )
+
+
+def loads_of_ranks(plan: Plan) -> np.ndarray:
+    """pack_loads of the pack that each rank works on, [iterations, ranks, 4]; cp ranks are adjacent."""
+    loads = pack_loads(plan)
+    cp_degrees = np.array([level.cp_degree for level in plan.levels])
+    return np.repeat(loads, cp_degrees[plan.pack_levels], axis=0).reshape(plan.num_iterations, plan.world_size, 4)
+
+
+def _gathered(measured: Sequence[tuple[float, float]], world: World) -> np.ndarray:
+    """(wall, work) of every iteration and rank, [2, iterations, ranks]."""
+    mine = torch.tensor(measured, dtype=torch.float64, device=world.device)
+    parts = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).cpu().numpy().transpose(2, 0, 1)
+
+
+def compare(config: JobConfig, world: World, runs: Sequence[Run], repeats: int) -> Iterator[Outcome]:
+    """Every run `repeats` times, each round in another order."""
+    for number in range(repeats):
+        first = number % len(runs)
+        for run in (*runs[first:], *runs[:first]):
+            yield train_once(config, world, run)
+
+
+def table(outcomes: Sequence[Outcome], runs: Sequence[Run]) -> str:
+    """A Markdown row a run: epoch time, ratio to the first run with its spread over the rounds, idle share, loss."""
+    base = [o.seconds for o in outcomes if o.run == runs[0]]
+    lines = [
+        f"| run | epoch s | speed-up over {runs[0].method} (spread) | tokens/s | iterations | steps | idle per rank | "
+        "loss after | train loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        own = [o for o in outcomes if o.run == run]
+        ratios = [a / o.seconds for a, o in zip(base, own, strict=True)]
+        seconds = median(o.seconds for o in own)
+        idle = np.median([o.idle for o in own], axis=0)
+        loss = "-" if own[0].loss is None else f"{median(o.loss or 0.0 for o in own):.4f}"
+        lines.append(
+            f"| {run} | {seconds:.1f} | {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | "
+            f"{own[0].tokens / seconds:,.0f} | {len(own[0].iteration_seconds)} | {own[0].steps} | "
+            f"{' '.join(f'{share:.1%}' for share in idle)} | {loss} | {median(o.train_loss for o in own):.4f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,390 @@
+"""The quality study as a whole: from a configuration to runs, figures, table and chart.
+
+Owns the study that is there without a configuration, a small model on the debug data, and the file that all is
+written to.
+
+Tables of a study in Markdown, from what study.json holds.
+
+Owns what is compared: the loss after the last step, whole and by length band, of each variant against the default with
+the same seeds.
+
+Means with their spread, and paired differences with Student's t, of a handful of runs.
+
+Owns the arithmetic; numpy alone, because scipy is no dependency of the project.
+
+The chart of a study: for each variant the difference of its loss to the default's, a dot a seed, and the interval.
+
+Owns the drawing, as SVG text that needs nothing else; rows are variants, so it is not packing/svg.py's chart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.config import JobConfig, check_values, load_config, to_toml
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, figures_of, make_runs, train_all
+from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.registry import DEBUG
+from hbp_titan.packing.metrics import band_name
+from hbp_titan.preflight import model_args, most_tokens
+
+_COMMON = (
+    "--job.config_file=train_configs/debug_model.toml",
+    "--training.global_batch_tokens=4096",
+    "--validation.max_samples=400",
+    "--checkpoint.enable=false",
+    "--data.num_workers=0",
+    "--metrics.enable_tensorboard=false",
+    "--metrics.log_interval=10",
+)
+BASE = (
+    *_COMMON,
+    "--levels=256:1",
+    "--data.max_samples=4000",
+    "--data.seed=1",
+    "--data.train_on=all",
+    "--validation.interval=1000",
+)
+"""What the built-in study starts from, one model a seed: trained on every token of samples up to 256 tokens."""
+
+BUILT_IN = (
+    *_COMMON,
+    # Four ranks: packs of 256 tokens each, or two packs of 1024 side by side. An optimizer step is four iterations of
+    # the one or two of the other, so that there is something to interleave.
+    "--levels=256:1,1024:2",
+    "--data.max_samples=1200",
+    "--validation.interval=20",
+    "--optimizer.lr=2e-3",
+)
+"""What the study trains where no configuration is named."""
+
+MODEL = dataclasses.replace(
+    DEBUG,
+    name="debug_small",
+    hf_model_type="llama",
+    hidden_size=64,
+    intermediate_size=176,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+)
+"""The model of the built-in study, 0.35M parameters: a run of it is half a minute of one CPU core."""
+
+
+def is_built_in(overrides: Sequence[str]) -> bool:
+    """Whether the command line names no configuration of its own."""
+    return not any(word.split("=")[0] == "--job.config_file" for word in overrides)
+
+
+def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: int, report: Report) -> None:
+    """Train what the runs of the built-in study start from, where it is not there yet."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(args_to_hf_config(MODEL), indent=1)
+    (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
+    runs = []
+    for seed in seeds:
+        config = load_config([*BASE, f"--model.hf_path={folder / 'model'}"])
+        config.packing.seed = config.training.seed = seed
+        config.packing.curriculum_steps = 0.0
+        config.packing.print_comparison = config.metrics.progress_bar = False
+        config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
+        runs.append(Run(Variant("base", "what the runs start from"), seed, config, launch))
+    # Prepared once, before several runs look for it.
+    open_stores(runs[0].config, runs[0].config.levels[-1].max_tokens)
+    train_all(runs, parallel, report)
+
+
+def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
+    """The configuration that the variants change; the built-in one where `overrides` names none.
+
+    "{seed}" in checkpoint.initial_load_path stands for the seed of the run.
+    """
+    if is_built_in(overrides):
+        base = folder / "base" / "seed-{seed}" / "hf"
+        paths = [f"--model.hf_path={folder / 'model'}", f"--checkpoint.initial_load_path={base}"]
+        overrides = [*BUILT_IN, *paths, *overrides]
+    config = load_config(overrides)
+    if config.packing.levels == "auto" or not config.levels:
+        raise ValueError("a study compares runs on the same levels: name them in [[levels]] or by --levels")
+    config.validation.enable = True
+    config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False
+    check_values(config)
+    return config
+
+
+def run_study(
+    config: JobConfig,
+    folder: Path,
+    launch: Launch,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    parallel: int,
+    report: Report,
+) -> dict[str, Any]:
+    """Train what is not trained yet; returns what study.json holds, and writes it.
+
+    plans: figures of each variant's plan with the first seed. runs: one entry a run, `runs.read_outcome` says what.
+    """
+    # Prepared once, before several runs look for it.
+    store = open_stores(config, most_tokens(config, model_args(config)))[0]
+    runs = make_runs(config, folder, launch, store, variants, seeds)
+    study = {
+        "launch": launch.kind,
+        "ranks": launch.ranks,
+        "samples": len(store),
+        "config": to_toml(config),
+        "variants": {variant.name: variant.says for variant in variants},
+        "plans": {run.variant.name: figures_of(run, store) for run in runs[: len(variants)]},
+        "runs": train_all(runs, parallel, report),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    return study
+
+
+# Parts into which the angle of t_probability's integral is cut; the error is far below 1e-9.
+_PARTS = 20000
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); the deviation of a single value is nan."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean of paired differences over n seeds: its interval at `confidence`, and the two-sided p of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    confidence: float = 0.95
+
+
+def paired_difference(values: Sequence[float], base: Sequence[float], confidence: float = 0.95) -> Difference:
+    """values - base, pair by pair: at least two pairs. Interval and p are Student's with n - 1 degrees of freedom."""
+    differences = np.asarray(values, np.float64) - np.asarray(base, np.float64)
+    n = len(differences)
+    assert n > 1, "one pair has no spread"
+    mean, deviation = mean_and_deviation(differences.tolist())
+    error = deviation / n**0.5
+    half = t_quantile((1 + confidence) / 2, n - 1) * error
+    # Equal differences leave no doubt, unless they are 0.
+    p = 1 - t_probability(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, p, n, confidence)
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """P(|T| < t) of Student's t with so many degrees of freedom."""
+    angles, cumulated = _angles(degrees)
+    return float(np.interp(np.arctan(t / degrees**0.5), angles, cumulated))
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """The t that T stays below with `probability`, which is at least one half."""
+    angles, cumulated = _angles(degrees)
+    return float(np.tan(np.interp(2 * probability - 1, cumulated, angles)) * degrees**0.5)
+
+
+def _angles(degrees: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """P(|T| < sqrt(degrees) * tan(angle)) at angles from 0 to pi / 2: with t so written, T's density is
+    cos(angle)^(degrees - 1)."""
+    angles = np.linspace(0, np.pi / 2, _PARTS + 1)
+    density = np.cos(angles) ** (degrees - 1)
+    cumulated = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return angles, cumulated / cumulated[-1]
+
+
+Outcome = dict[str, Any]
+
+
+def values_of(study: dict[str, Any], variant: str, figure: Callable[[Outcome], float]) -> dict[int, float]:
+    """A figure of each run of a variant, by seed."""
+    return {run["seed"]: figure(run) for run in study["runs"] if run["variant"] == variant}
+
+
+def difference(
+    study: dict[str, Any], variant: str, figure: Callable[[Outcome], float], base: str = DEFAULT
+) -> Difference | None:
+    """Of a figure between a variant and `base`, over the seeds that both have; None where these are fewer than two."""
+    own, other = values_of(study, variant, figure), values_of(study, base, figure)
+    seeds = [seed for seed in own if seed in other]
+    return paired_difference([own[s] for s in seeds], [other[s] for s in seeds]) if len(seeds) > 1 else None
+
+
+def final_loss(run: Outcome) -> float:
+    """Loss per token of the held-out samples after the last step."""
+    return run["loss"]
+
+
+def bands_of(study: dict[str, Any]) -> list[str]:
+    """Upper borders of the length bands, ascending."""
+    return sorted({band for run in study["runs"] for band in run["by_length"]}, key=int)
+
+
+def band_loss(band: str) -> Callable[[Outcome], float]:
+    """Reads the loss of a length band."""
+    return lambda run: run["by_length"][band]["loss"]
+
+
+def loss_table(study: dict[str, Any]) -> str:
+    """A row a variant: final and best loss with their spread, the difference to the default, and whether it stands out.
+
+    It does where p, times the number of variants that are compared with the default, is below 0.05 (Bonferroni): of
+    so many intervals at 95% one may miss 0 by chance.
+    """
+    compared = len(study["variants"]) - 1
+    lines = [
+        "| variant | steps | final loss | best loss | final - default (95% interval) | p | stands out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in study["variants"]:
+        steps = sorted({run["steps"] for run in study["runs"] if run["variant"] == name})
+        cells = [name, str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"]
+        cells += [_spread(study, name, final_loss), _spread(study, name, lambda run: run["best"])]
+        found = None if name == DEFAULT else difference(study, name, final_loss)
+        if found is None:
+            cells += ["", "", ""]
+        else:
+            p = f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
+            cells += [_interval(found), p, "yes" if found.p * compared < 0.05 else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def band_table(study: dict[str, Any]) -> str:
+    """A row a variant: in each length band the default's loss, and the difference to it; bold where 0 is not in it."""
+    bands = bands_of(study)
+    counts = study["runs"][0]["by_length"]
+    heads = [f"{band_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
+    lines = [f"| variant | {' | '.join(heads)} |", "|---" * (len(bands) + 1) + "|"]
+    for name in study["variants"]:
+        cells = [name]
+        for band in bands:
+            found = None if name == DEFAULT else difference(study, name, band_loss(band))
+            text = _spread(study, name, band_loss(band)) if found is None else _interval(found)
+            cells.append(f"**{text}**" if found is not None and found.low * found.high > 0 else text)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plan_table(study: dict[str, Any]) -> str:
+    """A row a variant: how its plan is balanced, and what its optimizer steps are like."""
+    lines = [
+        "| variant | ABR | CR | PR | tokens per step | spread of trained tokens | spread of the long samples' share | "
+        "heaviest / lightest token |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, plan in study["plans"].items():
+        runs = [run for run in study["runs"] if run["variant"] == name]
+        mean, deviation = np.mean([run["step_tokens"] for run in runs], axis=0)
+        ratio = np.median([run["weight_ratio"] for run in runs])
+        figures = " | ".join(f"{plan[key]:.3f}" for key in ("abr", "cr", "pr"))
+        spreads = " | ".join(f"{100 * plan[key]:.1f}%" for key in ("trained_spread", "long_spread"))
+        lines.append(f"| {name} | {figures} | {mean:,.0f} +- {deviation:,.0f} | {spreads} | {ratio:.3g} |")
+    return "\n".join(lines)
+
+
+def _spread(study: dict[str, Any], variant: str, figure: Callable[[Outcome], float]) -> str:
+    mean, deviation = mean_and_deviation(list(values_of(study, variant, figure).values()))
+    return f"{mean:.4f} +- {deviation:.4f}" if np.isfinite(deviation) else f"{mean:.4f}"
+
+
+def _interval(found: Difference) -> str:
+    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _WIDTH = 96, 16, 30, 40, 22, 420
+_STYLE = (
+    "<style>svg{font:11px system-ui,sans-serif;fill:#1c2430}.title{font-weight:600;font-size:13px}"
+    ".axis{stroke:#e3e7ed}.zero{stroke:#1c2430;stroke-dasharray:4 3}.interval{stroke:#2f6fb7;stroke-width:2}"
+    ".mean{fill:#2f6fb7}.seed{fill:#e08a2e;fill-opacity:.8}</style>"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its difference, and that of each seed."""
+
+    name: str
+    difference: Difference
+    seeds: tuple[float, ...]
+
+
+def draw(study: dict[str, Any]) -> str:
+    """The whole picture: all lengths, and the longest band. study: two seeds of a variant beside the default's."""
+    panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("all lengths", final_loss)]
+    if bands := bands_of(study):
+        panels.append((f"{band_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
+    parts = []
+    height = 0
+    for number, (title, figure) in enumerate(panels):
+        base = values_of(study, DEFAULT, figure)
+        rows = []
+        for name in study["variants"]:
+            own = values_of(study, name, figure)
+            found = None if name == DEFAULT else difference(study, name, figure)
+            if found:
+                rows.append(Row(name, found, tuple(own[seed] - base[seed] for seed in own if seed in base)))
+        assert rows, "nothing to draw"
+        height = _TOP + _ROW * len(rows) + _BOTTOM
+        panel = "".join(_panel(f"{title}: loss - {DEFAULT}'s", rows, height))
+        parts.append(f'<svg x="{number * _WIDTH}" y="0" width="{_WIDTH}" height="{height}">{panel}</svg>')
+    width = _WIDTH * len(panels)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'{_STYLE}<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
+    ends = [value for row in rows for value in (*row.seeds, row.difference.low, row.difference.high, 0.0)]
+    low, high = min(ends), max(ends)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+    def x(value: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
+
+    bottom = height - _BOTTOM
+    parts = [f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>']
+    for tick in _ticks(low, high):
+        parts.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_signed(tick)}</text>')
+    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{bottom}"/>')
+    for number, row in enumerate(rows):
+        y = _TOP + _ROW * (number + 0.5)
+        found = row.difference
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{html.escape(row.name)}</text>')
+        ends_of = f'x1="{x(found.low):.1f}" x2="{x(found.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+        tip = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}), p {found.p:.3f}"
+        parts.append(f'<line class="interval" {ends_of}><title>{tip}</title></line>')
+        parts += [f'<circle class="seed" cx="{x(value):.1f}" cy="{y:.1f}" r="2.5"/>' for value in row.seeds]
+        parts.append(f'<rect class="mean" x="{x(found.mean) - 1.5:.1f}" y="{y - 6:.1f}" width="3" height="12"/>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    says = "worse to the right; bar: mean, line: 95% interval, dots: seeds"
+    return [*parts, f'<text x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{says}</text>']
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}" if value else "0"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between low and high, three to seven of them."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3))
+    while (high - low) / step > 7:
+        step *= 2 if (high - low) / step <= 14 else 5
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

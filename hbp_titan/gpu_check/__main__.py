@@ -1,9 +1,0 @@
-"""`python -m hbp_titan.gpu_check`: the check itself, and how it starts each of its steps."""
-
-from __future__ import annotations
-
-from hbp_titan.cli import guarded
-from hbp_titan.gpu_check.runner import main
-
-if __name__ == "__main__":
-    raise SystemExit(guarded(main))

@@ -1,0 +1,189 @@
+"""ModelArgs: the architecture of a decoder, and its optional parts.
+
+Owns what an architecture consists of, the quantities that follow from it, and the refusal of one that this code does
+not build. MLAArgs and MoEArgs have the names of DeepSeek's config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hbp_titan.models.layers import check_scaling, yarn_mscale
+
+TOPK_METHODS = ("greedy", "group_limited_greedy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAArgs:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    q_lora_rank, kv_lora_rank: widths of the latents that queries, and keys with values, are expanded from; queries
+        come straight from the hidden state where q_lora_rank is None.
+    qk_nope_head_dim, qk_rope_head_dim: the parts of a query's and a key's head without and with rotary position; the
+        second is one key for all heads (decoupled RoPE). v_head_dim: width of a value's head.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query's and a key's head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEArgs:
+    """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2). Raises ValueError for what is not built.
+
+    n_routed_experts, num_experts_per_tok, moe_intermediate_size: experts of a layer, those that a token is sent to,
+        and the width of each. n_shared_experts: those that every token passes, computed as one wide expert.
+    first_k_dense_replace, moe_layer_freq: layer i has experts where i is at least the first and a multiple of the
+        second; the other layers are dense.
+    topk_method: greedy, or group_limited_greedy: experts form n_group groups (the paper's devices), a token chooses
+        from the topk_group groups with the best experts.
+    norm_topk_prob: the chosen scores are made to add up to 1, without routed_scaling_factor, as DeepSeek's own code
+        does (transformers ignores the key); else they are multiplied by routed_scaling_factor.
+    aux_loss_alpha, device_aux_loss_alpha, comm_aux_loss_alpha: coefficients of the balance losses of experts, devices
+        and communication (models/balance.py); 0 is off. seq_aux: losses of each document by itself, the only kind.
+    """
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    topk_method: str = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    aux_loss_alpha: float = 0.0
+    device_aux_loss_alpha: float = 0.0
+    comm_aux_loss_alpha: float = 0.0
+    seq_aux: bool = True
+
+    def __post_init__(self) -> None:
+        experts, group_size = self.n_routed_experts, self.n_routed_experts // self.n_group
+        if self.topk_method not in TOPK_METHODS:
+            raise ValueError(f"topk_method={self.topk_method!r} is not supported; {', '.join(TOPK_METHODS)} are")
+        if experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group} must divide n_routed_experts={experts} and be at least "
+                f"topk_group={self.topk_group}"
+            )
+        candidates = experts if self.topk_method == "greedy" else self.topk_group * group_size
+        if not 1 <= self.num_experts_per_tok <= candidates:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{candidates}, the candidates"
+            )
+        if self.balances and not self.seq_aux:
+            raise ValueError(
+                "seq_aux=false makes the balance loss depend on how samples are packed: set seq_aux to true or the "
+                "coefficient (aux_loss_alpha) to 0"
+            )
+
+    @property
+    def balances(self) -> bool:
+        """Whether any balance loss is on."""
+        return any((self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha))
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` has experts."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """A decoder's architecture. Raises ValueError for one that this code does not build.
+
+    name: for logs.
+    hf_model_type: llama, qwen2, qwen3 or deepseek_v2: what the exported config.json says.
+    intermediate_size: width of the feed-forward network, of the dense layers where `moe` is given.
+    head_dim: width of queries and keys as attention sees them; with `mla` its qk_head_dim, and num_kv_heads is
+        num_heads.
+    qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.
+    qk_norm: RMS norm over the head width of q and k (Qwen3).
+    rope_scaling: None, or {"rope_type": "llama3" or "yarn", ...} with the keys of models/rope.py.
+    max_position_embeddings: tokens of the longest document; it bounds the data, the code allocates nothing by it.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    hf_model_type: str = "llama"
+    initializer_range: float = 0.02
+    mla: MLAArgs | None = None
+    moe: MoEArgs | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.rope_dim % 2:
+            width = "head_dim" if self.mla is None else "qk_rope_head_dim"
+            raise ValueError(f"model {self.name}: {width}={self.rope_dim} is odd; rotary embedding needs pairs")
+        if self.mla is not None:
+            self._check_mla(self.mla)
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling, f"model {self.name}")
+
+    def _check_mla(self, mla: MLAArgs) -> None:
+        if self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"model {self.name}: latent attention has a key for each of num_heads={self.num_heads}, not "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim != mla.qk_head_dim:
+            raise ValueError(
+                f"model {self.name}: head_dim={self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim = "
+                f"{mla.qk_head_dim}"
+            )
+        if mla.v_head_dim > mla.qk_head_dim:
+            raise ValueError(
+                f"model {self.name}: v_head_dim={mla.v_head_dim} above qk_nope_head_dim + qk_rope_head_dim = "
+                f"{mla.qk_head_dim} is not supported"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelArgs:
+        """The inverse of dataclasses.asdict, as checkpoints hold it."""
+        parts = {"mla": MLAArgs, "moe": MoEArgs}
+        made = {key: kind(**values[key]) for key, kind in parts.items() if values.get(key) is not None}
+        return cls(**{**values, **made})
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the part of a head that is rotated."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of the attention logits: 1 / sqrt(head_dim), with DeepSeek's YaRN times the square of its mscale."""
+        scale = self.head_dim**-0.5
+        if self.mla is None or self.rope_scaling is None:
+            return scale
+        all_dim = self.rope_scaling.get("mscale_all_dim")
+        return scale * yarn_mscale(self.rope_scaling["factor"], all_dim) ** 2 if all_dim else scale
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` has experts in place of a dense feed-forward network."""
+        return self.moe is not None and self.moe.is_sparse(layer)

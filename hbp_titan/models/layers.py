@@ -1,0 +1,219 @@
+"""Rotary position embedding: frequencies (plain, llama3- or YaRN-scaled), their cosines and sines, and their use.
+
+Owns the formulas; the convention is HF's half rotation (element i pairs with i + D/2), the one that HF weights
+expect, and for DeepSeek's weights the pairs 2i and 2i + 1. Sources: Su et al. 2021 (RoFormer); the scalings as in
+transformers' modeling_rope_utils, YaRN after Peng et al. 2023 (arXiv 2309.00071).
+
+Shape suffixes: T tokens, N heads, D width of what is rotated.
+
+SwiGLU: the dense feed-forward network of every family, and a mixture's shared experts.
+
+Shape suffixes: T tokens, H hidden width, F intermediate width.
+
+Random numbers by position: any part of a tensor on its own, the same on every device.
+
+Owns the initial values' source. An element is a function of (seed, name, its position in the whole tensor) alone, by
+integer arithmetic (SplitMix64's mixing function on a counter, Steele et al., OOPSLA 2014) and one table. So a shard
+is drawn without the rest of its tensor, where it lives, and any sharding, world size and device gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN_KEYS = ("factor", "original_max_position_embeddings")
+YARN_OPTIONAL_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+ROPE_TYPES = ("llama3", "yarn")
+
+
+def check_scaling(scaling: dict[str, Any], where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless `scaling` is of a supported rope_type and complete."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} is not supported; {' and '.join(ROPE_TYPES)} are")
+    required = LLAMA3_KEYS if kind == "llama3" else YARN_KEYS
+    missing = [key for key in required if scaling.get(key) is None]
+    if missing:
+        raise ValueError(f"{where}: rope_scaling lacks {', '.join(missing)}")
+    unknown = sorted(set(scaling) - {"rope_type", *YARN_KEYS, *YARN_OPTIONAL_KEYS})
+    if kind == "yarn" and unknown:
+        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which YaRN does not know")
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
+    """float32 [D / 2] on the CPU: theta^(-2i/D), rescaled as `scaling` says.
+
+    Always computed on the CPU, so that every device rotates by the same angles: at position 100,000 one unit in
+    the last place of a frequency already turns the pair by several thousandths of a radian.
+    """
+    # "cpu" by name: the model may be under construction on the meta device.
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
+    periods = theta**exponents
+    if scaling is None:
+        return 1.0 / periods
+    return _llama3(1.0 / periods, scaling) if scaling["rope_type"] == "llama3" else _yarn(periods, theta, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    factor, low, high, original = (scaling[key] for key in LLAMA3_KEYS)
+    wavelengths = 2 * math.pi / frequencies
+    # 0 for wavelengths beyond original / low (slowed down by factor), 1 below original / high (kept).
+    keep = (original / wavelengths - low) / (high - low)
+    blended = (1 - keep) * frequencies / factor + keep * frequencies
+    slow = torch.where(wavelengths > original / low, frequencies / factor, blended)
+    return torch.where(wavelengths < original / high, frequencies, slow)
+
+
+def _yarn(periods: Tensor, theta: float, scaling: dict[str, Any]) -> Tensor:
+    pairs = len(periods)
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(rotations: float) -> float:
+        """The (fractional) index of the pair that turns so often over the original context."""
+        return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
+
+    low = pair_that_turns(scaling.get("beta_fast") or 32)
+    high = pair_that_turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    # 1 for pairs that turn fast (kept), 0 for those that turn slowly (slowed down by factor).
+    ramp = (torch.arange(pairs, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return 1.0 / (factor * periods) * (1 - keep) + 1.0 / periods * keep
+
+
+def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
+    """YaRN's growth of the attention logits' temperature with the factor of the context."""
+    return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+
+def attention_factor(scaling: dict[str, Any] | None) -> float:
+    """What YaRN multiplies cosines and sines by; 1 for the others."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    factor, mscale, all_dim = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dim:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    return yarn_mscale(factor)
+
+
+def rope_cos_sin(inverse_frequencies: Tensor, position_ids_T: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos_TD and sin_TD times `factor`, float32 on the device of the positions; a frequency fills i and i + D/2."""
+    # The copy from host memory is asynchronous: no synchronization in the step.
+    frequencies = inverse_frequencies.to(position_ids_T.device, non_blocking=True)
+    angles = position_ids_T.float()[:, None] * frequencies
+    angles_TD = torch.cat((angles, angles), dim=-1)
+    cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
+    return (cos_TD, sin_TD) if factor == 1.0 else (cos_TD * factor, sin_TD * factor)
+
+
+def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """`x_TND` rotated by its positions, in its own dtype; the products are taken in float32 or better."""
+    first, second = x_TND.chunk(2, dim=-1)
+    rotated_TND = torch.cat((-second, first), dim=-1)
+    return (x_TND * cos_TD[:, None] + rotated_TND * sin_TD[:, None]).to(x_TND.dtype)
+
+
+def halves_from_pairs(x_TND: Tensor) -> Tensor:
+    """The pairs (2i, 2i + 1) of DeepSeek's weights moved to (i, i + D/2), where apply_rope rotates them.
+
+    Queries and keys are moved alike, so their products stay what they are.
+    """
+    return x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU of width `intermediate_size`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.down_proj(self.hidden(x_TH))
+
+    def hidden(self, x_TH: Tensor) -> Tensor:
+        """What the last product multiplies, [T, F]."""
+        return F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH)
+
+
+Slices = tuple[slice, ...]
+_AT_ONCE = {"cpu": 2**15, "cuda": 2**24}
+"""Elements drawn at one time: what fits a core's cache, and what fills a GPU for 0.5 GB of integers."""
+
+
+def normal(seed: int, name: str, shape: Sequence[int], part: Slices, std: float, device: torch.device) -> Tensor:
+    """The `part` of a tensor of `shape` with normal elements of mean 0, fp32.
+
+    Each is the sum of two normals out of 65536 equally likely ones: the farthest lie 6 standard deviations out.
+    """
+    table = _quantiles().to(device)
+
+    def draw(bits: Tensor) -> Tensor:
+        return (table[bits & 0xFFFF] + table[(bits >> 16) & 0xFFFF]) * (std * 0.5**0.5)
+
+    return _draw(seed, name, shape, part, device, draw)
+
+
+def uniform(seed: int, name: str, shape: Sequence[int], part: Slices, bound: float, device: torch.device) -> Tensor:
+    """The `part` of a tensor of `shape` with elements uniform in +-bound, fp32."""
+
+    def draw(bits: Tensor) -> Tensor:
+        # 24 bits: all that a float32 below 1 holds exactly.
+        return ((bits & 0xFFFFFF).float() * 2.0**-23 - 1.0) * bound
+
+    return _draw(seed, name, shape, part, device, draw)
+
+
+@cache
+def _quantiles() -> Tensor:
+    """The middle quantile of each of 65536 equal shares of the normal distribution, fp32 on the CPU."""
+    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
+
+
+def _draw(
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    part: Slices,
+    device: torch.device,
+    values: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """values(32 random bits of each element of `part`), in a tensor of the part's shape."""
+    # Positions of whole rows: one per row and one per column, so that no tensor of positions is kept.
+    *rows, columns = (torch.arange(size, device=device)[dim] for size, dim in zip(shape, part, strict=True))
+    starts = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, index in zip(shape, rows, strict=False):
+        starts = (starts[:, None] * size + index).flatten()
+    result = torch.empty(len(starts), len(columns), device=device)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    key = int.from_bytes(digest[:8], "big", signed=True)
+    step = max(1, _AT_ONCE[device.type] // max(1, len(columns)))
+    for first in range(0, len(starts), step):
+        positions = starts[first : first + step, None] * shape[-1] + columns
+        result[first : first + step] = values(_mix(positions, key))
+    return result.view([len(index) for index in (*rows, columns)])
+
+
+def _mix(positions: Tensor, key: int) -> Tensor:
+    """The upper 32 of 64 random bits for each position, in place of the positions (int64)."""
+    # Multiplications wrap around; >> keeps the sign, so the bits that it repeats are masked.
+    bits = positions.mul_(-0x61C8864680B583EB).add_(key)
+    bits = bits.bitwise_xor_((bits >> 30).bitwise_and_(2**34 - 1)).mul_(-0x40A7B892E31B1A47)
+    bits = bits.bitwise_xor_((bits >> 27).bitwise_and_(2**37 - 1)).mul_(-0x6B2FB644ECCEEE15)
+    bits = bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
+    return bits.bitwise_right_shift_(32).bitwise_and_(2**32 - 1)

@@ -1,0 +1,252 @@
+"""Sections on what was learned: loss, gradient norm, loss by length and source, validation, experts.
+
+Owns the choice of these plots and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hbp_titan.report.charts import COLORS, Chart
+from hbp_titan.report.html import (
+    DASH,
+    Curve,
+    Plot,
+    folded,
+    framed,
+    length_name,
+    level_curves,
+    missing,
+    note,
+    number,
+    percent,
+    row,
+    section,
+    table,
+    text,
+)
+from hbp_titan.report.run import Floats, Run, StepLog
+from hbp_titan.report.series import (
+    applied,
+    bands_in_order,
+    edge_means,
+    validation_series,
+    window_of,
+)
+
+SHOWN_SOURCES = 6
+LISTED_SOURCES = 40
+
+
+def loss_section(run: Run) -> str:
+    """Loss and gradient norm, whole and by level."""
+    log = run.log
+    if not log.has("loss"):
+        return section("Loss", "", missing("metrics.jsonl has no loss yet."))
+    trained = log.column("trained_tokens")
+    steps = log.steps.astype(float)
+    loss = np.where(applied(log), log.column("loss"), np.nan)
+    held_out = [Curve("validation", log.column("validation", "loss"), 2)]
+    whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
+    by_level = [
+        Curve(name, np.where(applied(log), log.column("loss_by_level", name), np.nan), log.color(name), trained)
+        for name in log.levels
+    ]
+    rows = [_edges(curve.name, curve.y, trained) for curve in [Curve("all", loss, 0), *by_level]]
+    return section(
+        "Loss",
+        f"Thin: each step. Thick: mean per trained token of the last {window_of(len(log))} steps of the curve.",
+        row(
+            whole.figure(),
+            Plot("Loss by level", "nats per trained token", "step", steps, by_level).figure(),
+            _gradient_norm(run, steps),
+            Plot("Learning rate", "", "step", steps, [Curve("lr", log.column("lr"), 4)], False, zero=True).figure(),
+        ),
+        table(("loss", "steps", "first tenth", "last tenth", "change"), rows),
+    )
+
+
+def _gradient_norm(run: Run, steps: Floats) -> str:
+    """The norm by level, with the norm that gradients are clipped to."""
+    norm = run.log.column("grad_norm")
+    curves = level_curves(run.log, norm)
+    most, known = run.setting("training", "max_norm"), norm[np.isfinite(norm)]
+    if not isinstance(most, (int, float)) or most <= 0 or not len(known):
+        return Plot("Gradient norm", "before clipping", "step", steps, curves, log=True).figure()
+    remark = f"{(known > most).mean():.1%} of the steps were clipped to {most:g}."
+    planned = [("clipped above", float(most), 7)]
+    return Plot(
+        "Gradient norm", "before clipping", "step", steps, curves, log=True, remark=remark, planned=planned
+    ).figure()
+
+
+def _edges(name: str, values: Floats, weights: Floats) -> list[str]:
+    ends = edge_means(values, np.nan_to_num(weights))
+    count = f"{int(np.isfinite(values).sum()):,}"
+    if ends is None:
+        return [text(name), count, DASH, DASH, DASH]
+    return [text(name), count, f"{ends[0]:.4f}", f"{ends[1]:.4f}", f"{ends[1] - ends[0]:+.4f}"]
+
+
+def groups_section(run: Run) -> str:
+    """Loss by length band and by source."""
+    log = run.log
+    steps = log.steps.astype(float)
+    bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
+    counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
+    by_length = [
+        Curve(length_name(band), log.column("loss_by_length", band, "loss"), colors[band], trained)
+        for band, trained in zip(bands, counts, strict=True)
+    ]
+    bodies = [missing("Loss by length is not in metrics.jsonl: it was written by an older version.")]
+    if by_length:
+        rows = [
+            [*_edges(curve.name, curve.y, trained), number(float(np.nansum(trained)))]
+            for curve, trained in zip(by_length, counts, strict=True)
+        ]
+        heads = ("tokens of the sample", "steps", "first tenth", "last tenth", "change", "trained tokens")
+        plot = Plot("Loss by length of the sample", "nats per trained token", "step", steps, by_length[:COLORS])
+        bodies = [plot.figure(), table(heads, rows)]
+    return section(
+        "Loss by length and by source",
+        "A step's loss split by the length of the sample that a token is of, and by the source of the sample.",
+        row(*bodies),
+        _sources(log, steps),
+    )
+
+
+def _band_colors(log: StepLog) -> dict[str, int]:
+    """A color for each length band, the same in training and in validation."""
+    bands = bands_in_order(list({*log.names("loss_by_length"), *log.names("validation", "by_length")}))
+    return {band: at for at, band in enumerate(bands)}
+
+
+def _sources_in_order(log: StepLog) -> list[str]:
+    """The sources, those with most trained tokens first."""
+    trained = {name: float(np.nansum(log.column("sources", name, "trained_tokens"))) for name in log.names("sources")}
+    return sorted(trained, key=lambda name: -trained[name])
+
+
+def _sources(log: StepLog, steps: Floats) -> str:
+    names = _sources_in_order(log)
+    if not names:
+        return missing("The steps name no sources.")
+    columns = {
+        name: [log.column("sources", name, kind) for kind in ("samples", "tokens", "trained_tokens", "loss")]
+        for name in names
+    }
+    total = sum(float(np.nansum(columns[name][1])) for name in names)
+    curves = [
+        Curve(name, columns[name][3], at, columns[name][2])
+        for at, name in enumerate(names[:SHOWN_SOURCES])
+        if np.isfinite(columns[name][3]).any()
+    ]
+    plot = Plot("Loss by source", "nats per trained token", "step", steps, curves).figure()
+    if plot and len(names) > SHOWN_SOURCES:
+        plot = plot.replace("</figure>", note(f"The {SHOWN_SOURCES} sources with most trained tokens.") + "</figure>")
+    if not plot:
+        plot = missing("Loss by source is not in metrics.jsonl: it was written by an older version.")
+    heads = ("source", "samples", "tokens", "share", "trained", "first tenth", "last tenth")
+    rows = []
+    for name in names:
+        samples, tokens, trained, loss = columns[name]
+        sums = [float(np.nansum(values)) for values in (samples, tokens, trained)]
+        share = sums[1] / total if total else None
+        ends = _edges(name, loss, trained)[2:4]
+        rows.append([text(name), number(sums[0]), number(sums[1]), percent(share, 1), number(sums[2]), *ends])
+    listed = table(heads, rows[:LISTED_SOURCES])
+    if len(rows) > LISTED_SOURCES:
+        rest = table(heads, rows[LISTED_SOURCES:])
+        listed += folded(f"{len(rows) - LISTED_SOURCES:,} more sources", rest)
+    return row(plot, listed)
+
+
+def validation_section(run: Run) -> str:
+    """Loss of the held-out samples, whole, by level, length and source."""
+    log = run.log
+    if not log.has("validation", "loss"):
+        why = "Validation is off" if run.setting("validation", "enable") is False else "No validation has run"
+        return section("Validation", "", missing(f"{why}: [validation] enable and interval turn it on."))
+    steps = log.steps.astype(float)
+    whole = {"all": log.column("validation", "loss")}
+    kinds: list[tuple[str, Mapping[str, Floats]]] = [("level", validation_series(log, "by_level"))]
+    by_length = validation_series(log, "by_length")
+    kinds.append(("length", {length_name(band): by_length[band] for band in bands_in_order(list(by_length))}))
+    kinds.append(("source", validation_series(log, "by_source")))
+    colors = {length_name(band): color for band, color in _band_colors(log).items()}
+    colors |= {name: at for at, name in enumerate(_sources_in_order(log))}
+    figures = []
+    for kind, series in kinds:
+        curves = [
+            Curve(name, y, log.color(name) if kind == "level" else colors.get(name, at))
+            for at, (name, y) in enumerate(series.items())
+        ]
+        title, first = f"Validation loss by {kind}", [Curve("all", whole["all"], 5)] if kind == "level" else []
+        plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:COLORS]])
+        figures.append(plot.figure() if curves else missing(f"Validation by {kind} is not in metrics.jsonl."))
+    rows = []
+    for kind, series in [("", whole), *kinds]:
+        for name, values in series.items():
+            rows.append([text(name), kind or "all samples", *_course(log, values)])
+    heads = ("held-out samples", "by", "validations", "first", "least", "at step", "last")
+    listed = table(heads, rows[:LISTED_SOURCES])
+    if len(rows) > LISTED_SOURCES:
+        listed += folded(f"{len(rows) - LISTED_SOURCES:,} more", table(heads, rows[LISTED_SOURCES:]))
+    return section("Validation", "Mean loss per token of samples that are never trained.", row(*figures, listed))
+
+
+def _course(log: StepLog, values: Floats) -> Sequence[str]:
+    at = np.flatnonzero(np.isfinite(values))
+    least = at[int(values[at].argmin())]
+    return (
+        f"{len(at):,}",
+        f"{values[at[0]]:.4f}",
+        f"{values[least]:.4f}",
+        f"{log.steps[least]:,}",
+        f"{values[at[-1]]:.4f}",
+    )
+
+
+def expert_section(run: Run) -> str:
+    """How evenly tokens are spread over experts; nothing for a model without experts."""
+    log = run.log
+    if not log.has("expert_load", "worst"):
+        return ""
+    steps = log.steps.astype(float)
+    figures = {name: log.column("expert_load", name) for name in ("worst", "mean", "ranks", "idle")}
+    names = {"worst": "worst layer", "mean": "mean of layers", "ranks": "ranks"}
+    curves = [Curve(shown, figures[name], at) for at, (name, shown) in enumerate(names.items())]
+    load = Plot("Most loaded expert", "multiple of the mean; 1 is even", "step", steps, curves)
+    rows = []
+    for name, shown in {**names, "idle": "experts without a token"}.items():
+        ends = edge_means(figures[name], np.ones(len(steps)))
+        if ends:
+            rows.append([shown, f"{np.nanmax(figures[name]):.2f}", f"{ends[0]:.2f}", f"{ends[1]:.2f}"])
+    listed = table(("load", "most", "first tenth", "last tenth"), rows)
+    return section(
+        "Experts", "The most loaded expert as a multiple of its layer's mean.", row(load.figure(), _last(log), listed)
+    )
+
+
+def _last(log: StepLog) -> str:
+    """The newest table of experts: each layer's, most loaded first."""
+    if log.experts is None:
+        return ""
+    step, layers = log.experts
+    loads = {name: sorted(counts, reverse=True) for name, counts in layers.items() if sum(counts) > 0}
+    if not loads:
+        return ""
+    most = max(max(counts) * len(counts) / sum(counts) for counts in loads.values())
+    size = max(map(len, loads.values()))
+    chart = Chart(
+        f"Experts of each layer at step {step:,}", "experts, most loaded first", "multiple of the layer's mean",
+        (0.0, float(max(size, 2))), (0.0, most * 1.05), bare=True,
+    )  # fmt: skip
+    for at, (name, counts) in enumerate(loads.items()):
+        y: Floats = np.array(counts, np.float64) * len(counts) / sum(counts)
+        chart.curve(np.arange(len(counts), dtype=np.float64) + 0.5, y, at % COLORS, f"layer {name}")
+        if at < COLORS:
+            chart.name(f"layer {name}", at)
+    return framed(chart)

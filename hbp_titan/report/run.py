@@ -1,0 +1,358 @@
+"""Run: everything that a report takes from a run folder, and what of it is missing.
+
+Owns which files of a run folder are read. Files that are missing or damaged leave their part out, with a sentence in
+`missing`; a folder without any trace of a run is a user's mistake.
+
+StepLog: metrics.jsonl as columns, whatever keys its lines have.
+
+Owns the reading of that file. Runs of other versions lack keys or have others, killed ones end in half a line: nothing
+here assumes that a key is there, and a value of the wrong type is as one that is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.packing.level import level_name
+from hbp_titan.packing.metrics import Metrics, measure
+from hbp_titan.packing.plan import Plan, load_plan
+
+_LEVEL = re.compile(r"(\d{1,12})(K?)/cp(\d{1,9})")
+
+Floats = NDArray[np.float64]
+Key = tuple[str, ...]
+Growing = dict[Key, tuple["array[int]", "array[float]"]]
+"""The lines and values of each key while a file is read."""
+
+
+@dataclass
+class StepLog:
+    """The steps of a run in ascending order; a step that is there twice counts as its last line has it.
+
+    steps: int64 [n]. level_names: what each step trained, "1K/cp1+8K/cp2" where it mixes levels. skipped: reason by
+    step. work_by_rank: (step, seconds of each rank) of the live checks. experts: (step, tokens of each expert by layer)
+    as last recorded. unreadable: lines that are no JSON objects with a step; cut: the last line is half.
+    """
+
+    steps: NDArray[np.int64]
+    level_names: list[str] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    work_by_rank: list[tuple[int, list[float]]] = field(default_factory=list)
+    experts: tuple[int, dict[str, list[float]]] | None = None
+    unreadable: int = 0
+    cut: bool = False
+    palette: list[str] = field(default_factory=list)
+    """Level names in the order of their colors; empty for the log's own levels."""
+    columns: dict[Key, tuple[NDArray[np.int64], Floats]] = field(default_factory=dict, repr=False)
+    """(rows, values) of every key that holds a number or null (NaN) in some step."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def column(self, *key: str) -> Floats:
+        """The values under a key, or a key within an object and so on, float64 [n]; NaN where a step has none."""
+        values = np.full(len(self), np.nan)
+        if key in self.columns:
+            rows, found = self.columns[key]
+            values[rows] = found
+        return values
+
+    def present(self, *key: str) -> NDArray[np.bool_]:
+        """The steps that have the key or any key within it, bool [n]; its value may be null."""
+        found = np.zeros(len(self), bool)
+        for name, (rows, _) in self.columns.items():
+            if name[: len(key)] == key:
+                found[rows] = True
+        return found
+
+    def names(self, *key: str) -> list[str]:
+        """The names within an object, in the order in which they first appear: names("sources")."""
+        depth = len(key)
+        return list(dict.fromkeys(name[depth] for name in self.columns if len(name) > depth and name[:depth] == key))
+
+    def has(self, *key: str) -> bool:
+        """Whether any step has a number under the key."""
+        return key in self.columns and bool(np.isfinite(self.columns[key][1]).any())
+
+    @cached_property
+    def levels(self) -> list[str]:
+        """The names of the levels that some step trained, shortest first."""
+        return sorted(self.names("loss_by_level"), key=_size_of)
+
+    def color(self, level: str) -> int:
+        """The color of a level, or of a combination of levels, wherever it is drawn."""
+        known = self.palette or self.levels
+        if level in known:
+            return known.index(level)
+        others = sorted({*self.level_names, level} - set(known))
+        return len(known) + others.index(level)
+
+
+def share_colors(logs: Sequence[StepLog]) -> None:
+    """Give a level the same color in each of these logs."""
+    palette = sorted({level for log in logs for level in log.levels}, key=_size_of)
+    for log in logs:
+        log.palette = palette
+
+
+def _size_of(level: str) -> tuple[int, int, str]:
+    """What orders level names: 1K/cp1 before 8K/cp1 before 8K/cp2, what is no such name last."""
+    match = _LEVEL.fullmatch(level)
+    if not match:
+        return (1 << 60, 0, level)
+    return (int(match[1]) * (1024 if match[2] else 1), int(match[3]), level)
+
+
+def read_steps(path: Path) -> StepLog:
+    """The log in metrics.jsonl at `path`; one without steps where there is no such file."""
+    log = StepLog(np.zeros(0, np.int64))
+    columns: Growing = {}
+    steps: list[int] = []
+    names: list[str] = []
+    if not path.exists():
+        return log
+    with path.open("rb") as file:
+        for raw in file:
+            values = _parse(raw)
+            if values is None:
+                log.cut = not raw.endswith(b"\n")
+                log.unreadable += not log.cut
+                continue
+            _note(log, values)
+            _add(columns, len(steps), values)
+            steps.append(values["step"])
+            names.append(str(values.get("level_name") or ""))
+    last_line = {step: line for line, step in enumerate(steps)}
+    log.steps = np.array(sorted(last_line), np.int64)
+    log.level_names = [names[last_line[step]] for step in log.steps.tolist()]
+    row_of = np.full(len(steps), -1, np.int64)
+    row_of[[last_line[step] for step in log.steps.tolist()]] = np.arange(len(log))
+    for key, (lines, found) in columns.items():
+        rows = row_of[np.array(lines)]
+        log.columns[key] = (rows[rows >= 0], np.array(found)[rows >= 0])
+    log.work_by_rank = sorted(dict(log.work_by_rank).items())
+    return log
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    is_step = isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] < 1 << 62
+    return values if is_step else None
+
+
+def _note(log: StepLog, values: dict[str, Any]) -> None:
+    """Take from a line what is no column, and name its levels; both change the line."""
+    step = values["step"]
+    levels, names = values.get("loss_by_level"), str(values.get("level_name") or "").split("+")
+    if isinstance(levels, dict) and all(key.isdecimal() for key in levels) and len(levels) == len(names):
+        # Older runs named levels by their index.
+        values["loss_by_level"] = dict(zip(names, levels.values(), strict=True))
+    reason = values.pop("skipped", None)
+    log.skipped.pop(step, None)
+    if reason:
+        log.skipped[step] = str(reason)
+    check = values.get("live_check")
+    work = check.get("work_by_rank") if isinstance(check, dict) else None
+    if isinstance(work, list) and work and all(_is_number(value) for value in work):
+        log.work_by_rank.append((step, [float(value) for value in work]))
+    experts = values.pop("tokens_per_expert", None)
+    if isinstance(experts, dict) and experts:
+        layers = {name: row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))}
+        log.experts = (step, layers)
+
+
+def _add(columns: Growing, line: int, values: dict[str, Any], above: Key = ()) -> None:
+    """Take every number of an object, and of the objects in it, into the columns; null is NaN."""
+    for name, value in values.items():
+        kind = type(value)
+        if kind is dict:
+            if len(above) < 4:
+                _add(columns, line, value, (*above, name))
+            continue
+        if kind is float or kind is int:
+            if not abs(value) < 1e300:
+                continue
+        elif value is None:
+            value = math.nan
+        else:
+            continue
+        key = (*above, name)
+        column = columns.get(key)
+        if column is None:
+            column = columns[key] = (array("q"), array("d"))
+        column[0].append(line)
+        column[1].append(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+_PLAN = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.safetensors")
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A plan of the run: of a whole epoch, or of what was left of it. first_step: of the run, None where unknown."""
+
+    epoch: int
+    first_step: int | None
+    plan: Plan
+    metrics: Metrics
+
+    @property
+    def name(self) -> str:
+        """Epoch 0, or epoch 0 from step 21."""
+        return f"epoch {self.epoch}" + (f" from step {self.first_step}" if self.is_remainder else "")
+
+    @property
+    def level_names(self) -> list[str]:
+        """The levels as metrics.jsonl names them: 8K/cp2."""
+        return [*map(level_name, self.plan.levels)]
+
+    @property
+    def is_remainder(self) -> bool:
+        """Whether it plans only what was left of its epoch."""
+        return len(self.plan.packs.ids) + len(self.plan.skipped) < self.plan.num_samples
+
+
+@dataclass
+class Run:
+    """A run folder. starts: those of run.json, oldest first, or what the consumed record tells of them.
+
+    checkpoints: steps of the ones that are there. exported: hf/ is there. written: when metrics.jsonl last was.
+    missing: a sentence each for what could not be read.
+    """
+
+    folder: Path
+    name: str
+    log: StepLog
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[RunPlan] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    exported: bool = False
+    written: datetime | None = None
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def last_start(self) -> dict[str, Any]:
+        """The newest start, empty where none is known."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def resumes(self) -> list[int]:
+        """Steps that a later start began with."""
+        return [first for start in self.starts[1:] if isinstance(first := start.get("first_step"), int)]
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the newest start's configuration, None where there is none."""
+        value: Any = self.last_start.get("config")
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, with names that tell them apart; ValueError for a folder that is no run."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
+        raise ValueError(f"{twice} is given twice: name each run folder once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    names = ["/".join(path.parts[-depth:]) for path in paths]
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    share_colors([run.log for run in runs])
+    return runs
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """What the folder holds; ValueError where that is no run."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name the run folder, [job] dump_folder of the run")
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists() and not (folder / "run.json").exists():
+        raise ValueError(
+            f"{folder} is no run folder: it has neither metrics.jsonl nor run.json; name the [job] dump_folder of a run"
+        )
+    run = Run(folder, name, read_steps(metrics))
+    run.exported = (folder / "hf").is_dir()
+    if not metrics.exists():
+        run.missing.append("metrics.jsonl is not there yet: no step has been trained.")
+    elif not len(run.log):
+        run.missing.append("metrics.jsonl has no step yet.")
+    else:
+        run.written = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc)
+    if run.log.cut:
+        run.missing.append(
+            "The last line of metrics.jsonl is half written and left out: the run goes on or was killed."
+        )
+    if run.log.unreadable:
+        run.missing.append(f"{run.log.unreadable:,} lines of metrics.jsonl are not steps and are left out.")
+    _read_starts(run)
+    _read_plans(run)
+    found = (folder / "checkpoint").glob("step-*") if (folder / "checkpoint").is_dir() else ()
+    run.checkpoints = sorted(int(match[1]) for path in found if (match := _CHECKPOINT.fullmatch(path.name)))
+    return run
+
+
+def _read_starts(run: Run) -> None:
+    path = run.folder / "run.json"
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+            run.starts = [start for start in starts if isinstance(start, dict)]
+        except (ValueError, KeyError, TypeError):
+            run.missing.append("run.json is damaged: what the run is, its versions and starts are not known.")
+    else:
+        run.missing.append("run.json is not there: what the run is, its versions and starts are not known.")
+    if run.starts:
+        return
+    for attempt in sorted((run.folder / "consumed").glob("attempt-*/attempt.json")):
+        try:
+            values = json.loads(attempt.read_text(encoding="utf-8"))
+            run.starts.append({key: int(values[key]) for key in ("first_step", "world_size")})
+        except (ValueError, KeyError, TypeError):
+            continue  # a start that the page then does not know of, as it says above
+
+
+def _read_plans(run: Run) -> None:
+    """The plans in training order; the first step of an epoch's plan is the first step that metrics.jsonl has of it."""
+    epochs = run.log.column("epoch")
+    paths = sorted((run.folder / "plan").glob("epoch-*.safetensors"))
+    for path in paths:
+        match = _PLAN.fullmatch(path.name)
+        if not match:
+            continue
+        epoch = int(match[1])
+        of_epoch = run.log.steps[epochs == epoch]
+        first = int(match[2]) if match[2] else int(of_epoch[0]) if len(of_epoch) else None
+        try:
+            plan = load_plan(path)
+        except (ValueError, OSError):
+            run.missing.append(f"plan/{path.name} is damaged: its metrics are left out.")
+            continue
+        if plan.num_iterations:
+            # Where an iteration has no token at all, ratios of it are NaN.
+            with np.errstate(invalid="ignore"):
+                run.plans.append(RunPlan(epoch, first, plan, measure(plan)))
+    run.plans.sort(key=lambda part: (part.epoch, part.first_step or 0))
+    if not run.plans and not any("plan/" in sentence for sentence in run.missing):
+        run.missing.append("plan/ holds no plan: the planned metrics are left out.")

@@ -1,0 +1,448 @@
+"""Proof that packing and parallel forms leave loss and gradients right, on the user's own model and data.
+
+Owns the cases, the reference and the verdicts. The reference is one process, each sample by itself, fp32, no packing,
+no recomputation, plain cross entropy over whole logits. Each case runs the same samples through the engine that trains;
+gradients of a plan of several optimizer steps are joined by the tokens of each. Negative controls break one thing on
+purpose: a comparison that cannot see them proves nothing.
+
+Computed in bfloat16, a case cannot equal an fp32 reference. What rounding alone does is measured: the reference is
+repeated in bfloat16, unpacked, and its difference from the fp32 one, parameter by parameter, times BF16_FACTOR is what
+a case may differ by. A control must exceed that by CAUGHT_FACTOR; one that does not is reported as below the noise.
+
+Shape suffixes: T tokens of one sample, N query heads, K key/value heads, D head width, S samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hbp_titan.components.loss import NORMALIZERS
+from hbp_titan.config import JobConfig
+from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch, SampleSource
+from hbp_titan.data.loader import BatchShapes, PlanDataset
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.parallelize import DTYPES
+from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.engine import Engine
+from hbp_titan.models.configs import MLAArgs, ModelArgs
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.documents import Documents, HeadTailShard, pack_documents
+from hbp_titan.packing import Level, build_plan
+from hbp_titan.packing.level import CP_STYLES
+from hbp_titan.testing.local_ranks import run_distributed
+
+LOSS_TOLERANCE = 1e-5
+GRAD_TOLERANCE = 1e-4
+CAUGHT_FACTOR = 10.0
+"""A control must differ by so many times what a sound case may."""
+BF16_FACTOR = 3.0
+"""What a sound case in bfloat16 may differ by, as a multiple of what rounding does to an unpacked run."""
+BF16_CAUGHT_FACTOR = 2.0
+"""The same as CAUGHT_FACTOR: the noise is measured, so that a smaller factor separates."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run on all samples: the mean loss per trained token and its gradients, fp32, whole, on the CPU."""
+
+    loss: float
+    grads: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences from the reference: of the mean loss, and of each parameter's gradient in norm."""
+
+    loss: float
+    grads: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a sound case may differ by. caught_factor: how many times that a control must differ by."""
+
+    loss: float
+    grads: dict[str, float]
+    caught_factor: float
+
+    @classmethod
+    def of_fp32(cls, names: Sequence[str]) -> Tolerance:
+        """The fixed tolerance of computation in float32."""
+        return cls(LOSS_TOLERANCE, dict.fromkeys(names, GRAD_TOLERANCE), CAUGHT_FACTOR)
+
+    @classmethod
+    def of_noise(cls, noise: Difference) -> Tolerance:
+        """noise: what rounding to bfloat16 did to the unpacked run."""
+        grads = {name: max(BF16_FACTOR * value, GRAD_TOLERANCE) for name, value in noise.grads.items()}
+        return cls(max(BF16_FACTOR * noise.loss, LOSS_TOLERANCE), grads, BF16_CAUGHT_FACTOR)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: how the samples are run. broken: the name of a negative control in BREAKAGES, or ""."""
+
+    name: str
+    world_size: int
+    levels: tuple[Level, ...]
+    mix: str = "interleave"
+    global_batch_tokens: int = 1 << 40
+    normalizer: str = "ave_token"
+    compile: bool = False
+    broken: str = ""
+    expert_parallel: int = 1
+    dp_replicate: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row. grad_difference, grad_allowed: of the parameter `worst`, whose gradient is off most for its tolerance.
+
+    loss_allowed, grad_allowed: what a sound case may differ by, or what a control must exceed.
+    """
+
+    case: Case
+    loss_difference: float
+    grad_difference: float
+    worst: str
+    loss_allowed: float = LOSS_TOLERANCE
+    grad_allowed: float = GRAD_TOLERANCE
+
+    @property
+    def control(self) -> bool:
+        """Whether something is broken on purpose, or another normalizer is used: that must show."""
+        return bool(self.case.broken) or self.case.normalizer != "ave_token"
+
+    @property
+    def passed(self) -> bool:
+        """A sound case must agree; a control must be seen."""
+        if self.control:
+            return self.grad_difference > self.grad_allowed
+        return self.loss_difference <= self.loss_allowed and self.grad_difference <= self.grad_allowed
+
+
+class Samples:
+    """A choice of a store's samples, renumbered from 0."""
+
+    def __init__(self, store: SampleSource, ids: Sequence[int]) -> None:
+        self.rows = [tuple(np.array(part) for part in store.sample(i)) for i in ids]
+        self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
+        self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss mask of one sample."""
+        tokens, mask = self.rows[index]
+        return tokens, mask
+
+
+def choose_samples(store: TokenStore, count: int, max_tokens: int, seed: int = 0) -> Samples:
+    """`count` random samples of at most `max_tokens` tokens and the longest of those."""
+    fitting = np.flatnonzero(store.lengths <= max_tokens)
+    if not len(fitting):
+        raise ValueError(f"no sample has at most {max_tokens} tokens: raise --max_tokens")
+    longest = int(fitting[store.lengths[fitting].argmax()])
+    drawn = np.random.default_rng(seed).permutation(fitting[fitting != longest])[: count - 1]
+    return Samples(store, [longest, *drawn.tolist()])
+
+
+def scaled_levels(levels: Sequence[Level], max_tokens: int) -> tuple[Level, ...]:
+    """The levels with the largest at `max_tokens`, the others in proportion; 0 leaves them as they are."""
+    if not max_tokens or levels[-1].max_tokens <= max_tokens:
+        return tuple(levels)
+    ratio = max_tokens / levels[-1].max_tokens
+    # A multiple of every cp degree that a case may give it.
+    return tuple(dataclasses.replace(k, max_tokens=max(8, round(k.max_tokens * ratio) // 8 * 8)) for k in levels)
+
+
+def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: ModelArgs) -> list[Case]:
+    """The rows: packed, each cp degree, each policy, the configured levels, accumulation, compile, controls."""
+    largest = levels[-1].max_tokens
+    cases = []
+    for world in world_sizes:
+        fitted = tuple(dataclasses.replace(k, cp_degree=_fitting_cp(k, world, args)) for k in levels)
+        cases.append(Case(f"one level, {world} ranks", world, (Level(largest),)))
+        shared = [Level(largest, cp, style) for style in CP_STYLES for cp in (2, 4, 8)]
+        cases += [
+            Case(f"one level, {world} ranks, {level.cp_style} cp {level.cp_degree}", world, (level,))
+            for level in shared
+            if level.cp_degree == _fitting_cp(level, world, args)
+        ]
+        cases.append(Case(f"configured levels, {world} ranks", world, fitted))
+        cases += [
+            Case(f"configured levels, {world} ranks, experts over {ep}", world, fitted, expert_parallel=ep)
+            for ep in (2, 4, 8)
+            if args.moe is not None and world % ep == 0 and args.moe.n_routed_experts % ep == 0
+        ]
+        if world % 2 == 0:
+            cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
+    world = world_sizes[-1]
+    for policy in ("full", "keep_attention"):
+        for layers in (None, 1):
+            recomputed = tuple(dataclasses.replace(k, ac_policy=policy, ac_layers=layers) for k in fitted)
+            cases.append(Case(f"{policy} on {'all' if layers is None else layers} layers", world, recomputed))
+    tokens = 2 * largest
+    cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
+    cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
+    cases.append(Case("compiled", world, fitted, compile=True))
+    cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
+    cases.append(Case("CONTROL mean per rank", world, fitted, normalizer="token_mean"))
+    return cases
+
+
+def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
+    """The largest divisor of the level's cp degree that the world and, for "ulysses", the heads allow."""
+    for cp in range(level.cp_degree, 0, -1):
+        kv_heads_fit = args.num_kv_heads % cp == 0 or cp % args.num_kv_heads == 0
+        heads_fit = level.cp_style != "ulysses" or (args.num_heads % cp == 0 and kv_heads_fit)
+        if level.cp_degree % cp == 0 and world_size % cp == 0 and heads_fit:
+            return cp
+    raise AssertionError("1 always fits")
+
+
+def _merge_documents(batch: PackedBatch) -> PackedBatch:
+    def merged(documents: Documents) -> Documents:
+        return pack_documents([documents.whole.num_queries], [documents.whole.num_keys])
+
+    if isinstance(batch.documents, HeadTailShard):
+        parts = (part._replace(documents=merged(part.documents)) for part in batch.documents)
+        return dataclasses.replace(batch, documents=HeadTailShard(*parts))
+    return dataclasses.replace(batch, documents=merged(batch.documents))
+
+
+def _run_positions_on(batch: PackedBatch) -> PackedBatch:
+    return dataclasses.replace(batch, position_ids=torch.arange(len(batch.position_ids)) * 3)
+
+
+def _unshift_labels(batch: PackedBatch) -> PackedBatch:
+    trained = batch.labels != IGNORE_INDEX
+    return dataclasses.replace(batch, labels=torch.where(trained, batch.input_ids, batch.labels))
+
+
+BREAKAGES: dict[str, Callable[[PackedBatch], PackedBatch]] = {
+    "documents see each other": _merge_documents,
+    "positions not reset": _run_positions_on,
+    "labels not shifted": _unshift_labels,
+}
+
+
+class _OneDocumentAttention(nn.Module):
+    """Causal attention of one document that is the whole input: none of the code that is to be proven."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, *_: Any) -> Tensor:
+        group = q_TND.shape[1] // k_TKD.shape[1]
+        k_TND, v_TND = k_TKD.repeat_interleave(group, dim=1), v_TKD.repeat_interleave(group, dim=1)
+        q_NTD, k_NTD, v_NTD = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TND, v_TND))
+        o_NTD = F.scaled_dot_product_attention(q_NTD, k_NTD, v_NTD, is_causal=True, scale=self.scale)
+        return o_NTD.squeeze(0).transpose(0, 1)
+
+
+def reference(
+    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Outcome]:
+    """One process, one sample at a time, all of it in `dtype`; gradients are summed over samples in float32.
+
+    Returns the summed token losses of each sample, float64 [S], and the outcome.
+    """
+    model = Decoder(args)
+    model.init_weights(seed)
+    for block in model.blocks():
+        block.inner_attention = _OneDocumentAttention(args.softmax_scale)
+    model.to(device, dtype)
+    total = int(samples.loss_tokens.sum())
+    grads = {name: torch.zeros(p.shape, device=device) for name, p in model.named_parameters()}
+    losses = []
+    for tokens, mask in samples.rows:
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        share = torch.tensor([int(mask[1:].sum()) / total], device=device)
+        model.balance.use(torch.zeros_like(ids), share)
+        logits = model(ids, torch.arange(len(ids), device=device), pack_documents([len(ids)]))
+        kept = torch.from_numpy(mask[1:].astype(bool)).to(device)
+        loss = F.cross_entropy(logits[:-1][kept].float(), ids[1:][kept], reduction="sum")
+        (loss / total).backward()
+        losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            grads[name] += _grad(parameter)
+        model.zero_grad()
+    losses_S = torch.tensor(losses, dtype=torch.float64)
+    return losses_S, Outcome(float(losses_S.sum()) / total, {name: grad.cpu() for name, grad in grads.items()})
+
+
+def reference_and_tolerance(
+    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype
+) -> tuple[Outcome, Tolerance]:
+    """The fp32 reference, and what a sound case that computes in `dtype` may differ from it by."""
+    losses_S, expected = reference(args, seed, samples, device)
+    if dtype == torch.float32:
+        return expected, Tolerance.of_fp32([*expected.grads])
+    rounded_S, rounded = reference(args, seed, samples, device, dtype)
+    # Of the mean loss the errors of samples cancel by chance; added up as sizes they bound it.
+    noise = float((rounded_S - losses_S).abs().sum() / losses_S.sum())
+    return expected, Tolerance.of_noise(Difference(noise, compare(expected, rounded).grads))
+
+
+def run_case(
+    world: World, config: JobConfig, args: ModelArgs, case: Case, samples: Samples, dtype: str = "float32"
+) -> Outcome:
+    """Mean loss and gradients of one case, on one of its ranks. dtype: of the computation, as the config names it."""
+    config = copy.deepcopy(config)
+    config.levels = list(case.levels)
+    config.compile.enable = case.compile
+    config.checkpoint.initial_load_path = ""
+    config.parallelism.expert_parallel_degree = case.expert_parallel
+    config.parallelism.dp_replicate = case.dp_replicate
+    # Every gradient is compared, also those that LoRA leaves out.
+    config.lora.rank = 0
+    config.training.dtype = "float32"
+    config.training.mixed_precision_param = dtype
+    engine = Engine(config, args, world)
+    plan = build_plan(
+        samples.lengths,
+        case.levels,
+        world.size,
+        loss_tokens=samples.loss_tokens,
+        global_batch_tokens=case.global_batch_tokens,
+        mix=case.mix,
+    )
+    shapes = BatchShapes.of(plan, args.num_kv_heads)
+    batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.normalizer])
+    breakage = BREAKAGES.get(case.broken, lambda batch: batch)
+    joined = {name: torch.zeros(p.shape, device=world.device) for name, p in engine.model.named_parameters()}
+    loss_sum = 0.0
+    for step in range(plan.num_steps):
+        end = int(plan.step_offsets[step + 1])
+        for iteration in range(int(plan.step_offsets[step]), end):
+            losses_S = engine.forward_backward(breakage(batches[iteration]), last=iteration + 1 == end)
+            loss_sum += losses_S.sum().item()
+        share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
+        for name, parameter in engine.model.named_parameters():
+            joined[name] += share * _grad(parameter)
+        engine.model.zero_grad()
+    (loss_sum,) = all_reduce_values([loss_sum], "sum", world.device)
+    return Outcome(loss_sum / int(samples.loss_tokens.sum()), {name: grad.cpu() for name, grad in joined.items()})
+
+
+def run_cases(
+    world: World,
+    config: JobConfig,
+    args: ModelArgs,
+    cases: Sequence[Case],
+    samples: Samples,
+    dtype: str,
+    expected_path: Path,
+) -> list[tuple[float, dict[str, float]]]:
+    """Differences (loss, gradients) of cases of one world size, one after another; rank 0's are complete.
+
+    expected_path: file of the reference's (loss, gradients), because whole gradients are too large to send around.
+    """
+    loss, grads = torch.load(expected_path, mmap=True) if world.rank == 0 else (1.0, {})
+    found = []
+    for case in cases:
+        # Graphs of an earlier case would count towards the compiler's limit.
+        torch._dynamo.reset()
+        found.append(compare(Outcome(loss, grads), run_case(world, config, args, case, samples, dtype)))
+        gc.collect()
+    return [(difference.loss, difference.grads) for difference in found]
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    grad = parameter.grad
+    assert grad is not None
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+def compare(expected: Outcome, found: Outcome) -> Difference:
+    """Relative differences of `found`, for each gradient that is expected."""
+    grads = {
+        name: float((found.grads[name] - grad).norm() / grad.norm().clamp(min=1e-30))
+        for name, grad in expected.grads.items()
+    }
+    return Difference(abs(found.loss - expected.loss) / abs(expected.loss), grads)
+
+
+def judge(case: Case, difference: Difference, tolerance: Tolerance) -> Result:
+    """The row of one case."""
+    worst = max(difference.grads, key=lambda name: difference.grads[name] / tolerance.grads[name])
+    result = Result(case, difference.loss, difference.grads[worst], worst, tolerance.loss, tolerance.grads[worst])
+    if not result.control:
+        return result
+    return dataclasses.replace(result, grad_allowed=tolerance.caught_factor * result.grad_allowed)
+
+
+def verify(
+    config: JobConfig,
+    args: ModelArgs,
+    cases: Sequence[Case],
+    samples: Samples,
+    device_type: str = "cpu",
+    dtype: str = "float32",
+) -> Iterator[Result]:
+    """Run every case on ranks of this machine, cases of one world size in one start, and compare with the reference.
+
+    device_type: "cpu", or "cuda" with one GPU per rank. dtype: of the cases' computation.
+    """
+    expected, tolerance = reference_and_tolerance(
+        args, config.training.seed, samples, torch.device(device_type), DTYPES[dtype]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "expected")
+        torch.save((expected.loss, expected.grads), path)
+        for world_size, group in itertools.groupby(cases, key=lambda case: case.world_size):
+            of_size = list(group)
+            inputs = (config, args, of_size, samples, dtype, path)
+            timeout = 240.0 * len(of_size)
+            found = run_distributed(run_cases, world_size, *inputs, timeout=timeout, device_type=device_type)[0]
+            for case, (loss, grads) in zip(of_size, found, strict=True):
+                yield judge(case, Difference(loss, grads), tolerance)
+
+
+HEADER = f"{'case':<44}{'loss':>9}{'gradient':>10}{'limit':>9}  verdict"
+
+
+def row(result: Result) -> str:
+    """One line of the table under HEADER; the limit is the gradient's, which a control must exceed."""
+    if result.control:
+        verdict = "caught" if result.passed else "NOT CAUGHT: not above the noise of this precision"
+    else:
+        verdict = "equal" if result.passed else "DIFFERS"
+    where = "" if result.passed else f" ({result.worst})"
+    figures = f"{result.loss_difference:>9.1e}{result.grad_difference:>10.1e}{result.grad_allowed:>9.1e}"
+    return f"{result.case.name:<44}{figures}  {verdict}{where}"
+
+
+def shrunk(args: ModelArgs) -> ModelArgs:
+    """The architecture with two layers and heads of width 16; the numbers of heads, experts and the vocabulary stay."""
+    hidden = 16 * args.num_heads
+    mla, moe = args.mla, args.moe
+    if mla is not None:
+        q_rank = None if mla.q_lora_rank is None else 24
+        mla = MLAArgs(q_lora_rank=q_rank, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    if moe is not None:
+        moe = dataclasses.replace(
+            moe, moe_intermediate_size=16, first_k_dense_replace=min(moe.first_k_dense_replace, 1), moe_layer_freq=1
+        )
+    return dataclasses.replace(
+        args,
+        name=f"{args.name}, shrunk",
+        num_layers=2,
+        head_dim=16,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        mla=mla,
+        moe=moe,
+    )

@@ -1,0 +1,126 @@
+"""Hardware: what a GPU and its node can do, for planning without one.
+
+Owns the peak FLOP/s of known devices, the share of it that attention kernels reach, and the table of machines that the
+estimate (time_parts.py) computes with. Peaks and bandwidths are the vendor's; the attention kernels' shares follow from
+published measurements; other efficiencies are assumptions until `scripts/simulate.py --calibrate` replaces them by
+measured ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from hbp_titan.components.step_stats import PEAK_FLOPS
+
+# Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. From published
+# TFLOP/s of the forward f and the backward b, which multiplies 2.5 times as much where the model counts twice as much:
+# 3 / (1 / f + 2.5 / b) of the peak. H100, 8K tokens (flash-attention PR #1893): FA2 306 and 330, FA3 660 and 575. A100
+# (arXiv 2307.08691, figures 5 and 6): about 195 and 165. B200: FA4 about 1400 and 1000 (flash-attention's README and
+# release notes), FA2, which lacks the new matrix instructions, about 330 in both.
+ATTENTION_EFFICIENCY: dict[str, dict[str, float]] = {
+    "a100": {"fa2": 0.47},
+    "h100": {"fa2": 0.28, "fa3": 0.52},
+    "h200": {"fa2": 0.28, "fa3": 0.52},
+    "b200": {"fa2": 0.13, "fa4": 0.41},
+}
+BEST_KERNEL = {"a100": "fa2", "h100": "fa3", "h200": "fa3", "b200": "fa4"}
+"""The kernel that the documentation says to install (model.attention_backend = "auto" then takes it)."""
+# Assumed: narrow heads have less work for each load and each exponential, wide ones fewer registers.
+_HEAD_EFFICIENCY = ((64, 0.75), (128, 1.0), (256, 0.85))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of GPU in its usual node.
+
+    peak_flops: dense bf16 FLOP/s. memory_bytes: what CUDA reports, somewhat less than the name's. memory_bandwidth:
+    byte/s. intra_node_bandwidth, inter_node_bandwidth: byte/s of one GPU in one direction (NVLink: half of the data
+    sheet's bidirectional figure; network: its own adapter). gpus_per_node: GPUs that NVLink joins.
+
+    Assumed unless measured: linear_efficiency, attention_efficiency: reached share of peak_flops in the matrix
+    products (with the norms and activations between them) and in causal attention, forward and backward together.
+    exchange_efficiency: reached share of bandwidth in the collectives inside attention, with the copies around them;
+    gather_efficiency: in FSDP's. launch_seconds: CPU time of one kernel launch. hop_seconds: latency of a collective,
+    for each doubling of its ranks.
+
+    attention_kernel: the one that attention_efficiency is of. attention_block: tokens of a thread block's tile, which
+    takes its whole time also where a document fills a part of it; 0: none is wasted.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    intra_node_bandwidth: float
+    inter_node_bandwidth: float
+    gpus_per_node: int = 8
+    linear_efficiency: float = 0.6
+    attention_efficiency: float = 0.45
+    exchange_efficiency: float = 0.5
+    gather_efficiency: float = 0.75
+    launch_seconds: float = 6e-6
+    hop_seconds: float = 8e-6
+    attention_kernel: str = ""
+    attention_block: int = 128
+
+    def with_attention(self, backend: str) -> Hardware:
+        """The machine with the attention kernel of `model.attention_backend`; "auto" and others keep the table's."""
+        backend = "fa2" if backend == "torch" else backend
+        efficiency = ATTENTION_EFFICIENCY.get(self.name.split("-")[0], {}).get(backend)
+        if efficiency is None:
+            return self
+        return dataclasses.replace(self, attention_efficiency=efficiency, attention_kernel=backend)
+
+    def attention_rate(self, head_dim: int) -> float:
+        """FLOP/s of attention with heads of this width."""
+        factors = (factor for width, factor in _HEAD_EFFICIENCY if head_dim <= width)
+        return self.peak_flops * self.attention_efficiency * next(factors, _HEAD_EFFICIENCY[-1][1])
+
+    def bus_bandwidth(self, members: int, members_per_node: int) -> float:
+        """Byte/s at which each of `members` ranks receives in a ring: NVLink inside a node, and across nodes at most
+        what the adapters of its `members_per_node` ranks bring into a node together."""
+        if members <= members_per_node:
+            return self.intra_node_bandwidth
+        return min(self.intra_node_bandwidth, members_per_node * self.inter_node_bandwidth)
+
+
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX); nodes as in the DGX A100 (ConnectX-6, 200 Gbit/s
+# for each GPU), DGX H100, DGX H200 and DGX B200 (ConnectX-7, 400 Gbit/s for each GPU).
+HARDWARE: dict[str, Hardware] = {
+    hardware.name: hardware.with_attention(BEST_KERNEL[hardware.name.split("-")[0]])
+    for hardware in (
+        #        name         peak                memory               bandwidth NVLink network
+        Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9),
+        Hardware("h100-80gb", PEAK_FLOPS["H100"], int(79.1 * 2**30), 3.35e12, 450e9, 50e9),
+        Hardware("h200-141gb", PEAK_FLOPS["H200"], int(139.7 * 2**30), 4.8e12, 450e9, 50e9),
+        Hardware("b200-180gb", PEAK_FLOPS["B200"], int(178.3 * 2**30), 8.0e12, 900e9, 50e9),
+    )
+}
+
+
+def hardware_of(device: torch.device) -> Hardware | None:
+    """The machine that has such a device; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((hardware for key, hardware in HARDWARE.items() if key.split("-")[0] in name), None)
+
+
+def get_hardware(name: str) -> Hardware:
+    """The machine called `name`; ValueError that names the nearest one otherwise."""
+    key = name.strip().lower()
+    if key in HARDWARE:
+        return HARDWARE[key]
+    close = difflib.get_close_matches(key, HARDWARE, n=1, cutoff=0.3)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"hardware {name!r} is none of {', '.join(HARDWARE)}{hint}")
+
+
+def hardware_like(device: torch.device, memory_bytes: int, gpus_per_node: int) -> Hardware:
+    """The entry of the table that `device` is called by, with its own memory; without one, as on a CPU, the H100's."""
+    like = hardware_of(device) or HARDWARE["h100-80gb"]
+    return dataclasses.replace(like, memory_bytes=memory_bytes, gpus_per_node=gpus_per_node)

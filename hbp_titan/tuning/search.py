@@ -1,0 +1,419 @@
+"""The choice of levels from candidates whose time and memory are known: by the paper's two stages, or by search.
+
+Owns select_paper (paper section 3.1) and select_search, the least predicted time of the whole epoch. The search:
+1. Data of many samples is represented by a share of it, evenly spaced over the sorted lengths.
+2. Sets of lengths grow by one length at a time from the one that holds every sample; the best few sets of each size
+   grow on. Evaluating a set means planning the epoch with it; of the candidates that differ in nothing that the plan
+   depends on (length, cp degree), the one that is fastest on the packs of that plan is taken, exactly.
+3. cp degrees of a set: those that look best on the packs of another cp degree, until they agree; for the best sets
+   then each other degree of each level is planned and tried.
+4. The best few are evaluated on all data. A further level has to earn LEAST_GAIN.
+
+What a choice of levels is judged by, and how it is shown: the user's whole epoch, packed, filled and balanced.
+
+Owns the workload (data and plan settings of an epoch), the form of a selection, and the rivals that every selection is
+shown beside: flat packing at the best single setting, as ISF packs it and sorted by cost. select.py makes the choice.
+
+Candidate: a level that could be chosen, with what it costs.
+
+Owns the form in which measurement (profile) and estimate hand levels to selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.components.timing import EpochTime, FloatArray, LevelTime, pack_loads, predict_epoch
+from hbp_titan.config import JobConfig
+from hbp_titan.data.token_store import TokenStore
+from hbp_titan.packing import CostModel, Level, Plan, build_plan
+from hbp_titan.packing.level import level_name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A complete level: length, cp degree and style, checkpoint policy and depth.
+
+    time: of one iteration, None where memory does not suffice. peak_bytes: the most that a rank holds during an
+    iteration (parameters, gradients and optimizer state with it), None where it was not found out.
+    """
+
+    level: Level
+    time: LevelTime | None
+    peak_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory suffices."""
+        return self.time is not None
+
+
+IntArray = NDArray[np.int64]
+
+RIVALS = {"isf": "ISF", "flat_sorted": "flat + sort"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The epoch that levels are chosen for: its samples, and everything but the levels that its plan depends on.
+
+    lengths, loss_tokens: int64 [num_samples]. cost: what the run balances packs by. step_seconds: of an optimizer step
+    beside its iterations. longest: tokens that the largest level must hold where held-out data has a longer sample.
+    """
+
+    lengths: IntArray
+    loss_tokens: IntArray
+    world_size: int
+    cost: CostModel
+    method: str = "hbp"
+    seed: int = 0
+    global_batch_tokens: int = 0
+    mix: str = "alternate"
+    curriculum_steps: float = 0.0
+    step_seconds: float = 0.0
+    longest: int = 0
+
+    @classmethod
+    def of(
+        cls, config: JobConfig, world_size: int, cost: CostModel, stores: Sequence[TokenStore], step_seconds: float = 0
+    ) -> Workload:
+        """The first epoch of a run of `config`. stores: the training data and, if any, the held-out data."""
+        return cls(
+            stores[0].lengths,
+            stores[0].loss_tokens,
+            world_size,
+            cost,
+            config.packing.method,
+            config.packing.seed,
+            config.training.global_batch_tokens,
+            config.packing.mix,
+            config.packing.curriculum_steps,
+            step_seconds,
+            max(int(store.lengths.max()) for store in stores),
+        )
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the largest level must hold."""
+        return max(self.longest, int(self.lengths.max()))
+
+    def plan(self, levels: Sequence[Level], method: str | None = None) -> Plan:
+        """The plan of the epoch at these levels, by another method where one is named."""
+        return build_plan(
+            self.lengths,
+            levels,
+            self.world_size,
+            method=method or self.method,
+            seed=self.seed,
+            loss_tokens=self.loss_tokens,
+            cost=self.cost,
+            global_batch_tokens=self.global_batch_tokens,
+            mix=self.mix,
+            curriculum_steps=self.curriculum_steps,
+        )
+
+    def sampled(self, num_samples: int) -> Workload:
+        """A share of about `num_samples` with the same distribution of lengths; what has to be held stays."""
+        stride = -(-len(self.lengths) // num_samples)
+        kept = np.sort(np.argsort(self.lengths, kind="stable")[stride // 2 :: stride])
+        return dataclasses.replace(
+            self, lengths=self.lengths[kept], loss_tokens=self.loss_tokens[kept], longest=self.most_tokens
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Levels with the time of an iteration of each, and the epoch that follows. notes: what was decided on the way."""
+
+    levels: tuple[Level, ...]
+    times: tuple[LevelTime, ...]
+    predicted: EpochTime
+    notes: tuple[str, ...] = ()
+
+
+def selected(candidates: Sequence[Candidate], plan: Plan, workload: Workload, notes: Sequence[str] = ()) -> Selection:
+    """The selection of one candidate a level of `plan`."""
+    times = tuple(candidate.time for candidate in candidates if candidate.time is not None)
+    levels = tuple(candidate.level for candidate in candidates)
+    return Selection(levels, times, predict_epoch(plan, times, workload.step_seconds), tuple(notes))
+
+
+def level_seconds(plan: Plan, level: int, candidates: Sequence[Candidate]) -> FloatArray:
+    """Seconds that all iterations of `level` take at each candidate of the same cp degree, float64 [candidates]."""
+    of_level = plan.pack_levels == level
+    starts = np.arange(0, np.count_nonzero(of_level), plan.dp_degrees[level])
+    return slowest_sums(pack_loads(plan)[of_level], starts, candidates)
+
+
+def slowest_sums(loads: FloatArray, starts: IntArray, candidates: Sequence[Candidate]) -> FloatArray:
+    """Sum over iterations, which begin at packs `starts`, of their slowest pack at each candidate, [candidates].
+
+    loads: float64 [packs, 4] in the order in which the packs run.
+    """
+    if not len(starts):
+        return np.zeros(len(candidates))
+    weights = np.array([dataclasses.astuple(candidate.time) for candidate in candidates if candidate.time])
+    return np.maximum.reduceat(loads @ weights.T, starts, axis=0).sum(axis=0)
+
+
+def holding(candidates: Sequence[Candidate], tokens: int) -> int:
+    """The shortest length that fits memory and holds `tokens` tokens; ValueError where there is none."""
+    lengths = [c.level.max_tokens for c in candidates if c.fits and c.level.max_tokens >= tokens]
+    if lengths:
+        return min(lengths)
+    tried = sorted({c.level.max_tokens for c in candidates if c.level.max_tokens >= tokens})
+    if tried:
+        raise ValueError(
+            f"no setting of max_tokens={tried[0]} or more, which the longest sample of {tokens} tokens needs, fits in "
+            "memory: use more ranks or a higher cp_degree, or leave such samples out (data.overlong)"
+        )
+    raise ValueError(f"no candidate holds the longest sample, of {tokens} tokens: add a larger max_tokens")
+
+
+def rivals(candidates: Sequence[Candidate], workload: Workload) -> dict[str, Selection]:
+    """Each method of RIVALS at its best setting of the shortest length that holds every sample."""
+    length = holding(candidates, workload.most_tokens)
+    fitting = [c for c in candidates if c.fits and c.level.max_tokens == length]
+    best: dict[str, Selection] = {}
+    for cp_degree in sorted({c.level.cp_degree for c in fitting}):
+        same_cp = [c for c in fitting if c.level.cp_degree == cp_degree]
+        for method in RIVALS:
+            plan = workload.plan([Level(length, cp_degree)], method)
+            fastest = same_cp[int(level_seconds(plan, 0, same_cp).argmin())]
+            found = selected([fastest], plan, workload)
+            if method not in best or found.predicted.seconds < best[method].predicted.seconds:
+                best[method] = found
+    return best
+
+
+def describe(selections: dict[str, Selection], beside: dict[str, Selection]) -> str:
+    """A table of selections and their rivals: levels, predicted hours, rank time lost in waiting, gain."""
+    rows = {**selections, **{RIVALS[name]: rival for name, rival in beside.items()}}
+    names = {RIVALS[name]: beside[name].predicted.seconds for name in beside}
+    lines = [f"{'levels':<12}{'epoch':>12}{'waiting':>9}" + "".join(f"{'x ' + name:>14}" for name in names)]
+    for name, row in rows.items():
+        seconds = row.predicted.seconds
+        gains = "".join(f"{rival / seconds:>14.2f}" for rival in names.values())
+        lines.append(f"{name:<12}{duration(seconds):>12}{row.predicted.idle:>9.2%}{gains}")
+        lines += [f"  {describe_level(level)}" for level in row.levels]
+        lines += [f"  ({note})" for note in row.notes]
+    return "\n".join(lines)
+
+
+def describe_level(level: Level) -> str:
+    """A level with everything that was chosen for it, in a few words."""
+    words = [level_name(level)]
+    if level.cp_degree > 1:
+        words.append(level.cp_style)
+    if level.ac_policy != "none":
+        words.append(f"{level.ac_policy} on {'all' if level.ac_layers is None else level.ac_layers} layers")
+    if level.reshard_after_forward is not None:
+        words.append(f"reshard_after_forward {str(level.reshard_after_forward).lower()}")
+    return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit that leaves at least 2 of it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+MAX_LEVELS = 4
+# Samples that represent the data during the search; 1 million of them are planned in half a second.
+SEARCH_SAMPLES = 50_000
+# Best sets of a size that grow on, at least; with few samples more, so that so many samples are planned in all.
+BEAM = 8
+BEAM_SAMPLES = 400_000
+# Best sets that are evaluated on all data.
+FINALISTS = 8
+# Share of the epoch that a further level must save: less is below what times are known to.
+LEAST_GAIN = 0.005
+
+Shape = tuple[tuple[int, int], ...]
+"""What a plan depends on: (max_tokens, cp_degree) of each level, ascending."""
+
+
+def select_search(candidates: Sequence[Candidate], workload: Workload) -> Selection:
+    """The set of one to MAX_LEVELS candidates of different lengths with the least predicted time of the epoch.
+
+    Raises ValueError where no candidate that fits memory holds the longest sample.
+    """
+    holding(candidates, workload.most_tokens)
+    sampled = len(workload.lengths) > SEARCH_SAMPLES
+    search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload)
+    shapes = search.shapes()
+    found = {shape: search.selection(shape) for shape in shapes}
+    if sampled:
+        everything = _Search(candidates, workload)
+        found = {shape: everything.selection(shape) for shape in _best_of_each_size(found)}
+    least = min(selection.predicted.seconds for selection in found.values())
+    enough = [s for s in found.values() if s.predicted.seconds <= least * (1 + LEAST_GAIN)]
+    return min(enough, key=lambda s: (len(s.levels), s.predicted.seconds))
+
+
+def _best_of_each_size(found: dict[Shape, Selection]) -> list[Shape]:
+    """FINALISTS shapes, the best of each size among them."""
+    ranked = sorted(found, key=lambda shape: found[shape].predicted.seconds)
+    firsts = [next(shape for shape in ranked if len(shape) == size) for size in {len(shape) for shape in ranked}]
+    return list(dict.fromkeys([*firsts, *ranked]))[:FINALISTS]
+
+
+class _Search:
+    """Evaluates sets of levels on one workload, each once."""
+
+    def __init__(self, candidates: Sequence[Candidate], workload: Workload) -> None:
+        self.workload = workload
+        # By length and cp degree, in the order given.
+        self.options: dict[int, dict[int, list[Candidate]]] = {}
+        for candidate in candidates:
+            if candidate.fits:
+                of_length = self.options.setdefault(candidate.level.max_tokens, {})
+                of_length.setdefault(candidate.level.cp_degree, []).append(candidate)
+        self.found: dict[Shape, Selection] = {}
+
+    @cached_property
+    def beam(self) -> int:
+        return max(BEAM, BEAM_SAMPLES // len(self.workload.lengths))
+
+    def shapes(self) -> list[Shape]:
+        """The best sets of every size, each with its best cp degrees, by predicted seconds."""
+        most_tokens = self.workload.most_tokens
+        shorter = [length for length in self.options if length < most_tokens]
+        front = [self.settle((length,)) for length in self.options if length >= most_tokens]
+        best = self._ranked(front)
+        for _ in range(MAX_LEVELS - 1):
+            sets = {
+                tuple(sorted({length, *(length for length, _ in shape)}))
+                for shape in front
+                for length in shorter
+                if length not in dict(shape)
+            }
+            front = self._ranked([self.settle(lengths) for lengths in sorted(sets)])[: self.beam]
+            best += front
+        return self._ranked([self.refine(shape) for shape in self._ranked(best)[: self.beam]] + best)
+
+    def _ranked(self, shapes: list[Shape]) -> list[Shape]:
+        return sorted(dict.fromkeys(shapes), key=self.seconds)
+
+    def seconds(self, shape: Shape) -> float:
+        """Predicted seconds of the epoch."""
+        return self.selection(shape).predicted.seconds
+
+    def selection(self, shape: Shape) -> Selection:
+        """The best candidates of a shape."""
+        if shape not in self.found:
+            self.evaluate(shape)
+        return self.found[shape]
+
+    def evaluate(self, shape: Shape) -> Plan:
+        """Plan the epoch; the fastest candidate of each level on its packs becomes the shape's selection."""
+        plan = self.workload.plan([Level(length, cp_degree) for length, cp_degree in shape])
+        chosen = []
+        for k, (length, cp_degree) in enumerate(shape):
+            options = self.options[length][cp_degree]
+            chosen.append(options[int(level_seconds(plan, k, options).argmin())])
+        self.found[shape] = selected(chosen, plan, self.workload)
+        return plan
+
+    def settle(self, lengths: tuple[int, ...]) -> Shape:
+        """The set of these lengths with the cp degrees that its packs suggest."""
+        shape: Shape = tuple((length, self._cheapest_base(length)) for length in lengths)
+        tried: list[Shape] = []
+        while shape not in tried:
+            tried.append(shape)
+            shape = self._suggested(self.evaluate(shape), shape)
+        return min(tried, key=self.seconds)
+
+    def _cheapest_base(self, length: int) -> int:
+        def rank_seconds(cp_degree: int) -> float:
+            return min(c.time.base for c in self.options[length][cp_degree] if c.time) * cp_degree
+
+        return min(self.options[length], key=rank_seconds)
+
+    def _suggested(self, plan: Plan, shape: Shape) -> Shape:
+        """For each level the cp degree that would be fastest if its packs stayed as they are in `plan`."""
+        loads, costs = pack_loads(plan), plan.costs_of_packs(plan.costs)
+        suggested = []
+        for k, (length, _) in enumerate(shape):
+            mine = np.flatnonzero((plan.pack_levels == k) & (loads[:, 3] > 0))
+            sorted_loads = loads[mine[np.argsort(-costs[mine], kind="stable")]]
+
+            def fastest(cp_degree: int, length: int = length, sorted_loads: np.ndarray = sorted_loads) -> float:
+                starts = np.arange(0, len(sorted_loads), self.workload.world_size // cp_degree)
+                return float(slowest_sums(sorted_loads, starts, self.options[length][cp_degree]).min())
+
+            suggested.append((length, min(self.options[length], key=fastest)))
+        return tuple(suggested)
+
+    def refine(self, shape: Shape) -> Shape:
+        """Change the cp degree of one level at a time as long as that helps."""
+        while True:
+            neighbours = [
+                (*shape[:k], (length, cp_degree), *shape[k + 1 :])
+                for k, (length, _) in enumerate(shape)
+                for cp_degree in self.options[length]
+            ]
+            best = min(neighbours, key=self.seconds)
+            if self.seconds(best) >= self.seconds(shape):
+                return shape
+            shape = best
+
+
+def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selection:
+    """The two stages of the paper (section 3.1), on the candidates up to the shortest length that holds every sample.
+
+    Stage 1 takes for each length the setting with the least time per token of a global iteration, on packs of the
+    samples that this length holds; l_best is the fastest length, l_max the one that holds every sample. Stage 2 adds
+    l_best / sp_best and l_max / sp_max at cp degree 1, the latter only where it lies above l_best.
+
+    The paper does not say what to do where a length of stage 2 was not measured or does not fit at cp degree 1: the
+    largest shorter one that does is taken, and none where there is none; a note says so.
+    Raises ValueError where no candidate that fits memory holds the longest sample.
+    """
+    longest = holding(candidates, workload.most_tokens)
+    fitting = [c for c in candidates if c.fits and c.level.max_tokens <= longest]
+
+    def fastest(among: list[Candidate]) -> Candidate:
+        return min(among, key=lambda candidate: _seconds_per_token(candidate, workload))
+
+    stage1 = {
+        length: fastest([c for c in fitting if c.level.max_tokens == length])
+        for length in sorted({c.level.max_tokens for c in fitting})
+    }
+    best, largest = fastest(list(stage1.values())), stage1[longest]
+    chosen = {c.level.max_tokens: c for c in (best, largest)}
+    notes = []
+    wanted_alone = [source.level.max_tokens // source.level.cp_degree for source in (best, largest)]
+    if wanted_alone[1] <= best.level.max_tokens:
+        del wanted_alone[1]
+    for wanted in wanted_alone:
+        if wanted in chosen:
+            continue
+        alone = [c for c in fitting if c.level.cp_degree == 1 and c.level.max_tokens <= wanted]
+        length = max((c.level.max_tokens for c in alone), default=0)
+        if length != wanted:
+            instead = f"{length} takes its place" if length else "there is no level below to take its place"
+            notes.append(f"{wanted} tokens at cp_degree 1 were not measured or do not fit; {instead}")
+        if length and length not in chosen:
+            chosen[length] = fastest([c for c in alone if c.level.max_tokens == length])
+    ascending = [chosen[length] for length in sorted(chosen)]
+    return selected(ascending, workload.plan([c.level for c in ascending]), workload, notes)
+
+
+def _seconds_per_token(candidate: Candidate, workload: Workload) -> float:
+    """Seconds of an iteration on full packs of average content, for each token of its whole world."""
+    assert candidate.time is not None
+    capacity = candidate.level.max_tokens
+    held = workload.lengths <= capacity
+    lengths = workload.lengths[held].astype(np.float64)
+    sums = np.array([workload.loss_tokens[held].sum(), (lengths**2).sum(), len(lengths)]) / max(lengths.sum(), 1)
+    seconds = float(np.array([1.0, *(sums * capacity)]) @ np.array(dataclasses.astuple(candidate.time)))
+    return seconds / (capacity * candidate.level.dp_degree(workload.world_size))

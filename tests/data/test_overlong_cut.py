@@ -1,0 +1,165 @@
+"""Over-long samples cut and split: by literals a reader can check, and against a search over every way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hbp_titan.data.formats import Conversation
+from hbp_titan.data.truncate import SplitConversation, split_conversation, truncate
+from tests.properties import examples
+
+
+def cut(text: str, mask: str, max_tokens: int) -> tuple[str, str]:
+    """`truncate` of a sample of one token a letter; the mask's "1" are trained."""
+    ids = np.array([ord(letter) for letter in text], dtype=np.uint32)
+    kept, trained = truncate(ids, np.array([letter == "1" for letter in mask], dtype=np.bool_), max_tokens)
+    assert kept.dtype == np.uint32
+    assert trained.dtype == np.bool_
+    return "".join(map(chr, kept)), "".join("01"[int(bit)] for bit in trained)
+
+
+@pytest.mark.parametrize(
+    ("text", "mask", "max_tokens", "expected"),
+    [
+        ("abcdef", "000111", 6, ("abcdef", "000111")),
+        # Only what nobody trains is lost at the right.
+        ("abcdefgh", "00011000", 6, ("abcdef", "000110")),
+        ("abcdefgh", "00000000", 3, ("abc", "000")),
+        # Five places for "abcdefgh": two for its head, three for its end.
+        ("abcdefghIJKx", "000000001110", 8, ("abfghIJK", "00000111")),
+        # An earlier answer after the seam: its first token followed what is gone.
+        ("abcdefghIJK", "00111110111", 8, ("abfghIJK", "00010111")),
+        # No room for anything but the answer.
+        ("abcdEFGH", "00001111", 4, ("EFGH", "0111")),
+        # The answer alone does not fit: half of the places for what comes before it.
+        ("abcdefEFGHIJ", "000000111111", 4, ("afEF", "0011")),
+        ("abEFGHIJ", "00111111", 5, ("abEFG", "00111")),
+        ("ABCDEFGH", "11111111", 3, ("ABC", "111")),
+    ],
+)
+def test_a_cut_keeps_the_last_trained_span_where_it_can(
+    text: str, mask: str, max_tokens: int, expected: tuple[str, str]
+) -> None:
+    assert cut(text, mask, max_tokens) == expected
+
+
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=30), max_tokens=st.integers(1, 32))
+@examples(400)
+def test_a_cut_is_the_head_and_one_later_part_of_the_sample(mask: list[bool], max_tokens: int) -> None:
+    size = len(mask)
+    ids, trained = truncate(np.arange(size, dtype=np.uint32), np.array(mask), max_tokens)
+    kept = ids.tolist()
+    # Every way to keep a head and one later part in min(size, max_tokens) places.
+    ways = [
+        [*range(head), *range(tail, tail + min(size, max_tokens) - head)]
+        for head in range(min(size, max_tokens) + 1)
+        for tail in range(head, size - min(size, max_tokens) + head + 1)
+    ]
+    assert kept in ways
+    seams = [place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1]
+    lost = [place for place, index in enumerate(kept) if trained[place] != mask[index]]
+    assert lost == [place for place in seams if mask[kept[place]]] or (not seams and lost in ([], [0]))
+    if any(mask):
+        end = max(index for index in range(size) if mask[index]) + 1
+        start = max([index + 1 for index in range(end) if not mask[index]], default=0)
+        span = list(range(start, end))
+        if any(set(span) <= set(way) for way in ways):
+            assert set(span) <= set(kept)
+        else:
+            assert kept[-1] in span
+            assert max_tokens - sum(index in span for index in kept) <= max_tokens // 2
+
+
+def message(role: str, size: int) -> dict[str, Any]:
+    return {"role": role, "content": role[0] * size}
+
+
+def letters(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Any, Any]:
+    """One token a letter; the assistant's are trained; one token more a tool."""
+    text = "".join(item["content"] for item in messages) + "t" * len(tools or [])
+    ids = np.array([ord(letter) for letter in text], dtype=np.uint32)
+    return ids, ids == ord("a")
+
+
+def split(roles: str, max_tokens: int, tools: list[dict[str, Any]] | None = None) -> tuple[list[str], int, int]:
+    """The pieces of a conversation whose messages are one letter each, as text."""
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    conversation = Conversation([message(names[role], 1) for role in roles], tools, None)
+    result = split_conversation(conversation, letters, max_tokens)
+    return ["".join(map(chr, ids)) for ids, _ in result.pieces], result.left_out, result.left_out_tokens
+
+
+@pytest.mark.parametrize(
+    ("roles", "max_tokens", "expected"),
+    [
+        ("uauaua", 4, (["uaua", "ua"], 0, 0)),
+        ("suauaua", 5, (["suaua", "sua"], 0, 0)),
+        # A tool's turn and a second answer stay with their question.
+        ("uatauataua", 7, (["uata", "uataua"], 0, 0)),
+        # Two questions in a row have one answer; so has a question that a system message introduces.
+        ("uuasua", 3, (["uua", "sua"], 0, 0)),
+        ("auaua", 3, (["aua", "ua"], 0, 0)),
+        # s, then ua, uatat and sua: the second is left out, of 6 tokens with the leading system message.
+        ("suauatatsua", 4, (["sua", "ssua"], 1, 6)),
+    ],
+)
+def test_a_conversation_is_split_before_users_turns(
+    roles: str, max_tokens: int, expected: tuple[list[str], int, int]
+) -> None:
+    assert split(roles, max_tokens) == expected
+
+
+def test_each_piece_has_the_tools() -> None:
+    assert split("uaua", 4, [{"name": "f"}]) == (["uat", "uat"], 0, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    system=st.integers(0, 3),
+    max_tokens=st.integers(1, 25),
+)
+@examples(300)
+def test_pieces_are_the_longest_that_fit_as_a_search_one_by_one_finds_them(
+    sizes: list[int], system: int, max_tokens: int
+) -> None:
+    leading = [message("system", system)] if system else []
+    turns = [turn for size in sizes for turn in (message("user", 1), message("assistant", size))]
+    result = split_conversation(Conversation([*leading, *turns], None, None), letters, max_tokens)
+    expected, left_out, place = [], [], 0
+    while place < len(sizes):
+        counts = [
+            count
+            for count in range(1, len(sizes) - place + 1)
+            if system + sum(sizes[place : place + count]) + count <= max_tokens
+        ]
+        if counts:
+            expected.append(system + sum(sizes[place : place + counts[-1]]) + counts[-1])
+        else:
+            left_out.append(system + sizes[place] + 1)
+        place += counts[-1] if counts else 1
+    assert [len(ids) for ids, _ in result.pieces] == expected
+    assert result == SplitConversation(result.pieces, len(left_out), sum(left_out))
+    # Nothing is lost or said twice.
+    assert sum(int(mask.sum()) for _, mask in result.pieces) == sum(sizes) - sum(left_out) + (system + 1) * len(
+        left_out
+    )
+
+
+def test_a_conversation_of_many_turns_is_split_in_few_encodings() -> None:
+    encoded: list[int] = []
+
+    def counting(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Any, Any]:
+        encoded.append(len(messages))
+        return letters(messages, tools)
+
+    turns = [message(role, 5) for _ in range(1000) for role in ("user", "assistant")]
+    result = split_conversation(Conversation(turns, None, None), counting, 1000)
+    assert [len(ids) for ids, _ in result.pieces] == [1000] * 10
+    assert len(encoded) <= 150
+    # None much longer than a piece of 200 messages.
+    assert max(encoded) <= 400

@@ -1,0 +1,353 @@
+"""Formats of chat data: one conversation from each, and one clear error for what is none."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+
+from hbp_titan.data.formats import Conversation, check_mapping, detect_format, parse_record
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def parse(
+    record: dict[str, Any], columns: dict[str, str] | None = None, roles: dict[str, str] | None = None
+) -> Conversation:
+    return parse_record(record, detect_format(record, columns or {}), columns or {}, roles or {})
+
+
+def messages(*items: Any, **row: Any) -> list[dict[str, Any]]:
+    return parse({"messages": list(items), **row}).messages
+
+
+def complaint(record: dict[str, Any], **mapping: dict[str, str]) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(record, **mapping)
+    assert "\n" not in str(error.value)
+    assert str(error.value).isascii()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({"messages": [], "prompt": "x", "completion": "y"}, "messages"),
+        ({"conversations": [], "id": 1}, "sharegpt"),
+        ({"instruction": "x", "input": "", "output": "y"}, "alpaca"),
+        ({"prompt": "x", "completion": "y", "messages": None}, "prompt_completion"),
+    ],
+)
+def test_a_format_is_told_by_its_columns(record: dict[str, Any], format: str) -> None:
+    assert detect_format(record, {}) == format
+
+
+def test_columns_of_no_format_are_listed() -> None:
+    assert complaint({"text": "x", "id\n": 1}) == (
+        'no known format: found the columns "text", "id\\n"; expected messages: messages; sharegpt: conversations; '
+        "alpaca: instruction and output; prompt_completion: prompt and completion: map them by `columns`"
+    )
+    assert "found the columns none" in complaint({})
+
+
+def test_messages_pass_with_their_other_keys_and_without_nulls() -> None:
+    tool = {"role": "tool", "content": "5", "name": "add", "tool_call_id": "a1", "refusal": None, "tool_calls": []}
+    record = {"messages": [USER, tool, ASSISTANT], "id": 7, "source": "mine", "tools": [TOOL]}
+    expected = [USER, {"role": "tool", "content": "5", "name": "add", "tool_call_id": "a1"}, ASSISTANT]
+    assert parse(record) == Conversation(expected, [TOOL], "mine")
+    assert parse({"messages": []}) == Conversation([], None, None)
+    assert messages({"role": "developer", "content": ""}) == [{"role": "system", "content": ""}]
+
+
+def test_a_record_is_not_changed_by_parsing() -> None:
+    record = {"messages": [{**ASSISTANT, "weight": 0, "tool_calls": [{"name": "f", "arguments": "{}"}]}]}
+    before = json.dumps(record)
+    parse(record)
+    assert json.dumps(record) == before
+
+
+def test_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert messages({"role": "user", "content": parts}) == [{"role": "user", "content": "ab"}]
+
+
+def test_tool_calls_have_objects_as_arguments_and_need_no_content() -> None:
+    call = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1, "y": [2]}'}}
+    parsed = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
+    assert messages({"role": "assistant", "content": None, "tool_calls": [call]}) == [
+        {"role": "assistant", "tool_calls": [parsed]}
+    ]
+    assert messages({"role": "assistant", "content": "Let me see", "tool_calls": [parsed]}) == [
+        {"role": "assistant", "content": "Let me see", "tool_calls": [parsed]}
+    ]
+    assert messages({"role": "assistant", "tool_calls": [{"name": "now", "arguments": None}]}) == [
+        {"role": "assistant", "tool_calls": [{"name": "now"}]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "trained"),
+    [
+        ({}, True),
+        ({"train": True}, True),
+        ({"train": False}, False),
+        ({"weight": 1}, True),
+        ({"weight": 0}, False),
+        ({"weight": 0.0, "train": False}, False),
+        ({"weight": 1.0, "train": None}, True),
+    ],
+)
+def test_an_assistant_message_may_be_left_untrained(keys: dict[str, Any], trained: bool) -> None:
+    expected = ASSISTANT if trained else {**ASSISTANT, "train": False}
+    assert messages({**USER, **keys}, {**ASSISTANT, **keys}) == [USER, expected]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"weight": math.nan}, "weight is NaN, not 0 or 1"),
+        ({"weight": math.inf}, "weight is Infinity, not 0 or 1"),
+        ({"weight": 0.5}, "weight is 0.5, not 0 or 1"),
+        ({"weight": -1}, "weight is -1, not 0 or 1"),
+        ({"weight": "x"}, 'weight is "x", not 0 or 1'),
+        ({"weight": True}, "weight is true, not 0 or 1"),
+        ({"train": "no"}, 'train is "no", not true or false'),
+        ({"train": 0}, "train is 0, not true or false"),
+        ({"train": True, "weight": 0}, "train is true and weight is 0: leave out one of them"),
+    ],
+)
+def test_what_says_no_clear_yes_or_no_to_training_is_an_error(keys: dict[str, Any], said: str) -> None:
+    assert complaint({"messages": [USER, {**ASSISTANT, **keys}]}).startswith(f"message 2 (assistant): {said}")
+
+
+NO_LIST = "no `messages` list: expected an object with `messages`, a list of {role, content}"
+KNOWN = "expected one of system, user, assistant, tool"
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ({"role": "user"}, NO_LIST),
+        (["Hi"], 'message 1 is "Hi", not an object with role and content'),
+        ([None], "message 1 is null, not an object with role and content"),
+        ([USER, {"role": "bot", "content": "x"}], f'message 2 has the unknown role "bot": {KNOWN}'),
+        ([{"content": "x"}], f"message 1 has the unknown role null: {KNOWN}"),
+        ([{"role": ["user"], "content": "x"}], f'message 1 has the unknown role ["user"]: {KNOWN}'),
+        ([{"role": "Användare\n", "content": "x"}], f'message 1 has the unknown role "Anv\\u00e4ndare\\n": {KNOWN}'),
+        ([{"role": "user", "content": None}], "message 1 (user): content is null, not a string"),
+        ([{"role": "user"}], "message 1 (user): content is null, not a string"),
+        ([{"role": "user", "content": ["a"]}], 'message 1 (user): content is ["a"], not a string'),
+        ([{"role": "user", "content": "\ud800"}], "message 1 (user) holds half a surrogate pair, \\ud800"),
+        ([{**USER, "x": ["\udfff"]}], "message 1 (user) holds half a surrogate pair, \\udfff"),
+        ([{**USER, "x": {"\udfff": 1}}], "message 1 (user) holds half a surrogate pair, \\udfff"),
+        ([{**USER, "x": b"a"}], "message 1 (user) holds a value of type bytes, which is not text, a number, a list or"),
+        ([{**USER, "x": ValueError("no")}], "message 1 (user): no"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
+            'message 1 (user): part 2 of content is of type "image_url", which is not text',
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "message 1 (user): part 1 of content: text is null, not a string",
+        ),
+        ([{**USER, "tool_calls": [{"name": "f"}]}], "message 1 (user): tool_calls belong to an assistant message"),
+        ([{**ASSISTANT, "tool_calls": "f"}], 'message 1 (assistant): tool_calls is "f", not a list'),
+        (
+            [{**ASSISTANT, "tool_calls": [{"function": None}]}],
+            'message 1 (assistant): tool call 1 is {"function": null}, not an object with the name of a function',
+        ),
+        (
+            [{**ASSISTANT, "tool_calls": [{"name": "f"}, {"name": "f", "arguments": '{"a": 1'}]}],
+            "message 1 (assistant): tool call 2: arguments: not JSON: Expecting ',' delimiter at character 8",
+        ),
+        (
+            [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}],
+            'message 1 (assistant): tool call 1: arguments: an object has the key "a" twice',
+        ),
+        (
+            [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
+            "message 1 (assistant): tool call 1: arguments is [1], not an object",
+        ),
+    ],
+)
+def test_a_message_that_is_none_is_named_by_its_number(items: Any, said: str) -> None:
+    assert complaint({"messages": items}).startswith(said)
+
+
+def test_nesting_without_end_is_an_error() -> None:
+    value: Any = "x"
+    for _ in range(900):
+        value = [value]
+    assert complaint({"messages": [{**USER, "x": value}]}) == (
+        "message 1 (user) is nested too deeply: more than 64 levels"
+    )
+    assert "content is [[[" in complaint({"messages": [{"role": "user", "content": value}]})
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_are_a_list_or_its_text(tools: Any) -> None:
+    for record in (
+        {"messages": [USER]},
+        {"conversations": [{"from": "human", "value": "Hi"}]},
+        {"prompt": "x", "completion": "y"},
+        {"instruction": "x", "output": "y"},
+    ):
+        assert parse({**record, "tools": tools}).tools == [TOOL]
+        assert parse({**record, "tools": "" if isinstance(tools, str) else []}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ("add", "tools: not JSON: Expecting value at character 1"),
+        ({"name": "x"}, 'tools is {"name": "x"}, not a list of objects'),
+        (["add"], 'tools is ["add"], not a list of objects'),
+        ([{"name": "\ud800"}], "tools holds half a surrogate pair"),
+        ([{"name": b"x"}], "tools holds a value of type bytes"),
+    ],
+)
+def test_tools_that_are_none_are_an_error(tools: Any, said: str) -> None:
+    assert complaint({"messages": [USER], "tools": tools}).startswith(said)
+
+
+def test_the_origin_of_a_row_is_text() -> None:
+    assert complaint({"messages": [], "source": 3}) == "source is 3, not a string"
+    assert parse({"messages": [], "source": None}).source is None
+    assert parse({"messages": [], "dataset": "x"}, {"source": "dataset"}).source == "x"
+
+
+def test_sharegpt_turns_have_other_names() -> None:
+    record = {
+        "conversations": [
+            {"from": "human", "value": "2+2?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 2, "y": 2}}'},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "4!", "weight": 0},
+            {"from": "user", "value": "Sure?"},
+            {"from": "chatgpt", "value": "Yes"},
+        ],
+        "system": "Add.",
+    }
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 2, "y": 2}}}
+    assert parse(record).messages == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "4!", "train": False},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    assert parse({"conversations": [USER, ASSISTANT], "system": ""}).messages == [USER, ASSISTANT]
+    assert parse({"conversations": json.dumps([USER])}).messages == [USER]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"conversations": [{"from": "alien", "value": "x"}]}, 'message 1 has the unknown role "alien"'),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "message 1 (assistant): value is 3, not a string"),
+        ({"conversations": ["x"]}, 'message 1 is "x", not an object with from and value'),
+        ({"conversations": "x"}, "conversations: not JSON: Expecting value at character 1"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "message 1 (function_call): not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "3"}]}, "message 1 (assistant): tool call 1 is"),
+        ({"conversations": [], "system": 3}, "system is 3, not a string"),
+        (
+            {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
+            "both the column system and message 1 hold a system prompt",
+        ),
+    ],
+)
+def test_a_sharegpt_row_that_is_none_is_an_error(record: dict[str, Any], said: str) -> None:
+    assert complaint(record).startswith(said)
+
+
+def test_alpaca_is_one_exchange_after_its_history() -> None:
+    record = {"instruction": "Add", "input": "2 2", "output": "4", "system": "s", "history": [["a", "b"]]}
+    assert parse(record).messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "Add\n2 2"},
+        {"role": "assistant", "content": "4"},
+    ]
+    assert parse({"instruction": "Hi", "input": "", "output": "Yo"}).messages == [USER, ASSISTANT]
+    assert complaint({"instruction": "x", "output": 4}) == "output is 4, not a string"
+    assert complaint({"instruction": "x", "output": ValueError("broken cell")}) == "output is broken cell, not a string"
+    assert complaint({"instruction": "x", "output": "y", "history": [["a"]]}) == (
+        'history is [["a"]], not a list of [instruction, output] pairs'
+    )
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_trained() -> None:
+    assert parse({"prompt": "Hi", "completion": "Yo"}).messages == [USER, ASSISTANT]
+    record = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, USER, {**ASSISTANT, "weight": 0}]}
+    untrained = {**ASSISTANT, "train": False}
+    assert parse(record).messages == [USER, untrained, USER, ASSISTANT, USER, untrained]
+    assert complaint({"prompt": "x", "completion": 3}) == "completion is 3, not a string"
+    assert complaint({"prompt": [USER], "completion": ["x"]}) == (
+        'message 2 is "x", not an object with role and content'
+    )
+
+
+def test_columns_and_roles_may_have_other_names() -> None:
+    columns = {"messages": "dialog", "role": "speaker", "content": "text", "weight": "loss"}
+    record = {"dialog": [{"speaker": "A", "text": "Hi"}, {"speaker": "B", "text": "Yo", "loss": 0}]}
+    roles = {"A": "user", "B": "assistant"}
+    assert parse(record, columns, roles).messages == [USER, {**ASSISTANT, "train": False}]
+    assert complaint({"dialog": [{"speaker": "C"}]}, columns=columns, roles=roles) == (
+        f'message 1 has the unknown role "C": {KNOWN}, A, B'
+    )
+    # A mapping may give a known name another meaning.
+    assert parse({"messages": [USER]}, {}, {"user": "assistant"}).messages == [{**ASSISTANT, "content": "Hi"}]
+    record = {"chat": [{"who": "human", "says": "Hi"}], "persona": "p"}
+    columns = {"conversations": "chat", "from": "who", "value": "says", "system": "persona"}
+    assert parse(record, columns).messages == [{"role": "system", "content": "p"}, USER]
+    assert parse({"question": "Hi", "answer": "Yo"}, {"prompt": "question", "completion": "answer"}).messages == [
+        USER,
+        ASSISTANT,
+    ]
+
+
+def test_a_row_of_another_format_than_the_first_is_an_error() -> None:
+    for format, said in (
+        ("messages", NO_LIST),
+        ("sharegpt", "no `conversations` list: expected an object with `conversations`, a list of {from, value}"),
+        ("alpaca", "instruction is null, not a string"),
+        ("prompt_completion", "prompt is null, not a string"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(said) + "$"):
+            parse_record({"text": "x", "day": datetime.date(2024, 1, 1)}, format, {}, {})
+
+
+def test_a_mapping_of_what_no_format_has_is_an_error() -> None:
+    check_mapping("auto", {"messages": "x", "from": "y", "prompt": "z"}, {"A": "user"}, "data.sources[0]")
+    for format, columns, roles, said in (
+        (
+            "chat",
+            {},
+            {},
+            'data.sources[0].format is "chat": expected auto or one of messages, sharegpt, alpaca, prompt',
+        ),
+        (
+            "alpaca",
+            {"messages": "x"},
+            {},
+            'data.sources[0].columns: "messages" is no column of alpaca: history, input, ',
+        ),
+        ("auto", {"mesages": "x"}, {}, 'data.sources[0].columns: "mesages" is no column of messages or sharegpt or'),
+        ("auto", {"messages": ""}, {}, 'data.sources[0].columns: messages is "", not the name of a column'),
+        (
+            "auto",
+            {},
+            {"A": "bot"},
+            'data.sources[0].roles: "A" is "bot": expected one of system, user, assistant, tool',
+        ),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(said)):
+            check_mapping(format, columns, roles, "data.sources[0]")

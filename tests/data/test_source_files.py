@@ -1,0 +1,271 @@
+"""Sources: the files of saved data sets and of dataset repositories are those that `datasets` takes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from hbp_titan.data.files import source_files
+from hbp_titan.data.rows import index_rows, read_records
+from hbp_titan.job_config import DataSource
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars() -> None:
+    datasets.disable_progress_bars()
+
+
+def read(tmp_path: Path, **source: Any) -> list[Any]:
+    files = source_files(DataSource(**{"path": str(tmp_path / "data"), **source}), "data.sources[0]")
+    return [record for file in files for _, record in read_records(index_rows(file, tmp_path / "u"), 1 << 20)]
+
+
+def oracle(tmp_path: Path, name: str | None = None, split: str = "train") -> list[Any]:
+    loaded = datasets.load_dataset(str(tmp_path / "data"), name, split=split, cache_dir=str(tmp_path / "cache"))
+    return loaded.to_list()
+
+
+def make(tmp_path: Path, names: list[str], readme: str = "") -> Path:
+    """A repository whose files hold two rows each, which name their file."""
+    for name in names:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"file": name, "row": row} for row in (0, 1)]
+        if name.endswith(".parquet"):
+            datasets.Dataset.from_list(rows).to_parquet(str(file))
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            file.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    if readme:
+        (tmp_path / "data" / "README.md").write_text(readme)
+    return tmp_path / "data"
+
+
+def test_a_saved_data_set_has_its_rows(tmp_path: Path) -> None:
+    rows = [{"n": number} for number in range(20)]
+    datasets.Dataset.from_list(rows).select(range(19, -1, -1)).save_to_disk(str(tmp_path / "data"), num_shards=12)
+    assert read(tmp_path) == datasets.load_from_disk(str(tmp_path / "data")).to_list() == rows[::-1]
+    with pytest.raises(ValueError, match=r"split is test, but .*/data is one saved split \(unnamed\)"):
+        read(tmp_path, split="test")
+
+
+def test_a_saved_dict_of_data_sets_has_its_splits(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_list([{"split": name}]) for name in ("train", "test_sft")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
+    for name in splits:
+        assert read(tmp_path, split=name) == datasets.load_from_disk(str(tmp_path / "data"))[name].to_list()
+    with pytest.raises(
+        ValueError, match=r"^data.sources\[0\]: .*/data has no split validation: it has train, test_sft$"
+    ):
+        read(tmp_path, split="validation")
+    with pytest.raises(ValueError, match=r"config is x, but .*/data is a saved data set"):
+        read(tmp_path, config="x")
+
+
+LAYOUTS = {
+    "shards": [
+        "data/train-00001-of-00002.parquet",
+        "data/train-00000-of-00002.parquet",
+        "data/test-00000-of-00001.parquet",
+    ],
+    "shards of any split": ["data/train_sft-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"],
+    "file names": ["train.jsonl", "dev.jsonl", "my_test.jsonl"],
+    "numbered": ["train_10.jsonl", "train_2.jsonl", "train-1.jsonl", "sub/train.3.jsonl", "validation.jsonl"],
+    "folder names": ["train/b.jsonl", "train/a/c.jsonl", "train-2/a.jsonl", "val/x.jsonl", "other.jsonl"],
+    "no split is named": ["b.jsonl", "a.jsonl", "sub/c.jsonl", "trainer.jsonl", "latest.jsonl"],
+    "packed": ["train.jsonl.gz", "test.jsonl.gz"],
+    "hidden": [
+        "train.jsonl",
+        ".cache/train.jsonl",
+        "__pycache__/train.jsonl",
+        ".train.jsonl",
+        "sub/dataset_infos.json",
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_repository_without_configurations_has_the_rows_that_datasets_finds(tmp_path: Path, layout: str) -> None:
+    make(tmp_path, LAYOUTS[layout])
+    expected = datasets.load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    for split in expected:
+        assert read(tmp_path, split=split) == expected[split].to_list()
+    with pytest.raises(ValueError, match=f"has no split nothing: it has .*{next(iter(expected))}"):
+        read(tmp_path, split="nothing")
+
+
+NAMES = ["one/b.jsonl", "one/a.jsonl", "one/deep/c.jsonl", "two/d.jsonl", "two/e1.jsonl", "two/e2.jsonl"]
+DATA_FILES = {
+    "a path": '"two/d.jsonl"',
+    "a glob": '"*/[b-d].jsonl"',
+    "a list": '["two/e?.jsonl", "one/*"]',
+    "any depth": '"one/**"',
+    "any depth, by name": '"**/[!a]*.jsonl"',
+    "splits": '[{split: train, path: "two/*"}, {split: test, path: ["one/a.jsonl", "./one/b.jsonl", "nothing/*"]}]',
+}
+
+
+@pytest.mark.parametrize("form", DATA_FILES)
+def test_data_files_of_a_readme_are_those_that_datasets_takes(tmp_path: Path, form: str) -> None:
+    front = f"---\nlicense: mit\nconfigs:\n- config_name: x\n  data_files: {DATA_FILES[form]}\n---\n# Title\n"
+    make(tmp_path, NAMES, front)
+    expected = datasets.load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    for split in expected:
+        assert read(tmp_path, split=split) == expected[split].to_list()
+
+
+def test_a_configuration_is_the_one_named_or_the_default(tmp_path: Path) -> None:
+    front = """---
+configs:
+- config_name: a
+  data_files: one/a.jsonl
+- config_name: deep
+  data_dir: one/deep
+{0}---
+"""
+    make(tmp_path, NAMES, front.format(""))
+    assert read(tmp_path, config="a") == oracle(tmp_path, "a")
+    assert read(tmp_path, config="deep") == oracle(tmp_path, "deep")
+    with pytest.raises(
+        ValueError, match=r"/data has no default among its configurations a, deep: name one with config"
+    ):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"/data has no configuration b: it has a, deep"):
+        read(tmp_path, config="b")
+    for default in (
+        "- config_name: default\n  data_files: two/d.jsonl\n",
+        "- {config_name: c, data_files: two/d.jsonl, default: true}\n",
+    ):
+        make(tmp_path, [], front.format(default))
+        assert read(tmp_path) == oracle(tmp_path)
+        assert {row["file"] for row in read(tmp_path)} == {"two/d.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("configs", "complaint"),
+    [
+        ("data_files: ../outside.jsonl", "'../outside.jsonl' is not a path inside the folder"),
+        ("data_files: /etc/passwd.jsonl", "'/etc/passwd.jsonl' is not a path inside the folder"),
+        ("data_dir: ../..", "'../..' is not a path inside the folder"),
+        ("data_files: [{split: train, path: one/../../x.jsonl}]", "'one/../../x.jsonl' is not a path inside"),
+        ("data_files: nothing.jsonl", "split train: no such data file: nothing.jsonl"),
+        ("data_files: {a: 1}", "data_files is neither a path, a list of paths, nor a list of split and path"),
+        ("data_files: [one/a.jsonl, 7]", "data_files is neither a path"),
+        ("data_files: [{split: a, path: x}, {split: a, path: y}]", "data_files has the split a twice"),
+        ("data_files: 'one/[z-a].jsonl'", "'one/[z-a].jsonl' is no pattern of file names"),
+        ("data_files: '*/nothing.jsonl'", "has no split train: it has none"),
+        ("data_files: [", "README.md: the front matter is not YAML: "),
+        (
+            "x: !!python/object/apply:os.system [ls]",
+            "README.md: the front matter is not YAML: could not determine a con",
+        ),
+    ],
+)
+def test_a_readme_that_cannot_be_followed_is_one_named_error(tmp_path: Path, configs: str, complaint: str) -> None:
+    make(tmp_path, NAMES, f"---\nconfigs:\n- config_name: x\n  {configs}\n---\n")
+    with pytest.raises(ValueError, match=r"^data.sources\[0\]: .*" + re.escape(complaint)) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_configs_that_are_no_list_are_an_error(tmp_path: Path) -> None:
+    for configs in ("configs: 3", "configs: [{data_files: x}]", "configs: [x]"):
+        make(tmp_path, NAMES, f"---\n{configs}\n---\n")
+        with pytest.raises(ValueError, match=r"`configs` is not a list of objects, each with a config_name"):
+            read(tmp_path)
+
+
+def test_yaml_is_needed_only_for_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    make(tmp_path, ["train.jsonl"], "---\nlicense: mit\n---\n")
+    assert len(read(tmp_path)) == 2
+    make(tmp_path, [], "---\nconfigs:\n- config_name: x\n---\n")
+    with pytest.raises(ValueError, match=r"README.md: reading it needs yaml: pip install 'hbp-titan\[data\]'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/outside.arrow", "a/../../outside.arrow", 7])
+def test_a_saved_data_set_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: Any) -> None:
+    datasets.Dataset.from_list([{"n": 1}]).save_to_disk(str(tmp_path / "data"))
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"state.json: {re.escape(ascii(name))} is not a path inside the folder"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("state.json", "{", "state.json: not JSON"),
+        ("state.json", "[]", "state.json: not a JSON object"),
+        ("state.json", '{"_data_files": []}', "`_data_files` is not a list of objects"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "no such file: .*gone.arrow"),
+        ("state.json", '{"_data_files": [{"filename": "x"}], "_indices_files": [1]}', "saved with an index"),
+        ("dataset_dict.json", '{"splits": "train"}', "`splits` is not a list of names"),
+        ("dataset_dict.json", '{"splits": ["train"]}', "no state.json: the saved data set is not whole"),
+        ("dataset_dict.json", '{"splits": ["../train"]}', "has no split train"),
+    ],
+)
+def test_a_saved_data_set_that_is_not_whole_is_one_named_error(
+    tmp_path: Path, name: str, content: str, complaint: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_folder_with_a_loading_script_alone_is_refused_and_the_script_not_run(tmp_path: Path) -> None:
+    make(tmp_path, [], "")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"has a loading script \(data.py\) and no data files: scripts are never run"):
+        read(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_split_that_comes_in_two_kinds_of_files_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, ["train.jsonl", "train.parquet"])
+    with pytest.raises(ValueError, match=r"split train has files of two kinds, train.jsonl and train.parquet"):
+        read(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named_with_the_mend(tmp_path: Path) -> None:
+    folder = make(tmp_path, ["train-00.jsonl", "train-01.jsonl"])
+    (folder / "train-01.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"train-01.jsonl is a Git LFS pointer, not the data: run `git lfs pull`"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (DataSource(), r"data.sources\[0\].path is empty: name a file or a folder"),
+        (DataSource(path="nothing/here.jsonl"), r"data.sources\[0\]: no such file or folder: nothing/here.jsonl"),
+        (DataSource(path="{0}/a.csv"), r"a.csv is no known kind of data file: expected one of .jsonl"),
+        (DataSource(path="{0}/a.jsonl", split="test"), r"split is test, but .*a.jsonl is a file"),
+        (DataSource(path="{0}/a.jsonl", config="b"), r"config is b, but .*a.jsonl is a file"),
+        (DataSource(path="{0}/sub"), r"/sub has no data files \(.jsonl"),
+        (DataSource(path="{0}", config="b"), r"has no configuration b: README.md lists none"),
+    ],
+)
+def test_a_source_that_is_none_is_named_with_its_key(tmp_path: Path, source: DataSource, complaint: str) -> None:
+    folder = make(tmp_path, ["a.csv", "a.jsonl", "sub/b.txt"])
+    source.path = source.path.format(folder)
+    with pytest.raises(ValueError, match=complaint):
+        source_files(source, "data.sources[0]")
+
+
+def test_files_may_be_links_as_a_hub_cache_has_them(tmp_path: Path) -> None:
+    folder = make(tmp_path, ["x"])
+    (folder / "x").rename(tmp_path / "blob")
+    (folder / "train.jsonl").symlink_to(tmp_path / "blob")
+    assert read(tmp_path) == oracle(tmp_path) == [{"file": "x", "row": 0}, {"file": "x", "row": 1}]

@@ -1,0 +1,66 @@
+"""The list of methods: all of them replay the same samples; FlexSP's levels; HBP without its balance."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hbp_titan.experiments.paper.scale import (
+    DEFAULT_METHODS,
+    check_methods,
+    flexsp_levels,
+    level_cost,
+    replay_methods,
+    without_balance,
+)
+from hbp_titan.packing import Level, build_plan, measure
+from hbp_titan.tuning.hardware import get_hardware
+from hbp_titan.tuning.simulate import tulu3_longcite_like
+from hbp_titan.tuning.time_model import TimeModel, get_dims
+
+LEVELS = [Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="full")]
+MODEL = TimeModel(get_dims("llama3_1_8b"), get_hardware("h100-80gb"), 32)
+
+
+def test_every_method_replays_the_same_tokens() -> None:
+    lengths = tulu3_longcite_like(10_000)
+    replays = replay_methods(lengths, LEVELS, MODEL, DEFAULT_METHODS)
+    assert tuple(replays) == DEFAULT_METHODS
+    assert {r.tokens for r in replays.values()} == {int(lengths.sum())}
+    assert all(r.idle >= 0 and r.seconds > 0 for r in replays.values())
+
+
+def test_flexsp_has_a_level_for_each_power_of_two_and_the_degree_itself() -> None:
+    levels = flexsp_levels(Level(131072, 8, ac_policy="full", ac_layers=4))
+    assert [(level.max_tokens, level.cp_degree) for level in levels] == [
+        (16384, 1),
+        (32768, 2),
+        (65536, 4),
+        (131072, 8),
+    ]
+    assert {(level.ac_policy, level.ac_layers) for level in levels} == {("full", 4)}
+    assert [level.cp_degree for level in flexsp_levels(Level(12, 6))] == [1, 2, 6]
+
+
+def test_without_balance_the_packs_stay_and_their_neighbours_change() -> None:
+    plan = build_plan(tulu3_longcite_like(10_000), LEVELS, 8, "hbp_paper")
+    unbalanced = without_balance(plan)
+    for level in range(2):
+        mine = plan.pack_levels == level
+        np.testing.assert_array_equal(np.sort(plan.pack_sum_sq[mine]), np.sort(unbalanced.pack_sum_sq[mine]))
+    assert measure(unbalanced).abr > 5 * measure(plan).abr
+
+
+def test_a_levels_cost_is_its_seconds_but_for_a_constant_and_each_documents() -> None:
+    time, cost = MODEL.level_time(LEVELS[1]), level_cost(MODEL, LEVELS[1])
+    # Two packs, all tokens trained: 1000 documents of 100 tokens, and one of 100,000.
+    loads = np.array([[1.0, 1e5, 1e7, 1000], [1.0, 1e5, 1e10, 1]])
+    difference = np.diff(cost.cost(np.array([10**5, 10**5]), np.array([10**7, 10**10])))
+    np.testing.assert_allclose(difference, np.diff(dataclasses.replace(time, per_document=0.0).seconds(loads)))
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean flexsp"):
+        check_methods(["isf", "flexp"])

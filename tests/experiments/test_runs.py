@@ -1,0 +1,172 @@
+"""Runs of a study: what each changes, that finished ones are not repeated, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hbp_titan.config import load_config
+from hbp_titan.experiments.study.runs import (
+    VARIANTS,
+    Launch,
+    Run,
+    figures_of,
+    make_runs,
+    parse_variants,
+    read_outcome,
+    train_all,
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    lengths: np.ndarray
+    loss_tokens: np.ndarray
+
+
+# 64 samples of 100 tokens, half of them trained: 3,200 tokens in steps of 800.
+STORE = Lengths(np.full(64, 100), np.full(64, 50))
+SETTINGS = ["--levels=100:1,200:2", "--training.global_batch_tokens=1600", "--optimizer.lr=0.004"]
+
+# Writes two steps, the second with an evaluation, and counts its starts.
+PROGRAM = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1]).parent
+with (folder / "starts").open("a") as file:
+    file.write("x")
+step = {"loss": 3.0, "tokens": 100, "trained_tokens": 50, "step_seconds": 1.0, "token_weights": [0.5, 2.0]}
+evaluated = {"loss": 2.5, "by_length": {"256": {"loss": 2.5, "trained_tokens": 7}}}
+lines = [{**step, "step": 1, "validation": {"loss": 2.25}}, {**step, "step": 2, "tokens": 300, "validation": evaluated}]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+
+
+@dataclass(frozen=True)
+class Pretended(Launch):
+    program: str = PROGRAM
+
+    def command(self, config_file: Path) -> list[str]:
+        return [sys.executable, "-c", self.program, str(config_file)]
+
+
+def _runs(folder: Path, variants: str = "", seeds: tuple[int, ...] = (1, 2), program: str = PROGRAM) -> list[Run]:
+    launch = Pretended("in_turn", 4, program)
+    return make_runs(load_config(SETTINGS), folder, launch, STORE, parse_variants(variants), seeds)
+
+
+def test_every_variant_changes_what_it_says_and_nothing_else(tmp_path: Path) -> None:
+    runs = {run.variant.name: run for run in _runs(tmp_path, seeds=(3,))}
+    default = runs["hbp"].description.splitlines()
+    changed = {}
+    for name, run in runs.items():
+        lines = zip(default, run.description.splitlines(), strict=True)
+        changed[name] = [new for old, new in lines if new != old and "dump_folder" not in new]
+    assert changed == {
+        "hbp": [],
+        "hbp_paper": ['method = "hbp_paper"'],
+        "flat_sorted": ['method = "flat_sorted"'],
+        "isf": ['method = "isf"'],
+        "curriculum": ["curriculum_steps = 0.15"],
+        "interleave": ['mix = "interleave"'],
+        "token_mean": ['normalizer = "token_mean"'],
+        "sample_mean": ['normalizer = "sample_mean"'],
+        # 64 samples in 4 steps are 800 trained tokens a step.
+        "sum": ["max_norm = 800.0", 'normalizer = "sum"', "eps = 8e-06"],
+        "half_rate": ["lr = 0.002"],
+    }
+
+
+def test_seeds_come_one_after_another_and_name_order_weights_and_base(tmp_path: Path) -> None:
+    config = load_config([*SETTINGS, "--checkpoint.initial_load_path=base/seed-{seed}/hf"])
+    runs = make_runs(config, tmp_path, Launch("in_turn", 4), STORE, parse_variants("isf"), (5, 7))
+    assert [(run.variant.name, run.seed) for run in runs] == [("hbp", 5), ("isf", 5), ("hbp", 7), ("isf", 7)]
+    last = runs[-1].config
+    assert (last.packing.seed, last.training.seed, last.data.seed) == (7, 7, 0)
+    assert last.checkpoint.initial_load_path == "base/seed-7/hf"
+    assert runs[-1].folder == tmp_path / "isf" / "seed-7"
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = train_all(_runs(tmp_path, "isf", (1,)), 1, said.append)
+    # Half written when it was stopped.
+    (tmp_path / "hbp" / "seed-1" / "outcome.json").rename(tmp_path / "hbp" / "seed-1" / "outcome.partial")
+    again = train_all(_runs(tmp_path, "isf"), 2, said.append)
+    assert again[:2] == first
+    starts = {path.parent: path.read_text() for path in tmp_path.glob("*/*/starts")}
+    assert {f"{folder.parent.name} {folder.name}": text for folder, text in starts.items()} == {
+        "hbp seed-1": "xx",
+        "isf seed-1": "x",
+        "hbp seed-2": "x",
+        "isf seed-2": "x",
+    }
+    assert "4 runs, 1 of them finished before; 2 at a time" in said
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    train_all(_runs(tmp_path, "isf", (1,)), 1, lambda line: None)
+    config = load_config([*SETTINGS, "--optimizer.lr=0.001"])
+    runs = make_runs(config, tmp_path, Pretended("in_turn", 4), STORE, parse_variants("isf"), (1,))
+    with pytest.raises(ValueError, match=r"hbp/seed-1 holds a run with other settings: 'lr = 0.004', now 'lr = 0.001'"):
+        train_all(runs, 1, lambda line: None)
+    runs = make_runs(load_config(SETTINGS), tmp_path, Pretended("in_turn", 2), STORE, parse_variants("isf"), (1,))
+    with pytest.raises(ValueError, match="plans for 4 ranks', now '# in_turn, plans for 2 ranks'"):
+        train_all(runs, 1, lambda line: None)
+
+
+def test_a_run_that_fails_names_its_last_line(tmp_path: Path) -> None:
+    program = "print('started'); raise SystemExit('error: no such tokenizer')"
+    with pytest.raises(RuntimeError, match=r"seed-1 failed with exit code 1: error: no such tokenizer \(.*log.txt\)"):
+        train_all(_runs(tmp_path, "isf", (1,), program), 1, lambda line: None)
+    assert not list(tmp_path.glob("*/*/outcome.json"))
+
+
+def test_an_outcome_is_what_the_steps_say(tmp_path: Path) -> None:
+    train_all(_runs(tmp_path, "isf", (1,)), 1, lambda line: None)
+    outcome = read_outcome(tmp_path / "isf" / "seed-1")
+    assert outcome["loss"] == 2.5
+    assert (outcome["best"], outcome["best_step"], outcome["course"]) == (2.25, 1, [[1, 2.25], [2, 2.5]])
+    assert outcome["by_length"] == {"256": {"loss": 2.5, "trained_tokens": 7}}
+    assert (outcome["steps"], outcome["tokens"], outcome["trained_tokens"]) == (2, 400, 100)
+    assert outcome["step_tokens"] == [200, 100]
+    assert outcome["weight_ratio"] == 4
+    assert json.loads((tmp_path / "isf" / "seed-1" / "outcome.json").read_text())["loss"] == 2.5
+
+
+def test_figures_say_what_steps_are_made_of(tmp_path: Path) -> None:
+    # 32 long samples and 32 short ones, a step holds 1,600 tokens: alternating, a step is all long or all short.
+    lengths = np.repeat([100, 200], [32, 16])
+    store = Lengths(lengths, np.repeat([60, 20], [32, 16]))
+    config = load_config([*SETTINGS, "--packing.mix=alternate"])
+    runs = make_runs(config, tmp_path, Launch("in_turn", 4), store, parse_variants("interleave"), (1,))
+    apart, mixed = (figures_of(run, store) for run in runs)
+    # Two steps of 16 short samples, 960 trained tokens each, and two of 8 long ones, 160 each: mean 560.
+    assert (apart["long_spread"], apart["trained_spread"]) == (0.5, 400 / 560)
+    assert (mixed["long_spread"], mixed["trained_spread"]) == (0, 0)
+    assert (apart["cr"], apart["pr"], apart["abr"]) == (0.5, 0, 0)
+
+
+def test_choices_that_there_are_not_are_refused() -> None:
+    assert [variant.name for variant in parse_variants("sum,isf")] == ["hbp", "isf", "sum"]
+    assert [variant.name for variant in parse_variants("")] == list(VARIANTS)
+    with pytest.raises(ValueError, match=r"'interleaved' is none of .*; did you mean interleave"):
+        parse_variants("interleaved")
+    with pytest.raises(ValueError, match="--ranks 0 must be at least 1"):
+        Launch("in_turn", 0)
+
+
+def test_ranks_are_started_by_torchrun_or_taken_in_turn() -> None:
+    assert Launch("in_turn", 8).command(Path("run.toml"))[1:] == [
+        "-m",
+        "hbp_titan.experiments.study.in_turn",
+        "--ranks=8",
+        "--job.config_file=run.toml",
+    ]
+    words = Launch("torchrun", 8).command(Path("run.toml"))[1:]
+    assert words[:3] == ["-m", "torch.distributed.run", "--nproc-per-node=8"]
+    assert words[-3:] == ["-m", "hbp_titan.train", "--job.config_file=run.toml"]

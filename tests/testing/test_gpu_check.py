@@ -1,0 +1,193 @@
+"""The GPU check on a CPU: its steps run with tiny shapes, and a failure of one is reported while the others run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbp_titan.distributed.world import World
+from hbp_titan.models.registry import get_flavor
+from hbp_titan.packing import Level
+from hbp_titan.testing.gpu_check import blocks, machine, runner, speed
+from hbp_titan.testing.gpu_check.runner import STEPS, Found, Settings, Step, Table
+from hbp_titan.tuning.hardware import HARDWARE
+from tests.programs import run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _check(out: Path, *words: str) -> tuple[int, dict[str, dict], str]:
+    """The command on a CPU: exit code, steps of report.json by name, report.md."""
+    command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--tiny", "--out", str(out), *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    steps = json.loads((out / "report.json").read_text())["steps"]
+    printed = [line.split()[3].rstrip(":") for line in result.stdout.splitlines()[:-1]]
+    assert sorted(printed) == sorted(step["name"] for step in steps)
+    return result.returncode, {step["name"]: step for step in steps}, (out / "report.md").read_text()
+
+
+def test_a_failing_step_is_reported_and_the_others_run(tmp_path: Path) -> None:
+    code, steps, report = _check(tmp_path, "--steps=environment,synchronizations,gpu_tests", "--fail=synchronizations")
+    assert code == 1
+    assert [step["verdict"] for step in steps.values()] == ["PASS", "FAIL", "SKIP"]
+    assert "made to fail" in steps["synchronizations"]["problems"][0]
+    assert "need a GPU" in steps["gpu_tests"]["skipped"]
+    assert f"torch {torch.__version__}" in steps["environment"]["summary"]
+    assert report.count("| FAIL |") == report.count("| SKIP |") == report.count("| PASS |") == 1
+
+
+def _step(name: str, folder: Path) -> Found:
+    """What one step finds in a process of its own."""
+    out = folder / f"{name}.json"
+    words = ["--device=cpu", "--tiny", f"--out={folder}", f"--step={name}", f"--json={out}"]
+    result = run_python("-m", "hbp_titan.gpu_check", *words, env=runner.step_environment("cpu"))
+    assert result.returncode == 0, result.stderr
+    values = json.loads(out.read_text())
+    return Found(**{**values, "tables": [Table(**table) for table in values["tables"]]})
+
+
+def test_compiled_blocks_equal_the_reference_under_every_policy(tmp_path: Path) -> None:
+    found = _step("blocks", tmp_path)
+    assert found.verdict == "PASS", found.problems
+    assert [row[:2] for row in found.tables[0].rows[:3]] == [["cpu", p] for p in ("none", "full", "keep_attention")]
+    # Before and behind attention, behind it without the last product; each with and without gradients.
+    assert found.details["graphs"] == 6
+
+
+def test_attention_is_the_same_for_every_form_of_arguments(tmp_path: Path) -> None:
+    found = _step("varlen", tmp_path)
+    assert found.verdict == "PASS", found.problems
+    rows = {row[1]: row for row in found.tables[0].rows}
+    assert int(rows["capacity"][3]) > 5 * int(rows["grouped"][3])
+
+
+@pytest.mark.slow
+def test_throughput_is_measured_and_compared_with_the_estimates(tmp_path: Path) -> None:
+    found = _step("throughput", tmp_path)
+    assert found.verdict == "PASS", found.problems
+    assert len(found.details["measurements"]) == len(speed.throughput_rows(tiny=True))
+    assert all(row["peak_bytes"] and row["seconds"] for row in found.details["measurements"])
+    compared = _step("estimates", tmp_path)
+    assert compared.verdict == "PASS"
+    # Measured and estimated memory are of the same size also on a CPU.
+    assert all(0.5 < float(row[3]) < 1.2 for row in compared.tables[0].rows)
+    (tmp_path / "throughput.json").unlink()
+    assert "no measurement" in _step("estimates", tmp_path).skipped
+
+
+def test_a_step_runs_and_is_deterministic(tmp_path: Path) -> None:
+    assert "GPU only" in _step("synchronizations", tmp_path).skipped
+    found = _step("deterministic", tmp_path)
+    assert found.verdict == "PASS", found.problems
+
+
+@pytest.mark.slow
+def test_every_step_passes_or_says_why_it_is_skipped(tmp_path: Path) -> None:
+    code, steps, report = _check(tmp_path)
+    assert {name: step["problems"] for name, step in steps.items() if step["problems"]} == {}
+    assert code == 0
+    skipped = {name for name, step in steps.items() if step["verdict"] == "SKIP"}
+    assert skipped == {"synchronizations", "gpu_tests"}
+    assert all(steps[name]["skipped"] for name in skipped)
+    assert [*steps] == [step.name for step in STEPS]
+    assert all(step.title in report for step in STEPS)
+    controls = [row for row in steps["equivalence"]["tables"][0]["rows"] if row[0].startswith("CONTROL")]
+    assert [row[-1] for row in controls] == ["caught"] * 4
+    assert len(steps["run"]["details"]["losses"]) == machine.RUN_STEPS
+    names = [row[0] for row in steps["transformers"]["tables"][0]["rows"]]
+    assert sum(name.startswith("transformers") for name in names) == 2
+
+
+def test_time_limits_and_crashes_are_failures(tmp_path: Path) -> None:
+    settings = Settings("cpu", True, tmp_path, 600)
+    quick = Step("environment", "Environment", "machine:environment", 0.2)
+    started = time.monotonic()
+    (found,) = runner.run_steps([quick], settings, minutes=1)
+    assert "limit of 0.2 s" in found.found.problems[0]
+    assert time.monotonic() - started < 20
+    (found,) = runner.run_steps([STEPS[0]], settings, minutes=0.01)
+    assert "no time left" in found.found.skipped
+    log = tmp_path / "log"
+    log.write_text("first\nCUDA error: an illegal memory access\n\n")
+    assert runner._reason(-signal.SIGSEGV, 5, log).startswith("CUDA error: an illegal memory access (killed by SIGSEGV")
+
+
+def test_a_step_beyond_its_limit_leaves_no_process(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys; print(subprocess.Popen(['sleep', '99'], start_new_session=True).pid, flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; __import__('time').sleep(99)"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    runner.end_group(process)
+    for _ in range(200):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the grandchild is alive")
+
+
+def test_unknown_steps_are_named() -> None:
+    with pytest.raises(ValueError, match="step 'speed' must be one of environment"):
+        runner.parse(["--steps", "environment,speed"])
+
+
+def test_models_get_as_many_layers_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "hardware_of", lambda device: HARDWARE["h100-80gb"])
+    settings = Settings("cuda", False, Path(), 600)
+    world = World(0, 1, torch.device("cuda"))
+    assert speed.fitting_layers("llama3_2_1b", settings, world) == 16
+    layers = speed.fitting_layers("llama3_1_8b", settings, world)
+    assert 4 <= layers < 32
+    args = dataclasses.replace(get_flavor("llama3_1_8b"), num_layers=layers)
+    assert speed.estimated_peak(args, Level(131072, ac_policy="keep_attention"), settings) < 75 * 2**30
+    # Each length, policy and compile setting of the issue's list is among the rows.
+    rows = speed.throughput_rows(tiny=False)
+    assert len(rows) == len(set(rows))
+    assert {(row.flavor, row.max_tokens) for row in rows} == {
+        (flavor, length) for flavor in ("llama3_1_8b", "llama3_2_1b") for length in (16384, 32768, 65536, 131072)
+    }
+
+
+def test_synchronizations_are_recorded_with_our_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with blocks._recorded_synchronizations() as places:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning)
+        warnings.warn("something else", UserWarning)
+    assert modes == ["warn", "default"]
+    (place,) = places
+    assert place.startswith(f"{Path(__file__).relative_to(ROOT)}:")
+
+
+def test_pytest_report_names_what_failed() -> None:
+    xml = (
+        '<testsuites><testsuite><testcase classname="a" name="x" time="1.5"/>'
+        '<testcase classname="a" name="y" time="0.5"><failure message="m"/></testcase></testsuite></testsuites>'
+    )
+    found = machine._test_report(xml, 1)
+    assert found.problems == ["failed: a::y"]
+    assert found.summary == "1 of 2 tests passed"
+    assert machine._test_report(xml.replace('<failure message="m"/>', ""), 0).verdict == "PASS"
+
+
+def test_every_step_runs_without_the_machines_gpu_on_a_cpu() -> None:
+    environment = runner.step_environment("cpu")
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert "CUDA_VISIBLE_DEVICES" not in runner.step_environment("cuda").keys() - os.environ.keys()

@@ -1,0 +1,231 @@
+"""What is proposed when memory runs out: the fastest variant that saves enough, and words that can be copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hbp_titan.components.oom import (
+    TRAINING,
+    UPDATE,
+    VALIDATION,
+    OutOfMemory,
+    TorchFigures,
+    is_out_of_memory,
+    out_of_memory_in,
+)
+from hbp_titan.config import load_config
+from hbp_titan.distributed.world import World
+from hbp_titan.errors import Mistakes
+from hbp_titan.packing import Level
+from hbp_titan.preflight import model_args
+from hbp_titan.tuning.hardware import HARDWARE, hardware_like
+from hbp_titan.tuning.memory import estimate_evaluation, estimate_memory
+from hbp_titan.tuning.oom_advice import MemoryAdvisor, Situation
+from hbp_titan.tuning.time_model import time_model
+
+GIB = 2**30
+H100 = HARDWARE["h100-80gb"]
+WORDS = ["--model.flavor=llama3_1_8b", "--data.train_files=absent.jsonl", "--levels=16384:1,131072:8"]
+
+
+def _situation(world_size: int = 32, gib: float = 75.0, words: tuple[str, ...] = ()) -> Situation:
+    config = load_config([*WORDS, *words])
+    return Situation(config, model_args(config), world_size, H100, "cuda", int(gib * GIB))
+
+
+def _error(
+    situation: Situation, index: int = 1, figures: TorchFigures | None = None, work: str = TRAINING
+) -> OutOfMemory:
+    return OutOfMemory(work, situation.config.levels[index], figures or TorchFigures())
+
+
+def test_figures_are_read_from_the_words_of_the_cuda_allocator() -> None:
+    message = (
+        "CUDA out of memory. Tried to allocate 3.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 2.25 GiB is "
+        "free. Including non-PyTorch memory, this process has 76.84 GiB memory in use. Of the allocated memory 70.25 "
+        "GiB is allocated by PyTorch, and 512.00 MiB is reserved by PyTorch but unallocated."
+    )
+    assert TorchFigures.of(message) == TorchFigures(int(3.5 * GIB), int(70.25 * GIB), GIB // 2)
+    assert TorchFigures.of("CUDA out of memory.") == TorchFigures()
+
+
+def test_a_cpu_that_has_no_more_memory_is_recognized() -> None:
+    message = "out of memory in validation at the level with max_tokens=64, cp_degree=1"
+    with pytest.raises(OutOfMemory, match=message) as caught, out_of_memory_in(VALIDATION, Level(64)):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert caught.value.figures.tried == 1 << 60
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    nccl = (
+        "NCCL error in: NCCLUtils.cpp:76, unhandled cuda error, NCCL version 2.27.5\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    )
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Failed to CUDA calloc async 608 bytes"))
+    assert is_out_of_memory(dist.DistBackendError(f"{nccl}Cuda failure 2 'out of memory'"))
+    assert not is_out_of_memory(dist.DistBackendError(f"{nccl}Cuda failure 700 'an illegal memory access'"))
+    assert not is_out_of_memory(ValueError("Failed to CUDA calloc"))
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_in(UPDATE):
+        raise RuntimeError("shapes do not match")
+
+
+def test_advice_is_the_fastest_variant_that_fits() -> None:
+    gib = 40.0
+    situation = _situation(gib=gib)
+    search, bias = situation.search(_error(situation))
+    found = search.cheapest()
+    assert found is not None
+    assert bias == 0
+    # Brute force: every policy at every depth and every cp degree that 32 ranks and 32 heads allow.
+    level, model = situation.config.levels[1], time_model(situation.args, situation.config, H100, 32)
+    load = np.array([1.0, 131072, 131072.0**2, 1])
+    best = float("inf")
+    for cp_degree in (8, 16, 32):
+        for policy in ("none", "full", "keep_attention"):
+            for layers in range(33):
+                variant = Level(131072, cp_degree, "ulysses", policy, layers)
+                peak = estimate_memory(situation.args, variant, situation.config, 32, device_type="cuda").peak_bytes
+                if peak <= gib * GIB:
+                    best = min(best, float(model.level_time(variant).seconds(load)) * cp_degree)
+    seconds = float(model.level_time(found.level).seconds(load)) * found.level.cp_degree
+    assert seconds == pytest.approx(best, rel=1e-6)
+    assert (
+        estimate_memory(situation.args, found.level, situation.config, 32, device_type="cuda").peak_bytes <= gib * GIB
+    )
+    assert found.slowdown == pytest.approx(seconds / (float(model.level_time(level).seconds(load)) * 8))
+
+
+def test_advice_can_be_copied_and_fits() -> None:
+    situation = _situation()
+    head, change = situation.lines(_error(situation, figures=TorchFigures(2 * GIB, 74 * GIB)))
+    # 8,030,261,248 parameters of 16 bytes on 32 ranks are 3.74 GiB.
+    assert head == (
+        'out of memory in training at level 128K/cp8 (max_tokens = 131072, cp_degree = 8, ac_policy = "none"): '
+        "2.00 GiB more did not fit beside 74.00 GiB, of 75.00 GiB; estimated peak 99.71 GiB: parameters, gradients "
+        "and AdamW's moments 3.74 GiB, activations 90.07 GiB, buffers 5.90 GiB"
+    )
+    told = re.fullmatch(
+        r"cheapest change that fits: in the \[\[levels\]\] block of max_tokens = 131072 set (.*); as overrides: "
+        r"--levels=16384:1:ulysses:none,(\S+) \(predicted peak (\S+) GiB, predicted \d+% slower\)",
+        change,
+    )
+    assert told, change
+    config = load_config([*WORDS, f"--levels=16384:1,{told[2]}"])
+    estimate = estimate_memory(situation.args, config.levels[1], config, 32, device_type="cuda")
+    assert estimate.peak_bytes <= 75 * GIB
+    assert f"{estimate.peak_bytes / GIB:.2f}" == told[3]
+
+
+def test_a_change_saves_more_than_was_missing_where_the_estimate_is_low() -> None:
+    # The estimate has room, torch had not: 10 GiB more than there was are wanted, so 10 GiB have to be saved.
+    situation = _situation(gib=75.0, words=("--levels=16384:1,131072:8:ulysses:keep_attention",))
+    level = situation.config.levels[1]
+    estimated = situation.estimate(level).peak_bytes
+    assert estimated < 40 * GIB
+    search, bias = situation.search(_error(situation, figures=TorchFigures(10 * GIB, 75 * GIB)))
+    assert bias == 85 * GIB - estimated
+    found = search.cheapest()
+    assert found is not None
+    assert found.peak_bytes <= estimated - 10 * GIB
+    # Lost in pieces: neither is above the limit, and the tensor that did not fit has to be saved.
+    search, bias = situation.search(_error(situation, figures=TorchFigures(6 * GIB, 20 * GIB)))
+    assert (search.limit, bias) == (estimated - 6 * GIB, 0)
+
+
+def test_parameters_kept_after_forward_are_freed_first() -> None:
+    # bfloat16 parameters of all layers are 13 GiB.
+    situation = _situation(8, 32.0, ("--levels=8192:8:ulysses:full", "--parallelism.reshard_after_forward=false"))
+    _, change = situation.lines(_error(situation, 0))
+    assert " set parallelism.reshard_after_forward = true; as overrides: " in change
+    assert " --parallelism.reshard_after_forward=true (" in change
+
+
+def test_logits_are_blamed_where_they_are_to_blame() -> None:
+    words = ("--model.flavor=llama3_2_1b", "--levels=65536:1:ulysses:full", "--training.loss_chunk_tokens=65536")
+    situation = _situation(1, 75.0, words)
+    _, change = situation.lines(_error(situation, 0))
+    assert "set training.loss_chunk_tokens = 256; as overrides: " in change
+    assert " --training.loss_chunk_tokens=256 (" in change
+
+
+def test_a_state_that_does_not_fit_is_no_levels_fault() -> None:
+    situation = _situation(1)
+    # 8,030,261,248 x 16 bytes are 119.66 GiB; two ranks hold 59.83 each.
+    for error in (_error(situation, 0), OutOfMemory(UPDATE, None, TorchFigures(GIB))):
+        head, way = situation.lines(error)
+        assert "parameters, gradients and AdamW's moments 119.66 GiB" in head
+        assert way.startswith("the model's state is to blame, not a level: use 2 ranks")
+        assert "train adapters (lora.rank = 16: " in way
+
+
+def test_only_where_nothing_else_fits_the_level_gets_shorter() -> None:
+    situation = _situation(2, 75.0, ("--levels=4096:2:ulysses:full,131072:2:ulysses:full",))
+    _, shorter, more = situation.lines(_error(situation))
+    assert re.match(
+        r"only a shorter level fits: in the \[\[levels\]\] block of max_tokens = 131072 set max_tokens = ", shorter
+    )
+    assert shorter.endswith("a longer sample falls under data.overlong")
+    assert re.match(r"or use 4 ranks", more)
+
+
+def test_validation_needs_no_checkpointing_but_less_at_a_time() -> None:
+    situation = _situation(8, 22.0, ("--levels=131072:1:ulysses:full",))
+    level = situation.config.levels[0]
+    training, evaluating = situation.estimate(level), situation.estimate(level, evaluating=True)
+    assert evaluating.saved_bytes == 0
+    assert evaluating.peak_bytes < training.peak_bytes
+    _, change, off = situation.lines(_error(situation, 0, work=VALIDATION))
+    degree = int(re.search(r"set cp_degree = (\d+)", change)[1])  # type: ignore[index]
+    assert "ac_policy =" not in change
+    wider = dataclasses.replace(level, cp_degree=degree)
+    assert estimate_evaluation(situation.args, wider, situation.config, 8, device_type="cuda").peak_bytes < 22 * GIB
+    assert off == "or set validation.enable = false: only validation runs out"
+
+
+def test_levels_that_were_chosen_by_the_run_are_named_instead() -> None:
+    situation = _situation()
+    _, change = situation.lines(_error(situation), chose_levels=True)
+    assert "as overrides: --packing.levels= --levels=16384:1:ulysses:none,131072:" in change
+
+
+def test_a_device_is_taken_for_its_like_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    found = hardware_like(torch.device("cuda"), 40 * GIB, 4)
+    assert found == dataclasses.replace(HARDWARE["a100-80gb"], memory_bytes=40 * GIB, gpus_per_node=4)
+    assert hardware_like(torch.device("cpu"), GIB, 2).peak_flops == H100.peak_flops
+
+
+def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 79 GiB, of which other processes hold 20; this rank's tensors 50, and 9 are held back in pieces.
+    properties = type("Properties", (), {"total_memory": 79 * GIB})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 79 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 59 * GIB)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    situation = _situation()
+    advisor = MemoryAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
+    words = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. 50.00 GiB is allocated by PyTorch, and 9.00 GiB is reserved "
+        "by PyTorch but unallocated."
+    )
+    with pytest.raises(Mistakes) as caught, advisor, out_of_memory_in(TRAINING, situation.config.levels[1]):
+        raise torch.OutOfMemoryError(words)
+    head, change, others, pieces = caught.value.lines
+    assert head.startswith("rank 5: out of memory in training at level 128K/cp8 ")
+    assert "): 2.00 GiB more did not fit beside 50.00 GiB, of 59.00 GiB; " in head
+    assert float(re.search(r"predicted peak (\S+) GiB", change)[1]) < 59  # type: ignore[index]
+    assert others.startswith("20.00 GiB of the device's 79.00 GiB are not this rank's: ")
+    assert pieces.startswith("9.00 GiB are free, but in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True ")
+
+
+def test_other_errors_go_through() -> None:
+    situation = _situation()
+    advisor = MemoryAdvisor(situation.config, situation.args, World(0, 32, torch.device("cpu")))
+    with pytest.raises(KeyError, match="another"), advisor:
+        raise KeyError("another")

@@ -1,0 +1,211 @@
+"""A profile of a tiny model on two ranks: what is measured, what memory decides, what is kept and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hbp_titan.components.oom import TRAINING, OutOfMemory, TorchFigures
+from hbp_titan.components.timing import LevelTime
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.world import World
+from hbp_titan.engine import Engine
+from hbp_titan.models.registry import DEBUG, get_flavor
+from hbp_titan.packing import Level
+from hbp_titan.testing.local_ranks import run_distributed
+from hbp_titan.tuning.memory import estimate_memory
+from hbp_titan.tuning.profile import Packs, default_candidates, profile_levels
+from hbp_titan.tuning.profile_file import Measurement, Profile, load_profile, profile_key, save_profile
+from hbp_titan.tuning.search import Candidate
+from tests.tiny_run import ARGS
+
+CPU_WORLD = World(0, 1, torch.device("cpu"))
+DEEP = dataclasses.replace(ARGS, num_layers=6)
+LENGTHS = np.random.default_rng(0).integers(4, 120, 200)
+LOSS_TOKENS = LENGTHS // 2
+SHORT, LONG = Level(128), Level(256, cp_degree=2)
+
+
+def _profile(world: World, candidates: list[Level], options: dict[str, Any], fails_at: int, path: str) -> None:
+    """Profile on this rank and leave the JSON of rank 0; iterations of length `fails_at` run out of memory."""
+    torch.set_num_threads(1)
+    run = Engine.forward_backward
+
+    def forward_backward(self: Engine, batch: Any) -> Any:
+        if self.runtime.levels[batch.level].max_tokens == fails_at:
+            # As the engine raises it, in the middle of the work.
+            raise OutOfMemory(TRAINING, None, TorchFigures())
+        return run(self, batch)
+
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    profile = profile_levels(JobConfig(), DEEP, world, LENGTHS, LOSS_TOKENS, candidates, iterations=3, **options)
+    if world.rank == 0:
+        save_profile(profile, Path(path))
+
+
+def _run(folder: Path, candidates: list[Level], fails_at: int = 0, **options: Any) -> Profile:
+    path = folder / "profile.json"
+    run_distributed(_profile, 2, candidates, options, fails_at, str(path))
+    loaded = load_profile(path, json.loads(path.read_text())["key"])
+    assert loaded is not None
+    return loaded
+
+
+def test_every_level_that_fits_gets_a_time_and_every_measurement_is_kept(tmp_path: Path) -> None:
+    policies = ("none", "full", "keep_attention")
+    forms = (SHORT, LONG, dataclasses.replace(LONG, cp_style="allgather"))
+    profile = _run(tmp_path, [dataclasses.replace(form, ac_policy=policy) for form in forms for policy in policies])
+    # Memory suffices without recomputation, which is then the fastest: one candidate a form.
+    assert [candidate.level for candidate in profile.candidates] == list(forms)
+    timed = {row.level: row for row in profile.measurements if row.seconds}
+    for candidate in profile.candidates:
+        row = timed[candidate.level]
+        assert candidate.time is not None
+        # Three packs, each timed twice; the lesser time of each counts.
+        assert len(row.seconds) == len(row.loads) == 6
+        assert min(row.seconds) > 0
+        least = [min(s for s, other in zip(row.seconds, row.loads, strict=True) if other == load) for load in row.loads]
+        assert candidate.time.seconds(np.array(row.loads)).mean() == pytest.approx(np.mean(least), rel=0.5)
+        assert candidate.peak_bytes is not None
+        assert profile.resident_bytes < candidate.peak_bytes < profile.memory_limit
+    assert profile.step_seconds > 0
+    # The measured peak of each form is there too.
+    assert [row.level for row in profile.measurements if not row.seconds] == list(forms)
+
+
+def test_out_of_memory_is_a_result_and_leaves_the_others_intact(tmp_path: Path) -> None:
+    forms = [Level(64), SHORT, LONG]
+    profile = _run(tmp_path, forms, fails_at=128)
+    times = {candidate.level: candidate.time for candidate in profile.candidates}
+    assert times[SHORT] is None
+    assert times[Level(64)] is not None
+    assert times[LONG] is not None
+    assert [row.level for row in profile.measurements if row.out_of_memory] == [SHORT]
+
+
+def test_too_little_memory_for_no_recomputation_checkpoints_as_few_layers_as_fit(tmp_path: Path) -> None:
+    def estimate(policy: str, layers: int) -> int:
+        level = dataclasses.replace(SHORT, ac_policy=policy, ac_layers=layers)
+        tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP.vocab_size).max_loss_tokens
+        return estimate_memory(DEEP, level, JobConfig(), 2, device_type="cpu", loss_tokens=tokens).peak_bytes
+
+    limit = (estimate("full", 2) + estimate("full", 3)) // 2
+    candidates = [dataclasses.replace(SHORT, ac_policy=policy) for policy in ("none", "full", "keep_attention")]
+    profile = _run(tmp_path, candidates, memory_limit=limit, margin=0.0)
+    found = {candidate.level.ac_policy: candidate for candidate in profile.candidates}
+    assert not found["none"].fits
+    for policy in ("full", "keep_attention"):
+        peak, depth = found[policy].peak_bytes, found[policy].level.ac_layers
+        assert found[policy].fits
+        assert depth is not None
+        assert peak is not None
+        assert depth >= 3
+        assert peak <= limit
+    # One layer less did not fit: it was measured, or the two depths say so.
+    assert found["full"].level.ac_layers == 3
+    measured = {row.level.ac_layers for row in profile.measurements if row.level.ac_policy == "full"}
+    assert len(measured) >= 2
+
+
+def test_what_cannot_fit_is_not_run(tmp_path: Path) -> None:
+    # Every iteration of the long level would fail; the estimate settles it before.
+    candidates = [SHORT, dataclasses.replace(SHORT, max_tokens=1 << 20, ac_policy="full")]
+    short = estimate_memory(DEEP, SHORT, JobConfig(), 2, device_type="cpu").peak_bytes
+    profile = _run(tmp_path, candidates, memory_limit=2 * short)
+    by_length = {candidate.level.max_tokens: candidate for candidate in profile.candidates}
+    assert by_length[128].fits
+    assert not by_length[1 << 20].fits
+    assert all(row.estimated for row in profile.measurements if row.level.max_tokens == 1 << 20)
+
+
+def test_where_nothing_fits_that_is_the_result(tmp_path: Path) -> None:
+    profile = _run(tmp_path, [SHORT], memory_limit=1000)
+    assert [candidate.fits for candidate in profile.candidates] == [False]
+    assert profile.resident_bytes > 1000
+
+
+def _made_up(key: dict[str, Any]) -> Profile:
+    level = Level(512, 2, "hybrid", "full", 3)
+    rows = [
+        Measurement(level, peak_bytes=77),
+        Measurement(level, 77, loads=[[1, 2, 3, 4], [1, 5, 6, 7]], seconds=[0.1, 0.30000000000000004], error=0.01),
+        Measurement(SHORT, 99, out_of_memory=True, estimated=True),
+    ]
+    candidates = [Candidate(level, LevelTime(0.1, 1e-7, 1e-11), 77), Candidate(SHORT, None, 99)]
+    return Profile(key, 80, 40, 0.25, rows, candidates)
+
+
+def _key(**changes: Any) -> dict[str, Any]:
+    config = JobConfig()
+    config.training.loss_chunk_tokens = changes.pop("chunk", 1024)
+    args = dataclasses.replace(ARGS, **changes)
+    return profile_key(config, args, CPU_WORLD, LENGTHS, LOSS_TOKENS, margin=0.05, candidates=[SHORT])
+
+
+def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    profile = _made_up(_key())
+    save_profile(profile, tmp_path / "new" / "profile.json")
+    assert load_profile(tmp_path / "new" / "profile.json", _key()) == profile
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["profile.json"]
+
+
+def test_a_profile_of_something_else_is_none_and_says_what_differs(tmp_path: Path) -> None:
+    path, said = tmp_path / "profile.json", list[str]()
+    assert load_profile(path, _key(), said.append) is None
+    save_profile(_made_up(_key()), path)
+    assert load_profile(path, _key(num_layers=3), said.append) is None
+    assert load_profile(path, _key(chunk=2048, num_layers=3), said.append) is None
+    assert load_profile(path, {**_key(), "lengths": "others"}, said.append) is None
+    assert [line.split("another ", 1)[1] for line in said] == [
+        "model: measured anew",
+        "model, another loss_chunk_tokens: measured anew",
+        "lengths: measured anew",
+    ]
+
+
+def test_the_order_of_samples_is_no_other_distribution() -> None:
+    keys = [profile_key(JobConfig(), ARGS, CPU_WORLD, np.array(x), np.array(x))["lengths"] for x in ([3, 9], [9, 3])]
+    assert keys[0] == keys[1]
+    assert keys[0] != profile_key(JobConfig(), ARGS, CPU_WORLD, np.array([3, 8]), np.array([3, 8]))["lengths"]
+
+
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text('{"levels": ')
+    with pytest.raises(ValueError, match="not a profile"):
+        load_profile(tmp_path / "profile.json", _key())
+
+
+def test_timed_packs_are_the_users_from_light_to_heavy() -> None:
+    packs = Packs.draw(128, LENGTHS, LOSS_TOKENS, 4, ARGS.vocab_size)
+    squares = packs.loads[:, 2]
+    assert (np.diff(squares) >= 0).all()
+    assert squares[-1] > 1.5 * squares[0]
+    for number in range(4):
+        batch = packs.batch(number, SHORT, 0, ARGS, 0)
+        assert batch.input_ids.shape == (128,)
+        assert batch.num_loss_tokens == packs.loads[number, 1]
+        documents = batch.lengths[: int(packs.loads[number, 3])]
+        assert (documents**2).sum() == squares[number]
+
+
+def test_default_candidates_span_the_lengths_and_what_heads_and_ranks_allow() -> None:
+    forms = [(level.max_tokens, level.cp_degree, level.cp_style) for level in default_candidates(8000, 2, DEBUG)]
+    assert forms[::3] == [
+        (tokens, cp, style)
+        for tokens in (256, 512, 1024, 2048, 4096, 8192)
+        for cp, style in ((1, "ulysses"), (2, "ulysses"), (2, "allgather"))
+    ]
+    policies = [level.ac_policy for level in default_candidates(8000, 2, DEBUG)[:3]]
+    assert policies == ["none", "full", "keep_attention"]
+    # 28 query and 4 kv heads: 8 ranks cannot share them; ranks in sixes give no power of two but 2.
+    qwen = get_flavor("qwen2_5_7b")
+    assert (8, "hybrid") in {(level.cp_degree, level.cp_style) for level in default_candidates(4096, 8, qwen)}
+    assert {level.cp_degree for level in default_candidates(4096, 6, qwen)} == {1, 2}
+    # None below the median.
+    assert {level.max_tokens for level in default_candidates(8192, 2, DEBUG, median=3000)} == {4096, 8192}

@@ -1,0 +1,161 @@
+"""The parts of an iteration's time, by hand on a toy machine, and their sum as a LevelTime."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hbp_titan.models.registry import get_flavor, training_flops
+from hbp_titan.packing import Level
+from hbp_titan.tuning.hardware import get_hardware
+from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, get_dims
+from tests.tuning.toy import MACHINE, TOY
+
+
+def pack(trained: float, squares: float) -> np.ndarray:
+    return np.array([[1.0, trained, squares, 1]])
+
+
+def test_computation_by_hand() -> None:
+    level = Level(16, 1, ac_policy="full")
+    parts = TimeModel(TOY, MACHINE, 1).parts(level, pack(10, 100))
+    # 6 FLOPs x 100 parameters x 16 tokens, and 6 x 50 of the head for 10 trained ones, at 1000 FLOP/s
+    assert parts["linear"][0] == pytest.approx(9.6 + 3.0)
+    # (QK^T + PV) x 4 heads x 2 wide x 100 squares = 1600, thrice (backward twice), in 2 layers, at 750 FLOP/s
+    assert parts["attention"][0] == pytest.approx(9.6 / 0.75)
+    # forward again: 2 x (100 - 20 of the last product) x 16 tokens = 2560, and 1600 in 2 layers
+    assert parts["recompute"][0] == pytest.approx(2.56 + 3.2 / 0.75)
+    assert parts["sp"][0] == parts["experts"][0] == parts["fsdp"][0] == parts["fixed"][0] == 0
+
+
+def test_attention_takes_the_time_of_whole_tiles() -> None:
+    machine = dataclasses.replace(MACHINE, attention_block=4)
+    plain, tiled = (TimeModel(TOY, m, 1).parts(Level(16), pack(0, 100))["attention"][0] for m in (MACHINE, machine))
+    # One document: 100 squares and 2 x 4 x 16 tokens and 3/4 of a tile of 16.
+    assert tiled / plain == pytest.approx((100 + 128 + 12) / 100)
+    # Over all lengths of up to 32 blocks the form has the mean of what is launched.
+    lengths = np.arange(1, 129)
+    blocks = -(-lengths // 4)
+    launched, form = blocks * (blocks + 1) * 16, lengths**2 + 8 * lengths + 12
+    assert form.mean() == pytest.approx(launched.mean(), rel=0.02)
+
+
+def test_recomputing_all_but_attention_in_one_layer() -> None:
+    parts = TimeModel(TOY, MACHINE, 1).parts(Level(16, 1, ac_policy="keep_attention", ac_layers=1), pack(0, 100))
+    assert parts["recompute"][0] == pytest.approx(1.28)
+
+
+def test_bytes_of_an_all_to_all() -> None:
+    model = TimeModel(TOY, MACHINE, 4)
+    # bf16: q 4 heads, k and v 2 heads each, output 4 heads, all 2 wide; 4 ranks repeat the kv heads to 4.
+    assert model.query_bytes_per_token() == 2 * (8 + 8)
+    assert (model.kv_bytes_per_token(2), model.kv_bytes_per_token(4)) == (2 * (4 + 4), 2 * (8 + 8))
+
+
+@pytest.mark.parametrize(
+    ("cp", "style", "scattered", "gathered"),
+    [
+        (2, "ulysses", 48 * 1 / 2 / 100, 0),  # half of it stays on the rank, half goes to the other GPU of the node
+        (4, "ulysses", 64 * 2 / 4 / 10, 0),  # half goes to the other node, at 10 byte/s
+        (2, "allgather", 0, 16 * 1 / 100),  # k and v of the other rank
+        (4, "allgather", 0, 16 * 3 / 20),  # of three others; two adapters bring them into a node
+        (4, "hybrid", 48 * 1 / 2 / 100, 16 * 1 / 10),  # heads inside the node, k and v of the other node
+    ],
+)
+def test_exchange_by_style_and_place(cp: int, style: str, scattered: float, gathered: float) -> None:
+    level = Level(16, cp, style)
+    model = TimeModel(TOY, MACHINE, 4, overlaps=False)
+    # Forward and backward in two layers; gathered gradients return in fp32, twice as many bytes.
+    seconds = 2 * (2 * scattered + gathered + 2 * gathered)
+    assert model.exchange_seconds_per_token(level) == pytest.approx(seconds)
+    assert model.parts(level, pack(0, 0))["sp"][0] == pytest.approx(16 / cp * seconds)
+    # Recomputing a layer exchanges once more, unless its attention is kept.
+    full = dataclasses.replace(level, ac_policy="full", ac_layers=1)
+    kept = dataclasses.replace(level, ac_policy="keep_attention")
+    assert model.exchange_seconds_per_token(full) == pytest.approx(seconds + scattered + gathered)
+    assert model.exchange_seconds_per_token(kept) == pytest.approx(seconds)
+
+
+def test_keys_and_values_travel_while_queries_are_projected() -> None:
+    level, fast = Level(16, 2), dataclasses.replace(MACHINE, linear_efficiency=2.0)
+    # k and v: 16 bytes, half to the other GPU at 100 byte/s, 0.08 s. The projection: 2 x 8 x 8 FLOPs at 2000 FLOP/s,
+    # 0.064 s forward and twice that backward: 0.016 s of the exchange shows in each of two layers' forward.
+    shows, hidden = (TimeModel(TOY, fast, 4, overlaps=o).exchange_seconds_per_token(level) for o in (False, True))
+    assert shows == pytest.approx(2 * 2 * 48 / 2 / 100)
+    assert hidden == pytest.approx(shows - 2 * (0.064 + 0.08))
+
+
+def test_fsdp_traffic_and_what_computation_hides() -> None:
+    # 200 parameters; each rank lacks half: gathered as 2 bytes at 100 byte/s, reduced as 4; backward gathers the 100 of
+    # the layers again.
+    level, kept = Level(16), Sharding(reshard_after_forward=False)
+    assert TimeModel(TOY, MACHINE, 2).fsdp_seconds(level) == pytest.approx((2.0, 4.0 + 1.0))
+    assert TimeModel(TOY, MACHINE, 2, kept).fsdp_seconds(level) == pytest.approx((2.0, 4.0))
+    # A level's own setting counts.
+    for resharded, again in ((True, 1.0), (False, 0.0)):
+        own = dataclasses.replace(level, reshard_after_forward=resharded)
+        assert TimeModel(TOY, MACHINE, 2, kept).fsdp_seconds(own) == pytest.approx((2.0, 4.0 + again))
+    # Two nodes: three quarters, at the 20 byte/s of a node's adapters; or again from the other rank of the node.
+    assert TimeModel(TOY, MACHINE, 4).fsdp_seconds(level) == pytest.approx((15.0, 30.0 + 7.5))
+    in_node = dataclasses.replace(level, reshard_after_forward=2)
+    assert TimeModel(TOY, MACHINE, 4).fsdp_seconds(in_node) == pytest.approx((15.0, 30.0 + 1.0))
+    # Copies on two nodes: gathered inside the node. Once a step each rank's half of the gradients, 400 bytes, crosses
+    # twice x 1/2.
+    copies, one = TimeModel(TOY, MACHINE, 4, Sharding(dp_replicate=2)), TimeModel(TOY, MACHINE, 2)
+    assert copies.fsdp_seconds(level) == pytest.approx((2.0, 4.0 + 1.0))
+    assert copies.step_seconds() - one.step_seconds() == pytest.approx(40.0)
+    # Matrix products of 16 tokens: 3.2 s forward, 6.4 backward; of 8 tokens: 1.6 and 3.2.
+    model = TimeModel(TOY, MACHINE, 2)
+    assert model.parts(Level(16), pack(0, 0))["fsdp"][0] == 0
+    assert model.parts(Level(8), pack(0, 0))["fsdp"][0] == pytest.approx(0.4 + 1.8)
+
+
+def test_launches_show_only_where_the_matrix_products_are_shorter() -> None:
+    machine = dataclasses.replace(MACHINE, launch_seconds=0.01)
+    model = TimeModel(TOY, machine, 1, fixed_seconds=0.5)
+    # 2 layers x 150 kernels x 0.01 s = 3 s; one token takes 0.6 s.
+    assert model.parts(Level(1), pack(0, 0))["fixed"][0] == pytest.approx(2.4 + 0.5)
+    assert model.parts(Level(16), pack(0, 0))["fixed"][0] == 0.5
+
+
+def test_experts_are_gathered_by_their_group_and_tokens_sent_to_them() -> None:
+    moe = dataclasses.replace(TOY, body_params=500, expert_params=400, experts_per_token=1)
+    # 200 dense parameters over 4 ranks on two nodes as above; each rank gathers half of the experts, 200, from one
+    # other rank, alone on its node: half of 200 x 2 bytes at 10 byte/s.
+    model = TimeModel(moe, MACHINE, 4, Sharding(expert_parallel=2))
+    assert model.fsdp_seconds(Level(16))[0] == pytest.approx(15.0 + 20.0)
+    # To and fro, 8 wide, bf16: 32 bytes, half to the other rank of the node, forward and backward in two layers.
+    assert model.parts(Level(16), pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 4)
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "keep_attention"])
+@pytest.mark.parametrize(("cp", "style"), [(1, "ulysses"), (8, "ulysses"), (16, "hybrid")])
+def test_a_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) -> None:
+    model = TimeModel(get_dims("llama3_1_8b"), get_hardware("h100-80gb"), 32, fixed_seconds=0.01)
+    level = Level(131072, cp, style, ac_policy=policy, ac_layers=20)
+    rng = np.random.default_rng(0)
+    loads = np.stack([np.ones(50), *rng.integers(0, 10**9, (3, 50))], axis=1).astype(float)
+    parts = model.parts(level, loads)
+    assert tuple(parts) == PARTS
+    np.testing.assert_allclose(model.level_time(level).seconds(loads), sum(parts.values()), rtol=1e-12)
+
+
+def test_flops_are_those_of_the_metrics() -> None:
+    args = get_flavor("llama3_1_8b")
+    machine = dataclasses.replace(get_hardware("h100-80gb"), linear_efficiency=1.0)
+    machine = dataclasses.replace(machine, attention_efficiency=1.0, attention_block=0)
+    parts = TimeModel(ModelDims.from_args(args), machine, 1).parts(Level(1000), pack(1000, 300_000))
+    seconds = parts["linear"][0] + parts["attention"][0]
+    assert seconds * 989e12 == pytest.approx(training_flops(args, 1000, 300_000))
+
+
+def test_deepseek_v2_has_its_published_parameters() -> None:
+    dims = get_dims("deepseek_v2_236b")
+    assert round(dims.params / 1e9) == 236
+    # 21B active: the layers' and the head's, with the embedding.
+    assert round((dims.active_body_params + 2 * dims.head_params) / 1e9) == 21
+    assert get_dims("llama3_1_8b").params == 8_030_261_248
+    with pytest.raises(ValueError, match="did you mean llama3_1_8b"):
+        get_dims("llama3_1_8")
