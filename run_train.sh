@@ -25,7 +25,7 @@ case "${COMM_MODE:-}" in
         ;;
     fake)
         NGPU=${NGPU:-$("$PY" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-        exec "$PY" -m hbp_titan.dry_run --world_size $((NGPU * NNODES)) --gpu "${GPU:-h100-80gb}" \
+        exec "$PY" -m hbp_titan.tuning.dry_run --world_size $((NGPU * NNODES)) --gpu "${GPU:-h100-80gb}" \
             --job.config_file "$CONFIG_FILE" "$@"
         ;;
     *)

@@ -8,7 +8,6 @@ its exit code is this command's, and `torchrun -m hbp_titan NAME ...` starts it 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.metadata
 import importlib.util
 import os
@@ -16,13 +15,13 @@ import platform
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 from hbp_titan import __version__
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
+from hbp_titan.utils import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.tuning.dry_run"}
@@ -43,8 +42,8 @@ def main() -> None:
         for path in presets().values():
             print(f"{path}\n    {_hardware(path)}")
     else:
-        name, path = guarded(lambda: _command(argv[0]))
-        words = guarded(lambda: with_presets(argv[1:]))
+        name, path = exit_on_user_error(lambda: _command(argv[0]))
+        words = exit_on_user_error(lambda: with_presets(argv[1:]))
         if name == "train" and "RANK" not in os.environ and not {"-h", "--help"} & set(words):
             print("one rank; several: torchrun --nproc_per_node N -m hbp_titan train ...", flush=True)
         _run(name, path, words)
@@ -94,7 +93,7 @@ def with_presets(argv: list[str]) -> list[str]:
         if words[place - 1] == CONFIG_KEY and is_name:
             found = presets()
             if value not in found:
-                raise ValueError(f"{CONFIG_KEY} {value} is neither a file nor a preset{_nearest(value, found)}")
+                raise ValueError(f"{CONFIG_KEY} {value} is neither a file nor a preset{did_you_mean(value, found)}")
             words[place] = str(found[value])
     return words
 
@@ -102,7 +101,9 @@ def with_presets(argv: list[str]) -> list[str]:
 def _command(word: str) -> tuple[str, Path]:
     name, found = word.replace("-", "_"), commands()
     if name not in found:
-        raise ValueError(f"unknown command {word!r}{_nearest(name, [*found, 'presets'])} (hbp-titan --help lists them)")
+        raise ValueError(
+            f"unknown command {word!r}{did_you_mean(name, [*found, 'presets'])} (hbp-titan --help lists them)"
+        )
     return name, found[name]
 
 
@@ -142,11 +143,6 @@ def _hardware(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     # A file that was added to a checkout may have none.
     return next((line.lstrip("# ") for line in lines if "Hardware:" in line), "")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -26,26 +25,27 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hbp_titan.job_config import DataSource, JobConfig, to_dict
 from hbp_titan.packing.level import AC_POLICIES, Level, check_levels, check_reshard, parse_levels
+from hbp_titan.utils import did_you_mean
 
 _CHOICES = {
     "model.attention_backend": ("auto", "fa3", "fa4", "fa2", "torch", "cpu", "reference"),
     "packing.levels": ("", "auto"),
-    "packing.mix": ("alternate", "interleave"),
-    "training.normalizer": ("ave_token", "token_mean", "sample_mean", "sum"),
+    "packing.level_order": ("alternate", "interleave"),
+    "training.loss_normalization": ("ave_token", "token_mean", "sample_mean", "sum"),
     "training.dtype": ("float32", "bfloat16"),
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
     "training.on_nonfinite": ("stop", "skip"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
     "optimizer.name": ("AdamW",),
-    "parallelism.cp_collectives": ("fused", "dtensor"),
+    "parallelism.cp_backend": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "activation_checkpoint.policy": AC_POLICIES,
     "checkpoint.async_mode": ("async", "disabled"),
     "checkpoint.export_dtype": ("float32", "bfloat16"),
     "data.embedded": ("", "stdlib"),
     "data.train_on": ("assistant", "last", "all"),
-    "data.overlong": ("error", "skip", "truncate", "split"),
+    "data.max_length_policy": ("error", "skip", "truncate", "split"),
     "data.malformed": ("error", "skip"),
     "data.duplicates": ("keep", "skip"),
 }
@@ -88,14 +88,14 @@ def check_values(config: JobConfig) -> None:
             f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} name no "
             "optimizer step: they count from 1, and the last is not before the first"
         )
-    if (config.data.overlong, config.data.train_on) == ("split", "last"):
+    if (config.data.max_length_policy, config.data.train_on) == ("split", "last"):
         raise ValueError(
-            'data.overlong = "split" with data.train_on = "last" would train the last turn of every piece, not of the '
-            "conversation: change one of them"
+            'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
+            "not of the conversation: change one of them"
         )
-    if config.compile.enable and config.parallelism.cp_collectives != "fused":
+    if config.compile.enable and config.parallelism.cp_backend != "fused":
         raise ValueError(
-            f"compile.enable with parallelism.cp_collectives = {config.parallelism.cp_collectives!r}: DTensor's "
+            f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "
             "redistribution would break the graph of a block; set one of the two back"
         )
 
@@ -162,7 +162,7 @@ def load_config(argv: Sequence[str]) -> JobConfig:
 
 def validate(config: JobConfig, world_size: int) -> None:
     """Raise ValueError where the configuration cannot run on `world_size` ranks; levels still to be chosen may."""
-    if not config.selects_levels:
+    if not config.auto_levels:
         check_levels(config.levels, world_size)
     if world_size % config.parallelism.dp_replicate:
         raise ValueError(
@@ -272,7 +272,7 @@ def _from_toml(values: dict[str, Any], where: str) -> JobConfig:
     section_types = get_type_hints(JobConfig)
     for section, content in values.items():
         if section not in section_types:
-            raise ValueError(f"{where}: unknown section [{section}]{_nearest(section, section_types)}")
+            raise ValueError(f"{where}: unknown section [{section}]{did_you_mean(section, section_types)}")
         if section == "levels":
             continue
         if not isinstance(content, dict):
@@ -308,7 +308,7 @@ def _sources_from_toml(key: str, blocks: Any, where: str) -> list[DataSource]:
 def _check_block(name: str, block: dict[str, Any], types_of: dict[str, Any], needed: str, where: str) -> None:
     for key, value in block.items():
         if key not in types_of:
-            raise ValueError(f"{where}: unknown key {name}.{key}{_nearest(key, types_of)}")
+            raise ValueError(f"{where}: unknown key {name}.{key}{did_you_mean(key, types_of)}")
         _check_type(f"{name}.{key}", value, types_of[key], where)
     if needed not in block:
         raise ValueError(f"{where}: {name} lacks {needed}")
@@ -350,10 +350,10 @@ def _type_of(key: str, where: str) -> Any:
     sections = get_type_hints(JobConfig)
     if section not in sections or section == "levels":
         known = [f"{s}.{f.name}" for s, t in sections.items() if s != "levels" for f in dataclasses.fields(t)]
-        raise ValueError(f"{where}: unknown key {key}{_nearest(key, known)}")
+        raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, known)}")
     hints = get_type_hints(sections[section])
     if name not in hints:
-        raise ValueError(f"{where}: unknown key {key}{_nearest(name, hints, section + '.')}")
+        raise ValueError(f"{where}: unknown key {key}{did_you_mean(name, hints, section + '.')}")
     return hints[name]
 
 
@@ -373,8 +373,3 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
     if not fits:
         name = expected.__name__ if isinstance(expected, type) else str(expected)
         raise ValueError(f"{where}: {key} = {value!r} must be of type {name}")
-
-
-def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -176,7 +176,7 @@ class Engine:
         return objective, losses_S.index_add_(0, batch.document_ids[index], losses_L.double())
 
 
-def first_passes(engine: Engine, batches: PlanDataset, validates: bool, at: Callable[[str], None]) -> list[float]:
+def warmup(engine: Engine, batches: PlanDataset, validates: bool, at: Callable[[str], None]) -> list[float]:
     """Seconds of each level's first pass, the slowest rank's, 0 for a level without iterations; a collective.
 
     Leaves gradients that are to be thrown away. batches: of this rank; validates: whether levels are evaluated as well;

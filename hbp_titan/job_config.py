@@ -92,7 +92,7 @@ class Data:
     """Where the embedded corpus lives: train.jsonl, validation.jsonl, tokenizer/."""
     train_on: str = "assistant"
     """Turns that are trained: "assistant", "last" (the last assistant turn only) or "all" (every token)."""
-    overlong: str = "error"
+    max_length_policy: str = "error"
     """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn borders); listed."""
     malformed: str = "error"
     """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (left out and listed)."""
@@ -124,11 +124,11 @@ class Packing:
     """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/packing.md lists them; METHODS in packing/build.py)."""
     levels: str = ""
     """Where levels come from: "" the [[levels]] blocks, "auto" a measurement at the start (docs/selection.md)."""
-    auto_max_tokens: int = 0
-    """With levels = "auto": tokens that a sample may have (data.overlong); 0 means the model's limit."""
+    max_sample_tokens: int = 0
+    """With levels = "auto": tokens that a sample may have (data.max_length_policy); 0 means the model's limit."""
     seed: int = 0
     """Seed of the order of the samples and of the shuffles in their packing; each epoch derives its own."""
-    mix: str = "alternate"
+    level_order: str = "alternate"
     """Order of iterations after the curriculum: "alternate" or "interleave"."""
     curriculum_steps: float = 0
     """Optimizer steps of the lowest level first; a value below 1 is a share of the first epoch's steps."""
@@ -146,7 +146,7 @@ class Training:
     """Tokens of one optimizer step; 0 means one iteration a step. Reached by gradient accumulation."""
     max_norm: float = 1.0
     """Gradient clipping norm over the world; 0 turns it off."""
-    normalizer: str = "ave_token"
+    loss_normalization: str = "ave_token"
     """Loss normalizer: ave_token, token_mean, sample_mean or sum (components/normalizer.py)."""
     dtype: str = "float32"
     """Dtype of the stored parameters and of the optimizer state."""
@@ -208,7 +208,7 @@ class Parallelism:
     keep them sharded over so many adjacent ranks, such as a node's. Levels may have their own."""
     separate_reduce_scatter: bool = True
     """On GPUs, where torch has it (2.13): gradients are reduced on a communicator of their own, next to all-gathers."""
-    cp_collectives: str = "fused"
+    cp_backend: str = "fused"
     """Exchanges between cp ranks: fused (few, written out) or dtensor (derived from placements: the reference)."""
     init_timeout_seconds: int = 600
     """Timeout of collectives until the first optimizer step is done."""
@@ -268,7 +268,7 @@ class Validation:
 class Metrics:
     log_interval: int = 1
     """Optimizer steps between console lines; metrics.jsonl has every step."""
-    live_check_interval: int = 20
+    timing_check_interval: int = 20
     """Optimizer steps between comparisons of measured times with the plan's model (an epoch's end has one); 0: none."""
     expert_load_interval: int = 10
     """Optimizer steps between tables of tokens per expert in metrics.jsonl (every step has a summary); 0: none."""
@@ -319,14 +319,14 @@ class JobConfig:
         return Path(self.job.dump_folder or f"outputs/{Path(self.job.config_file or 'default').stem}")
 
     @property
-    def selects_levels(self) -> bool:
+    def auto_levels(self) -> bool:
         """Whether the levels are still to be chosen."""
         return self.packing.levels == "auto" and not self.levels
 
-    def forget_levels(self) -> None:
+    def clear_levels(self) -> None:
         """As if no level were named; where the largest decides which samples are too long, that stays."""
-        if self.levels and self.data.overlong != "error":
-            self.packing.auto_max_tokens = self.levels[-1].max_tokens
+        if self.levels and self.data.max_length_policy != "error":
+            self.packing.max_sample_tokens = self.levels[-1].max_tokens
         self.levels, self.packing.levels = [], "auto"
 
     @property

@@ -55,11 +55,11 @@ def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
     )
 
 
-def most_tokens(config: JobConfig, args: ModelArgs) -> int:
+def max_sample_tokens(config: JobConfig, args: ModelArgs) -> int:
     """The most tokens of a sample: those of the largest level, or the limit where levels are still to be chosen."""
     if config.levels:
         return config.levels[-1].max_tokens
-    return min(config.packing.auto_max_tokens or args.max_position_embeddings, args.max_position_embeddings)
+    return min(config.packing.max_sample_tokens or args.max_position_embeddings, args.max_position_embeddings)
 
 
 def check_device(config: JobConfig, device: torch.device) -> None:
@@ -93,7 +93,7 @@ def check_without_data(config: JobConfig, world_size: int, device: torch.device,
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     check_experts(args, config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate)
-    longest = most_tokens(config, args)
+    longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(
             f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}: "

@@ -22,19 +22,19 @@ from hbp_titan.components.metrics import MetricsLogger, compare_methods, describ
 from hbp_titan.components.oom import SETTING_UP, UPDATE, out_of_memory_in
 from hbp_titan.components.optimizer import build_optimizer, scale_gradients, set_learning_rate, square_norm, step_unless
 from hbp_titan.components.profiling import GarbageCollection, StepTrace, memory_snapshot
-from hbp_titan.components.resume import Progress, note_start, start_generators
+from hbp_titan.components.resume import TrainState, record_start, set_determinism
 from hbp_titan.components.step_stats import ExpertLoad, StepMeter, StepRecorder
-from hbp_titan.components.timing import LiveCheck
+from hbp_titan.components.timing import TimingMonitor
 from hbp_titan.components.validation import Validator
 from hbp_titan.components.weights import check_adapter, describe_adapter, export
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.epoch import EpochPlans, describe_parts
+from hbp_titan.data.epoch import EpochPlans, describe_segments
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.data.sample_log import ConsumedRecord, confirm_epoch
+from hbp_titan.data.sample_log import SampleLog, check_epoch
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.mesh import crossed_nodes
+from hbp_titan.distributed.mesh import cross_node_warnings
 from hbp_titan.distributed.world import (
     SLOW_WORK_SECONDS,
     World,
@@ -48,13 +48,13 @@ from hbp_titan.distributed.world import (
     ranks_per_node,
     set_timeouts,
 )
-from hbp_titan.engine import Engine, first_passes
-from hbp_titan.errors import Team, first_to_fail, guarded, job_store, told_once
+from hbp_titan.engine import Engine, warmup
+from hbp_titan.errors import WorkerGroup, claim_first_failure, default_store, exit_on_user_error, report_first_error
 from hbp_titan.packing import CostModel, Plan
 from hbp_titan.packing.level import level_name
-from hbp_titan.preflight import check, cost_model, model_args, most_tokens, token_ids
+from hbp_titan.preflight import check, cost_model, max_sample_tokens, model_args, token_ids
 from hbp_titan.tuning.auto import load_level_times, resolve_levels
-from hbp_titan.tuning.oom_advice import MemoryAdvisor
+from hbp_titan.tuning.oom_advice import OOMAdvisor
 from hbp_titan.tuning.time_model import predicted_time
 
 
@@ -68,15 +68,15 @@ class Trainer:
         self.device = world.device
         self.folder = config.dump_folder
         self.prints = world.rank == log_rank(world.size)
-        start_generators(config.training.rng_seed, config.training.deterministic)
+        set_determinism(config.training.rng_seed, config.training.deterministic)
 
         # Data and plan: all ranks prepare, each its share, and find the others' on the shared file system.
         self.args = model_args(config)
         self.store, held_out = self._open_stores()
         check(config, world.size, self.device, self.args, self.store)
-        self.memory = MemoryAdvisor(config, self.args, world)
+        self.memory = OOMAdvisor(config, self.args, world)
         cost = cost_model(self.args, frozen=config.lora.rank > 0)
-        if config.selects_levels:
+        if config.auto_levels:
             resolve_levels(config, self.args, world, cost, [self.store, *filter(None, [held_out])], self._print)
             check(config, world.size, self.device, self.args, self.store)
         self.token_ids = token_ids(config, self.store)
@@ -85,7 +85,7 @@ class Trainer:
         self.validator = None
         if config.validation.enable and held_out:
             plan = EpochPlans(config, held_out, world.size, cost).of(0)
-            self.shapes = self.shapes.covering(plan)
+            self.shapes = self.shapes.enlarged_for(plan)
             loader = partial(self._loader_of, plan, held_out)
             self.validator = Validator(plan, held_out, loader, world)
 
@@ -96,7 +96,7 @@ class Trainer:
         self.model = self.engine.model
 
         # The whole of what a resumed run needs beside tensors.
-        self.progress = Progress(config, self.args, self.plans, self.store.fingerprint)
+        self.progress = TrainState(config, self.args, self.plans, self.store.fingerprint)
         self.position = self.progress.position
         self.adapter = describe_adapter(config, self.model)
         self.checkpointer = Checkpointer(
@@ -108,17 +108,17 @@ class Trainer:
             at=lambda where: self._at(where, SLOW_WORK_SECONDS),
         )
         self.level_times = load_level_times(self.folder, config.levels)
-        self.live_check = LiveCheck(self.model, world, self.level_times, config.metrics.live_check_interval)
+        self.timing_check = TimingMonitor(self.model, world, self.level_times, config.metrics.timing_check_interval)
         self.expert_load = ExpertLoad(
             self.model, config.parallelism.expert_parallel_degree, config.metrics.expert_load_interval
         )
-        self.normalizer = NORMALIZERS[config.training.normalizer]
+        self.normalizer = NORMALIZERS[config.training.loss_normalization]
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.recorder = StepRecorder(
             self.args, world.size, self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.meter = StepMeter(world, self.store, len(config.levels))
-        self.consumed = ConsumedRecord(self.folder, world.rank, config.levels, broadcast_value)
+        self.consumed = SampleLog(self.folder, world.rank, config.levels, broadcast_value)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
         self._unwritten: Callable[[], None] | None = None  # writes the metrics of the last step
@@ -141,8 +141,8 @@ class Trainer:
         return EpochPlans(self.config, self.store, self.world.size, cost)
 
     def _open_stores(self) -> tuple[TokenStore, TokenStore | None]:
-        team = Team(self.world.rank, self.world.size, gather_values)
-        stores = open_stores(self.config, most_tokens(self.config, self.args), team)
+        team = WorkerGroup(self.world.rank, self.world.size, gather_values)
+        stores = open_stores(self.config, max_sample_tokens(self.config, self.args), team)
         return stores[0], stores[1] if len(stores) == 2 else None
 
     def train(self) -> None:
@@ -160,7 +160,7 @@ class Trainer:
             self._probe_levels()
             if self.prints:
                 self.preemption.clear()
-            parts = describe_parts(self.position.parts)
+            parts = describe_segments(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
             with self.preemption, self.checkpointer, trace, GarbageCollection(self.config.training.gc_interval) as gc:
@@ -214,7 +214,7 @@ class Trainer:
     def _loader(self) -> PackLoader:
         """The batches of this rank from the current step on."""
         plan = self.position.plan
-        self.shapes = self.shapes.covering(plan)
+        self.shapes = self.shapes.enlarged_for(plan)
         first = int(plan.step_offsets[self.position.step_in_plan])
         return self._loader_of(plan, self.store, sample_weights=self.normalizer, first_iteration=first)
 
@@ -245,12 +245,12 @@ class Trainer:
                 self.engine.evaluate, lambda where, level: self._at(f"{place}, {where}", kind=f"validation {level}")
             )
         names = [level_name(level) for level in plan.levels]
-        report = self.live_check.report(plan, self.position.step_in_plan)
+        report = self.timing_check.report(plan, self.position.step_in_plan)
         if report:
-            values["live_check"] = report.as_dict(names)
+            values["timing_check"] = report.as_dict(names)
         saves = config.checkpoint.enable and (self.step % config.checkpoint.interval == 0 or last or self.signal)
         self._at(f"checkpoint of step {self.step}", SLOW_WORK_SECONDS)
-        values |= self.checkpointer.take_measured()
+        values |= self.checkpointer.pop_write_seconds()
         if saves:
             values["checkpoint_blocked_seconds"] = self._stage()
         self._unwritten = lambda: metrics.log({**record(), **values})
@@ -275,16 +275,16 @@ class Trainer:
         """Compare what was trained with the plans of the epoch and the store: each sample once."""
         barrier()
         if self.world.rank == 0:
-            write(confirm_epoch(self.folder, self.position.parts, self.store))
+            write(check_epoch(self.folder, self.position.parts, self.store))
 
     def _probe_levels(self) -> None:
         """Run each level once, tell the time that the run will take, and throw the gradients away."""
         position, steps = self.position, self.total_steps - self.step
         plan = position.plan
-        self.shapes = self.shapes.covering(plan)
+        self.shapes = self.shapes.enlarged_for(plan)
         batches = PlanDataset(plan, self.store, self.world.rank, self.shapes)
         at = partial(self._at, seconds=self.config.parallelism.init_timeout_seconds)
-        passes = first_passes(self.engine, batches, self.validator is not None, at)
+        passes = warmup(self.engine, batches, self.validator is not None, at)
         self.optimizer.zero_grad()
         time_left = predicted_time(
             self.config, self.args, plan, position.step_in_plan, steps, self.device, self.level_times, passes
@@ -302,7 +302,7 @@ class Trainer:
             waited = time.perf_counter() - asked
             level = level_name(plan.levels[batch.level])
             self._at(f"step {self.step + 1}, iteration {iteration} of the plan, level {level}", kind=level)
-            with self.live_check.iteration(iteration):
+            with self.timing_check.iteration(iteration):
                 losses = self.engine.forward_backward(batch, last=iteration + 1 == last)
             # Files of the step before: the device has work meanwhile.
             self._write_last()
@@ -322,7 +322,7 @@ class Trainer:
         self.optimizer.zero_grad()
         # The step's one wait for the device.
         flags = [self.preemption.received, self.checkpointer.failed]
-        signal, save_failed = self.meter.read(self.live_check.take(), flags)
+        signal, save_failed = self.meter.read(self.timing_check.take(), flags)
         loss_sums, grad_norm, skipped = self.meter.loss_sums, self.meter.grad_norm, ""
         if not math.isfinite(sum(loss_sums) + grad_norm):
             skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
@@ -388,12 +388,12 @@ class Trainer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(to_toml(self.config))
-        note_start(self.config, self.step, self.world.size, self.device)
+        record_start(self.config, self.step, self.world.size, self.device)
         plan = self.position.plan
         if self.config.packing.print_comparison:
             print(compare_methods(self.plans))
         experts = self.config.parallelism.expert_parallel_degree
-        warnings = crossed_nodes(plan.levels, experts, ranks_per_node(self.world.size))
+        warnings = cross_node_warnings(plan.levels, experts, ranks_per_node(self.world.size))
         print(describe_start(self.config, self.args, self.model, plan, self.total_steps, self.device, warnings))
         if self.progress.resumed:
             print(fit(self.progress.resumed), flush=True)
@@ -413,12 +413,14 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(__doc__.splitlines()[0], help_text(), sep="\n\n")
         return
-    config = guarded(lambda: load_config(argv), first_to_fail)
-    world = guarded(lambda: init_world(config.parallelism.init_timeout_seconds, config.dump_folder), first_to_fail)
-    watchdog = Watchdog(world.rank, world.size, job_store())
+    config = exit_on_user_error(lambda: load_config(argv), claim_first_failure)
+    world = exit_on_user_error(
+        lambda: init_world(config.parallelism.init_timeout_seconds, config.dump_folder), claim_first_failure
+    )
+    watchdog = Watchdog(world.rank, world.size, default_store())
     snapshot = memory_snapshot(config.profiling, config.dump_folder, world.rank)
-    with watchdog, told_once(world.rank, lambda: watchdog.where), snapshot:
-        trainer = guarded(lambda: Trainer(config, world, watchdog), first_to_fail)
+    with watchdog, report_first_error(world.rank, lambda: watchdog.where), snapshot:
+        trainer = exit_on_user_error(lambda: Trainer(config, world, watchdog), claim_first_failure)
         with trainer.memory:
             trainer.train()
     # Not after a failure: it would wait for ranks that are gone.

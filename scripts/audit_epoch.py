@@ -20,7 +20,7 @@ if not __package__:
 
 from hbp_titan.data.sample_log import EpochAudit, audit_run, read_attempts, shown
 from hbp_titan.data.token_store import TokenStore, check_ledger
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 
 
 def main(argv: list[str]) -> int:
@@ -73,4 +73,4 @@ def steps_done(metrics: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(lambda: main(sys.argv[1:])))
+    raise SystemExit(exit_on_user_error(lambda: main(sys.argv[1:])))

@@ -28,9 +28,9 @@ from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.loader import BatchShapes
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.bench_data import Speed, loader_speeds, preparation_speeds, table
-from hbp_titan.preflight import cost_model, model_args, most_tokens
+from hbp_titan.preflight import cost_model, max_sample_tokens, model_args
 
 PARTS = ("loader", "preparation")
 
@@ -68,10 +68,10 @@ def main(argv: list[str]) -> None:
 def loader(config: JobConfig, world_size: int, workers: list[int], rounds: int) -> list[Speed]:
     """Speeds of the loader on the configured data and levels."""
     args = model_args(config)
-    store = open_stores(config, most_tokens(config, args))[0]
+    store = open_stores(config, max_sample_tokens(config, args))[0]
     plan = EpochPlans(config, store, world_size, cost_model(args)).of(0)
     return loader_speeds(plan, store, BatchShapes.of(plan, args.num_kv_heads), workers, rounds)
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -26,7 +26,7 @@ if not __package__:
 
 import numpy as np
 
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import PACKERS, build_plan, measure, parse_levels
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.simulate import tulu3_longcite_like
@@ -187,4 +187,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

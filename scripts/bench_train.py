@@ -34,7 +34,7 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, close_world, init_world
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.bench_swap import measure_swap
 from hbp_titan.experiments.bench_train import Bench, Settings, header, parse_documents, parse_policies, rows
 from hbp_titan.models.attention import selected_backend
@@ -165,4 +165,4 @@ def say(world: World, text: str) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

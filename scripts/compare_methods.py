@@ -29,29 +29,29 @@ import torch
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
-from hbp_titan.errors import Team, guarded
+from hbp_titan.errors import WorkerGroup, exit_on_user_error
 from hbp_titan.experiments.compare import Run, compare, parse_runs, table
-from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
+from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.auto import from_rank_0, measured
-from hbp_titan.tuning.search import Workload, rivals, select_search
+from hbp_titan.tuning.search import Workload, baselines, select_search
 
 METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
 
 
 def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     """Each of METHODS on the levels that measurement finds best for it; those of HBP as printed are ours."""
-    config.forget_levels()
+    config.clear_levels()
     args = model_args(config)
     check_device(config, world.device)
-    limit = most_tokens(config, args)
-    stores = open_stores(config, limit, Team(world.rank, world.size, gather_values))
+    limit = max_sample_tokens(config, args)
+    stores = open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
     path = config.dump_folder / "profile.json"
     profile = measured(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
 
     def choose() -> tuple[Run, ...]:
         workload = Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
         levels = select_search(profile.candidates, workload).levels
-        flat = {name: rival.levels for name, rival in rivals(profile.candidates, workload).items()}
+        flat = {name: rival.levels for name, rival in baselines(profile.candidates, workload).items()}
         return tuple(Run(method, flat.get(method, levels)) for method in METHODS)
 
     return from_rank_0(world, choose)
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    exit_on_user_error(main)

@@ -19,7 +19,7 @@ if not __package__:
 import torch
 
 from hbp_titan.components.checkpoint import save_model_tensors
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.hf import args_from_hf, load_hf_tensors, token_ids_from_hf
 from hbp_titan.models.registry import build_model
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    count = guarded(lambda: convert(arguments.hf_folder, arguments.out))
+    count = exit_on_user_error(lambda: convert(arguments.hf_folder, arguments.out))
     print(f"{arguments.hf_folder} -> {arguments.out} ({count} tensors)")
 
 

@@ -19,7 +19,7 @@ import torch
 
 from hbp_titan.components.checkpoint import completed, read_state
 from hbp_titan.components.weights import whole_tensors
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.hf import save_hf_folder
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
-    source = guarded(lambda: convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype]))
+    source = exit_on_user_error(lambda: convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype]))
     print(f"{source} -> {arguments.out} ({arguments.dtype})")
 
 

@@ -20,7 +20,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.distributed.world import local_device
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.evaluation import needles, perplexity
 from hbp_titan.evaluation.generate import DEFAULT_CACHE_TOKENS, LocalAnswerer, ServerAnswerer, load_model
 from hbp_titan.evaluation.harness import read_runs, run_harness
@@ -127,4 +127,4 @@ def _write(file: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -18,7 +18,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.distributed.world import local_device
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.evaluation.generate import LocalAnswerer
 from hbp_titan.evaluation.needles import Prompter
 
@@ -59,7 +59,7 @@ def main() -> None:
         for (prompt, reference), text in zip(asked, answers, strict=True):
             print(f"> {prompt}\n{text}\n" + (f"(reference: {reference})\n" if reference else ""))
 
-    guarded(run)
+    exit_on_user_error(run)
 
 
 if __name__ == "__main__":

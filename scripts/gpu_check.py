@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.testing.gpu_check.runner import main
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(exit_on_user_error(main))

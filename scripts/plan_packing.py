@@ -25,7 +25,7 @@ if not __package__:
 import numpy as np
 
 from hbp_titan.config import load_config
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import METHODS, CostModel, Metrics, Plan, build_plan, comparison_table, measure, parse_levels
 from hbp_titan.packing.plan import save_plan
 from hbp_titan.report.plan_page import html_report
@@ -50,7 +50,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                         help="samples longer than the largest level [error]")  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed [0, or packing.seed]")
     parser.add_argument("--epoch", type=int, default=0, help="epoch [0]")
-    parser.add_argument("--mix", help="alternate or interleave [alternate, or packing.mix]")
+    parser.add_argument("--level_order", help="alternate or interleave [alternate, or packing.level_order]")
     parser.add_argument("--global_batch_tokens", type=int, help="tokens of an optimizer step [0: one iteration]")
     parser.add_argument("--curriculum_steps", type=float, help="steps of the lowest level first [0]")
     parser.add_argument("--beta", type=float, help="cost of a squared token, a token being 1 [2e-5, or the model's]")
@@ -87,7 +87,7 @@ def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarra
             settings["loss_tokens"] = load_lengths(options.store / "loss_tokens.npy")
     else:
         lengths, settings = from_config(options, overrides)
-    for name in ("method", "seed", "mix", "global_batch_tokens", "curriculum_steps"):
+    for name in ("method", "seed", "level_order", "global_batch_tokens", "curriculum_steps"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     if options.beta is not None:
@@ -116,7 +116,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
         "loss_tokens": load_lengths(folder / "loss_tokens.npy"),
         "method": config.packing.method,
         "seed": config.packing.seed,
-        "mix": config.packing.mix,
+        "level_order": config.packing.level_order,
         "global_batch_tokens": config.training.global_batch_tokens,
         "curriculum_steps": config.packing.curriculum_steps,
         "cost": cost_model(model_args(config)),
@@ -174,4 +174,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -29,7 +29,7 @@ if not __package__:
 
 from hbp_titan.config import load_config
 from hbp_titan.data.sample_log import read_attempts
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
 
 NAMES = {"whole": "without a break", "elastic": "stopped and gone on"}
@@ -149,4 +149,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -21,8 +21,8 @@ from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.token_store import TokenStore, show, summary
 from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
-from hbp_titan.errors import Team, guarded
-from hbp_titan.preflight import check, model_args, most_tokens
+from hbp_titan.errors import WorkerGroup, exit_on_user_error
+from hbp_titan.preflight import check, max_sample_tokens, model_args
 
 OPTIONS = """
 options of this command:
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     # Without a world to check for, the smallest that the levels fit.
     validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     args = model_args(config)
-    stores = _prepared(config, most_tokens(config, args))
+    stores = _prepared(config, max_sample_tokens(config, args))
     if os.environ.get("RANK", "0") != "0":
         return
     if world_size:
@@ -62,7 +62,7 @@ def _prepared(config: JobConfig, limit: int) -> list[TokenStore]:
         return open_stores(config, limit)
     world = init_world(TIMEOUT_SECONDS)
     try:
-        return open_stores(config, limit, Team(world.rank, world.size, gather_values))
+        return open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
     finally:
         close_world()
 
@@ -82,4 +82,4 @@ def _take_number(argv: list[str], option: str, default: int) -> tuple[int, list[
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -22,11 +22,11 @@ if not __package__:
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
-from hbp_titan.errors import Team, guarded
+from hbp_titan.errors import WorkerGroup, exit_on_user_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
-from hbp_titan.preflight import check_device, cost_model, model_args, most_tokens
+from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.auto import candidate_levels, choices, from_rank_0, levels_block, measured, replace_levels
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.search import Candidate, Workload
@@ -69,10 +69,10 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
     """Candidates and workload without a GPU."""
     validate(config, options.world_size)
     hardware = get_hardware(options.estimate)
-    stores = open_stores(config, most_tokens(config, args))
+    stores = open_stores(config, max_sample_tokens(config, args))
     workload = Workload.of(config, options.world_size, cost_model(args), stores)
     levels = named_candidates(options.candidates, args, options.world_size)
-    levels = levels or candidate_levels(workload.lengths, workload.most_tokens, options.world_size, args)
+    levels = levels or candidate_levels(workload.lengths, workload.max_sample_tokens, options.world_size, args)
     return estimate_candidates(args, config, hardware, options.world_size, levels), workload
 
 
@@ -82,8 +82,8 @@ def measured_here(
     """Candidates and workload of this world."""
     validate(config, world.size)
     check_device(config, world.device)
-    limit = most_tokens(config, args)
-    stores = open_stores(config, limit, Team(world.rank, world.size, gather_values))
+    limit = max_sample_tokens(config, args)
+    stores = open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
     levels = named_candidates(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
 
@@ -96,11 +96,11 @@ def measured_here(
 
 
 def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[Candidate], workload: Workload) -> None:
-    """Print both selections beside the rivals; write or print the blocks of the one that was asked for."""
+    """Print both selections beside the baselines; write or print the blocks of the one that was asked for."""
     selections, text = choices(candidates, workload)
     print(
         f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest of "
-        f"{workload.most_tokens:,}; world size {workload.world_size}\n{text}\n"
+        f"{workload.max_sample_tokens:,}; world size {workload.world_size}\n{text}\n"
     )
     levels = selections[options.method].levels
     if options.output is None:
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     if (options.estimate is None) != (options.world_size is None):
         raise ValueError("--estimate HARDWARE and --world_size N go together; torchrun says how many ranks measure")
     config = load_config(overrides)
-    config.forget_levels()
+    config.clear_levels()
     args = model_args(config)
     if options.estimate:
         report(options, config, *estimated(options, config, args))
@@ -133,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

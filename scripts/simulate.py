@@ -30,7 +30,7 @@ import numpy as np
 from hbp_titan.components.timing import predict_epoch
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.paper import epoch_check
 from hbp_titan.experiments.paper.calibrate import calibrate, load_measured
 from hbp_titan.experiments.paper.figures import (
@@ -248,4 +248,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

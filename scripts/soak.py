@@ -23,7 +23,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.config import load_config
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.soak import Settings, soak, table, timed_kills
 
 
@@ -56,4 +56,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(lambda: main(sys.argv[1:])))
+    raise SystemExit(exit_on_user_error(lambda: main(sys.argv[1:])))

@@ -22,7 +22,7 @@ import torch
 from hbp_titan.config import load_config, validate
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.preflight import model_args
 from hbp_titan.testing.equivalence import HEADER, build_cases, choose_samples, row, scaled_levels, shrunk, verify
 
@@ -82,4 +82,4 @@ def parse_world_sizes(text: str, device_type: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(exit_on_user_error(main))

@@ -260,7 +260,7 @@ RUNS = [
         "COMM_MODE=fake NGPU=8 NNODES=4 CONFIG_FILE=X.toml ./run_train.sh --model.hf_path DIR "
         "--checkpoint.initial_load_path DIR"
     ),
-    Run("python -m hbp_titan.dry_run --world_size 32 --gpu h100-80gb --job.config_file X.toml"),
+    Run("python -m hbp_titan.tuning.dry_run --world_size 32 --gpu h100-80gb --job.config_file X.toml"),
     Run("hbp-titan dry_run --world_size 32 --job.config_file llama3_1_8b_hbp", _NO_DATA),
     Run("python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32"),
     Run(

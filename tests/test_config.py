@@ -93,7 +93,7 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
         ("[[levels]]\ncp_degree = 2", "lacks max_tokens"),
         ("[[levels]]\nmax_tokens = 9\ncp_degree = 2", "max_tokens=9 is not divisible by its cp_degree=2"),
         ("[[levels]]\nmax_tokens = 8\nac_policy = 'some'", "ac_policy='some' is none of none, full, keep_attention"),
-        ("[packing]\nmix = 'random'", "packing.mix = 'random' is none of 'alternate', 'interleave'"),
+        ("[packing]\nlevel_order = 'random'", "packing.level_order = 'random' is none of 'alternate', 'interleave'"),
         ("[[data.sources]]\nname = 'a'", r"data.sources\[1\] lacks path"),
         ("[[data.sources]]\npath = 'a'\nrepeats = 2", r"unknown key data.sources\[1\].repeats; did you mean repeat\?"),
         (
@@ -107,7 +107,7 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
             r"data.sources\[1\].columns = {'role': 1} must be of type",
         ),
         ("[data]\nsources = ['a']", r"data.sources must be \[\[data.sources\]\] blocks"),
-        ("[data]\noverlong = 'split'\ntrain_on = 'last'", "would train the last turn of every piece"),
+        ("[data]\nmax_length_policy = 'split'\ntrain_on = 'last'", "would train the last turn of every piece"),
         ("steps = 1", r"unknown section \[steps\]"),
         ("[training\n", "not valid TOML"),
     ],
@@ -127,8 +127,8 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--levels", "1024:2:rings"], "cp_style='rings' is none of ulysses, allgather, hybrid"),
         (["--levels", "64:1:ulysses:full:2:true:3"], "'64:1:ulysses:full:2:true:3' is not of the form"),
         (
-            ["--compile.enable=true", "--parallelism.cp_collectives=dtensor"],
-            "compile.enable with parallelism.cp_collectives = 'dtensor'",
+            ["--compile.enable=true", "--parallelism.cp_backend=dtensor"],
+            "compile.enable with parallelism.cp_backend = 'dtensor'",
         ),
     ],
 )

@@ -116,8 +116,8 @@ def test_a_command_names_what_there_is(command: Command, monkeypatch: pytest.Mon
         case ["sbatch", *words] if "scripts/slurm_train.sbatch" in words:
             place = words.index("scripts/slurm_train.sbatch")
             _check_keys(words[place + 1 :])
-        case ["python", "-m", "hbp_titan.dry_run", *words]:
-            _check_options(ROOT / "hbp_titan" / "dry_run" / "__main__.py", words, monkeypatch)
+        case ["python", "-m", "hbp_titan.tuning.dry_run", *words]:
+            _check_options(ROOT / "hbp_titan" / "tuning" / "dry_run.py", words, monkeypatch)
         case ["hbp-titan", "--help" | "--version" | "presets"] | ["python", "-m", "pytest", *_]:
             pass
         case ["python", "-m", "hbp_titan", "train", *words]:

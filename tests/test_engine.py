@@ -10,7 +10,7 @@ import torch
 
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.errors import Mistakes
+from hbp_titan.errors import UserError
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
@@ -39,7 +39,7 @@ def _run_out_of_memory(world: World, argv: list[str]) -> list[str]:
     for fault in (in_training, in_validation, in_update):
         trainer = Trainer(load_config(argv), world)
         fault(trainer)
-        with pytest.raises(Mistakes) as caught, trainer.memory:
+        with pytest.raises(UserError) as caught, trainer.memory:
             trainer.train()
         told.append(str(caught.value))
     return told

@@ -49,7 +49,7 @@ def _argv(folder: Path, name: str, *more: str) -> list[str]:
         f"--checkpoint.initial_load_path={folder / 'base'}",
         # The whole epoch is one step: however it is packed, its gradient is the same.
         "--training.global_batch_tokens=1000000",
-        "--packing.mix=interleave",
+        "--packing.level_order=interleave",
         "--training.epochs=2",
         # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
         "--optimizer.eps=1e-4",

@@ -35,7 +35,7 @@ def _argv(folder: Path, name: str, num_rows: int, *more: str) -> list[str]:
     return [
         *argv,
         "--checkpoint.interval=1",
-        "--metrics.live_check_interval=0",
+        "--metrics.timing_check_interval=0",
         f"--job.dump_folder={folder}/{name}",
         *more,
     ]

@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """Run folder, stdout and stderr of two ranks of which rank 1 speaks, with a trace and W&B offline."""
     folder = tmp_path_factory.mktemp("watched")
     argv = [*write_tiny_run(folder), "--training.steps=5", "--training.global_batch_tokens=600"]
-    argv += ["--metrics.enable_wandb=true", "--packing.print_comparison=true", "--metrics.live_check_interval=2"]
+    argv += ["--metrics.enable_wandb=true", "--packing.print_comparison=true", "--metrics.timing_check_interval=2"]
     argv += ["--profiling.enable_profiling=true", "--profiling.first_step=2", "--profiling.last_step=3"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launcher, "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
@@ -78,7 +78,7 @@ def test_lived_figures_are_shares_that_add_up(run: tuple[Path, str, str]) -> Non
         assert waiting == pytest.approx(step["idle_share"] * step["step_seconds"])
         assert sum(level["tokens"] for level in levels) == step["tokens"]
         assert 0 < max(step["memory_by_level"].values()) <= step["peak_memory_gib"]
-    work = [step["live_check"]["work_by_rank"] for step in steps if "live_check" in step]
+    work = [step["timing_check"]["work_by_rank"] for step in steps if "timing_check" in step]
     assert [len(of_ranks) for of_ranks in work] == [2] * len(work)
     assert len(work) >= 2
 

@@ -52,7 +52,7 @@ from torch.distributed.tensor import DTensor
 from hbp_titan.components.dcp_storage import (
     PARTIAL,
     STATE,
-    DamagedCheckpoint,
+    CorruptCheckpoint,
     FolderReader,
     FolderWriter,
     LocalDataPlanner,
@@ -61,7 +61,7 @@ from hbp_titan.components.dcp_storage import (
     verify,
 )
 from hbp_titan.distributed.world import SLOW_WORK_SECONDS, gather_values, new_group, set_timeout
-from hbp_titan.errors import Mistakes, one_line
+from hbp_titan.errors import UserError, format_error
 from hbp_titan.job_config import Checkpoint
 
 # Of each tensor in the buffer: enough for any dtype.
@@ -75,7 +75,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-class HostBuffer:
+class PinnedStaging:
     """The local parts of a set of tensors in one block of host memory, pinned where they come from a GPU."""
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ SHOWN = 20
 """Tensors of a kind that a message names."""
 
 
-class CheckpointError(Mistakes):
+class CheckpointError(UserError):
     """A checkpoint could not be written; raised on every rank."""
 
 
@@ -259,7 +259,7 @@ def _listed(names: Sequence[str]) -> str:
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors`, whole or DTensors, from the checkpoint `path` by the names in it, resharding where they differ.
 
-    Raises ValueError where one is missing or has another shape, DamagedCheckpoint where a file cannot be read.
+    Raises ValueError where one is missing or has another shape, CorruptCheckpoint where a file cannot be read.
     """
     reader = FolderReader(path)
     missing = sorted(tensors.keys() - reader.index.keys())
@@ -272,7 +272,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         _alone(dcp.load, tensors, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False))
     except CheckpointException as error:
         cause = error.failures[0][0]
-        if isinstance(cause, DamagedCheckpoint):
+        if isinstance(cause, CorruptCheckpoint):
             raise cause from None
         raise RuntimeError(f"{path} could not be loaded: {describe(error)}") from cause
 
@@ -304,7 +304,7 @@ def describe(error: BaseException) -> str:
         (rank, (cause, _)), *others = sorted(error.failures.items())
         return f"{describe(cause)} (rank {rank}{f' and {len(others)} more' if others else ''})"
     expected = isinstance(error, OSError | ValueError)
-    return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+    return format_error(error) if expected else f"{type(error).__name__}: {format_error(error)}"
 
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -335,7 +335,7 @@ class Checkpointer:
         self.check = check
         self._at = at
         self._loaded_model_only: Path | None = None
-        self._buffer = HostBuffer()
+        self._buffer = PinnedStaging()
         # Not the control group: its collectives run in the writing thread, while the main thread has others.
         self._group = new_group(backend="gloo", description="checkpoint") if config.enable else None
         self._staged: tuple[FolderWriter, dict[str, Tensor], dict[str, Tensor]] | None = None
@@ -393,7 +393,7 @@ class Checkpointer:
         """Whether this rank knows that the last save failed; `wait` raises it."""
         return self._error is not None
 
-    def take_measured(self) -> dict[str, float]:
+    def pop_write_seconds(self) -> dict[str, float]:
         """The key of metrics.jsonl for how long the last save took to write; nothing until that is known, and once."""
         seconds, self._write_seconds = self._write_seconds, None
         return {} if seconds is None else {"checkpoint_write_seconds": seconds}
@@ -436,7 +436,7 @@ class Checkpointer:
         for path in reversed(self._clean_up()):
             try:
                 state = self._load(path)
-            except DamagedCheckpoint as error:
+            except CorruptCheckpoint as error:
                 damaged.append((path, str(error)))
                 if dist.get_rank() == 0:
                     print(f"warning: {path.name} is damaged, the one before it is tried: {error}", flush=True)
@@ -450,7 +450,7 @@ class Checkpointer:
         if damaged:
             reasons = "; ".join(reason for _, reason in damaged)
             mend = "restore one, or name another --job.dump_folder"
-            raise Mistakes([f"{self.folder}: no checkpoint can be read: {reasons}; {mend}"])
+            raise UserError([f"{self.folder}: no checkpoint can be read: {reasons}; {mend}"])
         return None
 
     def _clean_up(self) -> list[Path]:
@@ -492,7 +492,7 @@ class Checkpointer:
             try:
                 shutil.rmtree(hide(old))
             except OSError as error:
-                print(f"warning: {old} could not be deleted: {one_line(error)}", flush=True)
+                print(f"warning: {old} could not be deleted: {format_error(error)}", flush=True)
 
 
 def completed(folder: Path) -> list[Path]:

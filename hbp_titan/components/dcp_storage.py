@@ -13,7 +13,7 @@ Owns the folder's format. Nothing in it is a pickle:
     state.json           the trainer's own state
     manifest.json        files = {name: {bytes, sha256}} of the three kinds above
 
-Names are those of files in the folder itself; paths, links and everything else are refused. `DamagedCheckpoint` says in
+Names are those of files in the folder itself; paths, links and everything else are refused. `CorruptCheckpoint` says in
 one line what is wrong with a folder.
 """
 
@@ -69,7 +69,7 @@ _PIECE = 1 << 24
 _VERIFY_THREADS = 4
 
 
-class DamagedCheckpoint(ValueError):
+class CorruptCheckpoint(ValueError):
     """A folder that is no whole checkpoint; the message names the file and what is wrong with it."""
 
 
@@ -135,11 +135,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: not JSON ({type(error).__name__})") from None
+        raise CorruptCheckpoint(f"{path}: not JSON ({type(error).__name__})") from None
     if not isinstance(values, dict):
-        raise DamagedCheckpoint(f"{path}: not a JSON object")
+        raise CorruptCheckpoint(f"{path}: not a JSON object")
     return values
 
 
@@ -153,17 +153,17 @@ def read_tensor_index(folder: Path) -> dict[str, SavedTensor]:
             chunks = tuple((_file_name(path, f), _sizes(o), _sizes(s)) for f, o, s in values["chunks"])
             dtype = TORCH_DTYPES[values["dtype"]]
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DamagedCheckpoint):
+            if isinstance(error, CorruptCheckpoint):
                 raise
-            raise DamagedCheckpoint(f"{path}: {name!r} is not described as a tensor") from None
+            raise CorruptCheckpoint(f"{path}: {name!r} is not described as a tensor") from None
         for _, offsets, sizes in chunks:
             inside = len(offsets) == len(sizes) == len(shape) and all(
                 start + size <= whole for start, size, whole in zip(offsets, sizes, shape, strict=True)
             )
             if not inside:
-                raise DamagedCheckpoint(f"{path}: a chunk of {name!r} lies outside the tensor's shape {list(shape)}")
+                raise CorruptCheckpoint(f"{path}: a chunk of {name!r} lies outside the tensor's shape {list(shape)}")
         if sum(prod(sizes) for _, _, sizes in chunks) != prod(shape):
-            raise DamagedCheckpoint(f"{path}: the chunks of {name!r} do not fill its shape {list(shape)}")
+            raise CorruptCheckpoint(f"{path}: the chunks of {name!r} do not fill its shape {list(shape)}")
         index[name] = SavedTensor(dtype, shape, chunks)
     return index
 
@@ -176,7 +176,7 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 def _file_name(path: Path, name: Any) -> str:
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise DamagedCheckpoint(f"{path}: {name!r} is not the name of a file in this folder")
+        raise CorruptCheckpoint(f"{path}: {name!r} is not the name of a file in this folder")
     return name
 
 
@@ -184,37 +184,37 @@ def _check_regular(path: Path) -> os.stat_result:
     try:
         found = path.lstat()
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
-        raise DamagedCheckpoint(f"{path}: not a regular file; links and devices are not followed")
+        raise CorruptCheckpoint(f"{path}: not a regular file; links and devices are not followed")
     return found
 
 
 def verify(folder: Path, *, checksums: bool = True, rank: int = 0, world_size: int = 1) -> None:
-    """Raise DamagedCheckpoint unless every file of `folder` is there, of its size and, with `checksums`, its content.
+    """Raise CorruptCheckpoint unless every file of `folder` is there, of its size and, with `checksums`, its content.
 
     Each of `world_size` ranks hashes a share of the files; together they hash all.
     """
     path = folder / MANIFEST
     files = read_json(path).get("files")
     if not isinstance(files, dict) or not {STATE, TENSORS} <= files.keys():
-        raise DamagedCheckpoint(f"{path}: does not list {STATE} and {TENSORS}")
+        raise CorruptCheckpoint(f"{path}: does not list {STATE} and {TENSORS}")
     for name, entry in files.items():
         size = _check_regular(folder / _file_name(path, name)).st_size
         if not isinstance(entry, dict) or size != entry.get("bytes"):
             expected = entry.get("bytes") if isinstance(entry, dict) else None
-            raise DamagedCheckpoint(f"{folder / name}: has {size} bytes, {MANIFEST} says {expected}")
+            raise CorruptCheckpoint(f"{folder / name}: has {size} bytes, {MANIFEST} says {expected}")
     read_json(folder / STATE)
     for name, saved in read_tensor_index(folder).items():
         for file, _, _ in saved.chunks:
             if file not in files:
-                raise DamagedCheckpoint(f"{folder / TENSORS}: {name!r} lies in {file}, which {MANIFEST} does not list")
+                raise CorruptCheckpoint(f"{folder / TENSORS}: {name!r} lies in {file}, which {MANIFEST} does not list")
     if checksums:
         mine = sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::world_size]
         with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
             for name, found in zip(mine, pool.map(lambda name: _sha256(folder / name), mine), strict=True):
                 if found != files[name].get("sha256"):
-                    raise DamagedCheckpoint(f"{folder / name}: its content does not match the checksum in {MANIFEST}")
+                    raise CorruptCheckpoint(f"{folder / name}: its content does not match the checksum in {MANIFEST}")
 
 
 def _sha256(path: Path) -> str:
@@ -224,7 +224,7 @@ def _sha256(path: Path) -> str:
             while piece := file.read(_PIECE):
                 digest.update(piece)
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+        raise CorruptCheckpoint(f"{path}: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -361,7 +361,7 @@ def hide(folder: Path) -> Path:
 
 
 class FolderReader(StorageReader):
-    """Reads chunks of the tensors of one folder; DamagedCheckpoint where a file is not what tensors.json says."""
+    """Reads chunks of the tensors of one folder; CorruptCheckpoint where a file is not what tensors.json says."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -404,7 +404,7 @@ class FolderReader(StorageReader):
                     for item, shape in items:
                         self._read(opened, item, shape, planner)
             except (SafetensorError, OSError) as error:
-                raise DamagedCheckpoint(f"{self.folder / file}: not a whole safetensors file: {error}") from None
+                raise CorruptCheckpoint(f"{self.folder / file}: not a whole safetensors file: {error}") from None
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -414,7 +414,7 @@ class FolderReader(StorageReader):
         found = opened.get_slice(name)
         dtype = SAFETENSORS_DTYPES[self.index[name].dtype]
         if (tuple(found.get_shape()), found.get_dtype()) != (shape, dtype):
-            raise DamagedCheckpoint(
+            raise CorruptCheckpoint(
                 f"{self.folder}: {name} is {found.get_dtype()} {found.get_shape()} in its file, "
                 f"{TENSORS} says {dtype} {list(shape)}"
             )

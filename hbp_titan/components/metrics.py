@@ -333,7 +333,7 @@ class MetricsLogger:
         folder = config.dump_folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        for kept in keep_steps_up_to(path, first_step):
+        for kept in truncate_after_step(path, first_step):
             self.totals.add(kept)
         self.file = path.open("a", encoding="utf-8")
         tensorboard = config.metrics.enable_tensorboard
@@ -398,7 +398,7 @@ def _validation_lines(step: int, means: Mapping[str, Any]) -> str:
     return "\n".join([f"step {step} validation  loss {number(means['loss'], 0, 4)}", *filled(parts)])
 
 
-def keep_steps_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+def truncate_after_step(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of metrics.jsonl after `step`: a resumed run writes those steps again. Returns what is kept."""
     if not path.exists():
         return []
@@ -422,7 +422,7 @@ COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
 
 
 def compare_methods(plans: EpochPlans) -> str:
-    """The table method x metrics on the data that is trained: the usual rivals and the configured method."""
+    """The table method x metrics on the data that is trained: the usual baselines and the configured method."""
     configured = plans.config.packing.method
     names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
@@ -480,7 +480,7 @@ def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
     resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
     iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
     for level, count, reshard in zip(plan.levels, iterations, resharded, strict=True):
-        style = f" ({level.cp_style}, {config.parallelism.cp_collectives})" if level.cp_degree > 1 else ""
+        style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
         kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")

@@ -2,7 +2,7 @@
 
 Owns which parameters decay and the shape of the schedule (after torchtitan v0.2.2 components/lr_scheduler.py).
 
-LRCourse: the learning rate of every step of a run, also of one whose number of steps changes on the way.
+LRScheduler: the learning rate of every step of a run, also of one whose number of steps changes on the way.
 
 Owns the place of a step on the schedule. The schedule (components/optimizer.py) is made once, for the number of steps
 that the run has at its start, and each step is one of its steps. Where the number changes, because other ranks or
@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.job_config import LRScheduler, Optimizer
+from hbp_titan.job_config import LRScheduler as LRSchedulerConfig
+from hbp_titan.job_config import Optimizer
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
@@ -67,7 +68,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
         state["step"].zero_()
 
 
-def lr_factor(config: LRScheduler, total_steps: int) -> Callable[[int], float]:
+def lr_factor(config: LRSchedulerConfig, total_steps: int) -> Callable[[int], float]:
     """The factor on the peak learning rate for the 0-based optimizer step.
 
     Warm-up rises linearly and reaches 1 at its last step; the last step of all has `min_lr_factor`.
@@ -144,7 +145,7 @@ def _local_grads(model: nn.Module) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class LRCourse:
+class LRScheduler:
     """scheduled: steps of the schedule. From step `first` (steps done), at the place `place` of it, to step `total`."""
 
     scheduled: int
@@ -152,22 +153,22 @@ class LRCourse:
     first: int = 0
     place: float = 0.0
 
-    def place_after(self, steps_done: int) -> float:
+    def position_at(self, steps_done: int) -> float:
         """Steps of the schedule that are behind the run when it has done `steps_done` steps."""
         if self.total <= self.first:
             return self.place
         return self.place + (steps_done - self.first) * ((self.scheduled - self.place) / (self.total - self.first))
 
-    def going_on(self, steps_done: int, total: int) -> LRCourse:
+    def extend(self, steps_done: int, total: int) -> LRScheduler:
         """The course after `steps_done` steps of a run that now has `total` in all; itself where it had before."""
         if total == self.total:
             return self
-        return dataclasses.replace(self, total=total, first=steps_done, place=self.place_after(steps_done))
+        return dataclasses.replace(self, total=total, first=steps_done, place=self.position_at(steps_done))
 
-    def factor(self, config: LRScheduler, steps_done: int) -> float:
+    def factor(self, config: LRSchedulerConfig, steps_done: int) -> float:
         """The factor on the peak learning rate for the step after `steps_done`."""
         of_step = lr_factor(config, self.scheduled)
-        at = self.place_after(steps_done + 1) - 1
+        at = self.position_at(steps_done + 1) - 1
         low = math.floor(at)
         # Between two steps of the schedule along the line that joins them.
         return of_step(low) if at == low else of_step(low) + (at - low) * (of_step(low + 1) - of_step(low))

@@ -1,7 +1,7 @@
-"""Progress: how far a run is, beside tensors, and how it goes on from there.
+"""TrainState: how far a run is, beside tensors, and how it goes on from there.
 
-Owns what state.json says of it: position in the data (data/position.py), course of the learning rate (lr_course.py) and
-the settings that have to stay (continuation.py).
+Owns what state.json says of it: position in the data (data/epoch.py), the learning rate's schedule and the settings
+that must not change.
 
 What of a run stays as it was when it goes on from a checkpoint, and how a difference is told.
 
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 
 import hbp_titan
-from hbp_titan.components.optimizer import LRCourse
+from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import JobConfig, to_dict
-from hbp_titan.data.epoch import EpochPlans, Position
+from hbp_titan.data.epoch import EpochPlans, EpochState
 from hbp_titan.data.sample_log import FOLDER, attempt_folders
 from hbp_titan.data.tokenizer import TOKENIZER_FILES
 from hbp_titan.models.decoder import ModelArgs
@@ -44,15 +44,18 @@ from hbp_titan.packing.plan import PLANNER_VERSION
 MISSING = "not named"
 
 
-def lasting_settings(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
+def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
     """What has to stay, by the names of the configuration where it has one; JSON values. data: the fingerprint."""
     packing, training = config.packing, config.training
     settings = {
         "data": data,
         "tokenizer": _digest(config.tokenizer_path),
         "planner_version": PLANNER_VERSION,
-        **{f"packing.{key}": getattr(packing, key) for key in ("method", "seed", "mix", "curriculum_steps")},
-        **{f"training.{key}": getattr(training, key) for key in ("global_batch_tokens", "normalizer", "max_norm")},
+        **{f"packing.{key}": getattr(packing, key) for key in ("method", "seed", "level_order", "curriculum_steps")},
+        **{
+            f"training.{key}": getattr(training, key)
+            for key in ("global_batch_tokens", "loss_normalization", "max_norm")
+        },
         **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
         **{f"lr_scheduler.{key}": value for key, value in dataclasses.asdict(config.lr_scheduler).items()},
         **{f"model.{key}": value for key, value in dataclasses.asdict(args).items() if key != "name"},
@@ -61,7 +64,7 @@ def lasting_settings(config: JobConfig, args: ModelArgs, data: str) -> dict[str,
     return json.loads(json.dumps(settings))
 
 
-def check_lasting(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError where the checkpoint at `path` is of a run with other settings; it names every one of them."""
     differences = [
         f"{name} is {_shown(saved.get(name, MISSING))} there but {_shown(own.get(name, MISSING))} here"
@@ -73,8 +76,8 @@ def check_lasting(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) 
     hint = ""
     if saved.get("data") != own.get("data"):
         hint = (
-            ' (data stands for the files, the tokenizer, [data] and, unless data.overlong is "error", the largest '
-            "level's max_tokens)"
+            ' (data stands for the files, the tokenizer, [data] and, unless data.max_length_policy is "error", '
+            "the largest level's max_tokens)"
         )
     raise ValueError(
         f"cannot resume: {path} is of a run with other settings: {'; '.join(differences)}{hint}: set them back, or "
@@ -93,15 +96,15 @@ def _shown(value: Any) -> str:
     return value[:16] if is_digest else json.dumps(value)
 
 
-class Progress:
+class TrainState:
     """A run at its start, until `restore`. resumed: a line that tells of that, "" before. data: the fingerprint."""
 
     def __init__(self, config: JobConfig, args: ModelArgs, plans: EpochPlans, data: str) -> None:
         self.config = config
-        self.position = Position(plans, config.dump_folder, data)
+        self.position = EpochState(plans, config.dump_folder, data)
         total_steps = self.position.total_steps()
-        self.course = LRCourse(total_steps, total_steps)
-        self.lasting = lasting_settings(config, args, data)
+        self.course = LRScheduler(total_steps, total_steps)
+        self.lasting = resume_invariants(config, args, data)
         self.resumed = ""
 
     @property
@@ -115,11 +118,11 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as plain JSON values."""
-        return {**self.position.state(), "lr_course": dataclasses.asdict(self.course), "lasting": self.lasting}
+        return {**self.position.state(), "lr_scheduler": dataclasses.asdict(self.course), "lasting": self.lasting}
 
     def check(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ValueError where the checkpoint at `path` is of a run with other settings."""
-        check_lasting(state.get("lasting", {}), self.lasting, path)
+        check_resume_compatible(state.get("lasting", {}), self.lasting, path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` said; ValueError where the run folder does not hold what was trained up to there."""
@@ -131,7 +134,7 @@ class Progress:
         step, consumed = self.position.step, self.config.dump_folder / FOLDER
         if not attempt_folders(consumed):
             raise ValueError(f"cannot resume: {consumed} does not say what steps 1 to {step} trained; {mend}")
-        self.course = LRCourse(**state["lr_course"]).going_on(step, self.position.total_steps())
+        self.course = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
 
 
@@ -154,7 +157,7 @@ PACKAGES = (
 ROOT = Path(hbp_titan.__file__).resolve().parents[1]
 
 
-def start_generators(seed: int, deterministic: bool) -> None:
+def set_determinism(seed: int, deterministic: bool) -> None:
     """Seed torch's generators of this rank; deterministic: kernels that give other bits each time are refused."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
@@ -175,7 +178,7 @@ def seeds(config: JobConfig) -> dict[str, int]:
     }
 
 
-def note_start(config: JobConfig, step: int, world_size: int, device: torch.device) -> None:
+def record_start(config: JobConfig, step: int, world_size: int, device: torch.device) -> None:
     """Add this start of the run to run.json. step: optimizer steps that were done before it. One rank calls it."""
     path = config.dump_folder / "run.json"
     starts = read_starts(path)

@@ -1,16 +1,16 @@
-"""LiveCheck: the measured time of iterations against the plan's model, per level and rank, while training runs.
+"""TimingMonitor: the measured time of iterations against the plan's model, per level and rank, while training runs.
 
 Owns what is compared, when it is said that the two part, and the advice. Every rank measures (work_clock.py); all ranks
 gather at the same steps and see the same report.
 
-WorkClock: how long each iteration of this rank took, and how much of that it worked rather than waited.
+ComputeTimer: how long each iteration of this rank took, and how much of that it worked rather than waited.
 
 Owns the reading of both on a CPU and on a GPU. Ranks wait for each other inside collectives, so wall time is the same
 on all of them and says nothing of who was slow. On a CPU a waiting thread sleeps: its own CPU time is its work. On a
 GPU a waiting collective spins: the work is taken between a block's parameters being there and its output, on the
 stream, over all blocks' forward passes, which is in proportion to the whole. Work is compared between ranks only.
 
-LevelTime: the seconds of an iteration from what the packs of a plan hold, and the epoch that follows from them.
+LevelTimeModel: the seconds of an iteration from what the packs of a plan hold, and the epoch that follows from them.
 
 Owns the form of the time model that measurement, estimate, selection and simulation share. A level's batch has a
 static shape, so padding costs what tokens cost: the linear layers, the collectives and the launches are one constant a
@@ -37,7 +37,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Plan
 
 
-class WorkClock:
+class ComputeTimer:
     """Made after the model is parallelized, so that its hooks lie inside FSDP's: those wait, these do not."""
 
     def __init__(self, model: Decoder, device: torch.device) -> None:
@@ -97,7 +97,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class LevelTime:
+class LevelTimeModel:
     """Seconds of one iteration on one data-parallel rank (all of its cp ranks together work on one pack).
 
     base: whatever the pack holds. per_loss_token: for each trained token. per_square: for each squared token of a
@@ -115,7 +115,7 @@ class LevelTime:
 
 
 def pack_loads(plan: Plan) -> FloatArray:
-    """What a LevelTime is multiplied with: 1, trained tokens, squared tokens and documents of each pack, [packs, 4]."""
+    """Features of each pack for LevelTimeModel: 1, trained tokens, squared tokens, documents; float64 [packs, 4]."""
     documents = np.diff(plan.packs.offsets)
     columns = [np.ones(len(documents)), plan.packs.sums(plan.loss_tokens), plan.pack_sum_sq, documents]
     return np.stack(columns, axis=1).astype(np.float64)
@@ -143,7 +143,7 @@ class EpochTime:
         return 1.0 - float(self.mean.sum() / self.slowest.sum())
 
 
-def predict_epoch(plan: Plan, times: Sequence[LevelTime], step_seconds: float = 0.0) -> EpochTime:
+def predict_epoch(plan: Plan, times: Sequence[LevelTimeModel], step_seconds: float = 0.0) -> EpochTime:
     """Predict an epoch; times: one a level, step_seconds: clipping, optimizer and bookkeeping of one step."""
     assert len(times) == len(plan.levels)
     loads, levels = pack_loads(plan), plan.pack_levels
@@ -159,7 +159,7 @@ def predict_epoch(plan: Plan, times: Sequence[LevelTime], step_seconds: float = 
     )
 
 
-PARTED = 0.2
+DRIFT_THRESHOLD = 0.2
 """How far time, waiting or a rank's speed may be from the plan's model before a warning."""
 
 
@@ -202,21 +202,21 @@ class Report:
         return f"live check  {'; '.join(parts)}; slowest rank {rank}, {ratio:.2f}x the median's time for its work"
 
     def warnings(self, names: Sequence[str]) -> list[str]:
-        """One line for each thing that parts from the model by more than PARTED, with what to do about it."""
+        """One line for each thing that parts from the model by more than DRIFT_THRESHOLD, with what to do about it."""
         lines = []
         for k, check in self.levels.items():
-            if abs(check.ratio - 1) > PARTED:
+            if abs(check.ratio - 1) > DRIFT_THRESHOLD:
                 lines.append(
                     f"level {names[k]} takes {check.ratio:.2f}x its modelled time: the levels were chosen for another "
                     "speed; look for other work on the machine, or choose anew with scripts/select_levels.py"
                 )
-            if check.waiting - check.planned > PARTED:
+            if check.waiting - check.planned > DRIFT_THRESHOLD:
                 lines.append(
                     f"level {names[k]}: ranks wait {check.waiting:.0%} of the time, the plan has {check.planned:.0%}: "
                     'the cost model does not fit this machine; measure it ([packing] levels = "auto")'
                 )
         rank, ratio = self.slowest
-        if ratio > 1 + PARTED:
+        if ratio > 1 + DRIFT_THRESHOLD:
             lines.append(
                 f"rank {rank} needs {ratio:.2f}x the median rank's time for its work and holds up the others: check "
                 "its node for other work, heat or a lower clock"
@@ -224,18 +224,18 @@ class Report:
         return [f"warning: {line}" for line in lines]
 
 
-class LiveCheck:
+class TimingMonitor:
     """`iteration` goes around each forward and backward, `report` after each optimizer step.
 
     times: measured, one a level; None takes the plan's cost models, which know no unit: the first report of each level
     then sets it, and later ones tell drift. interval: steps between reports; 0 measures nothing.
     """
 
-    def __init__(self, model: Decoder, world: World, times: Sequence[LevelTime] | None, interval: int) -> None:
+    def __init__(self, model: Decoder, world: World, times: Sequence[LevelTimeModel] | None, interval: int) -> None:
         self.world = world
         self.times = times
         self.interval = interval
-        self.clock = WorkClock(model, world.device)
+        self.clock = ComputeTimer(model, world.device)
         self._units: dict[int, float] = {}
         self._indices: list[int] = []
         self._seconds: list[tuple[float, float]] = []

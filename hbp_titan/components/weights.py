@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from hbp_titan.components.checkpoint import check_model_shapes, load_model_shards, load_model_tensors, read_state
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.fsdp import sharded_parameters
-from hbp_titan.distributed.mesh import shard_group
+from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import barrier
 from hbp_titan.job_config import LoRA
@@ -284,7 +284,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total, group, device = 0, None, torch.device("cpu")
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        group, device = group or shard_group([tensor]), local.device
+        group, device = group or fsdp_group([tensor]), local.device
         bits = local.contiguous().view({2: torch.int16, 4: torch.int32}[local.element_size()])
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") | 1
         total += factor * int(bits.sum(dtype=torch.int64))

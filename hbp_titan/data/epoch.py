@@ -2,7 +2,7 @@
 
 Owns the way from TOML keys to the planner's arguments, and the count of optimizer steps over all epochs.
 
-Position: where a run is, and how it goes on from there on other ranks or levels.
+EpochState: where a run is, and how it goes on from there on other ranks or levels.
 
 Owns the step, the epoch and the parts of the epoch (data/epoch_parts.py), what of them a checkpoint keeps, and the
 count of steps that are left. A run that goes on as it was follows its plan bit for bit. With another number of ranks
@@ -86,7 +86,7 @@ class EpochPlans:
             loss_tokens=self.store.loss_tokens,
             cost=self.cost,
             global_batch_tokens=self.config.training.global_batch_tokens,
-            mix=packing.mix,
+            level_order=packing.level_order,
             curriculum_steps=packing.curriculum_steps,
             epoch=epoch,
         )
@@ -104,7 +104,7 @@ class EpochPlans:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanSegment:
     """A stretch of an epoch. first_step: of the run, the first one trained by `plan`."""
 
     first_step: int
@@ -126,20 +126,20 @@ def plan_path(run_folder: Path, epoch: int, first_step: int | None = None) -> Pa
     return run_folder / "plan" / f"{name}.safetensors"
 
 
-def describe_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def describe_segments(parts: Sequence[PlanSegment]) -> list[dict[str, Any]]:
     """The parts as plain JSON values; their files hold the rest."""
     return [{"first_step": part.first_step, "plan": part.plan.fingerprint} for part in parts]
 
 
-def save_part(run_folder: Path, parts: Sequence[Part], data: str) -> None:
+def save_segment(run_folder: Path, parts: Sequence[PlanSegment], data: str) -> None:
     """Write the last of an epoch's parts, in training order. data: the store's fingerprint."""
     part = parts[-1]
     first_step = part.first_step if len(parts) > 1 else None
     save_plan(part.plan, plan_path(run_folder, part.plan.epoch, first_step), inputs={"data": data})
 
 
-def load_parts(run_folder: Path, epoch: int, described: Sequence[Mapping[str, Any]], data: str) -> list[Part]:
-    """The parts of an epoch that `describe_parts` named, their arrays mapped into memory.
+def load_segments(run_folder: Path, epoch: int, described: Sequence[Mapping[str, Any]], data: str) -> list[PlanSegment]:
+    """The parts of an epoch that `describe_segments` named, their arrays mapped into memory.
 
     data: the fingerprint that their store must have; fingerprints of plans are compared where `described` has them.
     Raises ValueError for a file that is missing, damaged, of other data or not the one that is meant.
@@ -158,11 +158,11 @@ def load_parts(run_folder: Path, epoch: int, described: Sequence[Mapping[str, An
                 f"{path} is not the plan that was trained: it has the fingerprint {plan.fingerprint[:16]}, "
                 f"not {values['plan'][:16]}"
             )
-        parts.append(Part(values["first_step"], plan))
+        parts.append(PlanSegment(values["first_step"], plan))
     return parts
 
 
-def planned_samples(parts: Sequence[Part], steps_done: int | None = None) -> NDArray[np.int64]:
+def planned_samples(parts: Sequence[PlanSegment], steps_done: int | None = None) -> NDArray[np.int64]:
     """The samples of an epoch as its parts have them, int64 [n]: of each what comes before the next, all of the last.
 
     steps_done: of the last part, what is trained up to this step alone.
@@ -173,7 +173,7 @@ def planned_samples(parts: Sequence[Part], steps_done: int | None = None) -> NDA
     return np.concatenate([part.plan.samples_of(0, end) for part, end in zip(parts, ends, strict=True)])
 
 
-class Position:
+class EpochState:
     """step: optimizer steps done since the start of the run. parts: of the current epoch; the last is trained."""
 
     def __init__(self, plans: EpochPlans, run_folder: Path, data: str) -> None:
@@ -182,8 +182,8 @@ class Position:
         self.data = data
         self.step = 0
         self.epoch = 0
-        self.parts = [Part(1, plans.of(0))]
-        self._loaded: Part | None = None
+        self.parts = [PlanSegment(1, plans.of(0))]
+        self._loaded: PlanSegment | None = None
 
     @property
     def plan(self) -> Plan:
@@ -206,7 +206,7 @@ class Position:
         # A step of an epoch that the configuration does not have would be one that total_steps does not count.
         assert training.steps or self.epoch + 1 < training.epochs, f"epoch {self.epoch} is the last"
         self.epoch += 1
-        self.parts = [Part(self.step + 1, self.plans.of(self.epoch))]
+        self.parts = [PlanSegment(self.step + 1, self.plans.of(self.epoch))]
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, those that are done included; the same at every step of an attempt."""
@@ -221,11 +221,11 @@ class Position:
         """Write the plan that is trained now into the run folder, unless it came from there. One rank calls it."""
         # Other nodes have mapped what is there: a file that takes its place would pull it away from them.
         if self.parts[-1] is not self._loaded:
-            save_part(self.run_folder, self.parts, self.data)
+            save_segment(self.run_folder, self.parts, self.data)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as plain JSON values."""
-        return {"step": self.step, "epoch": self.epoch, "parts": describe_parts(self.parts)}
+        return {"step": self.step, "epoch": self.epoch, "parts": describe_segments(self.parts)}
 
     def restore(self, saved: Mapping[str, Any]) -> str:
         """Go to where `state` said; returns a line that tells of a change of ranks or levels, "" where none was.
@@ -234,7 +234,7 @@ class Position:
         do not fit, or a sample that is left is longer than the levels allow.
         """
         self.step, self.epoch = saved["step"], saved["epoch"]
-        self.parts = load_parts(self.run_folder, self.epoch, saved["parts"], self.data)
+        self.parts = load_segments(self.run_folder, self.epoch, saved["parts"], self.data)
         self._loaded = self.parts[-1]
         if not 0 <= self.step_in_plan <= self.plan.num_steps:
             raise ValueError(f"step {self.step} is none of the {self.plan.num_steps} steps of its plan")
@@ -248,7 +248,7 @@ class Position:
     def _plan_anew(self) -> str:
         before, plans = self.plan, self.plans
         if self.step_in_plan == 0 and len(self.parts) == 1:
-            self.parts = [Part(self.step + 1, plans.of(self.epoch))]
+            self.parts = [PlanSegment(self.step + 1, plans.of(self.epoch))]
         else:
             rest = replan(
                 before,
@@ -259,7 +259,7 @@ class Position:
             )
             # A part of which no step was trained would have the same name as the one that follows.
             trained = self.parts if self.step_in_plan else self.parts[:-1]
-            self.parts = [*trained, Part(self.step + 1, rest)]
+            self.parts = [*trained, PlanSegment(self.step + 1, rest)]
         left, steps = len(self.plan.packs.ids), self.plan.num_steps
         return (
             f"with {_changes(before, self.plan)}: the {left:,} samples left of epoch {self.epoch} are planned anew, in "

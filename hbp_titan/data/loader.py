@@ -42,9 +42,9 @@ class BatchShapes:
     def of(cls, plan: Plan, num_kv_heads: int) -> BatchShapes:
         """The shapes that `plan` needs for a model with `num_kv_heads`."""
         gather_degrees = tuple(level.cp_shape(num_kv_heads)[0] for level in plan.levels)
-        return cls(gather_degrees, (1,) * len(plan.levels)).covering(plan)
+        return cls(gather_degrees, (1,) * len(plan.levels)).enlarged_for(plan)
 
-    def covering(self, plan: Plan) -> BatchShapes:
+    def enlarged_for(self, plan: Plan) -> BatchShapes:
         """These shapes, or larger ones where a pack of `plan` has more documents."""
         needed = [1 << max(plan.max_documents(k) - 1, 0).bit_length() for k in range(len(plan.levels))]
         return replace(self, max_documents=tuple(map(max, self.max_documents, needed)))
@@ -53,7 +53,8 @@ class BatchShapes:
 class PlanDataset(Dataset[PackedBatch]):
     """Maps an iteration of the plan to this rank's batch.
 
-    shapes: of this plan or of more (`BatchShapes.covering`). sample_weights: the normalizer; weights of 1 unless given.
+    shapes: of this plan or of more (`BatchShapes.enlarged_for`).
+    sample_weights: the normalizer; weights of 1 unless given.
     """
 
     def __init__(

@@ -13,10 +13,7 @@ stores, nothing is tokenized again.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +28,7 @@ from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.files import source_files
 from hbp_titan.data.formats import check_mapping, detect_format
 from hbp_titan.data.rows import RowIndex, index_rows, read_records
-from hbp_titan.data.shards import MALFORMED, Recipe
+from hbp_titan.data.shards import MALFORMED, TokenizeConfig
 from hbp_titan.data.token_store import (
     DROPPED,
     DUPLICATE,
@@ -48,53 +45,39 @@ from hbp_titan.data.token_store import (
     write_set,
 )
 from hbp_titan.data.tokenizer import TOKENIZER_FILES
-from hbp_titan.errors import Team, own_cores
+from hbp_titan.errors import WorkerGroup, cores_per_rank
 from hbp_titan.experiments.corpus import ensure_stdlib_corpus
 from hbp_titan.job_config import DataSource
+from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
 
 def fingerprint(parts: Any) -> str:
     """Hex SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_text(json.dumps(parts, sort_keys=True))
 
 
-def file_digests(files: Sequence[Path], memory: Path, team: Team) -> list[str]:
+def file_digests(files: Sequence[Path], memory: Path, team: WorkerGroup) -> list[str]:
     """Hex SHA-256 of each file's content, read by the ranks in turn; `memory`: folder that keeps them."""
     own = {number: _remembered_digest(files[number], memory) for number in team.share(len(files))}
     merged: dict[int, str] = {}
-    for found in team.run(lambda: own):
+    for found in team.run_on_all(lambda: own):
         merged.update(found)
     return [merged[number] for number in range(len(files))]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _remembered_digest(file: Path, memory: Path) -> str:
     stat = file.stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    kept = memory / hashlib.sha256(key.encode()).hexdigest()[:32]
+    kept = memory / sha256_text(key)[:32]
     try:
         digest = kept.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         digest = ""
     if len(digest) != 64:
-        digest = _digest(file)
+        digest = sha256_file(file)
         memory.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, digest)
+        atomic_write(kept, digest)
     return digest
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def share_out(total: int, counts: Sequence[int]) -> list[int]:
@@ -171,25 +154,27 @@ FORMAT_ROWS = 100
 
 
 def prepare(
-    config: JobConfig, progress: bool = True, most_tokens: int | None = None, team: Team | None = None
+    config: JobConfig, progress: bool = True, max_sample_tokens: int | None = None, team: WorkerGroup | None = None
 ) -> tuple[Path, Path | None]:
     """Folders of the training store and, where data.validation_files or _sources or validation.share asks for one, of
     the validation store.
 
     Builds the embedded corpus and the stores that are not there yet; what is there is found again in well under a
     second. The validation store takes its share by validation.max_samples. To be called by all ranks of `team`.
-    most_tokens: of a sample; None means those of the largest level.
-    Raises Mistakes for malformed rows and, unless data.overlong says otherwise, ValueError for a longer sample.
+    max_sample_tokens: of a sample; None means those of the largest level.
+    Raises UserError for malformed rows, and ValueError for a longer sample if data.max_length_policy is "error".
     """
-    team = team or Team()
+    team = team or WorkerGroup()
     data = config.data
     if data.embedded:
-        team.run(lambda: ensure_stdlib_corpus(Path(data.embedded_folder)) if team.rank == 0 else None)
-    if most_tokens is None:
+        team.run_on_all(lambda: ensure_stdlib_corpus(Path(data.embedded_folder)) if team.rank == 0 else None)
+    if max_sample_tokens is None:
         if not config.levels:
             raise ValueError("no level is given: add at least one [[levels]] block (scripts/select_levels.py chooses)")
-        most_tokens = config.levels[-1].max_tokens
-    training = _Preparation(config, _named_sources(config, "train"), data.max_samples, most_tokens, team, progress)
+        max_sample_tokens = config.levels[-1].max_tokens
+    training = _Preparation(
+        config, _named_sources(config, "train"), data.max_samples, max_sample_tokens, team, progress
+    )
     named, most = _named_sources(config, "validation"), config.validation.max_samples
     folder = training.run()
     if named:
@@ -197,9 +182,9 @@ def prepare(
     return folder, dataclasses.replace(training, holds_out=True).run() if config.validation.share else None
 
 
-def open_stores(config: JobConfig, most_tokens: int, team: Team | None = None) -> list[TokenStore]:
+def open_stores(config: JobConfig, max_sample_tokens: int, team: WorkerGroup | None = None) -> list[TokenStore]:
     """The training store and, if any, the validation store, made where they are not there yet; as `prepare`."""
-    folders = prepare(config, most_tokens=most_tokens, team=team)
+    folders = prepare(config, max_sample_tokens=max_sample_tokens, team=team)
     return [TokenStore.open(folder) for folder in folders if folder is not None]
 
 
@@ -225,8 +210,8 @@ class _Preparation:
     config: JobConfig
     sources: list[tuple[str, DataSource]]
     max_samples: int
-    most_tokens: int
-    team: Team
+    max_sample_tokens: int
+    team: WorkerGroup
     progress: bool
     holds_out: bool = False
 
@@ -234,9 +219,13 @@ class _Preparation:
         self.data = self.config.data
         self.cache = Path(self.data.cache_folder)
         self.share = self.config.validation.share
-        self.recipe = Recipe(self.config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes)
-        if self.data.overlong != "error":
-            self.recipe = dataclasses.replace(self.recipe, max_tokens=self.most_tokens, overlong=self.data.overlong)
+        self.recipe = TokenizeConfig(
+            self.config.tokenizer_path, self.data.train_on, max_row_bytes=self.data.max_row_bytes
+        )
+        if self.data.max_length_policy != "error":
+            self.recipe = dataclasses.replace(
+                self.recipe, max_tokens=self.max_sample_tokens, max_length_policy=self.data.max_length_policy
+            )
 
     def run(self) -> Path:
         """The folder of the set, made where it is not there yet; the checks that its configuration asks for."""
@@ -264,8 +253,8 @@ class _Preparation:
         if not all(self.team.gather(folder.is_dir())):
             stores = self._source_stores(files, contents, base, self.cache / f"unpacked-{digest[:16]}")
             meta = {"fingerprint": digest, "settings": settings}
-            self.team.run(lambda: self._mix(folder, stores, meta) if self.team.rank == 0 else None)
-        self.team.run(lambda: self._check(folder))
+            self.team.run_on_all(lambda: self._mix(folder, stores, meta) if self.team.rank == 0 else None)
+        self.team.run_on_all(lambda: self._check(folder))
         return folder
 
     def _check(self, folder: Path) -> None:
@@ -276,8 +265,8 @@ class _Preparation:
             raise malformed_rows([f"{e['file']}:{e['line']}: {e['detail']}" for e in entries], count)
         if data.strict:
             check_strict(store, data.max_errors_shown)
-        limit = () if self.config.levels else ("packing.auto_max_tokens (or the model's limit)",)
-        check_fits(store, self.most_tokens, *limit)
+        limit = () if self.config.levels else ("packing.max_sample_tokens (or the model's limit)",)
+        check_fits(store, self.max_sample_tokens, *limit)
 
     def _source_stores(
         self, files: list[list[Path]], contents: list[Any], base: dict[str, Any], unpacked: Path
@@ -307,7 +296,7 @@ class _Preparation:
                         _choose(indexes[number], limits[number], self.data.seed),
                         recipe,
                         self.team,
-                        self.data.num_proc or own_cores(),
+                        self.data.num_proc or cores_per_rank(),
                         self.data.max_errors_shown,
                         self.data.malformed == "skip",
                         bar.update,
@@ -325,12 +314,12 @@ class _Preparation:
             return {number: index_rows(flat[number], unpacked) for number in self.team.share(len(flat))}
 
         found: dict[int, RowIndex] = {}
-        for part in self.team.run(read_own):
+        for part in self.team.run_on_all(read_own):
             found.update(part)
         numbers = iter(range(len(flat)))
         return [[found[next(numbers)] for _ in group] for group in files]
 
-    def _recipe_of(self, source: DataSource, indexes: list[RowIndex], key: str) -> Recipe:
+    def _recipe_of(self, source: DataSource, indexes: list[RowIndex], key: str) -> TokenizeConfig:
         chosen = source.format
         if chosen == "auto":
             chosen = _detect(indexes, source.columns, self.data.max_row_bytes, key)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hbp_titan.data.batch import PackedBatch
-from hbp_titan.data.epoch import Part, load_parts, planned_samples
+from hbp_titan.data.epoch import PlanSegment, load_segments, planned_samples
 from hbp_titan.packing import Level
 
 FOLDER = "consumed"
@@ -45,7 +45,7 @@ _ATTEMPT = re.compile(r"attempt-\d{4,}")
 _RANK = re.compile(r"rank-(\d+)\.jsonl")
 
 
-class ConsumedRecord:
+class SampleLog:
     """A rank's side of the record: batches are added as they are trained and written when their step is done.
 
     broadcast: returns rank 0's value on every rank (`world.broadcast_value`).
@@ -62,7 +62,7 @@ class ConsumedRecord:
     def start(self, first_step: int, epoch: int, parts: list[dict[str, Any]], data: str, store: Path) -> None:
         """Begin a new attempt; every rank calls it.
 
-        parts: of `epoch`, as from `describe_parts`. data: the store's fingerprint, store: its folder.
+        parts: of `epoch`, as from `describe_segments`. data: the store's fingerprint, store: its folder.
         """
         number = 0
         if self.rank == 0:
@@ -122,7 +122,7 @@ class ConsumedRecord:
 class Attempt:
     """One start of a run. last_step: up to it the attempt counts; what it did later was lost or is not known done.
 
-    epoch, parts: those that it started in; parts as from `describe_parts`, the last is what it trained first.
+    epoch, parts: those that it started in; parts as from `describe_segments`, the last is what it trained first.
     """
 
     folder: Path
@@ -294,7 +294,9 @@ class _Found:
         self.skipped = [np.zeros(0, np.int64)]
 
 
-def audit_epoch(lines: Sequence[StepLine], parts: Sequence[Part], steps_done: int, store: AuditedStore) -> EpochAudit:
+def audit_epoch(
+    lines: Sequence[StepLine], parts: Sequence[PlanSegment], steps_done: int, store: AuditedStore
+) -> EpochAudit:
     """Compare the record with the plans of an epoch's parts. steps_done: the last step of the run that was done."""
     plan, end = parts[-1].plan, min(steps_done + 1, parts[-1].end)
     ends = [*(part.first_step for part in parts[1:]), end]
@@ -314,7 +316,7 @@ def audit_epoch(lines: Sequence[StepLine], parts: Sequence[Part], steps_done: in
     return EpochAudit(plan.epoch, done, num_steps, iterations, len(trained), len(skipped), *sums, found.faults)
 
 
-def _audit_part(part: Part, last: int, lines: Sequence[StepLine], found: _Found) -> None:
+def _audit_part(part: PlanSegment, last: int, lines: Sequence[StepLine], found: _Found) -> None:
     """Compare the lines of one part's steps with its plan up to iteration `last`."""
     packs: dict[tuple[int, int], str] = {}
     first_of_step: dict[int, StepLine] = {}
@@ -344,7 +346,7 @@ def _done(line: StepLine) -> str:
     return "skipped" if line.skipped else "trained"
 
 
-def _check_parts(parts: Sequence[Part], store: AuditedStore) -> Iterator[str]:
+def _check_parts(parts: Sequence[PlanSegment], store: AuditedStore) -> Iterator[str]:
     """Whether every part but the first plans exactly what those before it left."""
     epoch = parts[-1].plan.epoch
     for part, after in itertools.pairwise(parts):
@@ -361,7 +363,7 @@ def _check_parts(parts: Sequence[Part], store: AuditedStore) -> Iterator[str]:
                 yield f"epoch {epoch}: {len(ids):,} samples are planned {what}: {_rows(ids, store)}"
 
 
-def _check_pack(part: Part, line: StepLine, pack: Mapping[str, Any]) -> str | None:
+def _check_pack(part: PlanSegment, line: StepLine, pack: Mapping[str, Any]) -> str | None:
     """What is wrong with one recorded pack of a step of `part`."""
     plan, step = part.plan, line.step - part.first_step
     first, last = plan.step_offsets[step : step + 2].tolist()
@@ -382,7 +384,7 @@ def _check_pack(part: Part, line: StepLine, pack: Mapping[str, Any]) -> str | No
     return f"not the plan's samples: {_named(lacking)} are lacking, {_named(foreign)} are not planned"
 
 
-def _missing_packs(part: Part, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
+def _missing_packs(part: PlanSegment, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
     """Iterations of `part` before `last` that some dp rank did not record."""
     plan = part.plan
     for iteration in range(last):
@@ -397,7 +399,7 @@ def _missing_packs(part: Part, last: int, packs: Mapping[tuple[int, int], str]) 
 
 
 def _count_samples(
-    ids: NDArray[np.int64], parts: Sequence[Part], steps_done: int, store: AuditedStore
+    ids: NDArray[np.int64], parts: Sequence[PlanSegment], steps_done: int, store: AuditedStore
 ) -> Iterator[str]:
     """What was consumed against what had to be: every sample of the store, or the plans' up to `steps_done`."""
     total, epoch = len(store), parts[-1].plan.epoch
@@ -426,7 +428,7 @@ def _named(values: Sequence[int]) -> str:
     return shown + (f" and {len(values) - NAMED} more" if len(values) > NAMED else "")
 
 
-def confirm_epoch(run_folder: Path, parts: Sequence[Part], store: AuditedStore) -> str:
+def check_epoch(run_folder: Path, parts: Sequence[PlanSegment], store: AuditedStore) -> str:
     """A line that says how the epoch of these parts went, which is done; RuntimeError where the record differs."""
     plan, last_step = parts[-1].plan, parts[-1].end - 1
     attempts = read_attempts(run_folder, last_step)
@@ -468,11 +470,11 @@ def audit_run(
 
 def _parts_of(
     run_folder: Path, attempts: Sequence[Attempt], epoch: int, first_step: int, store: AuditedStore
-) -> list[Part]:
+) -> list[PlanSegment]:
     """The parts of an epoch: those that the last attempt which started in it named, or the plan of all its samples."""
     started = [a.parts for a in attempts if a.epoch == epoch and a.first_step <= a.last_step]
     described = started[-1] if started else [{"first_step": first_step}]
-    return load_parts(run_folder, epoch, described, store.fingerprint)
+    return load_segments(run_folder, epoch, described, store.fingerprint)
 
 
 def check_data(attempts: Sequence[Attempt], store: AuditedStore) -> list[str]:

@@ -49,17 +49,17 @@ OVER_MAX_TOKENS = "over max_tokens"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TokenizeConfig:
     """Everything that the samples of a source depend on beside its rows (job_config.Data and DataSource).
 
     name: of the source; "" takes each row's own, else its file's. max_tokens: of a sample; 0 keeps any length.
-    overlong: truncate, split or skip; not asked with max_tokens = 0.
+    max_length_policy: truncate, split or skip; not asked with max_tokens = 0.
     """
 
     tokenizer_path: Path
     train_on: str = "assistant"
     max_tokens: int = 0
-    overlong: str = "skip"
+    max_length_policy: str = "skip"
     format: str = "messages"
     columns: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class TokenizedRow:
 class RowTokenizer:
     """Tokenizes rows by a recipe; never raises for a row. ValueError for a tokenizer folder that cannot be used."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: TokenizeConfig) -> None:
         self.recipe = recipe
         self._chat_tokenizer = ChatTokenizer(recipe.tokenizer_path, recipe.train_on)
 
@@ -110,9 +110,9 @@ class RowTokenizer:
         samples = [(tokens, loss_mask)]
         if recipe.max_tokens and length > recipe.max_tokens:
             reason = OVER_MAX_TOKENS
-            if recipe.overlong == "skip":
+            if recipe.max_length_policy == "skip":
                 return _excluded(reason, length)
-            if recipe.overlong == "truncate":
+            if recipe.max_length_policy == "truncate":
                 outcome, samples = TRUNCATED, [truncate(tokens, loss_mask, recipe.max_tokens)]
             else:
                 outcome = SPLIT
@@ -198,7 +198,7 @@ def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
 
 
 def write_shards(
-    folder: Path, shards: Sequence[Shard], recipe: Recipe, num_proc: int, most_faults: int
+    folder: Path, shards: Sequence[Shard], recipe: TokenizeConfig, num_proc: int, max_errors: int
 ) -> Iterator[ShardReport]:
     """Make those of `shards` that `folder` does not have; yields the report of each, in their order."""
     missing = [shard for shard in shards if not (folder / shard.name).is_dir()]
@@ -211,10 +211,10 @@ def write_shards(
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, context, _start_worker, (recipe,))
             stack.callback(pool.shutdown, cancel_futures=True)
-            made = _in_order(pool, folder, missing, 2 * processes, most_faults)
+            made = _in_order(pool, folder, missing, 2 * processes, max_errors)
         else:
             tokenizer = RowTokenizer(recipe) if missing else None
-            made = (_write_shard(folder, shard, tokenizer, most_faults) for shard in missing if tokenizer)
+            made = (_write_shard(folder, shard, tokenizer, max_errors) for shard in missing if tokenizer)
         for shard in shards:
             yield next(made) if shard.number in to_make else read_report(folder / shard.name)
 
@@ -227,20 +227,20 @@ def read_report(folder: Path) -> ShardReport:
 _tokenizer: RowTokenizer | None = None
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _start_worker(recipe: TokenizeConfig) -> None:
     global _tokenizer
     # One process a core: threads inside them would be in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = RowTokenizer(recipe)
 
 
-def _write_in_worker(folder: Path, shard: Shard, most_faults: int) -> ShardReport:
+def _write_in_worker(folder: Path, shard: Shard, max_errors: int) -> ShardReport:
     assert _tokenizer is not None
-    return _write_shard(folder, shard, _tokenizer, most_faults)
+    return _write_shard(folder, shard, _tokenizer, max_errors)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, folder: Path, shards: Sequence[Shard], ahead: int, most_faults: int
+    pool: ProcessPoolExecutor, folder: Path, shards: Sequence[Shard], ahead: int, max_errors: int
 ) -> Iterator[ShardReport]:
     """The reports of `shards` in their order, `ahead` of them at work at a time."""
     waiting: deque[Future[ShardReport]] = deque()
@@ -248,7 +248,7 @@ def _in_order(
     try:
         while True:
             while len(waiting) < ahead and (shard := next(left, None)) is not None:
-                waiting.append(pool.submit(_write_in_worker, folder, shard, most_faults))
+                waiting.append(pool.submit(_write_in_worker, folder, shard, max_errors))
             if not waiting:
                 return
             yield waiting.popleft().result()
@@ -256,11 +256,11 @@ def _in_order(
         raise ValueError("a tokenization process died (out of memory?): lower data.num_proc") from None
 
 
-def _write_shard(folder: Path, shard: Shard, tokenizer: RowTokenizer, most_faults: int) -> ShardReport:
+def _write_shard(folder: Path, shard: Shard, tokenizer: RowTokenizer, max_errors: int) -> ShardReport:
     temporary = folder / f".{shard.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        report = _ShardWriter(temporary, shard, tokenizer, most_faults).write()
+        report = _ShardWriter(temporary, shard, tokenizer, max_errors).write()
         try:
             temporary.rename(folder / shard.name)
         except OSError:
@@ -275,8 +275,8 @@ def _write_shard(folder: Path, shard: Shard, tokenizer: RowTokenizer, most_fault
 class _ShardWriter:
     """Writes one shard's files; only one row's tokens are held at a time."""
 
-    def __init__(self, folder: Path, shard: Shard, tokenizer: RowTokenizer, most_faults: int) -> None:
-        self.folder, self.shard, self.tokenizer, self.most_faults = folder, shard, tokenizer, most_faults
+    def __init__(self, folder: Path, shard: Shard, tokenizer: RowTokenizer, max_errors: int) -> None:
+        self.folder, self.shard, self.tokenizer, self.max_errors = folder, shard, tokenizer, max_errors
         self.samples: list[tuple[Any, ...]] = []
         self.source_ids: dict[str, int] = {}
         self.counts: Counter[str] = Counter()
@@ -303,7 +303,7 @@ class _ShardWriter:
             self.ledger_file.write(json.dumps(entry) + "\n")
         if row.outcome == EXCLUDED:
             self.counts[row.reason] += 1
-            if row.reason == MALFORMED and len(self.faults) < self.most_faults:
+            if row.reason == MALFORMED and len(self.faults) < self.max_errors:
                 self.faults.append(f"{file}:{line}: {row.detail}")
             return
         name = self.tokenizer.recipe.name or row.source or source_name(file)

@@ -51,14 +51,14 @@ from hbp_titan.data.shards import (
     SAMPLE,
     SPLIT,
     TRUNCATED,
-    Recipe,
     Shard,
     ShardReport,
+    TokenizeConfig,
     cut_shards,
     read_report,
     write_shards,
 )
-from hbp_titan.errors import Mistakes, Team
+from hbp_titan.errors import UserError, WorkerGroup
 
 FORMAT_VERSION = 4
 PLACED = np.dtype([*((name, SAMPLE[name]) for name in SAMPLE.names or ()), ("shard", "<u4"), ("start", "<i8")])
@@ -125,17 +125,17 @@ def build_source_store(
     fingerprint: str,
     indexes: Sequence[RowIndex],
     chosen: Sequence[RowIndex],
-    recipe: Recipe,
-    team: Team,
+    recipe: TokenizeConfig,
+    team: WorkerGroup,
     num_proc: int,
-    most_faults: int,
+    max_errors: int,
     skip_malformed: bool,
     progress: Callable[[int], None],
 ) -> None:
     """Make the store in `folder`, by all ranks of `team` together; what an earlier, killed call left is used.
 
     indexes: all rows of the source's files; chosen: those to tokenize. progress: told of rows done by this rank.
-    Raises Mistakes "file:line: ..." with the first `most_faults` malformed rows unless `skip_malformed`.
+    Raises UserError "file:line: ..." with the first `max_errors` malformed rows unless `skip_malformed`.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -143,25 +143,25 @@ def build_source_store(
 
     def make_own() -> None:
         own = [shards[number] for number in team.share(len(shards))]
-        with _unless_there(folder):
-            for report in write_shards(partial, own, recipe, num_proc, most_faults):
+        with _ignore_if_exists(folder):
+            for report in write_shards(partial, own, recipe, num_proc, max_errors):
                 if report.malformed and not skip_malformed:
                     raise malformed_rows(report.faults, report.malformed)
                 progress(report.rows)
 
-    team.run(make_own)
+    team.run_on_all(make_own)
 
     def finish() -> None:
-        with _unless_there(folder):
+        with _ignore_if_exists(folder):
             _finish(partial, fingerprint, indexes, chosen, shards)
             publish(partial, folder)
         shutil.rmtree(partial, ignore_errors=True)
 
-    team.run(finish if team.rank == 0 else lambda: None)
+    team.run_on_all(finish if team.rank == 0 else lambda: None)
 
 
 @contextmanager
-def _unless_there(folder: Path) -> Iterator[None]:
+def _ignore_if_exists(folder: Path) -> Iterator[None]:
     """Another process that makes the same store (a second node's start, say) may finish first."""
     try:
         yield
@@ -180,12 +180,12 @@ def publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def malformed_rows(faults: list[str], count: int) -> Mistakes:
+def malformed_rows(faults: list[str], count: int) -> UserError:
     """The error of `count` malformed rows, the first of which are `faults`."""
     if count == 1:
-        return Mistakes([f'{faults[0]}; mend the row, or set data.malformed = "skip" to leave it out and list it'])
+        return UserError([f'{faults[0]}; mend the row, or set data.malformed = "skip" to leave it out and list it'])
     more = f"{count - len(faults)} more malformed rows are not shown; " if count > len(faults) else ""
-    return Mistakes([*faults, f'{more}mend the rows, or set data.malformed = "skip" to leave them out and list them'])
+    return UserError([*faults, f'{more}mend the rows, or set data.malformed = "skip" to leave them out and list them'])
 
 
 def _finish(
@@ -428,12 +428,12 @@ def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest lev
     count = int((store.lengths > max_tokens).sum())
     raise ValueError(
         f"{store.where(longest)}: a sample of {store.lengths[longest]} tokens is longer than {limit} = {max_tokens} "
-        f"({count} of {len(store)} samples are): raise it, or set data.overlong to skip, truncate or split"
+        f"({count} of {len(store)} samples are): raise it, or set data.max_length_policy to skip, truncate or split"
     )
 
 
 def check_strict(store: TokenStore, most_shown: int) -> None:
-    """Raise Mistakes, with the first `most_shown` of them, where any row is left out or cut (data.strict)."""
+    """Raise UserError, with the first `most_shown` of them, where any row is left out or cut (data.strict)."""
     lines: list[str] = []
     count = 0
     for entry in store.ledger():
@@ -442,7 +442,7 @@ def check_strict(store: TokenStore, most_shown: int) -> None:
             why = f"{entry['outcome']}: {entry['reason']}" if entry["outcome"] != entry["reason"] else entry["reason"]
             lines.append(f"{entry['file']}:{entry['line']}: {why}{': ' if entry['detail'] else ''}{entry['detail']}")
     if count:
-        raise Mistakes(
+        raise UserError(
             [*lines, f"data.strict: {count} rows are not trained whole; mend them or set data.strict = false"]
         )
 

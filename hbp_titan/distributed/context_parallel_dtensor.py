@@ -3,7 +3,7 @@
 Owns the placements of queries, keys, values and outputs on a level's (gather, ulysses) mesh. DTensor derives the
 collectives and their gradients from them: slower, with a collective per tensor, and not compiled, but it states in
 three lines what the fast path must do, and it takes over where a backend lacks what that calls
-(parallelism.cp_collectives = "dtensor").
+(parallelism.cp_backend = "dtensor").
 
 Shape suffixes as in context_parallel.py.
 """

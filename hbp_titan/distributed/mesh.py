@@ -117,9 +117,9 @@ def _connect(group: ProcessGroup, use: str, device_type: str) -> None:
         dist.all_to_all_single(torch.empty_like(many), many, group=group)
 
 
-def reduce_group(shard_group: ProcessGroup, device_type: str) -> ProcessGroup:
+def reduce_group(fsdp_group: ProcessGroup, device_type: str) -> ProcessGroup:
     """A second group of the ranks of a mesh's sharding group, for reductions that overlap with its gathers."""
-    groups, name = axis_groups(), shard_group.group_name
+    groups, name = axis_groups(), fsdp_group.group_name
     axis = next(axis for axis, group in groups.groups.items() if axis.use == SHARD and group.group_name == name)
     return groups.get(replace(axis, use=REDUCE), device_type)
 
@@ -198,7 +198,7 @@ class LevelMeshes:
         return DeviceMesh.from_group(groups, self._device.type, mesh, mesh_dim_names=tuple(axes))
 
 
-def shard_group(tensors: Iterable[Tensor]) -> ProcessGroup | None:
+def fsdp_group(tensors: Iterable[Tensor]) -> ProcessGroup | None:
     """The ranks that share one copy of a model's parameters; None where they are not sharded.
 
     Every parameter is sharded over all of them, whatever its mesh: the last axis of any mesh but the experts'.
@@ -207,7 +207,7 @@ def shard_group(tensors: Iterable[Tensor]) -> ProcessGroup | None:
     return next((mesh.get_group(-1) for mesh in meshes if "ep" not in (mesh.mesh_dim_names or ())), None)
 
 
-def crossed_nodes(levels: Iterable[Level], expert_parallel: int, ranks_per_node: int) -> list[str]:
+def cross_node_warnings(levels: Iterable[Level], expert_parallel: int, ranks_per_node: int) -> list[str]:
     """A warning for each kind of group that does not lie inside one node of `ranks_per_node` adjacent ranks."""
     cp_degrees = sorted({level.cp_degree for level in levels if ranks_per_node % level.cp_degree})
     groups = [f"cp_degree {', '.join(map(str, cp_degrees))}"] if cp_degrees else []

@@ -46,7 +46,7 @@ from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder, DecoderBlock
 from hbp_titan.models.layers import FeedForward
-from hbp_titan.models.lora import let_gradients_start
+from hbp_titan.models.lora import enable_input_require_grads
 from hbp_titan.models.moe import MixtureOfExperts
 
 BEFORE_ATTENTION = ("pre_attention", "pre_keys_values", "pre_queries")
@@ -138,7 +138,7 @@ def apply_activation_checkpoint(model: Decoder, state: ActivationCheckpointState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CP_ATTENTION = {"fused": ContextParallelAttention, "dtensor": DTensorContextParallelAttention}
-"""Which exchanges run between cp ranks, by parallelism.cp_collectives."""
+"""Which exchanges run between cp ranks, by parallelism.cp_backend."""
 
 
 def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
@@ -173,7 +173,7 @@ def parallelize(
     """Apply everything to `model` (best on the meta device) in place."""
     # Innermost: attention exchanges heads between cp ranks, whatever runs around it.
     for block in model.blocks():
-        block.inner_attention = CP_ATTENTION[config.parallelism.cp_collectives](block.inner_attention, cp_state)
+        block.inner_attention = CP_ATTENTION[config.parallelism.cp_backend](block.inner_attention, cp_state)
     # A document's balance loss is counted over all of its tokens.
     model.balance.sum_counts = cp_state.sum
     if meshes.experts is not None:
@@ -195,4 +195,4 @@ def parallelize(
         separate_reduce_scatter=config.parallelism.separate_reduce_scatter and device.type == "cuda",
     )
     if config.lora.rank:
-        let_gradients_start(model)
+        enable_input_require_grads(model)

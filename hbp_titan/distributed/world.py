@@ -36,20 +36,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from hbp_titan.errors import guarded, one_line
+from hbp_titan.errors import exit_on_user_error, format_error
 
 _MEND = "are all nodes started, with the same RDZV_ENDPOINT, RDZV_ID and NNODES, and is the port open?"
 _POLL_SECONDS = 0.05
 
 
-def fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def store_for_this_start(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The job's store under a name that all ranks of this start have agreed on. Raises RuntimeError after `timeout`."""
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return dist.PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
+    return dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store)
 
 
-def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """A name that is the same on all ranks of this start, whatever earlier starts have left in `store`.
 
     1. Rank 0 offers a new name. 2. Each rank joins under the name that is offered, by a number of its own; that may
@@ -105,7 +105,7 @@ def _reason() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return one_line(error).rstrip(".")
+        return format_error(error).rstrip(".")
     return "it finds no CUDA device"
 
 
@@ -134,7 +134,7 @@ def numa_options(gpus: int) -> list[str]:
 
 def main() -> None:
     """Print the number of ranks and torchrun's options on one line."""
-    guarded(require_usable_gpu)
+    exit_on_user_error(require_usable_gpu)
     gpus = torch.cuda.device_count()
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else gpus or CPU_RANKS
     print(ranks, *(numa_options(ranks) if gpus >= ranks else []))
@@ -179,7 +179,7 @@ def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device()
     timeout = timedelta(seconds=timeout_seconds)
-    store = fresh_store(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
+    store = store_for_this_start(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
     if device.type == "cuda" and run_folder is not None:
         set_flight_recorder(run_folder)
     return start_groups(store, rank, size, device, timeout)

@@ -205,14 +205,14 @@ class Generator:
         )
 
 
-def batches_by_length(sizes: Sequence[int], most_tokens: int) -> list[list[int]]:
+def batches_by_length(sizes: Sequence[int], max_sample_tokens: int) -> list[list[int]]:
     """Indices of `sizes` in batches of like size, the largest first so that too little memory shows at once.
 
-    A batch's largest size times its number of members is at most `most_tokens`, unless it has one member.
+    A batch's largest size times its number of members is at most `max_sample_tokens`, unless it has one member.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= most_tokens:
+        if batches and sizes[batches[-1][0]] * (len(batches[-1]) + 1) <= max_sample_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])

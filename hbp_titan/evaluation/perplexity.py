@@ -37,11 +37,13 @@ Means = dict[str, dict[int | str, tuple[float, int]]]
 length and position are the upper borders of bands, powers of two; a band begins behind the one below."""
 
 
-def open_data(data: Path, folder: Path, most_tokens: int, cache: Path, max_samples: int, overlong: str) -> TokenStore:
+def open_data(
+    data: Path, folder: Path, max_sample_tokens: int, cache: Path, max_samples: int, overlong: str
+) -> TokenStore:
     """The samples of `data`: a prepared set, or a file or folder that is a data source, prepared for the tokenizer of
     `folder`.
 
-    most_tokens, overlong, max_samples: of a sample; what is done with a longer one; a seeded random share (0: all).
+    max_sample_tokens, overlong, max_samples: of a sample; what is done with a longer one; a seeded share (0: all).
     Raises ValueError for data that cannot be read or fits no sample, as scripts/prepare_data.py does.
     """
     if (data / "meta.json").is_file():
@@ -50,8 +52,8 @@ def open_data(data: Path, folder: Path, most_tokens: int, cache: Path, max_sampl
     config.model.tokenizer_path = str(folder)
     config.data.train_files = [str(data)]
     config.data.cache_folder = str(cache)
-    config.data.max_samples, config.data.overlong = max_samples, overlong
-    return open_stores(config, most_tokens)[0]
+    config.data.max_samples, config.data.max_length_policy = max_samples, overlong
+    return open_stores(config, max_sample_tokens)[0]
 
 
 def evaluate(

@@ -116,7 +116,7 @@ def preparation_speeds(config: JobConfig, cores: int, rounds: int) -> list[Speed
                 config.data, cache_folder=str(cache), num_proc=cores, validation_files=[], validation_sources=[]
             )
             start = time.perf_counter()
-            store, _ = prepare(dataclasses.replace(config, data=data), progress=False, most_tokens=1 << 40)
+            store, _ = prepare(dataclasses.replace(config, data=data), progress=False, max_sample_tokens=1 << 40)
             seconds.append(time.perf_counter() - start)
         tokens = int(TokenStore.open(store).lengths.sum())
         # A process of its own: the number of threads is fixed when a process first encodes.

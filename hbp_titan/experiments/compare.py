@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.timing import WorkClock, pack_loads
+from hbp_titan.components.timing import ComputeTimer, pack_loads
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.packing import METHODS, Level, Plan, parse_levels
@@ -92,14 +92,14 @@ class Outcome:
         return {**plain, "run": str(self.run), "levels": [dataclasses.asdict(level) for level in self.run.levels]}
 
 
-class MeasuredEpoch(Trainer):
+class TimedTrainer(Trainer):
     """A Trainer that prints nothing, writes only into a folder that is thrown away, and keeps what it measured."""
 
     def __init__(self, config: JobConfig, world: World) -> None:
         super().__init__(config, world)
         self.prints = False
-        self.log = _IterationLog(WorkClock(self.model, world.device))
-        self.live_check = self.log  # type: ignore[assignment]
+        self.log = _IterationLog(ComputeTimer(self.model, world.device))
+        self.timing_check = self.log  # type: ignore[assignment]
         self.records: list[dict[str, Any]] = []
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
@@ -114,7 +114,7 @@ class MeasuredEpoch(Trainer):
 class _IterationLog:
     """In place of the live check: measures every iteration, reports nothing."""
 
-    def __init__(self, clock: WorkClock) -> None:
+    def __init__(self, clock: ComputeTimer) -> None:
         self.clock = clock
         self.seconds: list[tuple[float, float]] = []
 
@@ -124,7 +124,7 @@ class _IterationLog:
             yield
 
     def take(self) -> list[tuple[float, float]]:
-        """As LiveCheck's; keeps them."""
+        """As TimingMonitor's; keeps them."""
         seconds = self.clock.read()
         self.seconds += seconds
         return seconds
@@ -143,7 +143,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     config.validation.interval = 1 << 40
     with tempfile.TemporaryDirectory() as folder:
         config.job.dump_folder = str(Path(folder) / "run")
-        trainer = MeasuredEpoch(config, world)
+        trainer = TimedTrainer(config, world)
         trainer.train()
     plan = trainer.plans.of(0)
     wall_IR, work_IR = _gathered(trainer.log.seconds, world)

@@ -92,7 +92,7 @@ def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
     return [name for name in linears if any(f".{name}".endswith(f".{target}") for target in target_modules)]
 
 
-def let_gradients_start(model: Decoder) -> None:
+def enable_input_require_grads(model: Decoder) -> None:
     """Give the first block an input that requires a gradient, as all others have; call it after sharding.
 
     Frozen embeddings would hand it one that does not: a graph of its own for the compiler, and FSDP2 would reduce its

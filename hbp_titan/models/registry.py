@@ -6,7 +6,6 @@ and chat differ), and the counts derived from an architecture.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts
+from hbp_titan.utils import did_you_mean
 
 
 def _llama3(name: str, hidden: int, ffn: int, layers: int, heads: int, head_dim: int, factor: float) -> ModelArgs:
@@ -213,8 +213,7 @@ def get_flavor(name: str) -> ModelArgs:
     """The architecture called `name`; ValueError that names the nearest one otherwise."""
     if name in FLAVORS:
         return FLAVORS[name]
-    close = difflib.get_close_matches(name, FLAVORS, n=1, cutoff=0.3)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(name, FLAVORS)
     raise ValueError(f"model.flavor = {name!r} is none of {', '.join(FLAVORS)}{hint}")
 
 

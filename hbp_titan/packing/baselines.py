@@ -1,4 +1,4 @@
-"""Packers for one packing length, behind one registry: the rivals of every comparison.
+"""Packers for one packing length, behind one registry: the baselines of every comparison.
 
 Owns the flat packers that the paper and its peers compare: each takes lengths and a capacity and returns packs.
 Method "hbp" is not here: it decides over levels (hierarchy.py). m is the number of packs.

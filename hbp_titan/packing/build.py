@@ -42,7 +42,7 @@ from hbp_titan.packing.ragged import (
     round_up,
     shuffled,
 )
-from hbp_titan.packing.schedule import MIXES, schedule
+from hbp_titan.packing.schedule import LEVEL_ORDERS, schedule
 
 # (tokens, sum_sq, cost, stream) -> order of the packs; tokens, sum_sq: int64 [num_packs].
 Balancer = Callable[[IntArray, IntArray, CostModel, Stream], IntArray]
@@ -132,7 +132,7 @@ def build_plan(
     loss_tokens: ArrayLike | None = None,
     cost: CostModel | Sequence[CostModel] | None = None,
     global_batch_tokens: int = 0,
-    mix: str = "alternate",
+    level_order: str = "alternate",
     curriculum_steps: float = 0,
     epoch: int = 0,
     overlong: str = "error",
@@ -146,7 +146,7 @@ def build_plan(
     method: a key of METHODS. seed, epoch: name the random numbers; each epoch packs and orders anew.
     cost: what balances the packs of an iteration, one model or one per level; default CostModel().
     global_batch_tokens: real tokens that an optimizer step comes close to; 0 makes each iteration a step.
-    mix: "alternate" (each step one level, in random order) or "interleave" (each step its share of every level).
+    level_order: "alternate" (each step one level, in random order) or "interleave" (each step a share of each level).
     curriculum_steps: steps of the lowest level that come first, in epoch 0 only; below 1 a share of all steps.
     overlong: what to do about a sample longer than the largest level: "error", or "skip" it and list it in
         plan.skipped.
@@ -168,7 +168,7 @@ def build_plan(
     if method not in METHODS:
         close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(method, METHODS, n=1))
         raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}{close}")
-    for name, choice, choices in (("mix", mix, MIXES), ("overlong", overlong, OVERLONG)):
+    for name, choice, choices in (("level_order", level_order, LEVEL_ORDERS), ("overlong", overlong, OVERLONG)):
         if choice not in choices:
             raise ValueError(f"{name}={choice!r} is none of {', '.join(choices)}")
     for name, value in (
@@ -186,7 +186,7 @@ def build_plan(
         seed=seed,
         epoch=epoch,
         global_batch_tokens=global_batch_tokens,
-        mix=mix,
+        level_order=level_order,
         curriculum_steps=float(curriculum_steps),
         costs=costs_per_level(cost, len(levels)),
         lengths=lengths,
@@ -223,7 +223,7 @@ def place(unplaced: Plan, sample_ids: IntArray | None = None) -> Plan:
         level_of,
         iterations.sums(tokens),
         global_batch_tokens=unplaced.global_batch_tokens,
-        mix=unplaced.mix,
+        level_order=unplaced.level_order,
         curriculum_steps=unplaced.curriculum_steps if unplaced.epoch == 0 else 0,
         stream=(*stream, SCHEDULE_STREAM),
     )

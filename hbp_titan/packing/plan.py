@@ -47,7 +47,7 @@ class Iteration(NamedTuple):
 class Plan:
     """The iterations of one epoch; every sample lies in exactly one pack (of a remainder, each sample that is left).
 
-    levels, world_size, method, seed, epoch, global_batch_tokens, mix, curriculum_steps: the settings it came from.
+    levels, world_size, method, seed, epoch, global_batch_tokens, level_order, curriculum_steps: its settings.
     costs: the cost model of each level that balanced it.
     lengths, loss_tokens: int64 [num_samples], per sample.
     packs: all packs in training order; iteration i holds the next dp_degree of its level, one per dp rank.
@@ -61,7 +61,7 @@ class Plan:
     seed: int
     epoch: int
     global_batch_tokens: int
-    mix: str
+    level_order: str
     curriculum_steps: float
     costs: tuple[CostModel, ...]
     lengths: IntArray
@@ -188,7 +188,7 @@ class Plan:
             "seed": self.seed,
             "epoch": self.epoch,
             "global_batch_tokens": self.global_batch_tokens,
-            "mix": self.mix,
+            "level_order": self.level_order,
             "curriculum_steps": self.curriculum_steps,
             "costs": [dataclasses.asdict(cost) for cost in self.costs],
         }

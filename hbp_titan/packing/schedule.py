@@ -10,7 +10,7 @@ import numpy as np
 
 from hbp_titan.packing.ragged import EMPTY, IntArray, Ragged, Stream, concatenated, grouped, shuffled
 
-MIXES = ("alternate", "interleave")
+LEVEL_ORDERS = ("alternate", "interleave")
 
 
 def schedule(
@@ -18,7 +18,7 @@ def schedule(
     tokens: IntArray,
     *,
     global_batch_tokens: int,
-    mix: str,
+    level_order: str,
     curriculum_steps: float,
     stream: Stream,
 ) -> Ragged:
@@ -26,7 +26,7 @@ def schedule(
 
     level_of, tokens: level and real tokens of each iteration, int64 [num_iterations].
     global_batch_tokens: tokens of a step to come close to; 0 makes each iteration a step.
-    mix: "alternate" gives each step one level and shuffles the steps; "interleave" gives each step its share of
+    level_order: "alternate" gives each step one level and shuffles the steps; "interleave" gives each step its share of
         every level. curriculum_steps: steps of the lowest level that come first; below 1, a share of all steps.
     stream: integers that name the random stream.
     """
@@ -38,7 +38,7 @@ def schedule(
     lowest = one_level_steps[0]
 
     def all_later(lowest_rest: Ragged) -> Ragged:
-        if mix == "interleave":
+        if level_order == "interleave":
             return _interleaved([lowest_rest.ids, *pools[1:]], tokens, global_batch_tokens)
         later = concatenated([lowest_rest, *one_level_steps[1:]])
         return later.take(shuffled(later.num_rows, *stream, len(level_of)))

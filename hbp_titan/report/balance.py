@@ -102,11 +102,11 @@ def _work(work: list[float], checks: int) -> str:
 
 def _slowest(log: StepLog) -> str:
     """How often each rank was the slowest, where the run does not have the work of all."""
-    named = log.column("live_check", "slowest_rank")
-    ratios = log.column("live_check", "slowest_ratio")
+    named = log.column("timing_check", "slowest_rank")
+    ratios = log.column("timing_check", "slowest_ratio")
     known = np.isfinite(named)
     if not known.any():
-        return missing("No live check was recorded: [metrics] live_check_interval sets how often they run.")
+        return missing("No live check was recorded: [metrics] timing_check_interval sets how often they run.")
     rows = []
     for rank in np.unique(named[known]).tolist():
         of = named == rank
@@ -117,16 +117,18 @@ def _slowest(log: StepLog) -> str:
 
 def _live_checks(log: StepLog) -> str:
     """Measured / modelled time and waiting of each level over the live checks."""
-    names = log.names("live_check", "levels")
+    names = log.names("timing_check", "levels")
     if not names:
         return ""
     steps = log.steps.astype(float)
-    ratio = [Curve(name, log.column("live_check", "levels", name, "ratio"), log.color(name)) for name in names]
-    waits = [Curve(name, 100 * log.column("live_check", "levels", name, "waiting"), log.color(name)) for name in names]
+    ratio = [Curve(name, log.column("timing_check", "levels", name, "ratio"), log.color(name)) for name in names]
+    waits = [
+        Curve(name, 100 * log.column("timing_check", "levels", name, "waiting"), log.color(name)) for name in names
+    ]
     rows = []
     for name in names:
         iterations, ratios, waiting, planned = (
-            log.column("live_check", "levels", name, key) for key in ("iterations", "ratio", "waiting", "planned")
+            log.column("timing_check", "levels", name, key) for key in ("iterations", "ratio", "waiting", "planned")
         )
         cells = [percent(mean(values, iterations)) for values in (waiting, planned)]
         rows.append([text(name), number(float(np.nansum(iterations))), number(mean(ratios, iterations), 3), *cells])
@@ -373,13 +375,13 @@ def levels_side_by_side(runs: Sequence[Run]) -> str:
 
 def _story(run: Run) -> str:
     """What the order of levels is, in words."""
-    mix, share = run.setting("packing", "mix"), run.setting("packing", "curriculum_steps")
-    if not mix:
+    level_order, share = run.setting("packing", "level_order"), run.setting("packing", "curriculum_steps")
+    if not level_order:
         return "Which level each optimizer step trained."
     order = {
         "alternate": "Each optimizer step trains one level, in random order",
         "interleave": "Each optimizer step holds its share of every level",
-    }.get(str(mix), f"Mix: {mix}")
+    }.get(str(level_order), f"Mix: {level_order}")
     if not isinstance(share, (int, float)) or share <= 0:
         return f"{order}; no curriculum."
     steps = f"{share:.0%} of the first epoch's steps" if share < 1 else f"{share:.0f} steps"

@@ -267,7 +267,7 @@ def _facts(run: Run) -> str:
 def _described(run: Run) -> list[tuple[str, str]]:
     start = run.last_start
     ranks = f"{start.get('world_size', '?')} x {start.get('device', '?')}"
-    packing = f"{run.setting('packing', 'method')}, mix {run.setting('packing', 'mix')}"
+    packing = f"{run.setting('packing', 'method')}, mix {run.setting('packing', 'level_order')}"
     optimizer = f"{run.setting('optimizer', 'name')}, lr {run.setting('optimizer', 'lr')}"
     batch = run.setting("training", "global_batch_tokens")
     return [

@@ -166,7 +166,7 @@ def _note(log: StepLog, values: dict[str, Any]) -> None:
     log.skipped.pop(step, None)
     if reason:
         log.skipped[step] = str(reason)
-    check = values.get("live_check")
+    check = values.get("timing_check")
     work = check.get("work_by_rank") if isinstance(check, dict) else None
     if isinstance(work, list) and work and all(_is_number(value) for value in work):
         log.work_by_rank.append((step, [float(value) for value in work]))

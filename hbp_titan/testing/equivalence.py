@@ -97,9 +97,9 @@ class Case:
     name: str
     world_size: int
     levels: tuple[Level, ...]
-    mix: str = "interleave"
+    level_order: str = "interleave"
     global_batch_tokens: int = 1 << 40
-    normalizer: str = "ave_token"
+    loss_normalization: str = "ave_token"
     compile: bool = False
     broken: str = ""
     expert_parallel: int = 1
@@ -123,7 +123,7 @@ class Result:
     @property
     def control(self) -> bool:
         """Whether something is broken on purpose, or another normalizer is used: that must show."""
-        return bool(self.case.broken) or self.case.normalizer != "ave_token"
+        return bool(self.case.broken) or self.case.loss_normalization != "ave_token"
 
     @property
     def passed(self) -> bool:
@@ -197,7 +197,7 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
     cases.append(Case("compiled", world, fitted, compile=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
-    cases.append(Case("CONTROL mean per rank", world, fitted, normalizer="token_mean"))
+    cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
     return cases
 
 
@@ -317,10 +317,10 @@ def run_case(
         world.size,
         loss_tokens=samples.loss_tokens,
         global_batch_tokens=case.global_batch_tokens,
-        mix=case.mix,
+        level_order=case.level_order,
     )
     shapes = BatchShapes.of(plan, args.num_kv_heads)
-    batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.normalizer])
+    batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.loss_normalization])
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
     joined = {name: torch.zeros(p.shape, device=world.device) for name, p in engine.model.named_parameters()}
     loss_sum = 0.0

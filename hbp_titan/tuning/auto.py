@@ -24,19 +24,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hbp_titan.components.checkpoint import completed
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import keep_groups
 from hbp_titan.distributed.world import World, broadcast_value
-from hbp_titan.errors import one_line
+from hbp_titan.errors import format_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import level_from_dict
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.profile import default_candidates, profile_levels
 from hbp_titan.tuning.profile_file import Profile, load_profile, profile_key, save_profile
-from hbp_titan.tuning.search import Candidate, Selection, Workload, describe, rivals, select_paper, select_search
+from hbp_titan.tuning.search import Candidate, Selection, Workload, baselines, describe, select_paper, select_search
 
 LEVEL_TIMES = "level_times.json"
 # Named here because a kept profile holds for these alone.
@@ -117,11 +117,11 @@ def measured(
 
 
 def choices(candidates: Sequence[Candidate], workload: Workload) -> tuple[dict[str, Selection], str]:
-    """The selections by search and by the paper's stages, and the table that shows both beside the rivals."""
+    """The selections by search and by the paper's stages, and the table that shows both beside the baselines."""
     selections = {"search": select_search(candidates, workload), "paper": select_paper(candidates, workload)}
     fitting = sum(candidate.fits for candidate in candidates)
     text = f"levels: {fitting} of {len(candidates)} settings fit in memory; predicted for one epoch:\n"
-    return selections, text + describe(selections, rivals(candidates, workload))
+    return selections, text + describe(selections, baselines(candidates, workload))
 
 
 def from_rank_0(world: World, function: Callable[[], Result]) -> Result:
@@ -131,7 +131,7 @@ def from_rank_0(world: World, function: Callable[[], Result]) -> Result:
         try:
             result = function()
         except (ValueError, OSError) as error:
-            mistake = one_line(error)
+            mistake = format_error(error)
     result, mistake = broadcast_value((result, mistake))
     if mistake is not None:
         raise ValueError(mistake)
@@ -156,7 +156,7 @@ def save_level_times(folder: Path, selection: Selection) -> None:
     partial.replace(folder / LEVEL_TIMES)
 
 
-def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTime, ...] | None:
+def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeModel, ...] | None:
     """The time of each of `levels` as it was measured when they were chosen; None where `folder` holds no such times.
 
     Raises ValueError for a file that is damaged.
@@ -166,7 +166,7 @@ def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTime, 
         return None
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        known = {level_from_dict(entry["level"]): LevelTime(**entry["time"]) for entry in entries}
+        known = {level_from_dict(entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not the times of levels: delete it") from None
     return tuple(known[level] for level in levels) if set(levels) <= set(known) else None

@@ -18,7 +18,7 @@ Owns the choice and how it is told. The user's are prepared as a start prepares 
 Try a configuration for N ranks in one CPU process: no GPU, no weights and no data needed.
 
     COMM_MODE=fake NGPU=32 CONFIG_FILE=train_configs/X.toml ./run_train.sh [--section.key value]
-    python -m hbp_titan.dry_run --world_size 32 --gpu h100-80gb --job.config_file train_configs/X.toml
+    python -m hbp_titan.tuning.dry_run --world_size 32 --gpu h100-80gb --job.config_file train_configs/X.toml
 
 Builds the model on the meta device, applies every parallel form under a fake process group, and prints what a rank
 would hold, each level's memory by checkpoint policy, and the time of an epoch. A mistake that a start would meet, or a
@@ -45,15 +45,15 @@ from hbp_titan.config import JobConfig, help_text, load_config
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.distributed.mesh import crossed_nodes
+from hbp_titan.distributed.mesh import cross_node_warnings
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import fake_world
 from hbp_titan.engine import parallelized_on_meta
-from hbp_titan.errors import Mistakes, guarded
+from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
-from hbp_titan.preflight import check_vocabulary, check_without_data, cost_model, model_args, most_tokens
+from hbp_titan.preflight import check_vocabulary, check_without_data, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
 from hbp_titan.tuning.oom_advice import MOST_RANKS, Change, Search, shown
@@ -132,7 +132,7 @@ def cheapest_change(
     if more is not None:
         words.append(f"use {more.world_size} ranks; {_settings(more, config, level)}")
     if shorter is not None:
-        words.append(f"{_settings(shorter, config, level)} (a longer sample falls under data.overlong)")
+        words.append(f"{_settings(shorter, config, level)} (a longer sample falls under data.max_length_policy)")
     return ", or ".join(words) or f"even {MOST_RANKS * world_size} ranks do not hold it: use another GPU"
 
 
@@ -161,12 +161,12 @@ def samples_of(config: JobConfig, args: ModelArgs) -> Samples:
     """
     paths = [*config.data.train_files, *(source.path for source in config.data.sources)]
     if any(Path(path).expanduser().exists() for path in paths):
-        store = open_stores(config, most_tokens(config, args))[0]
+        store = open_stores(config, max_sample_tokens(config, args))[0]
         check_vocabulary(config, args, store.meta["vocab_size"])
         return Samples(store.lengths, store.loss_tokens, f"your data: {len(store):,} samples")
     if _names_tokenizer(config):
         check_vocabulary(config, args, ChatTokenizer(config.tokenizer_path).vocab_size)
-    return _synthetic(most_tokens(config, args), paths[0])
+    return _synthetic(max_sample_tokens(config, args), paths[0])
 
 
 def _names_tokenizer(config: JobConfig) -> bool:
@@ -222,7 +222,7 @@ class DryRun:
         return self.peak_bytes(estimate) <= usable_bytes(self.hardware)
 
     def check_memory(self) -> None:
-        """Raise Mistakes, a line for each level that does not fit, with the cheapest change that would make it fit."""
+        """Raise UserError, a line for each level that does not fit, with the cheapest change that would make it fit."""
         lines = []
         for index, memory in enumerate(self.levels):
             if self.fits(memory.configured):
@@ -236,7 +236,7 @@ class DryRun:
                 f"but {self.hardware.name} has {usable_bytes(self.hardware) / 2**30:.1f} to use: {change}"
             )
         if lines:
-            raise Mistakes(lines)
+            raise UserError(lines)
 
     def _typical_load(self, level: int) -> FloatArray:
         """The mean of the level's packs as pack_loads has them; of all packs where the level has none."""
@@ -246,7 +246,7 @@ class DryRun:
 
 def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     """Try `config` for `world_size` ranks with a GPU of this kind each; takes no GPU and allocates no model."""
-    if config.selects_levels:
+    if config.auto_levels:
         raise ValueError(
             'packing.levels = "auto" measures at the start: name [[levels]] blocks, which scripts/select_levels.py '
             "--estimate chooses without a GPU"
@@ -284,7 +284,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
 
 def _crossed_nodes(config: JobConfig, world_size: int, hardware: Hardware) -> list[str]:
     node = min(world_size, hardware.gpus_per_node)
-    return crossed_nodes(config.levels, config.parallelism.expert_parallel_degree, node)
+    return cross_node_warnings(config.levels, config.parallelism.expert_parallel_degree, node)
 
 
 def _uneven_shards(largest: int, num_params: int, shards: int) -> list[str]:
@@ -413,7 +413,7 @@ DEFAULT_GPU = "h100-80gb"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hbp_titan.dry_run",
+        prog="python -m hbp_titan.tuning.dry_run",
         description=__doc__,
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -428,4 +428,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(sys.argv[1:]))
+    exit_on_user_error(lambda: main(sys.argv[1:]))

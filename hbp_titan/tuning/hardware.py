@@ -9,12 +9,12 @@ measured ones.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 
 import torch
 
 from hbp_titan.components.step_stats import PEAK_FLOPS
+from hbp_titan.utils import did_you_mean
 
 # Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. From published
 # TFLOP/s of the forward f and the backward b, which multiplies 2.5 times as much where the model counts twice as much:
@@ -115,8 +115,7 @@ def get_hardware(name: str) -> Hardware:
     key = name.strip().lower()
     if key in HARDWARE:
         return HARDWARE[key]
-    close = difflib.get_close_matches(key, HARDWARE, n=1, cutoff=0.3)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(key, HARDWARE)
     raise ValueError(f"hardware {name!r} is none of {', '.join(HARDWARE)}{hint}")
 
 

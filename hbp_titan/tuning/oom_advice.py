@@ -29,7 +29,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.world import World, ranks_per_node
-from hbp_titan.errors import Mistakes
+from hbp_titan.errors import UserError
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, format_level, level_name
@@ -266,25 +266,25 @@ OTHERS_SHARE = 0.08
 ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
-class MemoryAdvisor:
-    """Turns OutOfMemory, raised inside its `with`, into Mistakes with the advice; any other error goes through.
+class OOMAdvisor:
+    """Turns OutOfMemory, raised inside its `with`, into UserError with the advice; any other error goes through.
 
     plan: the epoch's, once there is one.
     """
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.config, self.args, self.world = config, args, world
-        self.chose_levels = config.selects_levels
+        self.chose_levels = config.auto_levels
         self.plan: Plan | None = None
 
-    def __enter__(self) -> MemoryAdvisor:
+    def __enter__(self) -> OOMAdvisor:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, OutOfMemory):
-            raise Mistakes(self.lines(error)) from error
+            raise UserError(self.lines(error)) from error
 
     def lines(self, error: OutOfMemory) -> list[str]:
         """What to tell of `error`, a line each."""
@@ -294,7 +294,7 @@ class MemoryAdvisor:
         total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else found
         hardware = hardware_like(device, total, local_ranks)
         limit = min(usable_bytes(hardware), found)
-        situation = Situation(self.config, self.args, self.world.size, hardware, device.type, limit, self.plan)
+        situation = OOMContext(self.config, self.args, self.world.size, hardware, device.type, limit, self.plan)
         lines = situation.lines(error, self.chose_levels)
         lines[0] = f"rank {self.world.rank}: {lines[0]}"
         if total - found > OTHERS_SHARE * total:
@@ -311,7 +311,7 @@ class MemoryAdvisor:
 
 
 @dataclass(frozen=True)
-class Situation:
+class OOMContext:
     """A run at the moment when memory ran out. limit: bytes that a rank's tensors may take."""
 
     config: JobConfig
@@ -393,7 +393,11 @@ class Situation:
         lines = []
         if shorter is not None:
             last = search.level is self.config.levels[-1]
-            moved = "a longer sample falls under data.overlong" if last else "longer samples move to the next level"
+            moved = (
+                "a longer sample falls under data.max_length_policy"
+                if last
+                else "longer samples move to the next level"
+            )
             told = self._told("only a shorter level fits", shorter, search.level, bias, chose_levels)
             lines.append(f"{told}; {moved}")
         if more is not None:

@@ -8,7 +8,7 @@ Owns the procedure. For each candidate form (length, cp degree, style):
    run. Out of memory is a result.
 2. Time. Iterations on packs drawn from the user's lengths, light ones and heavy ones, round robin over all levels that
    fit, so that the machine's drift meets each alike. All data-parallel ranks have packs with the same documents: FSDP
-   makes ranks wait for each other within an iteration, so only then is its time that of one pack. A LevelTime is
+   makes ranks wait for each other within an iteration, so only then is its time that of one pack. A LevelTimeModel is
    fitted to each level's.
 
 The engine as a profile uses it: any level at any depth, iterations timed, peaks measured, out of memory survived.

@@ -2,7 +2,7 @@
 
 Owns the rows, the key that says what a profile holds for, and the reading and writing of the file.
 
-LevelTime from measured iterations.
+LevelTimeModel from measured iterations.
 
 Owns the fit: least squares with no negative coefficient. What a pack costs cannot fall with what it holds, and columns
 may be nearly collinear (packs of equal token count): a column that explains next to nothing is dropped, not given a
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from hbp_titan import __version__
-from hbp_titan.components.timing import FloatArray, LevelTime
+from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, ranks_per_node
@@ -46,7 +46,7 @@ class Measurement:
     peak_bytes: the most that a rank holds during an iteration, of the rank that holds most; loads, seconds: what the
     timed packs hold ([n][4], as pack_loads) and the seconds of each on the slowest rank. out_of_memory: the iteration
     failed, or its peak exceeds the limit. estimated: nothing was run, peak_bytes is an estimate. error: of the fitted
-    LevelTime, root mean square relative to the mean.
+    LevelTimeModel, root mean square relative to the mean.
     """
 
     level: Level
@@ -171,7 +171,7 @@ def _not_a_profile(path: Path, error: Exception) -> ValueError:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    time = None if row["time"] is None else LevelTime(**row["time"])
+    time = None if row["time"] is None else LevelTimeModel(**row["time"])
     return Candidate(Level(**row["level"]), time, row["peak_bytes"])
 
 
@@ -188,7 +188,7 @@ WORTH = 1.5
 """A column is used only where it lowers the squared error by more than this factor: few noisy packs fit anything."""
 
 
-def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTime, float]:
+def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTimeModel, float]:
     """The time model of a level, and the root mean square of its error relative to the mean of `seconds`.
 
     loads: of the timed packs, [n, 4] as from pack_loads, n at least 1; seconds: [n].
@@ -206,7 +206,7 @@ def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTime, f
         return (error + rounding) * WORTH ** float(columns)
 
     coefficients, error = min(fits, key=score)
-    return LevelTime(*coefficients.tolist()), float(np.sqrt(error / len(seconds)) / seconds.mean())
+    return LevelTimeModel(*coefficients.tolist()), float(np.sqrt(error / len(seconds)) / seconds.mean())
 
 
 def nonnegative_least_squares(columns: FloatArray, values: FloatArray) -> FloatArray:

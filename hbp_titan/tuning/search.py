@@ -11,8 +11,8 @@ Owns select_paper (paper section 3.1) and select_search, the least predicted tim
 
 What a choice of levels is judged by, and how it is shown: the user's whole epoch, packed, filled and balanced.
 
-Owns the workload (data and plan settings of an epoch), the form of a selection, and the rivals that every selection is
-shown beside: flat packing at the best single setting, as ISF packs it and sorted by cost. select.py makes the choice.
+Owns the workload (data and plan settings of an epoch), the form of a selection, and the baselines next to which each
+selection is shown: flat packing at the best single setting, as ISF packs it and sorted by cost.
 
 Candidate: a level that could be chosen, with what it costs.
 
@@ -29,7 +29,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.components.timing import EpochTime, FloatArray, LevelTime, pack_loads, predict_epoch
+from hbp_titan.components.timing import EpochTime, FloatArray, LevelTimeModel, pack_loads, predict_epoch
 from hbp_titan.config import JobConfig
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
@@ -45,7 +45,7 @@ class Candidate:
     """
 
     level: Level
-    time: LevelTime | None
+    time: LevelTimeModel | None
     peak_bytes: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Candidate:
 
 IntArray = NDArray[np.int64]
 
-RIVALS = {"isf": "ISF", "flat_sorted": "flat + sort"}
+BASELINES = {"isf": "ISF", "flat_sorted": "flat + sort"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Workload:
     method: str = "hbp"
     seed: int = 0
     global_batch_tokens: int = 0
-    mix: str = "alternate"
+    level_order: str = "alternate"
     curriculum_steps: float = 0.0
     step_seconds: float = 0.0
     longest: int = 0
@@ -92,14 +92,14 @@ class Workload:
             config.packing.method,
             config.packing.seed,
             config.training.global_batch_tokens,
-            config.packing.mix,
+            config.packing.level_order,
             config.packing.curriculum_steps,
             step_seconds,
             max(int(store.lengths.max()) for store in stores),
         )
 
     @property
-    def most_tokens(self) -> int:
+    def max_sample_tokens(self) -> int:
         """Tokens that the largest level must hold."""
         return max(self.longest, int(self.lengths.max()))
 
@@ -114,7 +114,7 @@ class Workload:
             loss_tokens=self.loss_tokens,
             cost=self.cost,
             global_batch_tokens=self.global_batch_tokens,
-            mix=self.mix,
+            level_order=self.level_order,
             curriculum_steps=self.curriculum_steps,
         )
 
@@ -123,7 +123,7 @@ class Workload:
         stride = -(-len(self.lengths) // num_samples)
         kept = np.sort(np.argsort(self.lengths, kind="stable")[stride // 2 :: stride])
         return dataclasses.replace(
-            self, lengths=self.lengths[kept], loss_tokens=self.loss_tokens[kept], longest=self.most_tokens
+            self, lengths=self.lengths[kept], loss_tokens=self.loss_tokens[kept], longest=self.max_sample_tokens
         )
 
 
@@ -132,7 +132,7 @@ class Selection:
     """Levels with the time of an iteration of each, and the epoch that follows. notes: what was decided on the way."""
 
     levels: tuple[Level, ...]
-    times: tuple[LevelTime, ...]
+    times: tuple[LevelTimeModel, ...]
     predicted: EpochTime
     notes: tuple[str, ...] = ()
 
@@ -171,19 +171,19 @@ def holding(candidates: Sequence[Candidate], tokens: int) -> int:
     if tried:
         raise ValueError(
             f"no setting of max_tokens={tried[0]} or more, which the longest sample of {tokens} tokens needs, fits in "
-            "memory: use more ranks or a higher cp_degree, or leave such samples out (data.overlong)"
+            "memory: use more ranks or a higher cp_degree, or leave such samples out (data.max_length_policy)"
         )
     raise ValueError(f"no candidate holds the longest sample, of {tokens} tokens: add a larger max_tokens")
 
 
-def rivals(candidates: Sequence[Candidate], workload: Workload) -> dict[str, Selection]:
-    """Each method of RIVALS at its best setting of the shortest length that holds every sample."""
-    length = holding(candidates, workload.most_tokens)
+def baselines(candidates: Sequence[Candidate], workload: Workload) -> dict[str, Selection]:
+    """Each method of BASELINES at its best setting of the shortest length that holds every sample."""
+    length = holding(candidates, workload.max_sample_tokens)
     fitting = [c for c in candidates if c.fits and c.level.max_tokens == length]
     best: dict[str, Selection] = {}
     for cp_degree in sorted({c.level.cp_degree for c in fitting}):
         same_cp = [c for c in fitting if c.level.cp_degree == cp_degree]
-        for method in RIVALS:
+        for method in BASELINES:
             plan = workload.plan([Level(length, cp_degree)], method)
             fastest = same_cp[int(level_seconds(plan, 0, same_cp).argmin())]
             found = selected([fastest], plan, workload)
@@ -193,9 +193,9 @@ def rivals(candidates: Sequence[Candidate], workload: Workload) -> dict[str, Sel
 
 
 def describe(selections: dict[str, Selection], beside: dict[str, Selection]) -> str:
-    """A table of selections and their rivals: levels, predicted hours, rank time lost in waiting, gain."""
-    rows = {**selections, **{RIVALS[name]: rival for name, rival in beside.items()}}
-    names = {RIVALS[name]: beside[name].predicted.seconds for name in beside}
+    """A table of selections and their baselines: levels, predicted hours, rank time lost in waiting, gain."""
+    rows = {**selections, **{BASELINES[name]: rival for name, rival in beside.items()}}
+    names = {BASELINES[name]: beside[name].predicted.seconds for name in beside}
     lines = [f"{'levels':<12}{'epoch':>12}{'waiting':>9}" + "".join(f"{'x ' + name:>14}" for name in names)]
     for name, row in rows.items():
         seconds = row.predicted.seconds
@@ -246,7 +246,7 @@ def select_search(candidates: Sequence[Candidate], workload: Workload) -> Select
 
     Raises ValueError where no candidate that fits memory holds the longest sample.
     """
-    holding(candidates, workload.most_tokens)
+    holding(candidates, workload.max_sample_tokens)
     sampled = len(workload.lengths) > SEARCH_SAMPLES
     search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload)
     shapes = search.shapes()
@@ -285,9 +285,9 @@ class _Search:
 
     def shapes(self) -> list[Shape]:
         """The best sets of every size, each with its best cp degrees, by predicted seconds."""
-        most_tokens = self.workload.most_tokens
-        shorter = [length for length in self.options if length < most_tokens]
-        front = [self.settle((length,)) for length in self.options if length >= most_tokens]
+        max_sample_tokens = self.workload.max_sample_tokens
+        shorter = [length for length in self.options if length < max_sample_tokens]
+        front = [self.settle((length,)) for length in self.options if length >= max_sample_tokens]
         best = self._ranked(front)
         for _ in range(MAX_LEVELS - 1):
             sets = {
@@ -378,7 +378,7 @@ def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selecti
     largest shorter one that does is taken, and none where there is none; a note says so.
     Raises ValueError where no candidate that fits memory holds the longest sample.
     """
-    longest = holding(candidates, workload.most_tokens)
+    longest = holding(candidates, workload.max_sample_tokens)
     fitting = [c for c in candidates if c.fits and c.level.max_tokens <= longest]
 
     def fastest(among: list[Candidate]) -> Candidate:

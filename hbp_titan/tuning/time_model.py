@@ -3,8 +3,8 @@
 Owns the model of time that needs no GPU: matrix products, attention, recomputation, the collectives of context and
 expert parallelism, FSDP's traffic that computation does not hide, launches and fixed costs. One pack is one
 data-parallel rank's work of one iteration; its cp ranks share it evenly. Everything is linear in what the pack holds,
-so that a level with its static length T has the form of a LevelTime; only a run without packing, whose batch has no
-static shape, varies T itself.
+so that a level with its static length T has the form of a LevelTimeModel; only a run without packing, whose batch has
+no static shape, varies T itself.
 
 ModelDims: the few figures of an architecture that time and traffic follow from.
 
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hbp_titan.components.timing import FloatArray, LevelTime, predict_epoch
+from hbp_titan.components.timing import FloatArray, LevelTimeModel, predict_epoch
 from hbp_titan.config import JobConfig
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
@@ -160,14 +160,14 @@ class TimeModel:
             "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
         }
 
-    def level_time(self, level: Level) -> LevelTime:
-        """The same as a LevelTime: what an empty pack takes, and what each trained or squared token adds."""
+    def level_time(self, level: Level) -> LevelTimeModel:
+        """The same as a LevelTimeModel: what an empty pack takes, and what each trained or squared token adds."""
         base = sum(part[0] for part in self.parts(level, np.zeros((1, 4))).values())
         # Without tokens what is left are the parts that vary: no difference of nearly equal sums.
         varying = self.parts(level, np.array([[0.0, 1, 1, 0]]), np.zeros(1))
         per_square = float(varying["attention"][0] + varying["recompute"][0])
         per_document = per_square * _SQUARES_OF_A_DOCUMENT * self.hardware.attention_block**2
-        return LevelTime(float(base), float(varying["linear"][0]), per_square, per_document)
+        return LevelTimeModel(float(base), float(varying["linear"][0]), per_square, per_document)
 
     def step_seconds(self) -> float:
         """AdamW on a rank's shard, and the sum of the gradients over copies of the parameters, once a step.
@@ -400,13 +400,13 @@ def predicted_time(
     first_step: int,
     steps: int,
     device: torch.device,
-    measured: Sequence[LevelTime] | None,
-    first_passes: Sequence[float],
+    measured: Sequence[LevelTimeModel] | None,
+    warmup: Sequence[float],
 ) -> str:
     """The time of the next `steps` optimizer steps in words, with what it rests on.
 
     plan: of the current epoch, at its step first_step; epochs after it are taken to be like it. measured: one a level.
-    first_passes: seconds of each level's heaviest iteration, the slowest rank's.
+    warmup: seconds of each level's heaviest iteration, the slowest rank's.
     """
     hardware = hardware_of(device)
     if measured is not None:
@@ -416,7 +416,7 @@ def predicted_time(
         times = [model.level_time(level) for level in plan.levels]
         step_seconds, origin = model.step_seconds(), f"estimated for {hardware.name}"
     else:
-        times = [LevelTime(base=seconds) for seconds in first_passes]
+        times = [LevelTimeModel(base=seconds) for seconds in warmup]
         step_seconds, origin = 0.0, "from each level's first pass" + ", compilation included" * config.compile.enable
     epoch = predict_epoch(plan, times, step_seconds)
     left = min(steps, plan.num_steps - first_step)

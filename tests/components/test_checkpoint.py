@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hbp_titan.components import dcp_storage
 from hbp_titan.components.checkpoint import Checkpointer, CheckpointError, completed
-from hbp_titan.components.dcp_storage import DamagedCheckpoint, FolderWriter
+from hbp_titan.components.dcp_storage import CorruptCheckpoint, FolderWriter
 from hbp_titan.components.faults import Watchdog
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
@@ -245,7 +245,7 @@ def test_model_of_another_shape_is_a_mistake_and_no_damage(alone: World, tmp_pat
     ):
         with pytest.raises(ValueError, match=message) as caught:
             Checkpointer(tmp_path, model, torch.optim.AdamW(model.parameters()), Checkpoint()).load()
-        assert not isinstance(caught.value, DamagedCheckpoint)
+        assert not isinstance(caught.value, CorruptCheckpoint)
 
 
 def test_last_step_without_optimizer_state_ends_a_run_and_starts_no_longer_one(alone: World, tmp_path: Path) -> None:

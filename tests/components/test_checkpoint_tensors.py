@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from hbp_titan.components.checkpoint import HostBuffer, load_model_tensors, load_tensors, save_model_tensors
-from hbp_titan.components.dcp_storage import DamagedCheckpoint, FolderWriter, LocalDataPlanner
+from hbp_titan.components.checkpoint import PinnedStaging, load_model_tensors, load_tensors, save_model_tensors
+from hbp_titan.components.dcp_storage import CorruptCheckpoint, FolderWriter, LocalDataPlanner
 from hbp_titan.distributed.world import World
 from hbp_titan.testing.local_ranks import run_distributed
 
@@ -60,7 +60,7 @@ def _sharded(world: World, fill: bool) -> dict[str, Tensor]:
 
 def _save(world: World, folder: Path) -> None:
     tensors = _sharded(world, fill=True)
-    local = HostBuffer().copy(tensors)
+    local = PinnedStaging().copy(tensors)
     writer = FolderWriter(folder, world.rank, {})
     dcp.save(tensors, storage_writer=writer, planner=LocalDataPlanner(local), process_group=dist.new_group())
 
@@ -153,7 +153,7 @@ def test_pickle_in_place_of_a_file_is_refused_and_not_run(folder: Path, name: st
     (folder / ".metadata").write_bytes(pickle.dumps(_Bomb(mark)))
     if name != "manifest.json":
         _seal(folder)
-    with pytest.raises(DamagedCheckpoint, match=PICKLED[name]) as caught:
+    with pytest.raises(CorruptCheckpoint, match=PICKLED[name]) as caught:
         load_model_tensors(folder, _model())
     assert "\n" not in str(caught.value)
     assert not mark.exists()
@@ -245,6 +245,6 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(("change", "message"), HOSTILE)
 def test_hostile_folder_is_refused_in_one_line(folder: Path, change: Callable[[Path], None], message: str) -> None:
     change(folder)
-    with pytest.raises(DamagedCheckpoint, match=message) as caught:
+    with pytest.raises(CorruptCheckpoint, match=message) as caught:
         load_model_tensors(folder, _model())
     assert "\n" not in str(caught.value)

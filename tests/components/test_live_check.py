@@ -73,16 +73,16 @@ def test_a_rank_that_is_made_slow_is_found_while_training(tmp_path: Path) -> Non
     arguments = [
         *write_tiny_run(tmp_path),
         "--levels=64:1,512:2",
-        "--metrics.live_check_interval=3",
+        "--metrics.timing_check_interval=3",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
         f"--job.dump_folder={tmp_path}/run",
     ]
     run_distributed(_train, 2, arguments)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    checked = [record["step"] for record in records if "live_check" in record]
+    checked = [record["step"] for record in records if "timing_check" in record]
     assert checked == [step for step in range(1, len(records) + 1) if step % 3 == 0 or step == len(records)]
-    found = [record["live_check"] for record in records if "live_check" in record]
+    found = [record["timing_check"] for record in records if "timing_check" in record]
     assert {check["slowest_rank"] for check in found} == {1}
     assert all(check["slowest_ratio"] > 1.2 for check in found)
     assert any("64/cp1" in check["levels"] and check["levels"]["64/cp1"]["waiting"] > 0.2 for check in found)

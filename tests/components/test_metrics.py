@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hbp_titan.components.metrics import MetricsLogger, RunTotals, keep_steps_up_to, scalars
+from hbp_titan.components.metrics import MetricsLogger, RunTotals, scalars, truncate_after_step
 from hbp_titan.components.step_stats import LossCollector, LossMeans, Mean, attention_balance, count_sources
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
@@ -53,7 +53,7 @@ def _logger(folder: Path, first_step: int, log_interval: int = 1, tensorboard: b
 def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(_values(step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
-    assert [kept["step"] for kept in keep_steps_up_to(path, 2)] == [1, 2]
+    assert [kept["step"] for kept in truncate_after_step(path, 2)] == [1, 2]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 

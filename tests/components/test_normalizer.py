@@ -15,7 +15,12 @@ LOSS_TOKENS = np.array([1, 20, 0, 15, 4, 32, 1, 2, 10, 0, 7, 3, 5, 6])
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return build_plan(
-        LENGTHS, [Level(16), Level(64, 2)], 2, loss_tokens=LOSS_TOKENS, global_batch_tokens=100, mix="interleave"
+        LENGTHS,
+        [Level(16), Level(64, 2)],
+        2,
+        loss_tokens=LOSS_TOKENS,
+        global_batch_tokens=100,
+        level_order="interleave",
     )
 
 
@@ -57,7 +62,9 @@ def test_ave_token_alone_does_not_depend_on_how_samples_are_packed() -> None:
     rng = np.random.default_rng(1)
     losses = [rng.random(count) for count in LOSS_TOKENS]
     plans = [
-        build_plan(LENGTHS, levels, world_size, loss_tokens=LOSS_TOKENS, global_batch_tokens=10_000, mix="interleave")
+        build_plan(
+            LENGTHS, levels, world_size, loss_tokens=LOSS_TOKENS, global_batch_tokens=10_000, level_order="interleave"
+        )
         for levels, world_size in (((Level(64),), 1), ((Level(16), Level(64, 2)), 2), ((Level(64, 4),), 4))
     ]
     assert [plan.num_steps for plan in plans] == [1, 1, 1]

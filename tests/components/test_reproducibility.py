@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hbp_titan
-from hbp_titan.components.resume import code_version, note_start, package_versions, read_starts, start_generators
+from hbp_titan.components.resume import code_version, package_versions, read_starts, record_start, set_determinism
 from hbp_titan.config import load_config
 
 SEEDS = ["--data.seed=1", "--packing.seed=2", "--training.seed=3", "--training.rng_seed=4"]
@@ -24,8 +24,8 @@ def _git(folder: Path, *words: str) -> str:
 
 def test_each_start_is_added_with_all_that_it_ran_on(tmp_path: Path) -> None:
     config = load_config([f"--job.dump_folder={tmp_path / 'run'}", "--levels=128", *SEEDS])
-    note_start(config, 0, 2, torch.device("cpu"))
-    note_start(config, 7, 4, torch.device("cpu"))
+    record_start(config, 0, 2, torch.device("cpu"))
+    record_start(config, 7, 4, torch.device("cpu"))
     first, second = read_starts(tmp_path / "run" / "run.json")
     assert (first["first_step"], first["world_size"]) == (1, 2)
     assert (second["first_step"], second["world_size"]) == (8, 4)
@@ -41,11 +41,11 @@ def test_generators_start_from_the_seed_and_kernels_are_held_to_it(monkeypatch: 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        start_generators(5, deterministic=False)
+        set_determinism(5, deterministic=False)
         drawn = torch.rand(3)
         assert not torch.are_deterministic_algorithms_enabled()
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-        start_generators(5, deterministic=True)
+        set_determinism(5, deterministic=True)
         assert torch.rand(3).equal(drawn)
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbp_titan.components.checkpoint import HostBuffer
+from hbp_titan.components.checkpoint import PinnedStaging
 
 
 def _check_copies(device: str) -> None:
@@ -20,7 +20,7 @@ def _check_copies(device: str) -> None:
         "empty": torch.zeros(0, 4, device=device),
     }
     expected = {name: value.cpu().clone() for name, value in tensors.items()}
-    buffer = HostBuffer()
+    buffer = PinnedStaging()
     copies = buffer.copy(tensors)
     for value in tensors.values():
         value.zero_()
@@ -38,7 +38,7 @@ def test_copies_do_not_follow_their_tensors_and_memory_is_used_again() -> None:
 
 
 def test_forked_processes_do_not_inherit_the_buffer() -> None:
-    buffer = HostBuffer()
+    buffer = PinnedStaging()
     copies = buffer.copy({"weight": torch.ones(1 << 20)})
     pages = [f"{copies['weight'].data_ptr():x}-"]
     assert any(line.startswith(pages[0]) for line in Path("/proc/self/maps").read_text().splitlines())

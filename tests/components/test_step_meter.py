@@ -96,7 +96,7 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
 
 
 def test_a_step_waits_once_and_its_metrics_are_written_while_the_next_one_runs(tmp_path: Path) -> None:
-    off = ["--metrics.live_check_interval=0", "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
+    off = ["--metrics.timing_check_interval=0", "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
     argv = [*write_tiny_run(tmp_path), *off, "--training.gc_interval=3", "--training.steps=8"]
     events, written, collections = run_distributed(_watched, 2, argv)[0]
     # One sum before the update, which nobody reads; one gather after it; one copy to the host.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from hbp_titan.components import faults as watchdog_module
 from hbp_titan.components.faults import Watchdog, place_of
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 
 
 def _stand(until: Callable[[], bool]) -> None:
@@ -96,11 +96,11 @@ def test_a_rank_with_a_signal_ends_where_it_stands_longer_than_ever_before(
 
 def test_the_place_names_the_line_of_the_package_that_a_call_comes_from() -> None:
     release = threading.Event()
-    thread = threading.Thread(target=lambda: guarded(lambda: release.wait(20)))
+    thread = threading.Thread(target=lambda: exit_on_user_error(lambda: release.wait(20)))
     thread.start()
     time.sleep(0.1)
     assert thread.ident is not None
     found = place_of(thread.ident)
     release.set()
     thread.join()
-    assert re.fullmatch(r"wait from hbp_titan/cli\.py:\d+", found)
+    assert re.fullmatch(r"wait from hbp_titan/errors\.py:\d+", found)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from hbp_titan.data.tokenizer import train_tokenizer
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "fixtures" / "chat_templates"
+TEMPLATES = Path(__file__).resolve().parents[1] / "fixtures" / "chat_templates"
 
 _TOOL_NAMES = ["calls begin", "calls end", "call begin", "call end", "sep"]
 _OUTPUT_NAMES = ["outputs begin", "outputs end", "output begin", "output end"]

@@ -13,9 +13,9 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.data.tokenizer import train_tokenizer
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "prepare_data.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 # With one token a byte: <|im_start|> "user\n" Q <|im_end|> "\n" <|im_start|> "assistant\n" A <|im_end|> "\n"
 PROMPT_TOKENS = 1 + 5 + 1 + 1 + 1 + 10  # around a question of no bytes
 
@@ -30,7 +30,7 @@ def run_script(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
     capsys.readouterr()
     code = 0
     try:
-        guarded(lambda: module.main(list(arguments)))
+        exit_on_user_error(lambda: module.main(list(arguments)))
     except SystemExit as ended:
         code = int(ended.code or 0)
     return code, *capsys.readouterr()

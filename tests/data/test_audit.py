@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.data.epoch import Part, plan_path
-from hbp_titan.data.sample_log import audit_run, confirm_epoch, read_attempts, shown
+from hbp_titan.data.epoch import PlanSegment, plan_path
+from hbp_titan.data.sample_log import audit_run, check_epoch, read_attempts, shown
 from hbp_titan.data.token_store import check_ledger
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan import save_plan
@@ -101,7 +101,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_whole_epoch_passes_with_its_totals(run: Run) -> None:
     run.attempt(1, 1, run.epoch_steps)
     assert run.audit(run.epoch_steps) == []
-    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
+    line = check_epoch(run.folder, [PlanSegment(1, run.plans[0])], Store())
     assert line == "epoch 0: 12 samples, each trained once"
     attempts = read_attempts(run.folder, run.epoch_steps)
     (found,), _ = audit_run(run.folder, run.epoch_steps, attempts, Store())
@@ -161,7 +161,7 @@ def test_a_missing_line_is_named_with_its_step_and_its_samples(run: Run) -> None
     assert any("(step 2): no record of 1 of" in fault for fault in others)
     assert f"epoch 0: {len(lost)} samples were not trained: data.jsonl:" in others[-1]
     with pytest.raises(RuntimeError, match=r"epoch 0 was not trained as planned: .*rank-0.jsonl:2: step 3"):
-        confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
+        check_epoch(run.folder, [PlanSegment(1, run.plans[0])], Store())
 
 
 def test_a_missing_last_line_is_named(run: Run) -> None:
@@ -245,7 +245,7 @@ def test_skipped_steps_are_told_apart_and_ranks_must_agree(run: Run) -> None:
     (found,), _ = audit_run(run.folder, run.epoch_steps, read_attempts(run.folder, run.epoch_steps), Store())
     assert (found.samples, found.skipped) == (12 - len(skipped), len(skipped))
     assert found.tokens == 198 - int(LENGTHS[skipped].sum())
-    line = confirm_epoch(run.folder, [Part(1, run.plans[0])], Store())
+    line = check_epoch(run.folder, [PlanSegment(1, run.plans[0])], Store())
     assert (
         line == f"epoch 0: {12 - len(skipped)} samples, each trained once; {len(skipped)} of skipped steps, not trained"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.data.epoch import Part, describe_parts, plan_path, save_part
-from hbp_titan.data.sample_log import audit_run, confirm_epoch, read_attempts
+from hbp_titan.data.epoch import PlanSegment, describe_segments, plan_path, save_segment
+from hbp_titan.data.sample_log import audit_run, check_epoch, read_attempts
 from hbp_titan.packing import CostModel, Level, replan, save_plan
 from tests.data.test_audit import LEVELS, RANKS, Run, Store, make_plan, planned_line
 
@@ -23,18 +23,18 @@ class ElasticRun(Run):
         second = replan(whole, int(whole.step_offsets[2]), world_size=1, levels=[Level(64)], cost=CostModel())
         assert second.num_steps >= 2
         third = replan(second, int(second.step_offsets[1]), world_size=RANKS, levels=LEVELS, cost=CostModel())
-        self.parts = [Part(1, whole), Part(3, second), Part(4, third)]
+        self.parts = [PlanSegment(1, whole), PlanSegment(3, second), PlanSegment(4, third)]
         self.last = self.parts[-1].end - 1
         for number in range(3):
-            save_part(folder, self.parts[: number + 1], Store.fingerprint)
+            save_segment(folder, self.parts[: number + 1], Store.fingerprint)
         for number, last in enumerate((2, 3, self.last)):
             self.record(number + 1, self.parts[: number + 1], self.parts[number].first_step, last)
 
-    def record(self, attempt: int, parts: list[Part], first: int, last: int) -> None:
+    def record(self, attempt: int, parts: list[PlanSegment], first: int, last: int) -> None:
         part = parts[-1]
         folder = self.folder / "consumed" / f"attempt-{attempt:04}"
         folder.mkdir(parents=True)
-        values = {"first_step": first, "epoch": 0, "parts": describe_parts(parts)}
+        values = {"first_step": first, "epoch": 0, "parts": describe_segments(parts)}
         values |= {"world_size": part.plan.world_size, "data": Store.fingerprint, "store": "store"}
         (folder / "attempt.json").write_text(json.dumps(values))
         for rank in range(part.plan.world_size):
@@ -49,7 +49,7 @@ def elastic(tmp_path: Path) -> ElasticRun:
 
 def test_an_epoch_of_three_plans_passes_whole_and_up_to_each_step(elastic: ElasticRun) -> None:
     assert elastic.audit(elastic.last) == []
-    line = confirm_epoch(elastic.folder, elastic.parts, Store())
+    line = check_epoch(elastic.folder, elastic.parts, Store())
     assert line == "epoch 0: 12 samples, each trained once by 3 plans"
     attempts = read_attempts(elastic.folder, elastic.last)
     (found,), _ = audit_run(elastic.folder, elastic.last, attempts, Store())
@@ -84,8 +84,8 @@ def test_a_part_that_follows_another_plan_loses_and_doubles_samples(elastic: Ela
     for finished, what, count in ((2, "more than once", len(twice)), (whole.num_steps - 1, "by none", None)):
         third = replan(whole, int(whole.step_offsets[finished]), cost=CostModel())
         shutil.rmtree(elastic.folder / "consumed/attempt-0003", ignore_errors=True)
-        elastic.parts[2] = Part(4, third)
-        save_part(elastic.folder, elastic.parts, Store.fingerprint)
+        elastic.parts[2] = PlanSegment(4, third)
+        save_segment(elastic.folder, elastic.parts, Store.fingerprint)
         elastic.record(3, elastic.parts, 4, 4)
         (fault,) = [fault for fault in elastic.audit(4) if f"are planned {what}" in fault]
         assert fault.startswith(f"epoch 0: {count or ''}")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hbp_titan.data.batch import PackedBatch, make_batch
-from hbp_titan.data.sample_log import ConsumedRecord, attempt_folders
+from hbp_titan.data.sample_log import SampleLog, attempt_folders
 from hbp_titan.distributed.world import broadcast_value, close_world, init_world
 from hbp_titan.packing import Level
 from tests.data.test_batch import Samples
@@ -29,8 +29,8 @@ def _batch(samples: list[int], level: int) -> PackedBatch:
     return make_batch(Samples(), samples, LEVELS[level], level, max_documents=2)
 
 
-def _record(folder: Path, first_step: int, rank: int = 0) -> ConsumedRecord:
-    record = ConsumedRecord(folder, rank, LEVELS, broadcast_value)
+def _record(folder: Path, first_step: int, rank: int = 0) -> SampleLog:
+    record = SampleLog(folder, rank, LEVELS, broadcast_value)
     record.start(first_step, 3, [{"first_step": 1, "plan": "p"}], data="d", store=folder / "store")
     return record
 
@@ -85,7 +85,7 @@ def test_every_start_is_a_new_attempt(tmp_path: Path) -> None:
 
 
 def test_a_pack_is_recorded_by_its_first_cp_rank_alone(tmp_path: Path) -> None:
-    record = ConsumedRecord(tmp_path, 1, LEVELS, broadcast_value)
+    record = SampleLog(tmp_path, 1, LEVELS, broadcast_value)
     record._file = (tmp_path / "rank-1.jsonl").open("w")
     record.add(0, _batch([0], 1))  # cp rank 1 of dp rank 0
     record.add(1, _batch([1], 0))  # dp rank 1

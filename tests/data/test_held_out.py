@@ -47,7 +47,7 @@ def test_copies_of_a_row_and_pieces_of_it_are_on_its_side(tmp_path: Path) -> Non
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, *rows[::-1]]) + "\n")
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
     files = f"{tmp_path / 'train.jsonl'},{tmp_path / 'long.jsonl'}"
-    argv += [f"--data.train_files={files}", "--data.overlong=split", "--validation.share=0.3", "--levels=64"]
+    argv += [f"--data.train_files={files}", "--data.max_length_policy=split", "--validation.share=0.3", "--levels=64"]
     trained, held = open_stores(load_config(argv), 64)
     lines = [{store.where(index) for index in range(len(store))} for store in (trained, held)]
     assert lines[0] & lines[1] == set()

@@ -95,8 +95,8 @@ def test_shapes_cover_every_plan_in_powers_of_two() -> None:
     assert [few.max_documents(0), many.max_documents(0)] == [2, 3]
     shapes = BatchShapes.of(few, num_kv_heads=2)
     assert shapes == BatchShapes((1,), (2,))
-    assert shapes.covering(many) == BatchShapes((1,), (4,))
-    assert shapes.covering(many).covering(few) == shapes.covering(many)
+    assert shapes.enlarged_for(many) == BatchShapes((1,), (4,))
+    assert shapes.enlarged_for(many).enlarged_for(few) == shapes.enlarged_for(many)
     assert BatchShapes.of(build_plan([3], [Level(16, 2, "allgather")], 2), 2).gather_degrees == (2,)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hbp_titan.config import load_config
 from hbp_titan.data import epoch as position_module
-from hbp_titan.data.epoch import EpochPlans, Part, Position, plan_path
+from hbp_titan.data.epoch import EpochPlans, EpochState, PlanSegment, plan_path
 from hbp_titan.packing import CostModel, Plan
 from tests.properties import examples
 
@@ -27,12 +27,12 @@ class Lengths:
     loss_tokens = lengths - 1
 
 
-def _position(folder: Path, ranks: int, levels: str = LEVELS, *words: str) -> Position:
+def _position(folder: Path, ranks: int, levels: str = LEVELS, *words: str) -> EpochState:
     config = load_config([f"--levels={levels}", "--training.epochs=3", *words])
-    return Position(EpochPlans(config, Lengths(), ranks, CostModel()), folder, DATA)
+    return EpochState(EpochPlans(config, Lengths(), ranks, CostModel()), folder, DATA)
 
 
-def _train(position: Position, steps: int) -> list[list[int]]:
+def _train(position: EpochState, steps: int) -> list[list[int]]:
     """Train `steps` steps, fewer where the run ends, as the trainer does; returns the samples of each step."""
     trained = []
     total = position.total_steps()
@@ -47,7 +47,7 @@ def _train(position: Position, steps: int) -> list[list[int]]:
     return trained
 
 
-def _saved(position: Position) -> dict[str, Any]:
+def _saved(position: EpochState) -> dict[str, Any]:
     return json.loads(json.dumps(position.state()))
 
 
@@ -110,7 +110,7 @@ def test_every_small_run_ends_with_its_last_sample_at_the_promised_step(
     monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
     """Every sequence of up to three changes of SMALL_RUNS, each after every step: exhaustive, no example is drawn."""
-    words = [word for word in [extra, "--packing.mix=interleave" if "batch" in extra else ""] if word]
+    words = [word for word in [extra, "--packing.level_order=interleave" if "batch" in extra else ""] if word]
     makers = [(ranks, load_config([*own, *words])) for ranks, *own in SMALL_RUNS]
     plans = [EpochPlans(config, Small(), ranks, CostModel()) for ranks, config in makers]
     for own in plans:
@@ -118,15 +118,15 @@ def test_every_small_run_ends_with_its_last_sample_at_the_promised_step(
     files: dict[str, Plan] = {}  # by fingerprint: the courses share one folder, where names repeat
     monkeypatch.setattr(
         position_module,
-        "load_parts",
-        lambda folder, epoch, parts, data: [Part(part["first_step"], files[part["plan"]]) for part in parts],
+        "load_segments",
+        lambda folder, epoch, parts, data: [PlanSegment(part["first_step"], files[part["plan"]]) for part in parts],
     )
     walked: set[tuple[int, int, str]] = set()
     ends: set[int] = set()
 
     def walk(own: EpochPlans, saved: dict[str, Any] | None, trained: list[int], changes: int) -> None:
         """Run to the end from a checkpoint, `trained` its samples; and stop after every step for other changes."""
-        position = Position(own, Path("run"), DATA)
+        position = EpochState(own, Path("run"), DATA)
         if saved is not None:
             position.restore(saved)
         total, trained = position.total_steps(), list(trained)

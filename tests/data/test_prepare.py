@@ -68,11 +68,11 @@ def test_samples_have_a_limit_of_their_own_where_levels_are_still_to_be_chosen(c
     with pytest.raises(ValueError, match="no level is given: add at least one"):
         prepare(config(config_file))
     auto = config(config_file, "--packing.levels=auto")
-    with pytest.raises(ValueError, match=r"151 tokens is longer than packing.auto_max_tokens .* = 128"):
-        prepare(auto, most_tokens=128)
-    assert int(TokenStore.open(prepare(auto, most_tokens=151)[0]).lengths.max()) == 151
-    auto.data.overlong = "skip"
-    assert int(TokenStore.open(prepare(auto, most_tokens=128)[0]).lengths.max()) <= 128
+    with pytest.raises(ValueError, match=r"151 tokens is longer than packing.max_sample_tokens .* = 128"):
+        prepare(auto, max_sample_tokens=128)
+    assert int(TokenStore.open(prepare(auto, max_sample_tokens=151)[0]).lengths.max()) == 151
+    auto.data.max_length_policy = "skip"
+    assert int(TokenStore.open(prepare(auto, max_sample_tokens=128)[0]).lengths.max()) <= 128
 
 
 def test_a_missing_validation_file_is_named_with_its_key(config_file: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_embedded_corpus_is_built_and_its_long_samples_are_listed(
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(library))
     overrides = ["--data.embedded", "stdlib", "--data.embedded_folder", str(folder)]
     overrides += ["--data.train_files", f"{folder}/train.jsonl", "--model.tokenizer_path", f"{folder}/tokenizer"]
-    overrides += ["--data.overlong", "skip", "--levels", "256:1"]
+    overrides += ["--data.max_length_policy", "skip", "--levels", "256:1"]
     store = TokenStore.open(prepare(config(config_file, *overrides))[0])
     assert store.lengths.max() <= 256
     # Four kinds of three modules hold the whole source.
@@ -141,7 +141,7 @@ limit = 10
 repeat = 2
 """
     config_file.write_text(config_file.read_text().replace("[[levels]]", source + "[[levels]]", 1))
-    overrides = ("--data.train_files", "[]", "--data.overlong", "skip", "--levels", "128:1")
+    overrides = ("--data.train_files", "[]", "--data.max_length_policy", "skip", "--levels", "128:1")
     store = TokenStore.open(prepare(config(config_file, *overrides), progress=False)[0])
     # Of twelve rows, the answers of 100 bytes and more do not fit; which two the limit leaves out is random.
     whole = len(store) // 2

@@ -19,7 +19,7 @@ from hbp_titan.data import prepare as prepare_module
 from hbp_titan.data import shards
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore, check_fits
-from hbp_titan.errors import Mistakes, Team
+from hbp_titan.errors import UserError, WorkerGroup
 from tests.data.preparing import PROMPT_TOKENS, byte_tokenizer, job, line, many, prepared, write
 
 
@@ -102,7 +102,7 @@ def test_the_number_of_processes_does_not_change_a_byte(tmp_path: Path) -> None:
     assert sum(name.endswith("tokens.bin") for name in contents[0]) > 5
 
 
-def run_team(size: int, work: Callable[[Team], Any]) -> list[Any]:
+def run_team(size: int, work: Callable[[WorkerGroup], Any]) -> list[Any]:
     """`work` on `size` threads that gather as ranks do; what each returns or raises."""
     barrier, values, results = threading.Barrier(size), [None] * size, [None] * size
 
@@ -115,7 +115,7 @@ def run_team(size: int, work: Callable[[Team], Any]) -> list[Any]:
             return gathered
 
         try:
-            results[number] = work(Team(number, size, gather))
+            results[number] = work(WorkerGroup(number, size, gather))
         except ValueError as error:
             results[number] = error
 
@@ -143,7 +143,7 @@ def test_ranks_that_share_the_work_leave_the_same_bytes_as_one(tmp_path: Path) -
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(tmp_path: Path) -> None:
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(40), "{}\n", *many(40)))])
     errors = run_team(3, lambda team: prepare(config, progress=False, team=team))
-    assert [type(error) for error in errors] == [Mistakes] * 3
+    assert [type(error) for error in errors] == [UserError] * 3
     assert all("a.jsonl:41: " in error.lines[0] for error in errors)
 
 
@@ -152,12 +152,12 @@ def test_a_mistake_that_one_rank_meets_is_raised_by_all(tmp_path: Path) -> None:
 def test_a_malformed_row_is_named_whatever_process_reads_it(tmp_path: Path, num_proc: int) -> None:
     file = write(tmp_path / "a.jsonl", *many(40), '{"messages": 1}\n', *many(3), "not json\n")
     config = job(tmp_path, train_files=[str(file)], num_proc=num_proc)
-    with pytest.raises(Mistakes, match=r"a.jsonl:41: ") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl:41: ") as caught:
         prepare(config)
     assert "a.jsonl:45: not JSON" in caught.value.lines[1]
     assert caught.value.lines[2].startswith("mend the rows, or set data.malformed")
     write(tmp_path / "a.jsonl", *many(4), "not json\n")
-    with pytest.raises(Mistakes, match=r"a.jsonl:5: not JSON.*; mend the row, or set data.malformed") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl:5: not JSON.*; mend the row, or set data.malformed") as caught:
         prepare(config)
     assert len(caught.value.lines) == 1
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("set-")]
@@ -165,7 +165,7 @@ def test_a_malformed_row_is_named_whatever_process_reads_it(tmp_path: Path, num_
 
 def test_only_the_first_malformed_rows_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *many(2), *["not json\n"] * 25)
-    with pytest.raises(Mistakes) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(job(tmp_path, train_files=[str(file)], max_errors_shown=4))
     lines = caught.value.lines
     assert [line.split(": ")[0] for line in lines[:4]] == [f"{file}:{number}" for number in (3, 4, 5, 6)]
@@ -183,7 +183,7 @@ def test_malformed_rows_are_left_out_and_listed_where_that_is_asked_for(tmp_path
         (5, "excluded", "malformed"),
     ]
     # The same store is not accepted by a run that does not allow them.
-    with pytest.raises(Mistakes, match=r"a.jsonl:3: not JSON") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl:3: not JSON") as caught:
         prepared(job(tmp_path, train_files=[str(file)]))
     assert len(caught.value.lines) == 3
 
@@ -203,7 +203,7 @@ def test_unchanged_inputs_find_the_store_again_without_reading_them(
     folder = prepare(config)
     monkeypatch.setattr(prepare_module, "index_rows", None)
     monkeypatch.setattr(prepare_module, "build_source_store", None)
-    monkeypatch.setattr("hbp_titan.data.prepare._digest", None)
+    monkeypatch.setattr("hbp_titan.data.prepare.sha256_file", None)
     config.data.num_proc = 2
     assert prepare(config) == folder
 
@@ -216,7 +216,7 @@ def test_each_input_that_shapes_the_samples_changes_the_fingerprint(tmp_path: Pa
         data = data if sources else {"train_files": [str(file)], **data}
         return prepared(job(tmp_path, sources, levels, **data)).fingerprint
 
-    seen = [build(), build(max_samples=3), build(overlong="skip", levels="30:1"), build(duplicates="skip")]
+    seen = [build(), build(max_samples=3), build(max_length_policy="skip", levels="30:1"), build(duplicates="skip")]
     seen += [build(train_on="last"), build(block + "repeat = 2\n"), build(block + "name = 'n'\n")]
     write(file, *many(8)[::-1])
     seen.append(build())
@@ -312,7 +312,7 @@ def test_rows_left_out_are_listed_with_their_reason(tmp_path: Path) -> None:
     empty = '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}\n'
     rows = [line("q", None), line("", "a"), '{"messages": []}\n', line("", "a" * 50), empty]
     file = write(tmp_path / "a.jsonl", *rows)
-    store = prepared(job(tmp_path, train_files=[str(file)], overlong="skip", levels="60:1"))
+    store = prepared(job(tmp_path, train_files=[str(file)], max_length_policy="skip", levels="60:1"))
     assert store.lengths.tolist() == [PROMPT_TOKENS + 3]
     assert [(entry["line"], entry["reason"], entry["tokens"]) for entry in store.ledger()] == [
         (1, "no assistant turn", 0),
@@ -339,7 +339,7 @@ SYSTEM_TOKENS, EXCHANGE_TOKENS = 1 + 7 + 1 + 2, PROMPT_TOKENS + 2
 def test_longer_samples_are_split_at_turn_borders_and_listed(tmp_path: Path) -> None:
     rows = [turns((3, 3)), turns((10, 20), (5, 5), (9, 90), (4, 4)), turns((0, 100)), line("q", "a")]
     file = write(tmp_path / "a.jsonl", *rows)
-    store = prepared(job(tmp_path, train_files=[str(file)], overlong="split", levels="100:1"))
+    store = prepared(job(tmp_path, train_files=[str(file)], max_length_policy="split", levels="100:1"))
     # Of the second row the first two exchanges share a sample, the third is too long, the fourth stands alone.
     assert store.lengths.tolist() == [
         SYSTEM_TOKENS + EXCHANGE_TOKENS + 6,
@@ -362,7 +362,7 @@ def test_longer_samples_are_split_at_turn_borders_and_listed(tmp_path: Path) -> 
 
 def test_longer_samples_are_cut_with_their_last_answer_kept_and_listed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", turns((3, 3)), turns((200, 20)), turns((5, 200)))
-    store = prepared(job(tmp_path, train_files=[str(file)], overlong="truncate", levels="100:1"))
+    store = prepared(job(tmp_path, train_files=[str(file)], max_length_policy="truncate", levels="100:1"))
     assert store.lengths.tolist() == [SYSTEM_TOKENS + EXCHANGE_TOKENS + 6, 100, 100]
     # The whole answer with its end token; of an answer that does not fit, what does.
     assert store.loss_tokens[:2].tolist() == [4, 21]
@@ -377,15 +377,15 @@ def test_longer_samples_are_cut_with_their_last_answer_kept_and_listed(tmp_path:
 def test_strict_turns_any_row_that_is_left_out_or_cut_into_an_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *many(3), line("q", None), line("", "a" * 50))
     files = {"train_files": [str(file)], "levels": "60:1", "strict": True}
-    with pytest.raises(Mistakes) as caught:
-        prepare(job(tmp_path, overlong="truncate", **files))
+    with pytest.raises(UserError) as caught:
+        prepare(job(tmp_path, max_length_policy="truncate", **files))
     assert [text.removeprefix(f"{file}:") for text in caught.value.lines[:2]] == [
         "4: excluded: no assistant turn",
         "5: truncated: over max_tokens",
     ]
     assert caught.value.lines[2].startswith("data.strict: 2 rows are not trained whole")
     write(file, *many(3))
-    assert len(prepared(job(tmp_path, overlong="truncate", **files))) == 3
+    assert len(prepared(job(tmp_path, max_length_policy="truncate", **files))) == 3
 
 
 def test_no_sample_left_is_an_error(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_sample_longer_than_the_largest_level_is_named(tmp_path: Path) -> None
 KILLED = """
 import os, sys
 from hbp_titan.config import load_config
-from hbp_titan.data.store import shards
+from hbp_titan.data import shards
 from hbp_titan.data.prepare import prepare
 shards.SHARD_BYTES = 1000
 write, made = shards._ShardWriter.write, []

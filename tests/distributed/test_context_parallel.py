@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
-from hbp_titan.distributed.mesh import LevelMeshes, crossed_nodes
+from hbp_titan.distributed.mesh import LevelMeshes, cross_node_warnings
 from hbp_titan.distributed.parallelize import CP_ATTENTION
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import LevelRuntime
@@ -217,10 +217,10 @@ def test_kv_heads_may_be_fewer_or_more_than_ranks() -> None:
 
 def test_groups_that_cross_a_node_are_named() -> None:
     levels = [Level(48, degree) for degree in (1, 2, 8, 16, 3)]
-    assert crossed_nodes(levels, 8, ranks_per_node=8) == [
+    assert cross_node_warnings(levels, 8, ranks_per_node=8) == [
         "groups of cp_degree 3, 16 cross nodes: their exchange is slow"
     ]
-    assert crossed_nodes(levels[:3], 16, ranks_per_node=8) == [
+    assert cross_node_warnings(levels[:3], 16, ranks_per_node=8) == [
         "groups of expert_parallel_degree 16 cross nodes: their exchange is slow"
     ]
-    assert crossed_nodes(levels[:3], 4, ranks_per_node=8) == []
+    assert cross_node_warnings(levels[:3], 4, ranks_per_node=8) == []

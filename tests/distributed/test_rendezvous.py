@@ -9,14 +9,14 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from hbp_titan.distributed.world import agree_on_name
+from hbp_titan.distributed.world import agree_on_prefix
 
 TIMEOUT = timedelta(seconds=20)
 
 
 def _start(store: dist.Store, ranks: list[int], found: dict[int, str], world_size: int) -> list[threading.Thread]:
     def meet(rank: int) -> None:
-        found[rank] = agree_on_name(store, rank, world_size, TIMEOUT)
+        found[rank] = agree_on_prefix(store, rank, world_size, TIMEOUT)
 
     threads = [threading.Thread(target=meet, args=(rank,)) for rank in ranks]
     for thread in threads:
@@ -58,6 +58,6 @@ def test_a_start_after_one_that_never_met_meets() -> None:
 
 def test_ranks_that_do_not_come_are_told() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 did not meet rank 0 within 0 s"):
-        agree_on_name(dist.HashStore(), 1, 2, timedelta(seconds=0.2))
+        agree_on_prefix(dist.HashStore(), 1, 2, timedelta(seconds=0.2))
     with pytest.raises(RuntimeError, match="the ranks did not meet"):
-        agree_on_name(dist.HashStore(), 0, 2, timedelta(seconds=0.2))
+        agree_on_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.2))

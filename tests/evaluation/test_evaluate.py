@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from tests.data.preparing import line, write
 from tests.evaluation.test_answerers import exported
 
@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 def evaluate(*arguments: str | Path) -> None:
-    guarded(lambda: load("evaluate").main([str(argument) for argument in arguments]))
+    exit_on_user_error(lambda: load("evaluate").main([str(argument) for argument in arguments]))
 
 
 def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.experiments.paper.calibrate import Measured, MeasuredIteration, calibrate, load_measured, relative_fit
 from hbp_titan.packing import Level
 
-TRUE = (LevelTime(0.5, 1e-4, 2e-8, 1e-3), LevelTime(2.0, 0.0, 3e-8, 0.0))
+TRUE = (LevelTimeModel(0.5, 1e-4, 2e-8, 1e-3), LevelTimeModel(2.0, 0.0, 3e-8, 0.0))
 
 
 def measured(noise: float = 0.0, rows: int = 12) -> Measured:

@@ -55,7 +55,7 @@ def _compare(world: World, argv: list[str], runs: str) -> list[str]:
 
 def test_every_run_trains_the_same_samples_from_the_same_weights(tmp_path: Path) -> None:
     # All samples in one optimizer step: then methods differ in rounding only.
-    argv = [*write_tiny_run(tmp_path), "--training.global_batch_tokens=1000000", "--packing.mix=interleave"]
+    argv = [*write_tiny_run(tmp_path), "--training.global_batch_tokens=1000000", "--packing.level_order=interleave"]
     argv += ["--validation.enable=true", f"--data.validation_files={tmp_path / 'train.jsonl'}"]
     first, second = run_distributed(_compare, 2, argv, "isf@512:2;hbp@64:1,512:2:allgather")
     outcomes = [json.loads(text) for text in first]

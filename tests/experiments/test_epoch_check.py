@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.experiments.compare import Outcome, parse_runs
 from hbp_titan.experiments.paper.epoch_check import fitted, load_outcomes, profiled, table
 from hbp_titan.packing import Level
@@ -25,8 +25,8 @@ PROFILE = Profile(
     step_seconds=0.5,
     measurements=[],
     candidates=[
-        Candidate(Level(4), LevelTime(base=1.0, per_square=0.1)),
-        Candidate(Level(8), LevelTime(base=2.0, per_square=0.1)),
+        Candidate(Level(4), LevelTimeModel(base=1.0, per_square=0.1)),
+        Candidate(Level(8), LevelTimeModel(base=2.0, per_square=0.1)),
         Candidate(Level(16), None),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from hbp_titan.components.loss import NORMALIZERS
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.experiments.study.in_turn import TrainerInTurn, in_turn
+from hbp_titan.experiments.study.in_turn import SingleProcessTrainer, in_turn
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
@@ -57,7 +57,7 @@ def test_every_token_has_the_weight_that_it_has_on_ranks(method: str) -> None:
 def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
     config = load_config(argv)
     config.job.dump_folder += f"-{world.size}-{world.rank}"
-    trainer = Trainer(config, world) if world.size > 1 else TrainerInTurn(config, world, ranks)
+    trainer = Trainer(config, world) if world.size > 1 else SingleProcessTrainer(config, world, ranks)
     trainer.prints = False
     trainer._confirm_epoch = lambda write: None  # type: ignore[method-assign]
     losses = []
@@ -76,7 +76,11 @@ def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("normalizer", ["ave_token", "token_mean"])
 def test_losses_are_those_of_ranks(tmp_path: Path, normalizer: str) -> None:
-    argv = [*write_tiny_run(tmp_path), "--training.global_batch_tokens=1200", f"--training.normalizer={normalizer}"]
+    argv = [
+        *write_tiny_run(tmp_path),
+        "--training.global_batch_tokens=1200",
+        f"--training.loss_normalization={normalizer}",
+    ]
     # Adam's sign of a gradient that is nearly zero is rounding noise.
     argv += ["--checkpoint.enable=false", "--checkpoint.export_hf=false", "--optimizer.eps=1e-4"]
     ranks = run_distributed(_losses, 2, argv, 2)[0]

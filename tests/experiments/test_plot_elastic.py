@@ -10,7 +10,7 @@ import pytest
 from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:

@@ -72,7 +72,7 @@ def test_every_variant_changes_what_it_says_and_nothing_else(tmp_path: Path) -> 
         "flat_sorted": ['method = "flat_sorted"'],
         "isf": ['method = "isf"'],
         "curriculum": ["curriculum_steps = 0.15"],
-        "interleave": ['mix = "interleave"'],
+        "interleave": ['level_order = "interleave"'],
         "token_mean": ['normalizer = "token_mean"'],
         "sample_mean": ['normalizer = "sample_mean"'],
         # 64 samples in 4 steps are 800 trained tokens a step.
@@ -142,7 +142,7 @@ def test_figures_say_what_steps_are_made_of(tmp_path: Path) -> None:
     # 32 long samples and 32 short ones, a step holds 1,600 tokens: alternating, a step is all long or all short.
     lengths = np.repeat([100, 200], [32, 16])
     store = Lengths(lengths, np.repeat([60, 20], [32, 16]))
-    config = load_config([*SETTINGS, "--packing.mix=alternate"])
+    config = load_config([*SETTINGS, "--packing.level_order=alternate"])
     runs = make_runs(config, tmp_path, Launch("in_turn", 4), store, parse_variants("interleave"), (1,))
     apart, mixed = (figures_of(run, store) for run in runs)
     # Two steps of 16 short samples, 960 trained tokens each, and two of 8 long ones, 160 each: mean 560.

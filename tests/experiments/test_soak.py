@@ -63,7 +63,7 @@ def test_kills_are_the_same_for_a_seed_and_of_every_moment() -> None:
 
 @pytest.mark.slow
 def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
-    argv = [*write_tiny_run(tmp_path, num_rows=150), "--checkpoint.interval=2", "--metrics.live_check_interval=0"]
+    argv = [*write_tiny_run(tmp_path, num_rows=150), "--checkpoint.interval=2", "--metrics.timing_check_interval=0"]
     settings = Settings(argv, tmp_path / "soak", sample_seconds=0.05, judged_seconds=0.5)
     report = soak(settings, lambda generator: stepped_kills(generator, 3, 32), seed=1)
     assert report["faults"] == []

@@ -45,7 +45,7 @@ def check_plan(plan, lengths):
     lengths=lengths_strategy,
     world_size=st.sampled_from(WORLDS),
     method=st.sampled_from(sorted(METHODS)),
-    mix=st.sampled_from(["alternate", "interleave"]),
+    level_order=st.sampled_from(["alternate", "interleave"]),
     global_batch_tokens=st.sampled_from([0, 1, 2000, 10**6]),
     curriculum_steps=st.sampled_from([0, 0.3, 2]),
     epoch=st.integers(0, 1),
@@ -87,7 +87,7 @@ def test_the_same_inputs_give_the_same_plan_and_any_other_input_another():
         build_plan(lengths, levels, 16, global_batch_tokens=10**6),
         build_plan(lengths, levels, 8, global_batch_tokens=10**6, seed=1),
         build_plan(lengths, levels, 8, global_batch_tokens=10**6, epoch=1),
-        build_plan(lengths, levels, 8, global_batch_tokens=10**6, mix="interleave"),
+        build_plan(lengths, levels, 8, global_batch_tokens=10**6, level_order="interleave"),
         build_plan(
             lengths, [dataclasses.replace(levels[0], ac_policy="full"), levels[1]], 8, global_batch_tokens=10**6
         ),
@@ -118,7 +118,7 @@ def test_a_sample_longer_than_the_largest_level_is_refused_by_name():
         (([1], [Level(4, 2)], 3), {}, "cp_degree=2 .*world size 3"),
         (([1], [Level(4)], 0), {}, "world size 0"),
         (([1], [Level(4)], 1), {"method": "hpb"}, "method='hpb' is none of .*hbp"),
-        (([1], [Level(4)], 1), {"mix": "both"}, "mix='both'"),
+        (([1], [Level(4)], 1), {"level_order": "both"}, "level_order='both'"),
         (([1], [Level(4)], 1), {"epoch": -1}, "epoch=-1"),
         (([1, 2], [Level(4)], 1), {"loss_tokens": [1]}, "2 lengths but 1 loss_tokens"),
         (([1, 2], [Level(4)], 1), {"loss_tokens": [1, 3]}, "sample 1 has 3 loss_tokens but only 2 tokens"),

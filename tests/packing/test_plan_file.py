@@ -16,7 +16,7 @@ LEVELS = parse_levels("16384:1,131072:8")
 
 @pytest.fixture
 def plan():
-    return build_plan(tulu3_longcite_like(2000, seed=1), LEVELS, 8, mix="interleave", global_batch_tokens=10**6)
+    return build_plan(tulu3_longcite_like(2000, seed=1), LEVELS, 8, level_order="interleave", global_batch_tokens=10**6)
 
 
 def test_a_saved_plan_comes_back_whole_and_mapped(plan, tmp_path):
@@ -45,7 +45,12 @@ def test_a_mismatch_says_everything_that_differs(plan, tmp_path):
     wanted = build_plan(plan.lengths, LEVELS, 16, seed=5).settings()
     with pytest.raises(ValueError, match="made from other inputs") as error:
         load_plan(tmp_path / "p", {**wanted, "tokenizer": "t2"})
-    for text in ("world_size is 8 in the file but 16 here", "seed is 0 in the file but 5", 'tokenizer is "t1"', "mix"):
+    for text in (
+        "world_size is 8 in the file but 16 here",
+        "seed is 0 in the file but 5",
+        'tokenizer is "t1"',
+        "level_order",
+    ):
         assert text in str(error.value)
     assert "levels is" not in str(error.value)
 
@@ -65,7 +70,7 @@ def test_a_damaged_file_is_refused(plan, tmp_path, damage):
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         described = json.loads(header["__metadata__"]["plan"])
-        del described["settings"]["mix"]
+        del described["settings"]["level_order"]
         header["__metadata__"]["plan"] = json.dumps(described)
         data[8 : 8 + size] = json.dumps(header).encode().ljust(size)
     else:

@@ -33,7 +33,7 @@ def test_alternate_gives_each_step_one_level_in_mixed_order():
 
 
 def test_interleave_gives_each_step_its_share_of_every_level_and_the_same_tokens():
-    plan = build_plan(LENGTHS, LEVELS, 8, mix="interleave", global_batch_tokens=10 * 131_072)
+    plan = build_plan(LENGTHS, LEVELS, 8, level_order="interleave", global_batch_tokens=10 * 131_072)
     share = np.mean(plan.level_of_iteration)
     for step in steps_of(plan):
         assert abs(step.sum() - share * len(step)) <= 1.5
@@ -44,7 +44,7 @@ def test_interleave_gives_each_step_its_share_of_every_level_and_the_same_tokens
 
 
 def test_interleave_keeps_steps_within_one_percent_where_iterations_are_small_enough():
-    plan = build_plan(LENGTHS, LEVELS, 8, mix="interleave", global_batch_tokens=110 * 131_072)
+    plan = build_plan(LENGTHS, LEVELS, 8, level_order="interleave", global_batch_tokens=110 * 131_072)
     assert plan.num_steps >= 3
     assert np.abs(plan.step_tokens / plan.step_tokens.mean() - 1).max() <= 0.01
 
@@ -52,16 +52,18 @@ def test_interleave_keeps_steps_within_one_percent_where_iterations_are_small_en
 def test_levels_of_unequal_iterations_come_close_to_the_target():
     # Level 1 trains four packs of 8192 tokens in an iteration, level 0 eight of 1024.
     lengths = np.minimum(LENGTHS, 8192)[:20_000]
-    for mix in ("alternate", "interleave"):
-        plan = build_plan(lengths, parse_levels("1024:1,8192:2"), 8, mix=mix, global_batch_tokens=32_768)
+    for level_order in ("alternate", "interleave"):
+        plan = build_plan(
+            lengths, parse_levels("1024:1,8192:2"), 8, level_order=level_order, global_batch_tokens=32_768
+        )
         assert abs(plan.step_tokens.mean() / 32_768 - 1) < 0.02
         assert np.mean(np.abs(plan.step_tokens / 32_768 - 1) > 0.02) < 0.02
 
 
-@pytest.mark.parametrize("mix", ["alternate", "interleave"])
+@pytest.mark.parametrize("level_order", ["alternate", "interleave"])
 @pytest.mark.parametrize("global_batch_tokens", [0, 520_000])
-def test_curriculum_trains_the_lowest_level_first_in_the_first_epoch_only(mix, global_batch_tokens):
-    options = {"mix": mix, "global_batch_tokens": global_batch_tokens}
+def test_curriculum_trains_the_lowest_level_first_in_the_first_epoch_only(level_order, global_batch_tokens):
+    options = {"level_order": level_order, "global_batch_tokens": global_batch_tokens}
     first = build_plan(LENGTHS, LEVELS, 8, curriculum_steps=20, **options)
     assert all((step == 0).all() for step in steps_of(first)[:20])
     assert any((step == 1).any() for step in steps_of(first)[20:60])

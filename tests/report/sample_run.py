@@ -62,7 +62,7 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         checks = {name: {"iterations": 9, "ratio": 1.01, "waiting": 0.03, "planned": 0.02} for name in NAMES}
         work = [9.0] * ranks
         work[ranks - 1] = 10.0
-        line["live_check"] = {"levels": checks, "slowest_rank": ranks - 1, "slowest_ratio": 1.1, "work_by_rank": work}
+        line["timing_check"] = {"levels": checks, "slowest_rank": ranks - 1, "slowest_ratio": 1.1, "work_by_rank": work}
     if step % 50 == 0:
         line["checkpoint_blocked_seconds"] = 0.2
         groups = {"by_level": NAMES, "by_length": ("1024", "8192"), "by_source": sources}
@@ -83,7 +83,7 @@ def start_of(first_step: int = 1, ranks: int = 4) -> dict[str, Any]:
         "job": {"description": "a run for tests"},
         "model": {"flavor": "debug"},
         "data": {"train_files": ["train.jsonl"]},
-        "packing": {"method": "hbp", "mix": "alternate", "curriculum_steps": 0.2},
+        "packing": {"method": "hbp", "level_order": "alternate", "curriculum_steps": 0.2},
         "levels": [{"max_tokens": level.max_tokens, "cp_degree": level.cp_degree} for level in LEVELS],
         "training": {"steps": 0, "epochs": 1, "max_norm": 1.0, "global_batch_tokens": 4096},
     }

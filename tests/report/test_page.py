@@ -26,7 +26,7 @@ OLDER = (
     "time_imbalance",
     "idle_share",
     "memory_by_level",
-    "live_check",
+    "timing_check",
     "validation",
 )
 

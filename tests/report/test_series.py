@@ -112,7 +112,7 @@ def test_validation_is_read_as_older_runs_wrote_it(tmp_path: Path) -> None:
 
 def test_the_work_of_ranks_adds_up_over_checks_of_the_newest_number_of_ranks(tmp_path: Path) -> None:
     work = ([9, 9, 9, 9], [1, 2], [3, 5])
-    log = _log(tmp_path, *({"step": s, "live_check": {"work_by_rank": w}} for s, w in enumerate(work, start=1)))
+    log = _log(tmp_path, *({"step": s, "timing_check": {"work_by_rank": w}} for s, w in enumerate(work, start=1)))
     assert total_seconds_by_rank(log) == [4.0, 7.0]
 
 

@@ -59,7 +59,7 @@ def test_a_step_that_is_there_twice_counts_as_the_last_line_has_it(tmp_path: Pat
 
 def test_values_of_wrong_types_are_as_missing(tmp_path: Path) -> None:
     line = '{"step": 1, "loss": "low", "mfu": [1], "lr": NaN, "tokens": true, "sources": 3, "padding": 1e999}'
-    log = _read(tmp_path, line, '{"step": 2, "live_check": {"work_by_rank": [1, "x"]}, "tokens_per_expert": [1]}')
+    log = _read(tmp_path, line, '{"step": 2, "timing_check": {"work_by_rank": [1, "x"]}, "tokens_per_expert": [1]}')
     assert [name for name in ("loss", "mfu", "lr", "tokens", "padding") if log.has(name)] == []
     assert (log.work_by_rank, log.experts) == ([], None)
 
@@ -80,8 +80,8 @@ def test_levels_have_names_where_older_runs_have_indices_and_come_shortest_first
 def test_work_of_ranks_and_the_newest_table_of_experts_are_kept(tmp_path: Path) -> None:
     log = _read(
         tmp_path,
-        {"step": 1, "live_check": {"work_by_rank": [1, 2]}, "tokens_per_expert": {"0": [1, 1]}},
-        {"step": 2, "live_check": {"work_by_rank": [3, 4.5]}, "tokens_per_expert": {"0": [5, 6]}},
+        {"step": 1, "timing_check": {"work_by_rank": [1, 2]}, "tokens_per_expert": {"0": [1, 1]}},
+        {"step": 2, "timing_check": {"work_by_rank": [3, 4.5]}, "tokens_per_expert": {"0": [5, 6]}},
     )
     assert log.work_by_rank == [(1, [1.0, 2.0]), (2, [3.0, 4.5])]
     assert log.experts == (2, {"0": [5, 6]})

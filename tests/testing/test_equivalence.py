@@ -172,20 +172,20 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
 @pytest.mark.parametrize(
     ("world_size", "levels", "options"),
     [
-        pytest.param(4, "ulysses", ["--packing.mix=alternate"], marks=pytest.mark.slow),
-        pytest.param(4, "ulysses", ["--packing.mix=interleave"], marks=pytest.mark.slow),
-        (4, "ulysses", ["--packing.mix=interleave", "--parallelism.dp_replicate=2"]),
-        (4, "styles", ["--packing.mix=alternate"]),
+        pytest.param(4, "ulysses", ["--packing.level_order=alternate"], marks=pytest.mark.slow),
+        pytest.param(4, "ulysses", ["--packing.level_order=interleave"], marks=pytest.mark.slow),
+        (4, "ulysses", ["--packing.level_order=interleave", "--parallelism.dp_replicate=2"]),
+        (4, "styles", ["--packing.level_order=alternate"]),
         pytest.param(
             4,
             "styles",
-            ["--packing.mix=interleave", "--parallelism.cp_collectives=dtensor"],
+            ["--packing.level_order=interleave", "--parallelism.cp_backend=dtensor"],
             marks=pytest.mark.slow,
         ),
         pytest.param(
             8,
             "eight ranks",
-            ["--packing.mix=alternate", "--parallelism.dp_replicate=2"],
+            ["--packing.level_order=alternate", "--parallelism.dp_replicate=2"],
             marks=pytest.mark.slow,
         ),
     ],

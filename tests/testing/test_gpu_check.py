@@ -50,7 +50,7 @@ def _step(name: str, folder: Path) -> Found:
     """What one step finds in a process of its own."""
     out = folder / f"{name}.json"
     words = ["--device=cpu", "--tiny", f"--out={folder}", f"--step={name}", f"--json={out}"]
-    result = run_python("-m", "hbp_titan.gpu_check", *words, env=runner.step_environment("cpu"))
+    result = run_python("-m", "hbp_titan.testing.gpu_check", *words, env=runner.step_environment("cpu"))
     assert result.returncode == 0, result.stderr
     values = json.loads(out.read_text())
     return Found(**{**values, "tables": [Table(**table) for table in values["tables"]]})

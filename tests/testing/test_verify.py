@@ -51,7 +51,7 @@ def test_verdict_needs_equal_loss_and_gradients_and_a_control_that_is_seen() -> 
     assert _result(1e-7, 1e-2, broken="positions not reset").passed
     assert not _result(1e-7, 1e-6, broken="positions not reset").passed
     assert not _result(1e-7, GRAD_TOLERANCE * CAUGHT_FACTOR / 2, broken="positions not reset").passed
-    assert _result(1e-7, 1e-2, normalizer="token_mean").passed
+    assert _result(1e-7, 1e-2, loss_normalization="token_mean").passed
 
 
 def test_verdict_in_bfloat16_allows_each_parameter_a_multiple_of_its_own_noise() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import load_config
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
@@ -37,7 +37,7 @@ def _profile(slow: Level | None, fits: bool = True) -> Profile:
     candidates = []
     for level in (SHORT, LONG, LONG_ALONE):
         seconds = level.max_tokens / level.cp_degree * (1e-4 if level == slow else 1e-6 if level == SHORT else 2e-6)
-        candidates.append(Candidate(level, LevelTime(seconds) if fits and level != LONG_ALONE else None))
+        candidates.append(Candidate(level, LevelTimeModel(seconds) if fits and level != LONG_ALONE else None))
     return Profile({}, 10**9, 10**6, 0.0, [], candidates)
 
 
@@ -71,7 +71,7 @@ def test_every_rank_trains_the_levels_that_rank_0_chose_and_so_does_a_resumed_ru
     written = load_config(["--job.config_file", str(tmp_path / "run" / "config.toml")])
     assert (written.levels, written.packing.levels) == ([SHORT, LONG], "")
     times = load_level_times(tmp_path / "run", written.levels)
-    assert times == (LevelTime(128e-6), LevelTime(1024e-6))
+    assert times == (LevelTimeModel(128e-6), LevelTimeModel(1024e-6))
 
     # The kept profile is gone and the machine has changed: a resumed run neither measures nor chooses.
     (tmp_path / "run" / "profile.json").unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def _measure_twice(world: World, argv: list[str], path: Path) -> tuple[int, bool
 
     auto.profile_levels = profile_levels  # type: ignore[assignment]
     config = load_config(argv)
-    folder, _ = auto.from_rank_0(world, lambda: prepare(config, most_tokens=1024))
+    folder, _ = auto.from_rank_0(world, lambda: prepare(config, max_sample_tokens=1024))
     for levels in ([SHORT, LONG], [SHORT, LONG], [LONG]):
         profile = auto.measured(config, ARGS, world, [TokenStore.open(folder)], path, lambda text: None, levels)
         dist.barrier()
@@ -121,9 +121,9 @@ def test_blocks_and_auto_exclude_each_other(tmp_path: Path) -> None:
 def test_level_times_are_those_of_the_levels_asked_for(tmp_path: Path) -> None:
     assert load_level_times(tmp_path, [SHORT]) is None
     workload = Workload(np.array([100, 900]), np.array([50, 400]), 2, CostModel())
-    candidates = [Candidate(SHORT, LevelTime(1.0, per_square=1e-9)), Candidate(LONG, LevelTime(2.0, 0.5))]
+    candidates = [Candidate(SHORT, LevelTimeModel(1.0, per_square=1e-9)), Candidate(LONG, LevelTimeModel(2.0, 0.5))]
     save_level_times(tmp_path, selected(candidates, workload.plan([SHORT, LONG]), workload))
-    assert load_level_times(tmp_path, [LONG, SHORT]) == (LevelTime(2.0, 0.5), LevelTime(1.0, per_square=1e-9))
+    assert load_level_times(tmp_path, [LONG, SHORT]) == (LevelTimeModel(2.0, 0.5), LevelTimeModel(1.0, per_square=1e-9))
     assert load_level_times(tmp_path, [LONG_ALONE]) is None
     (tmp_path / LEVEL_TIMES).write_text('[{"level": 1}]')
     with pytest.raises(ValueError, match=r"level_times\.json: not the times of levels"):

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from hbp_titan.config import load_config
-from hbp_titan.errors import Mistakes, guarded
+from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.packing import build_plan
 from hbp_titan.tuning.dry_run import DryRun, describe, dry_run, main
 from hbp_titan.tuning.hardware import get_hardware
@@ -100,7 +100,7 @@ UNFIT = [
 @pytest.mark.parametrize(("words", "world_size", "change"), UNFIT)
 def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world_size: int, change: str) -> None:
     found = _try([*LLAMA, *words], world_size)
-    with pytest.raises(Mistakes, match=r"needs .* GiB a rank, .* but h100-80gb has 75\.1 to use: ") as caught:
+    with pytest.raises(UserError, match=r"needs .* GiB a rank, .* but h100-80gb has 75\.1 to use: ") as caught:
         found.check_memory()
     (line,) = caught.value.lines
     assert re.search(change, line), line
@@ -121,7 +121,7 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
 @pytest.mark.slow
 def test_experts_that_fill_a_gpu_are_spread() -> None:
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
-    with pytest.raises(Mistakes, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 5\d$"):
+    with pytest.raises(UserError, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 5\d$"):
         _try(words, 256).check_memory()
     found = _try([*words, "--parallelism.expert_parallel_degree=2"], 256)
     found.check_memory()
@@ -132,7 +132,7 @@ def test_logits_of_too_many_tokens_are_held_in_smaller_chunks() -> None:
     # The logits of 131,072 tokens and 128,256 entries alone are 34 GB in bfloat16, and several such.
     words = ["--model.flavor=llama3_2_1b", "--data.train_files=absent.jsonl", "--levels=131072:1:ulysses:full"]
     found = _try([*words, "--training.loss_chunk_tokens=131072"], 1)
-    with pytest.raises(Mistakes, match=r"use: set training\.loss_chunk_tokens = 256"):
+    with pytest.raises(UserError, match=r"use: set training\.loss_chunk_tokens = 256"):
         found.check_memory()
     _try([*words, "--training.loss_chunk_tokens=256"], 1).check_memory()
 
@@ -143,7 +143,7 @@ def test_model_that_nothing_can_hold_is_told() -> None:
     # float32 do not fit beside them.
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl"]
     found = _try([*words, "--levels=16384:1:ulysses:full"], 1, "a100-80gb")
-    with pytest.raises(Mistakes, match="even 64 ranks do not hold it: use another GPU"):
+    with pytest.raises(UserError, match="even 64 ranks do not hold it: use another GPU"):
         found.check_memory()
 
 
@@ -174,7 +174,7 @@ MISTAKES = [
 def test_mistake_is_one_line(changed: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--job.config_file", str(ROOT / "train_configs/llama3_1_8b_hbp.toml"), "--world_size=32", *changed]
     with pytest.raises(SystemExit, match="1"):
-        guarded(lambda: main(words))
+        exit_on_user_error(lambda: main(words))
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line

@@ -31,7 +31,7 @@ def test_blocks_are_replaced_where_they_were_and_the_rest_is_kept() -> None:
     before = """\
 # A run.
 [packing]
-mix = "alternate"  # short, long
+level_order = "alternate"  # short, long
 
 # Short samples.
 [[levels]]
@@ -49,7 +49,7 @@ epochs = 2
     after = f"""\
 # A run.
 [packing]
-mix = "alternate"  # short, long
+level_order = "alternate"  # short, long
 
 # Short samples.
 {BLOCKS}

@@ -21,12 +21,12 @@ from hbp_titan.components.oom import (
 )
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.errors import Mistakes
+from hbp_titan.errors import UserError
 from hbp_titan.packing import Level
 from hbp_titan.preflight import model_args
 from hbp_titan.tuning.hardware import HARDWARE, hardware_like
 from hbp_titan.tuning.memory import estimate_evaluation, estimate_memory
-from hbp_titan.tuning.oom_advice import MemoryAdvisor, Situation
+from hbp_titan.tuning.oom_advice import OOMAdvisor, OOMContext
 from hbp_titan.tuning.time_model import time_model
 
 GIB = 2**30
@@ -34,13 +34,13 @@ H100 = HARDWARE["h100-80gb"]
 WORDS = ["--model.flavor=llama3_1_8b", "--data.train_files=absent.jsonl", "--levels=16384:1,131072:8"]
 
 
-def _situation(world_size: int = 32, gib: float = 75.0, words: tuple[str, ...] = ()) -> Situation:
+def _situation(world_size: int = 32, gib: float = 75.0, words: tuple[str, ...] = ()) -> OOMContext:
     config = load_config([*WORDS, *words])
-    return Situation(config, model_args(config), world_size, H100, "cuda", int(gib * GIB))
+    return OOMContext(config, model_args(config), world_size, H100, "cuda", int(gib * GIB))
 
 
 def _error(
-    situation: Situation, index: int = 1, figures: TorchFigures | None = None, work: str = TRAINING
+    situation: OOMContext, index: int = 1, figures: TorchFigures | None = None, work: str = TRAINING
 ) -> OutOfMemory:
     return OutOfMemory(work, situation.config.levels[index], figures or TorchFigures())
 
@@ -168,7 +168,7 @@ def test_only_where_nothing_else_fits_the_level_gets_shorter() -> None:
     assert re.match(
         r"only a shorter level fits: in the \[\[levels\]\] block of max_tokens = 131072 set max_tokens = ", shorter
     )
-    assert shorter.endswith("a longer sample falls under data.overlong")
+    assert shorter.endswith("a longer sample falls under data.max_length_policy")
     assert re.match(r"or use 4 ranks", more)
 
 
@@ -209,12 +209,12 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     situation = _situation()
-    advisor = MemoryAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
+    advisor = OOMAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
     words = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. 50.00 GiB is allocated by PyTorch, and 9.00 GiB is reserved "
         "by PyTorch but unallocated."
     )
-    with pytest.raises(Mistakes) as caught, advisor, out_of_memory_in(TRAINING, situation.config.levels[1]):
+    with pytest.raises(UserError) as caught, advisor, out_of_memory_in(TRAINING, situation.config.levels[1]):
         raise torch.OutOfMemoryError(words)
     head, change, others, pieces = caught.value.lines
     assert head.startswith("rank 5: out of memory in training at level 128K/cp8 ")
@@ -226,6 +226,6 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
 
 def test_other_errors_go_through() -> None:
     situation = _situation()
-    advisor = MemoryAdvisor(situation.config, situation.args, World(0, 32, torch.device("cpu")))
+    advisor = OOMAdvisor(situation.config, situation.args, World(0, 32, torch.device("cpu")))
     with pytest.raises(KeyError, match="another"), advisor:
         raise KeyError("another")

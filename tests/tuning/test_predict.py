@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
@@ -31,7 +31,7 @@ def test_first_passes_count_for_every_iteration_that_is_left() -> None:
 
 
 def test_measured_times_go_before_first_passes() -> None:
-    times = [LevelTime(base=0.5), LevelTime(base=0.0, per_square=1 / 16)]
+    times = [LevelTimeModel(base=0.5), LevelTimeModel(base=0.0, per_square=1 / 16)]
     told = predicted_time(JobConfig(), ARGS, PLAN, 0, 4, CPU, times, [9.0, 9.0])
     assert told == "9 s for 4 steps, from the levels' measured times"
 

@@ -49,4 +49,4 @@ def test_preset_trains_as_the_paper_does(name: str) -> None:
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("AdamW", 1e-5, 0.01)
     assert config.packing.curriculum_steps == CURRICULUM.get(name, 500)
     assert config.packing.method == name.rpartition("_")[2]
-    assert config.training.normalizer == "ave_token"
+    assert config.training.loss_normalization == "ave_token"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hbp_titan.components.oom import TRAINING, OutOfMemory, TorchFigures
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
@@ -137,7 +137,7 @@ def _made_up(key: dict[str, Any]) -> Profile:
         Measurement(level, 77, loads=[[1, 2, 3, 4], [1, 5, 6, 7]], seconds=[0.1, 0.30000000000000004], error=0.01),
         Measurement(SHORT, 99, out_of_memory=True, estimated=True),
     ]
-    candidates = [Candidate(level, LevelTime(0.1, 1e-7, 1e-11), 77), Candidate(SHORT, None, 99)]
+    candidates = [Candidate(level, LevelTimeModel(0.1, 1e-7, 1e-11), 77), Candidate(SHORT, None, 99)]
     return Profile(key, 80, 40, 0.25, rows, candidates)
 
 

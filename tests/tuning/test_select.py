@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.components.timing import LevelTime, predict_epoch
+from hbp_titan.components.timing import LevelTimeModel, predict_epoch
 from hbp_titan.packing import CostModel, Level, build_plan
-from hbp_titan.tuning.search import LEAST_GAIN, Candidate, Workload, describe, rivals, select_paper, select_search
+from hbp_titan.tuning.search import LEAST_GAIN, Candidate, Workload, baselines, describe, select_paper, select_search
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.properties import examples
 
@@ -38,7 +38,7 @@ def _table_19() -> list[Candidate]:
     for length, sp, ckpt, seconds in TABLE_19:
         level = Level(length * K, sp, ac_policy="full", ac_layers=ckpt)
         tokens = level.max_tokens * 32 // sp
-        candidates.append(Candidate(level, LevelTime(seconds * tokens / equal_tokens) if seconds else None))
+        candidates.append(Candidate(level, LevelTimeModel(seconds * tokens / equal_tokens) if seconds else None))
     return candidates
 
 
@@ -54,7 +54,7 @@ def _paper_world(best: tuple[int, int], largest: tuple[int, int], alone: Sequenc
     """A world of 8 ranks where `best` is the fastest for each token; lengths in `alone` run at cp degree 1, slowly."""
 
     def candidate(length: int, cp: int, per_token: float) -> Candidate:
-        return Candidate(Level(length, cp), LevelTime(per_token * length * 8 / cp))
+        return Candidate(Level(length, cp), LevelTimeModel(per_token * length * 8 / cp))
 
     return [candidate(*best, 1.0), candidate(*largest, 1.5), *(candidate(length, 1, 2.0) for length in alone)]
 
@@ -100,7 +100,7 @@ def _brute_force(candidates: Sequence[Candidate], workload: Workload) -> float:
     for size in range(1, 5):
         for chosen in itertools.combinations(fitting, size):
             lengths = [c.level.max_tokens for c in chosen]
-            if len(set(lengths)) < size or lengths[-1] < workload.most_tokens:
+            if len(set(lengths)) < size or lengths[-1] < workload.max_sample_tokens:
                 continue
             plan = build_plan(
                 workload.lengths, [c.level for c in chosen], workload.world_size,
@@ -120,7 +120,7 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Candidate], Workload]:
         for cp_degree, depth in itertools.product((1, 2, 4), (0, 1)):
             level = Level(max_tokens, cp_degree, ac_policy="full" if depth else "none")
             base = (0.3 + max_tokens / 64 / cp_degree + 0.2 * cp_degree) * (1 + 0.3 * depth) * rng.uniform(0.7, 1.3)
-            time = LevelTime(base, 1e-3 / cp_degree, rng.uniform(0, 2e-5) / cp_degree, rng.uniform(0, 1e-2))
+            time = LevelTimeModel(base, 1e-3 / cp_degree, rng.uniform(0, 2e-5) / cp_degree, rng.uniform(0, 1e-2))
             fits = max_tokens == 512 and cp_degree == 4 and depth == 1
             candidates.append(Candidate(level, time if fits or rng.random() < 0.7 else None))
     cost = CostModel(1.0, 1e-3)
@@ -145,7 +145,8 @@ def _linear_world(communication: float, lengths: Sequence[int] = (4 * K, 16 * K,
     """One microsecond a token and rank, `communication` more for each token that is shared; 16K fits on a rank."""
     return [
         Candidate(
-            Level(length, cp), LevelTime(length / cp * 1e-6 * (1 + communication * (cp > 1)), per_square=1e-13 / cp)
+            Level(length, cp),
+            LevelTimeModel(length / cp * 1e-6 * (1 + communication * (cp > 1)), per_square=1e-13 / cp),
         )
         if length // cp <= 16 * K
         else Candidate(Level(length, cp), None)
@@ -162,32 +163,32 @@ def test_where_communication_is_dear_short_data_stays_on_one_rank() -> None:
     assert _shape(selection.levels)[-1] == (64 * K, 4)
     assert all(level.cp_degree == 1 for level in selection.levels[:-1])
     # 3.2M of 4.2M tokens at 1 instead of 1.5 microseconds.
-    one_level = predict_epoch(_workload(MIXED, 8).plan([Level(64 * K, 4)]), [LevelTime(16 * K * 1.5e-6)]).seconds
+    one_level = predict_epoch(_workload(MIXED, 8).plan([Level(64 * K, 4)]), [LevelTimeModel(16 * K * 1.5e-6)]).seconds
     assert selection.predicted.seconds < 0.77 * one_level
 
 
 def test_where_nothing_is_to_be_gained_one_level_is_chosen() -> None:
     # Communication is free, and a short pack costs as much as a long one.
-    candidates = [Candidate(Level(length, 4), LevelTime(1.0)) for length in (4 * K, 16 * K, 64 * K)]
+    candidates = [Candidate(Level(length, 4), LevelTimeModel(1.0)) for length in (4 * K, 16 * K, 64 * K)]
     assert _shape(select_search(candidates, _workload(MIXED, 8)).levels) == [(64 * K, 4)]
 
 
 def test_a_length_above_the_longest_sample_may_hold_all() -> None:
     # Packs of 64K are twice as fast for each token as those of 4K, which the longest sample would fit.
-    candidates = [Candidate(Level(4 * K), LevelTime(2.0)), Candidate(Level(64 * K), LevelTime(16.0))]
+    candidates = [Candidate(Level(4 * K), LevelTimeModel(2.0)), Candidate(Level(64 * K), LevelTimeModel(16.0))]
     assert _shape(select_search(candidates, _workload([500] * 9000, 8)).levels) == [(64 * K, 1)]
 
 
 def test_held_out_data_may_need_a_longer_level() -> None:
-    candidates = [Candidate(Level(4 * K), LevelTime(1.0)), Candidate(Level(64 * K, 8), LevelTime(90.0))]
+    candidates = [Candidate(Level(4 * K), LevelTimeModel(1.0)), Candidate(Level(64 * K, 8), LevelTimeModel(90.0))]
     workload = _workload([500] * 900, 8, longest=5 * K)
     assert _shape(select_search(candidates, workload).levels) == [(4 * K, 1), (64 * K, 8)]
     assert _shape(select_paper(candidates, workload).levels)[-1] == (64 * K, 8)
 
 
-@pytest.mark.parametrize("select", [select_search, select_paper, rivals])
+@pytest.mark.parametrize("select", [select_search, select_paper, baselines])
 def test_nothing_that_holds_the_longest_sample_is_an_error(select) -> None:
-    short, long = Candidate(Level(4 * K), LevelTime(1.0)), Candidate(Level(64 * K), None)
+    short, long = Candidate(Level(4 * K), LevelTimeModel(1.0)), Candidate(Level(64 * K), None)
     with pytest.raises(
         ValueError, match=r"no setting of max_tokens=65536 or more, .* 60000 tokens needs, fits in memory"
     ):
@@ -201,7 +202,7 @@ def test_a_share_stands_for_many_samples() -> None:
     workload = Workload(lengths, lengths // 2, 8, CostModel())
     share = workload.sampled(5000)
     assert len(share.lengths) == 5000
-    assert share.most_tokens == lengths.max()
+    assert share.max_sample_tokens == lengths.max()
     assert share.lengths.mean() == pytest.approx(lengths.mean(), rel=0.01)
     candidates = _linear_world(0.3, (8 * K, 32 * K, 128 * K))
     selection = select_search(candidates, workload)
@@ -216,7 +217,7 @@ def test_a_share_stands_for_many_samples() -> None:
 
 def test_rivals_are_flat_packing_at_its_best_setting() -> None:
     candidates, workload = _linear_world(0.5), _workload(MIXED, 8)
-    found = rivals(candidates, workload)
+    found = baselines(candidates, workload)
     for method, rival in found.items():
         least = min(
             predict_epoch(workload.plan([c.level], method), [c.time]).seconds

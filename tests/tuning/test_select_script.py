@@ -22,7 +22,7 @@ TOML = """\
 # The user's own file.
 [data]
 train_files = ["{folder}/train.jsonl"]
-overlong = "error"  # none is longer
+max_length_policy = "error"  # none is longer
 cache_folder = "{folder}/cache"
 num_proc = 1
 
@@ -99,7 +99,7 @@ def test_two_ranks_measure_and_speak_once(folder: Path) -> None:
         ((*ESTIMATE, "--candidates", "1023:3"), "cp_degree=3 of the level with max_tokens=1023 does not divide the"),
         ((*ESTIMATE, "--candidates", "128:1"), "no candidate holds the longest sample"),
         (("--packing.levles", "auto"), "command line: unknown key packing.levles; did you mean packing.levels"),
-        ((*ESTIMATE, "--packing.auto_max_tokens", "99"), r"is longer than packing\.auto_max_tokens"),
+        ((*ESTIMATE, "--packing.max_sample_tokens", "99"), r"is longer than packing\.max_sample_tokens"),
     ],
 )
 def test_a_mistake_is_named(folder: Path, words: tuple[str, ...], message: str) -> None:

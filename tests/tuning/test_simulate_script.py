@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from hbp_titan.errors import one_line
+from hbp_titan.errors import format_error
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.programs import run_python
 
@@ -76,7 +76,7 @@ def test_calibration_prints_every_row_and_the_verdict(tmp_path: Path, capsys: py
 def test_a_mistake_is_named(words: str, message: str) -> None:
     with pytest.raises((ValueError, OSError)) as raised:
         script().main(words.split())
-    assert message in one_line(raised.value)
+    assert message in format_error(raised.value)
 
 
 def test_a_mistake_ends_in_one_line_on_stderr() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.tuning.profile_file import fit_level_time, nonnegative_least_squares
 from tests.properties import examples
 
@@ -34,7 +34,7 @@ def test_the_coefficients_of_a_made_up_level_are_recovered() -> None:
     loads = np.array(
         [[1, 100, 5000, 7], [1, 900, 90000, 3], [1, 400, 640000, 1], [1, 800, 20000, 60], [1, 50, 9000, 2]]
     )
-    truth = LevelTime(base=0.2, per_loss_token=1e-4, per_square=2e-7, per_document=3e-3)
+    truth = LevelTimeModel(base=0.2, per_loss_token=1e-4, per_square=2e-7, per_document=3e-3)
     found, error = fit_level_time(loads, truth.seconds(loads))
     np.testing.assert_allclose(
         [found.base, found.per_loss_token, found.per_square, found.per_document], [0.2, 1e-4, 2e-7, 3e-3], rtol=1e-6
@@ -44,7 +44,7 @@ def test_the_coefficients_of_a_made_up_level_are_recovered() -> None:
 
 def test_packs_that_hold_the_same_leave_the_base_alone() -> None:
     found, error = fit_level_time(np.tile([1.0, 500, 10000, 4], (4, 1)), np.array([0.9, 1.1, 0.9, 1.1]))
-    assert found == LevelTime(base=pytest.approx(1.0))
+    assert found == LevelTimeModel(base=pytest.approx(1.0))
     assert error == pytest.approx(0.1)
 
 
@@ -60,4 +60,4 @@ def test_collinear_columns_share_no_wild_values() -> None:
 def test_an_iteration_never_gets_faster_by_holding_more() -> None:
     loads = np.array([[1, 10, 100, 1], [1, 20, 100, 1], [1, 30, 100, 1.0]])
     found, _ = fit_level_time(loads, np.array([3.0, 2.0, 1.0]))
-    assert found == LevelTime(base=pytest.approx(2.0))
+    assert found == LevelTimeModel(base=pytest.approx(2.0))

@@ -1,4 +1,4 @@
-"""The parts of an iteration's time, by hand on a toy machine, and their sum as a LevelTime."""
+"""The parts of an iteration's time, by hand on a toy machine, and their sum as a LevelTimeModel."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.components.timing import FloatArray, LevelTime
+from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.packing.level import Level, level_from_dict
 from hbp_titan.tuning.profile_file import nonnegative_least_squares
 
@@ -53,7 +53,7 @@ class Measured:
 class Calibration:
     """times: one a level. predicted: seconds of each measured iteration. held_out: bool, not used in the fit."""
 
-    times: tuple[LevelTime, ...]
+    times: tuple[LevelTimeModel, ...]
     measured: FloatArray
     predicted: FloatArray
     held_out: np.ndarray
@@ -116,7 +116,7 @@ def _of_profile(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrate(measured: Measured) -> Calibration:
-    """Fit one LevelTime a level, in relative error, no coefficient below 0."""
+    """Fit one LevelTimeModel a level, in relative error, no coefficient below 0."""
     of_level: list[list[int]] = [[] for _ in measured.levels]
     for number, row in enumerate(measured.iterations):
         of_level[row.level].append(number)
@@ -132,13 +132,13 @@ def calibrate(measured: Measured) -> Calibration:
     return Calibration(tuple(times), np.array([row.seconds for row in measured.iterations]), predicted, held_out)
 
 
-def _fit(rows: Sequence[MeasuredIteration]) -> LevelTime:
+def _fit(rows: Sequence[MeasuredIteration]) -> LevelTimeModel:
     """The slowest rank decides an iteration, and which it is depends on the coefficients: fit and choose in turn."""
     seconds = np.array([row.seconds for row in rows])
     slowest = [int(np.argmax(row.loads[:, 2])) for row in rows]
     for _ in range(20):
         loads = np.stack([row.loads[s] for row, s in zip(rows, slowest, strict=True)])
-        time = LevelTime(*relative_fit(loads, seconds).tolist())
+        time = LevelTimeModel(*relative_fit(loads, seconds).tolist())
         chosen = [int(np.argmax(time.seconds(row.loads))) for row in rows]
         if chosen == slowest:
             break
@@ -163,11 +163,11 @@ class MachineTimes:
     per_document: float
     exchange: float
 
-    def level_time(self, level: Level) -> LevelTime:
+    def level_time(self, level: Level) -> LevelTimeModel:
         """What an iteration of `level` takes."""
         cp_degree = level.cp_degree
         per_token = self.per_token + (self.exchange if cp_degree > 1 else 0.0)
-        return LevelTime(
+        return LevelTimeModel(
             base=self.constant + per_token * level.max_tokens / cp_degree,
             per_loss_token=self.per_loss_token / cp_degree,
             per_square=self.per_square / cp_degree,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.components.timing import LevelTime
+from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.experiments.paper.calibrate import fit_machine
 from hbp_titan.packing.level import Level, level_from_dict
 from hbp_titan.tuning.profile_file import Profile
@@ -94,7 +94,7 @@ def fitted(outcomes: Sequence[dict[str, Any]], runs: Sequence[str]) -> list[Epoc
 
 def _checks(
     outcomes: Sequence[dict[str, Any]],
-    time_of: Callable[[Level], LevelTime],
+    time_of: Callable[[Level], LevelTimeModel],
     step_seconds: float,
     seen: Sequence[str] = (),
 ) -> list[EpochCheck]:
@@ -106,7 +106,9 @@ def _checks(
     return checks
 
 
-def predicted_seconds(outcome: dict[str, Any], time_of: Callable[[Level], LevelTime], step_seconds: float) -> float:
+def predicted_seconds(
+    outcome: dict[str, Any], time_of: Callable[[Level], LevelTimeModel], step_seconds: float
+) -> float:
     """Seconds of an epoch: each iteration takes as long as its slowest rank, each optimizer step comes on top."""
     total = outcome["steps"] * step_seconds
     for k in _used(outcome):

@@ -72,7 +72,7 @@ class FlexSPPlan:
             seed=0,
             epoch=0,
             global_batch_tokens=0,
-            mix="alternate",
+            level_order="alternate",
             curriculum_steps=0.0,
             costs=costs_per_level(None, len(self.levels)),
             lengths=self.lengths,

@@ -20,7 +20,7 @@ import numpy as np
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.distributed.world import World, close_world, init_world
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import CostModel, Level, Plan
 from hbp_titan.packing.level import check_levels
 from hbp_titan.train import Trainer
@@ -58,7 +58,7 @@ class PlansInTurn(EpochPlans):
         return in_turn(self.planned.build(method, epoch))
 
 
-class TrainerInTurn(Trainer):
+class SingleProcessTrainer(Trainer):
     """A Trainer of a world of one rank whose plans are made for `ranks`. config.levels: of those ranks."""
 
     def __init__(self, config: JobConfig, world: World, ranks: int) -> None:
@@ -82,9 +82,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--ranks", type=int, required=True, help="that plans are made for")
     options, overrides = parser.parse_known_args(argv)
-    config = guarded(lambda: load_config(overrides))
+    config = exit_on_user_error(lambda: load_config(overrides))
     world = init_world(config.parallelism.init_timeout_seconds)
-    trainer = guarded(lambda: TrainerInTurn(config, world, options.ranks))
+    trainer = exit_on_user_error(lambda: SingleProcessTrainer(config, world, options.ranks))
     trainer.train()
     close_world()
 

@@ -37,7 +37,7 @@ from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Varia
 from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing.metrics import band_name
-from hbp_titan.preflight import model_args, most_tokens
+from hbp_titan.preflight import max_sample_tokens, model_args
 
 _COMMON = (
     "--job.config_file=train_configs/debug_model.toml",
@@ -137,7 +137,7 @@ def run_study(
     plans: figures of each variant's plan with the first seed. runs: one entry a run, `runs.read_outcome` says what.
     """
     # Prepared once, before several runs look for it.
-    store = open_stores(config, most_tokens(config, model_args(config)))[0]
+    store = open_stores(config, max_sample_tokens(config, model_args(config)))[0]
     runs = make_runs(config, folder, launch, store, variants, seeds)
     study = {
         "launch": launch.kind,

@@ -56,7 +56,7 @@ def _method(name: str) -> Callable[[JobConfig, float], None]:
 
 def _normalizer(name: str) -> Callable[[JobConfig, float], None]:
     def change(config: JobConfig, step_tokens: float) -> None:
-        config.training.normalizer = name
+        config.training.loss_normalization = name
 
     return change
 
@@ -64,7 +64,7 @@ def _normalizer(name: str) -> Callable[[JobConfig, float], None]:
 def _sum(config: JobConfig, step_tokens: float) -> None:
     # AdamW's update is the same for gradients of another scale if the clipping norm and epsilon have that scale too. So
     # the learning rate stays, and what is left is what `sum` is about: steps with more trained tokens weigh more.
-    config.training.normalizer = "sum"
+    config.training.loss_normalization = "sum"
     config.training.max_norm *= step_tokens
     config.optimizer.eps *= step_tokens
 
@@ -74,7 +74,7 @@ def _curriculum(config: JobConfig, step_tokens: float) -> None:
 
 
 def _interleave(config: JobConfig, step_tokens: float) -> None:
-    config.packing.mix = "interleave"
+    config.packing.level_order = "interleave"
 
 
 def _half_rate(config: JobConfig, step_tokens: float) -> None:
@@ -247,8 +247,8 @@ def make_runs(
         for variant in variants:
             config = copy.deepcopy(base)
             config.packing.seed = config.training.seed = seed
-            config.packing.method, config.packing.mix, config.packing.curriculum_steps = "hbp", "alternate", 0.0
-            config.training.normalizer = "ave_token"
+            config.packing.method, config.packing.level_order, config.packing.curriculum_steps = "hbp", "alternate", 0.0
+            config.training.loss_normalization = "ave_token"
             step_tokens = float(plan_of(config, launch.ranks, store).step_loss_tokens.mean())
             variant.changes(config, step_tokens)
             config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))

@@ -1,9 +1,9 @@
-"""`python -m hbp_titan.gpu_check`: the check itself, and how it starts each of its steps."""
+"""`python -m hbp_titan.testing.gpu_check`: the check itself, and how it starts each of its steps."""
 
 from __future__ import annotations
 
-from hbp_titan.errors import guarded
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.testing.gpu_check.runner import main
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(exit_on_user_error(main))

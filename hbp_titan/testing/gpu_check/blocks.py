@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm, step_unless
-from hbp_titan.components.resume import start_generators
+from hbp_titan.components.resume import set_determinism
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.parallelize import ActivationCheckpointState, apply_activation_checkpoint, apply_compile
@@ -278,7 +278,7 @@ def deterministic(settings: Settings) -> Found:
     args, config = _small_run(settings)
     config.training.deterministic = True
     # Before the first matrix product of the process: cuBLAS reads its workspace then.
-    start_generators(0, deterministic=True)
+    set_determinism(0, deterministic=True)
     with one_rank(settings) as world:
         first, second = (_train(args, config, world) for _ in range(2))
     different = [name for name, value in first.items() if not value.equal(second[name])]

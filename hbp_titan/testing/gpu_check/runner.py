@@ -38,7 +38,7 @@ from typing import Any
 
 from hbp_titan.experiments.soak import kill_tree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHORTEST_STEP_SECONDS = 5.0
 """With less time left a step is not started."""
 
@@ -86,7 +86,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Step:
-    """function: "module:name" below hbp_titan.gpu_check, imported only in the step's own process.
+    """function: "module:name" below hbp_titan.testing.gpu_check, imported only in the step's own process.
 
     phase: those of 1 find errors and may run side by side; those of 2 measure, and have the machine to themselves on a
     GPU; those of 3 read what others measured.
@@ -133,7 +133,7 @@ def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hbp_titan.gpu_check", *words],
+            [sys.executable, "-m", "hbp_titan.testing.gpu_check", *words],
             cwd=ROOT,
             env=step_environment(settings.device_type),
             stdout=output,
@@ -320,6 +320,6 @@ def _run_here(step: Step, settings: Settings, out: Path, fails: bool) -> int:
     if fails:
         raise RuntimeError(f"{step.name} was made to fail (--fail)")
     module, _, name = step.function.partition(":")
-    found: Found = getattr(importlib.import_module(f"hbp_titan.gpu_check.{module}"), name)(settings)
+    found: Found = getattr(importlib.import_module(f"hbp_titan.testing.gpu_check.{module}"), name)(settings)
     _write(out, json.dumps(dataclasses.asdict(found)) + "\n")
     return 0
