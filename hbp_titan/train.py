@@ -159,13 +159,13 @@ class Trainer:
             self._check_plan()
             self._probe_levels()
             if self.prints:
-                self.preemption.clear()
+                self.preemption.remove_marker()
             parts = describe_segments(self.position.parts)
             self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
             set_timeouts(self.config.parallelism.train_timeout_seconds)
             with self.preemption, self.checkpointer, trace, GarbageCollection(self.config.training.gc_interval) as gc:
                 if self.watchdog:
-                    self.watchdog.signal_received = self.preemption.seen
+                    self.watchdog.signal_received = self.preemption.poll_signal
                 try:
                     while self.step < self.total_steps:
                         self._train_epoch(metrics, trace, gc)
@@ -192,12 +192,12 @@ class Trainer:
             position.save_plan()
         batches = iter(self._loader())
         while not position.finished and self.step < self.total_steps:
-            trace.before(self.step + 1)
+            trace.before_step(self.step + 1)
             record = self.train_step(plan, position.step_in_plan, batches)
             position.step += 1
-            trace.after(self.step)
+            trace.after_step(self.step)
             self._finish_step(record, metrics)
-            collection.after(self.step)
+            collection.after_step(self.step)
         if position.finished:
             self.consumed.sync()
             self._confirm_epoch(metrics.write)
@@ -307,12 +307,12 @@ class Trainer:
             # Files of the step before: the device has work meanwhile.
             self._write_last()
             self.meter.add(batch, losses, waited)
-            self.nonfinite.see(iteration, batch, losses)
+            self.nonfinite.observe(iteration, batch, losses)
             self.expert_load.add()
             self.consumed.add(iteration, batch)
         # On a GPU this waits for the iterations before it: steps of other levels take other times.
         self._at(f"step {self.step + 1}, clipping and update", kind=f"update {level}")
-        norm, skips = self.meter.sum_over_ranks(square_norm(self.model), self.expert_load.take())
+        norm, skips = self.meter.sum_over_ranks(square_norm(self.model), self.expert_load.pop())
         scale_gradients(self.model, norm, self.config.training.max_norm)
         learning_rate = self.progress.learning_rate()
         set_learning_rate(self.optimizer, learning_rate)
@@ -322,11 +322,11 @@ class Trainer:
         self.optimizer.zero_grad()
         # The step's one wait for the device.
         flags = [self.preemption.received, self.checkpointer.failed]
-        signal, save_failed = self.meter.read(self.timing_check.take(), flags)
+        signal, save_failed = self.meter.read(self.timing_check.pop(), flags)
         loss_sums, grad_norm, skipped = self.meter.loss_sums, self.meter.grad_norm, ""
         if not math.isfinite(sum(loss_sums) + grad_norm):
-            skipped = self.nonfinite.meet(plan, self.step + 1, step, loss_sums, grad_norm)
-        self.nonfinite.clear()
+            skipped = self.nonfinite.handle(plan, self.step + 1, step, loss_sums, grad_norm)
+        self.nonfinite.reset()
         self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
         if save_failed:
             self.checkpointer.wait()
@@ -360,7 +360,7 @@ class Trainer:
         """End the run for a signal, its last step saved."""
         self.checkpointer.wait()
         if self.prints:
-            print(self.preemption.leave(self.signal, self.step), flush=True)
+            print(self.preemption.write_marker(self.signal, self.step), flush=True)
         raise Preempted
 
     def _resume(self) -> None:
@@ -401,7 +401,7 @@ class Trainer:
     def _at(self, where: str, seconds: float | None = None, kind: str = "") -> None:
         """Something begins that no rank should spend longer on: than a collective may take unless `seconds` says."""
         if self.watchdog:
-            self.watchdog.at(where, seconds or self.config.parallelism.train_timeout_seconds, kind)
+            self.watchdog.heartbeat(where, seconds or self.config.parallelism.train_timeout_seconds, kind)
 
     def _print(self, text: str) -> None:
         if self.prints:

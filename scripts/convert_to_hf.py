@@ -17,7 +17,7 @@ if not __package__:
 
 import torch
 
-from hbp_titan.components.checkpoint import completed, read_state
+from hbp_titan.components.checkpoint import completed_checkpoints, read_state
 from hbp_titan.components.weights import whole_tensors
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.decoder import ModelArgs
@@ -30,7 +30,7 @@ def find_checkpoint(path: Path) -> Path:
     """The step folder that `path` means. Raises ValueError where there is none."""
     if (path / "state.json").is_file():
         return path
-    found = completed(path / "checkpoint") or completed(path)
+    found = completed_checkpoints(path / "checkpoint") or completed_checkpoints(path)
     if not found:
         raise ValueError(f"{path}: neither a complete checkpoint (step-N) nor a run folder that holds one")
     return found[-1]

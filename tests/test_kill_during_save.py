@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.killed_run import Kill, outcome, train, train_until_killed
 from tests.tiny_run import write_tiny_run
@@ -56,7 +56,7 @@ def test_run_killed_at_every_moment_of_a_save_ends_like_the_undisturbed_one(whol
     for kill in MOMENTS:
         train_until_killed(argv, kill)
         assert not (tmp_path / "killed" / "hf").exists()
-        steps = [int(path.name.removeprefix("step-")) for path in completed(folder)]
+        steps = [int(path.name.removeprefix("step-")) for path in completed_checkpoints(folder)]
         assert steps[-1] > newest, kill
         newest = steps[-1]
     # The newest one has lost a byte since.
@@ -76,7 +76,7 @@ def _kill_at_random(whole: Path, tmp_path: Path, num_rows: int, kills: int, seed
         ranks = generator.choice([(0,), (1,), (0, 1)])
         train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0, 2), loaded=number % 3 > 0))
     # How far a kill after seconds lets the run come depends on the machine; that nothing saved is lost does not.
-    saved = [int(path.name.removeprefix("step-")) for path in completed(tmp_path / "killed" / "checkpoint")]
+    saved = [int(path.name.removeprefix("step-")) for path in completed_checkpoints(tmp_path / "killed" / "checkpoint")]
     assert run_distributed(train, 2, argv)[0][0] == max(saved, default=0)
     _same(whole, tmp_path / "killed")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.faults import EXIT_PREEMPTED, Preemption
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.killed_run import outcome, train
@@ -33,8 +33,8 @@ def test_signals_are_noted_inside_and_as_before_outside(tmp_path: Path) -> None:
         assert preemption.received == signal.SIGUSR1
         signal.raise_signal(signal.SIGTERM)
         assert preemption.received == signal.SIGTERM
-        assert preemption.seen() == signal.SIGUSR1
-        assert preemption.seen() == signal.SIGUSR1
+        assert preemption.poll_signal() == signal.SIGUSR1
+        assert preemption.poll_signal() == signal.SIGUSR1
         child = os.fork()
         if child == 0:  # a data worker, say: it has nothing to save, and must end
             signal.raise_signal(signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_signalled_run_saves_its_step_leaves_and_goes_on_bit_for_bit(
     reached = 0
     for number, rank in signals:
         code, output = _signal_after(argv, folder, reached + 5, number, rank)
-        (saved,) = completed(folder / "checkpoint")[-1:]
+        (saved,) = completed_checkpoints(folder / "checkpoint")[-1:]
         step = int(saved.name.removeprefix("step-"))
         assert step == reached + 6 < total
         assert _steps(folder)[-1] == step

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import audit_faults, differences
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
@@ -155,7 +155,7 @@ def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undistu
     _wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, process)
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=120)
-    (saved,) = completed(folder / "checkpoint")
+    (saved,) = completed_checkpoints(folder / "checkpoint")
     step = saved.name.removeprefix("step-")
     assert (process.returncode, errors) == (0, "")
     assert output.endswith(f"preempted at step {step}: queued again\n")
@@ -169,7 +169,7 @@ def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undistu
     process = _submit(repository, *argv, nodes=2, SLURM_RESTART_COUNT="1", **environment)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
-    total = int(completed(folder / "checkpoint")[-1].name.removeprefix("step-"))
+    total = int(completed_checkpoints(folder / "checkpoint")[-1].name.removeprefix("step-"))
     assert output.endswith(f"complete at step {total}: {folder}\n")
     assert _calls(repository).count("scontrol requeue 20077") == 1
     assert (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import audit_faults, differences, kill_tree, ranks_of, steps_done
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
@@ -59,14 +59,14 @@ def _make_held(root: Path, release: Path) -> Path:
 
 def _wait_until_held(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + DEADLINE
-    while steps_done(folder) < 12 or not completed(folder / "checkpoint"):
+    while steps_done(folder) < 12 or not completed_checkpoints(folder / "checkpoint"):
         assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def _same(whole: Path, folder: Path) -> None:
-    total = int(completed(folder / "checkpoint")[-1].name.removeprefix("step-"))
+    total = int(completed_checkpoints(folder / "checkpoint")[-1].name.removeprefix("step-"))
     assert total == steps_done(whole)
     assert differences(whole, folder, total) == []
     assert audit_faults(folder) == []

@@ -458,7 +458,7 @@ class Checkpointer:
         if dist.get_rank() == 0:
             for left in self.folder.glob(f"step-*{PARTIAL}"):
                 shutil.rmtree(left, ignore_errors=True)
-        return gather_values(completed(self.folder) if dist.get_rank() == 0 else None)[0]
+        return gather_values(completed_checkpoints(self.folder) if dist.get_rank() == 0 else None)[0]
 
     def _load(self, path: Path) -> dict[str, Any]:
         checksums, rank, world_size = self.config.verify, dist.get_rank(), dist.get_world_size()
@@ -488,14 +488,15 @@ class Checkpointer:
             )
 
     def _prune(self) -> None:
-        for old in completed(self.folder)[: -self.config.keep_latest_k] if self.config.keep_latest_k else ():
+        keep = self.config.keep_latest_k
+        for old in completed_checkpoints(self.folder)[:-keep] if keep else ():
             try:
                 shutil.rmtree(hide(old))
             except OSError as error:
                 print(f"warning: {old} could not be deleted: {format_error(error)}", flush=True)
 
 
-def completed(folder: Path) -> list[Path]:
+def completed_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of `folder` in ascending step order."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found)]

@@ -63,7 +63,7 @@ class _Seen:
 
 
 class NonFiniteGuard:
-    """`see` every iteration, `clear` after a sound step, `meet` one that is not.
+    """`observe` every micro-batch, `reset` after a finite step, `handle` one that is not.
 
     steps, samples: skipped so far. where: the row of a sample, as file:line.
     """
@@ -77,11 +77,11 @@ class NonFiniteGuard:
         self.samples = 0
         self._seen: list[_Seen] = []
 
-    def see(self, iteration: int, batch: PackedBatch, losses: Tensor) -> None:
+    def observe(self, iteration: int, batch: PackedBatch, losses: Tensor) -> None:
         """Keep what would have to be told; waits for nothing."""
         self._seen.append(_Seen(iteration, batch.level, batch.sample_ids, losses))
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget the iterations of the step."""
         self._seen = []
 
@@ -93,7 +93,7 @@ class NonFiniteGuard:
         """Go on counting from `state`."""
         self.steps, self.samples = state["steps"], state["samples"]
 
-    def meet(self, plan: Plan, step: int, step_in_plan: int, losses: Sequence[float], grad_norm: float) -> str:
+    def handle(self, plan: Plan, step: int, step_in_plan: int, losses: Sequence[float], grad_norm: float) -> str:
         """Tell of optimizer step `step`, which must not be applied. A collective: every rank calls it.
 
         losses: sums of token losses by level over all ranks. Returns the message where the step is to be skipped;
@@ -115,7 +115,7 @@ class NonFiniteGuard:
             raise RuntimeError(f"{told}updated{self._limit()} ({self.path} has every sample id)")
         self.steps += 1
         self.samples += len(samples)
-        self.clear()
+        self.reset()
         return (
             f"{told}updated: the step is skipped, its {len(samples):,} samples are not trained; skipped step "
             f"{self.steps} of at most {self.config.max_nonfinite_steps}"
@@ -218,7 +218,7 @@ class Preemption:
                 for end in pipe:
                     os.close(end)
 
-    def seen(self) -> int:
+    def poll_signal(self) -> int:
         """The signal that this process got, 0 before; for another thread than the main one.
 
         `received` is set by a handler in Python, which does not run while the main thread waits in a collective. The
@@ -240,13 +240,13 @@ class Preemption:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def leave(self, number: int, step: int) -> str:
+    def write_marker(self, number: int, step: int) -> str:
         """Write `preempted`; returns the line that says what happened. number: the signal that any rank got."""
         name = signal.Signals(number).name
         self.file.write_text(f"{name} step {step}\n", encoding="utf-8")
         return f"{name}: saved step {step}; the same command goes on from there (exit code {EXIT_PREEMPTED})"
 
-    def clear(self) -> None:
+    def remove_marker(self) -> None:
         """Forget how an earlier start ended."""
         self.file.unlink(missing_ok=True)
 
@@ -267,7 +267,7 @@ class _Place(NamedTuple):
 
 
 class Watchdog:
-    """A context manager around the run, which calls `at` whenever something new begins.
+    """A context manager around the run, which calls `heartbeat` whenever something new begins.
 
     store: where the ranks tell each other; made once a job.
     signal_received: set while signals ask the run to leave: the number of one that came, or 0.
@@ -292,7 +292,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, where: str, timeout_seconds: float = math.inf, kind: str = "") -> None:
+    def heartbeat(self, where: str, timeout_seconds: float = math.inf, kind: str = "") -> None:
         """Something new begins, which may take `timeout_seconds`.
 
         kind: of work that takes about as long each time, so that a stuck rank differs from a busy one.

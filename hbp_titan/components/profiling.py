@@ -26,7 +26,7 @@ MAX_ENTRIES = 100_000
 
 
 class StepTrace:
-    """`before` and `after` every optimizer step; closed by the context, also where the run ends within the range.
+    """`before_step` and `after_step` around every optimizer step; the context closes the trace.
 
     folder: the run's. The trace is profile/steps-FIRST-LAST/rankR.json.
     """
@@ -46,7 +46,7 @@ class StepTrace:
     ) -> None:
         self._write()
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Step `step` (1-based) begins. A run that goes on inside of the range traces what is left of it."""
         config = self.config
         if not config.enable_profiling or not config.first_step <= step <= config.last_step:
@@ -58,7 +58,7 @@ class StepTrace:
             self._first = step
         self._last = step
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Step `step` has ended."""
         if step == self.config.last_step:
             self._write()
@@ -104,7 +104,7 @@ def _ran_out(error: BaseException | None) -> bool:
 
 
 class GarbageCollection:
-    """A context manager: inside it Python collects nothing by itself, but `after` every `interval` optimizer steps.
+    """Context manager: Python collects nothing by itself, but `after_step` every `interval` optimizer steps.
 
     What was there before (modules, model, plans) is set aside, so that a collection looks at what training made alone.
     interval: 0 leaves everything as it is.
@@ -130,7 +130,7 @@ class GarbageCollection:
             if self._was_enabled:
                 gc.enable()
 
-    def after(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Collect where it is time."""
         if self.interval and step % self.interval == 0:
             gc.collect()

@@ -103,26 +103,30 @@ class TrainState:
         self.config = config
         self.position = EpochState(plans, config.dump_folder, data)
         total_steps = self.position.total_steps()
-        self.course = LRScheduler(total_steps, total_steps)
-        self.lasting = resume_invariants(config, args, data)
+        self.lr_scheduler = LRScheduler(total_steps, total_steps)
+        self.resume_invariants = resume_invariants(config, args, data)
         self.resumed = ""
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.course.total
+        return self.lr_scheduler.total
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        return self.config.optimizer.lr * self.course.factor(self.config.lr_scheduler, self.position.step)
+        return self.config.optimizer.lr * self.lr_scheduler.factor(self.config.lr_scheduler, self.position.step)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as plain JSON values."""
-        return {**self.position.state(), "lr_scheduler": dataclasses.asdict(self.course), "lasting": self.lasting}
+        return {
+            **self.position.state(),
+            "lr_scheduler": dataclasses.asdict(self.lr_scheduler),
+            "resume_invariants": self.resume_invariants,
+        }
 
     def check(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ValueError where the checkpoint at `path` is of a run with other settings."""
-        check_resume_compatible(state.get("lasting", {}), self.lasting, path)
+        check_resume_compatible(state.get("resume_invariants", {}), self.resume_invariants, path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to where `state` said; ValueError where the run folder does not hold what was trained up to there."""
@@ -134,7 +138,7 @@ class TrainState:
         step, consumed = self.position.step, self.config.dump_folder / FOLDER
         if not attempt_folders(consumed):
             raise ValueError(f"cannot resume: {consumed} does not say what steps 1 to {step} trained; {mend}")
-        self.course = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
+        self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
 
 

@@ -124,7 +124,7 @@ class MemoryUse:
         self._levels[level] = max(self._levels[level], held)
         self.peak = max(self.peak, held)
 
-    def take(self) -> list[float]:
+    def pop(self) -> list[float]:
         """GiB by level since the last call, 0 for those that did not run."""
         self.peak = max(self.peak, self._read() if self.device.type == "cuda" else _peak_resident())
         levels, self._levels = self._levels, [0.0] * len(self._levels)
@@ -207,7 +207,7 @@ class LossCollector:
         index = torch.from_numpy(places).to(losses_S.device, non_blocking=True)
         self._sums_G.index_add_(0, index, losses_S.double().repeat(len(groups)))
 
-    def take(self) -> Tensor:
+    def pop(self) -> Tensor:
         """Sums since the last call by level, then by band, then by source: float64 on the device."""
         sums_G, self._sums_G = self._sums_G, None
         assert sums_G is not None, "add comes first"
@@ -424,7 +424,7 @@ class StepMeter:
         square: this rank's part of the squared norm, float64 scalar. counts: integers to be summed, of any shape.
         A collective; the host does not wait for it.
         """
-        losses_G = self.losses.take()
+        losses_G = self.losses.pop()
         parts = [square.view(1), losses_G, *([] if counts is None else [counts.flatten().double()])]
         self._num_sums, self._summed = len(losses_G), torch.cat(parts)
         dist.all_reduce(self._summed)
@@ -437,7 +437,7 @@ class StepMeter:
 
         seconds: (wall, work) of each iteration, or none of any.
         """
-        memory = self.memory.take()
+        memory = self.memory.pop()
         wall, work = [wall for wall, _ in seconds], [work for _, work in seconds]
         mine = [*flags, self.data_wait, self.memory.peak, *memory, *work, *wall]
         row = torch.tensor(mine, dtype=torch.float64, device=self.world.device)
@@ -490,7 +490,7 @@ class ExpertLoad:
         counts_LE = torch.stack(list(counts.values())).long()
         self.counts_LE = counts_LE if self.counts_LE is None else self.counts_LE + counts_LE
 
-    def take(self) -> Tensor | None:
+    def pop(self) -> Tensor | None:
         """What this rank added up since the last call, int64 [layers, experts] on its device; None without experts."""
         counts_LE, self.counts_LE = self.counts_LE, None
         return counts_LE

@@ -250,7 +250,7 @@ class TimingMonitor:
             yield
         self._indices.append(index)
 
-    def take(self) -> list[tuple[float, float]]:
+    def pop(self) -> list[tuple[float, float]]:
         """(wall, work) in seconds of this rank's iterations since the last call; none where interval is 0.
 
         On a GPU it waits for the last of them to end.

@@ -47,7 +47,7 @@ class Validator:
             at(f"micro-batch {iteration} of {plan.num_iterations}, level {level}", level)
             self.collector.add(batch, losses_of(batch))
         at("the sum of losses", "sum")
-        sums_G = self.collector.take()
+        sums_G = self.collector.pop()
         dist.all_reduce(sums_G)
         means = self.collector.means(sums_G.tolist(), plan, 0, plan.num_iterations)
         self.latest = {

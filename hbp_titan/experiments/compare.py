@@ -123,7 +123,7 @@ class _IterationLog:
         with self.clock.iteration():
             yield
 
-    def take(self) -> list[tuple[float, float]]:
+    def pop(self) -> list[tuple[float, float]]:
         """As TimingMonitor's; keeps them."""
         seconds = self.clock.read()
         self.seconds += seconds

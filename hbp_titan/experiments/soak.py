@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.dcp_storage import MANIFEST, PARTIAL
 from hbp_titan.config import load_config
 from hbp_titan.data.sample_log import FOLDER, attempt_folders, audit_run, read_attempts
@@ -177,7 +177,7 @@ class Sampler:
             launcher = self.launcher()
             if launcher is None:
                 continue
-            saved = completed(self.folder / "checkpoint")[-1:]
+            saved = completed_checkpoints(self.folder / "checkpoint")[-1:]
             for name, pid in {"torchrun": launcher, **{f"rank {r}": p for r, p in ranks_of(launcher).items()}}.items():
                 life = self.lifetimes.setdefault(pid, Lifetime(name, pid))
                 if saved != self._saved_at_birth.setdefault(pid, saved):
@@ -398,7 +398,7 @@ def _watched(
 
 def _last_regular(folder: Path, interval: int, complete: bool) -> int:
     """The newest checkpoint's step that an undisturbed run saves as well."""
-    steps = [int(path.name.removeprefix("step-")) for path in completed(folder / "checkpoint")]
+    steps = [int(path.name.removeprefix("step-")) for path in completed_checkpoints(folder / "checkpoint")]
     regular = [step for step in steps if step % interval == 0 or (complete and step == steps[-1])]
     if not regular:
         raise ValueError(f"{folder} has no checkpoint: more --minutes, or a smaller checkpoint.interval")

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
@@ -141,7 +141,7 @@ def from_rank_0(world: World, function: Callable[[], Result]) -> Result:
 def _levels_of_checkpoint(config: JobConfig) -> list[Level] | None:
     """The levels that the run folder's checkpoints were trained with; None where there is nothing to go on from."""
     folder = config.dump_folder
-    if not config.checkpoint.enable or not completed(folder / "checkpoint"):
+    if not config.checkpoint.enable or not completed_checkpoints(folder / "checkpoint"):
         return None
     return load_config(["--job.config_file", str(folder / "config.toml")]).levels
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from hbp_titan.components import dcp_storage
-from hbp_titan.components.checkpoint import Checkpointer, CheckpointError, completed
+from hbp_titan.components.checkpoint import Checkpointer, CheckpointError, completed_checkpoints
 from hbp_titan.components.dcp_storage import CorruptCheckpoint, FolderWriter
 from hbp_titan.components.faults import Watchdog
 from hbp_titan.distributed.mesh import LevelMeshes
@@ -31,8 +31,8 @@ from hbp_titan.testing.local_ranks import run_distributed
 def test_newest_complete_folder_is_by_number_and_partial_ones_are_ignored(tmp_path: Path) -> None:
     for name in ("step-9", "step-10", "step-100.partial", "step-11.damaged", "step-x", "other"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in completed(tmp_path)] == ["step-9", "step-10"]
-    assert completed(tmp_path / "missing") == []
+    assert [path.name for path in completed_checkpoints(tmp_path)] == ["step-9", "step-10"]
+    assert completed_checkpoints(tmp_path / "missing") == []
 
 
 def _model(world: World, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -149,13 +149,13 @@ def test_a_slow_disk_has_more_time_than_a_collective(
     model, optimizer = _model(alone, seed=0)
     codes: list[int] = []
     with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
-        at = (lambda where: watchdog.at(where, 60.0)) if limited else (lambda where: None)
+        at = (lambda where: watchdog.heartbeat(where, 60.0)) if limited else (lambda where: None)
         with Checkpointer(tmp_path, model, optimizer, Checkpoint(), at=at) as checkpointer:
             _train(model, optimizer, 1)
-            watchdog.at("checkpoint of step 1", 0.5)
+            watchdog.heartbeat("checkpoint of step 1", 0.5)
             _save(checkpointer, 1)
     assert codes == ([] if limited else [1])
-    assert [path.name for path in completed(tmp_path)] == ["step-1"]
+    assert [path.name for path in completed_checkpoints(tmp_path)] == ["step-1"]
 
 
 def _cut(path: Path) -> None:
@@ -342,7 +342,7 @@ def test_save_that_ends_before_its_last_file_is_never_visible(
     write, seen = dcp_storage.write_json, []
 
     def stop_at(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        seen.append([folder.name for folder in completed(tmp_path)])
+        seen.append([folder.name for folder in completed_checkpoints(tmp_path)])
         if path.name == name:
             raise OSError(errno.EIO, "Input/output error")
         return write(path, *args, **kwargs)

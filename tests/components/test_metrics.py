@@ -154,7 +154,7 @@ def test_losses_of_samples_are_grouped_by_level_band_and_source() -> None:
         collector = LossCollector(store, 1)
         # Sample i has a loss of i + 1 in all.
         collector.add(make_batch(text, ids, plan.levels[0], 0, len(ids)), torch.tensor(ids + 1.0))
-        sums += collector.take().numpy()
+        sums += collector.pop().numpy()
     means = collector.means(sums.tolist(), plan, 0, 1)
     assert means.whole == Mean(1.0, 10)
     assert means.by_level == {0: Mean(1.0, 10)}

@@ -118,8 +118,8 @@ def test_python_collects_nothing_by_itself_inside_and_as_before_outside() -> Non
         cycle: list[Any] = []
         cycle.append(cycle)
         del cycle
-        collection.after(1)
-        collection.after(2)
+        collection.after_step(1)
+        collection.after_step(2)
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
     with GarbageCollection(0) as collection:

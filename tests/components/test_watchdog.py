@@ -26,7 +26,7 @@ def _rank(
     rank: int, store: dist.Store, where: str, codes: list[int], until: Callable[[], bool], timeout: float
 ) -> None:
     with Watchdog(rank, 4, store, end=codes.append) as watchdog:
-        watchdog.at(where, timeout)
+        watchdog.heartbeat(where, timeout)
         _stand(until)
 
 
@@ -65,9 +65,9 @@ def test_progress_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
         for step in range(20):
-            watchdog.at(f"step {step}", timeout_seconds=4.0)
+            watchdog.heartbeat(f"step {step}", timeout_seconds=4.0)
             time.sleep(0.2)
-        watchdog.at("an export, which takes its time")
+        watchdog.heartbeat("an export, which takes its time")
         time.sleep(0.8)
     assert (codes, capsys.readouterr().err) == ([], "")
 
@@ -83,9 +83,9 @@ def test_a_rank_with_a_signal_ends_where_it_stands_longer_than_ever_before(
     codes: list[int] = []
     with Watchdog(0, 1, dist.HashStore(), end=codes.append) as watchdog:
         watchdog.signal_received = lambda: signal_number
-        watchdog.at("step 1", 4.0, kind="level")
+        watchdog.heartbeat("step 1", 4.0, kind="level")
         time.sleep(0.3)
-        watchdog.at("step 2", 4.0, kind=kind)
+        watchdog.heartbeat("step 2", 4.0, kind=kind)
         time.sleep(0.6)  # twice the time of before: busy, not stuck
         assert codes == []
         time.sleep(0.7)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hbp_titan.components.checkpoint import completed
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import Lifetime, Settings, differences, growth, soak, stepped_kills, table, timed_kills
 from tests.tiny_run import write_tiny_run
 
@@ -79,7 +79,7 @@ def test_killed_run_ends_like_the_undisturbed_one(tmp_path: Path) -> None:
     metrics.write_text("".join([*lines[:3], lines[3].replace('"grad_norm": ', '"grad_norm": 1'), *lines[4:]]))
     assert [line.split(" is ")[0] for line in differences(whole, disturbed, 32)] == ["step 4: grad_norm"]
     metrics.write_text("".join(lines))
-    manifest = completed(disturbed / "checkpoint")[-1] / "manifest.json"
+    manifest = completed_checkpoints(disturbed / "checkpoint")[-1] / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0'))
     assert [line.split(" differ ")[0] for line in differences(whole, disturbed, 32)] == [
         "step-32: model, optimizer or random state"
