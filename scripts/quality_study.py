@@ -12,7 +12,7 @@ file a small model is trained on the debug data: on short samples first (FOLDER/
 
 A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
 Prints Markdown tables; writes study.json, tables.md and quality.svg in FOLDER. Every key of the configuration can be
-given too. docs/quality.md says how to read it.
+given too. hbp_titan/experiments/quality.md says how to read it.
 """
 
 from __future__ import annotations
