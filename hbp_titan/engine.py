@@ -66,7 +66,7 @@ class LevelRuntime:
         reshard_after_forward: bool | int = True,
     ) -> None:
         self.levels = tuple(levels)
-        self.meshes = [meshes.of(level.cp_shape(num_kv_heads)) for level in levels]
+        self.meshes = [meshes.mesh_for(level.cp_shape(num_kv_heads)) for level in levels]
         self.num_layers = num_layers
         self.cp_state = ContextParallelState()
         self.ac_state = ActivationCheckpointState()
@@ -77,11 +77,11 @@ class LevelRuntime:
     def activate(self, index: int) -> None:
         """Make level `index` the one that the next forward and backward run."""
         level = self.levels[index]
-        self.cp_state.use(self.meshes[index])
+        self.cp_state.set_mesh(self.meshes[index])
         self.ac_state.policy = level.ac_policy
         self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
         # Without a backward nothing would free what a forward keeps, and the next level might need the memory.
-        self.reshard_state.use(level.resharded(self.reshard_default) if torch.is_grad_enabled() else True)
+        self.reshard_state.set_value(level.resharded(self.reshard_default) if torch.is_grad_enabled() else True)
         self.active = index
 
 

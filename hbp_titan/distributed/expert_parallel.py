@@ -1,12 +1,12 @@
-"""Expert parallelism: the experts of a layer are dealt out to adjacent ranks, and tokens travel to them and back.
+"""Expert parallelism: the experts of a layer are sharded over adjacent ranks, and tokens travel to them and back.
 
-Owns the sharding of stacked experts over the axis "ep" and the exchange of rows (GShard, arXiv 2006.16668). Each rank
-of the axis runs its own tokens, of whatever level: a row knows neither documents nor context parallelism, so nothing
-here depends on the level, and a swap changes nothing. No token is dropped, whatever the load. How many rows each rank
-gets is in the data: each forward reads these numbers from the device once, its recomputation does not.
+Owns the sharding of stacked experts over the axis "ep" and the exchange of rows (GShard, arXiv 2006.16668). A row has
+neither document nor context parallelism, so nothing here depends on the level. No token is dropped at any load. How
+many rows each rank gets depends on the data: each forward reads these counts from the device once, its recomputation
+does not.
 
-Shape suffixes: T tokens, K experts of a token, S = T * K copies of a rank's tokens, H hidden width, E experts of a
-layer, P ranks of the axis, L = E / P experts of a rank, R rows that a rank receives, W a row with its weight.
+Shape suffixes: T tokens, K experts per token, S = T * K copies of a rank's tokens, H hidden width, E experts of a
+layer, P ranks of the axis, L = E / P experts per rank, R rows that a rank receives, W a row with its weight.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
 
+# A float32 weight follows each row, padded so that rows stay aligned for wide loads.
+_TAIL_BYTES = 16
+
 
 class Splits(NamedTuple):
-    """Rows of one exchange. arriving_PL: from each rank for each of this rank's experts, int32 on the device.
-    received_P, sent_P: from and to each rank."""
+    """Row counts of one exchange.
+
+    arriving_PL: from each rank for each of this rank's experts, int32 on the device.
+    received_P, sent_P: from and to each rank.
+    """
 
     arriving_PL: Tensor
     received_P: list[int]
@@ -36,21 +42,21 @@ class Splits(NamedTuple):
 
 
 class ExpertExchange:
-    """Stands in for `MixtureOfExperts.run_experts`: rows to the ranks of their experts, their outputs back.
+    """Replacement of `MixtureOfExperts.run_experts`: sends rows to the ranks of their experts and the outputs back.
 
-    experts: whose parameters are DTensors of which this rank has L experts. group: the ranks of the axis.
-    A forward has three all-to-alls (numbers of rows; rows with their weights; outputs), a backward two. Its
-    recomputation repeats that of the rows alone: the numbers are kept, and it stops before the outputs.
+    experts: their parameters are DTensors of which this rank has L experts. group: the ranks of the axis.
+    A forward has three all-to-alls (row counts; rows with their weights; outputs), a backward two. The recomputation of
+    a checkpointed forward repeats only that of the rows: the counts are kept, and it stops before the outputs.
     """
 
     def __init__(self, experts: Experts, group: ProcessGroup) -> None:
         self.experts = experts
         self.group = group
         self.splits: Splits | None = None
-        self.waiting = 0  # forwards whose backward is still to come
+        self.pending_backwards = 0
 
     def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
-        """y_TH, as from run_experts."""
+        """Return y_TH, as `run_experts` does."""
         splits = self._splits(counts_E)
         order_R = order_by_expert(splits.arriving_PL, sum(splits.received_P))
         x_RH, weights_R = _ToExperts.apply(x_TH, weights_TK, order_S, order_R, splits, self)
@@ -58,34 +64,36 @@ class ExpertExchange:
         return _FromExperts.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
 
     def _splits(self, counts_E: Tensor) -> Splits:
-        """Of this forward; those of the one that is recomputed, where that is the only one that it can be."""
-        # As FSDP2 tells a recomputation from a forward.
+        """Return the splits of this forward; of a recomputation those of its forward, without waiting for the device.
+
+        Only with one pending forward is it known which one is recomputed.
+        """
+        # FSDP2 detects a recomputation the same way.
         recomputes = torch._C._current_graph_task_id() != -1
-        if recomputes and self.waiting == 1 and self.splits is not None:
+        if recomputes and self.pending_backwards == 1 and self.splits is not None:
             return self.splits
         if not recomputes:
-            self.waiting += torch.is_grad_enabled()
+            self.pending_backwards += torch.is_grad_enabled()
         self.splits = self.count(counts_E)
         return self.splits
 
     def count(self, counts_E: Tensor) -> Splits:
-        """What the ranks send each other; waits for the device."""
+        """Exchange the row counts; waits for the device."""
         # [E] -> [P, L] -> all-to-all over dim 0 -> [P, L]
         counts_PL = counts_E.view(self.group.size(), -1)
         arriving_PL = wait_tensor(collectives.all_to_all_single(counts_PL, None, None, self.group))
+        # One copy to the host for both lists.
         received_P, sent_P = torch.stack([arriving_PL.sum(1), counts_PL.sum(1)]).tolist()
         return Splits(arriving_PL, received_P, sent_P)
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
-        """sent_P rows to each rank for received_P rows from each, in the order of ranks. Not differentiable."""
+        """Send sent_P rows to each rank and return the received_P rows from each, by rank; not differentiable."""
+        # [sum(sent_P), ...] -> [sum(received_P), ...]
         return wait_tensor(collectives.all_to_all_single(x, received_P, sent_P, self.group))
 
 
 class _ToExperts(torch.autograd.Function):
-    """Copies of tokens, each with its weight behind it, to the ranks of their experts, there sorted by expert.
-
-    Integers are kept as attributes: a saved tensor would have to be made again in recomputation.
-    """
+    """Sends copies of tokens, each followed by its weight, to the ranks of their experts and sorts them by expert."""
 
     @staticmethod
     def forward(
@@ -97,28 +105,30 @@ class _ToExperts(torch.autograd.Function):
         splits: Splits,
         exchange: ExpertExchange,
     ) -> tuple[Tensor, Tensor]:
+        # Attributes instead of save_for_backward: under checkpointing a saved tensor would be computed again.
         ctx.orders, ctx.splits, ctx.exchange, ctx.chosen = (order_S, order_R), splits, exchange, weights_TK.shape[1]
         tokens_S = order_S // ctx.chosen
         joined_SW = _join(x_TH, tokens_S, weights_TK.flatten().index_select(0, order_S))
-        # [S, W] -> rows to the rank of their expert -> [R, W], by sender and of each sender by expert
+        # [S, W] -> all-to-all over dim 0 -> [R, W], sorted by sender, then by expert
         joined_RW = exchange.exchange(joined_SW, splits.received_P, splits.sent_P)
-        x_RH, weights_R = _parted(joined_RW, x_TH.shape[1])
+        x_RH, weights_R = _split_tail(joined_RW, x_TH.shape[1])
         return x_RH.index_select(0, order_R), weights_R.index_select(0, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         (order_S, order_R), splits = ctx.orders, ctx.splits
-        ctx.exchange.waiting -= 1
+        ctx.exchange.pending_backwards -= 1
         place_R = inverse_order(order_R)
         joined_RW = _join(grad_RH, place_R, grad_R.index_select(0, place_R))
+        # [R, W] -> all-to-all over dim 0 -> [S, W]
         joined_SW = ctx.exchange.exchange(joined_RW, splits.sent_P, splits.received_P)
-        grad_SH, grad_S = _parted(joined_SW, grad_RH.shape[1])
+        grad_SH, grad_S = _split_tail(joined_SW, grad_RH.shape[1])
         grad_TK = sum_copies(grad_S[:, None], order_S, 1).view(-1, ctx.chosen)
         return sum_copies(grad_SH, order_S, ctx.chosen), grad_TK, None, None, None, None
 
 
 class _FromExperts(torch.autograd.Function):
-    """Outputs back to the ranks of their tokens, where the copies of a token are added up."""
+    """Sends outputs back to the ranks of their tokens and sums the copies of each token."""
 
     @staticmethod
     def forward(
@@ -131,27 +141,22 @@ class _FromExperts(torch.autograd.Function):
         chosen: int,
     ) -> Tensor:
         ctx.orders, ctx.splits, ctx.exchange, ctx.chosen = (order_S, order_R), splits, exchange, chosen
-        # [R, H] -> back to their senders -> [S, H]
+        # [R, H] by expert -> [R, H] by sender -> all-to-all over dim 0 -> [S, H] -> [T, H]
         y_RH = y_RH.index_select(0, inverse_order(order_R))
         return sum_copies(exchange.exchange(y_RH, splits.sent_P, splits.received_P), order_S, chosen)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         (order_S, order_R), splits = ctx.orders, ctx.splits
+        # [T, H] -> [S, H] -> all-to-all over dim 0 -> [R, H] by sender -> [R, H] by expert
         grad_SH = gather_copies(grad_TH, order_S, ctx.chosen)
         grad_RH = ctx.exchange.exchange(grad_SH, splits.received_P, splits.sent_P)
         return grad_RH.index_select(0, order_R), None, None, None, None, None
 
 
-# Bytes behind each row: a float32 weight, filled up so that rows stay aligned for wide loads.
-_TAIL_BYTES = 16
-
-
 def _join(x_NH: Tensor, rows_M: Tensor, weights_M: Tensor) -> Tensor:
-    """x[rows] with the bits of a float32 behind each row, [M, W], in the dtype of x: one exchange for both.
-
-    Eager only: a compiler that computes bfloat16 in float32 would change bits that are no bfloat16 number.
-    """
+    """Return x[rows] with the bits of a float32 weight after each row, [M, W] in the dtype of x, for one exchange."""
+    # Eager only: a compiler that computes bfloat16 in float32 would change bits that are not a bfloat16 number.
     width, tail = x_NH.shape[1], _TAIL_BYTES // x_NH.element_size()
     joined_MW = x_NH.new_empty(len(rows_M), width + tail)
     torch.index_select(x_NH, 0, rows_M, out=joined_MW[:, :width])
@@ -160,16 +165,16 @@ def _join(x_NH: Tensor, rows_M: Tensor, weights_M: Tensor) -> Tensor:
     return joined_MW
 
 
-def _parted(joined_MW: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Rows [M, width], a view, and float32 weights [M] of what _join made."""
+def _split_tail(joined_MW: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the rows [M, width], a view, and the float32 weights [M] from a result of `_join`."""
     weights_M = joined_MW[:, width:].contiguous().view(torch.float32)[:, 0]
     return joined_MW[:, :width], weights_M
 
 
 def order_by_expert(counts_PL: Tensor, num_rows: int) -> Tensor:
-    """order_R, int64: rows that lie by sender, and of each sender by expert, in the order of their experts alone.
+    """Return order_R, int64, which sorts rows that lie by sender, then expert, by expert alone.
 
-    counts_PL: rows of each sender for each expert; num_rows: their sum, known without asking the device.
+    counts_PL: rows of each sender for each expert. num_rows: their sum, known on the host.
     """
     senders, num_experts = counts_PL.shape
     experts_PL = torch.arange(num_experts, device=counts_PL.device).repeat(senders)
@@ -178,31 +183,31 @@ def order_by_expert(counts_PL: Tensor, num_rows: int) -> Tensor:
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Deal out the experts of every layer of `model` (best on the meta device) over the one axis of `mesh` in place."""
+    """Shard the experts of every layer of `model` (preferably on the meta device) over the 1-D `mesh` in place."""
     for block in model.blocks():
         if not isinstance(block.mlp, MixtureOfExperts):
             continue
         experts = block.mlp.experts
         for name, parameter in list(experts.named_parameters()):
-            dealt = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            setattr(experts, name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
+            sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+            setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
         block.mlp.run_experts = ExpertExchange(experts, mesh.get_group())  # type: ignore[method-assign]
 
 
 def check_experts(args: ModelArgs, degree: int, shards: int) -> None:
-    """Raise ValueError where the experts of `args` cannot be dealt out to `degree` ranks of `shards`."""
+    """Raise ValueError if the experts of `args` cannot be sharded over `degree` of the `shards` ranks of a copy."""
     if degree == 1:
         return
-    key = f"parallelism.expert_parallel_degree = {degree}"
+    key = f"parallelism.expert_parallel_degree={degree}"
     if args.moe is None:
         raise ValueError(f"{key}: the model {args.name} has no experts; leave it at 1")
     if shards % degree:
-        raise ValueError(f"{key} does not divide the {shards} ranks of one copy of the parameters: change one of them")
+        raise ValueError(f"{key} does not divide the {shards} ranks of one copy of the parameters; change one of them")
     if args.moe.n_routed_experts % degree:
-        raise ValueError(f"{key} does not divide the model's {args.moe.n_routed_experts} experts: change it")
+        raise ValueError(f"{key} does not divide the model's {args.moe.n_routed_experts} experts; use a divisor")
     rest, widths = shards // degree, (args.moe.moe_intermediate_size, args.hidden_size)
     if all(width % rest for width in widths):
         raise ValueError(
-            f"{key} leaves each expert to {rest} ranks, which divide neither moe_intermediate_size={widths[0]} nor "
-            f"hidden_size={widths[1]}: change it so that one is divided"
+            f"{key} shards each expert over {rest} ranks, which divides neither moe_intermediate_size={widths[0]} nor "
+            f"hidden_size={widths[1]}; use a degree that leaves a divisor of one of them"
         )

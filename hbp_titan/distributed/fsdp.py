@@ -1,8 +1,8 @@
-"""FSDP2 over the whole world, or over each group of it (HSDP): parameters are sharded once, whatever the level.
+"""FSDP2 over the whole world, or over each part of it (HSDP): parameters are sharded once for all levels.
 
-Owns the grouping of parameters, the reduction's arithmetic and what is kept of gathered parameters. Gradients are
-summed in `reduce_dtype`, never averaged, because the loss is already divided by the tokens of the whole optimizer step
-(paper section 3.3).
+Owns the grouping of parameters, the arithmetic of the reduction, and how long gathered parameters are kept. Gradients
+are summed in `reduce_dtype`, never averaged, because the loss is already divided by the tokens of the whole optimizer
+step (paper section 3.3).
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import Shard
 
-from hbp_titan.distributed.mesh import near_mesh, reduce_group
+from hbp_titan.distributed.mesh import partial_shard_mesh, reduce_group
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts
 
 
 class ReshardState:
-    """What blocks keep of their gathered parameters between forward and backward; a level switch changes it.
+    """Whether blocks keep their gathered parameters between forward and backward; a level switch sets it.
 
-    values: all that `use` will be called with, beside True: bools, or numbers of adjacent ranks over which parameters
-        stay sharded. Such a number gets its process group at the start, one for all blocks.
+    values: all arguments of future `set_value` calls in addition to True: bools, or numbers of adjacent ranks over which
+        parameters stay sharded. Each number gets one process group at the start, shared by all blocks.
     """
 
     def __init__(self, values: set[bool | int]) -> None:
         self.values = {True, *values}
         self.value: bool | int = True
         self._modules: list[FSDPModule] = []
-        # None: all shards, which is what True is.
+        # None: over all shards, which is the same as True.
         self._meshes: dict[int, HSDPMeshInfo | None] = {}
 
     def attach(self, modules: list[FSDPModule], mesh: DeviceMesh) -> None:
-        """Control `modules`, made with reshard_after_forward = True; mesh: that of the parameters."""
+        """Control `modules`, made with reshard_after_forward=True. mesh: of the parameters."""
         self._modules = modules
         shards = mesh.shape[-1]
         for ranks in sorted(value for value in self.values if not isinstance(value, bool)):
             self._meshes[ranks] = None
             if ranks < shards:
-                # Given the number, torch would make a mesh, hence communicators, for each block.
-                smaller = near_mesh(ranks, mesh.device_type)
+                # fully_shard(reshard_after_forward=<int>) would make a mesh, and thus communicators, per block.
+                smaller = partial_shard_mesh(ranks, mesh.device_type)
                 self._meshes[ranks] = HSDPMeshInfo(smaller, shard_mesh_dim=1, replicate_mesh_dim=0)
 
-    def use(self, value: bool | int) -> None:
-        """Make `value` hold from the next forward on. Between a forward and its backward it must not change."""
+    def set_value(self, value: bool | int) -> None:
+        """Apply `value` from the next forward on; do not call it between a forward and its backward."""
+        # Compare types as well: 1 == True.
         if value == self.value and isinstance(value, bool) == isinstance(self.value, bool):
             return
         self.value = value
@@ -62,10 +63,10 @@ class ReshardState:
 
 
 def _reshard_to(module: FSDPModule, mesh_info: HSDPMeshInfo) -> None:
-    """What fully_shard(reshard_after_forward=<int>) sets up, which set_reshard_after_forward does not take.
+    """Set up what fully_shard(reshard_after_forward=<int>) does; set_reshard_after_forward takes no number.
 
-    Groups that torch cannot keep on a smaller mesh stay as they are: parameters sharded along another dim than the
-    first, and those that expert parallelism has spread.
+    Groups that torch cannot keep on a smaller mesh are unchanged: parameters sharded along another dim than the first,
+    and experts.
     """
     for group in module._get_fsdp_state()._fsdp_param_groups:
         parameters: list[Any] = group.fsdp_params
@@ -88,20 +89,20 @@ def apply_fsdp(
     reshard: ReshardState,
     separate_reduce_scatter: bool = False,
 ) -> None:
-    """Shard `model` (tok_embeddings, layers, head) over the last axis of `mesh` in place, copied over a first one.
+    """Shard `model` (tok_embeddings, layers, head) in place over the last axis of `mesh`, replicated over a first one.
 
-    expert_mesh: where expert parallelism has spread the experts, the mesh with its axis "ep" at the end; their shards
-        lie along the axes before.
-    reshard: is given control over the blocks. separate_reduce_scatter: reduce gradients on a process group of their
-        own where torch has it (2.13): on one NCCL communicator they take turns with the all-gathers.
-    Tied embeddings stay in the root's group: the same parameter is used first and last.
+    expert_mesh: with expert parallelism `LevelMeshes.experts`; experts are sharded further over its axes before "ep".
+    reshard: gets control of the blocks.
+    separate_reduce_scatter: reduce gradients on a separate process group where torch can (2.13); on one NCCL
+        communicator reductions and all-gathers run one after another.
     """
-    # Inputs are left as they are: a block's cos and sin stay in fp32.
+    # cast_forward_inputs=False keeps a block's cos and sin in fp32.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    # Tied embeddings stay in the root's group: the same parameter is used first and last.
     if model.tok_embeddings.weight is not model.head.output.weight:
-        # An embedding's backward needs no weights: they are gathered once, whatever the level keeps.
+        # An embedding's backward needs no weights, so they are gathered only once at every level.
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy).set_unshard_in_backward(False)
-        # The head's backward follows its forward at once: freeing it in between would only gather it twice.
+        # The head's backward directly follows its forward: freeing it in between would only gather it twice.
         fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     blocks: list[FSDPModule] = []
     shard_block = partial(fully_shard, mp_policy=policy, reshard_after_forward=True)
@@ -111,8 +112,9 @@ def apply_fsdp(
             blocks.append(shard_block(block, mesh=mesh, shard_placement_fn=placement))
             continue
         data_mesh = expert_mesh[("dp_replicate", "fsdp") if expert_mesh.ndim == 3 else ("fsdp",)]
-        of_stack = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
-        experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=of_stack)
+        # Dim 0 is expert parallelism's.
+        expert_placement = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
+        experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=expert_placement)
         blocks += [shard_block(block, mesh=mesh, shard_placement_fn=placement), experts]
     root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if expert_mesh is not None:
@@ -125,7 +127,7 @@ def apply_fsdp(
     if separate_reduce_scatter and hasattr(root, "set_separate_reduce_scatter_group"):
         for module in model.modules():
             for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
-                # torch takes a group that is there; its own would be a new one for each engine, with torch's timeout.
+                # torch uses a group that is already set; its own would be a new one per engine, with torch's timeout.
                 info: Any = group.mesh_info
                 info.reduce_scatter_process_group = reduce_group(info.shard_process_group, mesh.device_type)
         root.set_separate_reduce_scatter_group()
@@ -133,25 +135,24 @@ def apply_fsdp(
 
 
 def _prefetch(blocks: list[FSDPModule]) -> None:
-    """Ask for a block's parameters, those of its experts among them, when the block before it starts.
+    """Gather a block's parameters, including its experts', when the block before it starts.
 
-    blocks: in the order of their forward, experts after their block. Expert parallelism's exchange makes the host wait
-    for the device: what is asked for only after it would come when the device has nothing left to do. In backward
-    nothing waits, and FSDP2's own prefetch does (after torchtitan's models/llama4/infra/parallelize.py).
+    Expert parallelism's exchange makes the host wait for the device, so a gather issued after it would start only when
+    the device has run out of work. Backward has no such wait, and FSDP2's own prefetch is enough there (after
+    torchtitan's models/llama4/infra/parallelize.py).
+    blocks: in the order of their forward, experts after their block.
     """
     starts = [k for k, module in enumerate(blocks) if not isinstance(module, Experts)]
     for start, end in itertools.pairwise([*starts, len(blocks)]):
         following = next((k for k in starts if k > end), len(blocks))
-        wanted = blocks[end:following]
-        blocks[start].set_modules_to_forward_prefetch(blocks[1:end] + wanted if start == 0 else wanted)
+        prefetched = blocks[end:following]
+        blocks[start].set_modules_to_forward_prefetch(blocks[1:end] + prefetched if start == 0 else prefetched)
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The (name, parameter) pairs of `model`, sharded: the trained values in the dtype in which they are stored.
-
-    After a forward without a backward, groups with reshard_after_forward=False still hold their gathered copy, in the
-    compute dtype, and model.named_parameters() would give that.
-    """
+    """Return the (name, parameter) pairs of `model`, sharded, in the dtype in which they are stored."""
+    # After a forward without backward, groups with reshard_after_forward=False still hold their gathered copy in the
+    # compute dtype, and named_parameters() would return that.
     reshard(model)
     return model.named_parameters()
 
@@ -164,11 +165,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def even_placement(parameter: nn.Parameter, shards: int, first_dim: int = 0) -> Shard | None:
-    """Where a stack of experts is sharded: along the first dim that `shards` divides; None (the first dim) otherwise.
+    """Return the placement of stacked experts: the first dim from first_dim that `shards` divides, else None (dim 0).
 
-    FSDP2 deals out whole rows. Of 160 experts over 256 ranks 96 would hold none, and what is gathered would be padded
-    to 256 (after torchtitan's distributed/fsdp.py, which does the same for experts). first_dim: 1 where the first one
-    is expert parallelism's.
+    FSDP2 shards whole rows: with 160 experts over 256 ranks, 96 would hold none and gathered tensors would be padded to
+    256 (after torchtitan's distributed/fsdp.py, which does the same for experts).
     """
     if parameter.ndim == 3:
         for dim in range(first_dim, parameter.ndim):

@@ -27,7 +27,7 @@ from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.mesh import keep_groups
+from hbp_titan.distributed.mesh import destroy_unused_groups
 from hbp_titan.distributed.world import World, broadcast_value
 from hbp_titan.errors import format_error
 from hbp_titan.models.decoder import ModelArgs
@@ -73,7 +73,9 @@ def resolve_levels(
         log(text)
     config.levels = list(levels)
     # The candidates had groups that these do not need.
-    keep_groups([level.cp_shape(args.num_kv_heads) for level in levels], config.parallelism.expert_parallel_degree)
+    destroy_unused_groups(
+        [level.cp_shape(args.num_kv_heads) for level in levels], config.parallelism.expert_parallel_degree
+    )
     # From here on the run is one with these [[levels]] blocks; so is the config.toml that it writes.
     config.packing.levels = ""
 

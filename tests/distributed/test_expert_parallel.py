@@ -99,10 +99,10 @@ def test_rows_are_put_in_the_order_of_experts_and_of_senders_in_each() -> None:
 @pytest.mark.parametrize(
     ("args", "degree", "shards", "message"),
     [
-        (get_flavor("debug"), 2, 4, "= 2: the model debug has no experts; leave it at 1"),
-        (ARGS, 3, 4, "= 3 does not divide the 4 ranks of one copy"),
-        (ARGS, 16, 16, "= 16 does not divide the model's 8 experts"),
-        (ARGS, 2, 64, "= 2 leaves each expert to 32 ranks, which divide neither moe_intermediate_size=16 nor"),
+        (get_flavor("debug"), 2, 4, "no experts"),
+        (ARGS, 3, 4, "4 ranks of one copy"),
+        (ARGS, 16, 16, "8 experts"),
+        (ARGS, 2, 64, "moe_intermediate_size"),
     ],
 )
 def test_a_degree_that_does_not_fit_is_refused(args: ModelArgs, degree: int, shards: int, message: str) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hbp_titan.config import load_config
-from hbp_titan.distributed.mesh import LevelMeshes, keep_groups
+from hbp_titan.distributed.mesh import LevelMeshes, destroy_unused_groups
 from hbp_titan.distributed.world import (
     SLOW_WORK_SECONDS,
     World,
@@ -84,18 +84,18 @@ def _shared_and_remade(world: World) -> dict[str, Any]:
 
     meshes = LevelMeshes(world.device, 4, [(1, 1), (1, 2), (2, 2), (4, 1)], expert_parallel=2)
     first = groups()
-    hybrid = meshes.of((2, 2))
+    hybrid = meshes.mesh_for((2, 2))
     sums = _sums(hybrid, world.rank)
     experts = _sums(meshes.experts, world.rank)
     LevelMeshes(world.device, 4, [(2, 2)])
     again = groups()
-    keep_groups([(1, 2)], expert_parallel=1)
+    destroy_unused_groups([(1, 2)], expert_parallel=1)
     kept = groups()
     remade = LevelMeshes(world.device, 4, [(2, 2), (1, 2)])
     return {
         "groups": [first, again, kept, groups()],
         "sums": sums,
-        "after": _sums(remade.of((2, 2)), world.rank),
+        "after": _sums(remade.mesh_for((2, 2)), world.rank),
         "experts": experts,
     }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from hbp_titan.distributed.parallelize import BEFORE_ATTENTION, BEHIND_ATTENTION
+from hbp_titan.distributed.parallelize import AFTER_ATTENTION, BEFORE_ATTENTION
 from hbp_titan.models.decoder import DecoderBlock
 from hbp_titan.models.documents import Documents
 from hbp_titan.packing import Level
@@ -23,7 +23,7 @@ from tests.gpu_trace.harness import CAN_DIFFERENTIATE, PRESETS, Recorder, Traced
 
 BACKENDS = ("torch", "fa2", "fa3", "fa4")
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-REGIONS = BEFORE_ATTENTION + BEHIND_ATTENTION
+REGIONS = BEFORE_ATTENTION + AFTER_ATTENTION
 # Packs of every level: a long document with short ones, and one that nearly fills the lowest level.
 PACKS = ((700, 9000, 60, 3000, 1), (15000, 200, 130))
 
