@@ -27,8 +27,8 @@ from hbp_titan.models.moe import Experts, MixtureOfExperts
 class ReshardState:
     """Whether blocks keep their gathered parameters between forward and backward; a level switch sets it.
 
-    values: all arguments of future `set_value` calls in addition to True: bools, or numbers of adjacent ranks over which
-        parameters stay sharded. Each number gets one process group at the start, shared by all blocks.
+    values: all arguments of future `set_value` calls in addition to True: bools, or numbers of adjacent ranks over
+        which parameters stay sharded. Each number gets one process group at the start, shared by all blocks.
     """
 
     def __init__(self, values: set[bool | int]) -> None:

@@ -57,7 +57,7 @@ def test_a_start_after_one_that_never_met_meets() -> None:
 
 
 def test_ranks_that_do_not_come_are_told() -> None:
-    with pytest.raises(RuntimeError, match="rank 1.*timed out"):
+    with pytest.raises(RuntimeError, match=r"rank 1.*timed out"):
         agree_on_prefix(dist.HashStore(), 1, 2, timedelta(seconds=0.2))
-    with pytest.raises(RuntimeError, match="rank 0.*timed out"):
+    with pytest.raises(RuntimeError, match=r"rank 0.*timed out"):
         agree_on_prefix(dist.HashStore(), 0, 2, timedelta(seconds=0.2))
