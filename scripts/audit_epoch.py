@@ -19,7 +19,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.data.sample_log import EpochAudit, audit_run, read_attempts, shown
-from hbp_titan.data.token_store import TokenStore, check_ledger
+from hbp_titan.data.store_summary import check_totals
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import exit_on_user_error
 
 
@@ -33,16 +34,16 @@ def main(argv: list[str]) -> int:
     attempts = read_attempts(options.run_folder, done)
     store = TokenStore.open(attempts[-1].store)
     audits, faults = audit_run(options.run_folder, done, attempts, store, options.epoch)
-    ledger, ledger_faults = check_ledger(store.totals(), len(store))
+    accounting, accounting_faults = check_totals(store.totals(), len(store))
 
     resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in attempts[1:]]
     print(
         f"{options.run_folder}: {done} steps done" + (f", resumed after step {', '.join(resumed)}" if resumed else "")
     )
-    print("\n".join(ledger))
+    print("\n".join(accounting))
     print(f"{'epoch':>5}{'steps':>16}{'iterations':>12}{'samples':>12}{'tokens':>15}{'trained':>15}  verdict")
     print("\n".join(row(found, len(store)) for found in audits))
-    faults = [*faults, *(fault for found in audits for fault in found.faults), *ledger_faults]
+    faults = [*faults, *(fault for found in audits for fault in found.faults), *accounting_faults]
     for line in shown(faults):
         print(f"error: {line}", file=sys.stderr)
     return 1 if faults else 0

@@ -19,7 +19,8 @@ if not __package__:
 
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.data.token_store import TokenStore, show, summary
+from hbp_titan.data.store_summary import show_samples, summary
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
 from hbp_titan.errors import WorkerGroup, exit_on_user_error
 from hbp_titan.preflight import check, max_sample_tokens, model_args
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")
     if shown:
-        print(show(stores[0], shown, config.tokenizer_path))
+        print(show_samples(stores[0], shown, config.tokenizer_path))
 
 
 def _prepared(config: JobConfig, limit: int) -> list[TokenStore]:

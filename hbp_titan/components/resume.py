@@ -36,8 +36,8 @@ import hbp_titan
 from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
+from hbp_titan.data.files import TOKENIZER_FILES
 from hbp_titan.data.sample_log import FOLDER, attempt_folders
-from hbp_titan.data.tokenizer import TOKENIZER_FILES
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing.plan import PLANNER_VERSION
 

@@ -9,7 +9,6 @@ record batches are mapped, not read, unless they are compressed.
 from __future__ import annotations
 
 import datetime
-import importlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.data.files import require
 from hbp_titan.data.jsonl import too_large
 
 # Rows that are turned into Python objects at one time.
 _ROWS_AT_ONCE = 64
-
-
-def require(module: str, file: Path) -> Any:
-    """An optional module, which reading `file` needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"{file}: reading it needs {module}: pip install 'hbp-titan[data]'") from None
 
 
 def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -12,15 +12,19 @@ a keyword counts where a name begins or ends with it, or separates it by one of 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from hbp_titan.data.arrow import require
-from hbp_titan.data.rows import JSON_SUFFIXES, SUFFIXES
 from hbp_titan.job_config import DataSource
+
+JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
+ARROW_SUFFIXES = (".arrow", ".parquet")
+SUFFIXES = JSON_SUFFIXES + ARROW_SUFFIXES
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -300,3 +304,11 @@ def _check_file(file: Path, key: str) -> None:
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{key}: {file} is a Git LFS pointer, not the data: run `git lfs pull` in its repository")
+
+
+def require(module: str, file: Path) -> Any:
+    """An optional module, which reading `file` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{file}: reading it needs {module}: pip install 'hbp-titan[data]'") from None

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.data.arrow import first_line, index_arrow, read_arrow, require
+from hbp_titan.data.arrow import first_line, index_arrow, read_arrow
+from hbp_titan.data.files import ARROW_SUFFIXES, SUFFIXES, require
 from hbp_titan.data.jsonl import index_lines, is_array, read_lines, write_elements
 
 _BLOCK_BYTES = 1 << 20
@@ -130,11 +131,6 @@ def _write_arrow(file: Path, target: Path) -> None:
         raise ValueError(f"{file}:1: not a readable Parquet file: {first_line(error)}") from None
 
 
-JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
-ARROW_SUFFIXES = (".arrow", ".parquet")
-SUFFIXES = JSON_SUFFIXES + ARROW_SUFFIXES
-
-
 @dataclass(frozen=True)
 class RowIndex:
     """Where the rows of one file are.
@@ -150,7 +146,7 @@ class RowIndex:
     sizes: NDArray[np.int64]
     lines: NDArray[np.int64]
 
-    def take(self, rows: slice | NDArray[np.int64]) -> RowIndex:
+    def select(self, rows: slice | NDArray[np.int64]) -> RowIndex:
         """The index of some of the rows."""
         return RowIndex(self.file, self.stored, self.starts[rows], self.sizes[rows], self.lines[rows])
 

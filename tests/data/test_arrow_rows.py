@@ -65,7 +65,7 @@ def test_any_rows_in_any_order_are_those_that_datasets_reads(tmp_path: Path, nam
     assert list(read_records(index, 1 << 20)) == list(enumerate(expected, start=1))
     chosen = np.random.default_rng(0).permutation(1000)[:200]
     chosen[50:60] = np.arange(500, 510)
-    part = pickle.loads(pickle.dumps(index.take(chosen)))
+    part = pickle.loads(pickle.dumps(index.select(chosen)))
     assert list(read_records(part, 1 << 20)) == [(int(row) + 1, expected[row]) for row in chosen]
 
 

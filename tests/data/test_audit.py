@@ -13,7 +13,7 @@ import pytest
 
 from hbp_titan.data.epoch import PlanSegment, plan_path
 from hbp_titan.data.sample_log import audit_run, check_epoch, read_attempts, shown
-from hbp_titan.data.token_store import check_ledger
+from hbp_titan.data.store_summary import check_totals
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.plan import save_plan
 
@@ -287,7 +287,7 @@ def test_a_folder_without_record_or_plan_is_refused(run: Run) -> None:
         run.audit(1)
 
 
-def test_ledger_that_does_not_add_up_is_named() -> None:
+def test_totals_that_do_not_add_up_are_reported() -> None:
     totals = {"rows": 9, "whole": 5, "truncated": 1, "split": 1, "excluded: empty": 2, "not_chosen": 0}
     totals |= {
         "samples_made": 8,
@@ -299,13 +299,13 @@ def test_ledger_that_does_not_add_up_is_named() -> None:
         "copies": 7,
         "samples": 14,
     }
-    lines, faults = check_ledger(totals, 14)
-    assert lines[0] == "ledger: 9 rows = 5 whole + 1 truncated + 1 split + 2 excluded: empty"
-    assert lines[2] == "ledger: 14 samples = 7 trained + 7 copies"
+    lines, faults = check_totals(totals, 14)
+    assert lines[0] == "accounting: 9 rows = 5 whole + 1 truncated + 1 split + 2 excluded: empty"
+    assert lines[2] == "accounting: 14 samples = 7 trained + 7 copies"
     assert faults == []
-    assert check_ledger({**totals, "whole": 4}, 13)[1] == [
-        "ledger: 9 rows are not 4 whole + 1 truncated + 1 split + 2 excluded: empty",
-        "ledger: 14 samples where the store has 13",
+    assert check_totals({**totals, "whole": 4}, 13)[1] == [
+        "accounting: 9 rows != 4 whole + 1 truncated + 1 split + 2 excluded: empty",
+        "accounting: 14 samples, but the store has 13",
     ]
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from hbp_titan.config import load_config
-from hbp_titan.data.prepare import held_out, open_stores
-from hbp_titan.data.token_store import TokenStore, check_ledger
+from hbp_titan.data.build_set import held_out
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.data.store_summary import check_totals
+from hbp_titan.data.token_store import TokenStore
 from tests.tiny_run import write_tiny_run
 
 
@@ -30,7 +32,7 @@ def test_training_and_held_out_samples_are_all_and_apart(tmp_path: Path) -> None
     assert 25 <= len(held) <= 75
     for store, reason, samples in ((trained, "held out", len(held)), (held, "not held out", len(trained))):
         assert store.totals()[reason] == samples
-        assert check_ledger(store.totals(), len(store))[1] == []
+        assert check_totals(store.totals(), len(store))[1] == []
     again, fewer = _stores(tmp_path, "--validation.share=0.25", "--validation.max_samples=10")
     assert _texts(again) == _texts(trained)
     assert len(fewer) == 10
@@ -80,8 +82,8 @@ def test_the_side_of_a_row_hangs_on_nothing_but_its_content_and_the_seed() -> No
         (["--validation.share=1"], "validation.share = 1.0 must be below 1"),
         (["--validation.share=0.1", "--data.validation_files=x.jsonl"], "comes from one of the two"),
         (["--validation.enable=true"], "nothing is held out: name data.validation_files, or set validation.share"),
-        (["--validation.share=1e-9"], "leaves no sample to hold out of 200: raise it"),
-        (["--validation.share=0.999999999"], "leaves no sample to train on of 200: lower it"),
+        (["--validation.share=1e-9"], "leaves no sample to hold out of 200"),
+        (["--validation.share=0.999999999"], "leaves no sample to train on of 200"),
     ],
 )
 def test_a_share_that_cannot_be_is_refused(tmp_path: Path, words: list[str], message: str) -> None:

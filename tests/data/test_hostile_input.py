@@ -113,5 +113,5 @@ def test_of_many_broken_rows_ten_are_shown_and_the_others_counted(
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{]\n" * 60)
     lines = errors(capsys, *arguments, f"--data.train_files={tmp_path}/a.jsonl")
     assert [text.partition(": ")[0] for text in lines[:10]] == [f"{tmp_path}/a.jsonl:{n}" for n in range(2, 12)]
-    assert lines[10].startswith("50 more malformed rows are not shown; mend the rows, or set data.malformed")
+    assert lines[10].startswith("50 more malformed rows are not shown; fix the rows, or set data.malformed")
     assert len(lines) == 11

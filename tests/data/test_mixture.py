@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.data.prepare import draw, epoch_counts, first_of_each, share_out
+from hbp_titan.data.build_set import draw, epoch_counts, first_of_each, share_out
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.data import prepare as prepare_module
+from hbp_titan.data import build_set as build_set_module
 from hbp_titan.data.prepare import prepare
-from hbp_titan.data.token_store import TokenStore, show, summary
+from hbp_titan.data.store_summary import show_samples, summary
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.data.tokenizer import train_tokenizer
 from hbp_titan.experiments import corpus
 from tests.data.preparing import SCRIPT, run_script
@@ -65,7 +66,7 @@ def test_a_sample_longer_than_the_largest_level_stops_before_training(config_fil
 
 def test_samples_have_a_limit_of_their_own_where_levels_are_still_to_be_chosen(config_file: Path) -> None:
     config_file.write_text(config_file.read_text().split("[[levels]]")[0])
-    with pytest.raises(ValueError, match="no level is given: add at least one"):
+    with pytest.raises(ValueError, match="levels: none is given"):
         prepare(config(config_file))
     auto = config(config_file, "--packing.levels=auto")
     with pytest.raises(ValueError, match=r"151 tokens is longer than packing.max_sample_tokens .* = 128"):
@@ -115,7 +116,7 @@ def test_the_embedded_corpus_is_built_and_its_long_samples_are_listed(
     # Four kinds of three modules hold the whole source.
     assert store.totals()["excluded: over max_tokens"] == 12
     monkeypatch.setattr(corpus, "build_stdlib_corpus", None)
-    monkeypatch.setattr(prepare_module, "build_source_store", None)
+    monkeypatch.setattr(build_set_module, "build_source_store", None)
     assert prepare(config(config_file, *overrides))[0] == store.folder
 
 
@@ -127,9 +128,9 @@ def test_the_summary_counts_each_source(config_file: Path) -> None:
     assert lines[2].split()[:4] == ["rare", "3", "333", "243"]
     assert lines[3].split()[:4] == ["all", "12", "1,152", "792"]
     assert lines[4:] == [
-        "ledger: 12 rows = 12 whole",
-        "ledger: 12 samples_made = 12 trained",
-        "ledger: 12 samples = 12 trained",
+        "accounting: 12 rows = 12 whole",
+        "accounting: 12 samples_made = 12 trained",
+        "accounting: 12 samples = 12 trained",
     ]
 
 
@@ -147,16 +148,16 @@ repeat = 2
     whole = len(store) // 2
     left_out = 10 - whole
     assert summary(store).splitlines()[-4:] == [
-        f"ledger: 12 rows = {whole} whole + {left_out} excluded: over max_tokens + 2 not_chosen",
-        f"ledger: {whole} samples_made = {whole} trained",
-        f"ledger: {2 * whole} samples = {whole} trained + {whole} copies",
-        f"  listed in {store.stores[0].folder / 'ledger.jsonl'}",
+        f"accounting: 12 rows = {whole} whole + {left_out} excluded: over max_tokens + 2 not_chosen",
+        f"accounting: {whole} samples_made = {whole} trained",
+        f"accounting: {2 * whole} samples = {whole} trained + {whole} copies",
+        f"  listed in {store.stores[0].folder / 'incomplete_rows.jsonl'}",
     ]
 
 
 def test_shown_samples_have_their_trained_tokens_in_green(config_file: Path) -> None:
     store = TokenStore.open(prepare(config(config_file), progress=False)[0])
-    text = show(store, 1, config_file.parent / "tokenizer")
+    text = show_samples(store, 1, config_file.parent / "tokenizer")
     prompt = "<|im_start|>user\nqqqqqqqqqq<|im_end|>\n<|im_start|>assistant\n"
     assert text.endswith(f"wide, 41 tokens, 11 trained)\n{prompt}\x1b[32maaaaaaaaaa<|im_end|>\x1b[0m\n")
 

@@ -33,8 +33,8 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_
     index = index_rows(file, tmp_path)
     assert read(index) == [(1, {"a": 1}), (5, {"a": 2}), (7, {"a": 3})]
     assert index.sizes.tolist() == [10, 9, 10]
-    assert read(index.take(slice(1, 2))) == [(5, {"a": 2})]
-    assert read(index.take(np.array([2, 0]))) == [(7, {"a": 3}), (1, {"a": 1})]
+    assert read(index.select(slice(1, 2))) == [(5, {"a": 2})]
+    assert read(index.select(np.array([2, 0]))) == [(7, {"a": 3}), (1, {"a": 1})]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 1000])
@@ -107,7 +107,7 @@ def test_a_line_of_50_mb_is_neither_read_nor_held_in_memory(tmp_path: Path, end:
 
 def test_a_slice_of_an_index_pickles_to_the_size_of_the_slice(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", b'{"a": 1}\n' * 100_000)
-    part = index_rows(file, tmp_path).take(slice(50_000, 50_010))
+    part = index_rows(file, tmp_path).select(slice(50_000, 50_010))
     pickled = pickle.dumps(part)
     assert len(pickled) < 2000
     assert read(pickle.loads(pickled)) == [(line, {"a": 1}) for line in range(50_001, 50_011)]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.data import prepare as prepare_module
-from hbp_titan.data import shards
+from hbp_titan.data import build_set as build_set_module
+from hbp_titan.data import build_source
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore, check_fits
 from hbp_titan.errors import UserError, WorkerGroup
@@ -25,8 +25,8 @@ from tests.data.preparing import PROMPT_TOKENS, byte_tokenizer, job, line, many,
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(shards, "BYTES_PER_PROCESS", 1000)
+    monkeypatch.setattr(build_source, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(build_source, "BYTES_PER_PROCESS", 1000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -50,7 +50,7 @@ def test_the_store_holds_what_can_be_counted_by_hand(tmp_path: Path) -> None:
     assert tokens[[0, 6, 8, 22]].tolist() == [2, 3, 2, 3]
     assert store.meta["vocab_size"] == 260
     assert (store.meta["pad_token_id"], store.meta["eos_token_id"]) == (0, 3)
-    assert list(store.ledger()) == []
+    assert list(store.incomplete_rows()) == []
     assert (store.totals()["rows"], store.totals()["trained"]) == (3, 3)
 
 
@@ -86,7 +86,7 @@ def test_loss_tokens_count_positions_after_the_shift(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", answer % "abcd", answer % "x")
     store = prepared(job(tmp_path, train_files=[str(file)]))
     assert store.loss_tokens.tolist() == [3]
-    (entry,) = store.ledger()
+    (entry,) = store.incomplete_rows()
     assert (entry["line"], entry["reason"], entry["tokens"]) == (2, "no trained token", 1)
 
 
@@ -133,7 +133,7 @@ def test_ranks_that_share_the_work_leave_the_same_bytes_as_one(tmp_path: Path) -
     contents = []
     for size in (1, 3):
         config = job(tmp_path, train_files=files, max_samples=130, cache_folder=str(tmp_path / str(size)))
-        folders = run_team(size, lambda team, config=config: prepare(config, progress=False, team=team))
+        folders = run_team(size, lambda team, config=config: prepare(config, progress=False, workers=team))
         assert len(set(folders)) == 1
         contents.append(content(tmp_path / str(size)))
     assert contents[0] == contents[1]
@@ -142,7 +142,7 @@ def test_ranks_that_share_the_work_leave_the_same_bytes_as_one(tmp_path: Path) -
 @pytest.mark.usefixtures("small_shards")
 def test_a_mistake_that_one_rank_meets_is_raised_by_all(tmp_path: Path) -> None:
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(40), "{}\n", *many(40)))])
-    errors = run_team(3, lambda team: prepare(config, progress=False, team=team))
+    errors = run_team(3, lambda team: prepare(config, progress=False, workers=team))
     assert [type(error) for error in errors] == [UserError] * 3
     assert all("a.jsonl:41: " in error.lines[0] for error in errors)
 
@@ -155,9 +155,9 @@ def test_a_malformed_row_is_named_whatever_process_reads_it(tmp_path: Path, num_
     with pytest.raises(UserError, match=r"a.jsonl:41: ") as caught:
         prepare(config)
     assert "a.jsonl:45: not JSON" in caught.value.lines[1]
-    assert caught.value.lines[2].startswith("mend the rows, or set data.malformed")
+    assert caught.value.lines[2].startswith("fix the rows, or set data.malformed")
     write(tmp_path / "a.jsonl", *many(4), "not json\n")
-    with pytest.raises(UserError, match=r"a.jsonl:5: not JSON.*; mend the row, or set data.malformed") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl:5: not JSON.*; fix the row, or set data.malformed") as caught:
         prepare(config)
     assert len(caught.value.lines) == 1
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("set-")]
@@ -169,7 +169,7 @@ def test_only_the_first_malformed_rows_are_shown_and_the_rest_counted(tmp_path: 
         prepare(job(tmp_path, train_files=[str(file)], max_errors_shown=4))
     lines = caught.value.lines
     assert [line.split(": ")[0] for line in lines[:4]] == [f"{file}:{number}" for number in (3, 4, 5, 6)]
-    assert lines[4].startswith("21 more malformed rows are not shown; mend the rows")
+    assert lines[4].startswith("21 more malformed rows are not shown; fix the rows")
     assert len(lines) == 5
 
 
@@ -178,7 +178,7 @@ def test_malformed_rows_are_left_out_and_listed_where_that_is_asked_for(tmp_path
     config = job(tmp_path, train_files=[str(file)], malformed="skip")
     store = prepared(config)
     assert (len(store), store.totals()["excluded: malformed"]) == (3, 2)
-    assert [(entry["line"], entry["outcome"], entry["reason"]) for entry in store.ledger()] == [
+    assert [(entry["line"], entry["outcome"], entry["reason"]) for entry in store.incomplete_rows()] == [
         (3, "excluded", "malformed"),
         (5, "excluded", "malformed"),
     ]
@@ -201,8 +201,8 @@ def test_unchanged_inputs_find_the_store_again_without_reading_them(
 ) -> None:
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(5)))])
     folder = prepare(config)
-    monkeypatch.setattr(prepare_module, "index_rows", None)
-    monkeypatch.setattr(prepare_module, "build_source_store", None)
+    monkeypatch.setattr(build_set_module, "index_rows", None)
+    monkeypatch.setattr(build_set_module, "build_source_store", None)
     monkeypatch.setattr("hbp_titan.data.prepare.sha256_file", None)
     config.data.num_proc = 2
     assert prepare(config) == folder
@@ -286,7 +286,7 @@ def test_sources_with_weights_and_repeats_make_an_epoch(tmp_path: Path) -> None:
     totals = store.totals()
     assert (totals["rows"], totals["samples_made"], totals["trained"], totals["copies"]) == (48, 48, 26, 4)
     assert (totals["not drawn"], totals["samples"]) == (22, 30)
-    not_drawn = {f"{entry['file']}:{entry['line']}" for entry in store.ledger()}
+    not_drawn = {f"{entry['file']}:{entry['line']}" for entry in store.incomplete_rows()}
     assert not_drawn == {f"{short}:{number}" for number in range(1, 41)} - set(places)
     # Nothing was tokenized twice: a copy is the same bytes.
     doubled = next(place for place in places[18:] if places.count(place) == 2)
@@ -301,7 +301,7 @@ def test_duplicates_are_left_out_and_listed_where_that_is_asked_for(tmp_path: Pa
     assert len(prepared(job(tmp_path, train_files=files))) == 5
     store = prepared(job(tmp_path, train_files=files, duplicates="skip"))
     assert [store.where(index) for index in range(len(store))] == [f"{first}:1", f"{first}:2", f"{second}:2"]
-    assert [(Path(entry["file"]).name, entry["line"], entry["reason"]) for entry in store.ledger()] == [
+    assert [(Path(entry["file"]).name, entry["line"], entry["reason"]) for entry in store.incomplete_rows()] == [
         ("a.jsonl", 3, "duplicate"),
         ("b.jsonl", 1, "duplicate"),
     ]
@@ -314,7 +314,7 @@ def test_rows_left_out_are_listed_with_their_reason(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *rows)
     store = prepared(job(tmp_path, train_files=[str(file)], max_length_policy="skip", levels="60:1"))
     assert store.lengths.tolist() == [PROMPT_TOKENS + 3]
-    assert [(entry["line"], entry["reason"], entry["tokens"]) for entry in store.ledger()] == [
+    assert [(entry["line"], entry["reason"], entry["tokens"]) for entry in store.incomplete_rows()] == [
         (1, "no assistant turn", 0),
         (3, "empty", 0),
         (4, "over max_tokens", PROMPT_TOKENS + 52),
@@ -352,7 +352,7 @@ def test_longer_samples_are_split_at_turn_borders_and_listed(tmp_path: Path) -> 
     assert [store.stores[0].samples["part"][k] for k in range(4)] == [0, 0, 1, 0]
     whole = SYSTEM_TOKENS + 4 * EXCHANGE_TOKENS + 147
     alone = SYSTEM_TOKENS + EXCHANGE_TOKENS
-    assert [(e["line"], e["outcome"], e["tokens"], e["samples"], e["detail"]) for e in store.ledger()] == [
+    assert [(e["line"], e["outcome"], e["tokens"], e["samples"], e["detail"]) for e in store.incomplete_rows()] == [
         (2, "split", whole, 2, f"1 exchanges of {alone + 99} tokens fit nowhere"),
         (3, "excluded", alone + 100, 0, "no exchange fits"),
     ]
@@ -368,7 +368,7 @@ def test_longer_samples_are_cut_with_their_last_answer_kept_and_listed(tmp_path:
     assert store.loss_tokens[:2].tolist() == [4, 21]
     assert store.loss_tokens[2] == 100 - (SYSTEM_TOKENS + PROMPT_TOKENS + 5)
     assert store.sample(1)[0][0] == 2
-    assert [(e["line"], e["outcome"], e["reason"], e["tokens"]) for e in store.ledger()] == [
+    assert [(e["line"], e["outcome"], e["reason"], e["tokens"]) for e in store.incomplete_rows()] == [
         (2, "truncated", "over max_tokens", SYSTEM_TOKENS + EXCHANGE_TOKENS + 220),
         (3, "truncated", "over max_tokens", SYSTEM_TOKENS + EXCHANGE_TOKENS + 205),
     ]
@@ -383,7 +383,7 @@ def test_strict_turns_any_row_that_is_left_out_or_cut_into_an_error(tmp_path: Pa
         "4: excluded: no assistant turn",
         "5: truncated: over max_tokens",
     ]
-    assert caught.value.lines[2].startswith("data.strict: 2 rows are not trained whole")
+    assert caught.value.lines[2].startswith("data.strict: 2 rows were dropped or truncated")
     write(file, *many(3))
     assert len(prepared(job(tmp_path, max_length_policy="truncate", **files))) == 3
 
@@ -407,16 +407,16 @@ def test_a_sample_longer_than_the_largest_level_is_named(tmp_path: Path) -> None
 KILLED = """
 import os, sys
 from hbp_titan.config import load_config
-from hbp_titan.data import shards
+from hbp_titan.data import build_source
 from hbp_titan.data.prepare import prepare
-shards.SHARD_BYTES = 1000
-write, made = shards._ShardWriter.write, []
+build_source.SHARD_BYTES = 1000
+write, made = build_source._ShardWriter.write, []
 def killed(self):
     made.append(None)
     if len(made) == 4:
         self._add = lambda line, row: os._exit(9)
     return write(self)
-shards._ShardWriter.write = killed
+build_source._ShardWriter.write = killed
 prepare(load_config(sys.argv[1:]), progress=False)
 """
 
@@ -433,20 +433,20 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     kept = sorted(path.name for path in partial.glob("shard-*"))
     assert kept == ["shard-00000", "shard-00001", "shard-00002"]
     made: list[str] = []
-    write_shard = shards._write_shard
+    write_shard = build_source._write_shard
 
-    def counted(folder: Path, shard: shards.Shard, *arguments: Any) -> shards.ShardReport:
+    def counted(folder: Path, shard: build_source.Shard, *arguments: Any) -> build_source.ShardReport:
         made.append(shard.name)
         return write_shard(folder, shard, *arguments)
 
-    monkeypatch.setattr(shards, "_write_shard", counted)
+    monkeypatch.setattr(build_source, "_write_shard", counted)
     resumed = prepared(config)
     assert made[0] == "shard-00003"
     assert len(resumed) == 60
     # As if nothing had happened.
     undisturbed = job(tmp_path, train_files=[str(tmp_path / "a.jsonl")], cache_folder=str(tmp_path / "other"))
     monkeypatch.undo()
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(build_source, "SHARD_BYTES", 1000)
     prepared(undisturbed)
     assert {name: data for name, data in content(tmp_path / "cache").items() if "/." not in name} == content(
         tmp_path / "other"
@@ -459,16 +459,16 @@ def test_of_two_processes_that_make_the_same_store_both_find_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(60)))])
-    write_shard, calls = shards._write_shard, []
+    write_shard, calls = build_source._write_shard, []
 
-    def rival_first(folder: Path, shard: shards.Shard, *arguments: Any) -> shards.ShardReport:
+    def rival_first(folder: Path, shard: build_source.Shard, *arguments: Any) -> build_source.ShardReport:
         calls.append(shard.name)
         if len(calls) == at + 1:
-            monkeypatch.setattr(shards, "_write_shard", write_shard)
+            monkeypatch.setattr(build_source, "_write_shard", write_shard)
             prepare(config, progress=False)
         return write_shard(folder, shard, *arguments)
 
-    monkeypatch.setattr(shards, "_write_shard", rival_first)
+    monkeypatch.setattr(build_source, "_write_shard", rival_first)
     assert len(prepared(config)) == 60
     assert len(calls) == at + 1
     names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
@@ -476,13 +476,13 @@ def test_of_two_processes_that_make_the_same_store_both_find_it(
 
 
 def test_a_missing_foreign_or_damaged_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing: no token store here"):
+    with pytest.raises(ValueError, match=r"nothing: not a token store"):
         TokenStore.open(tmp_path / "nothing")
     store = prepared(job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(5)))]))
     os.truncate(store.stores[0].folder / "shard-00000" / "tokens.bin", 8)
-    with pytest.raises(ValueError, match=r"tokens.bin: 2 tokens where meta.json says \d+: the store is damaged"):
+    with pytest.raises(ValueError, match=r"tokens.bin: damaged"):
         TokenStore.open(store.folder).sample(0)
     meta = json.loads((store.folder / "meta.json").read_text())
     (store.folder / "meta.json").write_text(json.dumps({**meta, "format_version": 0}))
-    with pytest.raises(ValueError, match=r"format 0 is not this version's 4"):
+    with pytest.raises(ValueError, match=r"has format 0"):
         TokenStore.open(store.folder)

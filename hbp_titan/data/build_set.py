@@ -1,0 +1,340 @@
+"""Build a set of samples: index the files of its sources, tokenize the chosen rows, draw the mixture, write the set.
+
+Owns repeats, weights, limits, the removal of duplicates and the held-out share: index arithmetic over finished source
+stores (data/build_source.py), so that a changed mixture tokenizes nothing again. Imported by data/prepare.py only if a
+set is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from hbp_titan.data.build_source import build_source_store, commit_dir
+from hbp_titan.data.chat_tokenizer import ChatTokenizer
+from hbp_titan.data.formats import detect_format
+from hbp_titan.data.prepare import SetRequest, SourceFiles, fingerprint
+from hbp_titan.data.rows import RowIndex, index_rows, read_records
+from hbp_titan.data.token_store import (
+    DROPPED,
+    DUPLICATE,
+    FORMAT_VERSION,
+    HELD_OUT,
+    NOT_DRAWN,
+    NOT_HELD_OUT,
+    SourceStore,
+    TokenizeConfig,
+)
+from hbp_titan.errors import WorkerGroup
+from hbp_titan.job_config import DataSource
+
+# Rows that are searched for the format of a source.
+FORMAT_ROWS = 100
+MAX_SOURCE_NAMES = 1 << 16
+
+
+def build_set(
+    request: SetRequest, found: SourceFiles, folder: Path, digest: str, workers: WorkerGroup, progress: bool
+) -> None:
+    """Build the set in `folder`, and the source stores that it points into; all ranks of `workers` must call it.
+
+    digest: fingerprint of the set. progress: whether rank 0 shows a progress bar.
+    """
+    unpacked = folder.with_name(f"unpacked-{digest[:16]}")
+    stores = _source_stores(request, found, unpacked, workers, progress)
+    if workers.rank == 0:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    meta = {"fingerprint": digest, "settings": request.settings()}
+    workers.run_on_all(lambda: _mix(request, stores, folder, meta) if workers.rank == 0 else None)
+
+
+def _source_stores(
+    request: SetRequest, found: SourceFiles, unpacked: Path, workers: WorkerGroup, progress: bool
+) -> list[SourceStore]:
+    """Return the store of each source, built if it does not exist."""
+    data = request.config.data
+    indexes = _index_files(found.files, unpacked, workers)
+    counts = [sum(map(len, group)) for group in indexes]
+    limits = [min(source.limit or count, count) for (_, source), count in zip(request.sources, counts, strict=True)]
+    if request.max_samples:
+        limits = share_out(request.max_samples, limits)
+    stores = []
+    # None shows the bar on a terminal only.
+    hidden = None if progress and workers.rank == 0 else True
+    with tqdm(total=sum(limits) // workers.size, unit="row", desc="tokenizing", disable=hidden) as bar:
+        for number, (key, source) in enumerate(request.sources):
+            settings = _source_settings(request, source, indexes[number], key)
+            plain = {**dataclasses.asdict(settings), "tokenizer_path": ""}
+            # The seed decides which rows a limit leaves.
+            rows = [limits[number], data.seed] if limits[number] < counts[number] else limits[number]
+            digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
+            folder = Path(data.cache_folder) / f"source-{digest[:16]}"
+            if not all(workers.gather(folder.is_dir())):
+                chosen = _choose_rows(indexes[number], limits[number], data.seed)
+                build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
+            stores.append(SourceStore(folder))
+    return stores
+
+
+def _index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) -> list[list[RowIndex]]:
+    """Return where the rows of each source's files are; each rank reads its share of the files."""
+    flat = [file for group in files for file in group]
+
+    def read_own() -> dict[int, RowIndex]:
+        return {number: index_rows(flat[number], unpacked) for number in workers.share(len(flat))}
+
+    found: dict[int, RowIndex] = {}
+    for part in workers.run_on_all(read_own):
+        found.update(part)
+    numbers = iter(range(len(flat)))
+    return [[found[next(numbers)] for _ in group] for group in files]
+
+
+def _source_settings(request: SetRequest, source: DataSource, indexes: list[RowIndex], key: str) -> TokenizeConfig:
+    chosen = source.format
+    if chosen == "auto":
+        chosen = _detect_format(indexes, source.columns, request.config.data.max_row_bytes, key)
+    return dataclasses.replace(
+        request.tokenize_config(), format=chosen, columns=source.columns, roles=source.roles, name=source.name
+    )
+
+
+def _detect_format(indexes: list[RowIndex], columns: dict[str, str], max_row_bytes: int, key: str) -> str:
+    """Return the format of the first row that has one; raises the first row's ValueError if no row has one."""
+    first_error: ValueError | None = None
+    for index in indexes:
+        for line, record in read_records(index.select(slice(0, FORMAT_ROWS)), max_row_bytes):
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                return detect_format(record, columns)
+            except ValueError as error:
+                first_error = first_error or ValueError(f"{index.file}:{line}: {error} ({key})")
+    assert first_error is not None, "index_rows refuses files without rows"
+    raise first_error
+
+
+def _choose_rows(indexes: list[RowIndex], count: int, seed: int) -> list[RowIndex]:
+    """Return `count` random rows of all files of a source together, in their order."""
+    counts = [len(index) for index in indexes]
+    if count == sum(counts):
+        return indexes
+    chosen = np.sort(np.random.default_rng(seed).choice(sum(counts), size=count, replace=False))
+    ends = np.cumsum(counts)
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [
+        index.select(part - end + rows) for index, part, end, rows in zip(indexes, parts, ends, counts, strict=True)
+    ]
+
+
+def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dict[str, Any]) -> None:
+    """Draw the samples of the epoch and write the set."""
+    config = request.config
+    kept = [np.arange(len(store), dtype=np.int64) for store in stores]
+    dropped = [np.zeros((0, 3), dtype=np.int64)]
+    if config.data.duplicates == "skip":
+        for number, first in enumerate(first_of_each([store.samples["digest"] for store in stores])):
+            dropped.append(_dropped(number, kept[number][~first], DUPLICATE))
+            kept[number] = kept[number][first]
+    if config.validation.share:
+        kept = _own_side(request, stores, kept, dropped)
+    blocks = [source for _, source in request.sources]
+    available = [len(part) for part in kept]
+    counts = epoch_counts(available, [s.repeat for s in blocks], [s.weight for s in blocks])
+    if request.holds_out:
+        counts = share_out(config.validation.max_samples or sum(available), available)
+    drawn = []
+    for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
+        drawn.append(draw(part, count, (config.data.seed, number)))
+        dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
+    tokenizer = ChatTokenizer(config.tokenizer_path)
+    meta |= {
+        "tokenizer_path": str(config.tokenizer_path),
+        "vocab_size": tokenizer.vocab_size,
+        "pad_token_id": tokenizer.token_id("pad_token"),
+        "eos_token_id": tokenizer.token_id("eos_token"),
+    }
+    write_set(folder, stores, drawn, np.concatenate(dropped), meta)
+
+
+def _own_side(
+    request: SetRequest, stores: list[SourceStore], kept: list[NDArray[np.int64]], dropped: list[NDArray[np.int64]]
+) -> list[NDArray[np.int64]]:
+    """Return the samples of each store on this set's side of validation.share; appends the others to `dropped`."""
+    share, seed = request.config.validation.share, request.config.data.seed
+    parts = []
+    for number, (store, part) in enumerate(zip(stores, kept, strict=True)):
+        rows = (store.samples["file"].astype(np.int64) << 40) + store.samples["line"]
+        own = held_out(store.samples["digest"], rows, share, seed)[part] == request.holds_out
+        dropped.append(_dropped(number, part[~own], NOT_HELD_OUT if request.holds_out else HELD_OUT))
+        parts.append(part[own])
+    if not sum(map(len, parts)):
+        use, fix = ("hold out", "raise") if request.holds_out else ("train on", "lower")
+        raise ValueError(f"validation.share = {share} leaves no sample to {use} of {sum(map(len, kept))}; {fix} it")
+    return parts
+
+
+def _dropped(store: int, samples: NDArray[np.int64], reason: str) -> NDArray[np.int64]:
+    """Return the rows of dropped.npy, int64 [n, 3]."""
+    number, why = (np.full(len(samples), value, dtype=np.int64) for value in (store, DROPPED.index(reason)))
+    return np.stack([number, samples, why], axis=1)
+
+
+def share_out(total: int, counts: Sequence[int]) -> list[int]:
+    """Divide at most `total` items among groups of `counts` items, in proportion, by largest remainder."""
+    available = sum(counts)
+    if total >= available:
+        return list(counts)
+    exact = [total * count / available for count in counts]
+    shares = [int(value) for value in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_remainder[: total - sum(shares)]:
+        shares[k] += 1
+    return shares
+
+
+def epoch_counts(counts: Sequence[int], repeats: Sequence[float], weights: Sequence[float]) -> list[int]:
+    """Return how many samples an epoch takes from each source, copies counted.
+
+    A source without weight (0) gives repeat * count. Sources with weights give samples in proportion to them, as many
+    as possible while none gives more than repeat * count.
+    """
+    limits = [repeat * count for count, repeat in zip(counts, repeats, strict=True)]
+    weighted = [k for k, weight in enumerate(weights) if weight]
+    # Samples per unit of weight; the source that runs out first decides.
+    unit = min((limits[k] / weights[k] for k in weighted), default=0.0)
+    return [round(unit * weights[k]) if weights[k] else round(limits[k]) for k in range(len(counts))]
+
+
+def draw(samples: NDArray[np.int64], count: int, seed: Sequence[int]) -> NDArray[np.int64]:
+    """Draw `count` of `samples` [n]: whole copies in their order, then a random share, sorted, for the rest."""
+    if not len(samples):
+        return samples
+    copies, rest = divmod(count, len(samples))
+    share = np.sort(np.random.default_rng(list(seed)).choice(len(samples), size=rest, replace=False))
+    return np.concatenate([np.tile(samples, copies), samples[share]])
+
+
+def first_of_each(digests: Sequence[NDArray[np.void]]) -> list[NDArray[np.bool_]]:
+    """Return for each sample of each source whether no earlier sample, of any source so far, has its digest."""
+    # Digests of dtype V16 do not sort; S16 compares them as bytes.
+    _, first = np.unique(np.concatenate(list(digests)).view("S16"), return_index=True)
+    is_first = np.zeros(sum(map(len, digests)), dtype=np.bool_)
+    is_first[first] = True
+    return np.split(is_first, np.cumsum([len(values) for values in digests])[:-1])
+
+
+def held_out(digests: NDArray[np.void], rows: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+    """Return for each sample of a source whether it is held out: a share of the rows, random by `seed`.
+
+    digests: of 16 bytes, [n]; rows: a number for the row of each sample, equal ones adjacent, [n]. The content of a
+    row's first sample decides for all pieces of the row: equal rows of any source are on the same side, and a row stays
+    there when other rows are added or removed.
+    """
+    first = np.ones(len(rows), dtype=np.bool_)
+    first[1:] = rows[1:] != rows[:-1]
+    words = np.ascontiguousarray(digests).view("<u8").reshape(-1, 2)[:, 0]
+    drawn = _mix_bits(words ^ _mix_bits(np.array([seed], dtype=np.uint64)))
+    return (drawn < np.uint64(int(share * 2.0**64)))[np.flatnonzero(first)[np.cumsum(first) - 1]]
+
+
+def _mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply SplitMix64's output function: every bit of a value affects every bit of the result."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def write_set(
+    folder: Path,
+    stores: Sequence[SourceStore],
+    drawn: Sequence[NDArray[np.int64]],
+    dropped: NDArray[np.int64],
+    meta: dict[str, Any],
+) -> None:
+    """Write the set in `folder`, atomically (layout: data/token_store.py).
+
+    drawn: samples of each store, copies included; dropped: int64 [n, 3]; meta: entries for meta.json.
+    Raises ValueError if no sample is left, or the sources have too many names.
+    """
+    if not sum(map(len, drawn)):
+        found = "; ".join(f"{store.meta['files'][0]}: {_reasons(store)}" for store in stores)
+        raise ValueError(f"no sample is left to train on: {found}; fix the rows, or change [data]")
+    names: dict[str, int] = {}
+    columns: dict[str, list[NDArray[Any]]] = {
+        name: [] for name in ("lengths", "loss_tokens", "sources", "stores", "places")
+    }
+    for number, (store, places) in enumerate(zip(stores, drawn, strict=True)):
+        ids = np.array([names.setdefault(name, len(names)) for name in store.meta["source_names"]], dtype=np.int64)
+        samples = store.samples[places]
+        columns["lengths"].append(samples["length"])
+        columns["loss_tokens"].append(samples["loss_tokens"])
+        columns["sources"].append(ids[samples["source"]] if len(samples) else ids[:0])
+        columns["stores"].append(np.full(len(places), number, dtype=np.uint16))
+        columns["places"].append(places)
+    if len(names) > MAX_SOURCE_NAMES:
+        raise ValueError(
+            f"more than {MAX_SOURCE_NAMES} different `source` values; give data.sources a name, or map no column"
+        )
+    totals = _totals(stores, drawn, dropped)
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    for name, parts in columns.items():
+        dtype = np.uint16 if name == "sources" else parts[0].dtype
+        np.save(temporary / f"{name}.npy", np.concatenate(parts).astype(dtype))
+    np.save(temporary / "dropped.npy", dropped)
+    lengths = np.concatenate(columns["lengths"])
+    meta = {
+        "format_version": FORMAT_VERSION,
+        **meta,
+        "stores": [store.folder.name for store in stores],
+        "source_names": list(names),
+        "num_samples": len(lengths),
+        "num_tokens": int(lengths.sum()),
+        "num_trained_tokens": int(sum(part.sum() for part in columns["loss_tokens"])),
+        "totals": totals,
+    }
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    commit_dir(temporary, folder)
+
+
+def _totals(
+    stores: Sequence[SourceStore], drawn: Sequence[NDArray[np.int64]], dropped: NDArray[np.int64]
+) -> dict[str, int]:
+    """Return TokenStore.totals. Each count is taken where it arises, and the sums must agree."""
+    metas = [store.meta for store in stores]
+    rows = {key: sum(meta[key] for meta in metas) for key in ("rows", "whole", "truncated", "split", "not_chosen")}
+    excluded: Counter[str] = Counter()
+    for meta in metas:
+        excluded.update(meta["excluded"])
+    trained = sum(len(np.unique(places)) for places in drawn)
+    samples = sum(map(len, drawn))
+    reasons = np.bincount(dropped[:, 2], minlength=len(DROPPED)).tolist()
+    made = sum(map(len, stores))
+    counted = rows["whole"] + rows["truncated"] + rows["split"] + rows["not_chosen"] + excluded.total()
+    assert rows["rows"] == counted, "a row was lost"
+    assert made == trained + sum(reasons), "a sample was lost"
+    return {
+        **rows,
+        **{f"excluded: {reason}": count for reason, count in sorted(excluded.items())},
+        "samples_made": made,
+        **dict(zip(DROPPED, reasons, strict=True)),
+        "trained": trained,
+        "copies": samples - trained,
+        "samples": samples,
+    }
+
+
+def _reasons(store: SourceStore) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in store.meta["excluded"].items()) or "no row"

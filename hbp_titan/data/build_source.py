@@ -1,0 +1,421 @@
+"""Build the store of one source: its rows, cut into shards, each tokenized by one process into a folder of its own.
+
+Owns the outcome of a row (trained whole, truncated, split, or excluded for a reason), the cut of rows into shards,
+which is the same for any number of processes and ranks, and the shard format. A shard is written under a temporary
+name and renamed when complete, so that a killed build resumes with the shards that exist. S samples of T tokens:
+
+    tokens.bin, loss_mask.bin   uint32, uint8 [T]   token ids; 1 where the token is trained
+    samples.npy                 SAMPLE [S]          length, trained positions, origin and digest of each sample
+    incomplete_rows.jsonl       one object per row that is not trained whole
+    shard.json                  ShardReport
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hbp_titan.data.chat_tokenizer import ChatTokenizer
+from hbp_titan.data.formats import Conversation, parse_record
+from hbp_titan.data.rows import RowIndex, read_records
+from hbp_titan.data.token_store import (
+    FORMAT_VERSION,
+    INCOMPLETE_ROWS,
+    MALFORMED,
+    PLACED,
+    SAMPLE,
+    TokenizeConfig,
+    malformed_rows,
+)
+from hbp_titan.data.truncate import Sample, split_conversation, truncate
+from hbp_titan.errors import WorkerGroup, cores_per_rank
+from hbp_titan.job_config import Data
+
+WHOLE, TRUNCATED, SPLIT, EXCLUDED = "whole", "truncated", "split", "excluded"
+EMPTY = "empty"
+NO_ASSISTANT_TURN = "no assistant turn"
+NO_TRAINED_TOKEN = "no trained token"
+OVER_MAX_TOKENS = "over max_tokens"
+
+# Small enough to balance the processes and to lose little work in a kill.
+SHARD_BYTES = 1 << 20
+# Many files would slow down a shared file system and the opening of a store.
+MAX_SHARDS = 1024
+# A process takes about a second to start: it needs enough work to be worth that.
+BYTES_PER_PROCESS = 2 << 20
+
+
+def build_source_store(
+    folder: Path,
+    digest: str,
+    indexes: Sequence[RowIndex],
+    chosen: Sequence[RowIndex],
+    settings: TokenizeConfig,
+    data: Data,
+    workers: WorkerGroup,
+    progress: Callable[[int], None],
+) -> None:
+    """Build the store in `folder`; all ranks of `workers` must call it. Shards of an earlier, killed call are used.
+
+    digest: fingerprint of the store. indexes: all rows of the source's files; chosen: those to tokenize.
+    progress: called with the rows that this rank has finished.
+    Raises UserError "file:line: ..." with the first malformed rows unless data.malformed is "skip".
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    shards = cut_shards(chosen)
+
+    def write_own() -> None:
+        own = [shards[number] for number in workers.share(len(shards))]
+        with _ignore_if_exists(folder):
+            reports = write_shards(partial, own, settings, data.num_proc or cores_per_rank(), data.max_errors_shown)
+            for report in reports:
+                if report.malformed and data.malformed != "skip":
+                    raise malformed_rows(report.errors, report.malformed)
+                progress(report.rows)
+
+    workers.run_on_all(write_own)
+
+    def finish() -> None:
+        with _ignore_if_exists(folder):
+            _write_index(partial, digest, indexes, chosen, shards)
+            commit_dir(partial, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+
+    workers.run_on_all(finish if workers.rank == 0 else lambda: None)
+
+
+@contextmanager
+def _ignore_if_exists(folder: Path) -> Iterator[None]:
+    """Ignore missing files if `folder` exists: another job that builds the same store may finish first."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise
+
+
+def commit_dir(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder to its place, or delete it if another process has put the same one there."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_index(
+    folder: Path, digest: str, indexes: Sequence[RowIndex], chosen: Sequence[RowIndex], shards: Sequence[Shard]
+) -> None:
+    """Write the files that span all shards; meta.json last."""
+    reports = [read_report(folder / shard.name) for shard in shards]
+    samples: list[NDArray[Any]] = [np.load(folder / shard.name / "samples.npy", allow_pickle=False) for shard in shards]
+    names: dict[str, int] = {}
+    placed = [
+        _place(part, shard.number, report, names) for part, shard, report in zip(samples, shards, reports, strict=True)
+    ]
+    all_placed = np.concatenate(placed or [np.zeros(0, PLACED)])
+    np.save(folder / "samples.npy", all_placed)
+    np.save(folder / "not_chosen.npy", _not_chosen(indexes, chosen))
+    outcomes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    with (folder / INCOMPLETE_ROWS).open("w", encoding="utf-8") as stream:
+        for shard in shards:
+            for line in (folder / shard.name / INCOMPLETE_ROWS).open(encoding="utf-8"):
+                entry = json.loads(line)
+                outcomes[entry["outcome"]] += 1
+                if entry["outcome"] == EXCLUDED:
+                    reasons[entry["reason"]] += 1
+                stream.write(line)
+    rows, tokenized = sum(map(len, indexes)), sum(map(len, chosen))
+    whole = tokenized - outcomes.total()
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": digest,
+        "files": [str(index.file) for index in indexes],
+        "source_names": list(names),
+        "rows": rows,
+        "not_chosen": rows - tokenized,
+        "excluded": dict(sorted(reasons.items())),
+        "truncated": outcomes[TRUNCATED],
+        "split": outcomes[SPLIT],
+        "whole": whole,
+        "samples": len(all_placed),
+        "shard_tokens": [int(part["length"].sum()) for part in samples],
+    }
+    assert whole + outcomes[TRUNCATED] + outcomes[SPLIT] == int((all_placed["part"] == 0).sum()), "a row was lost"
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def _place(samples: NDArray[Any], shard: int, report: ShardReport, names: dict[str, int]) -> NDArray[Any]:
+    """Return a shard's samples as PLACED; adds its source names to `names`."""
+    placed = np.zeros(len(samples), PLACED)
+    for column in SAMPLE.names or ():
+        placed[column] = samples[column]
+    ids = np.array([names.setdefault(name, len(names)) for name in report.source_names], dtype=np.uint32)
+    placed["source"] = ids[samples["source"]] if len(samples) else 0
+    placed["shard"] = shard
+    placed["start"] = np.cumsum(samples["length"]) - samples["length"]
+    return placed
+
+
+def _not_chosen(indexes: Sequence[RowIndex], chosen: Sequence[RowIndex]) -> NDArray[np.int64]:
+    parts = []
+    for number, (every, some) in enumerate(zip(indexes, chosen, strict=True)):
+        lines = np.setdiff1d(every.lines, some.lines, assume_unique=True)
+        parts.append(np.stack([np.full(len(lines), number, dtype=np.int64), lines.astype(np.int64)], axis=1))
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of one file; file_number: index of the file among the source's files."""
+
+    number: int
+    file_number: int
+    rows: RowIndex
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"shard-{self.number:05d}"
+
+
+class ShardReport(NamedTuple):
+    """malformed: number of malformed rows; errors: the first of them as "file:line: what is wrong"."""
+
+    rows: int
+    source_names: list[str]
+    malformed: int
+    errors: list[str]
+
+
+def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
+    """Return the rows of a source's files as shards of about equal bytes, in their order."""
+    total = sum(int(index.sizes.sum()) for index in indexes)
+    shard_bytes = max(SHARD_BYTES, -(-total // MAX_SHARDS))
+    shards: list[Shard] = []
+    for file_number, index in enumerate(indexes):
+        shard_of_row = (np.cumsum(index.sizes) - 1) // shard_bytes
+        boundaries = [0, *(np.flatnonzero(np.diff(shard_of_row)) + 1).tolist(), len(index)]
+        for start, stop in itertools.pairwise(boundaries):
+            if start < stop:
+                shards.append(Shard(len(shards), file_number, index.select(slice(start, stop))))
+    return shards
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], settings: TokenizeConfig, num_proc: int, max_errors: int
+) -> Iterator[ShardReport]:
+    """Write the shards that `folder` lacks; yields the report of every shard, in order."""
+    missing = [shard for shard in shards if not (folder / shard.name).is_dir()]
+    total = sum(int(shard.rows.sizes.sum()) for shard in missing)
+    processes = min(num_proc, len(missing), -(-total // BYTES_PER_PROCESS))
+    to_write = {shard.number for shard in missing}
+    with ExitStack() as stack:
+        if processes > 1:
+            # Spawned, not forked: the caller may hold threads and device contexts.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, context, _start_worker, (settings,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            written = _in_order(pool, folder, missing, 2 * processes, max_errors)
+        else:
+            tokenizer = RowTokenizer(settings) if missing else None
+            written = (_write_shard(folder, shard, tokenizer, max_errors) for shard in missing if tokenizer)
+        for shard in shards:
+            yield next(written) if shard.number in to_write else read_report(folder / shard.name)
+
+
+def read_report(folder: Path) -> ShardReport:
+    """Read the report of a finished shard."""
+    return ShardReport(**json.loads((folder / "shard.json").read_text(encoding="utf-8")))
+
+
+_tokenizer: RowTokenizer | None = None
+
+
+def _start_worker(settings: TokenizeConfig) -> None:
+    global _tokenizer
+    # One process per core: more threads inside each would compete for the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = RowTokenizer(settings)
+
+
+def _write_in_worker(folder: Path, shard: Shard, max_errors: int) -> ShardReport:
+    assert _tokenizer is not None
+    return _write_shard(folder, shard, _tokenizer, max_errors)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, folder: Path, shards: Sequence[Shard], ahead: int, max_errors: int
+) -> Iterator[ShardReport]:
+    """Yield the reports of `shards` in order, with `ahead` shards submitted at a time."""
+    pending: deque[Future[ShardReport]] = deque()
+    left = iter(shards)
+    try:
+        while True:
+            while len(pending) < ahead and (shard := next(left, None)) is not None:
+                pending.append(pool.submit(_write_in_worker, folder, shard, max_errors))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("data.num_proc: a tokenization process died (out of memory?); lower it") from None
+
+
+def _write_shard(folder: Path, shard: Shard, tokenizer: RowTokenizer, max_errors: int) -> ShardReport:
+    temporary = folder / f".{shard.name}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        report = _ShardWriter(temporary, shard, tokenizer, max_errors).write()
+        commit_dir(temporary, folder / shard.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+class _ShardWriter:
+    """Writes one shard's files; holds the tokens of one row at a time."""
+
+    def __init__(self, folder: Path, shard: Shard, tokenizer: RowTokenizer, max_errors: int) -> None:
+        self.folder, self.shard, self.tokenizer, self.max_errors = folder, shard, tokenizer, max_errors
+        self.samples: list[tuple[Any, ...]] = []
+        self.source_ids: dict[str, int] = {}
+        self.malformed = 0
+        self.errors: list[str] = []
+
+    def write(self) -> ShardReport:
+        rows = self.shard.rows
+        with ExitStack() as stack:
+            self.tokens_file = stack.enter_context((self.folder / "tokens.bin").open("wb"))
+            self.mask_file = stack.enter_context((self.folder / "loss_mask.bin").open("wb"))
+            self.incomplete = stack.enter_context((self.folder / INCOMPLETE_ROWS).open("w", encoding="utf-8"))
+            for line, record in read_records(rows, self.tokenizer.settings.max_row_bytes):
+                self._add(line, self.tokenizer.tokenize(record))
+        np.save(self.folder / "samples.npy", np.array(self.samples, dtype=SAMPLE))
+        report = ShardReport(len(rows), list(self.source_ids), self.malformed, self.errors)
+        (self.folder / "shard.json").write_text(json.dumps(report._asdict()), encoding="utf-8")
+        return report
+
+    def _add(self, line: int, row: TokenizedRow) -> None:
+        file = self.shard.rows.file
+        if row.outcome != WHOLE:
+            entry = {"file": str(file), "line": line, "outcome": row.outcome, "reason": row.reason}
+            entry |= {"tokens": row.tokens, "samples": len(row.samples), "detail": row.detail}
+            self.incomplete.write(json.dumps(entry) + "\n")
+        if row.reason == MALFORMED:
+            self.malformed += 1
+            if len(self.errors) < self.max_errors:
+                self.errors.append(f"{file}:{line}: {row.detail}")
+        if not row.samples:
+            # No sample, no source: a set lists only the sources that it trains.
+            return
+        name = self.tokenizer.settings.name or row.source or source_name(file)
+        source = self.source_ids.setdefault(name, len(self.source_ids))
+        for part, (tokens, loss_mask) in enumerate(row.samples):
+            token_bytes, mask_bytes = tokens.astype("<u4", copy=False).tobytes(), loss_mask.tobytes()
+            self.tokens_file.write(token_bytes)
+            self.mask_file.write(mask_bytes)
+            digest = hashlib.blake2b(token_bytes + mask_bytes, digest_size=16).digest()
+            trained = int(loss_mask[1:].sum())
+            self.samples.append((len(tokens), trained, line, self.shard.file_number, part, source, digest))
+
+
+def source_name(file: Path) -> str:
+    """Return the name of a source that has no other: its file's, without the suffixes of compression and format."""
+    name = file.name
+    for suffix in (".gz", ".zst", ".jsonl", ".json", ".parquet", ".arrow"):
+        name = name.removesuffix(suffix)
+    return name or file.name
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """The samples of a row, and its outcome: whole, truncated, split or excluded.
+
+    tokens: before any cut; 0 if the row was not tokenized. reason: of the outcome. detail: what is wrong with a
+    malformed row; which exchanges of a split row were dropped.
+    """
+
+    outcome: str
+    samples: list[Sample]
+    source: str | None = None
+    tokens: int = 0
+    reason: str = ""
+    detail: str = ""
+
+
+class RowTokenizer:
+    """Tokenizes rows; never raises for a row. Raises ValueError for a tokenizer folder that cannot be used."""
+
+    def __init__(self, settings: TokenizeConfig) -> None:
+        self.settings = settings
+        self._chat_tokenizer = ChatTokenizer(settings.tokenizer_path, settings.train_on)
+
+    def tokenize(self, record: dict[str, Any] | ValueError) -> TokenizedRow:
+        """Return the samples of a record; a ValueError in its place is excluded as malformed."""
+        settings = self.settings
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            conversation = parse_record(record, settings.format, settings.columns, settings.roles)
+            reason = _nothing_to_train(conversation, settings.train_on)
+            return _excluded(reason) if reason else self._encode(conversation)
+        except RecursionError:
+            return _excluded(MALFORMED, detail="nested too deeply")
+        except ValueError as error:
+            return _excluded(MALFORMED, detail=" ".join(str(error).split()))
+
+    def _encode(self, conversation: Conversation) -> TokenizedRow:
+        settings, encode = self.settings, self._chat_tokenizer.encode
+        tokens, loss_mask = encode(conversation.messages, conversation.tools)
+        length, outcome, reason, detail = len(tokens), WHOLE, "", ""
+        samples = [(tokens, loss_mask)]
+        if settings.max_tokens and length > settings.max_tokens:
+            reason = OVER_MAX_TOKENS
+            if settings.max_length_policy == "skip":
+                return _excluded(reason, length)
+            if settings.max_length_policy == "truncate":
+                outcome, samples = TRUNCATED, [truncate(tokens, loss_mask, settings.max_tokens)]
+            else:
+                outcome = SPLIT
+                samples, dropped, dropped_tokens = split_conversation(conversation, encode, settings.max_tokens)
+                if not samples:
+                    return _excluded(reason, length, "no exchange fits")
+                detail = f"{dropped} exchanges of {dropped_tokens} tokens fit nowhere" if dropped else ""
+        # Nothing predicts the first token of a sample.
+        trained = [sample for sample in samples if sample[1][1:].any()]
+        if not trained:
+            return _excluded(NO_TRAINED_TOKEN, length)
+        return TokenizedRow(outcome, trained, conversation.source, length, reason, detail)
+
+
+def _nothing_to_train(conversation: Conversation, train_on: str) -> str:
+    """Return the reason why the conversation has nothing to train, "" if it has."""
+    messages = conversation.messages
+    if not any(message.get("content") or message.get("tool_calls") for message in messages):
+        return EMPTY
+    if train_on != "all" and not any(message["role"] == "assistant" for message in messages):
+        return NO_ASSISTANT_TURN
+    return ""
+
+
+def _excluded(reason: str, tokens: int = 0, detail: str = "") -> TokenizedRow:
+    return TokenizedRow(EXCLUDED, [], tokens=tokens, reason=reason, detail=detail)

@@ -1,0 +1,83 @@
+"""What commands print about a token store: a summary per source, the row accounting, samples with trained tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
+
+MAX_SOURCES_SHOWN = 30
+_SHADES = " .:-=+*#%@"
+_GREEN, _RESET = "\x1b[32m", "\x1b[0m"
+
+
+def summary(store: TokenStore) -> str:
+    """Return counts, tokens, trained tokens, percentiles and histogram of each source, and the row accounting."""
+    lengths = store.lengths
+    columns = f"{'source':24} {'samples':>9} {'tokens':>13} {'trained':>13} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>7}"
+    top = int(np.log2(lengths.max())) + 1
+    lines = [f"{columns}  2^0..2^{top} tokens"]
+    counts = np.bincount(store.sources, minlength=len(store.source_names))
+    for source in np.argsort(-counts, kind="stable")[:MAX_SOURCES_SHOWN]:
+        lines.append(_source_line(store.source_names[source], store, store.sources == source, top))
+    if len(counts) > MAX_SOURCES_SHOWN:
+        lines.append(f"... and {len(counts) - MAX_SOURCES_SHOWN} smaller sources")
+    lines.append(_source_line("all", store, np.ones(len(store), dtype=bool), top))
+    accounting, _ = check_totals(store.totals(), len(store))
+    incomplete = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
+    return "\n".join([*lines, *accounting, *(f"  listed in {folder / INCOMPLETE_ROWS}" for folder in incomplete)])
+
+
+def _source_line(name: str, store: TokenStore, chosen: NDArray[np.bool_], top: int) -> str:
+    lengths, trained = store.lengths[chosen], int(store.loss_tokens[chosen].sum())
+    p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
+    numbers = f"{len(lengths):9,} {lengths.sum():13,} {trained:13,} {p50:7,.0f} {p90:7,.0f} {p99:7,.0f}"
+    # One character per power of two: the darker, the more samples.
+    counts = np.bincount(np.log2(lengths).astype(np.int64), minlength=top)
+    shades = np.ceil(counts / counts.max() * (len(_SHADES) - 1)).astype(np.int64)
+    return f"{name[:24]:24} {numbers} {lengths.max():7,}  |{''.join(_SHADES[shade] for shade in shades)}|"
+
+
+def check_totals(totals: Mapping[str, int], samples: int) -> tuple[list[str], list[str]]:
+    """Return the sums of `TokenStore.totals` as lines, and one line per sum that does not add up.
+
+    samples: number of samples in the store.
+    """
+    outcomes = [key for key in totals if key.startswith("excluded: ")]
+    sums = {
+        "rows": ["whole", "truncated", "split", *outcomes, "not_chosen"],
+        "samples_made": [*DROPPED, "trained"],
+        "samples": ["trained", "copies"],
+    }
+    lines, errors = [], []
+    for whole, parts in sums.items():
+        text = " + ".join(f"{totals[part]:,} {part}" for part in parts if totals[part]) or "0"
+        lines.append(f"accounting: {totals[whole]:,} {whole} = {text}")
+        if totals[whole] != sum(totals[part] for part in parts):
+            errors.append(f"accounting: {totals[whole]:,} {whole} != {text}")
+    if totals["samples"] != samples:
+        errors.append(f"accounting: {totals['samples']:,} samples, but the store has {samples:,}")
+    return lines, errors
+
+
+def show_samples(store: TokenStore, count: int, tokenizer_path: Path) -> str:
+    """Return the first `count` samples as text with their trained tokens in green."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+    blocks = []
+    for index in range(min(count, len(store))):
+        tokens, loss_mask = store.sample(index)
+        boundaries = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1), len(tokens)]
+        text = ""
+        for start, end in itertools.pairwise(boundaries):
+            piece = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
+            text += f"{_GREEN}{piece}{_RESET}" if loss_mask[start] else piece
+        source = store.source_names[store.sources[index]]
+        counted = f"{len(tokens)} tokens, {store.loss_tokens[index]} trained"
+        blocks.append(f"--- sample {index} ({store.where(index)}, {source}, {counted})\n{text}")
+    return "\n".join(blocks)
