@@ -7,7 +7,7 @@
 #      ranks again when one dies (0); NUMA_BINDING how ranks are bound to the CPUs next to their GPU (node, or none;
 #      torchrun --numa-binding); CUDA_VISIBLE_DEVICES="" to train on the CPU of a GPU machine; for several nodes NNODES, RDZV_ENDPOINT=host:port and RDZV_ID (the same on each).
 #      Further arguments override the TOML: --section.key value; with COMM_MODE=fake, GPU is the kind of GPU to plan
-#      for (h100-80gb). What happens when something dies: docs/supervision.md
+#      for (h100-80gb). What happens when something fails: docs/checkpoint.md
 set -euo pipefail
 cd "$(dirname "$0")"
 

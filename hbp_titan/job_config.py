@@ -121,9 +121,9 @@ class Data:
 @dataclass
 class Packing:
     method: str = "hbp"
-    """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/packing.md lists them; METHODS in packing/build.py)."""
+    """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/levels.md lists them; METHODS in packing/build.py)."""
     levels: str = ""
-    """Where levels come from: "" the [[levels]] blocks, "auto" a measurement at the start (docs/selection.md)."""
+    """Where levels come from: "" the [[levels]] blocks, "auto" a measurement at the start (docs/tuning.md)."""
     max_sample_tokens: int = 0
     """With levels = "auto": tokens that a sample may have (data.max_length_policy); 0 means the model's limit."""
     seed: int = 0

@@ -15,7 +15,6 @@ NOT_RUN = {
             "pip install .",
             "pip install 'hbp-titan[data]'",
             "pip install '.[eval]'",
-            ".venv/bin/pip install -e '.[data]'",
         ),
         "installs packages; tests/test_packaging.py installs this one",
     ),
@@ -31,14 +30,6 @@ NOT_RUN = {
     ),
     **dict.fromkeys(("pip install '.[flash]'", "pip install flash-attn-4==4.0.0b19"), "installs a kernel of a GPU"),
     "python scripts/gpu_check.py --out gpu_check": "needs a GPU",
-    "pip install '.[data]'": "installs packages",
-    ".venv/bin/pip install -e '.[wandb]'": "installs packages",
-    "python scripts/list_errors.py": "compares the repository's own files; a test runs it there",
-    "git lfs pull": "is for a data set's repository",
-    "cp -L": "is named without its files",
-    "sbatch --signal=B:USR1@600": "is named without its script",
-    "python scripts/prepare_data.py": "is named without a run's arguments",
-    "PYTHON=/path/to/python3.11 ./run_train.sh": "the environment of the tests is used",
     "CUDA_VISIBLE_DEVICES= ./run_train.sh": "is ./run_train.sh where there is no GPU",
     "tensorboard --logdir outputs/debug_model/tensorboard": "serves until it is stopped",
     **dict.fromkeys(
@@ -52,15 +43,11 @@ NOT_RUN = {
     "python scripts/evaluate.py MODEL --needles --server http://localhost:8000": "needs a server of vLLM or SGLang; "
     "tests/evaluation/test_answerers.py asks a stand-in",
     **dict.fromkeys(
-        (
-            "python scripts/evaluate.py MODEL --tasks hbp_titan/evaluation/paper_tasks.toml --runs mmlu,gsm8k",
-            "python scripts/evaluate.py outputs/llama3_1_8b_hbp/hf --tasks hbp_titan/evaluation/paper_tasks.toml",
-        ),
+        ("python scripts/evaluate.py MODEL --tasks hbp_titan/evaluation/paper_tasks.toml --runs mmlu,gsm8k",),
         "needs lm_eval and its data sets from the network; tests/evaluation/test_harness.py has a task of its own",
     ),
     **dict.fromkeys(
         (
-            "CONFIG_FILE=X.toml sbatch --nodes 2 --gpus-per-node 8 --time 4:00:00 scripts/slurm_train.sbatch",
             "CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml sbatch --nodes 4 --gpus-per-node 8 --time 4:00:00 "
             "scripts/slurm_train.sbatch --training.epochs 2",
             "CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml sbatch --nodes 4 --gpus-per-node 8 --time 4:00:00 "
@@ -121,7 +108,6 @@ RUNS = [
     Run("hbp-titan --version"),
     Run("hbp-titan presets"),
     Run("./run_train.sh --help"),
-    Run("ls models/Llama-3.1-8B-Instruct"),
     # The debug model, stopped after each of its first steps and gone on with on other ranks; then to its end.
     Run(f"{_PREPARED} train_configs/debug_model.toml"),
     Run("hbp-titan prepare_data --job.config_file debug_model"),
@@ -157,7 +143,6 @@ RUNS = [
     ),
     Run("python scripts/generate.py outputs/debug_model/hf", "--count 1 --max_new_tokens 4"),
     Run("python scripts/audit_epoch.py outputs/debug_model"),
-    Run("hbp-titan audit_epoch outputs/debug_model"),
     Run("python scripts/convert_to_hf.py outputs/debug_model OUT"),
     Run('python scripts/generate.py OUT --prompt "What does os.getcwd do?"', "--max_new_tokens 4"),
     Run(
@@ -182,16 +167,13 @@ RUNS = [
     Run("NGPU=8 CONFIG_FILE=X.toml ./run_train.sh"),
     Run("NGPU=8 CONFIG_FILE=X.toml ./run_train.sh --optimizer.lr 2e-5 --job.dump_folder outputs/X_lr"),
     Run("NNODES=4 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=X.toml ./run_train.sh", "--job.dump_folder outputs/4"),
-    Run("NNODES=2 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=X.toml ./run_train.sh", "--training.steps 4"),
     Run("python scripts/audit_epoch.py outputs/X"),
-    Run("python scripts/report.py outputs/X"),
     Run(
         "python scripts/report.py outputs/hbp outputs/flat_sorted --html compared.html",
         replace={"hbp": "X", "flat_sorted": "X_lr"},
     ),
     Run(f"{_PREPARED} X.toml --world_size 32"),
     Run("python scripts/convert_to_hf.py outputs/X OUT", replace={" OUT": " OUT_X32"}),
-    Run("python scripts/evaluate.py outputs/X/hf --help"),
     Run("python scripts/evaluate.py outputs/X/hf --perplexity held_out.jsonl --overlong skip"),
     Run("python scripts/evaluate.py outputs/X/hf --needles --lengths 4096,16384"),
     Run("python scripts/convert_to_hf.py outputs/X OUT --dtype bfloat16", replace={" OUT": " OUT_X"}),
@@ -232,23 +214,8 @@ RUNS = [
         "--candidates 128:1,512:2",
     ),
     Run(
-        "python scripts/select_levels.py --job.config_file train_configs/llama3_1_8b_hbp.toml --model.hf_path $M "
-        "--estimate h100-80gb --world_size 32"
-    ),
-    Run(
         "NGPU=8 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh --model.hf_path $M "
         "--checkpoint.initial_load_path $M --levels 8192:1,131072:8:ulysses:keep_attention:16"
-    ),
-    Run(
-        "NNODES=4 NGPU=8 RDZV_ENDPOINT=node0:29500 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh "
-        "--model.hf_path $M --checkpoint.initial_load_path $M --levels 8192:1,131072:8:ulysses:keep_attention:11"
-    ),
-    Run("python scripts/audit_epoch.py outputs/llama3_1_8b_hbp"),
-    Run("python scripts/evaluate.py outputs/llama3_1_8b_hbp/hf --perplexity held_out.jsonl --overlong skip"),
-    Run("python scripts/evaluate.py outputs/llama3_1_8b_hbp/hf --needles --lengths 4096,32768,131072"),
-    Run(
-        "torchrun --nproc_per_node 8 scripts/compare_methods.py --job.config_file train_configs/llama3_1_8b_hbp.toml "
-        "--model.hf_path $M --checkpoint.initial_load_path $M --data.max_samples 20000 --repeats 1 --json compared.json"
     ),
     # Dry runs and estimates, as they stand.
     Run("COMM_MODE=fake NGPU=32 CONFIG_FILE=train_configs/llama3_1_70b_hbp.toml ./run_train.sh", _NO_DATA),
@@ -256,15 +223,13 @@ RUNS = [
         "COMM_MODE=fake NGPU=64 GPU=h200-141gb CONFIG_FILE=X.toml ./run_train.sh "
         "--levels 16384:1:ulysses:full,131072:8:ulysses:full"
     ),
-    Run(
-        "COMM_MODE=fake NGPU=8 NNODES=4 CONFIG_FILE=X.toml ./run_train.sh --model.hf_path DIR "
-        "--checkpoint.initial_load_path DIR"
-    ),
+    Run("COMM_MODE=fake NGPU=32 CONFIG_FILE=train_configs/llama3_1_8b_hbp.toml ./run_train.sh"),
     Run("python -m hbp_titan.tuning.dry_run --world_size 32 --gpu h100-80gb --job.config_file X.toml"),
     Run("hbp-titan dry_run --world_size 32 --job.config_file llama3_1_8b_hbp", _NO_DATA),
     Run("python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32"),
     Run(
-        "python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8"
+        "python scripts/simulate.py --estimate h100-80gb --world_size 32 --flavor llama3_1_8b "
+        "--levels 16384:1,131072:8 --methods isf,flat_sorted,flexsp,hbp_paper,hbp"
     ),
     Run(
         "python scripts/simulate.py --estimate h200-141gb --world_size 64 --job.config_file "
@@ -277,10 +242,9 @@ RUNS = [
     Run("python scripts/simulate.py --lengths L.npy --world_size 32 --methods isf,flat_sorted,flexsp,hbp_paper,hbp"),
     Run("python scripts/simulate.py --calibrate measured.json --lengths L.npy"),
     Run("python scripts/simulate.py --paper", "--num_samples 20000"),
-    Run("python scripts/simulate.py --scale --svg docs/simulation_scale.svg"),
+    Run("python scripts/simulate.py --scale --svg hbp_titan/experiments/scale.svg"),
     Run("python scripts/simulate.py --speed"),
     # Packing.
-    Run("python scripts/plan_packing.py --lengths L.npy --world_size 32 --compare"),
     Run(
         "python scripts/plan_packing.py --lengths L.npy --world_size 32 --levels 16384:1,131072:8 --compare "
         "--html plan.html"
@@ -291,10 +255,8 @@ RUNS = [
     ),
     Run("python scripts/bench_packing.py", "--num_samples 20000 --repeat 1"),
     # Measurements.
-    Run("torchrun --nproc_per_node 8 scripts/select_levels.py --job.config_file X.toml", "--candidates 128:1,512:2"),
     Run(
-        "torchrun --nproc-per-node 8 scripts/select_levels.py --job.config_file train_configs/X.toml "
-        "--output X_levels.toml",
+        "torchrun --nproc_per_node 8 scripts/select_levels.py --job.config_file X.toml --output X_levels.toml",
         "--candidates 128:1,512:2",
     ),
     Run("torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file X.toml", "--repeats 1"),
@@ -329,11 +291,6 @@ RUNS = [
     Run("python scripts/bench_train.py --help"),
     Run("python scripts/bench_train.py", f"--lengths 256 {_FEW}"),
     Run(
-        "python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,131072",
-        _FEW,
-        {"llama3_2_1b": "debug", "16384,131072": "256,512"},
-    ),
-    Run(
         "python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,32768,65536,131072 --layers auto",
         _FEW,
         _BENCH,
@@ -359,12 +316,6 @@ RUNS = [
         replace={"1024,8192": "256", "--repeats 9": "--repeats 1 --policies none"},
     ),
     Run(
-        "python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,32768,65536,131072 --layers auto "
-        "--compile both --json 1b.json",
-        _FEW,
-        {**_BENCH, "both": "off"},
-    ),
-    Run(
         "python scripts/bench_train.py --flavors llama3_1_8b --lengths 16384,32768,65536,131072 --layers auto "
         "--compile both --json 8b.json",
         _FEW,
@@ -378,11 +329,6 @@ RUNS = [
     ),
     Run("python scripts/bench_data.py --job.config_file X.toml", "--rounds 1 --workers 0"),
     Run(
-        "python scripts/bench_data.py --job.config_file train_configs/debug_model.toml --data.max_samples 0 "
-        "--only preparation --rounds 2",
-        replace={"--data.max_samples 0": "--data.max_samples 100", "--rounds 2": "--rounds 1"},
-    ),
-    Run(
         "python scripts/bench_data.py --job.config_file train_configs/debug_model.toml --data.max_samples 12000 "
         "--rounds 3",
         replace={"12000": "100", "--rounds 3": "--rounds 1"},
@@ -392,7 +338,6 @@ RUNS = [
         "python scripts/verify_equivalence.py --job.config_file train_configs/debug_model.toml",
         "--shrink --num_samples 8 --world_sizes 1,2 --only levels",
     ),
-    Run("python scripts/verify_equivalence.py --job.config_file X.toml", "--num_samples 8 --world_sizes 1"),
     Run(
         "python scripts/verify_equivalence.py --job.config_file X.toml --shrink",
         "--num_samples 8 --world_sizes 1 --only CONTROL",
@@ -404,8 +349,9 @@ RUNS = [
         "--shrink --num_samples 6",
     ),
     Run(
-        "python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml --data.max_samples 2500 "
-        "--validation.interval 4 --validation.max_samples 60 --checkpoint.interval 5 --svg docs/elastic.svg",
+        "python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml "
+        "--data.max_samples 2500 --validation.interval 4 --validation.max_samples 60 "
+        "--checkpoint.interval 5 --svg hbp_titan/experiments/elastic.svg",
         "--stretches 2,1 --training.steps 0",
         _ELASTIC,
     ),

@@ -258,7 +258,7 @@ def make_runs(
 
 
 def figures_of(run: Run, store: SampleLengths) -> dict[str, float]:
-    """What the plan of a run has for its ranks, as in docs/packing.md, and what its optimizer steps are made of.
+    """What the plan of a run has for its ranks, as in docs/levels.md, and what its optimizer steps are made of.
 
     long_spread: standard deviation over the steps of the share that samples longer than the lowest level have in the
     trained tokens. trained_spread: that of the trained tokens of a step, as a share of their mean.
