@@ -15,16 +15,13 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hbp_titan.data.sample_log import EpochAudit, audit_run, read_attempts, shown
 from hbp_titan.data.store_summary import check_totals
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import exit_on_user_error
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the audit; 0 where all is right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", type=Path, help="the run's job.dump_folder")
@@ -74,4 +71,4 @@ def steps_done(metrics: Path) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_user_error(lambda: main(sys.argv[1:])))
+    raise SystemExit(exit_on_user_error(main))

@@ -21,9 +21,6 @@ import platform
 import sys
 from pathlib import Path
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.loader import BatchShapes
@@ -35,7 +32,7 @@ from hbp_titan.preflight import cost_model, max_sample_tokens, model_args
 PARTS = ("loader", "preparation")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a table for each part that is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -74,4 +71,4 @@ def loader(config: JobConfig, world_size: int, workers: list[int], rounds: int) 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

@@ -24,9 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from hbp_titan.components.step_stats import peak_flops
@@ -42,7 +39,7 @@ from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing.level import check_levels, parse_levels
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, JobConfig]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
     """The benchmark's own options and the configuration that the others make."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -73,7 +70,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, JobConfig]:
     return options, config
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what the command line asks for; rank 0 prints and writes."""
     options, config = parse(argv)
     world = init_world(config.parallelism.init_timeout_seconds)
@@ -165,4 +162,4 @@ def say(world: World, text: str) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

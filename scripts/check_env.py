@@ -46,15 +46,15 @@ def _extra(project: dict[str, Any], name: str) -> list[str]:
     return requirements
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare pyproject.toml with what is installed."""
     project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
     requirements = list(project["dependencies"])
-    if sys.argv[1:] == ["dev"]:
+    if (sys.argv[1:] if argv is None else argv) == ["dev"]:
         requirements += _extra(project, "dev")
     missing = unmet(requirements)
     if missing:
-        print(f"error: not installed and not to be had here: {', '.join(missing)}: pip install them", file=sys.stderr)
+        print(f"error: missing packages: {', '.join(missing)}; install them with pip", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -18,11 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -57,7 +53,7 @@ def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     return from_rank_0(world, choose)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train every run, print the table on rank 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -66,7 +62,7 @@ def main() -> None:
     parser.add_argument("--select", action="store_true", help="choose the levels of each method by measurement first")
     parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
     parser.add_argument("--json", type=Path, help="write every outcome there")
-    options, overrides = parser.parse_known_args()
+    options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     if options.repeats < 1 or (options.runs and options.select):
         raise ValueError(f"--repeats {options.repeats}: at least 1; --runs and --select do not go together")
@@ -93,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    raise SystemExit(exit_on_user_error(main))

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -37,15 +33,15 @@ def convert(hf_folder: Path, out: Path) -> int:
     return len(tensors)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    count = exit_on_user_error(lambda: convert(arguments.hf_folder, arguments.out))
+    arguments = parser.parse_args(argv)
+    count = convert(arguments.hf_folder, arguments.out)
     print(f"{arguments.hf_folder} -> {arguments.out} ({count} tensors)")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_on_user_error(main))

@@ -9,11 +9,7 @@ the tokenizer's files; transformers, vLLM and SGLang load it. LoRA adapters are 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -50,16 +46,16 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     return step_folder
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    arguments = parser.parse_args()
-    source = exit_on_user_error(lambda: convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype]))
+    arguments = parser.parse_args(argv)
+    source = convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype])
     print(f"{source} -> {arguments.out} ({arguments.dtype})")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_on_user_error(main))

@@ -5,7 +5,7 @@
     python scripts/evaluate.py FOLDER --needles --server http://localhost:8000     the same, answered by vLLM or SGLang
     python scripts/evaluate.py FOLDER --tasks hbp_titan/evaluation/paper_tasks.toml     the paper's tasks, by lm_eval
 
-One process, on a GPU where there is one. docs/evaluation.md tells what the figures mean.
+One process, on a GPU where there is one. docs/evaluation.md explains the figures.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hbp_titan.distributed.world import local_device
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.evaluation import needles, perplexity
@@ -28,7 +25,7 @@ from hbp_titan.evaluation.needles import TASKS, Prompter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run what it asks for, the cheapest first."""
     options = _options(argv)
     folder: Path = options.folder
@@ -73,7 +70,7 @@ def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
     print(f"heat map: {out / 'needles.svg'}")
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="HF folder: config.json, safetensors, tokenizer")
     parser.add_argument("--out", type=Path, help="where results are written [FOLDER/evaluation]")
@@ -127,4 +124,4 @@ def _write(file: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

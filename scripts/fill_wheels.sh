@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fills a folder with wheels for a machine without network, as scripts/gpu_check.py needs them:
+# Downloads wheels for a machine without network, as scripts/gpu_check.py needs them:
 #   scripts/fill_wheels.sh FOLDER [PYTHON [PLATFORM [PACKAGE ...]]]
 #   scripts/fill_wheels.sh wheels 3.12 manylinux_2_28_x86_64 "torchdata>=0.11,<0.12"     (the defaults after FOLDER)
 # Dependencies are not followed: the image brings torch and its own. On the other machine:
-#   pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site
+#   pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD:$PWD/site
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:?usage: scripts/fill_wheels.sh FOLDER [PYTHON [PLATFORM [PACKAGE ...]]]}

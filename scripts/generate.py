@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.distributed.world import local_device
 from hbp_titan.errors import exit_on_user_error
@@ -43,7 +39,7 @@ def answer(folder: Path, prompts: list[str], max_new_tokens: int) -> list[str]:
     return model([prompter.ids(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -51,16 +47,12 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=Path(".data/stdlib/validation.jsonl"))
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    arguments = parser.parse_args()
-
-    def run() -> None:
-        asked = [(prompt, "") for prompt in arguments.prompt] or questions(arguments.file, arguments.count)
-        answers = answer(arguments.folder, [prompt for prompt, _ in asked], arguments.max_new_tokens)
-        for (prompt, reference), text in zip(asked, answers, strict=True):
-            print(f"> {prompt}\n{text}\n" + (f"(reference: {reference})\n" if reference else ""))
-
-    exit_on_user_error(run)
+    arguments = parser.parse_args(argv)
+    asked = [(prompt, "") for prompt in arguments.prompt] or questions(arguments.file, arguments.count)
+    answers = answer(arguments.folder, [prompt for prompt, _ in asked], arguments.max_new_tokens)
+    for (prompt, reference), text in zip(asked, answers, strict=True):
+        print(f"> {prompt}\n{text}\n" + (f"(reference: {reference})\n" if reference else ""))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_on_user_error(main))

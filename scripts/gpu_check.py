@@ -8,12 +8,6 @@ The steps and the options are hbp_titan/testing/gpu_check/runner.py's.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.testing.gpu_check.runner import main
 

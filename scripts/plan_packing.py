@@ -13,14 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -31,7 +27,7 @@ from hbp_titan.packing.plan import save_plan
 from hbp_titan.report.plan_page import html_report
 
 
-def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     methods = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(
@@ -138,7 +134,7 @@ def as_json(plan: Plan, compared: dict[str, Metrics], seconds: dict[str, float])
     }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     lengths, settings = inputs(options, overrides)
     chosen = settings.pop("method", "hbp")
@@ -174,4 +170,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

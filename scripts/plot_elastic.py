@@ -24,9 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hbp_titan.config import load_config
 from hbp_titan.data.sample_log import read_attempts
 from hbp_titan.errors import exit_on_user_error
@@ -124,7 +121,7 @@ def draw(folder: Path) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train what is not there, then draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -149,4 +146,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

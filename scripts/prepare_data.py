@@ -1,21 +1,17 @@
-"""Prepare the data of a run: embedded corpus and tokenizer where asked for, token stores, summary.
+"""Prepare the data of a run: the embedded corpus and tokenizer where configured, token stores, a summary.
 
     python scripts/prepare_data.py --job.config_file train_configs/debug_model.toml [--show K] [--strict]
     torchrun --nproc_per_node N scripts/prepare_data.py ...     ranks and nodes of a shared file system share the work
 
-The training run finds what this leaves; a second call finds everything and only prints the summary. After a kill the
-next call goes on where it was.
+Training opens the stores that this writes. A second call finds them and only prints the summary; after a kill the next
+call continues where the last one stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
@@ -25,40 +21,41 @@ from hbp_titan.distributed.world import close_world, gather_values, init_world, 
 from hbp_titan.errors import WorkerGroup, exit_on_user_error
 from hbp_titan.preflight import check, max_sample_tokens, model_args
 
-OPTIONS = """
-options of this command:
-  --world_size N    check levels, model and weights for a run of N ranks, as the run itself will [no check]
-  --show K          print K samples, trained tokens in green [0]
-  --strict          any row that is left out or cut is an error (data.strict)
-"""
 # Ranks wait for each other at the end of their shares.
 TIMEOUT_SECONDS = 24 * 3600
 
 
-def main(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}{OPTIONS}\n{help_text()}")
-        return
-    world_size, argv = _take_number(argv, "--world_size", 0)
-    shown, argv = _take_number(argv, "--show", 0)
-    config = load_config([word for word in argv if word != "--strict"])
-    config.data.strict = config.data.strict or "--strict" in argv
-    # Without a world to check for, the smallest that the levels fit.
-    validate(config, world_size or math.lcm(*(level.cp_degree for level in config.levels)))
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--world_size", type=int, help="check levels, model and weights for a run on N ranks"
+    )
+    parser.add_argument("--show", type=int, default=0, help="print K samples, trained tokens in green [0]")
+    parser.add_argument("--strict", action="store_true", help="any dropped or cut row is an error (data.strict)")
+    options, overrides = parser.parse_known_args(argv)
+    config = load_config(overrides)
+    config.data.strict = config.data.strict or options.strict
+    # Without a world size to check for, the smallest one that the levels fit.
+    validate(config, options.world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     args = model_args(config)
-    stores = _prepared(config, max_sample_tokens(config, args))
+    stores = _prepare(config, max_sample_tokens(config, args))
     if os.environ.get("RANK", "0") != "0":
         return
-    if world_size:
-        check(config, world_size, local_device(), args, stores[0])
+    if options.world_size:
+        check(config, options.world_size, local_device(), args, stores[0])
     print(f"tokenizer: {config.tokenizer_path}")
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")
-    if shown:
-        print(show_samples(stores[0], shown, config.tokenizer_path))
+    if options.show:
+        print(show_samples(stores[0], options.show, config.tokenizer_path))
 
 
-def _prepared(config: JobConfig, limit: int) -> list[TokenStore]:
+def _prepare(config: JobConfig, limit: int) -> list[TokenStore]:
     if "RANK" not in os.environ:
         return open_stores(config, limit)
     world = init_world(TIMEOUT_SECONDS)
@@ -68,19 +65,5 @@ def _prepared(config: JobConfig, limit: int) -> list[TokenStore]:
         close_world()
 
 
-def _take_number(argv: list[str], option: str, default: int) -> tuple[int, list[str]]:
-    """The value of one of this command's own options, and the arguments that are left."""
-    for index, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name != option:
-            continue
-        used = 1 if equals else 2
-        value = value if equals else "".join(argv[index + 1 : index + 2])
-        if not value.isdigit():
-            raise ValueError(f"{option} needs a number, not {value!r}")
-        return int(value), argv[:index] + argv[index + used :]
-    return default, argv
-
-
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

@@ -18,11 +18,7 @@ given too. hbp_titan/experiments/quality.md says how to read it.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.study.quality import (
@@ -38,7 +34,7 @@ from hbp_titan.experiments.study.quality import (
 from hbp_titan.experiments.study.runs import LAUNCHES, VARIANTS, Launch, parse_variants
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train, then print the tables."""
     known = "\n".join(f"  {variant.name:12} {variant.says}" for variant in VARIANTS.values())
     parser = argparse.ArgumentParser(
@@ -77,4 +73,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

@@ -10,17 +10,13 @@ killed; what its files lack is left out, and the page says so.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.report import read_runs, report_page
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the folders and write the page."""
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -40,4 +36,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

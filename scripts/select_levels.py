@@ -12,12 +12,8 @@ stages, and flat packing. The levels of the TOML file, if any, are not used. Fur
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
@@ -33,7 +29,7 @@ from hbp_titan.tuning.search import Candidate, Workload
 from hbp_titan.tuning.time_model import estimate_candidates
 
 
-def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -113,7 +109,7 @@ def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[
     print(f"wrote {options.output}")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     if (options.estimate is None) != (options.world_size is None):
         raise ValueError("--estimate HARDWARE and --world_size N go together; torchrun says how many ranks measure")
@@ -133,4 +129,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

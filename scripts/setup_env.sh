@@ -1,6 +1,6 @@
-# Sourced by run_train.sh and run_tests.sh: makes .venv once and sets PY to its python.
+# Sourced by run_train.sh and run_tests.sh: creates .venv once, installs this checkout (editable), sets PY to its python.
 # Usage: source scripts/setup_env.sh run|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
-# A python that already has torch 2.11 to 2.13 is used as it is; else torch is installed by an exact pin.
+# A python that already has torch 2.11 to 2.13 is used as it is; otherwise torch is installed by an exact pin.
 
 hbp_setup() {
     local kind="$1" base="${PYTHON:-python3}" target="." stamp torch_pin="torch==2.13.0"
@@ -11,7 +11,7 @@ hbp_setup() {
     }
     PY="$PWD/.venv/bin/python"
     stamp=".venv/.hbp_titan-$(cksum < pyproject.toml | cut -d' ' -f1)-"
-    # What the tests need holds what a run needs.
+    # The packages for the tests include those for a run.
     if [ -e "$stamp$kind" ] || [ -e "${stamp}dev" ]; then return 0; fi
 
     local fits='import sys, torch; v = tuple(map(int, torch.__version__.split(".")[:2])); sys.exit(not (2, 11) <= v < (2, 14))'
@@ -27,10 +27,11 @@ hbp_setup() {
         fi
     fi
     echo "setup: installing into .venv (once) ..."
-    # One call with the pin: a second call, or a range, would let pip pick a build with gigabytes of CUDA.
+    # One call with the pin: a second call, or a range, would let pip choose a build with gigabytes of CUDA.
     if ! "$PY" -m pip install --quiet --disable-pip-version-check $torch_pin --editable "$target"; then
-        # A machine without a package index may still hold everything.
+        # A machine without a package index may have every package; then only this checkout must be made importable.
         "$PY" scripts/check_env.py "$kind" || return 1
+        echo "$PWD" > "$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hbp_titan.pth"
     fi
     touch "$stamp$kind"
 }

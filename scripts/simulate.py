@@ -18,12 +18,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -61,7 +57,7 @@ from hbp_titan.tuning.time_model import MEMORY_MARGIN, TimeModel, estimate_candi
 PAPER_SAMPLES = 941_344
 
 
-def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This command's own options, and the words that are configuration overrides."""
     named = {**{name: method.summary for name, method in METHODS.items()}, **EXTRA_METHODS}
     parser = argparse.ArgumentParser(
@@ -226,7 +222,7 @@ def report_speed(options: argparse.Namespace) -> None:
         print(f"{name:<12} planned in {planned - start:.1f} s, replayed in {time.perf_counter() - planned:.1f} s")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     if options.calibrate:
         return report_calibration(options)
@@ -248,4 +244,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    raise SystemExit(exit_on_user_error(main))

@@ -15,19 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hbp_titan.config import load_config
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.soak import Settings, soak, table, timed_kills
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Soak; 0 where nothing is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -56,4 +52,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_user_error(lambda: main(sys.argv[1:])))
+    raise SystemExit(exit_on_user_error(main))

@@ -11,11 +11,6 @@ the same unpacked run. Negative controls must be caught. The exit code is 0 only
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -27,7 +22,7 @@ from hbp_titan.preflight import model_args
 from hbp_titan.testing.equivalence import HEADER, build_cases, choose_samples, row, scaled_levels, shrunk, verify
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run the cases, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -44,7 +39,7 @@ def main() -> int:
     parser.add_argument("--max_tokens", type=int, default=1024, help="scale the largest level to this; 0: keep [1024]")
     parser.add_argument("--shrink", action="store_true", help="two layers and narrow heads instead of the whole model")
     parser.add_argument("--only", default="", help="only the cases whose name holds this text")
-    options, overrides = parser.parse_known_args()
+    options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     world_sizes = parse_world_sizes(options.world_sizes, options.device)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")

@@ -17,6 +17,6 @@ def make_checkout(root: Path) -> Path:
     for name in ("hbp_titan", "train_configs", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run_train.sh", root)
-    (root / "scripts" / "setup_env.sh").write_text(f"PY={sys.executable}\n")
+    (root / "scripts" / "setup_env.sh").write_text(f"PY={sys.executable}\nexport PYTHONPATH=$PWD\n")
     (root / "tiny.toml").write_text("")
     return root

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is imported, which reads it then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs that tests start import this checkout, not one that is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import torch
 

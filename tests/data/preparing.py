@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.data.tokenizer import train_tokenizer
 from hbp_titan.errors import exit_on_user_error
+from scripts import prepare_data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 # With one token a byte: <|im_start|> "user\n" Q <|im_end|> "\n" <|im_start|> "assistant\n" A <|im_end|> "\n"
@@ -22,15 +22,10 @@ PROMPT_TOKENS = 1 + 5 + 1 + 1 + 1 + 10  # around a question of no bytes
 
 def run_script(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, output and errors of scripts/prepare_data.py, run in this process."""
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     capsys.readouterr()
     code = 0
     try:
-        exit_on_user_error(lambda: module.main(list(arguments)))
+        exit_on_user_error(lambda: prepare_data.main(list(arguments)))
     except SystemExit as ended:
         code = int(ended.code or 0)
     return code, *capsys.readouterr()

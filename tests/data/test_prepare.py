@@ -178,7 +178,6 @@ def test_the_command_prepares_and_a_second_call_finds_everything(
     [
         (["--data.train_files", "gone.jsonl"], "error: data.train_files: no such file or folder: gone.jsonl\n"),
         (["--world_size=3"], "error: cp_degree=2 of the level with max_tokens=256 does not divide the world size 3"),
-        (["--world_size", "x"], "error: --world_size needs a number, not 'x'\n"),
         (
             ["--data.max_sample", "3"],
             "error: command line: unknown key data.max_sample; did you mean data.max_samples?\n",
@@ -234,6 +233,6 @@ def test_strict_is_an_option_of_the_command(config_file: Path, capsys: pytest.Ca
 def test_help_explains_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     code, output, _ = run_script(capsys, "--help")
     assert code == 0
-    assert "--show K" in output
+    assert "--show" in output
     assert "--data.max_samples" in output
     assert "[[data.sources]] blocks" in output

@@ -14,7 +14,7 @@ a machine with network:
 
     scripts/fill_wheels.sh wheels 3.12                               torchdata, for Python 3.12 on Linux x86-64
     pip install --no-index --no-deps --target site wheels/*.whl      on the machine with the GPU
-    PYTHONPATH=site python scripts/gpu_check.py --out gpu_check
+    PYTHONPATH=.:site python scripts/gpu_check.py --out gpu_check
 """
 
 from __future__ import annotations
