@@ -6,7 +6,6 @@ two is what chance alone gives.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch.distributed import distributed_c10d
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
-from hbp_titan.experiments.bench_train import Documents, EngineSlot, random_batches
+from hbp_titan.experiments.bench_train import Documents, random_batches
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 
 
 @dataclass
@@ -57,10 +57,7 @@ def measure_swap(
     repeats: int,
 ) -> SwapCost:
     """Time `iterations` packs of each level in both orders, `repeats` rounds after one that does not count."""
-    config = copy.deepcopy(config)
-    config.levels = list(levels)
-    config.checkpoint.initial_load_path = ""
-    slot = EngineSlot(config, args, world)
+    measured = MeasuredEngine(config, args, world, levels)
     by_level = []
     for index, level in enumerate(levels):
         packs = [documents.lengths(level.max_tokens, seed) for seed in range(iterations)]
@@ -70,12 +67,12 @@ def measure_swap(
     alternating = list(itertools.chain.from_iterable(zip(*by_level, strict=True)))
     orders = {"grouped": grouped, "alternating": alternating, "again": grouped}
     seconds: dict[str, list[float]] = {name: [] for name in orders}
-    slot.attempt(lambda engine: None)
+    measured.attempt(lambda engine: None)
     groups = len(distributed_c10d._world.pg_map)
     for number in range(repeats + 1):
         names = list(orders)[number % 3 :] + list(orders)[: number % 3]
         for name in names:
-            taken = slot.attempt(slot.seconds, orders[name])
+            taken = measured.seconds(orders[name])
             if taken is None:
                 raise ValueError("--swap: out of memory; lower --lengths or --layers, or recompute more")
             if number:

@@ -9,10 +9,6 @@ Batches for benchmarks: packs of documents with drawn lengths and random tokens.
 Owns how a benchmark's pack is filled. The batch itself is the trainer's (data/batch.py). Every rank of a level gets a
 pack with the same document lengths: a benchmark measures a level, and packs that run side by side cost the same.
 
-An engine as benchmarks use it: timed, its memory measured, and replaced where memory did not suffice.
-
-Owns what one iteration of a benchmark is, and what its time and its peak of memory mean on one rank and on several.
-
 The table of a benchmark: one Markdown row a measurement.
 
 Owns the columns and how a measurement is compared with the same level without recomputation.
@@ -22,30 +18,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.oom import measure_memory
-from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
-from hbp_titan.distributed.world import World, all_reduce_values, barrier
+from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import last_params, linear_params, training_flops
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.packing.ragged import IntArray
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 
 SIGMA = 1.0
 """Spread of the lognormal lengths; sources of the Tulu3 mixture lie between 0.3 and 1.1 (packing/synthetic.py)."""
@@ -113,93 +104,6 @@ def random_batches(
         gather_degree = level.cp_shape(args.num_kv_heads)[0]
         batches.append(shard_batch(batch, cp_rank, level.cp_degree, gather_degree))
     return batches
-
-
-T = TypeVar("T")
-
-
-class EngineSlot:
-    """At most one engine at a time, with its optimizer; rebuilt after a failure for want of memory.
-
-    FSDP's state is not to be trusted after an exception in the middle of an iteration, so the engine goes with it.
-    """
-
-    def __init__(self, config: JobConfig, args: ModelArgs, world: World, optimizer_step: bool = False) -> None:
-        self.config = config
-        self.args = args
-        self.world = world
-        self.optimizer_step = optimizer_step
-        self.engine: Engine | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-
-    def set_layers(self, layers: int) -> None:
-        """Continue with a model of so many layers."""
-        if layers != self.args.num_layers:
-            self.clear()
-            self.args = dataclasses.replace(self.args, num_layers=layers)
-
-    def clear(self) -> None:
-        """Free the engine."""
-        self.engine = self.optimizer = None
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def attempt(self, work: Callable[..., T], *inputs: Any) -> T | None:
-        """work(engine, *inputs); None where memory does not suffice.
-
-        On several ranks that is an error: the others may wait in a collective that this rank has left.
-        """
-        try:
-            if self.engine is None:
-                # Graphs of an earlier model would count towards the compiler's limit.
-                torch._dynamo.reset()
-                self.engine = Engine(self.config, self.args, self.world)
-                if self.optimizer_step:
-                    self.optimizer = build_optimizer(self.engine.model, self.config.optimizer)
-            return work(self.engine, *inputs)
-        except RuntimeError as error:
-            failures = (error, error.__cause__)
-            if self.world.size > 1 or not any(isinstance(e, torch.OutOfMemoryError) for e in failures):
-                raise
-        # Here the exception is gone, and the tensors that its traceback held.
-        self.clear()
-        return None
-
-    def iterate(self, engine: Engine, batch: PackedBatch) -> None:
-        """One iteration, with the optimizer's step where it is asked for; gradients are gone afterwards."""
-        engine.forward_backward(batch)
-        if self.optimizer is not None:
-            self.optimizer.step()
-        engine.model.zero_grad()
-
-    def seconds(self, engine: Engine, batches: Sequence[PackedBatch]) -> float:
-        """Time of iterations one after another: from when all ranks are ready to when the slowest is done."""
-        self._wait_for_device()
-        barrier()
-        started = time.perf_counter()
-        for batch in batches:
-            self.iterate(engine, batch)
-        self._wait_for_device()
-        return all_reduce_values([time.perf_counter() - started], "max", self.world.device)[0]
-
-    def peak_bytes(self, engine: Engine, batch: PackedBatch) -> int:
-        """Most memory held during one iteration, on the rank that holds most."""
-        held = self._held_bytes(engine)
-        with measure_memory(self.world.device) as use:
-            self.iterate(engine, batch)
-        return int(all_reduce_values([held + use.peak_bytes], "max", self.world.device)[0])
-
-    def _held_bytes(self, engine: Engine) -> int:
-        if self.world.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.world.device)
-        states = self.optimizer.state.values() if self.optimizer else ()
-        held: list[Tensor] = [*engine.model.parameters(), *(value for state in states for value in state.values())]
-        return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held)
-
-    def _wait_for_device(self) -> None:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
 
 
 DEPTHS = (2, 3)
@@ -281,12 +185,9 @@ class Bench:
             for length in settings.lengths
             for policy, layers in settings.policies
         ]
-        config = copy.deepcopy(config)
-        config.levels = self.levels
-        config.checkpoint.initial_load_path = ""
         self.config = config
-        self.slot = EngineSlot(config, args, world, settings.optimizer_step)
-        self.slot.set_layers(settings.layers or args.num_layers)
+        self.measured = MeasuredEngine(config, args, world, self.levels, optimizer_step=settings.optimizer_step)
+        self.measured.set_layers(settings.layers or args.num_layers)
         self.too_big: set[tuple[str, int | None, int]] = set()
 
     def run(self) -> Iterator[list[Measurement]]:
@@ -304,7 +205,7 @@ class Bench:
                     found.seconds = seconds.get(batch.level, [])
                     found.peak_bytes = peaks[batch.level] if found.fits else None
                 yield group
-        self.slot.clear()
+        self.measured.clear()
 
     def measure(self, index: int, documents: Documents, repeats: int) -> Measurement:
         """One level, self.levels[index], alone: a warm-up, the peak, then `repeats` timed iterations.
@@ -314,7 +215,7 @@ class Bench:
         first, policy = divmod(index, len(self.settings.policies))
         batch = self._batches(first, documents)[policy]
         peak = self._peak(batch)
-        seconds = [self.slot.attempt(self.slot.seconds, [batch]) for _ in range(repeats if peak else 0)]
+        seconds = [self.measured.seconds([batch]) for _ in range(repeats if peak else 0)]
         found = self._describe(index, documents, documents.lengths(self.levels[index].max_tokens, seed=0))
         found.seconds = [] if None in seconds else [taken for taken in seconds if taken is not None]
         found.peak_bytes = peak if found.fits else None
@@ -338,15 +239,15 @@ class Bench:
         config = copy.deepcopy(self.config)
         # Gathered parameters of a layer would count as what it keeps.
         config.parallelism.reshard_after_forward = True
-        config.levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
+        levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
         held: list[list[int | None]] = []
         for depth in DEPTHS:
-            slot = EngineSlot(config, dataclasses.replace(self.args, num_layers=depth), self.world)
+            measured = MeasuredEngine(config, dataclasses.replace(self.args, num_layers=depth), self.world, levels)
             batches = [
                 b for k in range(len(self.settings.lengths)) for b in self._batches(k, self.settings.documents[0])
             ]
-            held.append([slot.attempt(lambda engine, b=batch: _saved_for_backward(engine, b)) for batch in batches])
-            slot.clear()
+            held.append([measured.attempt(partial(_saved_for_backward, batch=batch)) for batch in batches])
+            measured.clear()
         sizes = [level.max_tokens // level.cp_degree * (DEPTHS[1] - DEPTHS[0]) for level in self.levels]
         return [
             None if few is None or more is None else (more - few) / size
@@ -357,22 +258,17 @@ class Bench:
         """Peak memory by level, None where it does not suffice; with layers = 0 on as many layers as fit."""
         while True:
             peaks = {batch.level: self._peak(batch) for batch in batches}
-            layers = self.slot.args.num_layers
+            layers = self.measured.args.num_layers
             if self.settings.layers != 0 or None not in peaks.values() or layers == 1:
                 return peaks
-            self.slot.set_layers(layers // 2)
+            self.measured.set_layers(layers // 2)
 
     def _peak(self, batch: PackedBatch) -> int | None:
         level = self.levels[batch.level]
-        key = (level.ac_policy, level.ac_layers, self.slot.args.num_layers)
+        key = (level.ac_policy, level.ac_layers, self.measured.args.num_layers)
         if key in self.too_big:
             return None  # it did not fit at a shorter length
-
-        def after_warm_up(engine: Engine) -> int:
-            self.slot.iterate(engine, batch)
-            return self.slot.peak_bytes(engine, batch)
-
-        peak = self.slot.attempt(after_warm_up)
+        peak = self.measured.peak_bytes(batch)
         if peak is None:
             self.too_big.add(key)
         return peak
@@ -387,7 +283,7 @@ class Bench:
             timed = [batch for batch in batches if batch.level in seconds]
             start = number % max(len(timed), 1)
             for batch in timed[start:] + timed[:start]:
-                taken = self.slot.attempt(self.slot.seconds, [batch])
+                taken = self.measured.seconds([batch])
                 if taken is None:
                     del seconds[batch.level]
                 elif number:
@@ -395,7 +291,7 @@ class Bench:
         return seconds
 
     def _describe(self, index: int, documents: Documents, lengths: np.ndarray) -> Measurement:
-        level, args = self.levels[index], self.slot.args
+        level, args = self.levels[index], self.measured.args
         dp_degree = level.dp_degree(self.world.size)
         sum_squared = int((lengths * lengths).sum())
         return Measurement(

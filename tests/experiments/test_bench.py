@@ -14,9 +14,10 @@ from hbp_titan.config import load_config
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
-from hbp_titan.experiments.bench_train import Bench, Documents, EngineSlot, Measurement, Settings, parse_policies
+from hbp_titan.experiments.bench_train import Bench, Documents, Measurement, Settings, parse_policies
 from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing.level import parse_levels
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 
 DEBUG = get_flavor("debug")  # hidden 128, 4 heads and 2 kv heads of width 32, feed-forward 352, vocabulary 4096
 POLICIES = (("none", None), ("full", None), ("keep_attention", None))
@@ -146,29 +147,26 @@ def test_a_policy_that_fails_while_it_is_timed_leaves_the_others_their_rounds(
 def test_policies_take_turns_at_being_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
 
-    def seconds(slot: EngineSlot, engine: Engine, batches: list[PackedBatch]) -> float:
+    def seconds(_: MeasuredEngine, batches: list[PackedBatch]) -> float:
         order.extend(batch.level for batch in batches)
         return 1.0
 
-    monkeypatch.setattr(EngineSlot, "seconds", seconds)
+    monkeypatch.setattr(MeasuredEngine, "seconds", seconds)
     rows = _rows(_bench(world, "64", repeats=3))
     assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
     assert [m.seconds for m in rows] == [[1.0] * 3] * 3
 
 
-def test_only_want_of_memory_on_one_rank_is_caught(world: World) -> None:
-    def fail(engine: Engine, error: Exception) -> None:
+def test_only_out_of_memory_is_caught(world: World) -> None:
+    def fail(error: Exception) -> None:
         raise error
 
-    slot = EngineSlot(load_config([]), dataclasses.replace(DEBUG, num_layers=1), world)
-    assert slot.attempt(fail, torch.OutOfMemoryError("out of memory")) is None
-    assert slot.engine is None  # it is not to be trusted after that
+    args = dataclasses.replace(DEBUG, num_layers=1)
+    measured = MeasuredEngine(load_config([]), args, world, parse_levels("64"))
+    assert measured.attempt(lambda _: fail(torch.OutOfMemoryError("out of memory"))) is None
+    assert measured._engine is None  # its state is undefined after that
     with pytest.raises(RuntimeError, match="a bug"):
-        slot.attempt(fail, RuntimeError("a bug"))
-    # The other ranks would wait for ever in a collective that this one has left.
-    slot.world = dataclasses.replace(world, size=2)
-    with pytest.raises(torch.OutOfMemoryError):
-        slot.attempt(fail, torch.OutOfMemoryError("out of memory"))
+        measured.attempt(lambda _: fail(RuntimeError("a bug")))
 
 
 def test_policies_are_parsed_and_mistakes_named() -> None:

@@ -12,12 +12,13 @@ from torch.distributed import distributed_c10d
 from hbp_titan.config import load_config
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World
-from hbp_titan.engine import Engine, LevelRuntime
+from hbp_titan.engine import LevelRuntime
 from hbp_titan.experiments.bench_swap import SwapCost, measure_swap
-from hbp_titan.experiments.bench_train import Documents, EngineSlot
+from hbp_titan.experiments.bench_train import Documents
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 from tests.tiny_run import ARGS, write_tiny_run
 
 LEVELS = (Level(64), Level(128, cp_degree=2, ac_policy="full"))
@@ -34,13 +35,13 @@ _ACTIVATE = LevelRuntime.activate
 def _measure_both(world: World) -> list[Any]:
     """What a round runs; the cost of a swap, and of one that makes a group."""
     runs: list[list[int]] = []
-    seconds = EngineSlot.seconds
+    seconds = MeasuredEngine.seconds
 
-    def watched(slot: EngineSlot, engine: Engine, batches: list[PackedBatch]) -> float:
+    def watched(measured: MeasuredEngine, batches: list[PackedBatch]) -> float | None:
         runs.append([batch.level for batch in batches])
-        return seconds(slot, engine, batches)
+        return seconds(measured, batches)
 
-    EngineSlot.seconds = watched  # type: ignore[method-assign]
+    MeasuredEngine.seconds = watched  # type: ignore[method-assign]
     found = measure_swap(load_config([]), ARGS, world, LEVELS, Documents(0), iterations=2, repeats=2)
     LevelRuntime.activate = _activate_with_a_new_group  # type: ignore[method-assign]
     broken = measure_swap(load_config([]), ARGS, world, LEVELS, Documents(20), iterations=1, repeats=1)

@@ -18,7 +18,7 @@ from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
-from hbp_titan.tuning import auto, profile
+from hbp_titan.tuning import auto, measured_engine
 from hbp_titan.tuning.auto import LEVEL_TIMES, load_level_times, save_level_times
 from hbp_titan.tuning.profile_file import Profile, profile_key
 from hbp_titan.tuning.search import Candidate, Workload, selected
@@ -132,19 +132,19 @@ def test_level_times_are_those_of_the_levels_asked_for(tmp_path: Path) -> None:
 
 def _measure_alone(world: World, argv: list[str]) -> tuple[Any, str, float]:
     """What an attempt gives where both ranks run out of memory; then where rank 1 does, and the sum of both ranks."""
-    profile.ALONE_SECONDS = 1
-    engine = profile.ProfileEngine(load_config(argv), ARGS, world, [SHORT])
+    measured_engine.LONE_OOM_SECONDS = 1
+    engine = measured_engine.MeasuredEngine(load_config(argv), ARGS, world, [SHORT])
 
-    def run_out() -> None:
+    def run_out(_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    def reduce() -> float:
+    def reduce(_: Any = None) -> float:
         return all_reduce_values([world.rank + 1.0], "sum", world.device)[0]
 
-    both, alone, total = engine._attempt(run_out), "", 0.0
+    both, alone, total = engine.attempt(run_out), "", 0.0
     try:
         # As FSDP's collectives on the rank that has memory: it waits there for the other.
-        total = engine._attempt(reduce if world.rank == 0 else run_out) or 0.0
+        total = engine.attempt(reduce if world.rank == 0 else run_out) or 0.0
     except ValueError as error:
         alone, total = str(error), reduce()
     except RuntimeError:
@@ -157,7 +157,7 @@ def _measure_alone(world: World, argv: list[str]) -> tuple[Any, str, float]:
 def test_a_rank_that_runs_out_of_memory_alone_ends_and_touches_no_group_that_computes(tmp_path: Path) -> None:
     found = run_distributed(_measure_alone, 2, _auto_run(tmp_path))
     assert [both for both, _, _ in found] == [None, None]
-    assert found[1][1].startswith("rank 1: out of memory while levels are measured, on this rank alone")
+    assert found[1][1].startswith("rank 1: out of memory on this rank alone")
     assert found[0][1] == ""
     # The collective that rank 0 waited in was met by rank 1's own, not by an agreement.
     assert found[1][2] == 3.0

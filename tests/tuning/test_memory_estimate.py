@@ -16,8 +16,9 @@ from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.registry import DEBUG, get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import _head_memory, _shape, block_memory, estimate_memory, fewest_layers, head_memory
-from hbp_titan.tuning.profile import Packs, ProfileEngine
+from hbp_titan.tuning.profile import Packs
 
 WIDE = dataclasses.replace(
     DEBUG, name="wide", hidden_size=256, intermediate_size=704, num_heads=8, vocab_size=2048, tie_embeddings=False
@@ -50,10 +51,13 @@ def _config(spread: int) -> JobConfig:
 
 def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], spread: int) -> list[list[int]]:
     torch.set_num_threads(1)
-    engine = ProfileEngine(_config(spread), args, world, levels)
+    engine = MeasuredEngine(_config(spread), args, world, levels, accumulate=True)
     packs = {level.max_tokens: _one_document(level.max_tokens, args) for level in levels}
     readings = 1 if world.size == 1 else READINGS
-    peaks = [min(engine.peak_bytes(level, packs[level.max_tokens]) for _ in range(readings)) for level in levels]
+    peaks = []
+    for index, level in enumerate(levels):
+        batch = packs[level.max_tokens].batch(0, level, index, args, world.rank)
+        peaks.append(min(engine.peak_bytes(batch, warm_up=False) for _ in range(readings)))
     return [peaks, [engine.held_bytes()]]
 
 

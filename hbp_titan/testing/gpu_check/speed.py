@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from hbp_titan.components.step_stats import peak_flops
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
 from hbp_titan.distributed.world import World
-from hbp_titan.experiments.bench_train import Bench, EngineSlot, Measurement, random_batches
+from hbp_titan.engine import Engine
+from hbp_titan.experiments.bench_train import Bench, Measurement, random_batches
 from hbp_titan.experiments.bench_train import Documents as DocumentLengths
 from hbp_titan.experiments.bench_train import Settings as BenchSettings
 from hbp_titan.models.attention import set_backend, varlen_attention
@@ -36,6 +37,7 @@ from hbp_titan.packing import Level
 from hbp_titan.testing.gpu_check.blocks import base_config, one_rank, usable_backends
 from hbp_titan.testing.gpu_check.runner import Found, Settings, Table
 from hbp_titan.tuning.hardware import HARDWARE, hardware_of
+from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.time_model import time_model, usable_bytes
 
@@ -254,7 +256,7 @@ def _measure_group(
         seen.add(row.max_tokens)
         cost = 0.0
         print(*_cells(*found[-1], peak_flops(world.device)), flush=True)
-    bench.slot.clear()
+    bench.measured.clear()
     return found, skipped
 
 
@@ -440,18 +442,17 @@ def _own_row(
 ) -> tuple[str, float, float]:
     """(name, seconds, loss) of our engine on the weights in `folder`."""
     config = base_config(settings, compiled=compiled)
-    config.levels = [Level(len(batch.input_ids))]
     config.checkpoint.initial_load_path = str(folder)
-    slot = EngineSlot(config, args, world)
+    measured = MeasuredEngine(config, args, world, [Level(len(batch.input_ids))], load_weights=True)
 
-    def first(engine: Any) -> float:
+    def first(engine: Engine) -> float:
         loss = float(engine.forward_backward(batch).sum()) / batch.num_loss_tokens
         engine.model.zero_grad()
         return loss
 
-    loss = slot.attempt(first)
-    taken = [slot.attempt(slot.seconds, [batch]) for _ in range(REPEATS + 1)][1:]
-    slot.clear()
+    loss = measured.attempt(first)
+    taken = [measured.seconds([batch]) for _ in range(REPEATS + 1)][1:]
+    measured.clear()
     name = f"hbp_titan, {'compiled' if compiled else 'eager'}"
     if loss is None or None in taken:
         return f"{name} (out of memory)", float("inf"), float("nan")
