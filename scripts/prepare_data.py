@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--world_size", type=int, help="check levels, model and weights for a run on N ranks"
-    )
+    parser.add_argument("--world_size", type=int, help="check levels, model and weights for a run on N ranks")
     parser.add_argument("--show", type=int, default=0, help="print K samples, trained tokens in green [0]")
     parser.add_argument("--strict", action="store_true", help="any dropped or cut row is an error (data.strict)")
     options, overrides = parser.parse_known_args(argv)

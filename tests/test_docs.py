@@ -1,142 +1,182 @@
-"""README and docs: every command names what there is, every link leads somewhere, every command is run.
+"""README.md, docs/ and the pages next to the experiments: commands parse, files and keys exist, links lead somewhere.
 
-The quick tests parse each command with the script's own parser. The slow ones run them in order in a clean copy of the
-repository; docs_commands.py says how each is shortened and which cannot run here.
+Nothing is run: each fenced command is given to the parser of its own script, which stops there.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
+import itertools
 import os
-import subprocess
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
-from hbp_titan.__main__ import commands as hbp_titan_commands
-from hbp_titan.__main__ import with_presets
+from hbp_titan.__main__ import MODULES, with_presets
 from hbp_titan.config import load_config
-from tests.docs_checkout import make_documented_checkout, run
-from tests.docs_commands import NOT_RUN, RUNS, Run
-from tests.docs_text import PAGES, ROOT, Command, anchors, blocks, commands, links
 
-# The last is what a command of the page leaves.
-PLACEHOLDERS = ("X.toml", "train_configs/X.toml", "outputs/quality/hbp/seed-1/run.toml")
-# What run_train.sh and SLURM's script read, and what others do.
-SHELL = "".join(
-    (ROOT / name).read_text() for name in ("run_train.sh", "scripts/setup_env.sh", "scripts/slurm_train.sbatch")
-)
-VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE", "CUDA_VISIBLE_DEVICES")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "hbp_titan" / "experiments").rglob("*.md")),
+]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=\S*$")
+PARSE = argparse.ArgumentParser.parse_known_args
+OURS = ("python", ".venv/bin/python", "torchrun", "hbp-titan", "sbatch")
+# Files that a page's reader has and the repository has not: the user's own configuration, or a run's.
+PLACEHOLDER = re.compile(r"(train_configs/)?X\.toml|outputs/.*|small/.*")
+OUTPUT_OPTIONS = ("--output", "--svg", "--html", "--json")
+# Read by other programs than our shell scripts.
+VARIABLES = ("OMP_NUM_THREADS", "HBP_TRACEBACK", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")
 
 
-class _Parsed(Exception):
-    """A script has read its options; the rest are keys of the configuration."""
+@dataclass(frozen=True)
+class Command:
+    """A command of a page as it stands there, without comment and line breaks."""
+
+    page: str
+    text: str
+    environment: dict[str, str]
+    argv: list[str]
+
+
+class Parsed(Exception):
+    """Raised when a script has read its options; `rest` are keys of the configuration."""
 
     def __init__(self, rest: list[str]) -> None:
         super().__init__(rest)
         self.rest = rest
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__package__ = "scripts"
-    spec.loader.exec_module(module)
-    return module
+def blocks(page: Path, *languages: str) -> Iterator[str]:
+    """Yield the text of the fenced blocks in these languages ("" for none)."""
+    for indent, language, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in languages:
+            yield "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
 
 
-def _check_options(path: Path, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the script at `path` read `argv`, and stop it there."""
-    parse = argparse.ArgumentParser.parse_known_args
+def commands() -> Iterator[Command]:
+    """Yield every command of every page that our own programs read: fenced, or in backticks within a paragraph."""
+    for page in PAGES:
+        joined = "".join(blocks(page, "", "bash", "sh")).replace("\\\n", " ")
+        lines = [re.sub(r"\s+#\s.*$", "", line).strip() for line in joined.splitlines()]
+        for line in dict.fromkeys([*lines, *re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))]):
+            # "..." and NAME stand for the reader's own words.
+            if "..." in line or re.search(r"\bNAME\b", line) or not line:
+                continue
+            try:
+                words = shlex.split(line)
+            except ValueError:
+                continue  # not a command: an apostrophe of a text block
+            begin = next((at for at, word in enumerate(words) if not ASSIGNMENT.match(word)), len(words))
+            argv = [os.path.expandvars(word) for word in words[begin:]]
+            is_script = bool(argv) and re.match(r"\.?/?(scripts/)?\w+\.(sh|sbatch)$", argv[0]) is not None
+            if is_script or (len(argv) > 1 and argv[0] in OURS):
+                environment = dict(word.split("=", 1) for word in words[:begin])
+                yield Command(str(page.relative_to(ROOT)), line, environment, argv)
 
-    def known(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
-        raise _Parsed(parse(parser, args, namespace)[1])
 
-    def strict(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
-        rest = parse(parser, args, namespace)[1]
-        assert not rest, f"{path.name} has no option {rest}"
-        raise _Parsed([])
+def links() -> list[tuple[Path, str]]:
+    """Return (page, target) of every link within the repository."""
+    found = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        found += [(page, target) for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    return found
 
-    def load(words: list[str]) -> NoReturn:
-        raise _Parsed(words)
 
-    module = _module(path)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", known)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", strict)
-    monkeypatch.setattr(module, "load_config", load, raising=False)
-    monkeypatch.setattr("sys.argv", [str(path), *argv])
+def anchors(page: Path) -> set[str]:
+    """Return the names under which the headings of a page can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def check_keys(words: list[str]) -> None:
+    """Load the configuration that `words` describe."""
+    if not {"-h", "--help"} & set(words):
+        debug_model = "train_configs/debug_model.toml"
+        load_config([debug_model if PLACEHOLDER.fullmatch(word) else word for word in with_presets(words)])
+
+
+def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let main(argv) of a module parse its options, and check the keys of the configuration that are left."""
     if {"-h", "--help"} & set(argv):
         return
-    with pytest.raises(_Parsed) as parsed:
-        module.main(*[argv][: module.main.__code__.co_argcount])
-    _check_keys(parsed.value.rest)
+    module = importlib.import_module(name)
+    if name == "hbp_titan.train":
+        return check_keys(argv)
+
+    def known(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
+        raise Parsed(PARSE(parser, args, namespace)[1])
+
+    def strict(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> NoReturn:
+        rest = PARSE(parser, args, namespace)[1]
+        assert not rest, f"{name} has no option {rest}"
+        raise Parsed([])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", known)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", strict)
+    with pytest.raises(Parsed) as parsed:
+        module.main(argv)
+    return check_keys(parsed.value.rest)
 
 
-def _check_keys(words: list[str]) -> None:
-    """Each is a key of the configuration with a value that it may have."""
-    if {"-h", "--help"} & set(words):
-        return
-    there = ["train_configs/debug_model.toml" if word in PLACEHOLDERS else word for word in with_presets(words)]
-    load_config(there)
-
-
-def _without_launcher(argv: list[str]) -> list[str]:
-    """What torchrun starts."""
-    place = next(i for i, word in enumerate(argv) if word == "-m" or word.endswith(".py"))
-    return ["python", *argv[place:]]
-
-
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("M", "models/Llama-3.1-8B-Instruct")
-
-
-ALL = commands()
+ALL = list(commands())
+SHELL = "".join(
+    (ROOT / name).read_text() for name in ("run_train.sh", "scripts/setup_env.sh", "scripts/slurm_train.sbatch",
+                                           "scripts/trace_all_torch.sh", "scripts/run_tests.sh")
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ALL, ids=[f"{c.page}: {c.text[:70]}" for c in ALL])
-def test_a_command_names_what_there_is(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_names_existing_programs_files_and_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     for name, value in command.environment.items():
         assert name in VARIABLES or f"${{{name}" in SHELL or f"${name}" in SHELL, f"nothing reads {name}"
-        if name == "CONFIG_FILE":
-            assert value in PLACEHOLDERS or (ROOT / value).is_file()
-    argv = [os.path.expandvars(word) for word in command.argv]
+        assert name != "CONFIG_FILE" or PLACEHOLDER.fullmatch(value) or (ROOT / value).is_file()
+    for before, word in itertools.pairwise(["", *command.argv]):
+        in_repository = re.match(r"(train_configs|scripts|hbp_titan|tests)/", word)
+        is_input = in_repository and before not in OUTPUT_OPTIONS
+        assert not is_input or PLACEHOLDER.fullmatch(word) or (ROOT / word.partition("::")[0]).exists(), word
+    argv = command.argv
     if argv[0] == "torchrun":
-        argv = _without_launcher(argv)
+        start = next(at for at, word in enumerate(argv) if word == "-m" or word.endswith(".py"))
+        argv = ["python", *argv[start:]]
     match argv:
         case ["./run_train.sh", *words]:
-            _check_keys(words)
-        case ["sbatch", *words] if "scripts/slurm_train.sbatch" in words:
-            place = words.index("scripts/slurm_train.sbatch")
-            _check_keys(words[place + 1 :])
-        case ["python", "-m", "hbp_titan.tuning.dry_run", *words]:
-            _check_options(ROOT / "hbp_titan" / "tuning" / "dry_run.py", words, monkeypatch)
-        case ["hbp-titan", "--help" | "--version" | "presets"] | ["python", "-m", "pytest", *_]:
+            check_keys(words)
+        case ["sbatch", *words]:
+            check_keys(words[words.index("scripts/slurm_train.sbatch") + 1 :])
+        case ["hbp-titan", "--version" | "--help" | "presets"]:
             pass
-        case ["python", "-m", "hbp_titan", "train", *words]:
-            _check_keys(words)
-        case ["hbp-titan", name, *words] | ["python", "-m", "hbp_titan", name, *words]:
-            _check_options(hbp_titan_commands()[name], with_presets(words), monkeypatch)
-        case ["python", script, *words]:
-            _check_options(ROOT / script, words, monkeypatch)
-        case [program, *_]:
-            assert (ROOT / program).is_file() or command.text in NOT_RUN or command.text.startswith(("export", "ls"))
+        case ["hbp-titan", name, *words] | [_, "-m", "hbp_titan", name, *words]:
+            check_module(MODULES.get(name, f"scripts.{name.replace('-', '_')}"), with_presets(words), monkeypatch)
+        case [_, "-m", module, *words] if module.startswith("hbp_titan."):
+            check_module(module, words, monkeypatch)
+        case [_, script, *words] if script.startswith("scripts/") and script.endswith(".py"):
+            check_module(script.removesuffix(".py").replace("/", "."), words, monkeypatch)
 
 
-def test_every_command_is_run_or_says_why_not() -> None:
-    texts = {command.text for command in ALL}
-    runs = [run.command for run in RUNS]
-    assert len(runs) == len(set(runs)), "listed twice"
-    assert not set(runs) & set(NOT_RUN), "both run and not run"
-    assert texts - set(runs) - set(NOT_RUN) == set(), "in the docs, but not in tests/docs_commands.py"
-    assert (set(runs) | set(NOT_RUN)) - texts == set(), "in tests/docs_commands.py, but no longer in the docs"
+def test_every_kind_of_command_is_found() -> None:
+    programs = {command.argv[0] for command in ALL}
+    assert {"./run_train.sh", "python", "torchrun", "hbp-titan", "sbatch"} <= programs
+
+
+def test_unknown_options_and_keys_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="trainin"):
+        check_module("scripts.prepare_data", ["--trainin.steps", "3"], monkeypatch)
+    with pytest.raises(AssertionError, match="--pag"):
+        check_module("scripts.report", ["outputs/x", "--pag"], monkeypatch)
 
 
 def test_every_link_leads_to_a_page_and_a_heading() -> None:
@@ -147,11 +187,6 @@ def test_every_link_leads_to_a_page_and_a_heading() -> None:
         assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}: no such heading"
 
 
-def test_pages_are_ascii() -> None:
-    for page in PAGES:
-        page.read_text(encoding="ascii")
-
-
 def test_every_page_and_picture_is_reached_from_the_readme() -> None:
     reached, ahead = set(), [ROOT / "README.md"]
     while ahead:
@@ -159,32 +194,27 @@ def test_every_page_and_picture_is_reached_from_the_readme() -> None:
         if page not in reached:
             reached.add(page)
             ahead += [(page.parent / target.partition("#")[0]).resolve() for p, target in links() if p == page]
-    assert [path.name for path in sorted((ROOT / "docs").iterdir()) if path not in reached] == []
+    pictures = [path for folder in {page.parent for page in PAGES} for path in folder.glob("*.[sp][vn]g")]
+    assert [path.name for path in [*PAGES, *pictures] if path not in reached] == []
 
 
-@pytest.mark.parametrize(("page", "text"), blocks("toml"))
-def test_toml_has_known_keys(page: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / "block.toml").write_text(text)
-    load_config(["--job.config_file", str(tmp_path / "block.toml")])
+def test_pages_are_ascii() -> None:
+    for page in PAGES:
+        page.read_text(encoding="ascii")
 
 
-def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_toml_blocks_have_known_keys(page: Path, tmp_path: Path) -> None:
+    for text in blocks(page, "toml"):
+        (tmp_path / "block.toml").write_text(text)
+        load_config(["--job.config_file", str(tmp_path / "block.toml")])
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lengths = np.random.default_rng(0).integers(100, 20_000, size=2000)
     names: dict[str, Any] = {"lengths": lengths, "fingerprint": "data of the test", "steps": 3}
-    for page, text in blocks("python"):
-        exec(compile(text, page, "exec"), names)
+    for page in PAGES:
+        for text in blocks(page, "python"):
+            exec(compile(text, page.name, "exec"), names)
     assert names["rest"].world_size == 16
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_documented_checkout(tmp_path_factory.mktemp("documented") / "repository")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("documented", RUNS, ids=[run.command[:90] for run in RUNS])
-def test_a_command_runs(documented: Run, checkout: Path) -> None:
-    done: subprocess.CompletedProcess[str]
-    for done in run(documented.text(), checkout):
-        assert done.returncode == 0, f"{done.args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
