@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs tests/gpu_trace (traces of the GPU path, no GPU needed) with every supported version of torch. Makes one virtual
-# environment per version in TRACE_VENVS, of about 5 GB each: torch's wheels bring CUDA's libraries along.
+# Runs tests/gpu_trace (traces of the GPU code path, no GPU needed) with every supported version of torch. Creates one
+# virtual environment per version in TRACE_VENVS, about 5 GB each, because torch's wheels include the CUDA libraries.
 #   scripts/trace_all_torch.sh                    the quick run
 #   scripts/trace_all_torch.sh -m slow            every preset with every kernel
 #   TORCH_VERSIONS=2.12.1 scripts/trace_all_torch.sh
-# Forward on CUDA tensors (with a GPU backward as well) in addition: HBP_TRACE_DEVICE=cuda
+# HBP_TRACE_DEVICE=cuda also traces on CUDA tensors: forward only, with a GPU backward as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENVS=${TRACE_VENVS:-${XDG_CACHE_HOME:-$HOME/.cache}/hbp_titan/trace}
@@ -18,7 +18,7 @@ for version in ${TORCH_VERSIONS:-2.11.0 2.12.1 2.13.0}; do
         touch "$venv/ready"
     fi
     echo "torch $version:"
-    # Not the installed package: each environment tests this checkout.
+    # Each environment tests this checkout, not the installed package.
     PYTHONPATH=$PWD "$venv/bin/python" -m pytest tests/gpu_trace -q -p no:cacheprovider "$@" || failed+=("$version")
 done
 if (( ${#failed[@]} )); then

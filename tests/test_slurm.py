@@ -133,8 +133,8 @@ def test_job_is_queued_again_when_it_left_for_want_of_time(repository: Path, end
     assert process.returncode == code, errors
     assert ("scontrol requeue 20077" in _calls(repository)) == again
     assert ("srun got USR1" in _calls(repository)) == warned
-    assert ("queued again" in output) == again
-    assert ("not queued again" in errors) == (code != 0)
+    assert ("requeued" in output) == again
+    assert ("not requeued" in errors) == (code != 0)
 
 
 def test_a_mistake_ends_the_job_before_a_node_starts(repository: Path) -> None:
@@ -158,7 +158,7 @@ def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undistu
     (saved,) = completed_checkpoints(folder / "checkpoint")
     step = saved.name.removeprefix("step-")
     assert (process.returncode, errors) == (0, "")
-    assert output.endswith(f"preempted at step {step}: queued again\n")
+    assert output.endswith(f"preempted at step {step}: requeued\n")
     (srun,) = [call for call in _calls(repository) if call.startswith("srun --")]
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in srun
     assert {path.name for path in (repository / "outputs" / "slurm").iterdir()} == {
