@@ -81,15 +81,15 @@ class Trainer:
             check(config, world.size, self.device, self.args, self.store)
         self.token_ids = token_ids(config, self.store)
         self.plans = self._make_plans(cost)
-        self.shapes = BatchShapes.of(self.plans.of(0), self.args.num_kv_heads)
+        self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads)
         self.validator = None
         if config.validation.enable and held_out:
-            plan = EpochPlans(config, held_out, world.size, cost).of(0)
+            plan = EpochPlans(config, held_out, world.size, cost).plan_for(0)
             self.shapes = self.shapes.enlarged_for(plan)
             loader = partial(self._loader_of, plan, held_out)
             self.validator = Validator(plan, held_out, loader, world)
 
-        self.memory.plan = self.plans.of(0)
+        self.memory.plan = self.plans.plan_for(0)
         with self.memory, out_of_memory_in(SETTING_UP):
             self.engine = Engine(config, self.args, world)
             self.optimizer = build_optimizer(self.engine.model, config.optimizer)
@@ -118,7 +118,7 @@ class Trainer:
             self.args, world.size, self.device, self.normalizer, self.store, trained if self.adapter else 0
         )
         self.meter = StepMeter(world, self.store, len(config.levels))
-        self.consumed = SampleLog(self.folder, world.rank, config.levels, broadcast_value)
+        self.sample_log = SampleLog(self.folder, world.rank, config.levels, broadcast_value)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
         self._unwritten: Callable[[], None] | None = None  # writes the metrics of the last step
@@ -160,8 +160,10 @@ class Trainer:
             self._probe_levels()
             if self.prints:
                 self.preemption.remove_marker()
-            parts = describe_segments(self.position.parts)
-            self.consumed.start(self.step + 1, self.position.epoch, parts, self.store.fingerprint, self.store.folder)
+            segments = describe_segments(self.position.segments)
+            self.sample_log.start(
+                self.step + 1, self.position.epoch, segments, self.store.fingerprint, self.store.folder
+            )
             set_timeouts(self.config.parallelism.train_timeout_seconds)
             with self.preemption, self.checkpointer, trace, GarbageCollection(self.config.training.gc_interval) as gc:
                 if self.watchdog:
@@ -171,7 +173,7 @@ class Trainer:
                         self._train_epoch(metrics, trace, gc)
                 finally:
                     self._write_last()
-        self.consumed.close()
+        self.sample_log.close()
         self._print(metrics.totals.describe())
         if self.nonfinite.steps:
             self._print(self.nonfinite.describe())
@@ -199,7 +201,7 @@ class Trainer:
             self._finish_step(record, metrics)
             collection.after_step(self.step)
         if position.finished:
-            self.consumed.sync()
+            self.sample_log.sync()
             self._confirm_epoch(metrics.write)
             if self.step < self.total_steps:
                 position.next_epoch()
@@ -275,7 +277,7 @@ class Trainer:
         """Compare what was trained with the plans of the epoch and the store: each sample once."""
         barrier()
         if self.world.rank == 0:
-            write(check_epoch(self.folder, self.position.parts, self.store))
+            write(check_epoch(self.folder, self.position.segments, self.store))
 
     def _probe_levels(self) -> None:
         """Run each level once, tell the time that the run will take, and throw the gradients away."""
@@ -309,7 +311,7 @@ class Trainer:
             self.meter.add(batch, losses, waited)
             self.nonfinite.observe(iteration, batch, losses)
             self.expert_load.add()
-            self.consumed.add(iteration, batch)
+            self.sample_log.add(iteration, batch)
         # On a GPU this waits for the iterations before it: steps of other levels take other times.
         self._at(f"step {self.step + 1}, clipping and update", kind=f"update {level}")
         norm, skips = self.meter.sum_over_ranks(square_norm(self.model), self.expert_load.pop())
@@ -327,7 +329,7 @@ class Trainer:
         if not math.isfinite(sum(loss_sums) + grad_norm):
             skipped = self.nonfinite.handle(plan, self.step + 1, step, loss_sums, grad_norm)
         self.nonfinite.reset()
-        self.consumed.commit(self.step + 1, plan.epoch, bool(skipped))
+        self.sample_log.commit(self.step + 1, plan.epoch, bool(skipped))
         if save_failed:
             self.checkpointer.wait()
         self.signal = int(signal)
@@ -342,7 +344,7 @@ class Trainer:
 
     def _stage(self) -> float:
         """Take what the next checkpoint holds; returns the seconds that training stood still."""
-        self.consumed.sync()
+        self.sample_log.sync()
         return self.checkpointer.stage(
             self.step,
             {

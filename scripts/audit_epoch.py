@@ -2,10 +2,10 @@
 
     python scripts/audit_epoch.py outputs/debug_model [--epoch 0]
 
-Compares what the ranks recorded as they trained (consumed/) with the plans (plan/) and the token store, for every epoch
-that the run has reached. Of the epoch in progress it asks for the plan's steps up to the last that was done. A run may
-be killed and resumed any number of times, also on other ranks and levels; it may be running. Samples of steps that were
-skipped are counted apart. Exit code 1 and a line each for what is wrong.
+Compares the samples that the ranks logged as they trained (sample_log/) with the plans (plan/) and the token store, for
+every epoch that the run has reached; in the epoch in progress, up to the last step that was done. A run may be killed
+and resumed any number of times, also on other ranks and levels; it may be running. Samples of skipped steps are counted
+apart. Exit code 1 and one line per problem.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import json
 import sys
 from pathlib import Path
 
-from hbp_titan.data.sample_log import EpochAudit, audit_run, read_attempts, shown
+from hbp_titan.data.sample_log import MAX_PROBLEMS_SHOWN, EpochAudit, audit_run, read_starts
 from hbp_titan.data.store_summary import check_totals
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import exit_on_user_error
+from hbp_titan.utils import first_n
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,22 +29,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, help="audit this epoch alone, counted from 0 [all]")
     options = parser.parse_args(argv)
     done = steps_done(options.run_folder / "metrics.jsonl")
-    attempts = read_attempts(options.run_folder, done)
-    store = TokenStore.open(attempts[-1].store)
-    audits, faults = audit_run(options.run_folder, done, attempts, store, options.epoch)
-    accounting, accounting_faults = check_totals(store.totals(), len(store))
+    starts = read_starts(options.run_folder, done)
+    store = TokenStore.open(starts[-1].store)
+    audits, problems = audit_run(options.run_folder, done, starts, store, options.epoch)
+    accounting, accounting_problems = check_totals(store.totals(), len(store))
 
-    resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in attempts[1:]]
+    resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in starts[1:]]
     print(
         f"{options.run_folder}: {done} steps done" + (f", resumed after step {', '.join(resumed)}" if resumed else "")
     )
     print("\n".join(accounting))
-    print(f"{'epoch':>5}{'steps':>16}{'iterations':>12}{'samples':>12}{'tokens':>15}{'trained':>15}  verdict")
+    print(f"{'epoch':>5}{'steps':>16}{'micro-batches':>15}{'samples':>12}{'tokens':>15}{'trained':>15}  verdict")
     print("\n".join(row(found, len(store)) for found in audits))
-    faults = [*faults, *(fault for found in audits for fault in found.faults), *accounting_faults]
-    for line in shown(faults):
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if faults else 0
+    problems = [*problems, *(problem for found in audits for problem in found.problems), *accounting_problems]
+    if problems:
+        print("error: " + first_n(problems, MAX_PROBLEMS_SHOWN, "\nerror: "), file=sys.stderr)
+    return 1 if problems else 0
 
 
 def row(found: EpochAudit, samples: int) -> str:
@@ -54,8 +55,8 @@ def row(found: EpochAudit, samples: int) -> str:
     if found.skipped:
         verdict += f"; {found.skipped:,} of skipped steps, not trained"
     return (
-        f"{found.epoch:>5}{steps:>16}{found.iterations:>12,}{found.samples:>12,}{found.tokens:>15,}"
-        f"{found.trained_tokens:>15,}  {'wrong' if found.faults else verdict}"
+        f"{found.epoch:>5}{steps:>16}{found.micro_batches:>15,}{found.samples:>12,}{found.tokens:>15,}"
+        f"{found.trained_tokens:>15,}  {'wrong' if found.problems else verdict}"
     )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hbp_titan.config import load_config
-from hbp_titan.data.sample_log import read_attempts
+from hbp_titan.data.sample_log import read_starts
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
 
@@ -105,10 +105,10 @@ def draw(folder: Path) -> str:
         for color, (curve, name) in enumerate(zip(pair, NAMES.values(), strict=True)):
             chart.line(curve, color)
             chart.name(name, color)
-        for attempt in read_attempts(folder / "elastic", len(runs[1])):
-            if attempt.first_step <= attempt.last_step:
-                end = sum(step["tokens"] for step in runs[1][: attempt.last_step])
-                chart.border(end, f"{attempt.world_size} rank{'s' if attempt.world_size > 1 else ''}")
+        for start in read_starts(folder / "elastic", len(runs[1])):
+            if start.counts:
+                end = sum(step["tokens"] for step in runs[1][: start.last_step])
+                chart.border(end, f"{start.world_size} rank{'s' if start.world_size > 1 else ''}")
         place = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
         charts.append(chart.svg().replace("<svg ", place, 1))
     for number, name in enumerate(NAMES):

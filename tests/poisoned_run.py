@@ -48,7 +48,7 @@ def train_poisoned(world: World, argv: Sequence[str], poison: str, places: Seque
     states = []
 
     def marked(batch: Any, last: bool = True) -> Tensor:
-        now[0] = trainer.consumed._file is not None and bool(poisoned & set(batch.sample_ids.tolist()))
+        now[0] = trainer.sample_log._file is not None and bool(poisoned & set(batch.sample_ids.tolist()))
         loss = forward_backward(batch, last)
         now[0] = False
         return loss

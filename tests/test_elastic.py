@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.data.sample_log import audit_run, read_attempts
+from hbp_titan.data.sample_log import audit_run, read_starts
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.elastic_run import train_until
@@ -66,15 +66,15 @@ def test_state_after_a_load_is_that_of_the_checkpoint_on_other_ranks(run: Run) -
 
 def test_what_is_planned_anew_is_exactly_what_was_not_trained(run: Run) -> None:
     _, folder, found = run
-    attempts = read_attempts(folder / "run", found[-1]["step"])
-    assert [attempt.world_size for attempt in attempts] == [4, 2, 1, 4]
-    assert [attempt.last_step for attempt in attempts[:-1]] == [*LAST_SAVED]
+    starts = read_starts(folder / "run", found[-1]["step"])
+    assert [start.world_size for start in starts] == [4, 2, 1, 4]
+    assert [start.last_step for start in starts[:-1]] == [*LAST_SAVED]
     left = set(range(110))
     assert set(found[0]["planned"]) == left
-    for attempt, following in zip(attempts, found[1:], strict=False):
-        for path in attempt.folder.glob("rank-*.jsonl"):
-            lines = [line for line in map(json.loads, path.open()) if line["step"] <= attempt.last_step]
-            left -= {i for line in lines for pack in line["iterations"] for i in pack["samples"]}
+    for start, following in zip(starts, found[1:], strict=False):
+        for path in start.folder.glob("rank-*.jsonl"):
+            lines = [line for line in map(json.loads, path.open()) if line["step"] <= start.last_step]
+            left -= {i for line in lines for pack in line["micro_batches"] for i in pack["samples"]}
         assert len(following["planned"]) == len(left)
         assert set(following["planned"]) == left
 
@@ -82,12 +82,12 @@ def test_what_is_planned_anew_is_exactly_what_was_not_trained(run: Run) -> None:
 def test_audit_of_four_plans_finds_each_sample_trained_once(run: Run) -> None:
     _, folder, found = run
     last = found[-1]["step"]
-    attempts = read_attempts(folder / "run", last)
-    store = TokenStore.open(attempts[-1].store)
+    starts = read_starts(folder / "run", last)
+    store = TokenStore.open(starts[-1].store)
     for done in (3, *LAST_SAVED, last):
-        audits, faults = audit_run(folder / "run", done, read_attempts(folder / "run", done), store)
+        audits, faults = audit_run(folder / "run", done, read_starts(folder / "run", done), store)
         # Up to a step in a stretch that was over then, the later ones of the record are no part of it.
-        assert [fault for audit in audits for fault in audit.faults] == []
+        assert [fault for audit in audits for fault in audit.problems] == []
     assert faults == []
     assert [(audit.samples, audit.finished, audit.tokens) for audit in audits] == [
         (110, True, int(store.lengths.sum()))
@@ -103,7 +103,7 @@ def test_what_changed_is_told(run: Run) -> None:
     levels = "levels 128:1:ulysses:none,512:1:ulysses:none instead of 128:1:ulysses:none,512:2:ulysses:none"
     assert f"step 8, with 1 rank instead of 2 and {levels}: the " in found[2]["told"]
     left = len(found[3]["planned"])
-    assert f"the {left} samples left of epoch 0 are planned anew, in " in found[3]["told"]
+    assert f"replanned the remaining {left} samples of epoch 0 into " in found[3]["told"]
 
 
 def test_learning_rate_goes_on_without_a_jump_and_to_its_end(run: Run) -> None:

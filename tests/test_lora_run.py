@@ -64,7 +64,7 @@ def _peft_name(fqn: str, adapter: str = "default.") -> str:
 def _reference(config: JobConfig, fqns: list[str], world_size: int) -> dict[str, torch.Tensor]:
     """PEFT on transformers, each sample by itself, a plain loop; only the choice of samples comes from the plan."""
     store = open_stores(config, 512)[0]
-    plan = EpochPlans(config, store, world_size, cost_model(ARGS, frozen=True)).of(0)
+    plan = EpochPlans(config, store, world_size, cost_model(ARGS, frozen=True)).plan_for(0)
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(_base(Path(config.checkpoint.initial_load_path)), lora)
     parameters = dict(model.named_parameters())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from hbp_titan.data.sample_log import audit_run, read_attempts
+from hbp_titan.data.sample_log import audit_run, read_starts
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.poisoned_run import train_poisoned
@@ -47,7 +47,7 @@ def test_a_skipped_step_changes_nothing_and_is_told_everywhere(argv: list[str], 
     assert [m["step"] for m in steps if "skipped" in m] == [step]
     skipped = steps[step - 1]
     assert (skipped["loss"], skipped["grad_norm"], skipped["trained_tokens"], skipped["sources"]) == (None, None, 0, {})
-    row = TokenStore.open(read_attempts(run, step)[-1].store).where(sample)
+    row = TokenStore.open(read_starts(run, step)[-1].store).where(sample)
     assert f"the loss is not finite on rank 1 in iteration {iteration}, samples {sample} ({row})" in skipped["skipped"]
     assert f"its {len(samples)} samples are not trained; skipped step 1 of at most 10" in skipped["skipped"]
     assert f"step {step}, level 128/cp1: " in skipped["skipped"]
@@ -58,11 +58,11 @@ def test_a_skipped_step_changes_nothing_and_is_told_everywhere(argv: list[str], 
         {"iteration": iteration, "level": 0, "dp_rank": 1, "ranks": [1], "samples": found["packs"][0]}
     ]
     for rank in range(2):
-        lines = _lines(run / "consumed" / "attempt-0001" / f"rank-{rank}.jsonl")
+        lines = _lines(run / "sample_log" / "start-0001" / f"rank-{rank}.jsonl")
         assert [line["step"] for line in lines if line.get("skipped") == "nonfinite"] == [step]
-    attempts = read_attempts(run, len(steps))
-    (audit,), faults = audit_run(run, len(steps), attempts, TokenStore.open(attempts[-1].store))
-    assert (faults, audit.faults) == ([], [])
+    starts = read_starts(run, len(steps))
+    (audit,), faults = audit_run(run, len(steps), starts, TokenStore.open(starts[-1].store))
+    assert (faults, audit.problems) == ([], [])
     assert (audit.samples, audit.skipped) == (60 - len(samples), len(samples))
     assert audit.samples == sum(m["sources"]["train"]["samples"] for m in steps if "skipped" not in m)
 
@@ -82,7 +82,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_up_to_the_limit(argv: list[str
     assert _equal(found["states"][second - 1], found["states"][second])
     assert len(found["states"]) == second + 1
     # The step that stopped the run was not done.
-    assert len(_lines(tmp_path / "run" / "consumed" / "attempt-0001" / "rank-0.jsonl")) == second - 1
+    assert len(_lines(tmp_path / "run" / "sample_log" / "start-0001" / "rank-0.jsonl")) == second - 1
 
 
 def test_a_poisoned_parameter_uses_the_limit_up_and_every_pack_is_at_fault(argv: list[str], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _check_audit(folder: Path, reached: int) -> None:
     assert (code, errors) == (0, "")
     assert "resumed after step 10" in table
     assert table.count("150  ") == table.count("each sample trained once") == 2
-    first, second = ([*(folder / f"consumed/attempt-000{n}").glob("rank-*.jsonl")] for n in (1, 2))
+    first, second = ([*(folder / f"sample_log/start-000{n}").glob("rank-*.jsonl")] for n in (1, 2))
     assert len(first) == len(second) == 2
     assert min(len(path.read_text().splitlines()) for path in first) >= reached
 
@@ -137,6 +137,6 @@ def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], t
     assert all(weights[name].equal(again[name]) for name in weights)
 
     assert "is complete at step" in _alone(second)
-    (killed / "consumed").rename(killed / "lost")
+    (killed / "sample_log").rename(killed / "lost")
     output = _alone(second)
-    assert f"error: cannot resume: {killed / 'consumed'} does not say what steps 1 to" in output
+    assert f"error: cannot resume: {killed / 'sample_log'} does not have the samples of steps 1 to" in output

@@ -37,7 +37,7 @@ from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
 from hbp_titan.data.files import TOKENIZER_FILES
-from hbp_titan.data.sample_log import FOLDER, attempt_folders
+from hbp_titan.data.sample_log import SAMPLE_LOG, start_folders
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing.plan import PLANNER_VERSION
 
@@ -135,9 +135,9 @@ class TrainState:
             changed = self.position.restore(state)
         except ValueError as error:
             raise ValueError(f"cannot resume: {error}; {mend}") from None
-        step, consumed = self.position.step, self.config.dump_folder / FOLDER
-        if not attempt_folders(consumed):
-            raise ValueError(f"cannot resume: {consumed} does not say what steps 1 to {step} trained; {mend}")
+        step, sample_log = self.position.step, self.config.dump_folder / SAMPLE_LOG
+        if not start_folders(sample_log):
+            raise ValueError(f"cannot resume: {sample_log} does not have the samples of steps 1 to {step}; {mend}")
         self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
 

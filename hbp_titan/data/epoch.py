@@ -1,25 +1,14 @@
-"""The plan of each epoch that a configuration asks for on a token store.
+"""The plans of an epoch, and where a run is in it.
 
-Owns the way from TOML keys to the planner's arguments, and the count of optimizer steps over all epochs.
-
-EpochState: where a run is, and how it goes on from there on other ranks or levels.
-
-Owns the step, the epoch and the parts of the epoch (data/epoch_parts.py), what of them a checkpoint keeps, and the
-count of steps that are left. A run that goes on as it was follows its plan bit for bit. With another number of ranks
-or other levels the samples that are left of the epoch are planned anew (packing/remainder.py); later epochs are planned
-for the new ranks as a whole.
-
-Parts of an epoch: the plans that it is trained by, one after the other, and their files in the run folder.
-
-Owns the names and the links of the files in plan/. An epoch starts with a plan of all its samples. Where the run goes
-on with other ranks or levels in its middle, what is left is planned anew, and that remainder is the next part:
+Owns the planner's arguments for a configuration, the files in plan/, and the state that a checkpoint keeps. A run that
+resumes with its settings follows its plan bit for bit. If the number of ranks or the levels change within an epoch, the
+remaining samples are replanned: an epoch is trained by one or more plan segments, later epochs by one plan each.
 
     plan/epoch-0.safetensors            the whole epoch; trained up to step 20
-    plan/epoch-0-step-21.safetensors    the rest, from step 21 on; trained up to step 33
-    plan/epoch-0-step-34.safetensors    the rest of that
+    plan/epoch-0-step-21.safetensors    the remainder, from step 21; trained up to step 33
+    plan/epoch-0-step-34.safetensors    the remainder of that
 
-Steps count from 1 over the whole run. A part of a later resumption may have the same name as one whose steps were lost
-with a kill, and takes its place: what counts is named by fingerprint, in the checkpoint and in the consumed record.
+Steps count from 1 over the whole run.
 """
 
 from __future__ import annotations
@@ -43,7 +32,7 @@ from hbp_titan.packing.plan import load_plan, save_plan
 
 
 class SampleLengths(Protocol):
-    """What of a token store a plan depends on."""
+    """What a plan needs to know of a token store."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -55,14 +44,15 @@ class SampleLengths(Protocol):
 
 
 class EpochPlans:
-    """Makes the plan of an epoch when it is first asked for and keeps the latest two."""
+    """The plan of each epoch, built when first asked for; the latest two are kept."""
 
     def __init__(self, config: JobConfig, store: SampleLengths, world_size: int, cost: CostModel) -> None:
         self.config = config
         self.store = store
         self.world_size = world_size
         self.cost = cost
-        self.of = lru_cache(maxsize=2)(self._build)
+        # Two: the current epoch's, and the next one's for the count of steps. Plans of a million samples are large.
+        self.plan_for = lru_cache(maxsize=2)(self._build)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -75,7 +65,7 @@ class EpochPlans:
         return costs_per_level(self.cost, len(self.config.levels))
 
     def build(self, method: str, epoch: int) -> Plan:
-        """The plan of `epoch` by `method`; a pure function of configuration, data and world size."""
+        """Build the plan of `epoch` by `method`: a pure function of configuration, data and world size."""
         packing = self.config.packing
         return build_plan(
             self.store.lengths,
@@ -95,86 +85,92 @@ class EpochPlans:
         return self.build(self.config.packing.method, epoch)
 
     def total_steps(self) -> int:
-        """Optimizer steps of a run that is never stopped, or continues on the same ranks and levels."""
+        """Return the optimizer steps of a run that is never stopped, or resumes on the same ranks and levels."""
         return self.config.training.steps or self.steps_from(0)
 
     def steps_from(self, epoch: int) -> int:
-        """Optimizer steps of `epoch` and all later epochs, each planned as a whole."""
-        return sum(self.of(later).num_steps for later in range(epoch, self.config.training.epochs))
+        """Return the optimizer steps of `epoch` and all later epochs, each planned as a whole."""
+        return sum(self.plan_for(later).num_steps for later in range(epoch, self.config.training.epochs))
 
 
 @dataclass(frozen=True)
 class PlanSegment:
-    """A stretch of an epoch. first_step: of the run, the first one trained by `plan`."""
+    """The steps of an epoch that one plan trains; first_step: step of the run."""
 
     first_step: int
     plan: Plan
 
     @property
     def end(self) -> int:
-        """The step after its last one, where nothing cuts it short."""
+        """The step after the plan's last one, if no later segment replaces it earlier."""
         return self.first_step + self.plan.num_steps
 
-    def finished_iterations(self, steps_done: int) -> int:
-        """How many of its iterations are trained when the run has done `steps_done` steps."""
+    def finished_micro_batches(self, steps_done: int) -> int:
+        """Return how many micro-batches of the plan are trained after `steps_done` steps of the run."""
         return int(self.plan.step_offsets[min(max(steps_done - self.first_step + 1, 0), self.plan.num_steps)])
 
 
 def plan_path(run_folder: Path, epoch: int, first_step: int | None = None) -> Path:
-    """Where a run keeps the plan of an epoch, or its remainder from `first_step` on."""
+    """Return the file of an epoch's plan, or of its remainder from `first_step`."""
     name = f"epoch-{epoch}" if first_step is None else f"epoch-{epoch}-step-{first_step}"
     return run_folder / "plan" / f"{name}.safetensors"
 
 
-def describe_segments(parts: Sequence[PlanSegment]) -> list[dict[str, Any]]:
-    """The parts as plain JSON values; their files hold the rest."""
-    return [{"first_step": part.first_step, "plan": part.plan.fingerprint} for part in parts]
+def describe_segments(segments: Sequence[PlanSegment]) -> list[dict[str, Any]]:
+    """Return what identifies the segments, as plain JSON values; their files hold the rest.
+
+    The fingerprint matters: a segment of a later resumption may have the file name of one whose steps were lost in a
+    kill, and replaces its file.
+    """
+    return [{"first_step": segment.first_step, "plan": segment.plan.fingerprint} for segment in segments]
 
 
-def save_segment(run_folder: Path, parts: Sequence[PlanSegment], data: str) -> None:
-    """Write the last of an epoch's parts, in training order. data: the store's fingerprint."""
-    part = parts[-1]
-    first_step = part.first_step if len(parts) > 1 else None
-    save_plan(part.plan, plan_path(run_folder, part.plan.epoch, first_step), inputs={"data": data})
+def save_segment(run_folder: Path, segments: Sequence[PlanSegment], data: str) -> None:
+    """Write the last of an epoch's segments, given in training order. data: the store's fingerprint."""
+    last = segments[-1]
+    first_step = last.first_step if len(segments) > 1 else None
+    save_plan(last.plan, plan_path(run_folder, last.plan.epoch, first_step), inputs={"data": data})
 
 
 def load_segments(run_folder: Path, epoch: int, described: Sequence[Mapping[str, Any]], data: str) -> list[PlanSegment]:
-    """The parts of an epoch that `describe_segments` named, their arrays mapped into memory.
+    """Load the segments of an epoch that `describe_segments` described, their arrays mapped into memory.
 
-    data: the fingerprint that their store must have; fingerprints of plans are compared where `described` has them.
-    Raises ValueError for a file that is missing, damaged, of other data or not the one that is meant.
+    data: fingerprint of the store. Fingerprints of plans are compared if `described` has them.
+    Raises ValueError for a file that is missing, damaged, of other data or not the plan that was described.
     """
-    parts = []
+    segments = []
     for number, values in enumerate(described):
         path = plan_path(run_folder, epoch, values["first_step"] if number else None)
         try:
             plan = load_plan(path, expect={"data": data})
         except FileNotFoundError:
-            raise ValueError(
-                f"{path} is missing: the plan of the epoch's steps from {values['first_step']} on"
-            ) from None
+            raise ValueError(f"{path}: missing; it holds the epoch's steps from {values['first_step']}") from None
         if values.get("plan", plan.fingerprint) != plan.fingerprint:
             raise ValueError(
-                f"{path} is not the plan that was trained: it has the fingerprint {plan.fingerprint[:16]}, "
-                f"not {values['plan'][:16]}"
+                f"{path}: not the plan that was trained: its fingerprint is {plan.fingerprint[:16]}, "
+                f"expected {values['plan'][:16]}"
             )
-        parts.append(PlanSegment(values["first_step"], plan))
-    return parts
+        segments.append(PlanSegment(values["first_step"], plan))
+    return segments
 
 
-def planned_samples(parts: Sequence[PlanSegment], steps_done: int | None = None) -> NDArray[np.int64]:
-    """The samples of an epoch as its parts have them, int64 [n]: of each what comes before the next, all of the last.
+def planned_samples(segments: Sequence[PlanSegment], steps_done: int | None = None) -> NDArray[np.int64]:
+    """Return the samples that the segments of an epoch train, int64 [n]; each segment counts up to the next one.
 
-    steps_done: of the last part, what is trained up to this step alone.
+    steps_done: if given, the last segment counts up to this step of the run only.
     """
-    last = parts[-1]
-    ends = [part.finished_iterations(after.first_step - 1) for part, after in itertools.pairwise(parts)]
-    ends.append(last.plan.num_iterations if steps_done is None else last.finished_iterations(steps_done))
-    return np.concatenate([part.plan.samples_of(0, end) for part, end in zip(parts, ends, strict=True)])
+    last = segments[-1]
+    ends = [segment.finished_micro_batches(after.first_step - 1) for segment, after in itertools.pairwise(segments)]
+    ends.append(last.plan.num_iterations if steps_done is None else last.finished_micro_batches(steps_done))
+    return np.concatenate([segment.plan.samples_of(0, end) for segment, end in zip(segments, ends, strict=True)])
 
 
 class EpochState:
-    """step: optimizer steps done since the start of the run. parts: of the current epoch; the last is trained."""
+    """How far a run is.
+
+    step: optimizer steps done since the start of the run. segments: of the current epoch; the last is being trained.
+    data: the store's fingerprint.
+    """
 
     def __init__(self, plans: EpochPlans, run_folder: Path, data: str) -> None:
         self.plans = plans
@@ -182,18 +178,18 @@ class EpochState:
         self.data = data
         self.step = 0
         self.epoch = 0
-        self.parts = [PlanSegment(1, plans.of(0))]
+        self.segments = [PlanSegment(1, plans.plan_for(0))]
         self._loaded: PlanSegment | None = None
 
     @property
     def plan(self) -> Plan:
-        """What is trained now."""
-        return self.parts[-1].plan
+        """The plan that is being trained."""
+        return self.segments[-1].plan
 
     @property
     def step_in_plan(self) -> int:
         """Steps of `plan` that are done."""
-        return self.step - self.parts[-1].first_step + 1
+        return self.step - self.segments[-1].first_step + 1
 
     @property
     def finished(self) -> bool:
@@ -201,74 +197,72 @@ class EpochState:
         return self.step_in_plan == self.plan.num_steps
 
     def next_epoch(self) -> None:
-        """Move to the start of the next epoch, planned as a whole; not at the end of the run."""
+        """Move to the start of the next epoch; must not be called at the end of the run."""
         training = self.plans.config.training
-        # A step of an epoch that the configuration does not have would be one that total_steps does not count.
+        # total_steps would not count the steps of an epoch that the configuration does not have.
         assert training.steps or self.epoch + 1 < training.epochs, f"epoch {self.epoch} is the last"
         self.epoch += 1
-        self.parts = [PlanSegment(self.step + 1, self.plans.of(self.epoch))]
+        self.segments = [PlanSegment(self.step + 1, self.plans.plan_for(self.epoch))]
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, those that are done included; the same at every step of an attempt."""
+        """Return the optimizer steps of the whole run, done ones included; constant between two starts."""
         training = self.plans.config.training
         if training.steps:
             return training.steps
         if self.epoch >= training.epochs:  # training.epochs was larger when the checkpoint was written
-            return self.parts[0].first_step - 1
-        return self.parts[-1].end - 1 + self.plans.steps_from(self.epoch + 1)
+            return self.segments[0].first_step - 1
+        return self.segments[-1].end - 1 + self.plans.steps_from(self.epoch + 1)
 
     def save_plan(self) -> None:
-        """Write the plan that is trained now into the run folder, unless it came from there. One rank calls it."""
-        # Other nodes have mapped what is there: a file that takes its place would pull it away from them.
-        if self.parts[-1] is not self._loaded:
-            save_segment(self.run_folder, self.parts, self.data)
+        """Write the current plan into the run folder, unless it was loaded from there. Only one rank calls it."""
+        # Other nodes have mapped the existing file: replacing it would invalidate their memory maps.
+        if self.segments[-1] is not self._loaded:
+            save_segment(self.run_folder, self.segments, self.data)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as plain JSON values."""
-        return {"step": self.step, "epoch": self.epoch, "parts": describe_segments(self.parts)}
+        """Return what `restore` needs, as plain JSON values."""
+        return {"step": self.step, "epoch": self.epoch, "segments": describe_segments(self.segments)}
 
     def restore(self, saved: Mapping[str, Any]) -> str:
-        """Go to where `state` said; returns a line that tells of a change of ranks or levels, "" where none was.
+        """Move to a saved state; returns a line about changed ranks or levels, "" if there is no change.
 
-        At the end of an epoch it stays there, under the plan that was trained. Raises ValueError where the plan files
-        do not fit, or a sample that is left is longer than the levels allow.
+        At the end of an epoch it stays there, with the plan that was trained. Raises ValueError if the plan files do
+        not match, or a remaining sample is longer than the levels allow.
         """
         self.step, self.epoch = saved["step"], saved["epoch"]
-        self.parts = load_segments(self.run_folder, self.epoch, saved["parts"], self.data)
-        self._loaded = self.parts[-1]
+        self.segments = load_segments(self.run_folder, self.epoch, saved["segments"], self.data)
+        self._loaded = self.segments[-1]
         if not 0 <= self.step_in_plan <= self.plan.num_steps:
-            raise ValueError(f"step {self.step} is none of the {self.plan.num_steps} steps of its plan")
+            raise ValueError(f"step {self.step} is not one of the {self.plan.num_steps} steps of its plan")
         before, now = self.plan, self.plans
         same = before.world_size == now.world_size and before.costs == now.costs
-        # Where a level keeps its parameters changes no pack: the plan goes on.
-        if self.finished or (same and _planned(before.levels) == _planned(now.levels)):
+        if self.finished or (same and _plan_inputs(before.levels) == _plan_inputs(now.levels)):
             return ""
-        return self._plan_anew()
+        return self._replan()
 
-    def _plan_anew(self) -> str:
+    def _replan(self) -> str:
         before, plans = self.plan, self.plans
-        if self.step_in_plan == 0 and len(self.parts) == 1:
-            self.parts = [PlanSegment(self.step + 1, plans.of(self.epoch))]
+        if self.step_in_plan == 0 and len(self.segments) == 1:
+            self.segments = [PlanSegment(self.step + 1, plans.plan_for(self.epoch))]
         else:
-            rest = replan(
+            remainder = replan(
                 before,
                 int(before.step_offsets[self.step_in_plan]),
                 world_size=plans.world_size,
                 levels=plans.levels,
                 cost=plans.costs,
             )
-            # A part of which no step was trained would have the same name as the one that follows.
-            trained = self.parts if self.step_in_plan else self.parts[:-1]
-            self.parts = [*trained, PlanSegment(self.step + 1, rest)]
-        left, steps = len(self.plan.packs.ids), self.plan.num_steps
+            # A segment without a trained step would have the same file name as the one that follows it.
+            trained = self.segments if self.step_in_plan else self.segments[:-1]
+            self.segments = [*trained, PlanSegment(self.step + 1, remainder)]
         return (
-            f"with {_changes(before, self.plan)}: the {left:,} samples left of epoch {self.epoch} are planned anew, in "
-            f"{steps} steps"
+            f"with {_changes(before, self.plan)}: replanned the remaining {len(self.plan.packs.ids):,} samples of "
+            f"epoch {self.epoch} into {self.plan.num_steps} steps"
         )
 
 
-def _planned(levels: Sequence[Level]) -> list[Level]:
-    """The levels without what no plan depends on."""
+def _plan_inputs(levels: Sequence[Level]) -> list[Level]:
+    """Return the levels without the one setting that changes no plan: whether parameters stay gathered."""
     return [dataclasses.replace(level, reshard_after_forward=None) for level in levels]
 
 
@@ -277,10 +271,7 @@ def _changes(before: Plan, now: Plan) -> str:
     if now.world_size != before.world_size:
         changes.append(f"{now.world_size} rank{'s' if now.world_size > 1 else ''} instead of {before.world_size}")
     if now.levels != before.levels:
-        changes.append(f"levels {_form(now.levels)} instead of {_form(before.levels)}")
+        # In full, as on the command line: any setting of a level may have changed.
+        new, old = (",".join(map(format_level, levels)) for levels in (now.levels, before.levels))
+        changes.append(f"levels {new} instead of {old}")
     return " and ".join(changes) or "another cost model"
-
-
-def _form(levels: Sequence[Level]) -> str:
-    """As on the command line, with everything that a level has: the change may be in any of it."""
-    return ",".join(format_level(level) for level in levels)

@@ -39,7 +39,7 @@ class BatchShapes:
     max_documents: tuple[int, ...]
 
     @classmethod
-    def of(cls, plan: Plan, num_kv_heads: int) -> BatchShapes:
+    def from_plan(cls, plan: Plan, num_kv_heads: int) -> BatchShapes:
         """The shapes that `plan` needs for a model with `num_kv_heads`."""
         gather_degrees = tuple(level.cp_shape(num_kv_heads)[0] for level in plan.levels)
         return cls(gather_degrees, (1,) * len(plan.levels)).enlarged_for(plan)

@@ -1,23 +1,15 @@
-"""The consumed record: which samples each optimizer step really trained, written as it happens.
+"""The sample log: which samples each optimizer step trained, written as it happens, and its audit against the plans.
 
-Owns the files of `consumed/` in a run folder, their writing by the ranks and their reading. Each start of a run is an
-attempt:
+Owns `sample_log/` in a run folder. Every start of the run writes a folder of its own:
 
-    attempt-0001/attempt.json     first_step, epoch, parts (of that epoch: data/epoch_parts.py), world_size, data (the
-                                  store's fingerprint), store (its folder)
-    attempt-0001/rank-0.jsonl     a line for every optimizer step, in order; of each pack its first cp rank keeps record
-        {"step": 7, "epoch": 0, "iterations": [{"iteration": 12, "level": 1, "dp_rank": 0, "samples": [4, 17]}]}
+    start-0001/start.json     first_step, epoch, segments (of that epoch: data/epoch.py), world_size, data (the store's
+                              fingerprint), store (its folder)
+    start-0001/rank-0.jsonl   one line per optimizer step, in order; each pack is logged by its first cp rank
+        {"step": 7, "epoch": 0, "micro_batches": [{"micro_batch": 12, "level": 1, "dp_rank": 0, "samples": [4, 17]}]}
 
-A step that was skipped (training.on_nonfinite) has "skipped": "nonfinite" in its line: its samples were not trained.
-Steps count from 1 over the whole run, iterations from 0 in each part of an epoch. A step counts as the latest attempt
-recorded it: an attempt that resumes after step 10 has first_step 11, and what an earlier one did from step 11 on was
-lost with it.
-
-The audit: was each sample of an epoch trained exactly once, and as planned?
-
-Owns the comparison of the consumed record (data/consumed.py) with the plans of an epoch (data/epoch_parts.py) and with
-the token store. What is wrong comes as one line each, with the file and line of the record, or of the data for a
-sample.
+A skipped step (training.on_nonfinite) has "skipped": "nonfinite": its samples were not trained. Steps count from 1 over
+the whole run, micro-batches from 0 in each plan. A step counts as the latest start logged it: if a run resumes after
+step 10, its first_step is 11, and steps of earlier starts from 11 on are void.
 """
 
 from __future__ import annotations
@@ -27,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -38,77 +30,84 @@ from numpy.typing import NDArray
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.epoch import PlanSegment, load_segments, planned_samples
 from hbp_titan.packing import Level
+from hbp_titan.utils import first_n
 
-FOLDER = "consumed"
+SAMPLE_LOG = "sample_log"
 NONFINITE = "nonfinite"
-_ATTEMPT = re.compile(r"attempt-\d{4,}")
+# Samples and packs that one line of the audit names; the others are counted.
+MAX_LISTED = 3
+MAX_PROBLEMS_SHOWN = 10
+_START = re.compile(r"start-\d{4,}")
 _RANK = re.compile(r"rank-(\d+)\.jsonl")
 
 
 class SampleLog:
-    """A rank's side of the record: batches are added as they are trained and written when their step is done.
+    """Writer of one rank: batches are added as they are trained, and written when their step is done.
 
     broadcast: returns rank 0's value on every rank (`world.broadcast_value`).
     """
 
     def __init__(self, run_folder: Path, rank: int, levels: Sequence[Level], broadcast: Callable[[int], int]) -> None:
-        self.folder = run_folder / FOLDER
+        self.folder = run_folder / SAMPLE_LOG
         self.rank = rank
         self.levels = tuple(levels)
         self.broadcast = broadcast
         self._trained: list[dict[str, Any]] = []
         self._file: TextIO | None = None
 
-    def start(self, first_step: int, epoch: int, parts: list[dict[str, Any]], data: str, store: Path) -> None:
-        """Begin a new attempt; every rank calls it.
+    def start(self, first_step: int, epoch: int, segments: list[dict[str, Any]], data: str, store: Path) -> None:
+        """Create the folder of this start; every rank must call it.
 
-        parts: of `epoch`, as from `describe_segments`. data: the store's fingerprint, store: its folder.
+        segments: of `epoch`, as from `describe_segments`. data: the store's fingerprint; store: its folder.
         """
         number = 0
         if self.rank == 0:
-            earlier = attempt_folders(self.folder)
+            earlier = start_folders(self.folder)
             number = 1 + (_number(earlier[-1]) if earlier else 0)
             values = {
                 "first_step": first_step,
                 "epoch": epoch,
-                "parts": parts,
+                "segments": segments,
                 "world_size": dist.get_world_size(),
                 "data": data,
                 "store": str(store.resolve()),
             }
-            partial = self.folder / "attempt.partial"
+            # Renamed when complete: a folder without start.json would make the whole log unreadable.
+            partial = self.folder / "start.partial"
             partial.mkdir(parents=True, exist_ok=True)
-            with (partial / "attempt.json").open("w", encoding="utf-8") as file:
+            with (partial / "start.json").open("w", encoding="utf-8") as file:
                 file.write(json.dumps(values, indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(self.folder / f"attempt-{number:04}")
-        path = self.folder / f"attempt-{self.broadcast(number):04}" / f"rank-{self.rank}.jsonl"
+            partial.rename(self.folder / f"start-{number:04}")
+        path = self.folder / f"start-{self.broadcast(number):04}" / f"rank-{self.rank}.jsonl"
+        # A node without the shared file system has no such folder yet.
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
 
-    def add(self, iteration: int, batch: PackedBatch) -> None:
-        """Note that `batch` was trained in `iteration` of the plan; kept until `commit`."""
+    def add(self, micro_batch: int, batch: PackedBatch) -> None:
+        """Note that `batch` was trained in `micro_batch` of the plan; kept in memory until `commit`."""
         dp_rank, cp_rank = divmod(self.rank, self.levels[batch.level].cp_degree)
         if cp_rank == 0:
-            ids = batch.sample_ids.tolist()
-            pack = {"iteration": iteration, "level": batch.level, "dp_rank": dp_rank, "samples": ids}
+            samples = batch.sample_ids.tolist()
+            pack = {"micro_batch": micro_batch, "level": batch.level, "dp_rank": dp_rank, "samples": samples}
             self._trained.append(pack)
 
     def commit(self, step: int, epoch: int, skipped: bool = False) -> None:
-        """Write what was added as optimizer step `step`, which is done; a killed process loses no written step.
+        """Write the added batches as optimizer step `step`, which is done.
 
-        skipped: it was not applied, for want of a finite loss and gradient.
+        skipped: the step was not applied, because its loss or gradient was not finite.
         """
         assert self._file is not None, "start comes first"
         reason = {"skipped": NONFINITE} if skipped else {}
-        line = json.dumps({"step": step, "epoch": epoch, **reason, "iterations": self._trained})
+        line = json.dumps({"step": step, "epoch": epoch, **reason, "micro_batches": self._trained})
         self._file.write(line + "\n")
+        # Flushed per step: a killed process loses no step that it has trained.
         self._file.flush()
         self._trained = []
 
     def sync(self) -> None:
-        """Put the record on disk: before a checkpoint, so that not even a lost node makes it fall behind."""
+        """Force the log to disk: called before a checkpoint, which must never be ahead of the log."""
         assert self._file is not None, "start comes first"
         os.fsync(self._file.fileno())
 
@@ -119,118 +118,124 @@ class SampleLog:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One start of a run. last_step: up to it the attempt counts; what it did later was lost or is not known done.
+class RunStart:
+    """One start of a run. last_step: up to it, its steps count; later ones were lost or are not known to be done.
 
-    epoch, parts: those that it started in; parts as from `describe_segments`, the last is what it trained first.
+    epoch, segments: those in which it started; segments as from `describe_segments`, it trained the last one first.
     """
 
     folder: Path
     first_step: int
     last_step: int
     epoch: int
-    parts: list[dict[str, Any]]
+    segments: list[dict[str, Any]]
     world_size: int
     data: str
     store: Path
 
+    @property
+    def counts(self) -> bool:
+        """Whether any of its steps count."""
+        return self.first_step <= self.last_step
+
 
 @dataclass(frozen=True)
-class StepLine:
-    """One rank's line of one optimizer step. iterations: as in the file; where: file:line.
-
-    skipped: whether the step was not applied.
-    """
+class StepRecord:
+    """One rank's line of one optimizer step. micro_batches: as in the file; where: file:line."""
 
     step: int
     epoch: int
     rank: int
-    iterations: list[dict[str, Any]]
+    micro_batches: list[dict[str, Any]]
     where: str
     skipped: bool = False
 
-
-def attempt_folders(folder: Path) -> list[Path]:
-    """The attempts in `folder` (the run's `consumed`), in order."""
-    return sorted((path for path in folder.glob("attempt-*") if _ATTEMPT.fullmatch(path.name)), key=_number)
-
-
-def _number(attempt: Path) -> int:
-    return int(attempt.name.removeprefix("attempt-"))
+    @property
+    def verb(self) -> str:
+        """What happened to its samples."""
+        return "skipped" if self.skipped else "trained"
 
 
-def read_attempts(run_folder: Path, steps_done: int) -> list[Attempt]:
-    """The attempts of a run that is known to have done `steps_done` steps; ValueError where there is no record."""
-    folders = attempt_folders(run_folder / FOLDER)
+def start_folders(folder: Path) -> list[Path]:
+    """Return the folders of the starts in `folder` (the run's `sample_log`), in order."""
+    return sorted((path for path in folder.glob("start-*") if _START.fullmatch(path.name)), key=_number)
+
+
+def _number(start: Path) -> int:
+    return int(start.name.removeprefix("start-"))
+
+
+def read_starts(run_folder: Path, steps_done: int) -> list[RunStart]:
+    """Return the starts of a run that is known to have done `steps_done` steps; ValueError if there is no log."""
+    folders = start_folders(run_folder / SAMPLE_LOG)
     if not folders:
-        raise ValueError(f"{run_folder / FOLDER}: no consumed record here")
-    attempts: list[Attempt] = []
+        raise ValueError(f"{run_folder / SAMPLE_LOG}: no sample log here; pass the folder of a run that has trained")
+    starts: list[RunStart] = []
     last_step = steps_done
     for folder in reversed(folders):
-        path = folder / "attempt.json"
+        path = folder / "start.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             first, epoch, world_size = (int(values[key]) for key in ("first_step", "epoch", "world_size"))
-            parts = [{"first_step": int(part["first_step"]), "plan": str(part["plan"])} for part in values["parts"]]
-            attempts.append(
-                Attempt(folder, first, last_step, epoch, parts, world_size, values["data"], Path(values["store"]))
-            )
+            segments = [{"first_step": int(s["first_step"]), "plan": str(s["plan"])} for s in values["segments"]]
+            store = Path(values["store"])
+            starts.append(RunStart(folder, first, last_step, epoch, segments, world_size, values["data"], store))
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: not an attempt of a consumed record: move it away") from None
+            raise ValueError(f"{path}: damaged; move it away") from None
         last_step = min(last_step, first - 1)
-    return attempts[::-1]
+    return starts[::-1]
 
 
-def read_record(attempts: Sequence[Attempt]) -> tuple[list[StepLine], list[str]]:
-    """The lines that count, and what is wrong with the files, a line each."""
-    lines: list[StepLine] = []
-    faults: list[str] = []
-    first = min(attempt.first_step for attempt in attempts)
+def read_log(starts: Sequence[RunStart]) -> tuple[list[StepRecord], list[str]]:
+    """Return the records that count, and one line per problem of the files."""
+    records: list[StepRecord] = []
+    problems: list[str] = []
+    first = min(start.first_step for start in starts)
     if first > 1:
-        faults.append(f"{attempts[0].folder.parent}: no attempt recorded steps 1 to {first - 1}")
-    for attempt in attempts:
-        if attempt.first_step > attempt.last_step:
+        problems.append(f"{starts[0].folder.parent}: no start logged steps 1 to {first - 1}")
+    for start in starts:
+        if not start.counts:
             continue
-        ranks = {int(match[1]) for path in attempt.folder.iterdir() if (match := _RANK.fullmatch(path.name))}
-        for rank in sorted(ranks - set(range(attempt.world_size))):
-            faults.append(f"{attempt.folder}/rank-{rank}.jsonl: the attempt had {attempt.world_size} ranks")
-        for rank in range(attempt.world_size):
-            if rank not in ranks:
-                faults.append(f"{attempt.folder}/rank-{rank}.jsonl is missing")
-                continue
-            lines += _read_rank(attempt, rank, attempt is attempts[-1], faults)
-    return lines, faults
+        ranks = {int(match[1]) for path in start.folder.iterdir() if (match := _RANK.fullmatch(path.name))}
+        for rank in sorted(ranks - set(range(start.world_size))):
+            problems.append(f"{start.folder}/rank-{rank}.jsonl: unexpected, this start had {start.world_size} ranks")
+        for rank in range(start.world_size):
+            if rank in ranks:
+                records += _read_rank(start, rank, start is starts[-1], problems)
+            else:
+                problems.append(f"{start.folder}/rank-{rank}.jsonl: missing")
+    return records, problems
 
 
-def _read_rank(attempt: Attempt, rank: int, is_last: bool, faults: list[str]) -> Iterator[StepLine]:
-    """The lines of one file that count. They must be consecutive; only what a kill leaves behind is forgiven."""
-    path = attempt.folder / f"rank-{rank}.jsonl"
-    expected = attempt.first_step
+def _read_rank(start: RunStart, rank: int, is_last: bool, problems: list[str]) -> Iterator[StepRecord]:
+    """Yield the records of one file that count. They must be consecutive, except for what a kill leaves behind."""
+    path = start.folder / f"rank-{rank}.jsonl"
+    expected = start.first_step
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
-            line = _parse(raw, rank, where)
-            if line is None:
+            record = _parse(raw, rank, where)
+            if record is None:
                 # A kill cuts the last line, of a step that was not done or was done again later.
-                cut = not raw.endswith(b"\n") and expected > attempt.last_step
+                cut = not raw.endswith(b"\n") and expected > start.last_step
                 if not cut:
-                    faults.append(f"{where}: not a line of a consumed record, where step {expected} is expected")
+                    problems.append(f"{where}: not a line of a sample log, expected step {expected}")
                 expected += 1
                 continue
-            if line.step != expected:
-                faults.append(f"{where}: step {line.step} where step {expected} is expected")
-            elif is_last and line.step > attempt.last_step + 1:
-                # One step may be recorded and not yet known as done; ranks cannot be further apart.
-                faults.append(f"{where}: step {line.step}, but the run has done {attempt.last_step} steps")
-            if attempt.first_step <= line.step <= attempt.last_step:
-                yield line
-            expected = line.step + 1
-    if expected <= attempt.last_step:
-        faults.append(f"{path}: ends before step {expected}, but steps up to {attempt.last_step} were trained")
+            if record.step != expected:
+                problems.append(f"{where}: step {record.step}, expected step {expected}")
+            elif is_last and record.step > start.last_step + 1:
+                # One step may be logged and not yet known to be done; ranks cannot be further apart.
+                problems.append(f"{where}: step {record.step}, but the run has done {start.last_step} steps")
+            if start.first_step <= record.step <= start.last_step:
+                yield record
+            expected = record.step + 1
+    if expected <= start.last_step:
+        problems.append(f"{path}: ends before step {expected}, but steps up to {start.last_step} were trained")
 
 
-def _parse(raw: bytes, rank: int, where: str) -> StepLine | None:
-    """The line, None where it is none."""
+def _parse(raw: bytes, rank: int, where: str) -> StepRecord | None:
+    """Return the record of a line, None if it is not one."""
     if not raw.endswith(b"\n"):
         return None
     try:
@@ -238,17 +243,13 @@ def _parse(raw: bytes, rank: int, where: str) -> StepLine | None:
         skipped = values.get("skipped")
         if skipped not in (None, NONFINITE):
             return None
-        line = StepLine(values["step"], values["epoch"], rank, values["iterations"], where, skipped == NONFINITE)
-        numbers = [line.step, line.epoch]
-        for pack in line.iterations:
-            numbers += [pack["iteration"], pack["level"], pack["dp_rank"], *pack["samples"]]
+        record = StepRecord(values["step"], values["epoch"], rank, values["micro_batches"], where, skipped is not None)
+        numbers = [record.step, record.epoch]
+        for pack in record.micro_batches:
+            numbers += [pack["micro_batch"], pack["level"], pack["dp_rank"], *pack["samples"]]
     except (ValueError, KeyError, TypeError):
         return None
-    return line if all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) else None
-
-
-NAMED = 3
-"""Samples and packs that one line names; the others are counted."""
+    return record if all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) else None
 
 
 class AuditedStore(Protocol):
@@ -259,25 +260,25 @@ class AuditedStore(Protocol):
     def __len__(self) -> int: ...
 
     def where(self, index: int) -> str:
-        """The row that a sample comes from, as file:line."""
+        """Return the row that a sample comes from, as file:line."""
 
 
 @dataclass(frozen=True)
 class EpochAudit:
-    """What was found of one epoch; a right one has no faults. steps_done: of the epoch's num_steps.
+    """What was found of one epoch; without problems, each sample was trained exactly once and as planned.
 
-    samples, tokens, trained_tokens: of what was trained. skipped: samples of steps that were not applied.
+    steps_done: of the epoch's num_steps. samples, tokens, trained_tokens: trained. skipped: samples of skipped steps.
     """
 
     epoch: int
     steps_done: int
     num_steps: int
-    iterations: int
+    micro_batches: int
     samples: int
     skipped: int
     tokens: int
     trained_tokens: int
-    faults: list[str]
+    problems: list[str]
 
     @property
     def finished(self) -> bool:
@@ -285,208 +286,200 @@ class EpochAudit:
         return self.steps_done == self.num_steps
 
 
+@dataclass
 class _Found:
-    """What the lines of an epoch say: the samples of each pack, [n], trained or skipped, and what is wrong."""
+    """The logged samples of an epoch, one array [n] per pack, and one line per problem."""
 
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-        self.trained = [np.zeros(0, np.int64)]
-        self.skipped = [np.zeros(0, np.int64)]
-
-
-def audit_epoch(
-    lines: Sequence[StepLine], parts: Sequence[PlanSegment], steps_done: int, store: AuditedStore
-) -> EpochAudit:
-    """Compare the record with the plans of an epoch's parts. steps_done: the last step of the run that was done."""
-    plan, end = parts[-1].plan, min(steps_done + 1, parts[-1].end)
-    ends = [*(part.first_step for part in parts[1:]), end]
-    found = _Found()
-    found.faults += _check_parts(parts, store)
-    iterations = 0
-    for part, part_end in zip(parts, ends, strict=True):
-        mine = [line for line in lines if part.first_step <= line.step < min(part_end, part.end)]
-        last = part.finished_iterations(part_end - 1)
-        _audit_part(part, last, mine, found)
-        iterations += last
-    trained, skipped = np.concatenate(found.trained), np.concatenate(found.skipped)
-    found.faults += _count_samples(np.concatenate([trained, skipped]), parts, steps_done, store)
-    known = trained[trained < plan.num_samples]
-    sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
-    done, num_steps = end - parts[0].first_step, parts[-1].end - parts[0].first_step
-    return EpochAudit(plan.epoch, done, num_steps, iterations, len(trained), len(skipped), *sums, found.faults)
+    problems: list[str] = field(default_factory=list)
+    trained: list[NDArray[np.int64]] = field(default_factory=lambda: [np.zeros(0, np.int64)])
+    skipped: list[NDArray[np.int64]] = field(default_factory=lambda: [np.zeros(0, np.int64)])
 
 
-def _audit_part(part: PlanSegment, last: int, lines: Sequence[StepLine], found: _Found) -> None:
-    """Compare the lines of one part's steps with its plan up to iteration `last`."""
-    packs: dict[tuple[int, int], str] = {}
-    first_of_step: dict[int, StepLine] = {}
-    for line in lines:
-        first = first_of_step.setdefault(line.step, line)
-        if first.skipped != line.skipped:
-            found.faults.append(
-                f"{line.where}: step {line.step} is {_done(line)} here but {_done(first)} at {first.where}"
-            )
-        if line.epoch != part.plan.epoch:
-            found.faults.append(
-                f"{line.where}: epoch {line.epoch} where step {line.step} is of epoch {part.plan.epoch}"
-            )
-        for pack in line.iterations:
-            (found.skipped if line.skipped else found.trained).append(np.array(pack["samples"], np.int64))
-            fault = _check_pack(part, line, pack)
-            key = (pack["iteration"], pack["dp_rank"])
-            if fault is None and key in packs:
-                fault = f"was trained before, {packs[key]}"
-            packs.setdefault(key, line.where)
-            if fault is not None:
-                found.faults.append(f"{line.where}: iteration {key[0]}, dp rank {key[1]}: {fault}")
-    found.faults += _missing_packs(part, last, packs)
-
-
-def _done(line: StepLine) -> str:
-    return "skipped" if line.skipped else "trained"
-
-
-def _check_parts(parts: Sequence[PlanSegment], store: AuditedStore) -> Iterator[str]:
-    """Whether every part but the first plans exactly what those before it left."""
-    epoch = parts[-1].plan.epoch
-    for part, after in itertools.pairwise(parts):
-        if not part.first_step < after.first_step < part.end:
-            yield (
-                f"epoch {epoch}: its plan from step {after.first_step} on follows one of steps {part.first_step} to "
-                f"{part.end - 1}"
-            )
-    if len(parts) > 1:
-        planned = np.bincount(planned_samples(parts), minlength=len(store))
-        for what, wrong in (("by none", planned == 0), ("more than once", planned > 1)):
-            ids = np.flatnonzero(wrong)
-            if len(ids):
-                yield f"epoch {epoch}: {len(ids):,} samples are planned {what}: {_rows(ids, store)}"
-
-
-def _check_pack(part: PlanSegment, line: StepLine, pack: Mapping[str, Any]) -> str | None:
-    """What is wrong with one recorded pack of a step of `part`."""
-    plan, step = part.plan, line.step - part.first_step
-    first, last = plan.step_offsets[step : step + 2].tolist()
-    iteration, dp_rank = pack["iteration"], pack["dp_rank"]
-    if not first <= iteration < last:
-        return f"the plan's step {line.step} has iterations {first} to {last - 1}"
-    level = int(plan.level_of_iteration[iteration])
-    if pack["level"] != level:
-        return f"level {pack['level']} where the plan has level {level}"
-    cp_degree = plan.levels[level].cp_degree
-    if dp_rank >= plan.dp_degrees[level] or line.rank != dp_rank * cp_degree:
-        return f"recorded by rank {line.rank}, which is not the first of {cp_degree} of that dp rank"
-    planned = plan.pack(iteration, dp_rank)
-    if planned.tolist() == pack["samples"]:
-        return None
-    lacking = np.setdiff1d(planned, pack["samples"]).tolist()
-    foreign = np.setdiff1d(pack["samples"], planned).tolist()
-    return f"not the plan's samples: {_named(lacking)} are lacking, {_named(foreign)} are not planned"
-
-
-def _missing_packs(part: PlanSegment, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
-    """Iterations of `part` before `last` that some dp rank did not record."""
-    plan = part.plan
-    for iteration in range(last):
-        dp_ranks = range(plan.dp_degrees[plan.level_of_iteration[iteration]])
-        lacking = [dp_rank for dp_rank in dp_ranks if (iteration, dp_rank) not in packs]
-        if lacking:
-            step = part.first_step + int(plan.step_of_iteration[iteration])
-            yield (
-                f"epoch {plan.epoch}, iteration {iteration} (step {step}): no record of {len(lacking)} of "
-                f"{len(dp_ranks)} dp ranks: {_named(lacking)}"
-            )
-
-
-def _count_samples(
-    ids: NDArray[np.int64], parts: Sequence[PlanSegment], steps_done: int, store: AuditedStore
-) -> Iterator[str]:
-    """What was consumed against what had to be: every sample of the store, or the plans' up to `steps_done`."""
-    total, epoch = len(store), parts[-1].plan.epoch
-    counts = np.bincount(ids[ids < total], minlength=total)
-    wanted = np.arange(total)
-    if steps_done + 1 < parts[-1].end:
-        wanted = planned_samples(parts, steps_done)
-    unknown = np.unique(ids[ids >= total]).tolist()
-    missing = np.unique(wanted[counts[wanted] == 0])
-    doubled = np.flatnonzero(counts > 1)
-    if unknown:
-        yield f"epoch {epoch}: samples {_named(unknown)} are none of the store's {total:,}"
-    if len(missing):
-        yield f"epoch {epoch}: {len(missing):,} samples were not trained: {_rows(missing, store)}"
-    if len(doubled):
-        yield f"epoch {epoch}: {len(doubled):,} samples were trained more than once: {_rows(doubled, store)}"
-
-
-def _rows(chosen: NDArray[np.int64], store: AuditedStore) -> str:
-    named = ", ".join(f"{store.where(int(index))} (sample {index})" for index in chosen[:NAMED])
-    return named + (f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else "")
-
-
-def _named(values: Sequence[int]) -> str:
-    shown = ", ".join(map(str, values[:NAMED])) or "none"
-    return shown + (f" and {len(values) - NAMED} more" if len(values) > NAMED else "")
-
-
-def check_epoch(run_folder: Path, parts: Sequence[PlanSegment], store: AuditedStore) -> str:
-    """A line that says how the epoch of these parts went, which is done; RuntimeError where the record differs."""
-    plan, last_step = parts[-1].plan, parts[-1].end - 1
-    attempts = read_attempts(run_folder, last_step)
-    lines, faults = read_record(attempts)
-    found = audit_epoch(lines, parts, last_step, store)
-    faults += check_data(attempts, store) + found.faults
-    if faults:
-        raise RuntimeError(f"epoch {plan.epoch} was not trained as planned: " + "; ".join(shown(faults)))
-    plans = f" by {len(parts)} plans" if len(parts) > 1 else ""
+def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: AuditedStore) -> str:
+    """Return a line about a finished epoch; raises RuntimeError if the log differs from the plans."""
+    plan, last_step = segments[-1].plan, segments[-1].end - 1
+    starts = read_starts(run_folder, last_step)
+    records, problems = read_log(starts)
+    found = audit_epoch(records, segments, last_step, store)
+    problems += check_data(starts, store) + found.problems
+    if problems:
+        shown = first_n(problems, MAX_PROBLEMS_SHOWN, "; ")
+        raise RuntimeError(f"epoch {plan.epoch} was not trained as planned: {shown}")
+    plans = f" by {len(segments)} plans" if len(segments) > 1 else ""
     skipped = f"; {found.skipped:,} of skipped steps, not trained" if found.skipped else ""
     return f"epoch {plan.epoch}: {found.samples:,} samples, each trained once{plans}{skipped}"
 
 
 def audit_run(
-    run_folder: Path, steps_done: int, attempts: Sequence[Attempt], store: AuditedStore, only: int | None = None
+    run_folder: Path, steps_done: int, starts: Sequence[RunStart], store: AuditedStore, only: int | None = None
 ) -> tuple[list[EpochAudit], list[str]]:
-    """Every epoch that the run has reached in `steps_done` steps, or epoch `only`; and what is wrong with the record.
+    """Audit every epoch that the run has reached in `steps_done` steps, or epoch `only`.
 
-    Raises ValueError where a plan file is missing, damaged or of other data, and where the epoch was not reached.
+    Also returns one line per problem of the log itself. Raises ValueError if a plan file is missing, damaged or of
+    other data, and if the epoch was not reached.
     """
-    lines, faults = read_record(attempts)
-    faults += check_data(attempts, store)
+    records, problems = read_log(starts)
+    problems += check_data(starts, store)
     audits = []
     epoch, first_step = 0, 1
     while first_step <= steps_done and (only is None or epoch <= only):
-        parts = _parts_of(run_folder, attempts, epoch, first_step, store)
-        if parts[0].first_step != first_step:
-            faults.append(f"epoch {epoch} starts with step {first_step}, its first plan with {parts[0].first_step}")
+        segments = _segments_of(run_folder, starts, epoch, first_step, store)
+        if segments[0].first_step != first_step:
+            problems.append(f"epoch {epoch} starts at step {first_step}, its first plan at {segments[0].first_step}")
         if only in (None, epoch):
-            audits.append(audit_epoch(lines, parts, steps_done, store))
-        first_step = parts[-1].end
+            audits.append(audit_epoch(records, segments, steps_done, store))
+        first_step = segments[-1].end
         epoch += 1
     if not audits:
         raise ValueError(
             f"{run_folder}: nothing to audit: the run has done {steps_done} steps, up to epoch {epoch - 1}"
         )
-    return audits, faults
+    return audits, problems
 
 
-def _parts_of(
-    run_folder: Path, attempts: Sequence[Attempt], epoch: int, first_step: int, store: AuditedStore
+def _segments_of(
+    run_folder: Path, starts: Sequence[RunStart], epoch: int, first_step: int, store: AuditedStore
 ) -> list[PlanSegment]:
-    """The parts of an epoch: those that the last attempt which started in it named, or the plan of all its samples."""
-    started = [a.parts for a in attempts if a.epoch == epoch and a.first_step <= a.last_step]
+    """Load the segments of an epoch: those of the last start within it, or the plan of all its samples."""
+    started = [start.segments for start in starts if start.epoch == epoch and start.counts]
     described = started[-1] if started else [{"first_step": first_step}]
     return load_segments(run_folder, epoch, described, store.fingerprint)
 
 
-def check_data(attempts: Sequence[Attempt], store: AuditedStore) -> list[str]:
-    """Attempts that count and trained other data than `store`."""
+def check_data(starts: Sequence[RunStart], store: AuditedStore) -> list[str]:
+    """Return one line per start that counts and trained other data than `store`."""
     return [
-        f"{attempt.folder}: trained the data {attempt.data[:16]}, not {store.fingerprint[:16]} of this store"
-        for attempt in attempts
-        if attempt.first_step <= attempt.last_step and attempt.data != store.fingerprint
+        f"{start.folder}: trained the data {start.data[:16]}, but this store is {store.fingerprint[:16]}"
+        for start in starts
+        if start.counts and start.data != store.fingerprint
     ]
 
 
-def shown(faults: Sequence[str], limit: int = 10) -> list[str]:
-    """The first `limit` faults and the number of the others."""
-    more = [f"... and {len(faults) - limit:,} more"] if len(faults) > limit else []
-    return [*faults[:limit], *more]
+def audit_epoch(
+    records: Sequence[StepRecord], segments: Sequence[PlanSegment], steps_done: int, store: AuditedStore
+) -> EpochAudit:
+    """Compare the log with the plans of an epoch's segments. steps_done: the last step that the run has done."""
+    plan, end = segments[-1].plan, min(steps_done + 1, segments[-1].end)
+    ends = [*(segment.first_step for segment in segments[1:]), end]
+    found = _Found()
+    found.problems += _check_segments(segments, store)
+    micro_batches = 0
+    for segment, segment_end in zip(segments, ends, strict=True):
+        last = segment.finished_micro_batches(segment_end - 1)
+        own = [record for record in records if segment.first_step <= record.step < min(segment_end, segment.end)]
+        _audit_segment(segment, last, own, found)
+        micro_batches += last
+    trained, skipped = np.concatenate(found.trained), np.concatenate(found.skipped)
+    found.problems += _count_samples(np.concatenate([trained, skipped]), segments, steps_done, store)
+    known = trained[trained < plan.num_samples]
+    sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
+    done, num_steps = end - segments[0].first_step, segments[-1].end - segments[0].first_step
+    return EpochAudit(plan.epoch, done, num_steps, micro_batches, len(trained), len(skipped), *sums, found.problems)
+
+
+def _check_segments(segments: Sequence[PlanSegment], store: AuditedStore) -> Iterator[str]:
+    """Check that every segment but the first plans exactly what the earlier ones left."""
+    epoch = segments[-1].plan.epoch
+    for segment, after in itertools.pairwise(segments):
+        if not segment.first_step < after.first_step < segment.end:
+            yield (
+                f"epoch {epoch}: its plan from step {after.first_step} follows a plan of steps {segment.first_step} to "
+                f"{segment.end - 1}"
+            )
+    if len(segments) > 1:
+        planned = np.bincount(planned_samples(segments), minlength=len(store))
+        for what, wrong in (("not planned", planned == 0), ("planned more than once", planned > 1)):
+            ids = np.flatnonzero(wrong)
+            if len(ids):
+                yield f"epoch {epoch}: {len(ids):,} samples are {what}: {_rows(ids, store)}"
+
+
+def _audit_segment(segment: PlanSegment, last: int, records: Sequence[StepRecord], found: _Found) -> None:
+    """Compare the records of one segment's steps with its plan up to micro-batch `last`."""
+    packs: dict[tuple[int, int], str] = {}
+    first_of_step: dict[int, StepRecord] = {}
+    for record in records:
+        first = first_of_step.setdefault(record.step, record)
+        if first.skipped != record.skipped:
+            found.problems.append(
+                f"{record.where}: step {record.step} is {record.verb} here but {first.verb} at {first.where}"
+            )
+        if record.epoch != segment.plan.epoch:
+            found.problems.append(
+                f"{record.where}: epoch {record.epoch}, but step {record.step} is of epoch {segment.plan.epoch}"
+            )
+        for pack in record.micro_batches:
+            (found.skipped if record.skipped else found.trained).append(np.array(pack["samples"], np.int64))
+            problem = _check_pack(segment, record, pack)
+            key = (pack["micro_batch"], pack["dp_rank"])
+            if problem is None and key in packs:
+                problem = f"was trained before, {packs[key]}"
+            packs.setdefault(key, record.where)
+            if problem is not None:
+                found.problems.append(f"{record.where}: micro-batch {key[0]}, dp rank {key[1]}: {problem}")
+    found.problems += _missing_packs(segment, last, packs)
+
+
+def _check_pack(segment: PlanSegment, record: StepRecord, pack: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with one logged pack, None if it is as planned."""
+    plan, step = segment.plan, record.step - segment.first_step
+    first, last = plan.step_offsets[step : step + 2].tolist()
+    micro_batch, dp_rank = pack["micro_batch"], pack["dp_rank"]
+    if not first <= micro_batch < last:
+        return f"the plan's step {record.step} has micro-batches {first} to {last - 1}"
+    level = int(plan.level_of_iteration[micro_batch])
+    if pack["level"] != level:
+        return f"level {pack['level']}, but the plan has level {level}"
+    cp_degree = plan.levels[level].cp_degree
+    if dp_rank >= plan.dp_degrees[level] or record.rank != dp_rank * cp_degree:
+        return f"logged by rank {record.rank}, which is not the first of the {cp_degree} ranks of that dp rank"
+    planned = plan.pack(micro_batch, dp_rank)
+    if planned.tolist() == pack["samples"]:
+        return None
+    missing = np.setdiff1d(planned, pack["samples"]).tolist()
+    unplanned = np.setdiff1d(pack["samples"], planned).tolist()
+    return f"not the plan's samples: missing {_first(missing)}; not planned {_first(unplanned)}"
+
+
+def _missing_packs(segment: PlanSegment, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
+    """Yield one line per micro-batch before `last` that some dp rank did not log."""
+    plan = segment.plan
+    for micro_batch in range(last):
+        dp_ranks = range(plan.dp_degrees[plan.level_of_iteration[micro_batch]])
+        missing = [dp_rank for dp_rank in dp_ranks if (micro_batch, dp_rank) not in packs]
+        if missing:
+            step = segment.first_step + int(plan.step_of_iteration[micro_batch])
+            yield (
+                f"epoch {plan.epoch}, micro-batch {micro_batch} (step {step}): not logged by {len(missing)} of "
+                f"{len(dp_ranks)} dp ranks: {_first(missing)}"
+            )
+
+
+def _count_samples(
+    ids: NDArray[np.int64], segments: Sequence[PlanSegment], steps_done: int, store: AuditedStore
+) -> Iterator[str]:
+    """Compare the logged samples with the expected ones: the whole store, or the plans' up to `steps_done`."""
+    total, epoch = len(store), segments[-1].plan.epoch
+    counts = np.bincount(ids[ids < total], minlength=total)
+    expected = np.arange(total)
+    if steps_done + 1 < segments[-1].end:
+        expected = planned_samples(segments, steps_done)
+    unknown = np.unique(ids[ids >= total]).tolist()
+    missing = np.unique(expected[counts[expected] == 0])
+    repeated = np.flatnonzero(counts > 1)
+    if unknown:
+        yield f"epoch {epoch}: samples {_first(unknown)} do not exist in the store of {total:,}"
+    if len(missing):
+        yield f"epoch {epoch}: {len(missing):,} samples were not trained: {_rows(missing, store)}"
+    if len(repeated):
+        yield f"epoch {epoch}: {len(repeated):,} samples were trained more than once: {_rows(repeated, store)}"
+
+
+def _rows(ids: NDArray[np.int64], store: AuditedStore) -> str:
+    # Rows are looked up for the listed samples only: each opens a store's memory maps.
+    listed = [f"{store.where(int(index))} (sample {index})" for index in ids[:MAX_LISTED]]
+    return first_n([*listed, *ids[MAX_LISTED:]], MAX_LISTED)
+
+
+def _first(values: Sequence[int]) -> str:
+    return first_n(values, MAX_LISTED) or "none"

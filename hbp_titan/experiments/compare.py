@@ -145,7 +145,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
         config.job.dump_folder = str(Path(folder) / "run")
         trainer = TimedTrainer(config, world)
         trainer.train()
-    plan = trainer.plans.of(0)
+    plan = trainer.plans.plan_for(0)
     wall_IR, work_IR = _gathered(trainer.log.seconds, world)
     records = trainer.records
     (seconds,) = all_reduce_values([sum(record["step_seconds"] for record in records)], "max", world.device)

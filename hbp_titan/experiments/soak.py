@@ -41,7 +41,7 @@ from typing import Any, TextIO
 from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.dcp_storage import MANIFEST, PARTIAL
 from hbp_titan.config import load_config
-from hbp_titan.data.sample_log import FOLDER, attempt_folders, audit_run, read_attempts
+from hbp_titan.data.sample_log import SAMPLE_LOG, audit_run, read_starts, start_folders
 from hbp_titan.data.token_store import TokenStore
 
 PROC = Path("/proc")
@@ -258,7 +258,7 @@ class DisturbedRun:
         self._start()
         try:
             for kill in kills:
-                seen = len(attempt_folders(self.folder / FOLDER))
+                seen = len(start_folders(self.folder / SAMPLE_LOG))
                 if not self._wait_for(kill, time.monotonic(), seen):
                     break
                 self._kill(kill)
@@ -290,7 +290,7 @@ class DisturbedRun:
             self.process.wait()
 
     def _wait_for(self, kill: Kill, since: float, seen: int) -> bool:
-        """Return at the moment of `kill`; False where the run or the time is over before. seen: attempts by then."""
+        """Return at the moment of `kill`; False where the run or the time is over before. seen: starts by then."""
         while self._running() and not self._over():
             early = time.monotonic() < since + kill.seconds or steps_done(self.folder) < kill.step
             if not early and self._is_moment(kill.moment, seen):
@@ -303,7 +303,7 @@ class DisturbedRun:
         if moment == "save":
             return any((self.folder / "checkpoint").glob(f"step-*{PARTIAL}"))
         if moment == "load":
-            return len(attempt_folders(self.folder / FOLDER)) > seen
+            return len(start_folders(self.folder / SAMPLE_LOG)) > seen
         return True
 
     def _kill(self, kill: Kill) -> None:
@@ -408,9 +408,9 @@ def _last_regular(folder: Path, interval: int, complete: bool) -> int:
 def audit_faults(folder: Path) -> list[str]:
     """What the audit of a run finds wrong, a line each (scripts/audit_epoch.py)."""
     done = steps_done(folder)
-    attempts = read_attempts(folder, done)
-    audits, faults = audit_run(folder, done, attempts, TokenStore.open(attempts[-1].store))
-    return [*faults, *(fault for audit in audits for fault in audit.faults)]
+    starts = read_starts(folder, done)
+    audits, faults = audit_run(folder, done, starts, TokenStore.open(starts[-1].store))
+    return [*faults, *(fault for audit in audits for fault in audit.problems)]
 
 
 def differences(whole: Path, disturbed: Path, step: int) -> list[str]:

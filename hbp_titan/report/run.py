@@ -234,7 +234,7 @@ class RunPlan:
 
 @dataclass
 class Run:
-    """A run folder. starts: those of run.json, oldest first, or what the consumed record tells of them.
+    """A run folder. starts: those of run.json, oldest first, or those of the sample log.
 
     checkpoints: steps of the ones that are there. exported: hf/ is there. written: when metrics.jsonl last was.
     missing: a sentence each for what could not be read.
@@ -325,9 +325,9 @@ def _read_starts(run: Run) -> None:
         run.missing.append("run.json is not there: what the run is, its versions and starts are not known.")
     if run.starts:
         return
-    for attempt in sorted((run.folder / "consumed").glob("attempt-*/attempt.json")):
+    for start in sorted((run.folder / "sample_log").glob("start-*/start.json")):
         try:
-            values = json.loads(attempt.read_text(encoding="utf-8"))
+            values = json.loads(start.read_text(encoding="utf-8"))
             run.starts.append({key: int(values[key]) for key in ("first_step", "world_size")})
         except (ValueError, KeyError, TypeError):
             continue  # a start that the page then does not know of, as it says above

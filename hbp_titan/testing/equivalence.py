@@ -319,7 +319,7 @@ def run_case(
         global_batch_tokens=case.global_batch_tokens,
         level_order=case.level_order,
     )
-    shapes = BatchShapes.of(plan, args.num_kv_heads)
+    shapes = BatchShapes.from_plan(plan, args.num_kv_heads)
     batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.loss_normalization])
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
     joined = {name: torch.zeros(p.shape, device=world.device) for name, p in engine.model.named_parameters()}

@@ -264,7 +264,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     warnings = [
         *_crossed_nodes(config, world_size, hardware),
         *_uneven_shards(state.parameters, count, world_size // config.parallelism.dp_replicate),
-        *_long_curriculum(plans.of(0)),
+        *_long_curriculum(plans.plan_for(0)),
     ]
     return DryRun(
         config=config,
@@ -276,8 +276,8 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         levels=tuple(level_memory(config, args, world_size, level) for level in config.levels),
         warnings=warnings,
         samples=samples,
-        plan=plans.of(0),
-        replay=replay(plans.of(0), time_model(args, config, hardware, world_size)),
+        plan=plans.plan_for(0),
+        replay=replay(plans.plan_for(0), time_model(args, config, hardware, world_size)),
         total_steps=plans.total_steps(),
     )
 

@@ -75,7 +75,7 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
         return square(*args)
 
     def micro_batch(*args: Any, **kwargs: Any) -> Any:
-        if trainer.consumed._file is not None:
+        if trainer.sample_log._file is not None:
             written.append(len(path.read_text().splitlines()) == trainer.step if path.exists() else False)
         return forward_backward(*args, **kwargs)
 

@@ -93,11 +93,11 @@ def test_every_sample_is_loaded_once_by_the_ranks_together() -> None:
 def test_shapes_cover_every_plan_in_powers_of_two() -> None:
     few, many = (build_plan(lengths, [Level(16)], 2) for lengths in ([4] * 4, [3] * 6))
     assert [few.max_documents(0), many.max_documents(0)] == [2, 3]
-    shapes = BatchShapes.of(few, num_kv_heads=2)
+    shapes = BatchShapes.from_plan(few, num_kv_heads=2)
     assert shapes == BatchShapes((1,), (2,))
     assert shapes.enlarged_for(many) == BatchShapes((1,), (4,))
     assert shapes.enlarged_for(many).enlarged_for(few) == shapes.enlarged_for(many)
-    assert BatchShapes.of(build_plan([3], [Level(16, 2, "allgather")], 2), 2).gather_degrees == (2,)
+    assert BatchShapes.from_plan(build_plan([3], [Level(16, 2, "allgather")], 2), 2).gather_degrees == (2,)
 
 
 def test_a_rank_reads_its_own_packs_and_no_other_sample() -> None:
@@ -135,7 +135,7 @@ def test_a_pickled_data_set_holds_the_plan_but_no_data(tmp_path: Path) -> None:
     store = TokenStore.open(prepare(config, progress=False)[0])
     assert len(pickle.dumps(store)) < 1000
     plan = build_plan(store.lengths, config.levels, 2, loss_tokens=store.loss_tokens)
-    dataset = PlanDataset(plan, store, 0, BatchShapes.of(plan, 2))
+    dataset = PlanDataset(plan, store, 0, BatchShapes.from_plan(plan, 2))
     again = pickle.loads(pickle.dumps(dataset))
     for iteration in range(len(dataset)):
         assert again[iteration].input_ids.equal(dataset[iteration].input_ids)

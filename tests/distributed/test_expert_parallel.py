@@ -126,7 +126,7 @@ def _count_under(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
     engine = Engine(config, ARGS, world)
     plan = build_plan(np.array([64, 60]), config.levels, world.size, loss_tokens=np.array([34, 30]))
     samples = SimpleNamespace(sample=lambda i: (np.arange(64)[: [64, 60][i]] % 97, np.arange([64, 60][i]) > 29))
-    batch = PlanDataset(plan, samples, world.rank, BatchShapes.of(plan, ARGS.num_kv_heads))[0]  # type: ignore[arg-type]
+    batch = PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, ARGS.num_kv_heads))[0]  # type: ignore[arg-type]
     calls: list[str] = []
     exchange, count = ExpertExchange.exchange, ExpertExchange.count
 

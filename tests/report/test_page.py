@@ -187,13 +187,13 @@ def test_a_run_that_has_just_begun_or_has_damaged_files(tmp_path: Path) -> None:
         assert what in told, what
 
 
-def test_starts_come_from_the_consumed_record_where_run_json_is_missing(tmp_path: Path) -> None:
+def test_starts_come_from_the_sample_log_where_run_json_is_missing(tmp_path: Path) -> None:
     run = write_usual_run(tmp_path, 40)
     (run / "run.json").unlink()
     for count, first in enumerate((1, 21), start=1):
-        attempt = run / "consumed" / f"attempt-{count:04}"
-        attempt.mkdir(parents=True)
-        (attempt / "attempt.json").write_text(json.dumps({"first_step": first, "world_size": 4}))
+        start = run / "sample_log" / f"start-{count:04}"
+        start.mkdir(parents=True)
+        (start / "start.json").write_text(json.dumps({"first_step": first, "world_size": 4}))
     assert "resumed with step 21 on 4 ranks" in _page(run)
 
 

@@ -137,7 +137,7 @@ def _reference(config: JobConfig, world_size: int) -> dict[str, torch.Tensor]:
         betas=(0.9, 0.95),
         eps=1e-4,
     )
-    plan = plans.of(0)
+    plan = plans.plan_for(0)
     factor = lr_factor(config.lr_scheduler, plan.num_steps)
     for step in range(plan.num_steps):
         packs = [

@@ -57,8 +57,8 @@ def _run(world: World, argv: list[str], slow: list[Level | None], fits: bool = T
         return {"error": str(error)}
     first = trainer.step
     trainer.train()
-    chosen = [(level.max_tokens, level.cp_degree, level.ac_policy) for level in trainer.plans.of(0).levels]
-    return {"levels": chosen, "measured": len(measured), "first": first, "plan": trainer.plans.of(0).fingerprint}
+    chosen = [(level.max_tokens, level.cp_degree, level.ac_policy) for level in trainer.plans.plan_for(0).levels]
+    return {"levels": chosen, "measured": len(measured), "first": first, "plan": trainer.plans.plan_for(0).fingerprint}
 
 
 def test_every_rank_trains_the_levels_that_rank_0_chose_and_so_does_a_resumed_run(tmp_path: Path) -> None:

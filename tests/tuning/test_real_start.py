@@ -30,7 +30,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 def _start(world: World, argv: list[str]) -> dict[str, object]:
     """Bytes that this rank holds after one optimizer step, and its plan."""
     trainer = Trainer(load_config(argv), world)
-    plan = trainer.plans.of(0)
+    plan = trainer.plans.plan_for(0)
     trainer.engine.forward_backward(PlanDataset(plan, trainer.store, world.rank, trainer.shapes)[0])
     trainer.optimizer.step()
     parameters = list(trainer.model.parameters())

@@ -229,7 +229,7 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 def plan_of(config: JobConfig, ranks: int, store: SampleLengths) -> Plan:
     """The plan of the first epoch, as the trainer makes it."""
     cost = cost_model(model_args(config), frozen=config.lora.rank > 0)
-    return EpochPlans(config, store, ranks, cost).of(0)
+    return EpochPlans(config, store, ranks, cost).plan_for(0)
 
 
 def make_runs(
