@@ -19,14 +19,14 @@ from typing import Any
 from hbp_titan.distributed.world import local_device
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.evaluation import needles, perplexity
-from hbp_titan.evaluation.generate import DEFAULT_CACHE_TOKENS, LocalAnswerer, ServerAnswerer, load_model
+from hbp_titan.evaluation.generate import DEFAULT_CACHE_TOKENS, LocalBackend, ServerBackend, load_model
 from hbp_titan.evaluation.harness import read_runs, run_harness
-from hbp_titan.evaluation.needles import TASKS, Prompter, heat_maps
+from hbp_titan.evaluation.needles import TASKS, PromptFormatter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run what it asks for, the cheapest first."""
+    """Run the selected evaluations, the cheapest first."""
     options = _options(argv)
     folder: Path = options.folder
     out: Path = options.out or folder / "evaluation"
@@ -53,17 +53,17 @@ def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
     tasks, lengths = _words(options.needle_tasks), _numbers("--lengths", options.lengths)
     if options.depths < 1 or options.samples < 1:
         raise ValueError(f"--depths {options.depths} and --samples {options.samples} must be at least 1")
-    depths = [0.5] if options.depths == 1 else [place / (options.depths - 1) for place in range(options.depths)]
-    prompter = Prompter(options.folder)
-    answerer: needles.Answerer
+    depths = [0.5] if options.depths == 1 else [index / (options.depths - 1) for index in range(options.depths)]
+    formatter = PromptFormatter(options.folder)
+    backend: needles.Backend
     if options.server:
-        answerer = ServerAnswerer(options.server, options.server_model)
+        backend = ServerBackend(options.server, options.server_model)
     else:
-        answerer = LocalAnswerer(options.folder, prompter, local_device(), options.cache_tokens)
-    scored = needles.run_suite(prompter, answerer, tasks, lengths, depths, options.samples, options.seed, _progress)
+        backend = LocalBackend(options.folder, formatter, local_device(), options.cache_tokens)
+    scored = needles.run_suite(formatter, backend, tasks, lengths, depths, options.samples, options.seed, _progress)
     print(needles.score_table(scored))
     if max(lengths) > limit:
-        print(f"note: lengths above {limit} are beyond what config.json promises")
+        print(f"note: lengths above {limit} exceed max_position_embeddings of config.json")
     settings = {"seed": options.seed, "samples": options.samples, "depths": depths, "server": options.server}
     _write(out / "needles.json", {**settings, **needles.as_json(scored)})
     (out / "needles.svg").write_text(heat_maps(scored), encoding="utf-8")
@@ -76,30 +76,35 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where results are written [FOLDER/evaluation]")
     group = parser.add_argument_group("perplexity")
     group.add_argument("--perplexity", type=Path, metavar="DATA", help="data source (docs/data.md) or prepared set")
-    group.add_argument("--max_samples", type=int, default=0, help="a seeded random share of so many rows [0: all]")
-    ways = ("error", "skip", "truncate", "split")
-    group.add_argument("--overlong", default="error", choices=ways, help="samples beyond the model's limit [error]")
+    group.add_argument("--max_samples", type=int, default=0, help="size of a seeded random subset of the rows [0: all]")
+    policies = ("error", "skip", "truncate", "split")
+    group.add_argument("--overlong", default="error", choices=policies, help="samples above the model's limit [error]")
     group.add_argument(
-        "--pack_tokens", type=int, default=perplexity.DEFAULT_PACK_TOKENS, help="of one pass [%(default)s]"
+        "--pack_tokens",
+        type=int,
+        default=perplexity.DEFAULT_PACK_TOKENS,
+        help="tokens of a pass [%(default)s]",
     )
     group.add_argument("--cache_folder", type=Path, default=Path(".data/cache"), help="of token stores [%(default)s]")
     group = parser.add_argument_group("needle suite")
-    group.add_argument("--needles", action="store_true", help="run it")
+    group.add_argument("--needles", action="store_true", help="run the needle suite")
     group.add_argument("--needle_tasks", default=",".join(TASKS), help="[%(default)s]")
     group.add_argument("--lengths", default="4096,8192,16384", help="tokens of prompt and answer [%(default)s]")
-    group.add_argument("--depths", type=int, default=11, help="places of the needle, from first to last [%(default)s]")
-    group.add_argument("--samples", type=int, default=1, help="questions of each task at each depth [%(default)s]")
-    group.add_argument("--seed", type=int, default=0, help="another seed, other questions [%(default)s]")
-    group.add_argument("--cache_tokens", type=int, default=DEFAULT_CACHE_TOKENS, help="of one batch [%(default)s]")
+    group.add_argument("--depths", type=int, default=11, help="number of positions of the needle [%(default)s]")
+    group.add_argument("--samples", type=int, default=1, help="questions per task and depth [%(default)s]")
+    group.add_argument("--seed", type=int, default=0, help="seed of the questions [%(default)s]")
+    group.add_argument(
+        "--cache_tokens", type=int, default=DEFAULT_CACHE_TOKENS, help="tokens of one batch [%(default)s]"
+    )
     group.add_argument("--server", default="", metavar="URL", help="an OpenAI-compatible server answers instead")
-    group.add_argument("--server_model", metavar="NAME", help="the model's name there [the first that it lists]")
+    group.add_argument("--server_model", metavar="NAME", help="name of the model on the server [the first]")
     group = parser.add_argument_group("general benchmarks (pip install '.[eval]')")
     group.add_argument("--tasks", type=Path, metavar="FILE.toml", help="runs of lm_eval")
-    group.add_argument("--runs", default="", help="names of the runs [all]")
+    group.add_argument("--runs", default="", help="names of the runs, comma-separated [all]")
     group.add_argument("--run_code", action="store_true", help="allow runs that execute what the model writes")
     options = parser.parse_args(argv)
     if not (options.perplexity or options.needles or options.tasks):
-        raise ValueError("nothing to evaluate: give --perplexity DATA, --needles or --tasks FILE.toml")
+        raise ValueError("nothing to evaluate; pass --perplexity DATA, --needles or --tasks FILE.toml")
     return options
 
 
@@ -110,7 +115,7 @@ def _words(text: str) -> list[str]:
 def _numbers(option: str, text: str) -> list[int]:
     words = _words(text)
     if not words or not all(word.isdigit() for word in words):
-        raise ValueError(f"{option} {text}: whole numbers with commas between them, as 4096,8192")
+        raise ValueError(f"{option} {text}: must be comma-separated whole numbers, such as 4096,8192")
     return sorted({int(word) for word in words})
 
 

@@ -1,12 +1,11 @@
-"""General benchmarks by EleutherAI's lm_eval, which an optional extra brings: from a TOML list of runs to its commands.
+"""General benchmarks by EleutherAI's lm_eval (an optional extra): a TOML list of runs, each one lm_eval command.
 
-Owns that list's keys and the command of each run. lm_eval fetches its data sets itself. The shipped list,
-paper_tasks.toml, names the tasks of the paper's tables.
+Owns the keys of that list and the commands. lm_eval downloads its data sets itself. The list that comes with the
+package, paper_tasks.toml, has the tasks of the paper's tables.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -18,6 +17,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hbp_titan.utils import did_you_mean
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -28,10 +29,16 @@ else:
 class HarnessRun:
     """One [[runs]] block: one lm_eval command.
 
-    name: names its results. tasks: lm_eval's. model, model_args: how lm_eval runs the folder ("hf", "vllm", ...).
-    num_fewshot: examples before a question; the tasks' own number unless given. chat: through the chat template.
-    metadata: for tasks that are made, as RULER's lengths. arguments: further ones, as they are. environment: of the
-    command. runs_code: the tasks run code that the model wrote; asked for by --run_code.
+    Args:
+        name: name of the folder with its results.
+        tasks: names of lm_eval tasks.
+        model, model_args: how lm_eval runs the HF folder ("hf", "vllm", ...).
+        num_fewshot: examples before a question [that of the task].
+        chat: whether prompts go through the chat template.
+        metadata: for generated tasks, such as the lengths of RULER.
+        arguments: further arguments, passed on unchanged.
+        environment: variables of the command.
+        runs_code: whether the tasks run code that the model writes; then --run_code is needed.
     """
 
     name: str
@@ -47,7 +54,7 @@ class HarnessRun:
     runs_code: bool = False
 
     def command(self, folder: Path, out: Path) -> list[str]:
-        """The command's words; results go to a folder of the run's name in `out`."""
+        """Return the command as words; results go to a folder of the run's name in `out`."""
         words = [sys.executable, "-m", "lm_eval", "--model", self.model]
         words += ["--model_args", ",".join(filter(None, (f"pretrained={folder}", self.model_args)))]
         words += ["--tasks", ",".join(self.tasks), "--batch_size", self.batch_size]
@@ -59,29 +66,25 @@ class HarnessRun:
             words += ["--metadata", json.dumps(self.metadata)]
         return [*words, "--output_path", str(out / self.name), *self.arguments]
 
-    def shown(self, folder: Path, out: Path) -> str:
-        """The command as a shell takes it."""
+    def shell_command(self, folder: Path, out: Path) -> str:
+        """Return the command as a line for a shell."""
         return shlex.join([*(f"{k}={v}" for k, v in self.environment.items()), *self.command(folder, out)])
 
 
-_TYPES: dict[str, tuple[type, str]] = {
-    "name": (str, "a string"),
-    "tasks": (list, "a list of strings"),
-    "model": (str, "a string"),
-    "model_args": (str, "a string"),
-    "batch_size": (str, "a string"),
-    "num_fewshot": (int, "a whole number"),
-    "chat": (bool, "true or false"),
-    "metadata": (dict, "a table"),
-    "arguments": (list, "a list of strings"),
-    "environment": (dict, "a table"),
-    "runs_code": (bool, "true or false"),
+# Annotation of a field -> type of its TOML value, and how a message describes it.
+_KINDS: dict[str, tuple[type, str]] = {
+    "str": (str, "a string"),
+    "list[str]": (list, "a list of strings"),
+    "int | None": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "dict[str, Any]": (dict, "a table"),
+    "dict[str, str]": (dict, "a table"),
 }
-assert set(_TYPES) == {item.name for item in fields(HarnessRun)}
+_TYPES = {item.name: _KINDS[str(item.type)] for item in fields(HarnessRun)}
 
 
 def read_runs(file: Path, names: Sequence[str] = ()) -> list[HarnessRun]:
-    """The runs of a TOML file, all or those called `names`. Raises ValueError for a fault, naming file, run and key."""
+    """Return the runs of a TOML file, all or those in `names`. Raises ValueError, naming file, run and key."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -93,22 +96,22 @@ def read_runs(file: Path, names: Sequence[str] = ()) -> list[HarnessRun]:
     known = [run.name for run in runs]
     for name in known:
         if known.count(name) > 1:
-            raise ValueError(f"{file}: {known.count(name)} runs are called {name!r}: their results would be one")
+            raise ValueError(f"{file}: {known.count(name)} runs have the name {name!r}; give each its own")
     for name in names:
         if name not in known:
-            raise ValueError(f"{file}: has no run {name!r}; it has {', '.join(known)}")
+            raise ValueError(f"{file}: no run {name!r}; it must be one of {', '.join(known)}")
     return [run for run in runs if not names or run.name in names]
 
 
 def _run(block: dict[str, Any], where: str) -> HarnessRun:
     for key, value in block.items():
         if key not in _TYPES:
-            close = difflib.get_close_matches(key, _TYPES, n=1, cutoff=0.5)
-            raise ValueError(f"{where}: unknown key {key}{f'; did you mean {close[0]}?' if close else ''}")
-        kind, called = _TYPES[key]
-        strings = kind is list and not all(isinstance(entry, str) for entry in value if isinstance(value, list))
-        if not isinstance(value, kind) or strings or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"{where}: {key} = {value!r} must be {called}")
+            raise ValueError(f"{where}: unknown key {key}{did_you_mean(key, _TYPES)}")
+        kind, description = _TYPES[key]
+        not_strings = kind is list and isinstance(value, list) and not all(isinstance(entry, str) for entry in value)
+        # bool is a subclass of int.
+        if not isinstance(value, kind) or not_strings or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{where}: {key} = {value!r} must be {description}")
     for key in ("name", "tasks"):
         if not block.get(key):
             raise ValueError(f"{where}: lacks {key}")
@@ -118,21 +121,21 @@ def _run(block: dict[str, Any], where: str) -> HarnessRun:
 def run_harness(
     runs: Sequence[HarnessRun], folder: Path, out: Path, run_code: bool, report: Callable[[str], None]
 ) -> None:
-    """Print every command, then run each in turn; the first that fails ends it.
+    """Print every command, then run them in order; stop at the first that fails.
 
-    Raises ValueError where lm_eval is not installed, a command fails, the folder's path cannot be handed over, or a
-    run wants to run the model's code and `run_code` is False.
+    Raises ValueError if lm_eval is not installed, a command fails, the folder's path has a comma, or a run executes
+    code of the model and `run_code` is False.
     """
     for run in runs:
-        report(run.shown(folder, out))
+        report(run.shell_command(folder, out))
     if "," in str(folder):
-        raise ValueError(f"{folder}: lm_eval cannot take a path with a comma: rename the folder")
-    code = [run.name for run in runs if run.runs_code and not run_code]
-    if code:
-        raise ValueError(f"{', '.join(code)} runs code that the model writes: add --run_code, or choose other --runs")
+        raise ValueError(f"{folder}: lm_eval does not accept a path with a comma; rename the folder")
+    unsafe = [run.name for run in runs if run.runs_code and not run_code]
+    if unsafe:
+        raise ValueError(f"{', '.join(unsafe)} runs code that the model writes; add --run_code, or select other --runs")
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm_eval is not installed: pip install '.[eval]' (or run the commands above elsewhere)")
+        raise ValueError("lm_eval is not installed; pip install '.[eval]', or run the commands above elsewhere")
     for run in runs:
-        ended = subprocess.run(run.command(folder, out), env={**os.environ, **run.environment}, check=False)
-        if ended.returncode:
-            raise ValueError(f"run {run.name}: lm_eval ended with exit code {ended.returncode}")
+        code = subprocess.call(run.command(folder, out), env={**os.environ, **run.environment})
+        if code:
+            raise ValueError(f"run {run.name}: lm_eval failed with exit code {code}; see its output above")

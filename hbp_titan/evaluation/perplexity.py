@@ -1,7 +1,7 @@
-"""Loss and perplexity of the trained tokens of a data set, by length of their document and by their position in it.
+"""Loss and perplexity of the trained tokens of a data set, by document length, by position and by source.
 
-Owns the token losses, the bands and their exact means: every trained token counts once and the same, whatever it was
-packed with. Documents are read, tokenized, masked and packed as in training.
+Owns the token losses and their exact means: every trained token has the same weight, whatever it is packed with.
+Documents are read, tokenized, masked and packed as in training.
 
 Shape suffixes: T tokens, L trained tokens, H hidden width, V vocabulary.
 """
@@ -29,22 +29,24 @@ from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.metrics import band_name, band_of
 
 CHUNK_TOKENS = 1024
-"""Rows of logits that exist at one time."""
+"""Rows of logits that are in memory at a time."""
 DEFAULT_PACK_TOKENS = 16384
 
 Means = dict[str, dict[int | str, tuple[float, int]]]
-"""For "all", "length", "position" and "source": of each group the sum of its token losses and their number. Groups of
-length and position are the upper borders of bands, powers of two; a band begins behind the one below."""
+"""For "all", "length", "position" and "source": group -> (sum of token losses, number of tokens). Groups of length and
+position are the upper bounds of length bands (packing.metrics.band_of), powers of two."""
 
 
 def open_data(
     data: Path, folder: Path, max_sample_tokens: int, cache: Path, max_samples: int, overlong: str
 ) -> TokenStore:
-    """The samples of `data`: a prepared set, or a file or folder that is a data source, prepared for the tokenizer of
-    `folder`.
+    """Return the samples of `data`, a prepared set or a data source, which is prepared with the tokenizer of `folder`.
 
-    max_sample_tokens, overlong, max_samples: of a sample; what is done with a longer one; a seeded share (0: all).
-    Raises ValueError for data that cannot be read or fits no sample, as scripts/prepare_data.py does.
+    Args:
+        max_sample_tokens, overlong: limit of a sample, and data.max_length_policy for longer ones.
+        max_samples: size of a random subset [0: all].
+
+    Raises ValueError as scripts/prepare_data.py does.
     """
     if (data / "meta.json").is_file():
         return TokenStore.open(data)
@@ -62,14 +64,15 @@ def evaluate(
     pack_tokens: int = DEFAULT_PACK_TOKENS,
     report: Callable[[str], None] = lambda line: None,
 ) -> Means:
-    """The sums and counts of all trained tokens of `store`, in float64. pack_tokens: of a pass, or one longer sample.
+    """Return the sums of the losses of all trained tokens of `store`, in float64, and their counts.
 
-    Raises ValueError where the store has ids that the model does not know, or no trained token.
+    pack_tokens: tokens of one forward pass; a longer sample is a pass by itself.
+    Raises ValueError if the store's vocabulary is larger than the model's, or no token is trained.
     """
     if store.meta["vocab_size"] > model.args.vocab_size:
         raise ValueError(
-            f"{store.folder}: made with a tokenizer of {store.meta['vocab_size']} ids, but the model has "
-            f"{model.args.vocab_size}: prepare the data with the model's own tokenizer"
+            f"{store.folder}: prepared with a tokenizer of {store.meta['vocab_size']} ids, but the model has "
+            f"{model.args.vocab_size}; prepare the data with the model's own tokenizer"
         )
     device = next(model.parameters()).device
     level = Level(max_tokens=min(max(pack_tokens, int(store.lengths.max())), int(store.lengths.sum())))
@@ -78,23 +81,23 @@ def evaluate(
     for iteration in range(plan.num_iterations):
         ids = plan.pack(iteration, 0)
         batch = make_batch(store, ids, level, 0, len(ids))
-        ids = batch.sample_ids  # in the order of the batch's documents
+        ids = batch.sample_ids  # make_batch sorts the documents
         losses = token_losses(model, batch.to(device)).double().cpu().numpy()
         documents = batch.document_ids[batch.loss_index].numpy()
         _add(means["all"], np.full(len(losses), "all"), losses)
         _add(means["length"], band_of(store.lengths[ids][documents]), losses)
-        # The token that a label is, counted from 1.
+        # Position of the label's token, counted from 1: one after the input's, which is counted from 0.
         _add(means["position"], band_of(batch.position_ids[batch.loss_index].numpy() + 2), losses)
         _add(means["source"], np.array(store.source_names)[store.sources[ids][documents]], losses)
         report(f"pack {iteration + 1} of {plan.num_iterations}: {batch.num_loss_tokens} trained tokens")
     if not means["all"]:
-        raise ValueError(f"{store.folder}: no token is trained, so there is no loss to take the mean of")
+        raise ValueError(f"{store.folder}: no token is trained, so there is no loss; check the loss mask of the data")
     return {kind: dict(groups) for kind, groups in means.items()}
 
 
 @torch.no_grad()
 def token_losses(model: Decoder, batch: PackedBatch) -> Tensor:
-    """Cross entropy of each trained token of a pack, float32 [L], in the order of `loss_index`."""
+    """Return the cross entropy of each trained token of a pack, float32 [L], in the order of `loss_index`."""
     labels_L = batch.labels[batch.loss_index]
 
     def head(normed_TH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -104,14 +107,14 @@ def token_losses(model: Decoder, batch: PackedBatch) -> Tensor:
 
 
 def _add(groups: dict[int | str, tuple[float, int]], keys: NDArray[Any], losses: NDArray[np.float64]) -> None:
-    names, places = np.unique(keys, return_inverse=True)
-    sums, counts = np.bincount(places, losses), np.bincount(places)
+    names, inverse = np.unique(keys, return_inverse=True)
+    sums, counts = np.bincount(inverse, losses), np.bincount(inverse)
     for name, loss, count in zip(names.tolist(), sums.tolist(), counts.tolist(), strict=True):
         groups[name] = (groups[name][0] + loss, groups[name][1] + count)
 
 
 def perplexity_table(means: Means) -> str:
-    """Tokens, loss and perplexity of all and of each group; sources only where there are several."""
+    """Return tokens, loss and perplexity of all tokens and of each group; of sources only if there are several."""
     lines = [f"{'':<28}{'trained tokens':>15}{'loss':>10}{'perplexity':>12}"]
     titles = {"all": "all", "length": "document of", "position": "token", "source": "source"}
     for kind, groups in means.items():
@@ -125,7 +128,7 @@ def perplexity_table(means: Means) -> str:
 
 
 def as_json(means: Means) -> dict[str, Any]:
-    """The figures of the table, unrounded."""
+    """Return the numbers of the table, unrounded."""
     return {
         kind: [
             {"group": name, "trained_tokens": count, "loss": total / count, "perplexity": perplexity(total, count)}
@@ -136,6 +139,6 @@ def as_json(means: Means) -> dict[str, Any]:
 
 
 def perplexity(total: float, count: int) -> float:
-    """exp of the mean loss; infinite where that has no float."""
+    """Return exp of the mean loss, infinity on overflow."""
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf

@@ -1,33 +1,22 @@
-"""scripts/evaluate.py and scripts/generate.py on an exported folder, as a person calls them."""
+"""scripts/evaluate.py and scripts/generate.py on an exported folder."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from hbp_titan.errors import exit_on_user_error
+from scripts import evaluate as evaluate_script
+from scripts import generate
 from tests.data.preparing import line, write
-from tests.evaluation.test_answerers import exported
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.evaluation.test_generate import exported
 
 
 def evaluate(*arguments: str | Path) -> None:
-    exit_on_user_error(lambda: load("evaluate").main([str(argument) for argument in arguments]))
+    exit_on_user_error(lambda: evaluate_script.main([str(argument) for argument in arguments]))
 
 
 def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,16 +42,16 @@ def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to evaluate: give --perplexity DATA, --needles or --tasks FILE.toml"),
-        (["--needles", "--lengths", "4k"], "--lengths 4k: whole numbers with commas between them"),
-        (["--needles", "--needle_tasks", "cwe"], "task 'cwe' is none of niah_single"),
-        (["--needles", "--depths", "0"], "--depths 0 and --samples 1 must be at least 1"),
+        ([], "nothing to evaluate"),
+        (["--needles", "--lengths", "4k"], "--lengths 4k"),
+        (["--needles", "--needle_tasks", "cwe"], "niah_single"),
+        (["--needles", "--depths", "0"], "--depths 0"),
         (["--needles", "--lengths", "100"], "needs"),
         (["--perplexity", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--tasks", "nowhere.toml"], "nowhere.toml: No such file"),
+        (["--tasks", "nowhere.toml"], "nowhere.toml"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_print_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -75,4 +64,4 @@ def test_mistakes_are_one_line(
 
 
 def test_generate_answers_each_prompt(tmp_path: Path) -> None:
-    assert len(load("generate").answer(exported(tmp_path), ["Hello", "And a longer one"], 5)) == 2
+    assert len(generate.answer(exported(tmp_path), ["Hello", "And a longer one"], 5)) == 2

@@ -17,17 +17,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from hbp_titan.data.tokenizer import train_tokenizer
 from hbp_titan.evaluation.needles import (
     TASKS,
-    Prompter,
-    Scored,
+    PromptFormatter,
+    ScoredAnswer,
     as_json,
     fit_units,
     heat_maps,
     make_question,
     mean_scores,
+    random_sentences,
     run_suite,
     score,
     score_table,
-    sentences,
 )
 
 DEPTHS = (0.0, 0.5, 1.0)
@@ -35,7 +35,7 @@ DEPTHS = (0.0, 0.5, 1.0)
 
 def bpe_folder(folder: Path) -> Path:
     """A ChatML tokenizer of 1000 entries; whole words of the sentences are single tokens."""
-    train_tokenizer(sentences(np.random.default_rng(9), 300), folder, vocab_size=1000)
+    train_tokenizer(random_sentences(np.random.default_rng(9), 300), folder, vocab_size=1000)
     return folder
 
 
@@ -64,35 +64,35 @@ MAKERS = {"bpe": bpe_folder, "byte": byte_folder, "plain": plain_folder}
 
 
 @pytest.fixture(scope="module")
-def prompters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prompter]:
-    return {name: Prompter(make(tmp_path_factory.mktemp("t") / name)) for name, make in MAKERS.items()}
+def formatters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PromptFormatter]:
+    return {name: PromptFormatter(make(tmp_path_factory.mktemp("t") / name)) for name, make in MAKERS.items()}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_prompts_and_their_room_have_the_length_that_was_asked_for(prompters: dict[str, Prompter], kind: str) -> None:
-    prompter = prompters[kind]
+def test_prompt_and_answer_space_add_up_to_the_length(formatters: dict[str, PromptFormatter], kind: str) -> None:
+    formatter = formatters[kind]
     for task, length in itertools.product(TASKS, (1500, 4096, 10_000)):
-        question = make_question(prompter, task, length, 0.4, 0, seed=1)
-        assert length - 2 <= len(question.prompt) + question.limit <= length
-        assert question.limit >= prompter.count(", ".join(question.references))
+        question = make_question(formatter, task, length, 0.4, 0, seed=1)
+        assert length - 2 <= len(question.prompt) + question.max_new_tokens <= length
+        assert question.max_new_tokens >= formatter.count(", ".join(question.references))
 
 
 @pytest.mark.parametrize("task", ["niah_single", "niah_multikey"])
-def test_the_needle_stands_at_its_depth(prompters: dict[str, Prompter], task: str) -> None:
-    prompter = prompters["byte"]  # one token a character: the text's places are the tokens'
+def test_needle_is_at_its_depth(formatters: dict[str, PromptFormatter], task: str) -> None:
+    formatter = formatters["byte"]  # one token per character
     for depth in np.linspace(0, 1, 11).tolist():
-        question = make_question(prompter, task, 8192, depth, 0, seed=0)
-        haystack = prompter.text(question.prompt).split("\n\n")[1]
+        question = make_question(formatter, task, 8192, depth, 0, seed=0)
+        haystack = formatter.text(question.prompt).split("\n\n")[1]
         (reference,) = question.references
         needle = re.search(rf"One of the special magic numbers for \w+ is: {reference}\. ?", haystack)
         assert needle
         around = len(haystack) - len(needle[0])
-        # The nearest border: at most half of the longest sentence (about 80 characters) away.
+        # The nearest sentence boundary: at most half of the longest sentence (about 80 characters) away.
         assert abs(needle.start() / around - depth) < (0.035 if task == "niah_multikey" else 0.01)
 
 
 def solve(prompt: str, task: str) -> list[str]:
-    """The right answer found by reading the prompt alone."""
+    """Return the right answer, found in the prompt alone."""
     body, question = prompt.split("\n\n")[1:3]
     if task.startswith("niah"):
         keys = re.search(r" for ([\w, ]+) in the text above", question)
@@ -112,71 +112,71 @@ def solve(prompt: str, task: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_references_are_what_a_reader_of_the_prompt_finds(prompters: dict[str, Prompter], task: str) -> None:
+def test_references_can_be_found_in_the_prompt(formatters: dict[str, PromptFormatter], task: str) -> None:
     for length, depth in ((1500, 0.0), (6000, 1.0)):
-        question = make_question(prompters["bpe"], task, length, depth, 0, seed=3)
-        text = prompters["bpe"].tokenizer.decode(question.prompt, skip_special_tokens=False)
+        question = make_question(formatters["bpe"], task, length, depth, 0, seed=3)
+        text = formatters["bpe"].tokenizer.decode(question.prompt, skip_special_tokens=False)
         assert sorted(solve(text, task)) == sorted(question.references)
         assert not any(reference in text.split("\n\n")[2] for reference in question.references)
 
 
-def test_prompts_go_through_the_chat_template_and_begin_the_answer(prompters: dict[str, Prompter]) -> None:
-    question = make_question(prompters["bpe"], "niah_single", 600, 0.5, 0, seed=0)
-    text = prompters["bpe"].tokenizer.decode(question.prompt, skip_special_tokens=False)
+def test_prompt_follows_the_chat_template_and_begins_the_answer(formatters: dict[str, PromptFormatter]) -> None:
+    question = make_question(formatters["bpe"], "niah_single", 600, 0.5, 0, seed=0)
+    text = formatters["bpe"].tokenizer.decode(question.prompt, skip_special_tokens=False)
     assert re.fullmatch(
         r"<\|im_start\|>user\nSome special .*<\|im_end\|>\n<\|im_start\|>assistant\n"
         r"The special magic number for \w+ in the text above is",
         text,
         re.DOTALL,
     )
-    plain = make_question(prompters["plain"], "niah_single", 1500, 0.5, 0, seed=0)
+    plain = make_question(formatters["plain"], "niah_single", 1500, 0.5, 0, seed=0)
     assert plain.prompt[0] == 0
     assert plain.prompt.count(0) == 1
 
 
-def test_a_question_depends_on_its_seed_and_coordinates_alone(prompters: dict[str, Prompter]) -> None:
-    first = [make_question(prompters["bpe"], task, 2000, 0.5, 1, seed=7) for task in TASKS]
-    again = [make_question(prompters["bpe"], task, 2000, 0.5, 1, seed=7) for task in reversed(TASKS)]
+def test_question_depends_on_seed_and_coordinates_only(formatters: dict[str, PromptFormatter]) -> None:
+    first = [make_question(formatters["bpe"], task, 2000, 0.5, 1, seed=7) for task in TASKS]
+    again = [make_question(formatters["bpe"], task, 2000, 0.5, 1, seed=7) for task in reversed(TASKS)]
     assert first == again[::-1]
     for other in ({"seed": 8}, {"sample": 2}):
-        changed = make_question(prompters["bpe"], "niah_single", 2000, 0.5, **{"sample": 1, "seed": 7, **other})
+        changed = make_question(formatters["bpe"], "niah_single", 2000, 0.5, **{"sample": 1, "seed": 7, **other})
         assert changed.references != first[0].references
 
 
-def test_a_length_that_a_task_does_not_fit_in_is_refused(prompters: dict[str, Prompter]) -> None:
-    with pytest.raises(ValueError, match=r"common_words of length 200 needs \d+ tokens at least, but has room for"):
-        make_question(prompters["bpe"], "common_words", 200, 0.5, 0, seed=0)
+def test_too_small_length_raises(formatters: dict[str, PromptFormatter]) -> None:
+    with pytest.raises(ValueError, match="common_words of length 200"):
+        make_question(formatters["bpe"], "common_words", 200, 0.5, 0, seed=0)
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [("It is 12 and 34.", 1.0), ("only 34", 0.5), ("", 0.0), ("ABC 12", 0.5)],
 )
-def test_the_score_is_the_share_of_references_in_the_answer(answer: str, expected: float) -> None:
+def test_score_is_the_share_of_references_in_the_answer(answer: str, expected: float) -> None:
     assert score(answer, ["12", "34"]) == expected
     assert score(answer.replace("12", "AbC").replace("34", "dEf"), ["aBc", "DEF"]) >= expected
 
 
 class Reader:
-    """Answers from the prompt's text; at length 3000 it is blind to the second half."""
+    """Answers from the prompt's text; at length 3000 it ignores the second half."""
 
-    def __init__(self, prompter: Prompter, tasks: Sequence[str]) -> None:
-        self.prompter, self.tasks = prompter, iter(tasks)
+    def __init__(self, formatter: PromptFormatter, tasks: Sequence[str]) -> None:
+        self.formatter, self.tasks = formatter, iter(tasks)
 
     def __call__(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[str]:
         task = next(self.tasks)
         answers = []
         for prompt in prompts:
-            intro, body, question = self.prompter.text(prompt).split("\n\n")[:3]
+            intro, body, question = self.formatter.text(prompt).split("\n\n")[:3]
             body = body[: len(body) // 2] if len(prompt) > 2500 else body
             answers.append(", ".join(solve("\n\n".join((intro, body, question)), task)))
         return answers
 
 
-def test_a_run_reports_scores_by_task_length_and_depth(prompters: dict[str, Prompter]) -> None:
+def test_suite_reports_scores_by_task_length_and_depth(formatters: dict[str, PromptFormatter]) -> None:
     tasks, lengths, lines = ["niah_single", "variable_tracking"], [1500, 3000], []
-    reader = Reader(prompters["bpe"], tasks * 2)
-    scored = run_suite(prompters["bpe"], reader, tasks, lengths, DEPTHS, 1, 0, lines.append)
+    reader = Reader(formatters["bpe"], tasks * 2)
+    scored = run_suite(formatters["bpe"], reader, tasks, lengths, DEPTHS, 1, 0, lines.append)
     assert mean_scores(scored, "task", "length")["niah_single", 1500] == 1.0
     by_depth = mean_scores([item for item in scored if item.length == 3000 and item.depth is not None], "depth")
     assert by_depth == {(0.0,): 1.0, (0.5,): by_depth[(0.5,)], (1.0,): 0.0}
@@ -187,21 +187,21 @@ def test_a_run_reports_scores_by_task_length_and_depth(prompters: dict[str, Prom
     json.dumps(values)
 
 
-def test_an_unknown_task_is_refused(prompters: dict[str, Prompter]) -> None:
-    with pytest.raises(ValueError, match="task 'niah' is none of niah_single, niah_multikey"):
-        run_suite(prompters["bpe"], Reader(prompters["bpe"], []), ["niah"], [600], DEPTHS, 1, 0)
+def test_unknown_task_raises(formatters: dict[str, PromptFormatter]) -> None:
+    with pytest.raises(ValueError, match="niah_single"):
+        run_suite(formatters["bpe"], Reader(formatters["bpe"], []), ["niah"], [600], DEPTHS, 1, 0)
 
 
 SCORED = [
-    Scored("niah_single", 4096, 0.0, 0, 1.0, "", ["x"]),
-    Scored("niah_single", 4096, 1.0, 0, 0.5, "", ["x"]),
-    Scored("niah_single", 8192, 0.0, 0, 0.25, "", ["x"]),
-    Scored("common_words", 4096, None, 0, 0.25, "", ["x"]),
-    Scored("common_words", 8192, None, 0, 0.15, "", ["x"]),
+    ScoredAnswer("niah_single", 4096, 0.0, 0, 1.0, "", ["x"]),
+    ScoredAnswer("niah_single", 4096, 1.0, 0, 0.5, "", ["x"]),
+    ScoredAnswer("niah_single", 8192, 0.0, 0, 0.25, "", ["x"]),
+    ScoredAnswer("common_words", 4096, None, 0, 0.25, "", ["x"]),
+    ScoredAnswer("common_words", 8192, None, 0, 0.15, "", ["x"]),
 ]
 
 
-def test_the_table_shows_tasks_by_lengths_and_their_mean() -> None:
+def test_table_shows_tasks_by_lengths_and_their_mean() -> None:
     assert score_table(SCORED).splitlines() == [
         "task             4096     8192",
         "niah_single      75.0     25.0",
@@ -210,7 +210,7 @@ def test_the_table_shows_tasks_by_lengths_and_their_mean() -> None:
     ]
 
 
-def test_the_heat_map_has_a_cell_for_each_score() -> None:
+def test_heat_map_has_a_cell_per_score() -> None:
     root = ElementTree.fromstring(heat_maps(SCORED))
     space = "{http://www.w3.org/2000/svg}"
     task_panel, depth_panel = root.findall(f"{space}g")
@@ -226,7 +226,7 @@ def test_the_heat_map_has_a_cell_for_each_score() -> None:
 
 
 @pytest.mark.parametrize("target", [100, 101, 5003, 77_777])
-def test_the_search_finds_the_last_unit_that_fits_in_few_counts(target: int) -> None:
+def test_fit_finds_the_last_unit_that_fits_in_few_calls(target: int) -> None:
     counted = []
 
     def tokens_of(units: int) -> int:
