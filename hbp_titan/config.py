@@ -1,11 +1,8 @@
 """From a TOML file and the command line to a checked JobConfig, and back to TOML.
 
-Owns parsing, overriding, --help and the checks that need no data. Precedence: command line (`--section.key value`)
-> TOML file (`--job.config_file X.toml`) > default. An unknown key is an error that names the nearest known one.
-
-What each key of a configuration may be: choices, ranges and pairs that contradict each other.
-
-Owns the checks that need neither data nor world.
+Owns parsing, overrides, --help, and the checks that need neither data nor a world of ranks. Precedence: command line
+(`--section.key value`) > TOML file (`--job.config_file X.toml`) > default. An unknown key is an error that names the
+nearest known one.
 """
 
 from __future__ import annotations
@@ -24,12 +21,16 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hbp_titan.job_config import DataSource, JobConfig, to_dict
-from hbp_titan.packing.level import AC_POLICIES, Level, check_levels, check_reshard, parse_levels
+from hbp_titan.packing.level import Level, check_levels, check_reshard, parse_levels
 from hbp_titan.utils import did_you_mean
 
-_CHOICES = {
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHOICES = {
     "model.attention_backend": ("auto", "fa3", "fa4", "fa2", "torch", "cpu", "reference"),
-    "packing.levels": ("", "auto"),
     "packing.level_order": ("alternate", "interleave"),
     "training.loss_normalization": ("ave_token", "token_mean", "sample_mean", "sum"),
     "training.dtype": ("float32", "bfloat16"),
@@ -37,10 +38,8 @@ _CHOICES = {
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
     "training.on_nonfinite": ("stop", "skip"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
-    "optimizer.name": ("AdamW",),
     "parallelism.cp_backend": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
-    "activation_checkpoint.policy": AC_POLICIES,
     "checkpoint.async_mode": ("async", "disabled"),
     "checkpoint.export_dtype": ("float32", "bfloat16"),
     "data.embedded": ("", "stdlib"),
@@ -51,101 +50,10 @@ _CHOICES = {
 }
 
 
-def check_values(config: JobConfig) -> None:
-    """Raise ValueError for the first key whose value is out of its range or contradicts another key."""
-    for key, choices in _CHOICES.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if value not in choices:
-            raise ValueError(f"{key} = {value!r} is none of {', '.join(repr(c) for c in choices)}")
-    if config.packing.levels == "auto" and config.levels:
-        raise ValueError('packing.levels = "auto" chooses the levels: leave [[levels]] and --levels out')
-    for section, values in to_dict(config).items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{section}.{name} = {value} must not be negative")
-    for key in ("sources", "validation_sources"):
-        for number, source in enumerate(getattr(config.data, key), start=1):
-            _check_source(f"data.{key}[{number}]", source)
-    for key, value in (
-        ("data.max_errors_shown", config.data.max_errors_shown),
-        ("data.max_row_bytes", config.data.max_row_bytes),
-        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
-        ("parallelism.expert_parallel_degree", config.parallelism.expert_parallel_degree),
-        ("checkpoint.interval", config.checkpoint.interval),
-        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
-        ("metrics.log_interval", config.metrics.log_interval),
-        ("data.prefetch_factor", config.data.prefetch_factor),
-        ("validation.interval", config.validation.interval),
-    ):
-        if value < 1:
-            raise ValueError(f"{key} = {value} must be at least 1")
-    _check_lora(config)
-    _check_validation(config)
-    profiling = config.profiling
-    if profiling.enable_profiling and not 1 <= profiling.first_step <= profiling.last_step:
-        raise ValueError(
-            f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} name no "
-            "optimizer step: they count from 1, and the last is not before the first"
-        )
-    if (config.data.max_length_policy, config.data.train_on) == ("split", "last"):
-        raise ValueError(
-            'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
-            "not of the conversation: change one of them"
-        )
-    if config.compile.enable and config.parallelism.cp_backend != "fused":
-        raise ValueError(
-            f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "
-            "redistribution would break the graph of a block; set one of the two back"
-        )
-
-
-def _check_validation(config: JobConfig) -> None:
-    share, data = config.validation.share, config.data
-    if not share < 1:
-        raise ValueError(f"validation.share = {share} must be below 1: it is a share of the training rows")
-    if share and (data.validation_files or data.validation_sources):
-        raise ValueError(
-            f"validation.share = {share} and data.validation_files or _sources: what is held out comes from one of the "
-            "two; set validation.share = 0, or name no sources"
-        )
-    if config.validation.enable and not (share or data.validation_files or data.validation_sources):
-        raise ValueError(
-            "validation.enable = true but nothing is held out: name data.validation_files, or set validation.share"
-        )
-
-
-def _check_lora(config: JobConfig) -> None:
-    lora = config.lora
-    if lora.rank and not (math.isfinite(lora.alpha) and lora.alpha > 0):
-        raise ValueError(f"lora.alpha = {lora.alpha} must be above 0: adapters count alpha / rank")
-    if lora.rank and not lora.target_modules:
-        raise ValueError(f"lora.rank = {lora.rank} with an empty lora.target_modules trains nothing: name matrices")
-    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
-        raise ValueError(f"lora.target_modules = {lora.target_modules}: all-linear stands alone")
-
-
-def _check_source(name: str, source: DataSource) -> None:
-    for key, least in (("limit", 0), ("repeat", 0), ("weight", 0)):
-        value = getattr(source, key)
-        if not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{name}.{key} = {value} must be a number of at least {least}")
-    if source.repeat == 0:
-        raise ValueError(f"{name}.repeat = 0 trains nothing: leave the block out")
-
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-__all__ = ["JobConfig", "help_text", "load_config", "to_dict", "to_toml", "validate"]
-
-
 def load_config(argv: Sequence[str]) -> JobConfig:
-    """The configuration that the command line `argv` (without the program's name) describes.
+    """Return the configuration of the command line `argv` (without the program's name).
 
-    Raises ValueError for an unknown key, a value of the wrong type or an impossible combination, OSError for a
+    Raises ValueError for an unknown key, a value of the wrong type or keys that contradict each other, OSError for a
     config file that cannot be read.
     """
     overrides = _parse_overrides(argv)
@@ -161,13 +69,13 @@ def load_config(argv: Sequence[str]) -> JobConfig:
 
 
 def validate(config: JobConfig, world_size: int) -> None:
-    """Raise ValueError where the configuration cannot run on `world_size` ranks; levels still to be chosen may."""
-    if not config.auto_levels:
+    """Raise ValueError if the configuration cannot run on `world_size` ranks."""
+    if not config.measures_levels:
         check_levels(config.levels, world_size)
     if world_size % config.parallelism.dp_replicate:
         raise ValueError(
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size "
-            f"{world_size}: change one of them"
+            f"{world_size}; change one of them"
         )
     shards = world_size // config.parallelism.dp_replicate
     check_reshard("parallelism.reshard_after_forward", config.parallelism.reshard_after_forward, shards)
@@ -175,11 +83,11 @@ def validate(config: JobConfig, world_size: int) -> None:
         name = f"level of max_tokens={level.max_tokens}: reshard_after_forward"
         check_reshard(name, level.resharded(True), shards)
     if not (config.data.train_files or config.data.sources):
-        raise ValueError("data.train_files is empty: name at least one file, or add a [[data.sources]] block")
+        raise ValueError("data.train_files is empty; set at least one file, or add a [[data.sources]] block")
 
 
 def to_toml(config: JobConfig) -> str:
-    """The resolved configuration as TOML text that `load_config` reads back to the same values."""
+    """Return the resolved configuration as TOML text that `load_config` reads back to the same values."""
 
     def value(item: Any) -> str:
         if isinstance(item, dict):
@@ -205,10 +113,10 @@ def _is_tables(value: Any) -> bool:
 
 
 def help_text() -> str:
-    """Every key with its default and meaning."""
+    """Return every key with its type, default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
     lines.append("  --levels 1024:1,8192:2    max_tokens:cp_degree:cp_style:ac_policy:ac_layers:reshard_after_forward;")
-    lines.append("                            all but max_tokens may be left out; in TOML, [[levels]] blocks")
+    lines.append("                            only max_tokens is required; in TOML, [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":
             continue
@@ -230,7 +138,7 @@ def help_text() -> str:
 
 
 def _field_docs(section_type: type) -> dict[str, str]:
-    """The string below each field of a section, read from the source (as torchtitan's are)."""
+    """Return the string below each field of a section, read from the source (as torchtitan does)."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(section_type)))
     class_def = tree.body[0]
     assert isinstance(class_def, ast.ClassDef)
@@ -248,7 +156,7 @@ def _parse_overrides(argv: Sequence[str]) -> dict[str, str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}: overrides look like --section.key value")
+            raise ValueError(f"unexpected argument {word!r}; overrides look like --section.key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not words:
@@ -281,18 +189,18 @@ def _from_toml(values: dict[str, Any], where: str) -> JobConfig:
             _set(config, f"{section}.{key}", value, where)
     config.job.config_file = where
     if "levels" in values:
-        config.levels = _levels_from_toml(values["levels"], config.activation_checkpoint.policy, where)
+        config.levels = _levels_from_toml(values["levels"], where)
     return config
 
 
-def _levels_from_toml(blocks: Any, default_policy: str, where: str) -> list[Level]:
+def _levels_from_toml(blocks: Any, where: str) -> list[Level]:
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise ValueError(f"{where}: levels must be [[levels]] blocks")
     types_of = get_type_hints(Level)
     levels = []
     for block in blocks:
         _check_block("levels", block, types_of, "max_tokens", where)
-        levels.append(Level(**{"ac_policy": default_policy, **block}))
+        levels.append(Level(**block))
     return levels
 
 
@@ -311,7 +219,7 @@ def _check_block(name: str, block: dict[str, Any], types_of: dict[str, Any], nee
             raise ValueError(f"{where}: unknown key {name}.{key}{did_you_mean(key, types_of)}")
         _check_type(f"{name}.{key}", value, types_of[key], where)
     if needed not in block:
-        raise ValueError(f"{where}: {name} lacks {needed}")
+        raise ValueError(f"{where}: {name} has no {needed}")
 
 
 def _override(config: JobConfig, key: str, text: str) -> None:
@@ -335,8 +243,8 @@ def _set(config: JobConfig, key: str, value: Any, where: str) -> None:
     if expected == list[DataSource]:
         if where == "command line" and value != []:
             raise ValueError(
-                f"command line: {key} takes blocks, which only a TOML file has, or [] to drop those; data.train_files "
-                "takes paths"
+                f"command line: {key} takes [[{key}]] blocks, which only a TOML file can have; use "
+                "data.train_files for paths, or [] to remove the blocks"
             )
         value = _sources_from_toml(key, value, where)
     else:
@@ -373,3 +281,88 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
     if not fits:
         name = expected.__name__ if isinstance(expected, type) else str(expected)
         raise ValueError(f"{where}: {key} = {value!r} must be of type {name}")
+
+
+def check_values(config: JobConfig) -> None:
+    """Raise ValueError for the first key whose value is out of range or contradicts another key."""
+    for key, choices in CHOICES.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value not in choices:
+            raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
+    if config.packing.auto_levels and config.levels:
+        raise ValueError("packing.auto_levels = true chooses the levels; remove [[levels]] and --levels")
+    for section, values in to_dict(config).items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"{section}.{name} = {value} must not be negative")
+    for key in ("sources", "validation_sources"):
+        for number, source in enumerate(getattr(config.data, key), start=1):
+            _check_source(f"data.{key}[{number}]", source)
+    for key, value in (
+        ("data.max_errors_shown", config.data.max_errors_shown),
+        ("data.max_row_bytes", config.data.max_row_bytes),
+        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
+        ("parallelism.expert_parallel_degree", config.parallelism.expert_parallel_degree),
+        ("checkpoint.interval", config.checkpoint.interval),
+        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
+        ("metrics.log_interval", config.metrics.log_interval),
+        ("data.prefetch_factor", config.data.prefetch_factor),
+        ("validation.interval", config.validation.interval),
+    ):
+        if value < 1:
+            raise ValueError(f"{key} = {value} must be at least 1")
+    _check_lora(config)
+    _check_validation(config)
+    profiling = config.profiling
+    if profiling.enable_profiling and not 1 <= profiling.first_step <= profiling.last_step:
+        raise ValueError(
+            f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} are not a "
+            "range of optimizer steps; steps count from 1"
+        )
+    if (config.data.max_length_policy, config.data.train_on) == ("split", "last"):
+        raise ValueError(
+            'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
+            "not of the conversation; change one of them"
+        )
+    if config.compile.enable and config.parallelism.cp_backend != "fused":
+        raise ValueError(
+            f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "
+            "redistribution breaks the graph of a block; reset one of the two"
+        )
+
+
+def _check_validation(config: JobConfig) -> None:
+    share, data = config.validation.share, config.data
+    if not share < 1:
+        raise ValueError(f"validation.share = {share} must be below 1; it is a share of the training rows")
+    if share and (data.validation_files or data.validation_sources):
+        raise ValueError(
+            f"validation.share = {share} and data.validation_files or _sources both hold out samples; set "
+            "validation.share = 0, or remove the files and sources"
+        )
+    if config.validation.enable and not (share or data.validation_files or data.validation_sources):
+        raise ValueError(
+            "validation.enable = true but nothing is held out; set data.validation_files or validation.share"
+        )
+
+
+def _check_lora(config: JobConfig) -> None:
+    lora = config.lora
+    if lora.rank and not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise ValueError(f"lora.alpha = {lora.alpha} must be above 0; adapters are scaled by alpha / rank")
+    if lora.rank and not lora.target_modules:
+        raise ValueError(f"lora.rank = {lora.rank} with an empty lora.target_modules trains nothing; list modules")
+    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
+        raise ValueError(
+            f'lora.target_modules = {lora.target_modules}: "all-linear" cannot be combined with other modules'
+        )
+
+
+def _check_source(name: str, source: DataSource) -> None:
+    for key, least in (("limit", 0), ("repeat", 0), ("weight", 0)):
+        value = getattr(source, key)
+        if not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{name}.{key} = {value} must be a number of at least {least}")
+    if source.repeat == 0:
+        raise ValueError(f"{name}.repeat = 0 trains nothing; remove the block")

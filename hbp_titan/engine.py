@@ -1,19 +1,12 @@
-"""Engine: the parallelized model and one iteration on it, at whatever level the batch names.
+"""The engine: the parallelized model, the level switch, and the forward and backward of one micro-batch.
 
-Owns the way from an architecture to a sharded, initialized model with its level runtime, and the forward and backward
-of a batch. The trainer and the proof of equivalence (verify.py) run this same code, and the dry run its first half.
+This is the idea of the project. Parameters are sharded once, by FSDP2 over all ranks. A level (max_tokens, cp_degree,
+activation checkpointing, resharding) is a view of the same ranks: switching to it assigns a few attributes that the
+wrapped blocks read. No process group is made, nothing is rebuilt or recompiled (paper section 3.3).
 
-Shape suffixes: T tokens of this rank's shard, H hidden width, V vocabulary, L trained tokens, S samples of the pack.
+The trainer, the equivalence proof and the benchmarks run this code; the dry run runs its first half.
 
-LevelRuntime: what a level swap changes, and the swap itself.
-
-Owns the states that the wrapped model reads (context parallelism, activation checkpointing, FSDP) and the mesh of each
-level. A switch assigns a few attributes: no group is made, nothing is rebuilt (paper 3.3).
-
-Each level's heaviest pack once, before the first step.
-
-Owns the order of these passes and their times. Trouble with memory shows here, in the first minute, and compilation
-ends here.
+Shape suffixes: T tokens of this rank's shard, H hidden size, V vocabulary, L trained tokens, S samples of the pack.
 """
 
 from __future__ import annotations
@@ -52,9 +45,9 @@ from hbp_titan.packing.level import Level, level_name
 
 
 class LevelRuntime:
-    """Holds the active level; `activate` is called before each iteration.
+    """The active level: the states that the wrapped model reads, and the mesh of each level.
 
-    reshard_after_forward: the run's, for levels without their own.
+    reshard_after_forward: the run's setting, for levels without their own.
     """
 
     def __init__(
@@ -75,12 +68,12 @@ class LevelRuntime:
         self.active: int | None = None
 
     def activate(self, index: int) -> None:
-        """Make level `index` the one that the next forward and backward run."""
+        """Switch to level `index` for the next forward and backward."""
         level = self.levels[index]
         self.cp_state.set_mesh(self.meshes[index])
         self.ac_state.policy = level.ac_policy
         self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
-        # Without a backward nothing would free what a forward keeps, and the next level might need the memory.
+        # Without a backward nothing frees what a forward keeps, and the next level may need that memory.
         self.reshard_state.set_value(level.resharded(self.reshard_default) if torch.is_grad_enabled() else True)
         self.active = index
 
@@ -88,7 +81,7 @@ class LevelRuntime:
 def level_meshes(
     config: JobConfig, args: ModelArgs, world: World, mesh_device: torch.device, levels: Sequence[Level]
 ) -> LevelMeshes:
-    """The meshes of `levels` and of the parameters as `config` shards them, their process groups made and connected."""
+    """Return the meshes of `levels` and of the parameters, with their process groups made and connected."""
     cp_shapes = [level.cp_shape(args.num_kv_heads) for level in levels]
     copies, experts = config.parallelism.dp_replicate, config.parallelism.expert_parallel_degree
     return LevelMeshes(mesh_device, world.size, cp_shapes, copies, experts)
@@ -97,9 +90,9 @@ def level_meshes(
 def parallelized_on_meta(
     config: JobConfig, args: ModelArgs, world: World, mesh_device: torch.device
 ) -> tuple[Decoder, LevelRuntime]:
-    """The model without storage, every parallel form applied to it, and the runtime with the mesh of each level.
+    """Return the parallelized model on the meta device (no storage yet) and its level runtime.
 
-    mesh_device: where the ranks meet: world.device, or the CPU where the world is a fake one of GPUs that are not here.
+    mesh_device: device of the process groups: world.device, or the CPU for a fake world of GPUs that are not here.
     """
     meshes = level_meshes(config, args, world, mesh_device, config.levels)
     reshard_after_forward = config.parallelism.reshard_after_forward
@@ -114,7 +107,7 @@ def parallelized_on_meta(
 
 
 class Engine:
-    """`model` is sharded over the world; `runtime` holds the active level."""
+    """The sharded model and one micro-batch on it, at the level that the batch names."""
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
         self.device = world.device
@@ -124,16 +117,21 @@ class Engine:
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
-        # Given storage and weights shard by shard.
+        # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
 
-    def forward_backward(self, batch: PackedBatch, last: bool = True) -> Tensor:
-        """One iteration on this rank: gradients of the weighted loss; returns the plain loss of each sample.
+    @property
+    def level_names(self) -> list[str]:
+        """Name of each level: 8K/cp2."""
+        return [level_name(level) for level in self.runtime.levels]
 
-        last: whether it is the last of its optimizer step. Copies of the parameters (dp_replicate) add up their
-        gradients only then; before it a parameter's `grad` lacks what was reduced within this copy.
-        That is the sum of the token losses that this rank has of each of `batch.sample_ids`, float64 [S] on its device.
-        Raises OutOfMemory, as evaluate does.
+    def forward_backward(self, batch: PackedBatch, last: bool = True) -> Tensor:
+        """Run one micro-batch and accumulate its gradients.
+
+        last: whether it is the last of its optimizer step. Copies of the parameters (dp_replicate) all-reduce their
+        gradients only then; until then `grad` holds the sum within this copy.
+        Returns the sum of this rank's token losses of each of `batch.sample_ids`, float64 [S] on its device.
+        Raises OutOfMemory.
         """
         with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
             objective, losses_S = self.forward(batch)
@@ -143,54 +141,57 @@ class Engine:
         return losses_S
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """The weighted loss of this rank, to be differentiated, and the plain loss of each sample."""
+        """Return this rank's weighted loss, to differentiate, and the plain loss sum of each sample."""
         return self._run(batch, partial(linear_cross_entropy, chunk_tokens=self.chunk_tokens, backend=self.backend))
 
     def evaluate(self, batch: PackedBatch) -> Tensor:
-        """The plain loss of each sample, as `forward_backward`, without gradients."""
+        """Return the plain loss sum of each sample as `forward_backward`, without gradients. Raises OutOfMemory."""
 
         def plain(hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor) -> tuple[None, Tensor]:
             return None, linear_cross_entropy_losses(hidden, weight, labels, self.chunk_tokens)
 
         with torch.no_grad(), out_of_memory_in(VALIDATION, self.runtime.levels[batch.level]):
             losses_S = self._run(batch, plain)[1]
-        # Without a backward the head and the root stay gathered: gigabytes, and copies where parameters are looked for.
+        # FSDP reshards the root and the head in backward, which does not run here: gigabytes would stay gathered.
         reshard(self.model)
         return losses_S
 
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
-        """The model at the batch's level, with `loss` in place of the logits; token losses become those of samples."""
+        """Run the model at the batch's level with `loss` as its head; sum the token losses of each sample."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
         self.model.balance.use(batch.document_ids, batch.document_shares)
         index = batch.loss_index
 
-        def loss_of(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
-            # Only trained tokens meet the vocabulary; a shard without any still takes part in every collective.
+        def head(hidden_TH: Tensor, weight_VH: Tensor) -> Any:
+            # Only trained tokens meet the vocabulary. A shard without any still takes part in every collective.
             hidden_LH = select_rows(hidden_TH, index)
             return loss(hidden_LH, weight_VH, batch.labels[index], batch.loss_weights[index])
 
-        objective, losses_L = self.model(batch.input_ids, batch.position_ids, batch.documents, loss_of)
-        # The documents behind the samples' are padding, and train nothing.
+        objective, losses_L = self.model(batch.input_ids, batch.position_ids, batch.documents, head)
+        # Documents after the samples' are padding and have no trained token.
         losses_S = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=self.device)
         return objective, losses_S.index_add_(0, batch.document_ids[index], losses_L.double())
 
 
-def warmup(engine: Engine, batches: PlanDataset, validates: bool, at: Callable[[str], None]) -> list[float]:
-    """Seconds of each level's first pass, the slowest rank's, 0 for a level without iterations; a collective.
+def warmup(engine: Engine, batches: PlanDataset, validates: bool, heartbeat: Callable[[str], None]) -> list[float]:
+    """Run each level's heaviest pack once, so that out of memory and compilation show in the first minute.
 
-    Leaves gradients that are to be thrown away. batches: of this rank; validates: whether levels are evaluated as well;
-    at: is told what begins.
+    The caller discards the gradients. A collective.
+
+    batches: this rank's; validates: whether to evaluate each level as well; heartbeat: called with what begins.
+    Returns the seconds of each level on the slowest rank, 0 for a level without micro-batches.
     """
     plan = batches.plan
     seconds = [0.0] * len(plan.levels)
+    # The longest level first: it is the one that runs out of memory.
     for level in reversed(range(len(plan.levels))):
-        iteration = plan.heaviest_iteration(level)
-        if iteration is not None:
-            at(f"the first pass of level {level_name(plan.levels[level])}")
+        micro_batch = plan.heaviest_iteration(level)
+        if micro_batch is not None:
+            heartbeat(f"warm-up of level {level_name(plan.levels[level])}")
             started = time.perf_counter()
-            engine.forward_backward(batches[iteration]).cpu()
+            engine.forward_backward(batches[micro_batch]).cpu()
             seconds[level] = time.perf_counter() - started
             if validates:
-                engine.evaluate(batches[iteration])
+                engine.evaluate(batches[micro_batch])
     return all_reduce_values(seconds, "max", engine.device)

@@ -1,7 +1,7 @@
 """JobConfig: every TOML section as a dataclass; the string below a field is its documentation.
 
-Owns the keys, their defaults and their meaning (after torchtitan v0.2.2 config/job_config.py). How a file and the
-command line fill them is config.py's.
+Owns the keys, their defaults and their meaning (after torchtitan v0.2.2 config/job_config.py). config.py reads and
+checks them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ class Job:
     """The TOML file. Command line only."""
     dump_folder: str = ""
     """Run folder; empty means outputs/<name of the config file>."""
-    description: str = "hbp_titan training"
-    """One line for the log."""
 
 
 @dataclass
@@ -49,7 +47,7 @@ class DataSource:
     config: str = ""
     """Configuration of a dataset repository; empty means its only one, or the one called default."""
     format: str = "auto"
-    """messages, sharegpt, alpaca, prompt_completion, or auto: told from the first row's columns."""
+    """messages, sharegpt, alpaca, prompt_completion, or auto: detected from the first row's columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where columns have other names: the format's column = the data's, as {messages = "dialog", content = "text"}."""
     roles: dict[str, str] = field(default_factory=dict)
@@ -93,23 +91,23 @@ class Data:
     train_on: str = "assistant"
     """Turns that are trained: "assistant", "last" (the last assistant turn only) or "all" (every token)."""
     max_length_policy: str = "error"
-    """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn borders); listed."""
+    """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn boundaries); listed."""
     malformed: str = "error"
-    """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (left out and listed)."""
+    """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (skipped and listed)."""
     duplicates: str = "keep"
-    """Samples with the same tokens and mask as an earlier one: "keep" or "skip" (left out and listed)."""
+    """Samples with the same tokens and mask as an earlier one: "keep" or "skip" (skipped and listed)."""
     strict: bool = False
-    """Any row that is left out or cut is an error."""
+    """Treat any row that is skipped or truncated as an error."""
     max_errors_shown: int = 10
-    """Faulty rows that an error shows."""
+    """Malformed rows that an error lists."""
     max_row_bytes: int = 33554432
     """A larger row is malformed."""
     cache_folder: str = ".data/cache"
     """Where token stores are kept, one folder per fingerprint."""
     max_samples: int = 0
     """Take a seeded random share of so many rows of all sources together; 0 takes all."""
-    seed: int = 0
-    """Seed of the random shares: which rows limits, max_samples and fractions of repeat take."""
+    seed: int | None = None
+    """Seed of the random shares: which rows limits, max_samples and fractions of repeat take; none: training.seed."""
     num_proc: int = 0
     """Processes for tokenization; 0 means one per core."""
     num_workers: int = 1
@@ -121,15 +119,15 @@ class Data:
 @dataclass
 class Packing:
     method: str = "hbp"
-    """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/levels.md lists them; METHODS in packing/build.py)."""
-    levels: str = ""
-    """Where levels come from: "" the [[levels]] blocks, "auto" a measurement at the start (docs/tuning.md)."""
+    """Planner: hbp, hbp_paper, flat_sorted, isf, ... (docs/levels.md lists them)."""
+    auto_levels: bool = False
+    """Choose the levels by a measurement at the start of the run, instead of [[levels]] blocks (docs/tuning.md)."""
     max_sample_tokens: int = 0
-    """With levels = "auto": tokens that a sample may have (data.max_length_policy); 0 means the model's limit."""
-    seed: int = 0
-    """Seed of the order of the samples and of the shuffles in their packing; each epoch derives its own."""
+    """With auto_levels: most tokens of a sample (data.max_length_policy); 0 means the model's limit."""
+    seed: int | None = None
+    """Seed of sample order and packing shuffles, from which each epoch derives its own; none: training.seed."""
     level_order: str = "alternate"
-    """Order of iterations after the curriculum: "alternate" or "interleave"."""
+    """Levels of an optimizer step after the curriculum: "alternate" (one level) or "interleave" (a share of each)."""
     curriculum_steps: float = 0
     """Optimizer steps of the lowest level first; a value below 1 is a share of the first epoch's steps."""
     print_comparison: bool = True
@@ -143,11 +141,11 @@ class Training:
     epochs: int = 1
     """Epochs to train when steps is 0."""
     global_batch_tokens: int = 0
-    """Tokens of one optimizer step; 0 means one iteration a step. Reached by gradient accumulation."""
+    """Tokens of one optimizer step, reached by gradient accumulation; 0 means one micro-batch per step."""
     max_norm: float = 1.0
     """Gradient clipping norm over the world; 0 turns it off."""
     loss_normalization: str = "ave_token"
-    """Loss normalizer: ave_token, token_mean, sample_mean or sum (components/normalizer.py)."""
+    """Weight of a token in the loss: ave_token, token_mean, sample_mean or sum (components/loss.py)."""
     dtype: str = "float32"
     """Dtype of the stored parameters and of the optimizer state."""
     mixed_precision_param: str = "auto"
@@ -155,17 +153,17 @@ class Training:
     mixed_precision_reduce: str = "float32"
     """Gradient reduction dtype under FSDP."""
     seed: int = 42
-    """Seed of new weights, LoRA's among them; the same weights for every number of ranks."""
-    rng_seed: int = 42
-    """Seed of torch's generators on each rank, for what draws during training (nothing does: there is no dropout)."""
+    """Seed of the run. New weights (LoRA's too) depend on it alone, not on the number of ranks."""
+    rng_seed: int | None = None
+    """Seed of torch's generators during training (nothing draws today: there is no dropout); none: training.seed."""
     deterministic: bool = False
-    """Two runs on the same ranks and machine are equal bit for bit: kernels that cannot promise it are refused."""
+    """Two runs on the same ranks and machine are bit-identical; kernels that are not deterministic raise an error."""
     on_nonfinite: str = "stop"
     """A step with a NaN or infinite loss or gradient: "stop", or "skip" (not applied, its samples listed)."""
     max_nonfinite_steps: int = 10
-    """With on_nonfinite = "skip": so many steps are skipped in the whole run; one more stops it."""
+    """With on_nonfinite = "skip": most steps to skip in the whole run; one more stops it."""
     gc_interval: int = 50
-    """Optimizer steps between Python's garbage collections, which all ranks then make together; 0: as Python likes."""
+    """Optimizer steps between Python garbage collections, at the same step on all ranks; 0 leaves it to Python."""
     loss_chunk_tokens: int = 2048
     """Loss tokens whose logits are held at one time: 6 bytes a token and word of the vocabulary in bfloat16. With fewer
     than 2048, adding each chunk to the output matrix's gradient is bound by memory traffic on an H100."""
@@ -173,8 +171,6 @@ class Training:
 
 @dataclass
 class Optimizer:
-    name: str = "AdamW"
-    """AdamW."""
     lr: float = 1e-5
     """Peak learning rate."""
     beta1: float = 0.9
@@ -217,12 +213,6 @@ class Parallelism:
 
 
 @dataclass
-class ActivationCheckpoint:
-    policy: str = "none"
-    """Policy of levels that name none themselves: none, full or keep_attention."""
-
-
-@dataclass
 class Compile:
     enable: bool = False
     """torch.compile each block."""
@@ -233,17 +223,17 @@ class Compile:
 @dataclass
 class Checkpoint:
     enable: bool = True
-    """Write checkpoints and resume from the newest one in the run folder."""
+    """Write checkpoints, and resume from the newest one in the run folder."""
     interval: int = 100
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_latest_k: int = 2
     """Older checkpoints are deleted; 0 keeps all."""
     async_mode: str = "async"
-    """"async" writes a copy in host memory while training goes on; "disabled" trains on when all is written."""
+    """"async" writes a copy in host memory while training continues; "disabled" waits until all is written."""
     verify: bool = True
-    """Compare every file with its checksum before a run resumes from it."""
+    """Verify the checksum of every file before resuming from it."""
     last_save_model_only: bool = False
-    """The last step's checkpoint has no optimizer state: smaller, and no run goes on from it."""
+    """Write the last checkpoint without optimizer state: smaller, but training cannot resume from it."""
     initial_load_path: str = ""
     """HF folder whose weights start the run when there is nothing to resume."""
     export_hf: bool = True
@@ -269,7 +259,7 @@ class Metrics:
     log_interval: int = 1
     """Optimizer steps between console lines; metrics.jsonl has every step."""
     timing_check_interval: int = 20
-    """Optimizer steps between comparisons of measured times with the plan's model (an epoch's end has one); 0: none."""
+    """Optimizer steps between comparisons of measured and predicted times (and one at an epoch's end); 0: none."""
     expert_load_interval: int = 10
     """Optimizer steps between tables of tokens per expert in metrics.jsonl (every step has a summary); 0: none."""
     enable_tensorboard: bool = True
@@ -289,12 +279,12 @@ class Profiling:
     last_step: int = 10
     """Last optimizer step that is traced; all of them lie in one trace."""
     enable_memory_snapshot: bool = False
-    """Keep the history of GPU memory and write it to memory_snapshot/ of the run folder when memory runs out."""
+    """Record the history of GPU memory; write it to memory_snapshot/ of the run folder on out of memory."""
 
 
 @dataclass
 class JobConfig:
-    """The whole configuration; one field a TOML section, `levels` an array of tables."""
+    """The whole configuration: one field per TOML section; `levels` is an array of tables."""
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
@@ -306,7 +296,6 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
-    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
@@ -319,22 +308,29 @@ class JobConfig:
         return Path(self.job.dump_folder or f"outputs/{Path(self.job.config_file or 'default').stem}")
 
     @property
-    def auto_levels(self) -> bool:
+    def measures_levels(self) -> bool:
         """Whether the levels are still to be chosen."""
-        return self.packing.levels == "auto" and not self.levels
+        return self.packing.auto_levels and not self.levels
 
     def clear_levels(self) -> None:
-        """As if no level were named; where the largest decides which samples are too long, that stays."""
+        """Remove the levels, as with packing.auto_levels, but keep the limit that decides which samples fit."""
         if self.levels and self.data.max_length_policy != "error":
             self.packing.max_sample_tokens = self.levels[-1].max_tokens
-        self.levels, self.packing.levels = [], "auto"
+        self.levels, self.packing.auto_levels = [], True
+
+    def seed_of(self, section: str) -> int:
+        """Return the seed of "data", "packing" or "rng" (torch's generators): its own, else training.seed."""
+        own = self.training.rng_seed if section == "rng" else getattr(self, section).seed
+        return self.training.seed if own is None else own
 
     @property
     def tokenizer_path(self) -> Path:
         """The folder with the tokenizer's files."""
         path = self.model.tokenizer_path or self.model.hf_path
         if not path:
-            raise ValueError("model.tokenizer_path and model.hf_path are empty: name a folder with tokenizer.json")
+            raise ValueError(
+                "model.tokenizer_path and model.hf_path are empty; set one to a folder with tokenizer.json"
+            )
         return Path(path)
 
 

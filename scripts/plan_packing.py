@@ -111,7 +111,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
         "levels": config.levels,
         "loss_tokens": load_lengths(folder / "loss_tokens.npy"),
         "method": config.packing.method,
-        "seed": config.packing.seed,
+        "seed": config.seed_of("packing"),
         "level_order": config.packing.level_order,
         "global_batch_tokens": config.training.global_batch_tokens,
         "curriculum_steps": config.packing.curriculum_steps,

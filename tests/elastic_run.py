@@ -47,7 +47,7 @@ def train_until(world: World, argv: Sequence[str], last_step: int | None = None)
         "step": trainer.step,
         "total_steps": trainer.total_steps,
         "planned": planned,
-        "told": trainer.progress.resumed,
+        "told": trainer.train_state.resumed,
     }
 
 

@@ -18,7 +18,7 @@ def hold(trainer_class: Any, step: int, release: Path) -> None:
     def held(trainer: Any, *args: Any) -> Any:
         if trainer.step == step:
             # Written as late as in the next step's first micro-batch, and the test waits for it.
-            trainer._write_last()
+            trainer._write_pending_metrics()
         while trainer.step == step and not trainer.preemption.received and not release.exists():
             time.sleep(0.01)
         return train_step(trainer, *args)

@@ -39,7 +39,7 @@ def _run_out_of_memory(world: World, argv: list[str]) -> list[str]:
     for fault in (in_training, in_validation, in_update):
         trainer = Trainer(load_config(argv), world)
         fault(trainer)
-        with pytest.raises(UserError) as caught, trainer.memory:
+        with pytest.raises(UserError) as caught, trainer.oom_advice:
             trainer.train()
         told.append(str(caught.value))
     return told

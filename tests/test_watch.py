@@ -62,7 +62,7 @@ def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, s
     assert re.search(r"^level +iterations +tokens +time +tok/s +mfu +padding +waiting$", end, re.MULTILINE)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("128/cp1", "512/cp2"):
-        done = sum(step["per_level"].get(name, {}).get("iterations", 0) for step in steps)
+        done = sum(step["per_level"].get(name, {}).get("micro_batches", 0) for step in steps)
         assert re.search(rf"^{name} +{done} ", end, re.MULTILINE)
 
 

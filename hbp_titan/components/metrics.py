@@ -1,28 +1,8 @@
-"""What a run tells of its steps: metrics.jsonl, the console, TensorBoard and Weights & Biases.
+"""Metrics: what a run writes and prints about its start, its steps and its end.
 
-Owns the writers, their place in the run folder, and what of an earlier start is kept where a run goes on.
-
-What the console shows while a run trains, in lines of at most 80 columns.
-
-Owns the parts of a step's line, their order, and which of them give way; and how lines are filled and broken.
-
-The names under which TensorBoard and Weights & Biases show a step's figures.
-
-Owns the names: torchtitan's (v0.2.2 components/metrics.py) where they mean the same, docs/metrics.md lists all.
-
-Weights & Biases, on request ([metrics] enable_wandb): online, or offline with WANDB_MODE=offline.
-
-Owns the run over there: its project and name (torchtitan's environment variables), its identity over a resume, and its
-step axis. `wandb sync OUTPUTS/wandb/offline-run-*` uploads what was kept offline.
-
-What a run has done since its first step, by level and by source, and the tables of it.
-
-Owns the sums over the records of metrics.jsonl, those before a resume among them. A skipped step trained nothing and
-counts in neither.
-
-What a run prints before its first step: every derived number, for 80 columns.
-
-Owns the wording; the numbers come from configuration, model, data and plan.
+MetricsLogger writes metrics.jsonl (one object per step), the console, TensorBoard and Weights & Biases, and continues
+them after a resume. RunTotals adds up a run by level and source. Console lines have at most 80 columns. Names are
+torchtitan's (v0.2.2 components/metrics.py) where they mean the same; docs/metrics.md lists all.
 """
 
 from __future__ import annotations
@@ -33,7 +13,7 @@ import secrets
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +27,9 @@ from tqdm import tqdm
 
 from hbp_titan.components.weights import describe_weights
 from hbp_titan.data.epoch import EpochPlans
+from hbp_titan.distributed.mesh import cross_node_warnings
 from hbp_titan.distributed.parallelize import compute_dtype, stored_dtype
+from hbp_titan.distributed.world import ranks_per_node
 from hbp_titan.job_config import JobConfig, LoRA, to_dict
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.configs import ModelArgs
@@ -55,17 +37,20 @@ from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan, comparison_table, measure
 from hbp_titan.packing.level import level_name
 from hbp_titan.packing.metrics import band_name
-from hbp_titan.utils import human_count
+from hbp_titan.utils import atomic_write, human_count
 
 SHOWN_SOURCES = 30
 
 
 @dataclass
 class LevelTotals:
-    """positions: tokens with the padding. waiting: seconds, the ranks' mean. work_mfu: sum of MFU times seconds; None
-    where it is unknown. Losses are those of the first and the last step."""
+    """What one level did in a run.
 
-    iterations: int = 0
+    positions: tokens including padding. waiting: seconds, mean over ranks. work_mfu: sum of MFU * seconds, None if
+    unknown. first_loss, last_loss: of the first and last step.
+    """
+
+    micro_batches: int = 0
     tokens: int = 0
     positions: int = 0
     seconds: float = 0.0
@@ -75,8 +60,8 @@ class LevelTotals:
     last_loss: float | None = None
 
     def add(self, record: Mapping[str, Any], loss: float | None) -> None:
-        """Count a level's entry of `per_level`; loss: its mean per trained token."""
-        self.iterations += record["iterations"]
+        """Add a level's entry of `per_level`. loss: its mean per trained token."""
+        self.micro_batches += record["micro_batches"]
         self.tokens += record["tokens"]
         self.positions += record["positions"]
         self.seconds += record["seconds"]
@@ -88,7 +73,7 @@ class LevelTotals:
 
 
 class RunTotals:
-    """`add` the record of every step. sources: counts by the names of metrics.jsonl; levels: by their names."""
+    """Sums over the records of a run, by level and by source, including those before a resume."""
 
     def __init__(self) -> None:
         self.sources: dict[str, Counter[str]] = {}
@@ -98,7 +83,7 @@ class RunTotals:
         self.data_wait = 0.0
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Count one step."""
+        """Add the record of one step. A skipped step trained nothing and counts for its time only."""
         self.seconds += record["step_seconds"]
         self.data_wait += record["data_wait_seconds"]
         if "skipped" in record:
@@ -111,9 +96,9 @@ class RunTotals:
             self.levels.setdefault(name, LevelTotals()).add(done, record["loss_by_level"][name])
 
     def describe(self) -> str:
-        """Tables of levels and of sources, the largest first, and the time spent waiting for data; 80 columns."""
+        """Return tables of levels and sources, the largest first, and the time spent waiting for data."""
         lines = [
-            f"{'level':<11}{'iterations':>11}{'tokens':>8}{'time':>9}{'tok/s':>7}{'mfu':>7}{'padding':>9}{'waiting':>9}"
+            f"{'level':<11}{'batches':>11}{'tokens':>8}{'time':>9}{'tok/s':>7}{'mfu':>7}{'padding':>9}{'waiting':>9}"
         ]
         lines += [_level_line(name, total) for name, total in self.levels.items()]
         lines += [_loss_line(name, total) for name, total in self.levels.items()]
@@ -138,7 +123,7 @@ def _level_line(name: str, total: LevelTotals) -> str:
     seconds = max(total.seconds, 1e-9)
     mfu = "-" if total.work_mfu is None else f"{total.work_mfu / seconds:.1f}%"
     return (
-        f"{name:<11}{total.iterations:>11,}{human_count(total.tokens):>8}{clock(total.seconds):>9}"
+        f"{name:<11}{total.micro_batches:>11,}{human_count(total.tokens):>8}{clock(total.seconds):>9}"
         f"{human_count(total.tokens / seconds):>7}{mfu:>7}{1 - total.tokens / total.positions:>9.1%}"
         f"{total.waiting / seconds:>9.1%}"
     )
@@ -150,18 +135,18 @@ def _loss_line(name: str, total: LevelTotals) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
+    """Return hours, minutes and seconds: 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 COLUMNS = 80
 _GIVE_WAY = ("memory", "waiting", "grad", "mfu", "experts")
-"""Parts that are left out of a longer line, the first of them first."""
+"""Parts that a line of more than COLUMNS drops, in this order."""
 
 
 def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
-    """One optimizer step: number, level, loss, gradient norm, speed, MFU, waiting, memory, time to finish."""
+    """Return the console line of a step: number, level, loss, gradient norm, speed, MFU, idle share, memory, ETA."""
     mfu, idle, experts = record["mfu"], record["idle_share"], record.get("expert_load")
     parts = {
         "step": f"{record['step']:>{len(str(total_steps))}}/{total_steps}",
@@ -184,12 +169,12 @@ def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) 
 
 
 def number(value: float | None, width: int, digits: int) -> str:
-    """A figure of metrics.jsonl; "nan" where it is None."""
+    """Format a value of metrics.jsonl; None is "nan"."""
     return f"{'nan':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
-def filled(parts: Iterable[str]) -> list[str]:
-    """As many of `parts` to an indented line as it holds."""
+def flow(parts: Iterable[str]) -> list[str]:
+    """Return indented lines, each with as many of `parts` as fit."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 3 + len(part) <= COLUMNS:
@@ -199,8 +184,8 @@ def filled(parts: Iterable[str]) -> list[str]:
     return lines
 
 
-def fit(text: str) -> str:
-    """`text` with its longer lines broken and indented; a word that is longer than a line stays whole."""
+def wrap(text: str) -> str:
+    """Break lines of more than COLUMNS, indenting what follows; a longer word stays whole."""
     lines = []
     for line in text.splitlines():
         broken = textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
@@ -227,7 +212,7 @@ _NAMES = {
 
 
 def scalars(record: Mapping[str, Any], totals: RunTotals, world_size: int) -> dict[str, float]:
-    """Name -> value for the record of a step; what was not measured, or is not finite, is left out.
+    """Return TensorBoard's names and values for the record of a step, without those that are None.
 
     totals: of the run up to this step.
     """
@@ -237,13 +222,13 @@ def scalars(record: Mapping[str, Any], totals: RunTotals, world_size: int) -> di
 def _named(record: Mapping[str, Any], totals: RunTotals, world_size: int) -> Iterator[tuple[str, float | None]]:
     for key, name in _NAMES.items():
         yield name, record.get(key)
-    yield "throughput(tps)", record["tokens_per_second"] / world_size  # of one device, as in torchtitan
+    yield "throughput(tps)", record["tokens_per_second"] / world_size  # per device, as in torchtitan
     yield "n_tokens_seen", totals.tokens
     yield "time_metrics/data_loading(%)", 100 * record["data_wait_seconds"] / record["step_seconds"]
     for name, loss in record["loss_by_level"].items():
         yield f"loss_metrics/level/{name}", loss
-    for border, mean in record["loss_by_length"].items():
-        yield f"loss_metrics/length/{border}", mean["loss"]
+    for end, mean in record["loss_by_length"].items():
+        yield f"loss_metrics/length/{end}", mean["loss"]
     for name, memory in record["memory_by_level"].items():
         yield f"memory/level/{name}(GiB)", memory
     for name, counts in record["sources"].items():
@@ -266,7 +251,7 @@ _IDENTITY = "wandb_id"
 
 
 def check_wandb() -> None:
-    """ValueError where the package is missing, or the run is to go online and nobody is logged in."""
+    """Raise ValueError if wandb is not installed, or needed online and not logged in."""
     try:
         import wandb
     except ImportError:
@@ -284,7 +269,10 @@ def check_wandb() -> None:
 
 
 class WandbRun:
-    """A run that `folder` belongs to, started anew or gone on with. config: the resolved configuration."""
+    """The Weights & Biases run of a run folder, created or continued; torchtitan's environment variables name it.
+
+    With WANDB_MODE=offline, `wandb sync FOLDER/wandb/offline-run-*` uploads it later. config: the resolved one.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -301,12 +289,12 @@ class WandbRun:
             dir=folder,
             config=dict(config),
         )
-        # Our own axis: a resumed run logs steps anew that were logged before, which W&B's own axis does not take.
+        # An axis of our own: a resumed run logs some steps again, which W&B's own step axis refuses.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add the figures of one step."""
+        """Log one step."""
         self.run.log({"step": step, **scalars})
 
     def close(self) -> None:
@@ -315,7 +303,7 @@ class WandbRun:
 
 
 class MetricsLogger:
-    """Writes on one rank only (`active`); on the others every call does nothing. A context manager.
+    """Context manager that writes on one rank (`active`); on the others every call does nothing.
 
     first_step: optimizer steps done before this start. totals: of the run since step 1, on the active rank.
     """
@@ -358,7 +346,7 @@ class MetricsLogger:
                 self.bar.close()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Record one step; `metrics` has the keys of metrics.jsonl (docs/metrics.md), "validation" where it ran."""
+        """Write one step. metrics: keys of metrics.jsonl (docs/metrics.md), with "validation" if it ran."""
         if not self.active:
             return
         step = metrics["step"]
@@ -383,7 +371,7 @@ class MetricsLogger:
             self.write(_validation_lines(step, metrics["validation"]))
 
     def write(self, text: str) -> None:
-        """Print `text` above the progress bar."""
+        """Print `text`, above the progress bar if there is one."""
         if self.active:
             if self.bar:
                 self.bar.write(text, file=sys.stdout)
@@ -392,14 +380,14 @@ class MetricsLogger:
 
 
 def _validation_lines(step: int, means: Mapping[str, Any]) -> str:
-    """The loss of all held-out tokens, then by level and by length band."""
+    """Return the validation loss of all tokens, then by level and length band."""
     parts = [f"{name} {number(mean['loss'], 0, 4)}" for name, mean in means["by_level"].items()]
-    parts += [f"{band_name(int(border))} {number(mean['loss'], 0, 4)}" for border, mean in means["by_length"].items()]
-    return "\n".join([f"step {step} validation  loss {number(means['loss'], 0, 4)}", *filled(parts)])
+    parts += [f"{band_name(int(end))} {number(mean['loss'], 0, 4)}" for end, mean in means["by_length"].items()]
+    return "\n".join([f"step {step} validation  loss {number(means['loss'], 0, 4)}", *flow(parts)])
 
 
 def truncate_after_step(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of metrics.jsonl after `step`: a resumed run writes those steps again. Returns what is kept."""
+    """Drop the records of metrics.jsonl after `step`, which a resumed run writes again; return the others."""
     if not path.exists():
         return []
     kept = []
@@ -412,32 +400,27 @@ def truncate_after_step(path: Path, step: int) -> list[dict[str, Any]]:
                 lines.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the half-written last line of a killed run
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    atomic_write(path, "".join(lines))
     return kept
 
 
 COMPARED = {"isf": "ISF", "flat_sorted": "flat + sort", "hbp": "HBP"}
 
 
-def compare_methods(plans: EpochPlans) -> str:
-    """The table method x metrics on the data that is trained: the usual baselines and the configured method."""
+def _comparison(plans: EpochPlans) -> str:
+    """Return the table of methods and metrics on the training data: the usual baselines and the configured method."""
     configured = plans.config.packing.method
     names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
 
 
 def describe_start(
-    config: JobConfig,
-    args: ModelArgs,
-    model: nn.Module,
-    plan: Plan,
-    total_steps: int,
-    device: torch.device,
-    warnings: Sequence[str],
+    config: JobConfig, args: ModelArgs, model: nn.Module, plans: EpochPlans, plan: Plan, total_steps: int
 ) -> str:
-    """All of it but the table of methods. plan: of the epoch that begins or goes on."""
+    """Return every derived number of a run that starts or resumes. plan: of the current epoch."""
+    device = next(model.parameters()).device
+    experts = config.parallelism.expert_parallel_degree
+    warnings = cross_node_warnings(plan.levels, experts, ranks_per_node(plan.world_size))
     samples, trained = plan.packs.ids, int(plan.loss_tokens[plan.packs.ids].sum())
     parts = [
         describe_model(config, args, model, device),
@@ -447,16 +430,17 @@ def describe_start(
         describe_plan(plan, total_steps, config),
         f"outputs: {config.dump_folder}",
     ]
-    return fit("\n".join(parts))
+    comparison = f"{_comparison(plans)}\n" if config.packing.print_comparison else ""
+    return comparison + wrap("\n".join(parts))
 
 
 def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
-    """Architecture, dtypes, attention kernel, where the weights come from, and what of them is trained."""
+    """Return the lines on architecture, dtypes, attention kernel, initial weights and what is trained."""
     computed = str(compute_dtype(config, device)).removeprefix("torch.")
     stored = str(stored_dtype(config, device)).removeprefix("torch.")
     weights = describe_weights(config.checkpoint.initial_load_path, args, stored)
     lines = [
-        f"model: {args.name}, {num_params(args):,} parameters, {stored}, computed in {computed}, "
+        f"model: {args.name}, {num_params(args):,} parameters in {stored}, compute dtype {computed}, "
         f"attention {selected_backend(device)}",
         f"weights: {weights}",
     ]
@@ -464,33 +448,39 @@ def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device:
 
 
 def _describe_lora(lora: LoRA, model: nn.Module) -> str:
-    """What is trained of an adapted model."""
+    """Return the lines on the adapters."""
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained, total = sum(n for n, requires_grad in numbers if requires_grad), sum(n for n, _ in numbers)
     return (
         f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.target_modules)}\n"
-        f"      {trained:,} of {total:,} parameters are trained, {100 * trained / total:.2f}%"
+        f"      {trained:,} of {total:,} parameters trainable, {100 * trained / total:.2f}%"
     )
 
 
 def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
-    """Levels with their mesh, exchanges, recomputation and what they keep of parameters; steps of one epoch."""
+    """Return one line per level (mesh, cp exchange, recomputation, resharding), then the steps of the epoch."""
     lines = []
-    # Of a run that goes on it may be another than when the plan was made.
+    # From the configuration: a resumed run may change it, and its plan may be older.
     resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
-    iterations = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
-    for level, count, reshard in zip(plan.levels, iterations, resharded, strict=True):
+    micro_batches = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
+    for level, count, reshard in zip(plan.levels, micro_batches, resharded, strict=True):
         style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""
         layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
         recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
-        kept = "" if reshard is True else ", parameters kept" + (f" over {reshard} ranks" if reshard else "")
+        kept = (
+            ""
+            if reshard is True
+            else ", parameters stay gathered"
+            if reshard is False
+            else f", resharded over {reshard} ranks"
+        )
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {recomputed}{kept}, {count} iterations"
+            f"checkpointing {recomputed}{'' if reshard is True else kept}, {count} micro-batches"
         )
     tokens = plan.step_tokens
     lines.append(
-        f"steps: {total_steps} in all; the plan has {plan.num_steps} steps of {int(np.mean(tokens)):,} "
-        f"+- {int(np.std(tokens)):,} tokens in {plan.num_iterations} iterations"
+        f"total steps: {total_steps}; this plan: {plan.num_steps} steps of {int(np.mean(tokens)):,} "
+        f"+- {int(np.std(tokens)):,} tokens, {plan.num_iterations} micro-batches"
     )
     return "\n".join(lines)

@@ -1,12 +1,7 @@
-"""OutOfMemory: where memory ran out, and what torch says of it.
+"""Out of memory: recognizing the error, torch's figures in it, and how much memory a rank has and uses.
 
-Owns the recognition of the error, which has another type on a GPU than on a CPU, and the figures in torch's words. What
-to do about it is memory_advice.py's.
-
-How much memory a rank has, and how much a piece of work takes, on a GPU or a CPU, to the byte.
-
-Owns the measurement: CUDA's allocator keeps the statistics itself; on the CPU torch's profiler reports every
-allocation and release, also those inside operators (work is slower while it watches: do not time it).
+A GPU, a CPU and NCCL raise different errors for it. What to change in the configuration is tuning/oom_advice.py's
+knowledge, which is loaded only when memory has run out.
 """
 
 from __future__ import annotations
@@ -16,16 +11,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hbp_titan.packing import Level
+from hbp_titan.config import JobConfig
+from hbp_titan.distributed.world import World
+from hbp_titan.errors import UserError
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.packing import Level, Plan
 
 SETTING_UP, TRAINING, UPDATE, VALIDATION = "setting up", "training", "the optimizer step", "validation"
 
-# In errors that have no type of their own. NCCL allocates when a communicator is first used, outside of torch's
-# allocator, and raises DistBackendError with "unhandled cuda error" and one of the next two lines (NVIDIA/nccl #2363).
+# Errors without a type of their own. NCCL allocates when a communicator is first used, outside of torch's allocator,
+# and raises DistBackendError with "unhandled cuda error" and one of these lines (NVIDIA/nccl #2363).
 _PHRASES = (
     "DefaultCPUAllocator: can't allocate memory",
     "Failed to CUDA calloc",
@@ -41,8 +41,10 @@ _SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 
 @dataclass(frozen=True)
 class TorchFigures:
-    """Bytes, 0 where torch does not say. tried: of the tensor that was one too many. allocated: of all other tensors.
-    unallocated: held back by the allocator, in pieces too small for it."""
+    """Figures of torch's message in bytes, 0 if absent.
+
+    tried: size of the failed allocation; allocated: of all other tensors; unallocated: reserved but fragmented.
+    """
 
     tried: int = 0
     allocated: int = 0
@@ -50,7 +52,7 @@ class TorchFigures:
 
     @classmethod
     def of(cls, message: str) -> TorchFigures:
-        """As the message of CUDA's caching allocator, or of the CPU's, has them."""
+        """Parse a message of CUDA's caching allocator or of the CPU's."""
         return cls(
             tried=_bytes(rf"[Tt]ried to allocate {_SIZE}", message),
             allocated=_bytes(rf"{_SIZE} is allocated by PyTorch", message),
@@ -59,8 +61,7 @@ class TorchFigures:
 
 
 class OutOfMemory(RuntimeError):
-    """work: what was being done, one of the constants above; level: the one that was active, None where it does not
-    matter; figures: torch's."""
+    """work: what ran out, one of the constants above; level: the active one, None if it does not matter."""
 
     def __init__(self, work: str, level: Level | None, figures: TorchFigures) -> None:
         at = "" if level is None else f" at the level with max_tokens={level.max_tokens}, cp_degree={level.cp_degree}"
@@ -70,7 +71,7 @@ class OutOfMemory(RuntimeError):
 
 @contextmanager
 def out_of_memory_in(work: str, level: Level | None = None) -> Iterator[None]:
-    """Raise OutOfMemory where the body runs out of memory."""
+    """Raise OutOfMemory if the body runs out of memory."""
     try:
         yield
     except RuntimeError as error:
@@ -79,8 +80,34 @@ def out_of_memory_in(work: str, level: Level | None = None) -> Iterator[None]:
         raise OutOfMemory(work, level, TorchFigures.of(str(error))) from error
 
 
+class OOMAdvice:
+    """Context manager that turns OutOfMemory into UserError with the fastest change that fits; other errors pass.
+
+    plan: the epoch's, once there is one: its packs say which change costs least.
+    """
+
+    def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
+        self.config, self.args, self.world = config, args, world
+        # Before the levels are resolved: the advice may be to measure again.
+        self.measures_levels = config.measures_levels
+        self.plan: Plan | None = None
+
+    def __enter__(self) -> OOMAdvice:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OutOfMemory):
+            from hbp_titan.tuning.oom_advice import advice
+
+            raise UserError(
+                advice(error, self.config, self.args, self.world, self.plan, self.measures_levels)
+            ) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: in torch's allocator of a GPU or of the CPU, in the CUDA runtime, or in NCCL."""
+    """Return whether memory ran out: in torch's allocators (GPU, CPU), in the CUDA runtime, or in NCCL."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
@@ -93,7 +120,7 @@ def _bytes(pattern: str, message: str) -> int:
 
 
 def device_memory(device: torch.device, local_ranks: int) -> int:
-    """Bytes that this rank can use: of its GPU what others leave, of a machine with `local_ranks` ranks its share."""
+    """Return the bytes that this rank can use: what others leave of its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -102,9 +129,9 @@ def device_memory(device: torch.device, local_ranks: int) -> int:
 
 @dataclass
 class MemoryUse:
-    """Bytes above what was held when the measurement began: the most at any time, and what is held at its end.
+    """Peak and final bytes relative to the start of the measurement.
 
-    On the CPU only what the body itself allocates counts; what it releases of earlier memory does not.
+    On the CPU, memory that was allocated before and is released inside does not count.
     """
 
     peak_bytes: int = 0
@@ -113,7 +140,10 @@ class MemoryUse:
 
 @contextmanager
 def measure_memory(device: torch.device) -> Iterator[MemoryUse]:
-    """Measure the body; the yielded MemoryUse is filled when it ends. Resets CUDA's peak statistics."""
+    """Measure the body to the byte; the yielded MemoryUse is filled when it ends. Resets CUDA's peak statistics.
+
+    On the CPU torch's profiler reports every allocation, inside operators too; do not time the body at the same time.
+    """
     use = MemoryUse()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -51,7 +51,8 @@ def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str
         "data": data,
         "tokenizer": _digest(config.tokenizer_path),
         "planner_version": PLANNER_VERSION,
-        **{f"packing.{key}": getattr(packing, key) for key in ("method", "seed", "level_order", "curriculum_steps")},
+        "packing.seed": config.seed_of("packing"),
+        **{f"packing.{key}": getattr(packing, key) for key in ("method", "level_order", "curriculum_steps")},
         **{
             f"training.{key}": getattr(training, key)
             for key in ("global_batch_tokens", "loss_normalization", "max_norm")
@@ -175,10 +176,10 @@ def set_determinism(seed: int, deterministic: bool) -> None:
 def seeds(config: JobConfig) -> dict[str, int]:
     """Every seed of a run by its key."""
     return {
-        "data.seed": config.data.seed,
-        "packing.seed": config.packing.seed,
+        "data.seed": config.seed_of("data"),
+        "packing.seed": config.seed_of("packing"),
         "training.seed": config.training.seed,
-        "training.rng_seed": config.training.rng_seed,
+        "training.rng_seed": config.seed_of("rng"),
     }
 
 

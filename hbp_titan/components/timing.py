@@ -1,30 +1,26 @@
-"""TimingMonitor: the measured time of iterations against the plan's model, per level and rank, while training runs.
+"""Timing: how long micro-batches take on each rank, what the plan's model predicts, and where the two drift apart.
 
-Owns what is compared, when it is said that the two part, and the advice. Every rank measures (work_clock.py); all ranks
-gather at the same steps and see the same report.
+ComputeTimer     wall time of each micro-batch, and the part of it that the rank computed rather than waited
+LevelTimeModel   seconds of a micro-batch from what its pack holds; predict_epoch for a whole plan
+TimingMonitor    compares both during training and warns about drift and stragglers
 
-ComputeTimer: how long each iteration of this rank took, and how much of that it worked rather than waited.
+Ranks wait for each other inside collectives, so wall time is the same on all of them and does not show which one is
+slow. On a CPU a waiting thread sleeps: its thread time is its work. On a GPU a waiting collective spins, so work is
+taken between the arrival of a block's parameters and its output, summed over the forward passes of all blocks, which is
+proportional to the whole. Work is compared between ranks only.
 
-Owns the reading of both on a CPU and on a GPU. Ranks wait for each other inside collectives, so wall time is the same
-on all of them and says nothing of who was slow. On a CPU a waiting thread sleeps: its own CPU time is its work. On a
-GPU a waiting collective spins: the work is taken between a block's parameters being there and its output, on the
-stream, over all blocks' forward passes, which is in proportion to the whole. Work is compared between ranks only.
-
-LevelTimeModel: the seconds of an iteration from what the packs of a plan hold, and the epoch that follows from them.
-
-Owns the form of the time model that measurement, estimate, selection and simulation share. A level's batch has a
-static shape, so padding costs what tokens cost: the linear layers, the collectives and the launches are one constant a
-level. What differs between packs of a level is attention (squared document lengths), the loss head (trained tokens)
-and, on a CPU, the number of documents. Data-parallel ranks wait for the slowest (paper section 2.1).
+Shape suffixes: R ranks, I micro-batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,18 +28,30 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
-from hbp_titan.models.decoder import Decoder
-from hbp_titan.packing import Plan
+from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.packing import Level, Plan
+from hbp_titan.packing.level import level_from_dict
+from hbp_titan.utils import human_seconds
+
+FloatArray = NDArray[np.float64]
+LEVEL_TIMES = "level_times.json"
+"""File of the run folder with the measured time models of automatically chosen levels."""
+DRIFT_THRESHOLD = 0.2
+"""Relative deviation of time, waiting or a rank's speed from the plan's model above which a warning is printed."""
 
 
 class ComputeTimer:
-    """Made after the model is parallelized, so that its hooks lie inside FSDP's: those wait, these do not."""
+    """Measures (wall, work) of micro-batches.
+
+    Made after the model is parallelized, so that its hooks run inside FSDP's: those wait for parameters, these do not.
+    """
 
     def __init__(self, model: Decoder, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self._cpu: list[tuple[float, float]] = []
-        # For each iteration the events at its two ends, then those around each block's forward.
+        # Per micro-batch the events at its two ends, then those around each block's forward.
         self._gpu: list[list[torch.cuda.Event]] = []
         self._blocks: list[torch.cuda.Event] | None = None
         if self.on_gpu:
@@ -52,36 +60,36 @@ class ComputeTimer:
                 block.register_forward_hook(self._mark, prepend=True)
 
     @contextmanager
-    def iteration(self) -> Iterator[None]:
-        """Around one forward and backward."""
+    def micro_batch(self) -> Iterator[None]:
+        """Measure one forward and backward."""
         if self.on_gpu:
             self._blocks = []
-            start = _recorded()
+            start = _recorded_event()
             yield
-            self._gpu.append([start, _recorded(), *self._blocks])
+            self._gpu.append([start, _recorded_event(), *self._blocks])
             self._blocks = None
         else:
             wall, work = time.perf_counter(), time.thread_time()
             yield
             self._cpu.append((time.perf_counter() - wall, time.thread_time() - work))
 
-    def read(self) -> list[tuple[float, float]]:
-        """(wall, work) in seconds of each iteration since the last call; on a GPU waits for the last to end."""
+    def pop(self) -> list[tuple[float, float]]:
+        """Return (wall, work) in seconds of each micro-batch since the last call; waits for the GPU."""
         if self.on_gpu:
             torch.cuda.synchronize()
-            read = [_seconds(events) for events in self._gpu]
+            measured = [_seconds(events) for events in self._gpu]
         else:
-            read = self._cpu
+            measured = self._cpu
         self._cpu, self._gpu = [], []
-        return read
+        return measured
 
     def _mark(self, *_: Any) -> None:
-        # Validation and the probe run the blocks too, outside of any iteration.
+        # Validation and the warm-up run the blocks too, outside of any micro-batch.
         if self._blocks is not None:
-            self._blocks.append(_recorded())
+            self._blocks.append(_recorded_event())
 
 
-def _recorded() -> torch.cuda.Event:
+def _recorded_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -93,15 +101,13 @@ def _seconds(events: list[torch.cuda.Event]) -> tuple[float, float]:
     return start.elapsed_time(end) / 1000, work / 1000
 
 
-FloatArray = NDArray[np.float64]
-
-
 @dataclass(frozen=True)
 class LevelTimeModel:
-    """Seconds of one iteration on one data-parallel rank (all of its cp ranks together work on one pack).
+    """Seconds of one micro-batch of a level on one data-parallel rank (its cp ranks together work on one pack).
 
-    base: whatever the pack holds. per_loss_token: for each trained token. per_square: for each squared token of a
-    document, summed over documents. per_document: for each document.
+    A level's batch has a static shape, so padding costs what tokens cost: linear layers, collectives and launches are
+    one constant, `base`. What differs between packs is the head (per_loss_token), attention (per_square: per squared
+    token of a document, summed over documents) and, on a CPU, the number of documents (per_document).
     """
 
     base: float
@@ -110,12 +116,12 @@ class LevelTimeModel:
     per_document: float = 0.0
 
     def seconds(self, loads: FloatArray) -> FloatArray:
-        """Seconds of packs; loads: as from pack_loads, [n, 4] -> float64 [n]."""
+        """Return the seconds of packs, float64 [n]. loads: of pack_loads, [n, 4]."""
         return loads @ np.array(dataclasses.astuple(self))
 
 
 def pack_loads(plan: Plan) -> FloatArray:
-    """Features of each pack for LevelTimeModel: 1, trained tokens, squared tokens, documents; float64 [packs, 4]."""
+    """Return LevelTimeModel's features of each pack: 1, trained tokens, squared tokens, documents; [packs, 4]."""
     documents = np.diff(plan.packs.offsets)
     columns = [np.ones(len(documents)), plan.packs.sums(plan.loss_tokens), plan.pack_sum_sq, documents]
     return np.stack(columns, axis=1).astype(np.float64)
@@ -123,9 +129,9 @@ def pack_loads(plan: Plan) -> FloatArray:
 
 @dataclass(frozen=True)
 class EpochTime:
-    """Predicted seconds of each iteration of a plan: slowest and mean data-parallel rank, [iterations]; of all steps.
+    """Predicted seconds of an epoch.
 
-    steps: what the optimizer steps take beside their iterations.
+    slowest, mean: of each micro-batch, over data-parallel ranks, [I]. steps: what optimizer steps take in addition.
     """
 
     slowest: FloatArray
@@ -134,17 +140,17 @@ class EpochTime:
 
     @property
     def seconds(self) -> float:
-        """The whole epoch."""
+        """Seconds of the whole epoch: ranks wait for the slowest in every micro-batch (paper section 2.1)."""
         return float(self.slowest.sum()) + self.steps
 
     @property
     def idle(self) -> float:
-        """Share of the iterations' rank time that is spent waiting for the slowest rank."""
+        """Share of rank time spent waiting for the slowest rank."""
         return 1.0 - float(self.mean.sum() / self.slowest.sum())
 
 
 def predict_epoch(plan: Plan, times: Sequence[LevelTimeModel], step_seconds: float = 0.0) -> EpochTime:
-    """Predict an epoch; times: one a level, step_seconds: clipping, optimizer and bookkeeping of one step."""
+    """Predict an epoch. times: one per level; step_seconds: clipping, optimizer and bookkeeping of one step."""
     assert len(times) == len(plan.levels)
     loads, levels = pack_loads(plan), plan.pack_levels
     seconds = np.zeros(len(loads))
@@ -159,116 +165,162 @@ def predict_epoch(plan: Plan, times: Sequence[LevelTimeModel], step_seconds: flo
     )
 
 
-DRIFT_THRESHOLD = 0.2
-"""How far time, waiting or a rank's speed may be from the plan's model before a warning."""
+def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeModel, ...] | None:
+    """Return the measured time model of each level; None if the run folder has none for these levels.
+
+    Raises ValueError for a corrupt file.
+    """
+    path = folder / LEVEL_TIMES
+    if not path.exists():
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        known = {level_from_dict(entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a file of level times; delete it") from None
+    return tuple(known[level] for level in levels) if set(levels) <= set(known) else None
+
+
+def predicted_time(
+    config: JobConfig,
+    args: ModelArgs,
+    plan: Plan,
+    first_step: int,
+    steps: int,
+    device: torch.device,
+    measured: Sequence[LevelTimeModel] | None,
+    warmup_seconds: Sequence[float],
+) -> str:
+    """Return the predicted time of the next `steps` optimizer steps, and what the prediction is based on.
+
+    Best first: measured level times, an estimate for a known GPU, the warm-up. plan: of the current epoch, at its step
+    first_step; later epochs are assumed to be like it. warmup_seconds: of each level's heaviest micro-batch.
+    """
+    times, step_seconds, origin = [LevelTimeModel(base=seconds) for seconds in warmup_seconds], 0.0, ""
+    if measured is not None:
+        times, origin = [*measured], "from the levels' measured times"
+    elif device.type == "cuda":
+        # Not at the top: a run that needs no estimate does not load the performance model.
+        from hbp_titan.tuning.hardware import hardware_of
+        from hbp_titan.tuning.time_model import time_model
+
+        hardware = hardware_of(device)
+        if hardware is not None:
+            model = time_model(args, config, hardware, plan.world_size)
+            times = [model.level_time(level) for level in plan.levels]
+            step_seconds, origin = model.step_seconds(), f"estimated for {hardware.name}"
+    origin = origin or "from the warm-up of each level" + ", compilation included" * config.compile.enable
+    epoch = predict_epoch(plan, times, step_seconds)
+    left = min(steps, plan.num_steps - first_step)
+    begin, end = plan.step_offsets[[first_step, first_step + left]]
+    seconds = float(epoch.slowest[begin:end].sum()) + left * step_seconds
+    seconds += (steps - left) * epoch.seconds / plan.num_steps
+    return f"{human_seconds(seconds)} for {steps:,} steps, {origin}"
 
 
 @dataclass(frozen=True)
 class LevelCheck:
-    """One level since the last report.
+    """Comparison of one level since the last report.
 
-    ratio: measured / modelled seconds of its iterations, the median. waiting: share of the ranks' time spent waiting
-    for the slowest of the iteration, as measured; planned: by the model.
+    ratio: median of measured / modelled seconds. waiting: measured share of rank time spent waiting for the slowest
+    rank; planned: the same by the model.
     """
 
-    iterations: int
+    micro_batches: int
     ratio: float
     waiting: float
     planned: float
 
 
 @dataclass(frozen=True)
-class Report:
-    """levels: by index, those that ran. slowest: (rank, its work per modelled work / that of the median rank). work:
-    seconds of work of each rank."""
+class TimingReport:
+    """levels: by index, those that ran. slowest: (rank, its pace over the median rank's). work: seconds per rank."""
 
     levels: dict[int, LevelCheck]
     slowest: tuple[int, float]
     work: tuple[float, ...]
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """For metrics.jsonl; names: one a level."""
+        """Return the entry of metrics.jsonl. names: one per level."""
         checks = {names[k]: vars(check) for k, check in self.levels.items()}
         rank, ratio = self.slowest
         return {"levels": checks, "slowest_rank": rank, "slowest_ratio": ratio, "work_by_rank": list(self.work)}
 
     def line(self, names: Sequence[str]) -> str:
-        """For the console."""
+        """Return the console line."""
         parts = [
-            f"{names[k]} {check.ratio:.2f}x the modelled time, waiting {check.waiting:.1%} (plan {check.planned:.1%})"
+            f"{names[k]} {check.ratio:.2f}x of predicted, waiting {check.waiting:.1%} (plan {check.planned:.1%})"
             for k, check in self.levels.items()
         ]
         rank, ratio = self.slowest
-        return f"live check  {'; '.join(parts)}; slowest rank {rank}, {ratio:.2f}x the median's time for its work"
+        return f"timing check: {'; '.join(parts)}; slowest rank {rank}, {ratio:.2f}x the median"
 
     def warnings(self, names: Sequence[str]) -> list[str]:
-        """One line for each thing that parts from the model by more than DRIFT_THRESHOLD, with what to do about it."""
+        """Return one line per deviation above DRIFT_THRESHOLD, with what to do about it."""
         lines = []
         for k, check in self.levels.items():
             if abs(check.ratio - 1) > DRIFT_THRESHOLD:
+                pace = f"{check.ratio:.2f}x slower" if check.ratio > 1 else f"{1 / check.ratio:.2f}x faster"
                 lines.append(
-                    f"level {names[k]} takes {check.ratio:.2f}x its modelled time: the levels were chosen for another "
-                    "speed; look for other work on the machine, or choose anew with scripts/select_levels.py"
+                    f"level {names[k]} runs {pace} than predicted; check for other jobs on this node, or rerun "
+                    "scripts/select_levels.py"
                 )
             if check.waiting - check.planned > DRIFT_THRESHOLD:
                 lines.append(
-                    f"level {names[k]}: ranks wait {check.waiting:.0%} of the time, the plan has {check.planned:.0%}: "
-                    'the cost model does not fit this machine; measure it ([packing] levels = "auto")'
+                    f"level {names[k]}: ranks wait {check.waiting:.0%} of the time, the plan predicts "
+                    f"{check.planned:.0%}; the cost model does not fit this machine: set packing.auto_levels = true"
                 )
         rank, ratio = self.slowest
         if ratio > 1 + DRIFT_THRESHOLD:
             lines.append(
-                f"rank {rank} needs {ratio:.2f}x the median rank's time for its work and holds up the others: check "
-                "its node for other work, heat or a lower clock"
+                f"straggler: rank {rank} is {ratio:.2f}x slower than the median; check its node for other jobs or "
+                "thermal throttling"
             )
         return [f"warning: {line}" for line in lines]
 
 
 class TimingMonitor:
-    """`iteration` goes around each forward and backward, `report` after each optimizer step.
+    """Measures each micro-batch and reports every `interval` optimizer steps; 0 measures nothing.
 
-    times: measured, one a level; None takes the plan's cost models, which know no unit: the first report of each level
-    then sets it, and later ones tell drift. interval: steps between reports; 0 measures nothing.
+    times: measured time models, one per level. None takes the plan's cost models, which have no unit: the first report
+    of each level sets it, and later ones show drift.
     """
 
     def __init__(self, model: Decoder, world: World, times: Sequence[LevelTimeModel] | None, interval: int) -> None:
         self.world = world
         self.times = times
         self.interval = interval
-        self.clock = ComputeTimer(model, world.device)
+        self.timer = ComputeTimer(model, world.device)
         self._units: dict[int, float] = {}
         self._indices: list[int] = []
         self._seconds: list[tuple[float, float]] = []
 
     @contextmanager
-    def iteration(self, index: int) -> Iterator[None]:
-        """Measure iteration `index` of the plan."""
+    def micro_batch(self, index: int) -> Iterator[None]:
+        """Measure the forward and backward of micro-batch `index` of the plan."""
         if not self.interval:
             yield
             return
-        with self.clock.iteration():
+        with self.timer.micro_batch():
             yield
         self._indices.append(index)
 
     def pop(self) -> list[tuple[float, float]]:
-        """(wall, work) in seconds of this rank's iterations since the last call; none where interval is 0.
-
-        On a GPU it waits for the last of them to end.
-        """
-        seconds = self.clock.read() if self.interval else []
+        """Return (wall, work) in seconds of this rank's micro-batches since the last call; waits for the GPU."""
+        seconds = self.timer.pop() if self.interval else []
         self._seconds += seconds
         return seconds
 
-    def report(self, plan: Plan, steps_done: int) -> Report | None:
-        """What the iterations since the last report showed, after every interval and at the end of the epoch.
+    def report(self, plan: Plan, steps_done: int) -> TimingReport | None:
+        """Return the report of the micro-batches since the last one, every interval and at the end of an epoch.
 
-        steps_done: optimizer steps of `plan` so far. A collective: every rank calls it after each step and its `take`.
+        A collective: every rank calls it after each step and its `pop`. steps_done: optimizer steps of `plan` so far.
         """
         if not self.interval or (steps_done % self.interval and steps_done < plan.num_steps):
             return None
-        mine = torch.tensor(self._seconds, dtype=torch.float64, device=self.world.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.world.size)]
-        dist.all_gather(gathered, mine)
+        own = torch.tensor(self._seconds, dtype=torch.float64, device=self.world.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world.size)]
+        dist.all_gather(gathered, own)
         wall_RI, work_RI = torch.stack(gathered).cpu().numpy().transpose(2, 0, 1)
         indices = np.array(self._indices)
         self._indices, self._seconds = [], []
@@ -282,7 +334,7 @@ class TimingMonitor:
         return compare(levels, wall_RI, work_RI, model_RI * units)
 
     def _modelled(self, plan: Plan, indices: np.ndarray) -> FloatArray:
-        """Modelled time of each rank in each iteration, [ranks, iterations]; cp ranks are adjacent."""
+        """Return the modelled seconds of each rank in each micro-batch, [R, I]; cp ranks are adjacent."""
         loads = pack_loads(plan)
         columns = []
         for index in indices.tolist():
@@ -299,21 +351,21 @@ class TimingMonitor:
         return np.stack(columns, axis=1)
 
 
-def compare(levels: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_RI: FloatArray) -> Report:
-    """The report of iterations I on ranks R; levels: of each iteration, [I]; all seconds [R, I]."""
+def compare(levels: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_RI: FloatArray) -> TimingReport:
+    """Return the report of micro-batches I on ranks R, all in seconds. levels: level index of each micro-batch, [I]."""
     checks = {}
     paces = np.ones_like(work_RI)
     for k in np.unique(levels).tolist():
         of = levels == k
         wall, work, model = wall_RI[:, of], work_RI[:, of], model_RI[:, of]
         checks[k] = LevelCheck(
-            iterations=int(of.sum()),
+            micro_batches=int(of.sum()),
             ratio=float(np.median(wall.max(0) / model.max(0))),
             waiting=1 - float(work.mean(0).sum() / work.max(0).sum()),
             planned=1 - float(model.mean(0).sum() / model.max(0).sum()),
         )
-        # Work has a unit of its own: what counts is a rank's beside the others'.
+        # Work has a unit of its own, so only a rank's ratio to the other ranks is meaningful.
         paces[:, of] = work / model / np.median(work / model)
     pace_R = (paces * model_RI).sum(1) / model_RI.sum(1)
     slowest = int(pace_R.argmax())
-    return Report(checks, (slowest, float(pace_R[slowest] / np.median(pace_R))), tuple(work_RI.sum(1).tolist()))
+    return TimingReport(checks, (slowest, float(pace_R[slowest] / np.median(pace_R))), tuple(work_RI.sum(1).tolist()))

@@ -76,11 +76,11 @@ def _source_stores(
             settings = _source_settings(request, source, indexes[number], key)
             plain = {**dataclasses.asdict(settings), "tokenizer_path": ""}
             # The seed decides which rows a limit leaves.
-            rows = [limits[number], data.seed] if limits[number] < counts[number] else limits[number]
+            rows = [limits[number], request.config.seed_of("data")] if limits[number] < counts[number] else limits[number]
             digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
             folder = Path(data.cache_folder) / f"source-{digest[:16]}"
             if not all(workers.gather(folder.is_dir())):
-                chosen = _choose_rows(indexes[number], limits[number], data.seed)
+                chosen = _choose_rows(indexes[number], limits[number], request.config.seed_of("data"))
                 build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
             stores.append(SourceStore(folder))
     return stores
@@ -155,7 +155,7 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
         counts = share_out(config.validation.max_samples or sum(available), available)
     drawn = []
     for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
-        drawn.append(draw(part, count, (config.data.seed, number)))
+        drawn.append(draw(part, count, (config.seed_of("data"), number)))
         dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
     tokenizer = ChatTokenizer(config.tokenizer_path)
     meta |= {
@@ -171,7 +171,7 @@ def _own_side(
     request: SetRequest, stores: list[SourceStore], kept: list[NDArray[np.int64]], dropped: list[NDArray[np.int64]]
 ) -> list[NDArray[np.int64]]:
     """Return the samples of each store on this set's side of validation.share; appends the others to `dropped`."""
-    share, seed = request.config.validation.share, request.config.data.seed
+    share, seed = request.config.validation.share, request.config.seed_of("data")
     parts = []
     for number, (store, part) in enumerate(zip(stores, kept, strict=True)):
         rows = (store.samples["file"].astype(np.int64) << 40) + store.samples["line"]

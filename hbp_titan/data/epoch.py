@@ -72,7 +72,7 @@ class EpochPlans:
             self.config.levels,
             self.world_size,
             method=method,
-            seed=packing.seed,
+            seed=self.config.seed_of("packing"),
             loss_tokens=self.store.loss_tokens,
             cost=self.cost,
             global_batch_tokens=self.config.training.global_batch_tokens,

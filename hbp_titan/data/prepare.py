@@ -108,7 +108,7 @@ class SetRequest:
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide which samples are drawn, as JSON values."""
         data, validation = self.config.data, self.config.validation
-        settings = {"max_samples": self.max_samples, "duplicates": data.duplicates, "seed": data.seed}
+        settings = {"max_samples": self.max_samples, "duplicates": data.duplicates, "seed": self.config.seed_of("data")}
         if validation.share:
             limit = validation.max_samples if self.holds_out else 0
             settings |= {"share": validation.share, "holds_out": self.holds_out, "max_held_out": limit}

@@ -97,9 +97,9 @@ class TimedTrainer(Trainer):
 
     def __init__(self, config: JobConfig, world: World) -> None:
         super().__init__(config, world)
-        self.prints = False
-        self.log = _IterationLog(ComputeTimer(self.model, world.device))
-        self.timing_check = self.log  # type: ignore[assignment]
+        self.is_log_rank = False
+        self.log = _TimerLog(ComputeTimer(self.model, world.device))
+        self.timing = self.log  # type: ignore[assignment]
         self.records: list[dict[str, Any]] = []
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
@@ -107,25 +107,25 @@ class TimedTrainer(Trainer):
         self.records.append(record())
         return record
 
-    def _confirm_epoch(self, write: Callable[[str], None]) -> None:
+    def _check_trained_samples(self, write: Callable[[str], None]) -> None:
         """Each rank has a folder of its own: there is no record of all of them."""
 
 
-class _IterationLog:
+class _TimerLog:
     """In place of the live check: measures every iteration, reports nothing."""
 
-    def __init__(self, clock: ComputeTimer) -> None:
-        self.clock = clock
+    def __init__(self, timer: ComputeTimer) -> None:
+        self.timer = timer
         self.seconds: list[tuple[float, float]] = []
 
     @contextmanager
-    def iteration(self, index: int) -> Iterator[None]:
-        with self.clock.iteration():
+    def micro_batch(self, index: int) -> Iterator[None]:
+        with self.timer.micro_batch():
             yield
 
     def pop(self) -> list[tuple[float, float]]:
         """As TimingMonitor's; keeps them."""
-        seconds = self.clock.read()
+        seconds = self.timer.pop()
         self.seconds += seconds
         return seconds
 
@@ -136,7 +136,7 @@ class _IterationLog:
 def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     """Train one epoch of `run`; a collective. config: everything but method and levels."""
     config = copy.deepcopy(config)
-    config.packing.method, config.packing.levels, config.levels = run.method, "", list(run.levels)
+    config.packing.method, config.packing.auto_levels, config.levels = run.method, False, list(run.levels)
     config.training.epochs, config.training.steps = 1, 0
     config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
     # At the last step only.

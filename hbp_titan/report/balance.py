@@ -128,11 +128,11 @@ def _live_checks(log: StepLog) -> str:
     rows = []
     for name in names:
         iterations, ratios, waiting, planned = (
-            log.column("timing_check", "levels", name, key) for key in ("iterations", "ratio", "waiting", "planned")
+            log.column("timing_check", "levels", name, key) for key in ("micro_batches", "ratio", "waiting", "planned")
         )
         cells = [percent(mean(values, iterations)) for values in (waiting, planned)]
         rows.append([text(name), number(float(np.nansum(iterations))), number(mean(ratios, iterations), 3), *cells])
-    heads = ("level", "iterations", "measured / modelled", "waiting", "waiting by the plan")
+    heads = ("level", "micro-batches", "measured / modelled", "waiting", "waiting by the plan")
     return row(
         Plot("Measured / modelled time", "1 is as modelled", "step", steps, [], extra=ratio).figure(),
         Plot("Waiting for slower ranks", "% of the ranks' time", "step", steps, [], zero=True, extra=waits).figure(),
@@ -175,7 +175,7 @@ def _lived(run: Run) -> str:
     if not len(log):
         return ""
     everything = {**combinations(log), "all": np.ones(len(log), bool)}
-    seconds, iterations = log.column("step_seconds"), log.column("iterations")
+    seconds, iterations = log.column("step_seconds"), log.column("micro_batches")
     plans = _planned_by_name(run)
     rows = []
     for name, steps in everything.items():
@@ -190,7 +190,7 @@ def _lived(run: Run) -> str:
     told = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
     absent = [name for key, name in told if not log.has(key)]
     remark = note(f"Not in metrics.jsonl, which an older version wrote: {', '.join(absent)}.") if absent else ""
-    heads = ("level", "iterations", "ABR", "time imbalance", "padding", "idle share", "data wait")
+    heads = ("level", "micro-batches", "ABR", "time imbalance", "padding", "idle share", "data wait")
     caption = "As lived, and in brackets as planned" + (": the mean of the plans" if len(run.plans) > 1 else "")
     return table(heads, rows, caption, [len(rows) - 1]) + remark
 
@@ -226,7 +226,7 @@ def _lived_plots(run: Run) -> str:
         Curve("time imbalance", 100 * log.column("time_imbalance"), 1, seconds),
         Curve("idle share", 100 * log.column("idle_share"), 3, seconds),
     ]
-    abr = [Curve("ABR", 100 * log.column("abr"), 0, log.column("iterations"))]
+    abr = [Curve("ABR", 100 * log.column("abr"), 0, log.column("micro_batches"))]
     padding = [Curve("padding", log.column("padding"), 5, log.column("tokens"))]
     unit = "% of computed positions"
     return row(
@@ -265,8 +265,8 @@ def speed_section(run: Run) -> str:
 
 def _level_table(log: StepLog, levels: Mapping[str, LevelSteps]) -> str:
     """A row for each level; where an older run mixed levels in a step its time cannot be parted: its own row."""
-    heads = ("level", "steps", "iterations", "tokens", "time", "share of time", "tokens/s", "MFU", "padding", "waiting",
-             "memory")  # fmt: skip
+    heads = ("level", "steps", "micro-batches", "tokens", "time", "share of time", "tokens/s", "MFU", "padding",
+             "waiting", "memory")  # fmt: skip
     whole = totals(whole_steps(log))
     rows = [_cells(text(name), totals(of), whole) for name, of in levels.items()]
     if len(rows) > 1:
@@ -395,9 +395,9 @@ def _shares(run: Run) -> Floats:
     """
     log = run.log
     member = np.stack([log.present("loss_by_level", name) for name in log.levels]).astype(float)
-    weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("iterations"), nan=1.0)
+    weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("micro_batches"), nan=1.0)
     for at, name in enumerate(log.levels):
-        recorded = log.column("per_level", name, "iterations")
+        recorded = log.column("per_level", name, "micro_batches")
         weights[at] = np.where(np.isfinite(recorded), recorded, weights[at])
     columns = min(BUCKETS, len(log))
     starts = np.arange(columns) * len(log) // columns

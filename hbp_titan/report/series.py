@@ -109,7 +109,7 @@ def level_steps(log: StepLog) -> dict[str, LevelSteps]:
     """By level as metrics.jsonl parts them. Older runs do not part steps that mix levels: these come as their own."""
     tokens, seconds = log.column("tokens"), log.column("step_seconds")
     whole = {
-        "iterations": log.column("iterations"),
+        "micro_batches": log.column("micro_batches"),
         "tokens": tokens,
         "positions": tokens / (1 - log.column("padding") / 100),
         "seconds": seconds,
@@ -124,7 +124,7 @@ def level_steps(log: StepLog) -> dict[str, LevelSteps]:
         unparted = alone.get(name, nowhere) & ~parted
         own = {key: np.where(unparted, of, log.column("per_level", name, key)) for key, of in whole.items()}
         memory = log.column("memory_by_level", name)
-        if np.isfinite(own["iterations"]).any() or name in log.levels:
+        if np.isfinite(own["micro_batches"]).any() or name in log.levels:
             own["waiting"] = own.pop("waiting_seconds")
             found[name] = LevelSteps(**own, memory=memory)
     return found
@@ -174,7 +174,7 @@ def whole_steps(log: StepLog, chosen: Bools | None = None) -> LevelSteps:
     chosen = np.ones(len(log), bool) if chosen is None else chosen
     tokens, seconds = (np.where(chosen, log.column(name), np.nan) for name in ("tokens", "step_seconds"))
     return LevelSteps(
-        np.where(chosen, log.column("iterations"), np.nan), tokens, tokens / (1 - log.column("padding") / 100),
+        np.where(chosen, log.column("micro_batches"), np.nan), tokens, tokens / (1 - log.column("padding") / 100),
         seconds, log.column("idle_share") * seconds, log.column("mfu"), log.column("peak_memory_gib"),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""packing.levels = "auto": a run that measures its machines and chooses its own levels before it starts.
+"""packing.auto_levels: a run that measures its machines and chooses its own levels before it starts.
 
 Owns the decision: rank 0 takes it and every rank gets that one (measured times differ between ranks); a run that goes
 on from a checkpoint keeps the levels of its run folder's config.toml, so that it repeats itself exactly. Beside them
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hbp_titan.components.checkpoint import completed_checkpoints
-from hbp_titan.components.timing import LevelTimeModel
+from hbp_titan.components.timing import LEVEL_TIMES
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import destroy_unused_groups
@@ -32,13 +32,11 @@ from hbp_titan.distributed.world import World, broadcast_value
 from hbp_titan.errors import format_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import CostModel, Level
-from hbp_titan.packing.level import level_from_dict
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.profile import default_candidates, profile_levels
 from hbp_titan.tuning.profile_file import Profile, load_profile, profile_key, save_profile
 from hbp_titan.tuning.search import Candidate, Selection, Workload, baselines, describe, select_paper, select_search
 
-LEVEL_TIMES = "level_times.json"
 # Named here because a kept profile holds for these alone.
 PROFILE_SETTINGS: dict[str, Any] = {"memory_limit": None, "margin": 0.05, "iterations": 6}
 
@@ -77,7 +75,7 @@ def resolve_levels(
         [level.cp_shape(args.num_kv_heads) for level in levels], config.parallelism.expert_parallel_degree
     )
     # From here on the run is one with these [[levels]] blocks; so is the config.toml that it writes.
-    config.packing.levels = ""
+    config.packing.auto_levels = False
 
 
 def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
@@ -158,22 +156,6 @@ def save_level_times(folder: Path, selection: Selection) -> None:
     partial.replace(folder / LEVEL_TIMES)
 
 
-def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeModel, ...] | None:
-    """The time of each of `levels` as it was measured when they were chosen; None where `folder` holds no such times.
-
-    Raises ValueError for a file that is damaged.
-    """
-    path = folder / LEVEL_TIMES
-    if not path.exists():
-        return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        known = {level_from_dict(entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not the times of levels: delete it") from None
-    return tuple(known[level] for level in levels) if set(levels) <= set(known) else None
-
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -182,7 +164,7 @@ else:
 _HEADER = re.compile(r"\s*\[")
 _LEVELS_HEADER = re.compile(r"\s*\[\[\s*levels\s*\]\]")
 _PACKING_HEADER = re.compile(r"\s*\[\s*packing\s*\]")
-_AUTO = re.compile(r"""(\s*levels\s*=\s*)["']auto["']""")
+_AUTO = re.compile(r"(\s*auto_levels\s*=\s*)true")
 
 
 def levels_block(levels: Sequence[Level]) -> str:
@@ -197,8 +179,8 @@ def levels_block(levels: Sequence[Level]) -> str:
 def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
     """The TOML `text` with its [[levels]] blocks, if any, replaced by those of `levels`, where the first of them was.
 
-    packing.levels = "auto" becomes "". name: of the file, for messages. Comments and blank lines between the last key
-    of a block and the next header belong to what follows and stay.
+    packing.auto_levels = true becomes false. name: of the file, for messages. Comments and blank lines between the last
+    key of a block and the next header belong to what follows and stay.
     Raises ValueError where levels are written in another way, such as an inline array.
     """
     kept: list[str] = []
@@ -214,7 +196,7 @@ def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
                 place = len(kept) if place is None else place
                 continue
         if not in_levels:
-            kept.append(_AUTO.sub(r'\1""', line) if in_packing else line)
+            kept.append(_AUTO.sub(r"\1false", line) if in_packing else line)
         elif not line.strip() or line.lstrip().startswith("#"):
             pending.append(line)
         else:

@@ -246,9 +246,9 @@ class DryRun:
 
 def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     """Try `config` for `world_size` ranks with a GPU of this kind each; takes no GPU and allocates no model."""
-    if config.auto_levels:
+    if config.measures_levels:
         raise ValueError(
-            'packing.levels = "auto" measures at the start: name [[levels]] blocks, which scripts/select_levels.py '
+            "packing.auto_levels = true measures at the start: name [[levels]] blocks, which scripts/select_levels.py "
             "--estimate chooses without a GPU"
         )
     gpu = torch.device("cuda")
@@ -329,7 +329,7 @@ def _model(found: DryRun) -> str:
         "allocated, memory and time are estimates",
         f"model: {found.args.name}, {found.num_params:,} parameters, {config.training.dtype}, computed in {computed}",
         f"FSDP over {spread}: a rank has {state.parameters:,} parameters: {_size(state.parameter_bytes)}, gradients "
-        f"{_size(state.gradient_bytes)}, {config.optimizer.name} {_size(state.optimizer_bytes)}, together "
+        f"{_size(state.gradient_bytes)}, AdamW {_size(state.optimizer_bytes)}, together "
         f"{_size(state.total_bytes)}",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found.warnings)])

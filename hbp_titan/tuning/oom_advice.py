@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.world import World, ranks_per_node
-from hbp_titan.errors import UserError
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, format_level, level_name
@@ -266,48 +264,30 @@ OTHERS_SHARE = 0.08
 ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
-class OOMAdvisor:
-    """Turns OutOfMemory, raised inside its `with`, into UserError with the advice; any other error goes through.
-
-    plan: the epoch's, once there is one.
-    """
-
-    def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
-        self.config, self.args, self.world = config, args, world
-        self.chose_levels = config.auto_levels
-        self.plan: Plan | None = None
-
-    def __enter__(self) -> OOMAdvisor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, OutOfMemory):
-            raise UserError(self.lines(error)) from error
-
-    def lines(self, error: OutOfMemory) -> list[str]:
-        """What to tell of `error`, a line each."""
-        device = self.world.device
-        local_ranks = ranks_per_node(self.world.size)
-        found = device_memory(device, local_ranks)
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else found
-        hardware = hardware_like(device, total, local_ranks)
-        limit = min(usable_bytes(hardware), found)
-        situation = OOMContext(self.config, self.args, self.world.size, hardware, device.type, limit, self.plan)
-        lines = situation.lines(error, self.chose_levels)
-        lines[0] = f"rank {self.world.rank}: {lines[0]}"
-        if total - found > OTHERS_SHARE * total:
-            lines.append(
-                f"{size(total - found)} of the device's {size(total)} are not this rank's: end other processes "
-                "(nvidia-smi lists them)"
-            )
-        if error.figures.unallocated > error.figures.tried > 0 and not ALLOCATOR_SETTINGS & os.environ.keys():
-            lines.append(
-                f"{size(error.figures.unallocated)} are free, but in pieces: PYTORCH_ALLOC_CONF="
-                "expandable_segments:True in the environment may be enough"
-            )
-        return lines
+def advice(
+    error: OutOfMemory, config: JobConfig, args: ModelArgs, world: World, plan: Plan | None, measures_levels: bool
+) -> list[str]:
+    """Return what ran out on this rank and what to change, one line per statement."""
+    device = world.device
+    local_ranks = ranks_per_node(world.size)
+    usable = device_memory(device, local_ranks)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else usable
+    hardware = hardware_like(device, total, local_ranks)
+    limit = min(usable_bytes(hardware), usable)
+    context = OOMContext(config, args, world.size, hardware, device.type, limit, plan)
+    lines = context.lines(error, measures_levels)
+    lines[0] = f"rank {world.rank}: {lines[0]}"
+    if total - usable > OTHERS_SHARE * total:
+        lines.append(
+            f"{size(total - usable)} of the device's {size(total)} belong to other processes; end them (nvidia-smi "
+            "lists them)"
+        )
+    if error.figures.unallocated > error.figures.tried > 0 and not ALLOCATOR_SETTINGS & os.environ.keys():
+        lines.append(
+            f"{size(error.figures.unallocated)} are free but fragmented; PYTORCH_ALLOC_CONF="
+            "expandable_segments:True in the environment may be enough"
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -323,7 +303,7 @@ class OOMContext:
     plan: Plan | None = None
 
     def lines(self, error: OutOfMemory, chose_levels: bool = False) -> list[str]:
-        """What ran out and what to do. chose_levels: whether packing.levels = "auto" stands in the configuration."""
+        """What ran out and what to do. chose_levels: whether packing.auto_levels stands in the configuration."""
         figures, level = error.figures, error.level
         tried = f": {size(figures.tried)} more did not fit" if figures.tried else ""
         beside = f" beside {size(figures.allocated)}" if figures.allocated else ""
@@ -433,7 +413,7 @@ class OOMContext:
         words = []
         if change.level != level:
             levels = [change.level if other is level else other for other in self.config.levels]
-            words += ["--packing.levels="] if chose_levels else []
+            words += ["--packing.auto_levels=false"] if chose_levels else []
             words.append(f"--levels={','.join(format_level(level) for level in levels)}")
         words += [f"--{key}={str(value).lower()}" for key, value in change.config_settings(self.config)]
         return " ".join(words)

@@ -90,7 +90,7 @@ class Workload:
             world_size,
             cost,
             config.packing.method,
-            config.packing.seed,
+            config.seed_of("packing"),
             config.training.global_batch_tokens,
             config.packing.level_order,
             config.packing.curriculum_steps,

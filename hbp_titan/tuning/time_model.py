@@ -28,16 +28,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from hbp_titan.components.timing import FloatArray, LevelTimeModel, predict_epoch
+from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.config import JobConfig
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
-from hbp_titan.packing import CostModel, Level, Plan
-from hbp_titan.tuning.hardware import Hardware, hardware_of
+from hbp_titan.packing import CostModel, Level
+from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import estimate_memory, fewest_layers
-from hbp_titan.tuning.search import Candidate, duration
+from hbp_titan.tuning.search import Candidate
 
 
 @dataclass(frozen=True)
@@ -391,36 +390,3 @@ def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth:
     while layers > 0 and peak(layers - 1) <= limit:
         layers -= 1
     return dataclasses.replace(level, ac_layers=layers), peak(layers)
-
-
-def predicted_time(
-    config: JobConfig,
-    args: ModelArgs,
-    plan: Plan,
-    first_step: int,
-    steps: int,
-    device: torch.device,
-    measured: Sequence[LevelTimeModel] | None,
-    warmup: Sequence[float],
-) -> str:
-    """The time of the next `steps` optimizer steps in words, with what it rests on.
-
-    plan: of the current epoch, at its step first_step; epochs after it are taken to be like it. measured: one a level.
-    warmup: seconds of each level's heaviest iteration, the slowest rank's.
-    """
-    hardware = hardware_of(device)
-    if measured is not None:
-        times, step_seconds, origin = [*measured], 0.0, "from the levels' measured times"
-    elif hardware is not None:
-        model = time_model(args, config, hardware, plan.world_size)
-        times = [model.level_time(level) for level in plan.levels]
-        step_seconds, origin = model.step_seconds(), f"estimated for {hardware.name}"
-    else:
-        times = [LevelTimeModel(base=seconds) for seconds in warmup]
-        step_seconds, origin = 0.0, "from each level's first pass" + ", compilation included" * config.compile.enable
-    epoch = predict_epoch(plan, times, step_seconds)
-    left = min(steps, plan.num_steps - first_step)
-    begin, end = plan.step_offsets[[first_step, first_step + left]]
-    seconds = float(epoch.slowest[begin:end].sum()) + left * step_seconds
-    seconds += (steps - left) * epoch.seconds / plan.num_steps
-    return f"{duration(seconds)} for {steps:,} steps, {origin}"

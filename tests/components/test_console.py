@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hbp_titan.components.metrics import filled, fit, step_line
+from hbp_titan.components.metrics import flow, step_line, wrap
 
 RECORD: dict[str, Any] = {
     "step": 12345,
@@ -35,7 +35,7 @@ def test_a_short_line_has_all_of_them_and_what_is_not_finite_is_nan() -> None:
 
 def test_long_lines_are_broken_and_indented() -> None:
     text = "short\n" + "word " * 20 + "\n" + "x" * 90
-    lines = fit(text).splitlines()
+    lines = wrap(text).splitlines()
     assert lines[0] == "short"
     assert lines[2].startswith("    word")
     assert lines[3] == "x" * 90
@@ -43,5 +43,5 @@ def test_long_lines_are_broken_and_indented() -> None:
 
 
 def test_parts_fill_indented_lines() -> None:
-    assert filled(["a" * 40, "b" * 30, "c" * 10]) == ["    " + "a" * 40 + "   " + "b" * 30, "    " + "c" * 10]
-    assert filled([]) == []
+    assert flow(["a" * 40, "b" * 30, "c" * 10]) == ["    " + "a" * 40 + "   " + "b" * 30, "    " + "c" * 10]
+    assert flow([]) == []

@@ -49,7 +49,7 @@ def test_every_difference_is_named_with_the_mend(tokenizer: Path) -> None:
     for text in (
         "data is aaaaaaaaaaaaaaaa there but bbbbbbbbbbbbbbbb here",
         "tokenizer is ",
-        "packing.seed is 0 there but 1 here",
+        "packing.seed is 42 there but 1 here",
         "optimizer.lr is 1e-05 there but 0.5 here",
         'lr_scheduler.decay is "cosine" there but "linear" here',
         'training.loss_normalization is "ave_token" there but "sum" here',

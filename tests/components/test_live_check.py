@@ -25,16 +25,18 @@ MODEL = np.array([[1.0, 4.0, 2.0], [1.0, 4.0, 1.0]])
 
 def test_times_as_modelled_are_reported_without_a_warning() -> None:
     report = compare(LEVELS, np.array([[1.1, 4.0, 2.2]] * 2), 0.5 * MODEL, MODEL)
-    assert vars(report.levels[0]) == pytest.approx({"iterations": 2, "ratio": 1.1, "waiting": 1 / 6, "planned": 1 / 6})
-    assert vars(report.levels[1]) == pytest.approx({"iterations": 1, "ratio": 1.0, "waiting": 0.0, "planned": 0.0})
+    assert vars(report.levels[0]) == pytest.approx(
+        {"micro_batches": 2, "ratio": 1.1, "waiting": 1 / 6, "planned": 1 / 6}
+    )
+    assert vars(report.levels[1]) == pytest.approx({"micro_batches": 1, "ratio": 1.0, "waiting": 0.0, "planned": 0.0})
     assert report.slowest[1] == pytest.approx(1.0)
     assert report.warnings(NAMES) == []
-    assert report.line(NAMES).startswith("live check  1K/cp1 1.10x the modelled time, waiting 16.7% (plan 16.7%); 8K")
+    assert report.line(NAMES).startswith("timing check: 1K/cp1 1.10x of predicted, waiting 16.7% (plan 16.7%); 8K")
 
 
 def test_a_level_that_takes_longer_than_modelled_is_named() -> None:
     (warning,) = compare(LEVELS, np.array([[1.0, 5.0, 2.0]] * 2), MODEL, MODEL).warnings(NAMES)
-    assert warning.startswith("warning: level 8K/cp2 takes 1.25x its modelled time")
+    assert "8K/cp2 runs 1.25x slower" in warning
 
 
 def test_ranks_that_wait_though_the_plan_is_even_are_named_as_a_fault_of_the_cost_model() -> None:
@@ -44,14 +46,14 @@ def test_ranks_that_wait_though_the_plan_is_even_are_named_as_a_fault_of_the_cos
     report = compare(np.array([0, 0]), np.ones((2, 2)), work, model)
     assert report.levels[0].waiting == pytest.approx(1 / 3)
     (warning,) = report.warnings(NAMES)
-    assert warning.startswith("warning: level 1K/cp1: ranks wait 33% of the time, the plan has 0%")
+    assert "1K/cp1: ranks wait 33%" in warning
 
 
 def test_a_slow_rank_is_named_by_its_work_per_modelled_work() -> None:
     model = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
     report = compare(np.array([0, 0]), np.full((3, 2), 2.0), model * np.array([[1.0], [1.3], [1.0]]), model)
     assert report.slowest == (1, pytest.approx(1.3))
-    assert report.warnings(NAMES)[-1].startswith("warning: rank 1 needs 1.30x the median rank's time")
+    assert report.warnings(NAMES)[-1].startswith("warning: straggler: rank 1 is 1.30x slower")
 
 
 def _train(world: World, argv: list[str]) -> None:

@@ -13,14 +13,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hbp_titan.components.metrics import MetricsLogger, RunTotals, scalars, truncate_after_step
-from hbp_titan.components.step_stats import LossCollector, LossMeans, Mean, attention_balance, count_sources
+from hbp_titan.components.step_stats import LossMeans, LossSums, Mean, attention_balance, count_sources
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
 from hbp_titan.packing import Level, build_plan, measure
 
 
 def _values(step: int) -> dict[str, Any]:
-    done = {"iterations": 2, "tokens": 30, "positions": 40, "seconds": 2.0, "waiting_seconds": 0.5, "mfu": None}
+    done = {"micro_batches": 2, "tokens": 30, "positions": 40, "seconds": 2.0, "waiting_seconds": 0.5, "mfu": None}
     return {
         "step": step,
         "level_name": "1K/cp1",
@@ -151,7 +151,7 @@ def test_losses_of_samples_are_grouped_by_level_band_and_source() -> None:
     sums = np.zeros(1 + 3 + 3)
     for dp_rank in range(2):
         ids = plan.pack(0, dp_rank)
-        collector = LossCollector(store, 1)
+        collector = LossSums(store, 1)
         # Sample i has a loss of i + 1 in all.
         collector.add(make_batch(text, ids, plan.levels[0], 0, len(ids)), torch.tensor(ids + 1.0))
         sums += collector.pop().numpy()

@@ -67,7 +67,7 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
     for name in READS:
         setattr(torch.Tensor, name, noted(f"read {name}", getattr(torch.Tensor, name)))
     trainer.optimizer.step = noted("update", trainer.optimizer.step)  # type: ignore[method-assign]
-    whole_step, square, path = trainer.train_step, trainer.meter.sum_over_ranks, trainer.folder / "metrics.jsonl"
+    whole_step, square, path = trainer.train_step, trainer.stats.reduce, trainer.folder / "metrics.jsonl"
     forward_backward = trainer.engine.forward_backward
 
     def from_here(*args: Any) -> Any:
@@ -84,7 +84,7 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
         watching[0] = False
         return record
 
-    trainer.meter.sum_over_ranks = from_here  # type: ignore[method-assign]
+    trainer.stats.reduce = from_here  # type: ignore[method-assign]
     trainer.engine.forward_backward = micro_batch  # type: ignore[method-assign]
     trainer.train_step = step  # type: ignore[method-assign]
     collections: list[int] = []

@@ -68,7 +68,7 @@ def test_samples_have_a_limit_of_their_own_where_levels_are_still_to_be_chosen(c
     config_file.write_text(config_file.read_text().split("[[levels]]")[0])
     with pytest.raises(ValueError, match="levels: none is given"):
         prepare(config(config_file))
-    auto = config(config_file, "--packing.levels=auto")
+    auto = config(config_file, "--packing.auto_levels=true")
     with pytest.raises(ValueError, match=r"151 tokens is longer than packing.max_sample_tokens .* = 128"):
         prepare(auto, max_sample_tokens=128)
     assert int(TokenStore.open(prepare(auto, max_sample_tokens=151)[0]).lengths.max()) == 151

@@ -72,7 +72,7 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
     from torch._dynamo.utils import counters
 
     trainer = Trainer(load_config(argv), world)
-    probe, forward_backward = trainer._probe_levels, trainer.engine.forward_backward
+    probe, forward_backward = trainer._warm_up, trainer.engine.forward_backward
     after_probe: list[int] = []
     seen = set()
 
@@ -85,7 +85,7 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
         seen.add(tuple(batch.lengths.tolist()))
         return forward_backward(batch, last)
 
-    trainer._probe_levels = probe_then_forbid  # type: ignore[method-assign]
+    trainer._warm_up = probe_then_forbid  # type: ignore[method-assign]
     trainer.engine.forward_backward = watched  # type: ignore[method-assign]
     trainer.train()
     assert not counters["graph_break"]

@@ -58,8 +58,8 @@ def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
     config = load_config(argv)
     config.job.dump_folder += f"-{world.size}-{world.rank}"
     trainer = Trainer(config, world) if world.size > 1 else SingleProcessTrainer(config, world, ranks)
-    trainer.prints = False
-    trainer._confirm_epoch = lambda write: None  # type: ignore[method-assign]
+    trainer.is_log_rank = False
+    trainer._check_trained_samples = lambda write: None  # type: ignore[method-assign]
     losses = []
     step = trainer.train_step
 

@@ -48,7 +48,7 @@ def test_a_study_needs_levels_and_held_out_samples(tmp_path: Path) -> None:
     (tmp_path / "empty.toml").write_text("")
     own = [f"--job.config_file={tmp_path / 'empty.toml'}"]
     with pytest.raises(ValueError, match="the same levels: name them in"):
-        study_config([*own, "--packing.levels=auto"], tmp_path)
+        study_config([*own, "--packing.auto_levels=true"], tmp_path)
     with pytest.raises(ValueError, match=r"nothing is held out: name data.validation_files"):
         study_config([*own, "--levels=128:1"], tmp_path)
 

@@ -27,7 +27,7 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         "epoch": 0,
         "level": level,
         "level_name": NAMES[level],
-        "iterations": 4 if level == 0 else 1,
+        "micro_batches": 4 if level == 0 else 1,
         "loss": loss,
         "loss_by_level": {NAMES[level]: loss},
         "loss_by_length": {"8192": each} if level else {"1024": each, "2048": {"loss": loss + 1, "trained_tokens": 4}},
@@ -48,7 +48,7 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         "peak_memory_gib": 30.0,
         "per_level": {
             NAMES[level]: {
-                "iterations": 4 if level == 0 else 1,
+                "micro_batches": 4 if level == 0 else 1,
                 "tokens": 1000,
                 "positions": 1250,
                 "seconds": 0.5,
@@ -59,7 +59,7 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
         "memory_by_level": {NAMES[level]: 20.0 + 10 * level},
     }
     if step % 20 == 0:
-        checks = {name: {"iterations": 9, "ratio": 1.01, "waiting": 0.03, "planned": 0.02} for name in NAMES}
+        checks = {name: {"micro_batches": 9, "ratio": 1.01, "waiting": 0.03, "planned": 0.02} for name in NAMES}
         work = [9.0] * ranks
         work[ranks - 1] = 10.0
         line["timing_check"] = {"levels": checks, "slowest_rank": ranks - 1, "slowest_ratio": 1.1, "work_by_rank": work}

@@ -116,10 +116,10 @@ def test_the_timeline_shows_the_curriculum_and_what_happened(tmp_path: Path) -> 
 
 
 def test_a_step_of_several_levels_is_parted_by_their_iterations(tmp_path: Path) -> None:
-    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "iterations": 5}
+    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "micro_batches": 5}
     mixed["loss_by_level"] = {"1K/cp1": 2.0, "8K/cp2": 3.0}
     part = mixed["per_level"]["1K/cp1"]
-    mixed["per_level"] = {"1K/cp1": {**part, "iterations": 4}, "8K/cp2": {**part, "iterations": 1}}
+    mixed["per_level"] = {"1K/cp1": {**part, "micro_batches": 4}, "8K/cp2": {**part, "micro_batches": 1}}
     old = {key: value for key, value in mixed.items() if key != "per_level"} | {"loss_by_level": {"0": 2.0, "1": 3.0}}
     for name, line, heights in (("new", mixed, ["80.0", "20.0"]), ("old", old, ["50.0", "50.0"])):
         page = _page(write_run(tmp_path / name, [line]))
@@ -229,7 +229,7 @@ def test_many_sources_are_all_listed(tmp_path: Path) -> None:
 
 def test_a_hundred_thousand_steps_give_a_page_below_two_megabytes(tmp_path: Path) -> None:
     line = (
-        '{"step": %d, "epoch": 0, "level": %d, "level_name": "%s", "iterations": 1, "loss": %.4f, "loss_by_level": '
+        '{"step": %d, "epoch": 0, "level": %d, "level_name": "%s", "micro_batches": 1, "loss": %.4f, "loss_by_level": '
         '{"%d": %.4f}, "grad_norm": %.3f, "tokens": 1000, "trained_tokens": 800, "tokens_per_second": 2000.5, '
         '"padding": 1.5, "step_seconds": %.3f}\n'
     )

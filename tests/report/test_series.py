@@ -41,9 +41,9 @@ def test_smoothing_is_the_weighted_mean_of_the_last_values() -> None:
 def test_totals_weigh_shares_by_what_they_are_shares_of(tmp_path: Path) -> None:
     log = _log(
         tmp_path,
-        {"step": 1, "tokens": 90, "trained_tokens": 50, "iterations": 2, "step_seconds": 1.0, "padding": 10.0,
+        {"step": 1, "tokens": 90, "trained_tokens": 50, "micro_batches": 2, "step_seconds": 1.0, "padding": 10.0,
          "mfu": 50.0, "data_wait_seconds": 0.5, "idle_share": 0.2, "peak_memory_gib": 3.0},
-        {"step": 2, "tokens": 150, "trained_tokens": 0, "iterations": 1, "step_seconds": 3.0, "padding": 50.0,
+        {"step": 2, "tokens": 150, "trained_tokens": 0, "micro_batches": 1, "step_seconds": 3.0, "padding": 50.0,
          "mfu": 10.0, "data_wait_seconds": 0.0, "idle_share": 0.0, "peak_memory_gib": 2.0},
     )  # fmt: skip
     found = totals(whole_steps(log))
@@ -57,15 +57,15 @@ def test_totals_weigh_shares_by_what_they_are_shares_of(tmp_path: Path) -> None:
 
 
 def test_levels_are_parted_as_recorded_and_older_mixed_steps_are_their_own(tmp_path: Path) -> None:
-    each = {"iterations": 2, "tokens": 90, "positions": 100, "seconds": 3.0, "waiting_seconds": 0.3, "mfu": 20.0}
-    other = {**each, "iterations": 1, "seconds": 1.0}
+    each = {"micro_batches": 2, "tokens": 90, "positions": 100, "seconds": 3.0, "waiting_seconds": 0.3, "mfu": 20.0}
+    other = {**each, "micro_batches": 1, "seconds": 1.0}
     log = _log(
         tmp_path,
-        {"step": 1, "level_name": "1K/cp1", "loss_by_level": {"0": 1}, "iterations": 4, "tokens": 50, "padding": 50.0,
-         "step_seconds": 1.0, "mfu": 40.0, "idle_share": 0.1},
-        {"step": 2, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"0": 1, "1": 1}, "iterations": 7, "tokens": 99,
+        {"step": 1, "level_name": "1K/cp1", "loss_by_level": {"0": 1}, "micro_batches": 4, "tokens": 50,
+         "padding": 50.0, "step_seconds": 1.0, "mfu": 40.0, "idle_share": 0.1},
+        {"step": 2, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"0": 1, "1": 1}, "micro_batches": 7, "tokens": 99,
          "step_seconds": 9.0},
-        {"step": 3, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"1K/cp1": 1, "8K/cp2": 1}, "iterations": 3,
+        {"step": 3, "level_name": "1K/cp1+8K/cp2", "loss_by_level": {"1K/cp1": 1, "8K/cp2": 1}, "micro_batches": 3,
          "tokens": 180, "step_seconds": 4.0, "per_level": {"1K/cp1": each, "8K/cp2": other}},
     )  # fmt: skip
     found = {name: totals(of) for name, of in level_steps(log).items()}

@@ -1,4 +1,4 @@
-"""packing.levels = "auto": one decision for all ranks, kept by a resumed run."""
+"""packing.auto_levels: one decision for all ranks, kept by a resumed run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.timing import LevelTimeModel
+from hbp_titan.components.timing import LEVEL_TIMES, LevelTimeModel, load_level_times
 from hbp_titan.config import load_config
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
@@ -19,7 +19,7 @@ from hbp_titan.packing import CostModel, Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from hbp_titan.tuning import auto, measured_engine
-from hbp_titan.tuning.auto import LEVEL_TIMES, load_level_times, save_level_times
+from hbp_titan.tuning.auto import save_level_times
 from hbp_titan.tuning.profile_file import Profile, profile_key
 from hbp_titan.tuning.search import Candidate, Workload, selected
 from tests.tiny_run import ARGS, write_tiny_run
@@ -29,7 +29,13 @@ SHORT, LONG, LONG_ALONE = Level(128), Level(1024, 2, ac_policy="full"), Level(10
 
 def _auto_run(folder: Path) -> list[str]:
     named = [word for word in write_tiny_run(folder, num_rows=30) if not word.startswith("--levels")]
-    return [*named, "--packing.levels=auto", "--training.epochs=2", "--checkpoint.interval=2", "--training.steps=4"]
+    return [
+        *named,
+        "--packing.auto_levels=true",
+        "--training.epochs=2",
+        "--checkpoint.interval=2",
+        "--training.steps=4",
+    ]
 
 
 def _profile(slow: Level | None, fits: bool = True) -> Profile:
@@ -69,7 +75,7 @@ def test_every_rank_trains_the_levels_that_rank_0_chose_and_so_does_a_resumed_ru
     assert first[0]["plan"] == first[1]["plan"]
     assert [result["measured"] for result in first] == [1, 1]
     written = load_config(["--job.config_file", str(tmp_path / "run" / "config.toml")])
-    assert (written.levels, written.packing.levels) == ([SHORT, LONG], "")
+    assert (written.levels, written.packing.auto_levels) == ([SHORT, LONG], False)
     times = load_level_times(tmp_path / "run", written.levels)
     assert times == (LevelTimeModel(128e-6), LevelTimeModel(1024e-6))
 
@@ -112,10 +118,10 @@ def test_where_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
 
 
 def test_blocks_and_auto_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'packing.levels = "auto" chooses the levels: leave \[\[levels\]\]'):
-        load_config(["--packing.levels=auto", "--levels=128:1"])
+    with pytest.raises(ValueError, match="auto_levels"):
+        load_config(["--packing.auto_levels=true", "--levels=128:1"])
     with pytest.raises(ValueError, match=r"packing\.levels = 'best' is none of '', 'auto'"):
-        load_config(["--packing.levels=best"])
+        load_config(["--packing.auto_levels=best"])
 
 
 def test_level_times_are_those_of_the_levels_asked_for(tmp_path: Path) -> None:

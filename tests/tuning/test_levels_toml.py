@@ -75,7 +75,7 @@ def test_blocks_are_added_at_the_end_and_auto_is_taken_back(tmp_path: Path) -> N
     "text",
     [
         "levels = [{max_tokens = 64}]\n",
-        'packing.levels = "auto"\n',
+        "packing.auto_levels = true\n",
         '[job]\ndescription = """\n[[levels]]\nmax_tokens = 3\n"""\n',
     ],
 )

@@ -14,6 +14,7 @@ from hbp_titan.components.oom import (
     TRAINING,
     UPDATE,
     VALIDATION,
+    OOMAdvice,
     OutOfMemory,
     TorchFigures,
     is_out_of_memory,
@@ -26,7 +27,7 @@ from hbp_titan.packing import Level
 from hbp_titan.preflight import model_args
 from hbp_titan.tuning.hardware import HARDWARE, hardware_like
 from hbp_titan.tuning.memory import estimate_evaluation, estimate_memory
-from hbp_titan.tuning.oom_advice import OOMAdvisor, OOMContext
+from hbp_titan.tuning.oom_advice import OOMContext
 from hbp_titan.tuning.time_model import time_model
 
 GIB = 2**30
@@ -189,7 +190,7 @@ def test_validation_needs_no_checkpointing_but_less_at_a_time() -> None:
 def test_levels_that_were_chosen_by_the_run_are_named_instead() -> None:
     situation = _situation()
     _, change = situation.lines(_error(situation), chose_levels=True)
-    assert "as overrides: --packing.levels= --levels=16384:1:ulysses:none,131072:" in change
+    assert "as overrides: --packing.auto_levels=false --levels=16384:1:ulysses:none,131072:" in change
 
 
 def test_a_device_is_taken_for_its_like_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     situation = _situation()
-    advisor = OOMAdvisor(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
+    advisor = OOMAdvice(situation.config, situation.args, World(5, 32, torch.device("cuda", 0)))
     words = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. 50.00 GiB is allocated by PyTorch, and 9.00 GiB is reserved "
         "by PyTorch but unallocated."
@@ -220,12 +221,12 @@ def test_on_a_gpu_the_advice_counts_what_others_hold_and_what_lies_in_pieces(mon
     assert head.startswith("rank 5: out of memory in training at level 128K/cp8 ")
     assert "): 2.00 GiB more did not fit beside 50.00 GiB, of 59.00 GiB; " in head
     assert float(re.search(r"predicted peak (\S+) GiB", change)[1]) < 59  # type: ignore[index]
-    assert others.startswith("20.00 GiB of the device's 79.00 GiB are not this rank's: ")
-    assert pieces.startswith("9.00 GiB are free, but in pieces: PYTORCH_ALLOC_CONF=expandable_segments:True ")
+    assert others.startswith("20.00 GiB of the device's 79.00 GiB belong to other processes")
+    assert "expandable_segments" in pieces
 
 
 def test_other_errors_go_through() -> None:
     situation = _situation()
-    advisor = OOMAdvisor(situation.config, situation.args, World(0, 32, torch.device("cpu")))
+    advisor = OOMAdvice(situation.config, situation.args, World(0, 32, torch.device("cpu")))
     with pytest.raises(KeyError, match="another"), advisor:
         raise KeyError("another")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hbp_titan.components.timing import LevelTimeModel
+from hbp_titan.components.timing import LevelTimeModel, predicted_time
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.tuning.hardware import hardware_of
-from hbp_titan.tuning.time_model import predicted_time, time_model
+from hbp_titan.tuning.time_model import time_model
 
 ARGS = get_flavor("debug")
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_first_passes_count_for_every_iteration_that_is_left() -> None:
     def told(first_step: int, steps: int) -> str:
         return predicted_time(JobConfig(), ARGS, PLAN, first_step, steps, CPU, None, [1.0, 3.0])
 
-    assert told(0, 4) == "8 s for 4 steps, from each level's first pass"
+    assert told(0, 4) == "8 s for 4 steps, from the warm-up of each level"
     assert told(1, 2).startswith("4 s for 2 steps")
     # One step of this epoch is left; the mean step takes 2 s.
     assert told(3, 5).startswith("11 s for 5 steps")

@@ -98,7 +98,10 @@ def test_two_ranks_measure_and_speak_once(folder: Path) -> None:
         (("--estimate", "h10", "--world_size", "8"), "hardware 'h10' is none of .*; did you mean"),
         ((*ESTIMATE, "--candidates", "1023:3"), "cp_degree=3 of the level with max_tokens=1023 does not divide the"),
         ((*ESTIMATE, "--candidates", "128:1"), "no candidate holds the longest sample"),
-        (("--packing.levles", "auto"), "command line: unknown key packing.levles; did you mean packing.levels"),
+        (
+            ("--packing.auto_levls", "true"),
+            "did you mean packing.auto_levels",
+        ),
         ((*ESTIMATE, "--packing.max_sample_tokens", "99"), r"is longer than packing\.max_sample_tokens"),
     ],
 )

@@ -19,6 +19,7 @@ import numpy as np
 
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.epoch import EpochPlans
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World, close_world, init_world
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import CostModel, Level, Plan
@@ -63,16 +64,15 @@ class SingleProcessTrainer(Trainer):
 
     def __init__(self, config: JobConfig, world: World, ranks: int) -> None:
         check_levels(config.levels, ranks)
-        self._ranks = ranks
-        self._planned_config = config
         alone = copy.deepcopy(config)
         alone.levels = list(_of_one(tuple(config.levels)))
         # The table of methods would be one of plans without ranks to balance.
         alone.packing.print_comparison = False
-        super().__init__(alone, world)
 
-    def _make_plans(self, cost: CostModel) -> EpochPlans:
-        return PlansInTurn(EpochPlans(self._planned_config, self.store, self._ranks, cost), self.config)
+        def plans(one: JobConfig, store: TokenStore, _: int, cost: CostModel) -> EpochPlans:
+            return PlansInTurn(EpochPlans(config, store, ranks, cost), one)
+
+        super().__init__(alone, world, plans=plans)
 
 
 def main(argv: list[str]) -> None:

@@ -115,7 +115,7 @@ def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
         paths = [f"--model.hf_path={folder / 'model'}", f"--checkpoint.initial_load_path={base}"]
         overrides = [*BUILT_IN, *paths, *overrides]
     config = load_config(overrides)
-    if config.packing.levels == "auto" or not config.levels:
+    if config.packing.auto_levels or not config.levels:
         raise ValueError("a study compares runs on the same levels: name them in [[levels]] or by --levels")
     config.validation.enable = True
     config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False

@@ -243,8 +243,10 @@ def _training_command(folder: Path, args: ModelArgs, shape: _Shape, ranks: int, 
         "data.train_files": folder / "train.jsonl",
         "data.cache_folder": folder / "cache",
         "job.dump_folder": folder / "run",
-        "levels": f"{low}:1,{high}:{min(ranks, 8) if ranks & (ranks - 1) == 0 else 1}",
-        "activation_checkpoint.policy": "keep_attention",
+        "levels": ",".join(
+            f"{length}:{degree}:ulysses:keep_attention"
+            for length, degree in ((low, 1), (high, min(ranks, 8) if ranks & (ranks - 1) == 0 else 1))
+        ),
         "compile.enable": str(on_gpu).lower(),
         "training.steps": RUN_STEPS,
         "optimizer.lr": 1e-3,
