@@ -76,7 +76,9 @@ def _source_stores(
             settings = _source_settings(request, source, indexes[number], key)
             plain = {**dataclasses.asdict(settings), "tokenizer_path": ""}
             # The seed decides which rows a limit leaves.
-            rows = [limits[number], request.config.seed_of("data")] if limits[number] < counts[number] else limits[number]
+            rows = (
+                [limits[number], request.config.seed_of("data")] if limits[number] < counts[number] else limits[number]
+            )
             digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
             folder = Path(data.cache_folder) / f"source-{digest[:16]}"
             if not all(workers.gather(folder.is_dir())):

@@ -186,7 +186,7 @@ def _lived(run: Run) -> str:
             for key, weights in (("abr", iterations), ("time_imbalance", seconds))
         )
         cells = [_pair(*pair) for pair in zip((abr, imbalance, of.padding), planned, strict=True)]
-        rows.append([text(name), number(of.iterations), *cells, percent(of.idle, 1), percent(waited)])
+        rows.append([text(name), number(of.micro_batches), *cells, percent(of.idle, 1), percent(waited)])
     told = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
     absent = [name for key, name in told if not log.has(key)]
     remark = note(f"Not in metrics.jsonl, which an older version wrote: {', '.join(absent)}.") if absent else ""
@@ -211,7 +211,7 @@ def _planned_by_name(run: Run) -> dict[str, tuple[float, float, float]]:
     means = {}
     for name, several in found.items():
         figures = np.array([(of.abr, of.time_imbalance, of.pr) for of in several])
-        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.iterations for of in several]).tolist()
+        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.micro_batches for of in several]).tolist()
         means[name] = (abr, imbalance, pr)
     return means
 
@@ -278,7 +278,7 @@ def _cells(name: str, of: Totals, whole: Totals) -> list[str]:
     share = of.seconds / whole.seconds if whole.seconds else None
     memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
     return [
-        name, number(of.steps), number(of.iterations), number(of.tokens), duration(of.seconds), percent(share, 1),
+        name, number(of.steps), number(of.micro_batches), number(of.tokens), duration(of.seconds), percent(share, 1),
         number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
     ]  # fmt: skip
 

@@ -96,7 +96,7 @@ class LevelSteps:
     it. mfu: percent. memory: GiB, the most of any rank.
     """
 
-    iterations: Floats
+    micro_batches: Floats
     tokens: Floats
     positions: Floats
     seconds: Floats
@@ -139,7 +139,7 @@ class Totals:
     """
 
     steps: int
-    iterations: int
+    micro_batches: int
     tokens: int
     seconds: float
     mfu: float | None
@@ -158,8 +158,8 @@ def totals(of: LevelSteps) -> Totals:
     mfu = mean(of.mfu, of.seconds)
     padding = mean(1 - of.tokens / of.positions, of.positions)
     return Totals(
-        steps=int(np.isfinite(of.iterations).sum()),
-        iterations=int(np.nansum(of.iterations)),
+        steps=int(np.isfinite(of.micro_batches).sum()),
+        micro_batches=int(np.nansum(of.micro_batches)),
         tokens=int(np.nansum(of.tokens)),
         seconds=float(np.nansum(of.seconds)),
         mfu=None if mfu is None else mfu / 100,

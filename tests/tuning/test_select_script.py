@@ -66,7 +66,7 @@ def test_an_estimate_writes_the_user_s_file_with_levels_that_hold_the_data(folde
         assert re.search(rf"^{row} .*%", printed, re.MULTILINE), printed
     text = output.read_text()
     assert text.startswith("# The user's own file.\n[data]\n")
-    assert 'overlong = "error"  # none is longer\n' in text
+    assert 'max_length_policy = "error"  # none is longer\n' in text
     assert "max_tokens = 64  #" not in text
     config = load_config(["--job.config_file", str(output)])
     assert config.levels[-1].max_tokens > 340
