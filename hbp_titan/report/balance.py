@@ -211,7 +211,7 @@ def _planned_by_name(run: Run) -> dict[str, tuple[float, float, float]]:
     means = {}
     for name, several in found.items():
         figures = np.array([(of.abr, of.time_imbalance, of.pr) for of in several])
-        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.micro_batches for of in several]).tolist()
+        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.iterations for of in several]).tolist()
         means[name] = (abr, imbalance, pr)
     return means
 

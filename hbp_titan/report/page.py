@@ -229,7 +229,7 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(("validation loss", number(ends["validation loss"], 4), "last validation"))
     found += [
         ("tokens", number(all_steps.tokens), f"{trained:,.0f} bear loss"),
-        ("time in steps", text(duration(all_steps.seconds)), f"{all_steps.iterations:,} iterations"),
+        ("time in steps", text(duration(all_steps.seconds)), f"{all_steps.micro_batches:,} iterations"),
         ("tokens per second", number(ends["tokens per second"]), "all ranks, no padding"),
     ]
     if ends["MFU"] is not None:

@@ -47,7 +47,7 @@ def test_totals_weigh_shares_by_what_they_are_shares_of(tmp_path: Path) -> None:
          "mfu": 10.0, "data_wait_seconds": 0.0, "idle_share": 0.0, "peak_memory_gib": 2.0},
     )  # fmt: skip
     found = totals(whole_steps(log))
-    assert (found.steps, found.iterations, found.tokens) == (2, 3, 240)
+    assert (found.steps, found.micro_batches, found.tokens) == (2, 3, 240)
     assert found.tokens_per_second == 60
     # 100 + 300 positions for 240 tokens; (50% x 1 s + 10% x 3 s) / 4 s; 0.2 x 1 s of 4 s.
     assert (found.padding, found.mfu, found.idle) == pytest.approx((0.4, 0.2, 0.05))
@@ -71,11 +71,11 @@ def test_levels_are_parted_as_recorded_and_older_mixed_steps_are_their_own(tmp_p
     found = {name: totals(of) for name, of in level_steps(log).items()}
     assert list(found) == ["1K/cp1", "8K/cp2", "1K/cp1+8K/cp2"]
     low, high, mixed = found.values()
-    assert (low.iterations, low.tokens, low.seconds) == (6, 140, 4.0)
+    assert (low.micro_batches, low.tokens, low.seconds) == (6, 140, 4.0)
     # 50 of 100 and 90 of 100 positions; 40% x 1 s and 20% x 3 s; 0.1 s and 0.3 s of 4 s.
     assert (low.padding, low.mfu, low.idle) == pytest.approx((0.3, 0.25, 0.1))
-    assert (high.steps, high.iterations, high.seconds) == (1, 1, 1.0)
-    assert (mixed.steps, mixed.iterations, mixed.tokens, mixed.seconds) == (1, 7, 99, 9.0)
+    assert (high.steps, high.micro_batches, high.seconds) == (1, 1, 1.0)
+    assert (mixed.steps, mixed.micro_batches, mixed.tokens, mixed.seconds) == (1, 7, 99, 9.0)
 
 
 def test_totals_of_a_log_that_lacks_keys_are_none(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_where_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
 def test_blocks_and_auto_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="auto_levels"):
         load_config(["--packing.auto_levels=true", "--levels=128:1"])
-    with pytest.raises(ValueError, match=r"packing\.levels = 'best' is none of '', 'auto'"):
+    with pytest.raises(ValueError, match="bool"):
         load_config(["--packing.auto_levels=best"])
 
 
@@ -132,7 +132,7 @@ def test_level_times_are_those_of_the_levels_asked_for(tmp_path: Path) -> None:
     assert load_level_times(tmp_path, [LONG, SHORT]) == (LevelTimeModel(2.0, 0.5), LevelTimeModel(1.0, per_square=1e-9))
     assert load_level_times(tmp_path, [LONG_ALONE]) is None
     (tmp_path / LEVEL_TIMES).write_text('[{"level": 1}]')
-    with pytest.raises(ValueError, match=r"level_times\.json: not the times of levels"):
+    with pytest.raises(ValueError, match=r"level_times\.json: not a file of level times"):
         load_level_times(tmp_path, [SHORT])
 
 
