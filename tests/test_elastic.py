@@ -99,9 +99,9 @@ def test_audit_of_four_plans_finds_each_sample_trained_once(run: Run) -> None:
 def test_what_changed_is_told(run: Run) -> None:
     found = run[2]
     assert found[0]["told"] == ""
-    assert found[1]["told"].startswith("resumed from step 4, with 2 ranks instead of 4: the ")
+    assert found[1]["told"].startswith("resumed from step 4, with 2 ranks instead of 4: replanned ")
     levels = "levels 128:1:ulysses:none,512:1:ulysses:none instead of 128:1:ulysses:none,512:2:ulysses:none"
-    assert f"step 8, with 1 rank instead of 2 and {levels}: the " in found[2]["told"]
+    assert f"step 8, with 1 rank instead of 2 and {levels}: replanned " in found[2]["told"]
     left = len(found[3]["planned"])
     assert f"replanned the remaining {left} samples of epoch 0 into " in found[3]["told"]
 

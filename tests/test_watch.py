@@ -49,17 +49,17 @@ def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, s
     folder, output, _ = run
     start, end = output.split("1/5", 1)
     for pattern in (
-        r"^model: model, [\d,]+ parameters, float32, computed in float32",
+        r"^model: model, [\d,]+ parameters in float32, compute dtype float32",
         r"^weights: new ones",
         r"^ranks: 2 on cpu$",
         r"^data: 60 samples, [\d,]+ tokens, [\d,]+ of them trained$",
-        r"^level 128/cp1: dp 2 x cp 1, checkpointing none, \d+ iterations$",
-        r"^level 512/cp2: dp 1 x cp 2 \(ulysses, fused\), checkpointing none, \d+ iterations$",
+        r"^level 128/cp1: dp 2 x cp 1, checkpointing none, \d+ micro-batches$",
+        r"^level 512/cp2: dp 1 x cp 2 \(ulysses, fused\), checkpointing none, \d+ micro-batches$",
         r"^steps: 5 in all; the plan has \d+ steps of [\d,]+ \+- [\d,]+ tokens",
         r"^predicted time: [\d.]+ (s|min) for 5 steps, from each level's first pass$",
     ):
         assert re.search(pattern, start, re.MULTILINE), pattern
-    assert re.search(r"^level +iterations +tokens +time +tok/s +mfu +padding +waiting$", end, re.MULTILINE)
+    assert re.search(r"^level +batches +tokens +time +tok/s +mfu +padding +waiting$", end, re.MULTILINE)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in ("128/cp1", "512/cp2"):
         done = sum(step["per_level"].get(name, {}).get("micro_batches", 0) for step in steps)
