@@ -1,7 +1,8 @@
-"""Everything about a run that can be known to be wrong before a rank is started.
+"""Preflight: what can be known to be wrong with a run before GPU time is spent.
 
-Owns the checks that need more than the configuration: the model's heads and vocabulary, the weights to start from.
-The same checks run in scripts/prepare_data.py, where a mistake is one line, and again in each trainer.
+`check` needs the configuration, the model's dimensions and the device; `check_vocabulary` the prepared data.
+scripts/prepare_data.py runs both in one process before ranks are started, and each trainer runs them once more, because
+torchrun can be called without it.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from hbp_titan.packing import CostModel
 
 
 def model_args(config: JobConfig) -> ModelArgs:
-    """The architecture that the configuration names: an HF folder's config.json, else a flavor."""
+    """Return the architecture: of model.hf_path's config.json, else of model.flavor."""
     return args_from_hf(Path(config.model.hf_path)) if config.model.hf_path else get_flavor(config.model.flavor)
 
 
 def token_ids(config: JobConfig, store: TokenStore) -> dict[str, Any]:
-    """bos, eos and pad token ids for the export: the HF folder's, else those that the tokenizer names."""
+    """Return bos, eos and pad token ids for the export: the HF folder's, else the tokenizer's."""
     named = {key: store.meta[key] for key in ("eos_token_id", "pad_token_id") if store.meta[key] is not None}
     return {**named, **(token_ids_from_hf(config.model.hf_path) if config.model.hf_path else {})}
 
 
 def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
-    """FLOPs of forward and backward as the planner weighs packs.
+    """Return the FLOPs of forward and backward by which the planner weighs packs.
 
-    frozen: matrices have no gradients of their own (LoRA; what its adapters add is left out), attention has.
+    frozen: the matrices have no gradients of their own (LoRA, whose adapters are neglected); attention has.
     """
     head_params = args.vocab_size * args.hidden_size
     return CostModel.from_dims(
@@ -48,44 +49,38 @@ def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
         layer_params=(linear_params(args) - head_params) // args.num_layers,
         head_params=head_params,
         num_heads=args.num_heads,
-        # Of values too: with latent attention the kernel sees them filled up to the width of keys.
+        # Latent attention has narrower values, which the kernel sees padded to the width of keys.
         head_dim=args.head_dim,
-        # Two of three products are left: as many FLOPs in less time.
+        # Two of three products remain. The model has one FLOP count, so a frozen matrix counts as a faster one.
         linear_efficiency=1.5 if frozen else 1.0,
     )
 
 
 def max_sample_tokens(config: JobConfig, args: ModelArgs) -> int:
-    """The most tokens of a sample: those of the largest level, or the limit where levels are still to be chosen."""
+    """Return the most tokens of a sample: the largest level's, or the limit if levels are still to be chosen."""
     if config.levels:
         return config.levels[-1].max_tokens
     return min(config.packing.max_sample_tokens or args.max_position_embeddings, args.max_position_embeddings)
 
 
 def check_device(config: JobConfig, device: torch.device) -> None:
-    """Raise ValueError for what `device`, or this torch, cannot compute."""
+    """Raise ValueError for what the device or this torch cannot compute."""
     if device.type == "cuda" and compute_dtype(config, device) == torch.float32:
         raise ValueError(
-            'training.mixed_precision_param = "float32" has no attention kernel for packed documents on a GPU: set '
+            'training.mixed_precision_param = "float32" has no attention kernel for packed documents on a GPU; set '
             "it to bfloat16"
         )
     if config.compile.enable:
         backends = torch.compiler.list_backends(exclude_tags=None)
         if config.compile.backend not in backends:
-            raise ValueError(f"compile.backend = {config.compile.backend!r} is none of {', '.join(backends)}")
+            raise ValueError(f"compile.backend = {config.compile.backend!r}: must be one of {', '.join(backends)}")
 
 
-def check(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs, store: TokenStore) -> None:
+def check(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs) -> None:
     """Raise ValueError for what cannot be trained on `world_size` ranks with such a device each.
 
-    Over-long samples are refused earlier, when the store is prepared.
+    Too long samples are refused when the data are prepared.
     """
-    check_without_data(config, world_size, device, args)
-    check_vocabulary(config, args, store.meta["vocab_size"])
-
-
-def check_without_data(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs) -> None:
-    """The part of `check` that needs no data."""
     validate(config, world_size)
     log_rank(world_size)
     if config.metrics.enable_wandb:
@@ -96,7 +91,7 @@ def check_without_data(config: JobConfig, world_size: int, device: torch.device,
     longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(
-            f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}: "
+            f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}; "
             "lower levels.max_tokens"
         )
     if config.lora.rank:
@@ -106,9 +101,9 @@ def check_without_data(config: JobConfig, world_size: int, device: torch.device,
 
 
 def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:
-    """Raise ValueError where the tokenizer, of `tokenizer_size` entries, has more than the model."""
+    """Raise ValueError if the tokenizer has more entries than the model's vocabulary."""
     if tokenizer_size > args.vocab_size:
         raise ValueError(
             f"the tokenizer {config.tokenizer_path} has {tokenizer_size} entries, the model {args.name} "
-            f"{args.vocab_size}: change model.tokenizer_path or the model"
+            f"{args.vocab_size}; change model.tokenizer_path or the model"
         )

@@ -60,9 +60,10 @@ class Trainer:
 
         # 1. Data. Each rank prepares a share of what is missing; the ranks meet on the shared file system.
         self.args = preflight.model_args(config)
+        preflight.check(config, world.size, self.device, self.args)
         group = errors.WorkerGroup(world.rank, world.size, distributed.gather_values)
         self.store, *held_out = open_stores(config, preflight.max_sample_tokens(config, self.args), group)
-        preflight.check(config, world.size, self.device, self.args, self.store)
+        preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
 
         # 2. Levels and plan.
@@ -73,7 +74,7 @@ class Trainer:
             from hbp_titan.tuning.auto import resolve_levels
 
             resolve_levels(config, self.args, world, cost, [self.store, *held_out], self._print)
-            preflight.check(config, world.size, self.device, self.args, self.store)
+            preflight.check(config, world.size, self.device, self.args)
         self.plans = plans(config, self.store, world.size, cost)
         self.oom_advice.plan = self.plans.plan_for(0)
         self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads)

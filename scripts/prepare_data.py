@@ -19,7 +19,7 @@ from hbp_titan.data.store_summary import show_samples, summary
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
 from hbp_titan.errors import WorkerGroup, exit_on_user_error
-from hbp_titan.preflight import check, max_sample_tokens, model_args
+from hbp_titan.preflight import check, check_vocabulary, max_sample_tokens, model_args
 
 # Ranks wait for each other at the end of their shares.
 TIMEOUT_SECONDS = 24 * 3600
@@ -38,14 +38,17 @@ def main(argv: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     config.data.strict = config.data.strict or options.strict
-    # Without a world size to check for, the smallest one that the levels fit.
-    validate(config, options.world_size or math.lcm(*(level.cp_degree for level in config.levels)))
     args = model_args(config)
+    if options.world_size:
+        check(config, options.world_size, local_device(), args)
+    else:
+        # The smallest world size that the levels fit.
+        validate(config, math.lcm(*(level.cp_degree for level in config.levels)))
     stores = _prepare(config, max_sample_tokens(config, args))
     if os.environ.get("RANK", "0") != "0":
         return
     if options.world_size:
-        check(config, options.world_size, local_device(), args, stores[0])
+        check_vocabulary(config, args, stores[0].meta["vocab_size"])
     print(f"tokenizer: {config.tokenizer_path}")
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")

@@ -46,7 +46,7 @@ def test_good_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[s
         (["--levels=128:1,2048:2"], "levels.max_tokens=2048 exceeds the model's max_position_embeddings=1024"),
         (["--model.hf_path=", "--model.flavor=debugg", "--model.tokenizer_path={folder}/model"], "did you mean debug?"),
         (["--model.tokenizer_path=nowhere"], "nowhere"),
-        (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend = 'inducto' is none of "),
+        (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend = 'inducto': must be one of"),
         (["--checkpoint.initial_load_path=nowhere"], "'nowhere' holds neither config.json nor state.json"),
     ],
 )

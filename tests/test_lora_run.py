@@ -302,7 +302,7 @@ def test_unknown_target_is_refused_before_a_rank_starts(
     config = load_config([*run[0], "--lora.target_modules=q_proj,wq"])
     store = open_stores(config, 512)[0]
     with pytest.raises(ValueError, match="'wq', which no matrix of model tiny is called"):
-        check(config, 2, torch.device("cpu"), ARGS, store)
+        check(config, 2, torch.device("cpu"), ARGS)
 
 
 def test_planner_weighs_attention_half_as_much_again_where_weights_are_frozen() -> None:

@@ -53,7 +53,7 @@ from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
-from hbp_titan.preflight import check_vocabulary, check_without_data, cost_model, max_sample_tokens, model_args
+from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
 from hbp_titan.tuning.oom_advice import MOST_RANKS, Change, Search, shown
@@ -253,7 +253,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         )
     gpu = torch.device("cuda")
     args = model_args(config)
-    check_without_data(config, world_size, gpu, args)
+    check(config, world_size, gpu, args)
     samples = samples_of(config, args)
     with fake_world(world_size, gpu) as world:
         model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
