@@ -300,7 +300,6 @@ def test_unknown_target_is_refused_before_a_rank_starts(
     run: Run,
 ) -> None:
     config = load_config([*run[0], "--lora.target_modules=q_proj,wq"])
-    store = open_stores(config, 512)[0]
     with pytest.raises(ValueError, match="'wq', which no matrix of model tiny is called"):
         check(config, 2, torch.device("cpu"), ARGS)
 
