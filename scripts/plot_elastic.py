@@ -108,7 +108,7 @@ def draw(folder: Path) -> str:
         for start in read_starts(folder / "elastic", len(runs[1])):
             if start.counts:
                 end = sum(step["tokens"] for step in runs[1][: start.last_step])
-                chart.border(end, f"{start.world_size} rank{'s' if start.world_size > 1 else ''}")
+                chart.boundary(end, f"{start.world_size} rank{'s' if start.world_size > 1 else ''}")
         place = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
         charts.append(chart.svg().replace("<svg ", place, 1))
     for number, name in enumerate(NAMES):

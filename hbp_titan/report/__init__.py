@@ -1,7 +1,7 @@
-"""The run report: one HTML page about what a run did, from the files that it left.
+"""The run report: one HTML page about one or several runs, from their run folders; without torch, GPU or network.
 
-run_folder.py and step_log.py read a run, series.py derives from it, the *_part.py files and timeline.py say what a
-section shows, page.py puts the page together. Nothing here needs torch, a GPU or the network.
+run.py reads a run folder and series.py derives series from it; balance.py and learning.py are the sections, page.py
+assembles the page. plan_page.py is the page about a plan.
 """
 
 from hbp_titan.report.page import report_page

@@ -1,14 +1,7 @@
-"""Sections on balance: the work of each rank, and the plan's metrics beside what the run lived.
+"""Report sections on performance: levels over time, throughput, work of each rank, plan metrics, memory.
 
-Owns the choice of these plots and tables.
-
-Sections on what it cost: throughput and MFU, time and figures by level, memory, checkpoints.
-
-Owns the choice of these plots and tables.
-
-The timeline of a run: which level each step trained, and below it what happened at which step.
-
-Owns its drawing. Lanes are stretched to the page's width, so their words stand beside them as text of the page.
+Owns the choice of these plots and tables, and the drawing of the timeline: lanes that are stretched to the width of the
+page, so their labels are text of the page next to them.
 """
 
 from __future__ import annotations
@@ -18,16 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hbp_titan.packing.metrics import Metrics
-from hbp_titan.report.charts import COLORS, Chart, ticks
+from hbp_titan.report.charts import Chart, Curve, Plot, level_curves, ticks
 from hbp_titan.report.html import (
     DASH,
-    Curve,
-    Plot,
-    duration,
-    folded,
-    framed,
+    NUM_COLORS,
+    figure,
     legend,
-    level_curves,
     missing,
     note,
     number,
@@ -48,161 +37,346 @@ from hbp_titan.report.series import (
     totals,
     whole_steps,
 )
+from hbp_titan.utils import first_n, human_seconds
 
-LISTED_RANKS = 16
-SHOWN_RANKS = 512
+MAX_TABLE_RANKS = 16
+MAX_CHART_RANKS = 512
+LANE_COLUMNS = 480
+"""Columns of a lane: steps of a longer run share a column, and marks of one column share a mark."""
+LANE_WIDTH = 1000
+MAX_SKIPPED = 10
+MAX_TIPS = 3
+
+
+def timeline_section(run: Run) -> str:
+    """Which levels the steps trained, and at which steps something happened."""
+    log = run.log
+    if not log.levels:
+        return section("Curriculum", "", missing("metrics.jsonl does not contain the level that each step trained."))
+    first, last = int(log.steps[0]), int(log.steps[-1])
+    shares = _level_shares(run)
+    lanes = [_lane("levels", _stacked(shares, log), "tall")]
+    for name, steps, tips, color in _events(run):
+        if steps:
+            lanes.append(_lane(f"{name} ({len(steps):,})", _marks(steps, tips, first, last, color), ""))
+    columns = shares.shape[1]
+    scale = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
+    remark = f"{len(log):,} steps, {scale}; levels of the same column share its height by their micro-batches."
+    body = f'{_level_legend(log)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
+    rows = [[f"{step:,}", text(reason)] for step, reason in log.skipped.items()]
+    skipped = table(("skipped step", "why"), rows, limit=MAX_SKIPPED) if rows else ""
+    return section("Curriculum", _level_order(run), f'<figure class="wide">{body}{note(remark)}</figure>', skipped)
+
+
+def levels_side_by_side(runs: Sequence[Run]) -> str:
+    """Return the lane of levels of each run, from its first step to its last."""
+    known = [run for run in runs if run.log.levels]
+    if not known:
+        return ""
+    lanes = [
+        f'<span class="name">{text(run.name)}</span>{_level_legend(run.log)}'
+        + _lane(f"{len(run.log):,} steps", _stacked(_level_shares(run), run.log), "tall")
+        for run in known
+    ]
+    caption = "<figcaption><b>Levels</b> <small>from the first step to the last</small></figcaption>"
+    return f'<figure class="wide">{caption}<div class="lanes">{"".join(lanes)}</div></figure>'
+
+
+def _level_order(run: Run) -> str:
+    """Return the configured order of levels in words."""
+    level_order, curriculum = run.setting("packing", "level_order"), run.setting("packing", "curriculum_steps")
+    if not level_order:
+        return "Which level each optimizer step trained."
+    order = {
+        "alternate": "Each optimizer step trains one level, in random order",
+        "interleave": "Each optimizer step trains its share of every level",
+    }.get(str(level_order), f"Level order: {level_order}")
+    if not isinstance(curriculum, (int, float)) or curriculum <= 0:
+        return f"{order}; no curriculum."
+    steps = f"{curriculum:.0%} of the first epoch's steps" if curriculum < 1 else f"{curriculum:.0f} steps"
+    return f"{order}; the curriculum puts {steps} of the lowest level first."
+
+
+def _level_shares(run: Run) -> Floats:
+    """Return the share of each level in the micro-batches of each column, float64 [levels, columns]."""
+    log = run.log
+    member = np.stack([log.present("loss_by_level", name) for name in log.levels]).astype(float)
+    # A step without counts per level is divided evenly between its levels.
+    weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("micro_batches"), nan=1.0)
+    for index, name in enumerate(log.levels):
+        recorded = log.column("per_level", name, "micro_batches")
+        weights[index] = np.where(np.isfinite(recorded), recorded, weights[index])
+    columns = min(LANE_COLUMNS, len(log))
+    starts = np.arange(columns) * len(log) // columns
+    sums = np.add.reduceat(weights, starts, axis=1)
+    return sums / np.maximum(sums.sum(0), 1e-9)
+
+
+def _level_legend(log: StepLog) -> str:
+    return legend([(name, log.color(name)) for name in log.levels])
+
+
+def _stacked(shares: Floats, log: StepLog) -> str:
+    """Return the columns as stacked rectangles; equal neighbors are one rectangle."""
+    marks = []
+    columns = shares.shape[1]
+    starts = np.flatnonzero(np.append(True, np.any(np.diff(shares, axis=1) != 0, axis=0))).tolist()
+    for start, end in zip(starts, [*starts[1:], columns], strict=True):
+        below = 0.0
+        for index, level in enumerate(log.levels):
+            height = 100 * float(shares[index, start])
+            if height > 0:
+                x, width = start * LANE_WIDTH / columns, (end - start) * LANE_WIDTH / columns
+                # Slightly wider, so that the background does not show between neighbors.
+                box = f'x="{x:.2f}" width="{width + 0.4:.2f}" y="{100 - below - height:.1f}" height="{height:.1f}"'
+                marks.append(f'<rect {box} fill="var(--c{log.color(level) % NUM_COLORS})"/>')
+                below += height
+    return "".join(marks)
+
+
+def _events(run: Run) -> list[tuple[str, list[int], list[str], int]]:
+    """Return (name, steps, a tooltip per step, color) of each lane of marks."""
+    log, steps, epoch = run.log, run.log.steps, run.log.column("epoch")
+    epoch_starts = (np.flatnonzero(np.diff(epoch) > 0) + 1).tolist()
+    saved = steps[np.isfinite(log.column("checkpoint_blocked_seconds"))].tolist()
+    saved = sorted({*saved, *(step for step in run.checkpoints if steps[0] <= step <= steps[-1])})
+    losses = log.column("validation", "loss")
+    validated = np.flatnonzero(np.isfinite(losses)).tolist()
+    starts = [start for start in run.starts[1:] if isinstance(start.get("first_step"), int)]
+    starts = [start for start in starts if steps[0] <= start["first_step"] <= steps[-1] + 1]
+    resumed = [f"resumed with step {s['first_step']} on {s.get('world_size', '?')} ranks" for s in starts]
+    skipped = [step for step in log.skipped if steps[0] <= step <= steps[-1]]
+    return [
+        ("epochs", [int(steps[i]) for i in epoch_starts], [f"epoch {epoch[i]:.0f} begins" for i in epoch_starts], 4),
+        (
+            "validations",
+            [int(steps[i]) for i in validated],
+            [f"step {steps[i]}: {losses[i]:.4f}" for i in validated],
+            2,
+        ),
+        ("checkpoints", saved, [f"step {step}" for step in saved], 0),
+        ("resumes", [start["first_step"] for start in starts], resumed, 3),
+        ("skipped steps", skipped, [f"step {step}: {log.skipped[step]}" for step in skipped], 7),
+    ]
+
+
+def _marks(steps: Sequence[int], tips: Sequence[str], first: int, last: int, color: int) -> str:
+    """Return one mark per column that has an event, with the tooltips of its first events."""
+    columns: dict[int, list[str]] = {}
+    for step, tip in zip(steps, tips, strict=True):
+        position = (step - first + 0.5) / (last - first + 1)
+        columns.setdefault(min(int(position * LANE_COLUMNS), LANE_COLUMNS - 1), []).append(tip)
+    marks = []
+    for column, own in columns.items():
+        x = (column + 0.5) * LANE_WIDTH / LANE_COLUMNS
+        marks.append(
+            f'<g><title>{text(first_n(own, MAX_TIPS, "; "))}</title><rect x="{x - 5:.1f}" y="0" width="10" '
+            f'height="100" fill="transparent"/><line x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="92" '
+            f'stroke="var(--c{color})"/></g>'
+        )
+    return "".join(marks)
+
+
+def _lane(name: str, marks: str, kind: str) -> str:
+    return (
+        f'<span class="name">{text(name)}</span><svg class="lane {kind}" viewBox="0 0 {LANE_WIDTH} 100" role="img" '
+        f'aria-label="{text(name)}" preserveAspectRatio="none">{marks}</svg>'
+    )
+
+
+def _axis(first: int, last: int) -> str:
+    """Return the step numbers below the lanes."""
+    labels = []
+    for step in ticks(first, max(last, first + 4)):
+        if step <= last and step == int(step):
+            left = 100 * (step - first + 0.5) / (last - first + 1)
+            style = f'style="left:{left:.2f}%"' if left < 95 else 'class="end"'
+            labels.append(f"<span {style}>{step:,.0f}</span>")
+    return f'<span class="name">step</span><div class="axis">{"".join(labels)}</div>'
+
+
+def speed_section(run: Run) -> str:
+    """Throughput, MFU, and where the time went."""
+    log = run.log
+    if not log.has("step_seconds"):
+        return section("Throughput", "", missing("metrics.jsonl has no step times."))
+    steps, seconds = log.steps.astype(float), log.column("step_seconds")
+    levels = level_steps(log)
+    speeds = [Curve(name, of.tokens / of.seconds, log.color(name), of.seconds) for name, of in levels.items()]
+    rates = [Curve(name, of.mfu, log.color(name), of.seconds) for name, of in levels.items()]
+    waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
+    mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
+    return section(
+        "Throughput",
+        "Real tokens, without padding; the time of a step contains no validation and no checkpoint.",
+        row(
+            Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True).figure(),
+            Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True).figure(),
+            Plot("Waiting for data", "% of a step", "step", steps, waits, zero=True).figure(),
+            mfu or missing("No MFU: the peak of this device is not known, or the run did not record it."),
+        ),
+        _level_table(log, levels),
+        _checkpoints(log),
+    )
+
+
+def _level_table(log: StepLog, levels: Mapping[str, LevelSteps]) -> str:
+    """Return one row per level and, for several levels, one for all."""
+    heads = ("level", "steps", "micro-batches", "tokens", "time", "share of time", "tokens/s", "MFU", "padding",
+             "idle", "memory")  # fmt: skip
+    whole = totals(whole_steps(log))
+    rows = [_level_cells(text(name), totals(of), whole) for name, of in levels.items()]
+    if len(rows) > 1:
+        rows.append(_level_cells("all", whole, whole))
+    return table(heads, rows, marked=[len(rows) - 1] if len(rows) > 1 else [])
+
+
+def _level_cells(name: str, of: Totals, whole: Totals) -> list[str]:
+    share = of.seconds / whole.seconds if whole.seconds else None
+    memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
+    return [
+        name, number(of.steps), number(of.micro_batches), number(of.tokens), human_seconds(of.seconds), percent(share, 1),
+        number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
+    ]  # fmt: skip
+
+
+def _checkpoints(log: StepLog) -> str:
+    blocked, written = log.column("checkpoint_blocked_seconds"), log.column("checkpoint_write_seconds")
+    if not np.isfinite(blocked).any():
+        return missing("No checkpoint was saved in these steps.")
+    rows = []
+    for name, values in (("training blocked", blocked), ("written in the background", written)):
+        known = values[np.isfinite(values)]
+        if len(known):
+            sizes = (known.mean(), known.max(), known.sum())
+            rows.append([name, f"{len(known):,}", *(human_seconds(float(seconds)) for seconds in sizes)])
+    return table(("checkpoints", "times", "mean", "max", "total"), rows)
 
 
 def ranks_section(run: Run) -> str:
     """Work of each rank, and how far measured time and waiting are from the model."""
     log = run.log
     work = total_seconds_by_rank(log)
-    bodies = [_work(work, len(log.work_by_rank))] if work else [_slowest(log)]
+    no_check = "No timing check was recorded: [metrics] timing_check_interval sets how often they run."
     return section(
         "Cost per rank",
-        "Seconds of own work of each rank between live checks, waiting for others left out: a step goes at the pace of "
+        "Seconds of each rank's own work between timing checks, without waiting for others: a step takes as long as "
         "its slowest rank.",
-        *bodies,
-        _live_checks(log),
+        _work(np.array(work), len(log.work_by_rank)) if work else missing(no_check),
+        _timing_checks(log),
     )
 
 
-def _work(work: list[float], checks: int) -> str:
-    """Bars and a table of the ranks' work, the slowest named."""
-    seconds = np.array(work)
-    slowest, middle = int(seconds.argmax()), float(seconds.mean())
-    ratio = seconds[slowest] / middle if middle else 1.0
+def _work(seconds: Floats, checks: int) -> str:
+    """Return bars and a table of the ranks' work, slowest first."""
+    average, slowest = float(seconds.mean()), int(seconds.argmax())
+    ratios = seconds / average if average else np.ones(len(seconds))
     top = float(seconds.max()) * 1.1 or 1.0
-    chart = Chart("Work of each rank", "rank", "seconds", (0.0, float(len(work))), (0.0, top), bare=True)
-    # More bars than pixels: each stands for the costliest rank of its stretch.
-    groups = np.array_split(np.arange(len(work)), min(len(work), SHOWN_RANKS))
+    chart = Chart("Work of each rank", "rank", "seconds", (0.0, float(len(seconds))), (0.0, top), bare=True)
+    # With more ranks than pixels, each bar is the slowest rank of a group.
+    groups = np.array_split(np.arange(len(seconds)), min(len(seconds), MAX_CHART_RANKS))
     for group in groups:
         rank = int(group[seconds[group].argmax()])
-        tip = f"rank {rank}: {seconds[rank]:.2f} s, {seconds[rank] / middle if middle else 1:.3f}x the mean"
-        room = 0.1 if len(groups) <= 64 else 0.0
-        chart.bar(group[0] + room, group[-1] + 1 - room, 0, float(seconds[rank]), 1 if rank == slowest else 0, tip)
-    if len(work) <= 16:
-        chart.x_ticks = [(rank + 0.5, str(rank)) for rank in range(len(work))]
-    chart.curve(np.array(chart.x), np.array([middle, middle]), 5, "mean", 'stroke-width="1.4" stroke-dasharray="5 4"')
-    chart.name("rank", 0)
-    chart.name(f"slowest: rank {slowest}", 1)
-    chart.name("mean", 5)
+        gap = 0.1 if len(groups) <= 64 else 0.0
+        tip = f"rank {rank}: {seconds[rank]:.2f} s, {ratios[rank]:.3f}x the mean"
+        chart.bar(group[0] + gap, group[-1] + 1 - gap, 0, float(seconds[rank]), 1 if rank == slowest else 0, tip)
+    if len(seconds) <= 16:
+        chart.x_ticks = [(rank + 0.5, str(rank)) for rank in range(len(seconds))]
+    chart.curve(np.array(chart.x), np.array([average] * 2), 5, "mean", 'stroke-width="1.4" stroke-dasharray="5 4"')
+    for name, color in (("rank", 0), (f"slowest: rank {slowest}", 1), ("mean", 5)):
+        chart.name(name, color)
     remark = (
-        f"Slowest: rank {slowest}, {ratio:.3f}x the mean of {len(work)} ranks, over {checks} live check"
-        f"{'s' * (checks > 1)}. These are sums: what ranks wait within an iteration evens out in them, see idle share."
+        f"Slowest: rank {slowest}, {ratios[slowest]:.3f}x the mean of {len(seconds)} ranks, over {checks} timing check"
+        f"{'s' * (checks > 1)}. These are sums: waiting within a micro-batch cancels out in them; see idle share."
     )
     order = np.argsort(-seconds, kind="stable").tolist()
-    rows = [[str(rank), f"{seconds[rank]:.2f}", f"{seconds[rank] / middle if middle else 1:.4f}"] for rank in order]
+    rows = [[str(rank), f"{seconds[rank]:.2f}", f"{ratios[rank]:.4f}"] for rank in order]
     heads = ("rank", "seconds of work", "of the mean")
-    listed = table(heads, rows[:LISTED_RANKS], marked=[0])
-    if len(rows) > LISTED_RANKS:
-        listed += folded(f"{len(rows) - LISTED_RANKS:,} more ranks", table(heads, rows[LISTED_RANKS:]))
-    return row(framed(chart, remark), listed)
+    return row(figure(chart, remark), table(heads, rows, marked=[0], limit=MAX_TABLE_RANKS))
 
 
-def _slowest(log: StepLog) -> str:
-    """How often each rank was the slowest, where the run does not have the work of all."""
-    named = log.column("timing_check", "slowest_rank")
-    ratios = log.column("timing_check", "slowest_ratio")
-    known = np.isfinite(named)
-    if not known.any():
-        return missing("No live check was recorded: [metrics] timing_check_interval sets how often they run.")
-    rows = []
-    for rank in np.unique(named[known]).tolist():
-        of = named == rank
-        rows.append([f"{rank:.0f}", f"{int(of.sum()):,}", f"{np.nanmax(ratios[of]):.3f}x"])
-    told = missing("The work of each rank is not in metrics.jsonl: it was written by an older version.")
-    return told + table(("slowest rank", "live checks", "most, of the median rank's pace"), rows)
-
-
-def _live_checks(log: StepLog) -> str:
-    """Measured / modelled time and waiting of each level over the live checks."""
+def _timing_checks(log: StepLog) -> str:
+    """Return measured / modeled time and waiting of each level over the timing checks."""
     names = log.names("timing_check", "levels")
     if not names:
         return ""
     steps = log.steps.astype(float)
-    ratio = [Curve(name, log.column("timing_check", "levels", name, "ratio"), log.color(name)) for name in names]
-    waits = [
-        Curve(name, 100 * log.column("timing_check", "levels", name, "waiting"), log.color(name)) for name in names
-    ]
-    rows = []
+    ratio_curves, wait_curves, rows = [], [], []
     for name in names:
-        iterations, ratios, waiting, planned = (
+        counts, ratios, waiting, planned = (
             log.column("timing_check", "levels", name, key) for key in ("micro_batches", "ratio", "waiting", "planned")
         )
-        cells = [percent(mean(values, iterations)) for values in (waiting, planned)]
-        rows.append([text(name), number(float(np.nansum(iterations))), number(mean(ratios, iterations), 3), *cells])
-    heads = ("level", "micro-batches", "measured / modelled", "waiting", "waiting by the plan")
+        ratio_curves.append(Curve(name, ratios, log.color(name)))
+        wait_curves.append(Curve(name, 100 * waiting, log.color(name)))
+        cells = [number(mean(ratios, counts), 3), *(percent(mean(values, counts)) for values in (waiting, planned))]
+        rows.append([text(name), number(float(np.nansum(counts))), *cells])
+    waits = Plot("Waiting for slower ranks", "% of the ranks' time", "step", steps, [], zero=True, extra=wait_curves)
     return row(
-        Plot("Measured / modelled time", "1 is as modelled", "step", steps, [], extra=ratio).figure(),
-        Plot("Waiting for slower ranks", "% of the ranks' time", "step", steps, [], zero=True, extra=waits).figure(),
-        table(heads, rows, "Live checks"),
+        Plot("Measured / modeled time", "1: as modeled", "step", steps, [], extra=ratio_curves).figure(),
+        waits.figure(),
+        table(("level", "micro-batches", "measured / modeled", "waiting", "planned waiting"), rows, "Timing checks"),
     )
 
 
 def plan_section(run: Run) -> str:
-    """The plan's metrics, and beside them those of the steps as lived."""
+    """The plan's metrics, and those measured next to them."""
     rows: list[list[str]] = []
     marked: list[int] = []
     for part in run.plans:
         marked.append(len(rows))
-        rows.append(_planned(text(f"{part.name}: {part.plan.method}"), part.metrics))
+        rows.append(_plan_cells(text(f"{part.name}: {part.plan.method}"), part.metrics))
         levels = zip(part.level_names, part.metrics.per_level, strict=True)
-        rows += [_planned(f"&emsp;{text(name)}", metrics) for name, metrics in levels if metrics]
-    heads = ("plan", "iterations", "ABR", "DBR", "PR", "CR", "idle time", "Ave-T", "samples a pack")
-    planned = table(heads, rows, "As planned; 0 is best", marked) if rows else ""
-    if not rows:
-        planned = missing("plan/ holds no plan that can be read: the planned metrics are left out.")
+        rows += [_plan_cells(f"&emsp;{text(name)}", metrics) for name, metrics in levels if metrics]
+    heads = ("plan", "micro-batches", "ABR", "DBR", "PR", "CR", "idle", "Ave-T", "samples per pack")
     return section(
-        "Planned and lived",
-        "ABR: how far the mean of sum(len^2) lies below the largest group's; DBR the same of tokens; PR and padding: "
-        "share of positions without a token; CR: share of tokens that need context parallelism; idle time: share "
-        "of the modelled time that ranks wait for the slowest.",
-        planned,
-        _lived(run),
-        _lived_plots(run),
+        "Planned and measured",
+        "ABR: relative gap between the mean and the largest sum(len^2) of the groups; DBR: the same for tokens; PR and "
+        "padding: share of positions without a token; CR: share of tokens that need context parallelism; idle: share "
+        "of the modeled time that ranks wait for the slowest.",
+        table(heads, rows, "Planned; 0 is best", marked)
+        if rows
+        else missing("plan/ contains no readable plan, so there are no planned metrics."),
+        _measured_table(run),
+        _measured_plots(run),
     )
 
 
-def _planned(name: str, m: Metrics) -> list[str]:
+def _plan_cells(name: str, m: Metrics) -> list[str]:
     shares = [percent(value) for value in (m.abr, m.dbr, m.pr, m.cr, m.time_imbalance)]
     return [name, number(m.iterations), *shares, number(m.ave_tokens), number(m.samples_per_pack, 1)]
 
 
-def _lived(run: Run) -> str:
-    """The lived figures of each combination of levels and of all, the plan's beside them."""
+def _measured_table(run: Run) -> str:
+    """Return one row per combination of levels and one for all steps, with the plan's values in brackets."""
     log = run.log
     if not len(log):
         return ""
-    everything = {**combinations(log), "all": np.ones(len(log), bool)}
-    seconds, iterations = log.column("step_seconds"), log.column("micro_batches")
+    seconds, counts = log.column("step_seconds"), log.column("micro_batches")
     plans = _planned_by_name(run)
     rows = []
-    for name, steps in everything.items():
+    for name, steps in {**combinations(log), "all": np.ones(len(log), bool)}.items():
         of, planned = totals(whole_steps(log, steps)), plans.get(name, (None, None, None))
         waited = mean((log.column("data_wait_seconds") / seconds)[steps], seconds[steps])
-        abr, imbalance = (
-            mean(log.column(key)[steps], weights[steps])
-            for key, weights in (("abr", iterations), ("time_imbalance", seconds))
-        )
+        abr = mean(log.column("abr")[steps], counts[steps])
+        imbalance = mean(log.column("time_imbalance")[steps], seconds[steps])
         cells = [_pair(*pair) for pair in zip((abr, imbalance, of.padding), planned, strict=True)]
         rows.append([text(name), number(of.micro_batches), *cells, percent(of.idle, 1), percent(waited)])
-    told = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
-    absent = [name for key, name in told if not log.has(key)]
-    remark = note(f"Not in metrics.jsonl, which an older version wrote: {', '.join(absent)}.") if absent else ""
+    columns = [("abr", "ABR"), ("time_imbalance", "time imbalance"), ("idle_share", "idle share")]
+    absent = [name for key, name in columns if not log.has(key)]
+    remark = note(f"Not in metrics.jsonl: {', '.join(absent)}.") if absent else ""
     heads = ("level", "micro-batches", "ABR", "time imbalance", "padding", "idle share", "data wait")
-    caption = "As lived, and in brackets as planned" + (": the mean of the plans" if len(run.plans) > 1 else "")
+    caption = "Measured (planned" + (", mean of the plans)" if len(run.plans) > 1 else ")")
     return table(heads, rows, caption, [len(rows) - 1]) + remark
 
 
-def _pair(lived: float | None, planned: float | None) -> str:
-    if lived is None and planned is None:
+def _pair(measured: float | None, planned: float | None) -> str:
+    if measured is None and planned is None:
         return DASH
-    return percent(lived) + ("" if planned is None else f" <small>({percent(planned)})</small>")
+    return percent(measured) + ("" if planned is None else f" <small>({percent(planned)})</small>")
 
 
 def _planned_by_name(run: Run) -> dict[str, tuple[float, float, float]]:
-    """(ABR, time imbalance, PR) by level name, and of "all": means over the run's plans, weighted by iterations."""
+    """Return (ABR, time imbalance, PR) by level name and "all", averaged over the plans by their micro-batches."""
     found: dict[str, list[Metrics]] = {}
     for part in run.plans:
         for name, metrics in [*zip(part.level_names, part.metrics.per_level, strict=True), ("all", part.metrics)]:
@@ -210,14 +384,14 @@ def _planned_by_name(run: Run) -> dict[str, tuple[float, float, float]]:
                 found.setdefault(name, []).append(metrics)
     means = {}
     for name, several in found.items():
-        figures = np.array([(of.abr, of.time_imbalance, of.pr) for of in several])
-        abr, imbalance, pr = np.average(figures, axis=0, weights=[of.iterations for of in several]).tolist()
+        values = np.array([(of.abr, of.time_imbalance, of.pr) for of in several])
+        abr, imbalance, pr = np.average(values, axis=0, weights=[of.iterations for of in several]).tolist()
         means[name] = (abr, imbalance, pr)
     return means
 
 
-def _lived_plots(run: Run) -> str:
-    """ABR, imbalance and idle share over the steps, the plan's mean as a dashed line."""
+def _measured_plots(run: Run) -> str:
+    """Return ABR, imbalance and idle share over the steps, with the plan's mean as a dashed line."""
     log = run.log
     steps, seconds = log.steps.astype(float), log.column("step_seconds")
     means = _planned_by_name(run).get("all", ())
@@ -230,256 +404,29 @@ def _lived_plots(run: Run) -> str:
     padding = [Curve("padding", log.column("padding"), 5, log.column("tokens"))]
     unit = "% of computed positions"
     return row(
-        Plot("Waiting as lived", "% of the time", "step", steps, shares, zero=True, planned=planned[1]).figure(),
-        Plot("Attention balance as lived", "%", "step", steps, abr, zero=True, planned=planned[0]).figure(),
-        Plot("Padding as lived", unit, "step", steps, padding, zero=True, planned=planned[2]).figure(),
+        Plot("Measured waiting", "% of the time", "step", steps, shares, zero=True, planned=planned[1]).figure(),
+        Plot("Measured attention balance", "%", "step", steps, abr, zero=True, planned=planned[0]).figure(),
+        Plot("Measured padding", unit, "step", steps, padding, zero=True, planned=planned[2]).figure(),
     )
-
-
-def speed_section(run: Run) -> str:
-    """Throughput, MFU and where the time went."""
-    log = run.log
-    if not log.has("step_seconds"):
-        return section("Throughput", "", missing("metrics.jsonl has no step times."))
-    steps, seconds = log.steps.astype(float), log.column("step_seconds")
-    levels = level_steps(log)
-    speeds = [Curve(name, of.tokens / of.seconds, log.color(name), of.seconds) for name, of in levels.items()]
-    rates = [Curve(name, of.mfu, log.color(name), of.seconds) for name, of in levels.items()]
-    waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
-    mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
-    if not mfu:
-        mfu = missing("MFU is left out: the peak of this device is not known, or the run does not say.")
-    return section(
-        "Throughput",
-        "Real tokens only, padding does not count; a step's time has no validation and no checkpoint in it.",
-        row(
-            Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True).figure(),
-            Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True).figure(),
-            Plot("Waiting for data", "% of a step", "step", steps, waits, zero=True).figure(),
-            mfu,
-        ),
-        _level_table(log, levels),
-        _checkpoints(log),
-    )
-
-
-def _level_table(log: StepLog, levels: Mapping[str, LevelSteps]) -> str:
-    """A row for each level; where an older run mixed levels in a step its time cannot be parted: its own row."""
-    heads = ("level", "steps", "micro-batches", "tokens", "time", "share of time", "tokens/s", "MFU", "padding",
-             "waiting", "memory")  # fmt: skip
-    whole = totals(whole_steps(log))
-    rows = [_cells(text(name), totals(of), whole) for name, of in levels.items()]
-    if len(rows) > 1:
-        rows.append(_cells("all", whole, whole))
-    return table(heads, rows, marked=[len(rows) - 1] if len(rows) > 1 else [])
-
-
-def _cells(name: str, of: Totals, whole: Totals) -> list[str]:
-    share = of.seconds / whole.seconds if whole.seconds else None
-    memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
-    return [
-        name, number(of.steps), number(of.micro_batches), number(of.tokens), duration(of.seconds), percent(share, 1),
-        number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
-    ]  # fmt: skip
-
-
-def _checkpoints(log: StepLog) -> str:
-    """What saving cost."""
-    blocked, written = log.column("checkpoint_blocked_seconds"), log.column("checkpoint_write_seconds")
-    if not np.isfinite(blocked).any():
-        return missing("No checkpoint was saved in these steps.")
-    rows = []
-    for name, values in (("training stood still", blocked), ("written beside training", written)):
-        known = values[np.isfinite(values)]
-        if len(known):
-            rows.append(
-                [name, f"{len(known):,}", f"{known.mean():.2f} s", f"{known.max():.2f} s", duration(known.sum())]
-            )
-    return table(("checkpoints", "times", "mean", "most", "in all"), rows)
 
 
 def memory_section(run: Run) -> str:
-    """Memory of each level, and over the steps."""
+    """Peak memory by level, and over the steps."""
     log = run.log
-    steps = log.steps.astype(float)
-    series = [Curve(name, log.column("memory_by_level", name), log.color(name)) for name in log.levels]
-    series = [curve for curve in series if np.isfinite(curve.y).any()]
+    curves = [Curve(name, log.column("memory_by_level", name), log.color(name)) for name in log.levels]
+    curves = [curve for curve in curves if np.isfinite(curve.y).any()]
     peak = Curve("peak", log.column("peak_memory_gib"), 5)
-    unit = "GiB, most of any rank"
-    plot = Plot("Memory", unit, "step", steps, [*series, peak], smoothed=False, zero=True)
-    if not series:
-        told = missing("Memory by level is not in metrics.jsonl: it was written by an older version.")
-        return section("Memory", "", row(plot.figure(), told))
-    most = [float(np.nanmax(curve.y)) for curve in series]
-    chart = Chart("Memory by level", "", unit, (0.0, float(len(most))), (0.0, max(*most, 1e-6) * 1.1), bare=True)
-    chart.x_ticks = [(at + 0.5, curve.name) for at, curve in enumerate(series)]
-    for at, (curve, value) in enumerate(zip(series, most, strict=True)):
-        chart.bar(at + 0.2, at + 0.8, 0, value, curve.color % COLORS, f"{curve.name}: {value:.2f} GiB")
-        chart.name(curve.name, curve.color % COLORS)
-    rows = [
-        [text(curve.name), f"{np.nanmean(curve.y):.2f}", f"{value:.2f}"]
-        for curve, value in zip(series, most, strict=True)
-    ]
-    return section("Memory", "", row(framed(chart), plot.figure()), table(("level", "mean GiB", "most GiB"), rows))
-
-
-BUCKETS = 480
-"""Columns of a lane: steps of a longer run share a column, and marks of one column share a mark."""
-WIDTH = 1000
-LISTED_STEPS = 10
-
-
-def timeline_section(run: Run) -> str:
-    """The section; what a column of a lane stands for is said below it."""
-    log = run.log
-    if not log.levels:
-        return section("Curriculum", "", missing("metrics.jsonl does not say which level its steps trained."))
-    first, last = int(log.steps[0]), int(log.steps[-1])
-    shares = _shares(run)
-    lanes = [_lane("levels", _bands(shares, log), "tall")]
-    for name, steps, tips, color in _events(run):
-        if steps:
-            lanes.append(_lane(f"{name} ({len(steps):,})", _marks(steps, tips, first, last, color), ""))
-    columns = shares.shape[1]
-    grain = "a column is a step" if columns == len(log) else f"a column is {len(log) / columns:,.1f} steps"
-    remark = f"{len(log):,} steps, {grain}; where levels share a column its height is parted by their iterations."
-    body = f'{_level_legend(log)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
-    return section("Curriculum", _story(run), f'<figure class="wide">{body}{note(remark)}</figure>', _skipped(log))
-
-
-def _skipped(log: StepLog) -> str:
-    """The steps that were not applied, and why."""
-    if not log.skipped:
-        return ""
-    rows = [[f"{step:,}", text(reason)] for step, reason in log.skipped.items()]
-    listed = table(("skipped step", "why"), rows[:LISTED_STEPS])
-    if len(rows) > LISTED_STEPS:
-        rest = table(("skipped step", "why"), rows[LISTED_STEPS:])
-        listed += folded(f"{len(rows) - LISTED_STEPS:,} more skipped steps", rest)
-    return listed
-
-
-def levels_side_by_side(runs: Sequence[Run]) -> str:
-    """The lane of levels of each run, from its first step to its last."""
-    known = [run for run in runs if run.log.levels]
-    if not known:
-        return ""
-    lanes = [
-        f'<span class="name">{text(run.name)}</span>{_level_legend(run.log)}'
-        + _lane(f"{len(run.log):,} steps", _bands(_shares(run), run.log), "tall")
-        for run in known
-    ]
-    caption = "<figcaption><b>Levels</b> <small>from the first step to the last</small></figcaption>"
-    return f'<figure class="wide">{caption}<div class="lanes">{"".join(lanes)}</div></figure>'
-
-
-def _story(run: Run) -> str:
-    """What the order of levels is, in words."""
-    level_order, share = run.setting("packing", "level_order"), run.setting("packing", "curriculum_steps")
-    if not level_order:
-        return "Which level each optimizer step trained."
-    order = {
-        "alternate": "Each optimizer step trains one level, in random order",
-        "interleave": "Each optimizer step holds its share of every level",
-    }.get(str(level_order), f"Mix: {level_order}")
-    if not isinstance(share, (int, float)) or share <= 0:
-        return f"{order}; no curriculum."
-    steps = f"{share:.0%} of the first epoch's steps" if share < 1 else f"{share:.0f} steps"
-    return f"{order}; the curriculum puts {steps} of the lowest level first."
-
-
-def _shares(run: Run) -> Floats:
-    """Share of each level in the iterations of each column, float64 [levels, columns].
-
-    Where a run does not record them by level, a step's iterations are parted evenly between its levels.
-    """
-    log = run.log
-    member = np.stack([log.present("loss_by_level", name) for name in log.levels]).astype(float)
-    weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("micro_batches"), nan=1.0)
-    for at, name in enumerate(log.levels):
-        recorded = log.column("per_level", name, "micro_batches")
-        weights[at] = np.where(np.isfinite(recorded), recorded, weights[at])
-    columns = min(BUCKETS, len(log))
-    starts = np.arange(columns) * len(log) // columns
-    sums = np.add.reduceat(weights, starts, axis=1)
-    return sums / np.maximum(sums.sum(0), 1e-9)
-
-
-def _level_legend(log: StepLog) -> str:
-    return legend([(name, log.color(name)) for name in log.levels])
-
-
-def _bands(shares: Floats, log: StepLog) -> str:
-    """Columns as stacked rectangles; equal neighbours are one."""
-    marks = []
-    columns = shares.shape[1]
-    borders = np.flatnonzero(np.append(True, np.any(np.diff(shares, axis=1) != 0, axis=0)))
-    for start, end in zip(borders.tolist(), [*borders[1:].tolist(), columns], strict=True):
-        below = 0.0
-        for at, level in enumerate(log.levels):
-            share = float(shares[at, start])
-            if share > 0:
-                x, width, height = start * WIDTH / columns, (end - start) * WIDTH / columns, 100 * share
-                # Wider by a hair: no gap shines through between neighbours.
-                place = f'x="{x:.2f}" width="{width + 0.4:.2f}" y="{100 - below - height:.1f}" height="{height:.1f}"'
-                marks.append(f'<rect {place} fill="var(--c{log.color(level) % COLORS})"/>')
-                below += height
-    return "".join(marks)
-
-
-def _events(run: Run) -> list[tuple[str, list[int], list[str], int]]:
-    """(name, steps, a tip each, color) of what a lane of marks shows."""
-    log = run.log
-    steps = log.steps
-    epoch = log.column("epoch")
-    begun = (np.flatnonzero(np.diff(epoch) > 0) + 1).tolist()
-    saved = steps[np.isfinite(log.column("checkpoint_blocked_seconds"))].tolist()
-    saved = sorted({*saved, *(step for step in run.checkpoints if steps[0] <= step <= steps[-1])})
-    validated = steps[np.isfinite(log.column("validation", "loss"))].tolist()
-    losses = log.column("validation", "loss")[np.isfinite(log.column("validation", "loss"))].tolist()
-    starts = [start for start in run.starts[1:] if isinstance(start.get("first_step"), int)]
-    starts = [start for start in starts if steps[0] <= start["first_step"] <= steps[-1] + 1]
-    resumed = [f"resumed with step {s['first_step']} on {s.get('world_size', '?')} ranks" for s in starts]
-    skipped = [step for step in log.skipped if steps[0] <= step <= steps[-1]]
-    return [
-        ("epochs", [int(steps[at]) for at in begun], [f"epoch {epoch[at]:.0f} begins" for at in begun], 4),
-        ("validations", validated, [f"step {s}: {loss:.4f}" for s, loss in zip(validated, losses, strict=True)], 2),
-        ("checkpoints", saved, [f"step {step}" for step in saved], 0),
-        ("resumes", [start["first_step"] for start in starts], resumed, 3),
-        ("skipped steps", skipped, [f"step {step}: {log.skipped[step]}" for step in skipped], 7),
-    ]  # fmt: skip
-
-
-def _marks(steps: Sequence[int], tips: Sequence[str], first: int, last: int, color: int) -> str:
-    """A tick for each column that has an event, with the tips of the first of them."""
-    columns: dict[int, list[str]] = {}
-    for step, tip in zip(steps, tips, strict=True):
-        place = (step - first + 0.5) / (last - first + 1)
-        columns.setdefault(min(int(place * BUCKETS), BUCKETS - 1), []).append(tip)
-    marks = []
-    for column, told in columns.items():
-        x = (column + 0.5) * WIDTH / BUCKETS
-        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-        marks.append(
-            f'<g><title>{text("; ".join(told[:3]) + more)}</title><rect x="{x - 5:.1f}" y="0" width="10" height="100" '
-            f'fill="transparent"/><line x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="92" stroke="var(--c{color})"/></g>'
-        )
-    return "".join(marks)
-
-
-def _lane(name: str, marks: str, kind: str) -> str:
-    return (
-        f'<span class="name">{text(name)}</span><svg class="lane {kind}" viewBox="0 0 {WIDTH} 100" role="img" '
-        f'aria-label="{text(name)}" preserveAspectRatio="none">{marks}</svg>'
-    )
-
-
-def _axis(first: int, last: int) -> str:
-    """Steps below the lanes."""
-    steps = [step for step in ticks(first, max(last, first + 4)) if step <= last and step == int(step)]
-    shown = []
-    for step in steps:
-        place = 100 * (step - first + 0.5) / (last - first + 1)
-        where = f'style="left:{place:.2f}%"' if place < 95 else 'class="end"'
-        shown.append(f"<span {where}>{step:,.0f}</span>")
-    return f'<span class="name">step</span><div class="axis">{"".join(shown)}</div>'
+    unit = "GiB, max over ranks"
+    plot = Plot("Memory", unit, "step", log.steps.astype(float), [*curves, peak], smoothed=False, zero=True)
+    if not curves:
+        return section("Memory", "", row(plot.figure(), missing("Memory by level is not in metrics.jsonl.")))
+    peaks = [float(np.nanmax(curve.y)) for curve in curves]
+    chart = Chart("Memory by level", "", unit, (0.0, float(len(peaks))), (0.0, max(*peaks, 1e-6) * 1.1), bare=True)
+    chart.x_ticks = [(index + 0.5, curve.name) for index, curve in enumerate(curves)]
+    rows = []
+    for index, (curve, value) in enumerate(zip(curves, peaks, strict=True)):
+        color = curve.color % NUM_COLORS
+        chart.bar(index + 0.2, index + 0.8, 0, value, color, f"{curve.name}: {value:.2f} GiB")
+        chart.name(curve.name, color)
+        rows.append([text(curve.name), f"{np.nanmean(curve.y):.2f}", f"{value:.2f}"])
+    return section("Memory", "", row(figure(chart), plot.figure()), table(("level", "mean GiB", "max GiB"), rows))

@@ -1,7 +1,7 @@
-"""A small chart: axes, bars, lines, curves and marks as inline SVG text.
+"""Charts as inline SVG: `Chart` with bars, lines, curves and marks, and `Plot`, several curves over one x axis.
 
-Owns the drawing of the project's pages, so that they need no plotting library and no network. Colours are CSS
-variables (--ink, --grid, --c0 ...) that a page defines for light and dark; PALETTE is such a definition.
+Owns the drawing of all pages of the project, so they need no plotting library and no network. Colors are the CSS
+variables of html.PALETTE.
 """
 
 from __future__ import annotations
@@ -9,34 +9,32 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hbp_titan.report.html import NUM_COLORS, figure
+from hbp_titan.report.run import Floats, StepLog
+from hbp_titan.report.series import combinations, smooth, window_of
 from hbp_titan.utils import human_count
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 46
 BUCKET = 1.5
-"""Units along x that a curve shows a lowest and a highest value of: more would be drawn over each other."""
-COLORS = 8
-PALETTE = """:root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --grid: #e3e7ed; --paper: #ffffff;
-  --panel: #f7f9fb; --c0: #2f6fb7; --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a;
-  --c6: #2b9aa8; --c7: #c4504a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --grid: #2c3440; --paper: #12161c;
-  --panel: #1a2029; --c0: #6aa6e8; --c1: #f0a85a; --c2: #64c496; --c3: #d98abd; --c4: #a79df0; --c5: #c0ad88;
-  --c6: #5cc3d0; --c7: #ee8a84; } }
-"""
-"""The colours of a page, light and dark."""
-
-Floats = NDArray[np.float64]
+"""Pixels along x for which a curve shows its lowest and its highest value; more would be drawn over each other."""
+DEFAULT_STROKE = 'stroke-width="1.8"'
+MAX_DOTS = 60
+RAW = 'stroke-width="1" stroke-opacity="0.32"'
+DASHED = 'stroke-width="1.6" stroke-dasharray="5 4"'
 
 
 class Chart:
-    """One chart of fixed size; draw on it, then take `svg()`.
+    """One chart of fixed size.
 
-    x, y: (lowest, highest) value of each axis; x_log: powers of two along x, y_log: a logarithmic y. Values outside are
-    cut at the border. bare: without title, legend and y label, which the page around it says; class "chart".
+    Args:
+        x, y: (lowest, highest) value of each axis; values outside are clipped.
+        x_log: whether x is logarithmic with ticks at powers of two; y_log: whether y is logarithmic.
+        bare: draw no title, legend and y label, because the page has them as text; gives the class "chart".
     """
 
     def __init__(
@@ -56,12 +54,12 @@ class Chart:
         self.bare = bare
         self.left, self.top = (48, 12) if bare else (LEFT, TOP)
         self.x_ticks: list[tuple[float, str]] = []
-        """(value, text) in place of round numbers along x."""
+        """(value, text) instead of round numbers along x."""
         self.marks: list[str] = []
         self.names: list[tuple[str, int]] = []
 
     def bar(self, x0: float, x1: float, y0: float, y1: float, color: int, tip: str = "") -> None:
-        """A rectangle over [x0, x1] from y0 to y1; `tip` shows under the pointer."""
+        """Draw a rectangle over [x0, x1] from y0 to y1 with a tooltip."""
         left, right, top, bottom = self._px(x0), self._px(x1), self._py(y1), self._py(y0)
         title = f"<title>{html.escape(tip)}</title>" if tip else ""
         self.marks.append(
@@ -70,47 +68,50 @@ class Chart:
         )
 
     def line(self, points: Sequence[tuple[float, float]], color: int) -> None:
+        """Draw a line through a few points."""
         path = " ".join(f"{self._px(x):.1f},{self._py(y):.1f}" for x, y in points)
         self.marks.append(f'<polyline points="{path}" fill="none" stroke="var(--c{color})" stroke-width="1.8"/>')
 
-    def curve(self, x: Floats, y: Floats, color: int, name: str = "", look: str = "") -> None:
-        """A line through many points, x ascending, thinned out to what can be seen; NaN in y is left out.
+    def curve(self, x: Floats, y: Floats, color: int, name: str = "", stroke: str = "") -> None:
+        """Draw a line through many points, x ascending, thinned to what is visible; NaN in y is skipped.
 
-        name: under it a page's script finds the values below the pointer (data-x, data-y). look: further attributes.
+        name: with it the page's script shows the values below the pointer (data-x, data-y).
+        stroke: SVG attributes of the line.
         """
         points = thinned(x, y, self.x, math.ceil((WIDTH - RIGHT - self.left) / BUCKET))
         if len(points) == 1:
             self.dot(*points[0], color, f"{name}: {points[0][1]:.5g}")
             return
-        path = " ".join(f"{self._px(at):.1f},{self._py(value):.1f}" for at, value in points)
+        path = " ".join(f"{self._px(px):.1f},{self._py(py):.1f}" for px, py in points)
         tips = ""
         if name:
-            places, values = (" ".join(f"{point[axis]:.6g}" for point in points) for axis in (0, 1))
-            tips = f' data-name="{html.escape(name)}" data-x="{places}" data-y="{values}"'
-        look = look or 'stroke-width="1.8"'
-        self.marks.append(f'<polyline points="{path}" fill="none" stroke="var(--c{color})" {look}{tips}/>')
+            data_x, data_y = (" ".join(f"{point[axis]:.6g}" for point in points) for axis in (0, 1))
+            tips = f' data-name="{html.escape(name)}" data-x="{data_x}" data-y="{data_y}"'
+        self.marks.append(
+            f'<polyline points="{path}" fill="none" stroke="var(--c{color})" {stroke or DEFAULT_STROKE}{tips}/>'
+        )
 
     def dot(self, x: float, y: float, color: int, tip: str = "") -> None:
-        """A round mark; `tip` shows under the pointer."""
+        """Draw a round mark with a tooltip."""
         title = f"<title>{html.escape(tip)}</title>" if tip else ""
-        place = f'cx="{self._px(x):.1f}" cy="{self._py(y):.1f}"'
-        self.marks.append(f'<circle {place} r="3" fill="var(--c{color})">{title}</circle>')
+        center = f'cx="{self._px(x):.1f}" cy="{self._py(y):.1f}"'
+        self.marks.append(f'<circle {center} r="3" fill="var(--c{color})">{title}</circle>')
 
-    def border(self, x: float, label: str) -> None:
-        """A dashed vertical line with a label at its top."""
-        at = self._px(x)
+    def boundary(self, x: float, label: str) -> None:
+        """Draw a dashed vertical line with a label at its top."""
+        x = self._px(x)
         self.marks.append(
-            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{self.top}" y2="{HEIGHT - BOTTOM}" stroke="var(--ink)" '
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{self.top}" y2="{HEIGHT - BOTTOM}" stroke="var(--ink)" '
             f'stroke-dasharray="4 3"/>'
-            f'<text x="{at - 4:.1f}" y="{self.top + 11}" text-anchor="end">{html.escape(label)}</text>'
+            f'<text x="{x - 4:.1f}" y="{self.top + 11}" text-anchor="end">{html.escape(label)}</text>'
         )
 
     def name(self, text: str, color: int) -> None:
-        """An entry of the legend."""
+        """Add an entry to the legend."""
         self.names.append((text, color))
 
     def svg(self) -> str:
-        """The chart as an <svg> element."""
+        """Return the chart as an <svg> element."""
         kind = 'class="chart" ' if self.bare else ""
         parts = [
             f'<svg {kind}viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(self.title)}">',
@@ -118,13 +119,13 @@ class Chart:
             *self.marks,
             f'<text x="{(self.left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" class="x" text-anchor="middle">'
             f"{html.escape(self.x_label)}</text>",
-            *([] if self.bare else self._words()),
+            *([] if self.bare else self._labels()),
             "</svg>",
         ]
         return "".join(parts)
 
-    def _words(self) -> list[str]:
-        """Title, y label and legend."""
+    def _labels(self) -> list[str]:
+        """Return title, y label and legend."""
         middle = (self.top + HEIGHT - BOTTOM) / 2
         return [
             f'<text x="{self.left}" y="16" class="title">{html.escape(self.title)}</text>',
@@ -136,13 +137,13 @@ class Chart:
     def _grid(self) -> list[str]:
         parts = []
         left, right = self.left, WIDTH - RIGHT
-        values = _decades(*self.y) if self.y_log else ticks(*self.y)
-        for value, text in zip(values, _labels(values), strict=True):
+        values = _log_ticks(*self.y) if self.y_log else ticks(*self.y)
+        for value, text in zip(values, _tick_texts(values), strict=True):
             at = self._py(value)
             parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--grid)"/>')
             parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-        values = _powers(*self.x) if self.x_log else ticks(*self.x)
-        texts = [human_count(value, 1024) for value in values] if self.x_log else _labels(values)
+        values = _powers_of_two(*self.x) if self.x_log else ticks(*self.x)
+        texts = [human_count(value, 1024) for value in values] if self.x_log else _tick_texts(values)
         for value, text in self.x_ticks or zip(values, texts, strict=True):
             at, foot = self._px(value), HEIGHT - BOTTOM + 15
             parts.append(f'<text x="{at:.1f}" y="{foot}" text-anchor="middle">{html.escape(text)}</text>')
@@ -172,9 +173,9 @@ class Chart:
 
 
 def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> list[tuple[float, float]]:
-    """The points that are finite; where they are more than 2 * buckets, the lowest and highest of each bucket.
+    """Return the finite points, and of more than 2 * buckets only the lowest and the highest of each bucket.
 
-    x (ascending), y: float64 [n]. span: what the buckets part evenly. Every point that is kept is one of the data.
+    x (ascending), y: float64 [n]. span: interval of x that is divided into buckets of equal width.
     """
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
@@ -191,7 +192,7 @@ def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> li
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, four to eight of them."""
+    """Return four to eight round numbers from low to high."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     while (high - low) / step > 8:
         step *= 2 if round(step / 10 ** math.floor(math.log10(step) + 1e-9)) != 2 else 2.5
@@ -199,12 +200,12 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _powers(low: float, high: float) -> list[float]:
+def _powers_of_two(low: float, high: float) -> list[float]:
     return [2.0**i for i in range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, or where they are many the powers alone."""
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten, or only the powers if there are more than eight."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     several = [digit * 10.0**e for e in exponents for digit in (1, 2, 5) if low <= digit * 10.0**e <= high]
     if len(several) < 2:
@@ -212,7 +213,118 @@ def _decades(low: float, high: float) -> list[float]:
     return several if len(several) <= 8 else [10.0**e for e in exponents if low <= 10.0**e <= high]
 
 
-def _labels(values: Sequence[float]) -> list[str]:
-    """The ticks in a few characters, with the digits that tell each from the next."""
+def _tick_texts(values: Sequence[float]) -> list[str]:
+    """Return the ticks as short texts, with enough digits that no two are equal."""
     texts = [human_count(value) for value in values]
     return texts if len(set(texts)) == len(texts) else [f"{value:,.6g}" for value in values]
+
+
+@dataclass
+class Curve:
+    """One curve of a plot: y float64 [n], NaN where there is no value; weights for its smoothing; its own x, if any."""
+
+    name: str
+    y: Floats
+    color: int
+    weights: Floats | None = None
+    x: Floats | None = None
+
+
+@dataclass
+class Plot:
+    """A chart of curves over one x axis.
+
+    Args:
+        x: float64 [n], ascending.
+        smoothed: whether curves are drawn twice, raw (thin) and smoothed (thick).
+        zero: whether y starts at 0; log: whether y is logarithmic.
+        planned: (name, value, color) of dashed horizontal lines.
+        extra: curves of few points, drawn with their points and not smoothed.
+    """
+
+    title: str
+    unit: str
+    x_label: str
+    x: Floats
+    curves: list[Curve]
+    smoothed: bool = True
+    zero: bool = False
+    log: bool = False
+    remark: str = ""
+    planned: Sequence[tuple[str, float, int]] = ()
+    extra: list[Curve] = field(default_factory=list)
+
+    def figure(self) -> str:
+        """Return the plot as a <figure>, "" if no curve has a value."""
+        curves = [curve for curve in self.curves if np.isfinite(curve.y).any()]
+        extra = [curve for curve in self.extra if np.isfinite(curve.y).any()]
+        if not curves and not extra:
+            return ""
+        smoothed = {curve.name: self._smooth(curve) for curve in curves} if self.smoothed else {}
+        full = [curve.y for curve in extra] + list(smoothed.values() if smoothed else (curve.y for curve in curves))
+        raw = [curve.y for curve in curves] if smoothed else []
+        chart = Chart(
+            self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(full, raw),
+            y_log=self.log, bare=True,
+        )  # fmt: skip
+        if smoothed:
+            for curve in curves:
+                chart.curve(self._x_of(curve), curve.y, curve.color % NUM_COLORS, stroke=RAW)
+        for curve in curves:
+            y = smoothed.get(curve.name, curve.y)
+            chart.curve(self._x_of(curve), y, curve.color % NUM_COLORS, curve.name)
+            chart.name(curve.name, curve.color % NUM_COLORS)
+        for curve in extra:
+            self._draw_extra(chart, curve)
+        for name, value, color in filter(lambda line: np.isfinite(line[1]), self.planned):
+            chart.curve(np.array(chart.x), np.array([value, value]), color % NUM_COLORS, name, DASHED)
+            chart.name(name, color % NUM_COLORS)
+        return figure(chart, self.remark)
+
+    def _draw_extra(self, chart: Chart, curve: Curve) -> None:
+        x = self._x_of(curve)
+        chart.curve(x, curve.y, curve.color % NUM_COLORS, curve.name)
+        known = np.flatnonzero(np.isfinite(curve.y))
+        if len(known) <= MAX_DOTS:
+            for index in known.tolist():
+                chart.dot(float(x[index]), float(curve.y[index]), curve.color % NUM_COLORS)
+        chart.name(curve.name, curve.color % NUM_COLORS)
+
+    def _x_of(self, curve: Curve) -> Floats:
+        return self.x if curve.x is None else curve.x
+
+    def _smooth(self, curve: Curve) -> Floats:
+        weights = np.ones(len(curve.y)) if curve.weights is None else curve.weights
+        return smooth(curve.y, weights, window_of(int(np.isfinite(curve.y).sum())))
+
+    def _x_span(self, curves: Sequence[Curve]) -> tuple[float, float]:
+        ends = [end for curve in curves for end in (float(self._x_of(curve)[0]), float(self._x_of(curve)[-1]))]
+        low, high = min(ends), max(ends)
+        margin = max(1.0, abs(high) / 1000)
+        return (low, high) if high > low else (low - margin, high + margin)
+
+    def _y_span(self, full: Sequence[Floats], raw: Sequence[Floats]) -> tuple[float, float]:
+        """Return the range of the values; single spikes of raw curves are clipped."""
+        low, high = np.inf, -np.inf
+        planned = [np.array([value]) for _, value, _ in self.planned]
+        for values, cut in [*((y, (0, 100)) for y in [*full, *planned]), *((y, (0.5, 99.5)) for y in raw)]:
+            known = values[np.isfinite(values) & ((values > 0) | (not self.log))]
+            if len(known):
+                bounds = np.percentile(known, cut if len(known) >= 100 else (0, 100))
+                low, high = min(low, float(bounds[0])), max(high, float(bounds[1]))
+        if not np.isfinite(low):
+            return (0.1, 1.0)
+        if self.log:
+            return (low / 1.15, high * 1.15)
+        if self.zero:
+            low = min(low, 0.0)
+        margin = (high - low) * 0.05 or max(abs(high), 1e-6) * 0.05
+        return (low if self.zero and low == 0 else low - margin, high + margin)
+
+
+def level_curves(log: StepLog, values: Floats, weights: Floats | None = None) -> list[Curve]:
+    """Return one curve per combination of levels, in the color of its level. values: float64 [n]."""
+    return [
+        Curve(name, np.where(steps, values, np.nan), log.color(name), weights)
+        for name, steps in combinations(log).items()
+    ]

@@ -1,15 +1,8 @@
-"""The look of the page, for screens wide and narrow and for paper, and the script that shows values under the pointer.
+"""HTML of the report page: style sheet, script, and blocks such as tables, cards and figures.
 
-Owns style sheet and script. Without the script the page shows all but these values; tables have them too.
-
-Building blocks of the page: escaped text, tables, figures, cards, and numbers as people read them.
-
-Owns the HTML of these blocks. Text from a run (names of sources, levels, folders) reaches the page through `text` or a
-chart alone, both of which escape it.
-
-Plot: curves over one x axis, as they are and smoothed, as a figure of the page.
-
-Owns how curves are drawn together: their span, their legend, what is thin and what is thick.
+Owns the escaping: text from a run (names of sources, levels, folders) reaches the page only through `text` or a chart,
+and both escape it. The script shows the values below the pointer; without it the page lacks only these, and tables have
+them too.
 """
 
 from __future__ import annotations
@@ -17,15 +10,21 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    from hbp_titan.report.charts import Chart
 
-from hbp_titan.packing.metrics import band_name
-from hbp_titan.report.charts import COLORS, Chart
-from hbp_titan.report.run import Floats, StepLog
-from hbp_titan.report.series import combinations, smooth, window_of
-
+NUM_COLORS = 8
+"""Colors --c0 to --c7 of PALETTE."""
+PALETTE = """:root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --grid: #e3e7ed; --paper: #ffffff;
+  --panel: #f7f9fb; --c0: #2f6fb7; --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a;
+  --c6: #2b9aa8; --c7: #c4504a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --grid: #2c3440; --paper: #12161c;
+  --panel: #1a2029; --c0: #6aa6e8; --c1: #f0a85a; --c2: #64c496; --c3: #d98abd; --c4: #a79df0; --c5: #c0ad88;
+  --c6: #5cc3d0; --c7: #ee8a84; } }
+"""
+"""Colors of a page as CSS variables, light and dark."""
 STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -122,7 +121,7 @@ SCRIPT = """
     tip.style.left = Math.max(8, left) + 'px';
     tip.style.top = (above > 8 ? above : event.clientY + 18) + 'px';
   };
-  // A browser's own tips do not come on touch, and would come twice.
+  // The browser's own tooltips do not show on touch, and would show twice elsewhere.
   const own = new Map();
   for (const title of document.querySelectorAll('svg title')) {
     own.set(title.parentNode, title.textContent);
@@ -183,45 +182,38 @@ SCRIPT = """
   }
 })();
 """
-
-
 DASH = "&ndash;"
 
 
 def text(value: object) -> str:
-    """Text for the page, escaped."""
+    """Return `value` as escaped text."""
     return html.escape(str(value))
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """1,234 or 1,234.56; a dash for None and NaN."""
+    """Return 1,234 or 1,234.56, and a dash for None and NaN."""
     return DASH if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A share as percent; a dash for None and NaN."""
+    """Return a share as percent, and a dash for None and NaN."""
     return DASH if value is None or math.isnan(value) else f"{value:.{digits}%}"
 
 
-def duration(seconds: float) -> str:
-    """48.2s, 12m 5s, 3h 20m, 2d 4h."""
-    for unit, size, below, name in ((86400, 3600, "h", "d"), (3600, 60, "m", "h"), (60, 1, "s", "m")):
-        if seconds >= unit:
-            return f"{int(seconds // unit)}{name} {int(seconds % unit // size)}{below}"
-    return f"{seconds:.1f}s"
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", marked: Sequence[int] = (), limit: int = 0
+) -> str:
+    """Return a table that scrolls if it is wide; heads and cells are HTML.
 
-
-def length_name(band: str) -> str:
-    """A length band of metrics.jsonl, "2048", as text: 1,025 to 2K."""
-    return band_name(int(band))
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", marked: Sequence[int] = ()) -> str:
-    """A table; heads and cells are HTML. marked: rows that stand out. Wide ones scroll on their own."""
+    marked: rows in bold. limit: rows to show; further ones open on a click [0: all].
+    """
+    if limit and len(rows) > limit:
+        more = details(f"{len(rows) - limit:,} more", table(heads, rows[limit:]))
+        return table(heads, rows[:limit], caption, marked) + more
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = []
-    for at, row in enumerate(rows):
-        mark = ' class="marked"' if at in marked else ""
+    for index, row in enumerate(rows):
+        mark = ' class="marked"' if index in marked else ""
         cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
         body.append(f'<tr{mark}><th scope="row">{row[0]}</th>{cells}</tr>')
     named = f"<caption>{text(caption)}</caption>" if caption else ""
@@ -231,33 +223,33 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 
 
 def missing(sentence: str) -> str:
-    """What stands where something is left out; the sentence is plain text."""
+    """Return a note in place of something that the run has not recorded; the sentence is plain text."""
     return f'<p class="missing">{text(sentence)}</p>'
 
 
 def note(sentence: str) -> str:
-    """A sentence of plain text below a figure or table."""
+    """Return a sentence of plain text below a figure or table."""
     return f'<p class="note">{text(sentence)}</p>'
 
 
-def folded(summary: str, body: str) -> str:
-    """Something long that opens on a click; the summary is plain text."""
+def details(summary: str, body: str) -> str:
+    """Return a body that opens on a click; the summary is plain text."""
     return f"<details><summary>{text(summary)}</summary>{body}</details>"
 
 
 def row(*figures: str) -> str:
-    """Figures and tables side by side, below each other where there is no room; empty ones are left out."""
+    """Return figures and tables side by side, on a narrow screen below each other; empty ones are skipped."""
     return f'<div class="row">{"".join(filter(None, figures))}</div>' if any(figures) else ""
 
 
 def section(name: str, intro: str, *bodies: str) -> str:
-    """A section of the page; name and intro are plain text."""
+    """Return a section of the page; name and intro are plain text."""
     lead = f"<p>{text(intro)}</p>" if intro else ""
     return f"<section><h3>{text(name)}</h3>{lead}{''.join(bodies)}</section>"
 
 
 def cards(figures: Sequence[tuple[str, str, str]]) -> str:
-    """Key figures: (name, value, what it means), values are HTML."""
+    """Return key figures: (name, value, explanation), values are HTML."""
     boxes = [
         f'<div class="card"><span>{text(name)}</span><b>{value}</b><small>{text(meaning)}</small></div>'
         for name, value, meaning in figures
@@ -265,8 +257,8 @@ def cards(figures: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="cards">{"".join(boxes)}</div>'
 
 
-def framed(chart: Chart, remark: str = "") -> str:
-    """A bare chart with its title, unit and legend as text around it."""
+def figure(chart: Chart, remark: str = "") -> str:
+    """Return a bare chart with its title, unit and legend as text around it."""
     unit = f"<small>{text(chart.y_label)}</small>" if chart.y_label else ""
     return (
         f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{legend(chart.names)}"
@@ -275,119 +267,8 @@ def framed(chart: Chart, remark: str = "") -> str:
 
 
 def legend(names: Iterable[tuple[str, int]]) -> str:
-    """What colors stand for: (name, color)."""
-    keys = "".join(f'<i><s style="background:var(--c{color % COLORS})"></s>{text(name)}</i>' for name, color in names)
+    """Return the legend of (name, color) pairs."""
+    keys = "".join(
+        f'<i><s style="background:var(--c{color % NUM_COLORS})"></s>{text(name)}</i>' for name, color in names
+    )
     return f'<div class="legend">{keys}</div>'
-
-
-RAW = 'stroke-width="1" stroke-opacity="0.32"'
-DASHED = 'stroke-width="1.6" stroke-dasharray="5 4"'
-
-
-@dataclass
-class Curve:
-    """One curve of a plot: name, values float64 [n] (NaN where there is none), color, and weights for its smoothing."""
-
-    name: str
-    y: Floats
-    color: int
-    weights: Floats | None = None
-    x: Floats | None = None
-
-
-@dataclass
-class Plot:
-    """A chart of curves over one x axis, raw and smoothed or as they are.
-
-    x: float64 [n] ascending. smoothed: whether the curves are drawn thin as they are and thick as smoothed. zero: y
-    starts at 0. log: a logarithmic y. scatter: points of their own instead of the raw line. planned: (name, value,
-    color), dashed lines.
-    """
-
-    title: str
-    unit: str
-    x_label: str
-    x: Floats
-    curves: list[Curve]
-    smoothed: bool = True
-    zero: bool = False
-    log: bool = False
-    remark: str = ""
-    planned: Sequence[tuple[str, float, int]] = ()
-    extra: list[Curve] = field(default_factory=list)
-    """Curves of few points, drawn with their points and not smoothed."""
-
-    def figure(self) -> str:
-        """The plot as a <figure>, nothing where no curve has a value."""
-        curves = [curve for curve in self.curves if np.isfinite(curve.y).any()]
-        extra = [curve for curve in self.extra if np.isfinite(curve.y).any()]
-        if not curves and not extra:
-            return ""
-        smoothed = {curve.name: self._smooth(curve) for curve in curves} if self.smoothed else {}
-        full = [curve.y for curve in extra] + list(smoothed.values() if smoothed else (curve.y for curve in curves))
-        raw = [curve.y for curve in curves] if smoothed else []
-        chart = Chart(
-            self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(full, raw),
-            y_log=self.log, bare=True,
-        )  # fmt: skip
-        if smoothed:
-            for curve in curves:
-                chart.curve(self._x_of(curve), curve.y, curve.color % COLORS, look=RAW)
-        for curve in curves:
-            y = smoothed.get(curve.name, curve.y)
-            chart.curve(self._x_of(curve), y, curve.color % COLORS, curve.name)
-            chart.name(curve.name, curve.color % COLORS)
-        for curve in extra:
-            self._draw_extra(chart, curve)
-        for name, value, color in filter(lambda line: np.isfinite(line[1]), self.planned):
-            chart.curve(np.array(chart.x), np.array([value, value]), color % COLORS, name, DASHED)
-            chart.name(name, color % COLORS)
-        return framed(chart, self.remark)
-
-    def _draw_extra(self, chart: Chart, curve: Curve) -> None:
-        x = self._x_of(curve)
-        chart.curve(x, curve.y, curve.color % COLORS, curve.name)
-        known = np.flatnonzero(np.isfinite(curve.y))
-        if len(known) <= 60:
-            for at in known.tolist():
-                chart.dot(float(x[at]), float(curve.y[at]), curve.color % COLORS)
-        chart.name(curve.name, curve.color % COLORS)
-
-    def _x_of(self, curve: Curve) -> Floats:
-        return self.x if curve.x is None else curve.x
-
-    def _smooth(self, curve: Curve) -> Floats:
-        weights = np.ones(len(curve.y)) if curve.weights is None else curve.weights
-        return smooth(curve.y, weights, window_of(int(np.isfinite(curve.y).sum())))
-
-    def _x_span(self, curves: Sequence[Curve]) -> tuple[float, float]:
-        ends = [end for curve in curves for end in (float(self._x_of(curve)[0]), float(self._x_of(curve)[-1]))]
-        low, high = min(ends), max(ends)
-        room = max(1.0, abs(high) / 1000)
-        return (low, high) if high > low else (low - room, high + room)
-
-    def _y_span(self, full: Sequence[Floats], raw: Sequence[Floats]) -> tuple[float, float]:
-        """From the lowest to the highest value; single spikes of raw curves are cut at the border."""
-        low, high = np.inf, -np.inf
-        planned = [np.array([value]) for _, value, _ in self.planned]
-        for values, cut in [*((y, (0, 100)) for y in [*full, *planned]), *((y, (0.5, 99.5)) for y in raw)]:
-            known = values[np.isfinite(values) & ((values > 0) | (not self.log))]
-            if len(known):
-                bounds = np.percentile(known, cut if len(known) >= 100 else (0, 100))
-                low, high = min(low, float(bounds[0])), max(high, float(bounds[1]))
-        if not np.isfinite(low):
-            return (0.1, 1.0)
-        if self.log:
-            return (low / 1.15, high * 1.15)
-        if self.zero:
-            low = min(low, 0.0)
-        room = (high - low) * 0.05 or max(abs(high), 1e-6) * 0.05
-        return (low if self.zero and low == 0 else low - room, high + room)
-
-
-def level_curves(log: StepLog, values: Floats, weights: Floats | None = None) -> list[Curve]:
-    """A curve for each combination of levels that steps train, in the color of its level; values: float64 [n]."""
-    return [
-        Curve(name, np.where(steps, values, np.nan), log.color(name), weights)
-        for name, steps in combinations(log).items()
-    ]

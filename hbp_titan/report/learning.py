@@ -1,4 +1,4 @@
-"""Sections on what was learned: loss, gradient norm, loss by length and source, validation, experts.
+"""Report sections on learning: loss, gradient norm, loss by length and source, validation, expert load.
 
 Owns the choice of these plots and tables.
 """
@@ -9,17 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hbp_titan.report.charts import COLORS, Chart
+from hbp_titan.packing.metrics import band_name
+from hbp_titan.report.charts import Chart, Curve, Plot, level_curves
 from hbp_titan.report.html import (
     DASH,
-    Curve,
-    Plot,
-    folded,
-    framed,
-    length_name,
-    level_curves,
+    NUM_COLORS,
+    figure,
     missing,
-    note,
     number,
     percent,
     row,
@@ -28,20 +24,14 @@ from hbp_titan.report.html import (
     text,
 )
 from hbp_titan.report.run import Floats, Run, StepLog
-from hbp_titan.report.series import (
-    applied,
-    bands_in_order,
-    edge_means,
-    validation_series,
-    window_of,
-)
+from hbp_titan.report.series import applied, bands_in_order, edge_means, validation_series, window_of
 
-SHOWN_SOURCES = 6
-LISTED_SOURCES = 40
+MAX_CHART_SOURCES = 6
+MAX_TABLE_ROWS = 40
 
 
 def loss_section(run: Run) -> str:
-    """Loss and gradient norm, whole and by level."""
+    """Loss and gradient norm, overall and by level."""
     log = run.log
     if not log.has("loss"):
         return section("Loss", "", missing("metrics.jsonl has no loss yet."))
@@ -69,20 +59,19 @@ def loss_section(run: Run) -> str:
 
 
 def _gradient_norm(run: Run, steps: Floats) -> str:
-    """The norm by level, with the norm that gradients are clipped to."""
+    """Return the norm by level, with the norm that gradients are clipped to."""
     norm = run.log.column("grad_norm")
     curves = level_curves(run.log, norm)
-    most, known = run.setting("training", "max_norm"), norm[np.isfinite(norm)]
-    if not isinstance(most, (int, float)) or most <= 0 or not len(known):
-        return Plot("Gradient norm", "before clipping", "step", steps, curves, log=True).figure()
-    remark = f"{(known > most).mean():.1%} of the steps were clipped to {most:g}."
-    planned = [("clipped above", float(most), 7)]
-    return Plot(
-        "Gradient norm", "before clipping", "step", steps, curves, log=True, remark=remark, planned=planned
-    ).figure()
+    plot = Plot("Gradient norm", "before clipping", "step", steps, curves, log=True)
+    max_norm, known = run.setting("training", "max_norm"), norm[np.isfinite(norm)]
+    if isinstance(max_norm, (int, float)) and max_norm > 0 and len(known):
+        plot.remark = f"{(known > max_norm).mean():.1%} of the steps were clipped to {max_norm:g}."
+        plot.planned = [("clipped above", float(max_norm), 7)]
+    return plot.figure()
 
 
 def _edges(name: str, values: Floats, weights: Floats) -> list[str]:
+    """Return cells: name, number of values, mean of the first and of the last tenth, change."""
     ends = edge_means(values, np.nan_to_num(weights))
     count = f"{int(np.isfinite(values).sum()):,}"
     if ends is None:
@@ -97,34 +86,34 @@ def groups_section(run: Run) -> str:
     bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
     counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
     by_length = [
-        Curve(length_name(band), log.column("loss_by_length", band, "loss"), colors[band], trained)
+        Curve(band_name(int(band)), log.column("loss_by_length", band, "loss"), colors[band], trained)
         for band, trained in zip(bands, counts, strict=True)
     ]
-    bodies = [missing("Loss by length is not in metrics.jsonl: it was written by an older version.")]
+    bodies = [missing("Loss by length is not in metrics.jsonl.")]
     if by_length:
         rows = [
             [*_edges(curve.name, curve.y, trained), number(float(np.nansum(trained)))]
             for curve, trained in zip(by_length, counts, strict=True)
         ]
         heads = ("tokens of the sample", "steps", "first tenth", "last tenth", "change", "trained tokens")
-        plot = Plot("Loss by length of the sample", "nats per trained token", "step", steps, by_length[:COLORS])
+        plot = Plot("Loss by length of the sample", "nats per trained token", "step", steps, by_length[:NUM_COLORS])
         bodies = [plot.figure(), table(heads, rows)]
     return section(
         "Loss by length and by source",
-        "A step's loss split by the length of the sample that a token is of, and by the source of the sample.",
+        "The loss of a step, split by the length and by the source of each token's sample.",
         row(*bodies),
         _sources(log, steps),
     )
 
 
 def _band_colors(log: StepLog) -> dict[str, int]:
-    """A color for each length band, the same in training and in validation."""
+    """Return the color of each length band, the same in training and in validation."""
     bands = bands_in_order(list({*log.names("loss_by_length"), *log.names("validation", "by_length")}))
-    return {band: at for at, band in enumerate(bands)}
+    return {band: color for color, band in enumerate(bands)}
 
 
 def _sources_in_order(log: StepLog) -> list[str]:
-    """The sources, those with most trained tokens first."""
+    """Return the sources, those with most trained tokens first."""
     trained = {name: float(np.nansum(log.column("sources", name, "trained_tokens"))) for name in log.names("sources")}
     return sorted(trained, key=lambda name: -trained[name])
 
@@ -132,22 +121,20 @@ def _sources_in_order(log: StepLog) -> list[str]:
 def _sources(log: StepLog, steps: Floats) -> str:
     names = _sources_in_order(log)
     if not names:
-        return missing("The steps name no sources.")
+        return missing("metrics.jsonl has no sources.")
     columns = {
         name: [log.column("sources", name, kind) for kind in ("samples", "tokens", "trained_tokens", "loss")]
         for name in names
     }
     total = sum(float(np.nansum(columns[name][1])) for name in names)
     curves = [
-        Curve(name, columns[name][3], at, columns[name][2])
-        for at, name in enumerate(names[:SHOWN_SOURCES])
+        Curve(name, columns[name][3], color, columns[name][2])
+        for color, name in enumerate(names[:MAX_CHART_SOURCES])
         if np.isfinite(columns[name][3]).any()
     ]
-    plot = Plot("Loss by source", "nats per trained token", "step", steps, curves).figure()
-    if plot and len(names) > SHOWN_SOURCES:
-        plot = plot.replace("</figure>", note(f"The {SHOWN_SOURCES} sources with most trained tokens.") + "</figure>")
-    if not plot:
-        plot = missing("Loss by source is not in metrics.jsonl: it was written by an older version.")
+    more = len(names) > MAX_CHART_SOURCES
+    remark = f"The {MAX_CHART_SOURCES} sources with most trained tokens." if more else ""
+    plot = Plot("Loss by source", "nats per trained token", "step", steps, curves, remark=remark).figure()
     heads = ("source", "samples", "tokens", "share", "trained", "first tenth", "last tenth")
     rows = []
     for name in names:
@@ -156,82 +143,70 @@ def _sources(log: StepLog, steps: Floats) -> str:
         share = sums[1] / total if total else None
         ends = _edges(name, loss, trained)[2:4]
         rows.append([text(name), number(sums[0]), number(sums[1]), percent(share, 1), number(sums[2]), *ends])
-    listed = table(heads, rows[:LISTED_SOURCES])
-    if len(rows) > LISTED_SOURCES:
-        rest = table(heads, rows[LISTED_SOURCES:])
-        listed += folded(f"{len(rows) - LISTED_SOURCES:,} more sources", rest)
-    return row(plot, listed)
+    return row(plot or missing("Loss by source is not in metrics.jsonl."), table(heads, rows, limit=MAX_TABLE_ROWS))
 
 
 def validation_section(run: Run) -> str:
-    """Loss of the held-out samples, whole, by level, length and source."""
+    """Loss of the held-out samples, overall and by level, length and source."""
     log = run.log
     if not log.has("validation", "loss"):
-        why = "Validation is off" if run.setting("validation", "enable") is False else "No validation has run"
-        return section("Validation", "", missing(f"{why}: [validation] enable and interval turn it on."))
+        state = "Validation is off" if run.setting("validation", "enable") is False else "No validation has run"
+        return section("Validation", "", missing(f"{state}: [validation] enable and interval control it."))
     steps = log.steps.astype(float)
-    whole = {"all": log.column("validation", "loss")}
+    overall = {"all": log.column("validation", "loss")}
     kinds: list[tuple[str, Mapping[str, Floats]]] = [("level", validation_series(log, "by_level"))]
     by_length = validation_series(log, "by_length")
-    kinds.append(("length", {length_name(band): by_length[band] for band in bands_in_order(list(by_length))}))
+    kinds.append(("length", {band_name(int(band)): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
-    colors = {length_name(band): color for band, color in _band_colors(log).items()}
-    colors |= {name: at for at, name in enumerate(_sources_in_order(log))}
+    colors = {band_name(int(band)): color for band, color in _band_colors(log).items()}
+    colors |= {name: color for color, name in enumerate(_sources_in_order(log))}
     figures = []
     for kind, series in kinds:
         curves = [
-            Curve(name, y, log.color(name) if kind == "level" else colors.get(name, at))
-            for at, (name, y) in enumerate(series.items())
+            Curve(name, y, log.color(name) if kind == "level" else colors.get(name, number))
+            for number, (name, y) in enumerate(series.items())
         ]
-        title, first = f"Validation loss by {kind}", [Curve("all", whole["all"], 5)] if kind == "level" else []
-        plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:COLORS]])
+        title, first = f"Validation loss by {kind}", [Curve("all", overall["all"], 5)] if kind == "level" else []
+        plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:NUM_COLORS]])
         figures.append(plot.figure() if curves else missing(f"Validation by {kind} is not in metrics.jsonl."))
     rows = []
-    for kind, series in [("", whole), *kinds]:
+    for kind, series in [("", overall), *kinds]:
         for name, values in series.items():
-            rows.append([text(name), kind or "all samples", *_course(log, values)])
-    heads = ("held-out samples", "by", "validations", "first", "least", "at step", "last")
-    listed = table(heads, rows[:LISTED_SOURCES])
-    if len(rows) > LISTED_SOURCES:
-        listed += folded(f"{len(rows) - LISTED_SOURCES:,} more", table(heads, rows[LISTED_SOURCES:]))
-    return section("Validation", "Mean loss per token of samples that are never trained.", row(*figures, listed))
+            rows.append([text(name), kind or "all samples", *_validation_cells(log, values)])
+    heads = ("held-out samples", "by", "validations", "first", "lowest", "at step", "last")
+    intro = "Mean loss per token of samples that are not trained."
+    return section("Validation", intro, row(*figures, table(heads, rows, limit=MAX_TABLE_ROWS)))
 
 
-def _course(log: StepLog, values: Floats) -> Sequence[str]:
-    at = np.flatnonzero(np.isfinite(values))
-    least = at[int(values[at].argmin())]
-    return (
-        f"{len(at):,}",
-        f"{values[at[0]]:.4f}",
-        f"{values[least]:.4f}",
-        f"{log.steps[least]:,}",
-        f"{values[at[-1]]:.4f}",
-    )
+def _validation_cells(log: StepLog, values: Floats) -> Sequence[str]:
+    known = np.flatnonzero(np.isfinite(values))
+    lowest = known[int(values[known].argmin())]
+    losses = [f"{values[index]:.4f}" for index in (known[0], lowest, known[-1])]
+    return (f"{len(known):,}", *losses[:2], f"{log.steps[lowest]:,}", losses[2])
 
 
 def expert_section(run: Run) -> str:
-    """How evenly tokens are spread over experts; nothing for a model without experts."""
+    """How evenly tokens are spread over experts; empty for a model without experts."""
     log = run.log
     if not log.has("expert_load", "worst"):
         return ""
     steps = log.steps.astype(float)
-    figures = {name: log.column("expert_load", name) for name in ("worst", "mean", "ranks", "idle")}
+    loads = {name: log.column("expert_load", name) for name in ("worst", "mean", "ranks", "idle")}
     names = {"worst": "worst layer", "mean": "mean of layers", "ranks": "ranks"}
-    curves = [Curve(shown, figures[name], at) for at, (name, shown) in enumerate(names.items())]
-    load = Plot("Most loaded expert", "multiple of the mean; 1 is even", "step", steps, curves)
+    curves = [Curve(title, loads[name], color) for color, (name, title) in enumerate(names.items())]
+    plot = Plot("Most loaded expert", "multiple of the mean; 1 is even", "step", steps, curves)
     rows = []
-    for name, shown in {**names, "idle": "experts without a token"}.items():
-        ends = edge_means(figures[name], np.ones(len(steps)))
+    for name, title in {**names, "idle": "experts without a token"}.items():
+        ends = edge_means(loads[name], np.ones(len(steps)))
         if ends:
-            rows.append([shown, f"{np.nanmax(figures[name]):.2f}", f"{ends[0]:.2f}", f"{ends[1]:.2f}"])
-    listed = table(("load", "most", "first tenth", "last tenth"), rows)
-    return section(
-        "Experts", "The most loaded expert as a multiple of its layer's mean.", row(load.figure(), _last(log), listed)
-    )
+            rows.append([title, f"{np.nanmax(loads[name]):.2f}", f"{ends[0]:.2f}", f"{ends[1]:.2f}"])
+    load_table = table(("load", "max", "first tenth", "last tenth"), rows)
+    intro = "The most loaded expert as a multiple of its layer's mean."
+    return section("Experts", intro, row(plot.figure(), _experts_by_layer(log), load_table))
 
 
-def _last(log: StepLog) -> str:
-    """The newest table of experts: each layer's, most loaded first."""
+def _experts_by_layer(log: StepLog) -> str:
+    """Return the newest token counts of the experts of each layer, most loaded first."""
     if log.experts is None:
         return ""
     step, layers = log.experts
@@ -244,9 +219,9 @@ def _last(log: StepLog) -> str:
         f"Experts of each layer at step {step:,}", "experts, most loaded first", "multiple of the layer's mean",
         (0.0, float(max(size, 2))), (0.0, most * 1.05), bare=True,
     )  # fmt: skip
-    for at, (name, counts) in enumerate(loads.items()):
+    for index, (name, counts) in enumerate(loads.items()):
         y: Floats = np.array(counts, np.float64) * len(counts) / sum(counts)
-        chart.curve(np.arange(len(counts), dtype=np.float64) + 0.5, y, at % COLORS, f"layer {name}")
-        if at < COLORS:
-            chart.name(f"layer {name}", at)
-    return framed(chart)
+        chart.curve(np.arange(len(counts), dtype=np.float64) + 0.5, y, index % NUM_COLORS, f"layer {name}")
+        if index < NUM_COLORS:
+            chart.name(f"layer {name}", index)
+    return figure(chart)

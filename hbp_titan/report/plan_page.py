@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a plan: what the data is like, how it is packed, and what that is worth.
+"""One self-contained HTML page about a plan: the data, the packs, and the metrics of all methods.
 
-Owns the choice of charts. The page holds no script and loads nothing, so it can be sent and kept.
+Owns the choice of charts. The page has no script and loads nothing, so it can be archived or sent.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from hbp_titan.packing.metrics import Metrics
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.ragged import IntArray, shuffled
-from hbp_titan.report.charts import PALETTE, Chart
+from hbp_titan.report.charts import Chart
+from hbp_titan.report.html import PALETTE
 from hbp_titan.utils import human_count
 
-SHOWN_ITERATIONS = 60
+MAX_MICRO_BATCHES = 60
 EPOCH_BINS = 120
 FILL_BINS = 50
 
@@ -36,24 +37,24 @@ th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight:
 
 
 def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
-    """The page for `plan`. compared: metrics of methods on the same data, by name."""
+    """Return the page of `plan`. compared: metrics by method, on the same data."""
     levels = ", ".join(f"{level.max_tokens} tokens at cp {level.cp_degree}" for level in plan.levels)
     facts = (
         f"{len(plan.packs.ids):,} samples, {int(plan.pack_tokens.sum()):,} tokens; world size {plan.world_size}; "
-        f"levels: {levels}; seed {plan.seed}, epoch {plan.epoch}; {plan.num_iterations:,} iterations in "
+        f"levels: {levels}; seed {plan.seed}, epoch {plan.epoch}; {plan.num_iterations:,} micro-batches in "
         f"{plan.num_steps:,} optimizer steps. Plan {plan.fingerprint[:16]}."
     )
     used = [k for k in range(len(plan.levels)) if np.any(plan.level_of_iteration == k)]
     sections = [
         f"<h1>Packing plan: {html.escape(plan.method)}</h1><p>{html.escape(facts)}</p>",
-        "<h2>Methods compared</h2><p>DBR, PR, ABR, CR and idle time: 0 is best. The first four are the paper's "
-        "metrics; idle time is the share of the modelled step time in which ranks wait for the slowest one.</p>"
+        "<h2>Methods compared</h2><p>DBR, PR, ABR, CR and idle: 0 is best. The first four are the paper's metrics; "
+        "idle is the share of the modeled step time that ranks wait for the slowest one.</p>"
         + _table(plan.method, compared),
-        "<h2>The data</h2><p>Most samples are short, most of the cost may not be: compare the two.</p>"
+        "<h2>The data</h2><p>Most samples are short, but most tokens may be in long ones.</p>"
         + _row([_lengths(plan, by_tokens=False), _lengths(plan, by_tokens=True)]),
-        "<h2>Cost of the ranks that run side by side</h2><p>Each bar spans the cheapest to the costliest pack of one "
-        "iteration; the line is the mean. The step waits for the top of the bar. Left: the same packs in random "
-        "order. Right: this plan, the same number of iterations taken evenly from the costliest to the cheapest.</p>"
+        "<h2>Cost of the packs of a micro-batch</h2><p>Each bar spans the cheapest to the costliest pack of one "
+        "micro-batch; the line is the mean. The step waits for the top of the bar. Left: the same packs in random "
+        "order. Right: this plan. Both show evenly spaced micro-batches, from the costliest to the cheapest.</p>"
         + "".join(_row(_balance(plan, k)) for k in used),
         "<h2>Packs and the epoch</h2>" + _row([*(_fill(plan, k) for k in used), _epoch(plan, used), _steps(plan)]),
     ]
@@ -68,7 +69,7 @@ def _row(charts: list[str]) -> str:
 
 
 def _table(chosen: str, compared: Mapping[str, Metrics]) -> str:
-    heads = ("method", "DBR", "PR", "ABR", "CR", "Ave-T", "idle time", "iterations", "samples a pack")
+    heads = ("method", "DBR", "PR", "ABR", "CR", "Ave-T", "idle", "micro-batches", "samples per pack")
     rows = []
     for name, m in compared.items():
         cells = [f"{m.dbr:.4f}", f"{m.pr:.4f}", f"{m.abr:.4f}", f"{m.cr:.4f}", f"{m.ave_tokens:,.0f}"]
@@ -79,21 +80,21 @@ def _table(chosen: str, compared: Mapping[str, Metrics]) -> str:
 
 
 def _lengths(plan: Plan, by_tokens: bool) -> str:
-    """Histogram of lengths over powers of the square root of two, with the borders of the levels."""
+    """Return a histogram of lengths over powers of the square root of two, with the boundaries of the levels."""
     lengths = plan.lengths[plan.packs.ids]
     largest = plan.levels[-1].max_tokens
     first, last = np.floor(np.log2(lengths.min())), np.ceil(np.log2(largest + 1))
     edges = 2 ** np.arange(first, last + 0.5, 0.5)
     counts, _ = np.histogram(lengths, edges, weights=lengths if by_tokens else None)
     share = counts / counts.sum()
-    what = "tokens" if by_tokens else "samples"
-    chart = Chart(f"Share of {what} by length", "tokens of a sample", f"share of {what}", *_axes(edges, share), True)
+    unit = "tokens" if by_tokens else "samples"
+    chart = Chart(f"Share of {unit} by length", "tokens of a sample", f"share of {unit}", *_axes(edges, share), True)
     for low, high, value in zip(edges[:-1].tolist(), edges[1:].tolist(), share.tolist(), strict=True):
         chart.bar(
             low, high * 0.98, 0, value, 0, f"{human_count(low, 1024)} to {human_count(high, 1024)} tokens: {value:.2%}"
         )
     for level in plan.levels:
-        chart.border(level.max_tokens, f"{human_count(level.max_tokens, 1024)} cp {level.cp_degree}")
+        chart.boundary(level.max_tokens, f"{human_count(level.max_tokens, 1024)} cp {level.cp_degree}")
     return chart.svg()
 
 
@@ -102,7 +103,7 @@ def _axes(edges: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[tupl
 
 
 def _balance(plan: Plan, level: int) -> list[str]:
-    """Two charts of min, mean and max cost over the ranks of an iteration: packs shuffled, and as planned."""
+    """Return two charts of min, mean and max cost over the packs of a micro-batch: shuffled, and as planned."""
     planned = plan.costs_of_packs(plan.costs)[plan.pack_levels == level]
     dp = int(plan.dp_degrees[level])
     random = planned[shuffled(len(planned), plan.seed, plan.epoch, level)]
@@ -111,22 +112,22 @@ def _balance(plan: Plan, level: int) -> list[str]:
     for name, costs in (("before", random.reshape(-1, dp)), ("after", planned.reshape(-1, dp))):
         idle = 1 - costs.mean(axis=1).sum() / costs.max(axis=1).sum()
         by_cost = np.argsort(-costs.max(axis=1), kind="stable")
-        shown = by_cost[np.linspace(0, len(by_cost) - 1, min(SHOWN_ITERATIONS, len(by_cost))).astype(int)]
+        shown = by_cost[np.linspace(0, len(by_cost) - 1, min(MAX_MICRO_BATCHES, len(by_cost))).astype(int)]
         size = human_count(plan.levels[level].max_tokens, 1024)
         title = f"{size} level, {dp} group{'s' * (dp > 1)}, {name}: {idle:.2%} idle"
-        chart = Chart(title, "iterations, costliest first", "modelled cost", (0, len(shown)), (0, top))
-        for at, row in enumerate(costs[shown]):
+        chart = Chart(title, "micro-batches, costliest first", "modeled cost", (0, len(shown)), (0, top))
+        for index, row in enumerate(costs[shown]):
             low, mean, high = float(row.min()), float(row.mean()), float(row.max())
             chart.bar(
-                at + 0.15, at + 0.85, low - top * 0.004, high + top * 0.004, level % 6, f"{low:.4g} to {high:.4g}"
+                index + 0.15, index + 0.85, low - top * 0.004, high + top * 0.004, level % 6, f"{low:.4g} to {high:.4g}"
             )
-            chart.line([(at + 0.1, mean), (at + 0.9, mean)], 5)
+            chart.line([(index + 0.1, mean), (index + 0.9, mean)], 5)
         charts.append(chart.svg())
     return charts
 
 
 def _fill(plan: Plan, level: int) -> str:
-    """Histogram of tokens / max_tokens over the packs of a level."""
+    """Return a histogram of tokens / max_tokens over the packs of a level."""
     capacity = plan.levels[level].max_tokens
     fill = plan.pack_tokens[plan.pack_levels == level] / capacity
     counts, edges = np.histogram(fill, FILL_BINS, (0, 1))
@@ -139,24 +140,24 @@ def _fill(plan: Plan, level: int) -> str:
 
 
 def _epoch(plan: Plan, used: list[int]) -> str:
-    """Share of each level in the iterations along the epoch."""
+    """Return the share of each level in the micro-batches along the epoch."""
     bins = min(EPOCH_BINS, plan.num_iterations)
     bin_of = np.arange(plan.num_iterations) * bins // plan.num_iterations
     size = np.bincount(bin_of, minlength=bins)
-    chart = Chart("Levels over the epoch", "iteration", "share of iterations", (0, plan.num_iterations), (0, 1))
+    chart = Chart("Levels over the epoch", "micro-batch", "share of micro-batches", (0, plan.num_iterations), (0, 1))
     base = np.zeros(bins)
     starts: IntArray = np.searchsorted(bin_of, np.arange(bins + 1))
     for level in used:
         share = np.bincount(bin_of[plan.level_of_iteration == level], minlength=bins) / size
-        for at in np.flatnonzero(share):
-            chart.bar(int(starts[at]), int(starts[at + 1]), base[at], base[at] + share[at], level % 6)
+        for b in np.flatnonzero(share):
+            chart.bar(int(starts[b]), int(starts[b + 1]), base[b], base[b] + share[b], level % 6)
         base += share
         chart.name(human_count(plan.levels[level].max_tokens, 1024), level % 6)
     return chart.svg()
 
 
 def _steps(plan: Plan) -> str:
-    """Real tokens of each optimizer step, or their range where there are many."""
+    """Return the real tokens of each optimizer step, or the range of neighboring steps if there are many."""
     tokens = plan.step_tokens
     bins = min(4 * EPOCH_BINS, len(tokens))
     starts = np.arange(bins) * len(tokens) // bins

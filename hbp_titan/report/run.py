@@ -1,12 +1,8 @@
-"""Run: everything that a report takes from a run folder, and what of it is missing.
+"""Everything that a report reads from a run folder: `Run`, and metrics.jsonl as columns in `StepLog`.
 
-Owns which files of a run folder are read. Files that are missing or damaged leave their part out, with a sentence in
-`missing`; a folder without any trace of a run is a user's mistake.
-
-StepLog: metrics.jsonl as columns, whatever keys its lines have.
-
-Owns the reading of that file. Runs of other versions lack keys or have others, killed ones end in half a line: nothing
-here assumes that a key is there, and a value of the wrong type is as one that is missing.
+Owns which files are read. A missing or damaged file is skipped with a sentence in `Run.missing`; a folder without any
+file of a run is a user error. No key of metrics.jsonl is assumed to exist: runs of other versions lack keys, killed
+ones end in half a line, and a value of the wrong type counts as missing.
 """
 
 from __future__ import annotations
@@ -33,17 +29,19 @@ _LEVEL = re.compile(r"(\d{1,12})(K?)/cp(\d{1,9})")
 
 Floats = NDArray[np.float64]
 Key = tuple[str, ...]
-Growing = dict[Key, tuple["array[int]", "array[float]"]]
-"""The lines and values of each key while a file is read."""
+Columns = dict[Key, tuple["array[int]", "array[float]"]]
+"""(lines, values) of each key, filled while a file is read."""
 
 
 @dataclass
 class StepLog:
-    """The steps of a run in ascending order; a step that is there twice counts as its last line has it.
+    """The steps of a run in ascending order; of a step that occurs twice the last line counts.
 
-    steps: int64 [n]. level_names: what each step trained, "1K/cp1+8K/cp2" where it mixes levels. skipped: reason by
-    step. work_by_rank: (step, seconds of each rank) of the live checks. experts: (step, tokens of each expert by layer)
-    as last recorded. unreadable: lines that are no JSON objects with a step; cut: the last line is half.
+    steps: int64 [n]. level_names: level of each step, "1K/cp1+8K/cp2" if it mixes levels. skipped: reason by step.
+    work_by_rank: (step, seconds of each rank) of the timing checks. experts: (step, tokens of each expert by layer) as
+    last recorded. unreadable: number of lines that are not JSON objects with a step. cut: whether the last line is
+    incomplete. palette: level names in the order of their colors [the log's own levels]. columns: (rows, values) of
+    every key that has a number or null (NaN) in some step.
     """
 
     steps: NDArray[np.int64]
@@ -54,15 +52,13 @@ class StepLog:
     unreadable: int = 0
     cut: bool = False
     palette: list[str] = field(default_factory=list)
-    """Level names in the order of their colors; empty for the log's own levels."""
     columns: dict[Key, tuple[NDArray[np.int64], Floats]] = field(default_factory=dict, repr=False)
-    """(rows, values) of every key that holds a number or null (NaN) in some step."""
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def column(self, *key: str) -> Floats:
-        """The values under a key, or a key within an object and so on, float64 [n]; NaN where a step has none."""
+        """Return the values of a key, or of a key in nested objects, float64 [n]; NaN in steps without it."""
         values = np.full(len(self), np.nan)
         if key in self.columns:
             rows, found = self.columns[key]
@@ -70,7 +66,7 @@ class StepLog:
         return values
 
     def present(self, *key: str) -> NDArray[np.bool_]:
-        """The steps that have the key or any key within it, bool [n]; its value may be null."""
+        """Return which steps have the key or any key nested in it, also as null, bool [n]."""
         found = np.zeros(len(self), bool)
         for name, (rows, _) in self.columns.items():
             if name[: len(key)] == key:
@@ -78,21 +74,21 @@ class StepLog:
         return found
 
     def names(self, *key: str) -> list[str]:
-        """The names within an object, in the order in which they first appear: names("sources")."""
+        """Return the names in an object in order of first appearance, as in names("sources")."""
         depth = len(key)
         return list(dict.fromkeys(name[depth] for name in self.columns if len(name) > depth and name[:depth] == key))
 
     def has(self, *key: str) -> bool:
-        """Whether any step has a number under the key."""
+        """Return whether any step has a number at the key."""
         return key in self.columns and bool(np.isfinite(self.columns[key][1]).any())
 
     @cached_property
     def levels(self) -> list[str]:
-        """The names of the levels that some step trained, shortest first."""
-        return sorted(self.names("loss_by_level"), key=_size_of)
+        """Return the names of the trained levels, shortest first."""
+        return sorted(self.names("loss_by_level"), key=_level_key)
 
     def color(self, level: str) -> int:
-        """The color of a level, or of a combination of levels, wherever it is drawn."""
+        """Return the color of a level or a combination of levels, the same in every plot."""
         known = self.palette or self.levels
         if level in known:
             return known.index(level)
@@ -101,14 +97,14 @@ class StepLog:
 
 
 def share_colors(logs: Sequence[StepLog]) -> None:
-    """Give a level the same color in each of these logs."""
-    palette = sorted({level for log in logs for level in log.levels}, key=_size_of)
+    """Give a level the same color in all of these logs."""
+    palette = sorted({level for log in logs for level in log.levels}, key=_level_key)
     for log in logs:
         log.palette = palette
 
 
-def _size_of(level: str) -> tuple[int, int, str]:
-    """What orders level names: 1K/cp1 before 8K/cp1 before 8K/cp2, what is no such name last."""
+def _level_key(level: str) -> tuple[int, int, str]:
+    """Return the sort key of a level name: 1K/cp1 before 8K/cp1 before 8K/cp2, other names last."""
     match = _LEVEL.fullmatch(level)
     if not match:
         return (1 << 60, 0, level)
@@ -116,9 +112,9 @@ def _size_of(level: str) -> tuple[int, int, str]:
 
 
 def read_steps(path: Path) -> StepLog:
-    """The log in metrics.jsonl at `path`; one without steps where there is no such file."""
+    """Return the log in metrics.jsonl at `path`, without steps if there is no such file."""
     log = StepLog(np.zeros(0, np.int64))
-    columns: Growing = {}
+    columns: Columns = {}
     steps: list[int] = []
     names: list[str] = []
     if not path.exists():
@@ -130,10 +126,11 @@ def read_steps(path: Path) -> StepLog:
                 log.cut = not raw.endswith(b"\n")
                 log.unreadable += not log.cut
                 continue
-            _note(log, values)
+            _read_events(log, values)
             _add(columns, len(steps), values)
             steps.append(values["step"])
             names.append(str(values.get("level_name") or ""))
+    # A run that resumed from an earlier checkpoint repeats steps.
     last_line = {step: line for line, step in enumerate(steps)}
     log.steps = np.array(sorted(last_line), np.int64)
     log.level_names = [names[last_line[step]] for step in log.steps.tolist()]
@@ -155,13 +152,9 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return values if is_step else None
 
 
-def _note(log: StepLog, values: dict[str, Any]) -> None:
-    """Take from a line what is no column, and name its levels; both change the line."""
+def _read_events(log: StepLog, values: dict[str, Any]) -> None:
+    """Move from a line into the log what does not belong in a column."""
     step = values["step"]
-    levels, names = values.get("loss_by_level"), str(values.get("level_name") or "").split("+")
-    if isinstance(levels, dict) and all(key.isdecimal() for key in levels) and len(levels) == len(names):
-        # Older runs named levels by their index.
-        values["loss_by_level"] = dict(zip(names, levels.values(), strict=True))
     reason = values.pop("skipped", None)
     log.skipped.pop(step, None)
     if reason:
@@ -176,8 +169,8 @@ def _note(log: StepLog, values: dict[str, Any]) -> None:
         log.experts = (step, layers)
 
 
-def _add(columns: Growing, line: int, values: dict[str, Any], above: Key = ()) -> None:
-    """Take every number of an object, and of the objects in it, into the columns; null is NaN."""
+def _add(columns: Columns, line: int, values: dict[str, Any], above: Key = ()) -> None:
+    """Add every number of an object, and of the objects in it, to the columns; null becomes NaN."""
     for name, value in values.items():
         kind = type(value)
         if kind is dict:
@@ -209,7 +202,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A plan of the run: of a whole epoch, or of what was left of it. first_step: of the run, None where unknown."""
+    """A plan of a whole epoch or of its remainder. first_step: step of the run, None if unknown."""
 
     epoch: int
     first_step: int | None
@@ -218,17 +211,17 @@ class RunPlan:
 
     @property
     def name(self) -> str:
-        """Epoch 0, or epoch 0 from step 21."""
+        """Return "epoch 0", or "epoch 0 from step 21"."""
         return f"epoch {self.epoch}" + (f" from step {self.first_step}" if self.is_remainder else "")
 
     @property
     def level_names(self) -> list[str]:
-        """The levels as metrics.jsonl names them: 8K/cp2."""
+        """Return the names of the levels as in metrics.jsonl: 8K/cp2."""
         return [*map(level_name, self.plan.levels)]
 
     @property
     def is_remainder(self) -> bool:
-        """Whether it plans only what was left of its epoch."""
+        """Return whether the plan covers only the remainder of its epoch."""
         return len(self.plan.packs.ids) + len(self.plan.skipped) < self.plan.num_samples
 
 
@@ -236,8 +229,8 @@ class RunPlan:
 class Run:
     """A run folder. starts: those of run.json, oldest first, or those of the sample log.
 
-    checkpoints: steps of the ones that are there. exported: hf/ is there. written: when metrics.jsonl last was.
-    missing: a sentence each for what could not be read.
+    checkpoints: their steps. exported: whether hf/ exists. written: modification time of metrics.jsonl. missing: one
+    sentence per file or part that could not be read.
     """
 
     folder: Path
@@ -252,16 +245,11 @@ class Run:
 
     @property
     def last_start(self) -> dict[str, Any]:
-        """The newest start, empty where none is known."""
+        """Return the newest start, empty if none is known."""
         return self.starts[-1] if self.starts else {}
 
-    @property
-    def resumes(self) -> list[int]:
-        """Steps that a later start began with."""
-        return [first for start in self.starts[1:] if isinstance(first := start.get("first_step"), int)]
-
     def setting(self, *keys: str) -> Any:
-        """A value of the newest start's configuration, None where there is none."""
+        """Return a value of the newest start's configuration, None if there is none."""
         value: Any = self.last_start.get("config")
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -269,11 +257,11 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, with names that tell them apart; ValueError for a folder that is no run."""
+    """Return the runs in these folders, with unique names; ValueError for a folder that is not a run."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
-        raise ValueError(f"{twice} is given twice: name each run folder once")
+        raise ValueError(f"{twice} is given twice; pass each run folder once")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
@@ -284,28 +272,28 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """What the folder holds; ValueError where that is no run."""
+    """Return the run in the folder; ValueError if it is not one."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: name the run folder, [job] dump_folder of the run")
+        raise ValueError(f"{folder} is not a directory; pass the job.dump_folder of the run")
     metrics = folder / "metrics.jsonl"
     if not metrics.exists() and not (folder / "run.json").exists():
         raise ValueError(
-            f"{folder} is no run folder: it has neither metrics.jsonl nor run.json; name the [job] dump_folder of a run"
+            f"{folder} is not a run folder: no metrics.jsonl and no run.json; pass the job.dump_folder of a run"
         )
     run = Run(folder, name, read_steps(metrics))
     run.exported = (folder / "hf").is_dir()
     if not metrics.exists():
-        run.missing.append("metrics.jsonl is not there yet: no step has been trained.")
+        run.missing.append("metrics.jsonl does not exist yet: no step has been trained.")
     elif not len(run.log):
         run.missing.append("metrics.jsonl has no step yet.")
     else:
         run.written = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc)
     if run.log.cut:
         run.missing.append(
-            "The last line of metrics.jsonl is half written and left out: the run goes on or was killed."
+            "The last line of metrics.jsonl is incomplete and ignored: the run is in progress or was killed."
         )
     if run.log.unreadable:
-        run.missing.append(f"{run.log.unreadable:,} lines of metrics.jsonl are not steps and are left out.")
+        run.missing.append(f"{run.log.unreadable:,} lines of metrics.jsonl are not steps and are ignored.")
     _read_starts(run)
     _read_plans(run)
     found = (folder / "checkpoint").glob("step-*") if (folder / "checkpoint").is_dir() else ()
@@ -320,9 +308,9 @@ def _read_starts(run: Run) -> None:
             starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
             run.starts = [start for start in starts if isinstance(start, dict)]
         except (ValueError, KeyError, TypeError):
-            run.missing.append("run.json is damaged: what the run is, its versions and starts are not known.")
+            run.missing.append("run.json is corrupt: settings, versions and starts of the run are not known.")
     else:
-        run.missing.append("run.json is not there: what the run is, its versions and starts are not known.")
+        run.missing.append("run.json does not exist: settings, versions and starts of the run are not known.")
     if run.starts:
         return
     for start in sorted((run.folder / "sample_log").glob("start-*/start.json")):
@@ -334,7 +322,7 @@ def _read_starts(run: Run) -> None:
 
 
 def _read_plans(run: Run) -> None:
-    """The plans in training order; the first step of an epoch's plan is the first step that metrics.jsonl has of it."""
+    """Read the plans in training order; an epoch's plan begins at the first step of it in metrics.jsonl."""
     epochs = run.log.column("epoch")
     paths = sorted((run.folder / "plan").glob("epoch-*.safetensors"))
     for path in paths:
@@ -347,12 +335,12 @@ def _read_plans(run: Run) -> None:
         try:
             plan = load_plan(path)
         except (ValueError, OSError):
-            run.missing.append(f"plan/{path.name} is damaged: its metrics are left out.")
+            run.missing.append(f"plan/{path.name} is corrupt: no planned metrics of it.")
             continue
         if plan.num_iterations:
-            # Where an iteration has no token at all, ratios of it are NaN.
+            # Ratios of a micro-batch without tokens are NaN.
             with np.errstate(invalid="ignore"):
                 run.plans.append(RunPlan(epoch, first, plan, measure(plan)))
     run.plans.sort(key=lambda part: (part.epoch, part.first_step or 0))
     if not run.plans and not any("plan/" in sentence for sentence in run.missing):
-        run.missing.append("plan/ holds no plan: the planned metrics are left out.")
+        run.missing.append("plan/ contains no plan: no planned metrics.")

@@ -51,7 +51,7 @@ def hf_greedy(model: Any, prompt: list[int], eos: list[int] | None, limit: int =
     return new[:-1] if eos and new[-1] in eos else new
 
 
-# (query heads, key/value heads, seed); with these seeds the answers to the five prompts differ, each with several tokens.
+# (query heads, key/value heads, seed); with these seeds the five answers differ and do not repeat one token.
 LAYOUTS = {"llama": (6, 2, 0), "qwen2": (3, 1, 2), "qwen3": (4, 2, 1), "deepseek_v2": (3, 3, 2)}
 
 

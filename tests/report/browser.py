@@ -1,8 +1,4 @@
-"""A headless Chromium for tests, driven over a pair of pipes with the DevTools protocol.
-
-Owns starting and stopping it and the few commands that tests need. Nothing is installed for it: where there is no
-browser (CHROMIUM in the environment or one of the usual names), `find_browser` says so.
-"""
+"""A headless Chromium for tests, driven over pipes with the DevTools protocol; nothing is installed for it."""
 
 from __future__ import annotations
 
@@ -21,13 +17,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, None where there is none."""
+    """Return the path of a Chromium (CHROMIUM in the environment, or a usual name), None if there is none."""
     named = os.environ.get("CHROMIUM")
     return named or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """A browser with one page; a context manager. `events` are what the page told since the last `open`."""
+    """A browser with one page; a context manager. `events` are those of the page since the last `open`."""
 
     def __init__(self, program: str, profile: Path) -> None:
         self.program, self.profile = program, profile
@@ -36,7 +32,7 @@ class Browser:
         self._read = b""
 
     def __enter__(self) -> Browser:
-        # The protocol's pipes are descriptors 3 (to the browser) and 4 (from it), which a shell gives them.
+        # The protocol's pipes are descriptors 3 (to the browser) and 4 (from it); a shell assigns them.
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         options = "--headless=new --no-sandbox --disable-gpu --disable-extensions --no-first-run --disable-sync "
@@ -61,14 +57,14 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Its own session, so its own processes alone.
+        # It runs in its own session, so this ends only its own processes.
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self._to)
         os.close(self._from)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command to the page; RuntimeError where it fails."""
+        """Return the result of a command to the page; RuntimeError if it fails."""
         return self._call(method, self._session, **params)
 
     def open(self, path: Path, width: int = 1200) -> None:
@@ -82,7 +78,7 @@ class Browser:
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def evaluate(self, expression: str) -> Any:
-        """The JSON value of an expression in the page; RuntimeError where it throws."""
+        """Return the JSON value of an expression in the page; RuntimeError if it throws."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(str(answer["exceptionDetails"]))
@@ -93,19 +89,19 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def complaints(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and requests for anything but the page itself."""
-        told = []
+        """Return console messages, exceptions, and requests for anything but the page itself."""
+        found = []
         for event in self.events:
             method, params = event["method"], event["params"]
             if method == "Runtime.exceptionThrown":
-                told.append(str(params["exceptionDetails"]))
+                found.append(str(params["exceptionDetails"]))
             elif method == "Runtime.consoleAPICalled":
-                told.append(f"console.{params['type']}")
+                found.append(f"console.{params['type']}")
             elif method == "Log.entryAdded":
-                told.append(params["entry"]["text"])
+                found.append(params["entry"]["text"])
             elif method == "Network.requestWillBeSent" and params["type"] != "Document":
-                told.append(params["request"]["url"])
-        return told
+                found.append(params["request"]["url"])
+        return found
 
     def _call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         self._sent += 1

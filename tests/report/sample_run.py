@@ -1,7 +1,4 @@
-"""Run folders for tests: everything that a run writes and a report reads, from figures that can be checked by hand.
-
-Owns the making of such folders; nothing here checks anything.
-"""
+"""Run folders for tests of the report, with numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ SOURCES = ("chat", "books")
 
 
 def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SOURCES) -> dict[str, Any]:
-    """A line of metrics.jsonl. Loss falls as 2 + 6 / sqrt(step), 0.5 higher on the long level; 1000 tokens, 0.5 s."""
+    """Return a line of metrics.jsonl: loss 2 + 6 / sqrt(step), 0.5 higher on the long level; 1000 tokens, 0.5 s."""
     loss = 2 + 6 / step**0.5 + 0.5 * level
     each = {"loss": loss, "trained_tokens": 400}
     line: dict[str, Any] = {
@@ -72,15 +69,14 @@ def step_of(step: int, level: int, ranks: int = 4, sources: tuple[str, ...] = SO
 
 
 def levels_of(steps: int, curriculum: float = 0.2, seed: int = 0) -> list[int]:
-    """Level of each step: the lower one for the curriculum's share, then either."""
+    """Return the level of each step: the lower one in the curriculum, then a random one."""
     generator = np.random.default_rng(seed)
     return [0 if step < curriculum * steps else int(generator.random() < 0.4) for step in range(steps)]
 
 
 def start_of(first_step: int = 1, ranks: int = 4) -> dict[str, Any]:
-    """A start as in run.json."""
+    """Return a start as in run.json."""
     config = {
-        "job": {"description": "a run for tests"},
         "model": {"flavor": "debug"},
         "data": {"train_files": ["train.jsonl"]},
         "packing": {"method": "hbp", "level_order": "alternate", "curriculum_steps": 0.2},
@@ -101,7 +97,7 @@ def start_of(first_step: int = 1, ranks: int = 4) -> dict[str, Any]:
 
 
 def write_run(folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, Any]] | None = None) -> Path:
-    """A run folder with these lines in metrics.jsonl, run.json and a plan of 300 samples on 4 ranks."""
+    """Write a run folder with these lines in metrics.jsonl, run.json and a plan of 300 samples on 4 ranks."""
     (folder / "checkpoint" / "step-50").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
@@ -115,6 +111,6 @@ def write_run(folder: Path, lines: list[dict[str, Any]], starts: list[dict[str, 
 
 
 def write_usual_run(folder: Path, steps: int = 120, sources: tuple[str, ...] = SOURCES) -> Path:
-    """A whole run of some steps, resumed after step 100."""
+    """Write a run of `steps` steps, resumed after step 100."""
     lines = [step_of(step, level, sources=sources) for step, level in enumerate(levels_of(steps), start=1)]
     return write_run(folder, lines, [start_of(), start_of(101, 2)])

@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens without a complaint, draws everything, asks for nothing and fits a phone."""
+"""The page in a real browser: no errors, no requests, every plot drawn, narrow screens, print."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("width", [1200, 390])
-def test_every_plot_is_drawn_without_complaint_request_or_overflow(browser: Browser, page: Path, width: int) -> None:
+def test_every_plot_is_drawn_without_errors_requests_and_overflow(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width)
     assert browser.complaints() == []
     plots = browser.evaluate(DRAWN)
-    # Seven of the comparison, and of each run four of loss, two of groups, three of validation, four of speed, one of
-    # ranks, two of live checks, three of balance, two of memory.
+    # Seven of the comparison; per run four of loss, two of groups, three of validation, four of speed, one of ranks,
+    # two of timing checks, three of balance, two of memory.
     assert len(plots) == 7 + 2 * 21
     assert [plot["name"] for plot in plots if not plot["wide"] or not plot["inside"] or plot["widest"] < 3] == []
     assert browser.evaluate("document.querySelectorAll('svg.lane.tall rect').length") > 20
@@ -63,7 +63,7 @@ def test_every_plot_is_drawn_without_complaint_request_or_overflow(browser: Brow
     assert browser.evaluate(OVERLAPPING) == []
 
 
-def test_a_hostile_source_name_is_text(browser: Browser, page: Path) -> None:
+def test_hostile_source_name_stays_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.evaluate("window.hacked === undefined")
     assert browser.evaluate("document.querySelectorAll('img, [onload], [onerror]').length") == 0
@@ -72,7 +72,7 @@ def test_a_hostile_source_name_is_text(browser: Browser, page: Path) -> None:
     assert HOSTILE in cells
 
 
-def test_the_value_under_the_pointer_is_told(browser: Browser, page: Path) -> None:
+def test_value_below_the_pointer_is_shown(browser: Browser, page: Path) -> None:
     browser.open(page)
     place = browser.evaluate(
         """(() => { const svg = document.querySelector('#run-0 svg.chart[aria-label="Loss by level"]');
@@ -84,14 +84,14 @@ def test_the_value_under_the_pointer_is_told(browser: Browser, page: Path) -> No
     )
     browser.point(place[0], place[1])
     assert browser.evaluate("document.getElementById('tip').hidden") is False
-    told = browser.evaluate("document.getElementById('tip').textContent").split("\n")
-    assert told[0] == f"step {place[2]}"
-    assert f"1K/cp1: {place[3]}" in told
+    texts = browser.evaluate("document.getElementById('tip').textContent").split("\n")
+    assert texts[0] == f"step {place[2]}"
+    assert f"1K/cp1: {place[3]}" in texts
     browser.point(place[0], 1)
     assert browser.evaluate("document.getElementById('tip').hidden") is True
 
 
-def test_it_is_dark_where_the_reader_is_and_light_on_paper(browser: Browser, page: Path) -> None:
+def test_page_follows_the_color_scheme_and_prints_light(browser: Browser, page: Path) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     browser.open(page)
     shown = [browser.evaluate(paper)]
@@ -103,12 +103,12 @@ def test_it_is_dark_where_the_reader_is_and_light_on_paper(browser: Browser, pag
     assert shown == ["rgb(255, 255, 255)", "rgb(18, 22, 28)", "rgb(255, 255, 255)"]
 
 
-def test_the_browser_reports_what_it_is_asked_to_find(browser: Browser, tmp_path: Path) -> None:
+def test_browser_reports_errors_requests_and_overflow(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "faulty.html"
     path.write_text("<body style='width:2000px'><img src='missing.png'><script>console.log(1); lacking()</script>")
     browser.open(path, 390)
-    told = " ".join(browser.complaints())
-    assert "missing.png" in told
-    assert "console.log" in told
-    assert "lacking is not defined" in told
+    texts = " ".join(browser.complaints())
+    assert "missing.png" in texts
+    assert "console.log" in texts
+    assert "lacking is not defined" in texts
     assert browser.evaluate("document.documentElement.scrollWidth") > 390

@@ -1,4 +1,4 @@
-"""The chart: what a long curve keeps, where values lie, and how axes are labelled."""
+"""Charts: thinning of long curves, positions of values, labels of axes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def _lines(chart: Chart) -> list[xml.etree.ElementTree.Element]:
     return xml.etree.ElementTree.fromstring(chart.svg()).findall("polyline")
 
 
-def test_thinning_keeps_the_lowest_and_highest_of_each_bucket_and_both_ends() -> None:
+def test_thinning_keeps_extremes_of_each_bucket_and_both_ends() -> None:
     x = np.arange(12.0)
     y = np.array([5, 1, 9, 4, 2, 2, 7, 3, 8, 0, 6, 6], float)
     assert thinned(x, y, (0, 12), 3) == [(0, 5), (1, 1), (2, 9), (4, 2), (6, 7), (8, 8), (9, 0), (11, 6)]
 
 
-def test_few_points_are_kept_as_they_are_and_what_is_not_finite_is_left_out() -> None:
+def test_few_points_are_kept_and_infinite_ones_skipped() -> None:
     x, y = np.array([1.0, 2, 3]), np.array([4.0, np.nan, 6])
     assert thinned(x, y, (1, 3), 300) == [(1, 4), (3, 6)]
 
 
-def test_a_curve_of_a_million_points_shows_its_spike_in_some_kilobytes() -> None:
+def test_curve_of_a_million_points_shows_its_spike_in_30_kilobytes() -> None:
     y = np.sin(np.arange(1_000_000) / 1000)
     y[543_210] = 4.0
     chart = Chart("t", "x", "y", (0, 1e6), (-1, 5))
@@ -39,21 +39,21 @@ def test_a_curve_of_a_million_points_shows_its_spike_in_some_kilobytes() -> None
     assert float(line.attrib["data-x"].split()[values.index(4.0)]) == 543210
 
 
-def test_a_curve_of_one_point_is_a_dot() -> None:
+def test_curve_of_one_point_is_a_dot() -> None:
     chart = Chart("t", "x", "y", (0, 2), (0, 2))
     chart.curve(np.array([0.0, 1.0]), np.array([np.nan, 1.5]), 3, "v")
     assert _lines(chart) == []
     assert re.search(r'<circle [^>]*fill="var\(--c3\)"><title>v: 1.5</title>', chart.svg())
 
 
-def test_a_name_cannot_leave_its_attribute() -> None:
+def test_name_is_escaped_in_its_attribute() -> None:
     chart = Chart("t", "x", "y", (0, 2), (0, 2))
     chart.curve(np.array([0.0, 1.0]), np.array([0.0, 1.0]), 0, '"/><script>x</script>')
     (line,) = _lines(chart)
     assert line.attrib["data-name"] == '"/><script>x</script>'
 
 
-def test_a_logarithmic_axis_spaces_powers_evenly() -> None:
+def test_logarithmic_axis_spaces_powers_evenly() -> None:
     chart = Chart("t", "x", "y", (0, 1), (0.1, 10), y_log=True)
     for value in (0.1, 1.0, 10.0, 0.0):
         chart.dot(0, value, 0)
@@ -64,20 +64,17 @@ def test_a_logarithmic_axis_spaces_powers_evenly() -> None:
     assert below == low
 
 
-def test_labels_tell_neighbouring_ticks_apart() -> None:
+def test_tick_labels_differ_and_ticks_are_round() -> None:
     chart = Chart("t", "x", "y", (10_000, 10_040), (7.1011, 7.1039))
     texts = [text.text for text in xml.etree.ElementTree.fromstring(chart.svg()).findall("text")]
     assert len(set(texts)) == len(texts)
     assert "10,010" in texts
     assert "7.1025" in texts
-
-
-def test_ticks_are_round_numbers() -> None:
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 1_500) == [200 * i for i in range(8)]
 
 
-def test_a_bare_chart_leaves_its_words_to_the_page() -> None:
+def test_bare_chart_has_no_title_unit_and_legend() -> None:
     chart = Chart("Title", "step", "unit", (0, 1), (0, 1), bare=True)
     chart.name("first", 0)
     texts = [text.text for text in xml.etree.ElementTree.fromstring(chart.svg()).findall("text")]
