@@ -235,8 +235,8 @@ def _level_cells(name: str, of: Totals, whole: Totals) -> list[str]:
     share = of.seconds / whole.seconds if whole.seconds else None
     memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
     return [
-        name, number(of.steps), number(of.micro_batches), number(of.tokens), human_seconds(of.seconds), percent(share, 1),
-        number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
+        name, number(of.steps), number(of.micro_batches), number(of.tokens), human_seconds(of.seconds),
+        percent(share, 1), number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
     ]  # fmt: skip
 
 
