@@ -62,6 +62,7 @@ def load_config(argv: Sequence[str]) -> JobConfig:
     if config_file is not None:
         values = _read_toml(Path(config_file))
     config = _from_toml(values, config_file or "")
+    # After the file: the command line wins.
     for key, text in overrides.items():
         _override(config, key, text)
     check_values(config)
@@ -77,6 +78,7 @@ def validate(config: JobConfig, world_size: int) -> None:
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size "
             f"{world_size}; change one of them"
         )
+    # Resharding happens among the ranks that hold one copy of the parameters.
     shards = world_size // config.parallelism.dp_replicate
     check_reshard("parallelism.reshard_after_forward", config.parallelism.reshard_after_forward, shards)
     for level in config.levels:
@@ -98,6 +100,7 @@ def to_toml(config: JobConfig) -> str:
     def tables(header: str, values: Any) -> list[str]:
         if isinstance(values, list):
             return [block for item in values for block in tables(f"[{header}]", item)]
+        # Tables of a section come after its keys, or TOML would read the keys as theirs.
         inner = {key: item for key, item in values.items() if _is_tables(item)}
         lines = [f"{key} = {value(item)}" for key, item in values.items() if key not in ("config_file", *inner)]
         name = header.strip("[]")
@@ -139,6 +142,7 @@ def help_text() -> str:
 
 def _field_docs(section_type: type) -> dict[str, str]:
     """Return the string below each field of a section, read from the source (as torchtitan does)."""
+    # Python keeps no docstring of a field at run time.
     tree = ast.parse(textwrap.dedent(inspect.getsource(section_type)))
     class_def = tree.body[0]
     assert isinstance(class_def, ast.ClassDef)
@@ -231,9 +235,11 @@ def _override(config: JobConfig, key: str, text: str) -> None:
     expected = _type_of(key, "command line")
     value: Any = text
     if expected is not str:
+        # JSON's literals are TOML's; True and False are what Python users type.
         try:
             value = json.loads(text.lower() if expected is bool else text)
         except json.JSONDecodeError:
+            # Lists of paths need no quotes on the command line.
             value = text.split(",") if get_origin(expected) is list else text
     _set(config, key, value, "command line")
 
@@ -275,6 +281,7 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
     elif origin in (typing.Union, types.UnionType):
         fits = isinstance(value, get_args(expected)) and (bool in get_args(expected) or not isinstance(value, bool))
     elif expected is float:
+        # A bool is an int in Python, but not a number in a configuration.
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     else:
         fits = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
@@ -292,6 +299,7 @@ def check_values(config: JobConfig) -> None:
             raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
     if config.packing.auto_levels and config.levels:
         raise ValueError("packing.auto_levels = true chooses the levels; remove [[levels]] and --levels")
+    # No key has a meaning for negative numbers, so one rule covers those that are added later.
     for section, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int | float) and value < 0:

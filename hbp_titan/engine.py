@@ -82,6 +82,7 @@ def level_meshes(
     config: JobConfig, args: ModelArgs, world: World, mesh_device: torch.device, levels: Sequence[Level]
 ) -> LevelMeshes:
     """Return the meshes of `levels` and of the parameters, with their process groups made and connected."""
+    # Levels of the same shape share a mesh and its communicators.
     cp_shapes = [level.cp_shape(args.num_kv_heads) for level in levels]
     copies, experts = config.parallelism.dp_replicate, config.parallelism.expert_parallel_degree
     return LevelMeshes(mesh_device, world.size, cp_shapes, copies, experts)
@@ -97,6 +98,7 @@ def parallelized_on_meta(
     meshes = level_meshes(config, args, world, mesh_device, config.levels)
     reshard_after_forward = config.parallelism.reshard_after_forward
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, reshard_after_forward)
+    # On meta: FSDP shards the shapes first, then each rank allocates its own shard only.
     with torch.device("meta"):
         model = build_model(args).to(stored_dtype(config, world.device))
         if config.lora.rank:

@@ -57,16 +57,27 @@ class Trainer:
         self.folder = config.dump_folder
         self.is_log_rank = world.rank == distributed.log_rank(world.size)
         set_determinism(config.seed_of("rng"), config.training.deterministic)
-
-        # 1. Data. Each rank prepares a share of what is missing; the ranks meet on the shared file system.
         self.args = preflight.model_args(config)
         preflight.check(config, world.size, self.device, self.args)
+
+        self._open_data()
+        self._make_plans(plans)
+        self._build_model()
+        self._build_state()
+        with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
+            self._resume()
+
+    def _open_data(self) -> None:
+        """Open the token stores. Ranks share the work of making those that are missing, on a shared file system."""
+        config, world = self.config, self.world
         group = errors.WorkerGroup(world.rank, world.size, distributed.gather_values)
-        self.store, *held_out = open_stores(config, preflight.max_sample_tokens(config, self.args), group)
+        self.store, *self.held_out = open_stores(config, preflight.max_sample_tokens(config, self.args), group)
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
 
-        # 2. Levels and plan.
+    def _make_plans(self, plans: Callable[..., EpochPlans]) -> None:
+        """Choose the levels if they are to be measured, and plan the first epoch and the validation pass."""
+        config, world, held_out = self.config, self.world, self.held_out
         self.oom_advice = oom.OOMAdvice(config, self.args, world)
         cost = preflight.cost_model(self.args, frozen=config.lora.rank > 0)
         if config.measures_levels:
@@ -86,13 +97,17 @@ class Trainer:
             loader = partial(self._make_loader, plan, held_out[0])
             self.validator = Validator(plan, held_out[0], loader, world)
 
-        # 3. Model and optimizer.
+    def _build_model(self) -> None:
+        config, world = self.config, self.world
         with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
             self.engine = Engine(config, self.args, world)
             self.model = self.engine.model
             self.optimizer = optim.build_optimizer(self.model, config.optimizer)
 
-        # 4. What a resumed run needs: position and schedule (train_state), tensors (checkpointer), trained samples.
+    def _build_state(self) -> None:
+        """Build what a resumed run needs, what is measured, and what handles faults."""
+        config, world = self.config, self.world
+        # Position and schedule, tensors, and the samples that were trained.
         self.train_state = TrainState(config, self.args, self.plans, self.store.fingerprint)
         self.position = self.train_state.position
         self.adapter = weights.describe_adapter(config, self.model)
@@ -106,7 +121,6 @@ class Trainer:
         )
         self.sample_log = SampleLog(self.folder, world.rank, config.levels, distributed.broadcast_value)
 
-        # 5. Measurement, and what can go wrong.
         self.level_times = timing.load_level_times(self.folder, config.levels)
         self.timing = timing.TimingMonitor(self.model, world, self.level_times, config.metrics.timing_check_interval)
         self.stats = StepStats(config, self.args, world, self.store, self.model)
@@ -114,8 +128,6 @@ class Trainer:
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
         self.signal = 0  # highest signal number received on any rank, agreed at the end of the last step
         self._write_metrics: Callable[[], None] | None = None  # writes the metrics of the last step
-        with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
-            self._resume()
 
     @property
     def step(self) -> int:

@@ -34,6 +34,7 @@ def sha256_text(text: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "; did you mean NAME?" for the known name closest to `name`, "" if none is close."""
+    # 0.4: a misspelt key still finds its name, another key does not.
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 

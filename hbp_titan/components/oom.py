@@ -99,6 +99,7 @@ class OOMAdvice:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, OutOfMemory):
+            # Only now: the estimates trace the model, which takes seconds and which a run that fits never needs.
             from hbp_titan.tuning.oom_advice import advice
 
             raise UserError(
@@ -122,6 +123,7 @@ def _bytes(pattern: str, message: str) -> int:
 def device_memory(device: torch.device, local_ranks: int) -> int:
     """Return the bytes that this rank can use: what others leave of its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
+        # What the allocator holds is this rank's as well, though CUDA counts it as used.
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
@@ -152,6 +154,7 @@ def measure_memory(device: torch.device) -> Iterator[MemoryUse]:
         use.peak_bytes = torch.cuda.max_memory_allocated(device) - before
         use.held_bytes = torch.cuda.memory_allocated(device) - before
         return
+    # torch has no allocation counters for the CPU; the profiler sees every one.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         yield use
     assert prof.profiler is not None

@@ -120,6 +120,7 @@ class LossSums:
         self.source_names = store.source_names
         self.sources = store.sources
         self.band_ends, bands = np.unique(band_of(store.lengths), return_inverse=True)
+        # One byte per sample: the epoch's samples can be millions.
         self.bands = bands.astype(np.uint8)
         self.group_sizes = (num_levels, len(self.band_ends), len(self.source_names))
         self._sums_G: Tensor | None = None
@@ -132,6 +133,7 @@ class LossSums:
         places = np.concatenate([group + start for group, start in zip(groups, starts, strict=True)])
         if self._sums_G is None:
             self._sums_G = torch.zeros(sum(self.group_sizes), dtype=torch.float64, device=losses_S.device)
+        # One scatter for all three groupings: each is a slice of the same vector.
         index = torch.from_numpy(places).to(losses_S.device, non_blocking=True)
         self._sums_G.index_add_(0, index, losses_S.double().repeat(len(groups)))
 
@@ -151,6 +153,7 @@ class LossSums:
         means = []
         for group, size, part in zip(self._groups(levels, ids), self.group_sizes, parts, strict=True):
             trained = np.bincount(group, counts, size).astype(np.int64)
+            # A group without trained tokens has no mean; 0 / 0 would be a NaN that JSON cannot hold.
             pairs = enumerate(zip(part.tolist(), trained.tolist(), strict=True))
             means.append({k: Mean(loss / count, count) for k, (loss, count) in pairs if count})
         by_level, by_band, by_source = means
@@ -180,6 +183,7 @@ class PeakMemory:
 
     def add(self, level: int) -> None:
         """Note the memory after launching a micro-batch. It may still run: a GPU allocates as work is launched."""
+        # Per micro-batch: a step may mix levels, and CUDA has one peak for all of them.
         held = self._read()
         self._levels[level] = max(self._levels[level], held)
         self.run_peak = max(self.run_peak, held)
@@ -196,6 +200,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return active / 2**30
         if not _STATM.exists():
+            # macOS has no /proc; the peak of the run is the nearest figure.
             return _peak_resident()
         return int(_STATM.read_text().split()[1]) * resource.getpagesize() / 2**30
 
@@ -224,6 +229,7 @@ class ExpertCounts:
         counts = self.model.tokens_per_expert()
         if not counts:
             return
+        # Not every layer has experts: DeepSeek's first layers are dense.
         self.layers = list(counts)
         counts_LE = torch.stack(list(counts.values())).long()
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
@@ -285,6 +291,7 @@ class StepTimes:
 
         Ranks synchronize in every micro-batch, so each takes as long as the one with the most work.
         """
+        # 1e-12: a level of empty packs has no work at all.
         return np.array(self.wall) * (1 - np.array(self.work) / np.maximum(self.slowest, 1e-12))
 
     @property
@@ -375,9 +382,11 @@ class StepStats:
         A collective that the host does not wait for. square_norm: this rank's part, float64 scalar.
         """
         losses_G, counts = self.losses.pop(), self.experts.pop()
+        # One collective for everything: at 512 ranks each more costs a latency of its own.
         parts = [square_norm.view(1), losses_G, *([] if counts is None else [counts.flatten().double()])]
         self._num_losses, self._reduced = len(losses_G), torch.cat(parts)
         dist.all_reduce(self._reduced)
+        # The levels' sums cover every loss: the bands and sources are other groupings of the same tokens.
         norm = self._reduced[0].sqrt()
         levels = self._reduced[1 : 1 + self.num_levels]
         return norm.float(), (norm + levels.sum()).isfinite().logical_not().float()
@@ -390,6 +399,7 @@ class StepStats:
         memory = self.memory.pop()
         wall, work = [wall for wall, _ in seconds], [work for _, work in seconds]
         own = [*flags, self._data_wait, self.memory.run_peak, *memory, *work, *wall]
+        # float64 for all: token counts beyond 2**24 would be rounded in fp32.
         row = torch.tensor(own, dtype=torch.float64, device=self.world.device)
         rows = torch.empty(self.world.size * len(own), dtype=torch.float64, device=self.world.device)
         # torch 2.13 renamed all_gather_into_tensor and warns about the old name.
@@ -402,6 +412,7 @@ class StepStats:
         largest, mean = per_rank.max(axis=0).tolist(), per_rank.mean(axis=0).tolist()
         data_wait, peak_memory, *rest = largest[len(flags) :]
         slowest = rest[len(memory) : len(memory) + len(work)]
+        # The mean of work, but the maximum of data waits and memory: those are what a step is limited by.
         work_mean, wall_mean = np.split(np.array(mean[len(flags) + 2 + len(memory) :]), 2)
         return StepResult(
             loss_sums=values[1:losses_end].tolist(),
@@ -479,6 +490,7 @@ class StepStats:
         if not self.world_peak_flops:
             return None
         lengths = plan.lengths[samples]
+        # The documents' own squares, not the packed length's: attention does not cross documents.
         flops = training_flops(self.args, int(lengths.sum()), int((lengths * lengths).sum()), self.adapter_params)
         return 100 * flops / (seconds * self.world_peak_flops)
 

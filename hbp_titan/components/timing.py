@@ -55,6 +55,7 @@ class ComputeTimer:
         self._gpu: list[list[torch.cuda.Event]] = []
         self._blocks: list[torch.cuda.Event] | None = None
         if self.on_gpu:
+            # Forward only: hooks on backward would cut the compiled graph of a block.
             for block in model.blocks():
                 block.register_forward_pre_hook(self._mark)
                 block.register_forward_hook(self._mark, prepend=True)
@@ -76,6 +77,7 @@ class ComputeTimer:
     def pop(self) -> list[tuple[float, float]]:
         """Return (wall, work) in seconds of each micro-batch since the last call; waits for the GPU."""
         if self.on_gpu:
+            # elapsed_time needs finished events; the step's results are about to be read anyway.
             torch.cuda.synchronize()
             measured = [_seconds(events) for events in self._gpu]
         else:
@@ -97,6 +99,7 @@ def _recorded_event() -> torch.cuda.Event:
 
 def _seconds(events: list[torch.cuda.Event]) -> tuple[float, float]:
     start, end, *marks = events
+    # marks alternate: a block's parameters are gathered, its output is computed.
     work = sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
     return start.elapsed_time(end) / 1000, work / 1000
 
@@ -156,6 +159,7 @@ def predict_epoch(plan: Plan, times: Sequence[LevelTimeModel], step_seconds: flo
     seconds = np.zeros(len(loads))
     for k, level_time in enumerate(times):
         seconds[levels == k] = level_time.seconds(loads[levels == k])
+    # Packs of a micro-batch are adjacent, so per-micro-batch figures are segment reductions.
     starts = plan.pack_offsets[:-1]
     counts = np.diff(plan.pack_offsets)
     return EpochTime(
@@ -178,6 +182,7 @@ def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeMo
         known = {level_from_dict(entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a file of level times; delete it") from None
+    # The user may have edited the levels since they were measured.
     return tuple(known[level] for level in levels) if set(levels) <= set(known) else None
 
 
@@ -318,6 +323,7 @@ class TimingMonitor:
         """
         if not self.interval or (steps_done % self.interval and steps_done < plan.num_steps):
             return None
+        # At the interval only: the gather is small, but its wait is one more synchronization.
         own = torch.tensor(self._seconds, dtype=torch.float64, device=self.world.device)
         gathered = [torch.empty_like(own) for _ in range(self.world.size)]
         dist.all_gather(gathered, own)
@@ -327,6 +333,7 @@ class TimingMonitor:
         model_RI = self._modelled(plan, indices)
         levels = plan.level_of_iteration[indices]
         for k in np.unique(levels).tolist():
+            # Cost models count FLOPs; the first report measures the machine's speed at this level.
             if self.times is None and k not in self._units:
                 of = levels == k
                 self._units[k] = float(np.median(wall_RI[:, of].max(0) / model_RI[:, of].max(0)))
@@ -366,6 +373,7 @@ def compare(levels: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_
         )
         # Work has a unit of its own, so only a rank's ratio to the other ranks is meaningful.
         paces[:, of] = work / model / np.median(work / model)
+    # Weighted by modelled time, so that a level of few short micro-batches does not decide.
     pace_R = (paces * model_RI).sum(1) / model_RI.sum(1)
     slowest = int(pace_R.argmax())
     return TimingReport(checks, (slowest, float(pace_R[slowest] / np.median(pace_R))), tuple(work_RI.sum(1).tolist()))

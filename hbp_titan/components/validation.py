@@ -45,6 +45,7 @@ class Validator:
             heartbeat(f"micro-batch {micro_batch} of {plan.num_iterations}, level {level}", level)
             self.losses.add(batch, losses_of(batch))
         heartbeat("sum of losses", "sum")
+        # Once at the end: sums are on the device, and no micro-batch has to wait for another rank's.
         sums_G = self.losses.pop()
         dist.all_reduce(sums_G)
         means = self.losses.means(sums_G.tolist(), plan, 0, plan.num_iterations)
