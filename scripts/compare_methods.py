@@ -28,7 +28,7 @@ from hbp_titan.distributed.world import World, close_world, gather_values, init_
 from hbp_titan.errors import WorkerGroup, exit_on_user_error
 from hbp_titan.experiments.compare import Run, compare, parse_runs, table
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
-from hbp_titan.tuning.auto import from_rank_0, measured
+from hbp_titan.tuning.auto import from_rank_0, measured_profile
 from hbp_titan.tuning.search import Workload, baselines, select_search
 
 METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
@@ -42,7 +42,7 @@ def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     limit = max_sample_tokens(config, args)
     stores = open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
     path = config.dump_folder / "profile.json"
-    profile = measured(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
+    profile = measured_profile(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
 
     def choose() -> tuple[Run, ...]:
         workload = Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)

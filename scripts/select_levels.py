@@ -23,7 +23,14 @@ from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
-from hbp_titan.tuning.auto import candidate_levels, choices, from_rank_0, levels_block, measured, replace_levels
+from hbp_titan.tuning.auto import (
+    candidate_levels,
+    from_rank_0,
+    levels_block,
+    measured_profile,
+    replace_levels,
+    select_all,
+)
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.search import Candidate, Workload
 from hbp_titan.tuning.time_model import estimate_candidates
@@ -87,13 +94,13 @@ def measured_here(
         if world.rank == 0:
             print(text, flush=True)
 
-    profile = measured(config, args, world, stores, path, log, levels)
+    profile = measured_profile(config, args, world, stores, path, log, levels)
     return profile.candidates, Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
 
 
 def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[Candidate], workload: Workload) -> None:
     """Print both selections beside the baselines; write or print the blocks of the one that was asked for."""
-    selections, text = choices(candidates, workload)
+    selections, text = select_all(candidates, workload)
     print(
         f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest of "
         f"{workload.max_sample_tokens:,}; world size {workload.world_size}\n{text}\n"

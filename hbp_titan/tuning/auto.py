@@ -1,13 +1,8 @@
-"""packing.auto_levels: a run that measures its machines and chooses its own levels before it starts.
+"""Automatic selection of levels: a run measures its machines and selects its levels before it starts.
 
-Owns the decision: rank 0 takes it and every rank gets that one (measured times differ between ranks); a run that goes
-on from a checkpoint keeps the levels of its run folder's config.toml, so that it repeats itself exactly. Beside them
-lie the times that they were chosen by, for whoever compares a run with its prediction.
-
-[[levels]] blocks as TOML text, and their exchange in a file that a person wrote.
-
-Owns the rule of what stays: everything outside the blocks, comments and order included. The result is read back and
-compared before it is returned, so that a file written in a way that is not understood is refused, never spoilt.
+Owns the decision, which rank 0 makes for all ranks (measured times differ between ranks), the files that it leaves in
+the run folder, and the exchange of [[levels]] blocks in a user's TOML file. A resumed run keeps the levels of its run
+folder's config.toml, so that it repeats exactly.
 """
 
 from __future__ import annotations
@@ -36,8 +31,14 @@ from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.profile import default_candidates, profile_levels
 from hbp_titan.tuning.profile_file import Profile, load_profile, profile_key, save_profile
 from hbp_titan.tuning.search import Candidate, Selection, Workload, baselines, describe, select_paper, select_search
+from hbp_titan.utils import atomic_write
 
-# Named here because a kept profile holds for these alone.
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Part of a profile's key, so a stored profile is valid for these settings only.
 PROFILE_SETTINGS: dict[str, Any] = {"memory_limit": None, "margin": 0.05, "iterations": 6}
 
 Result = TypeVar("Result")
@@ -51,35 +52,36 @@ def resolve_levels(
     stores: Sequence[TokenStore],
     log: Callable[[str], None],
 ) -> None:
-    """Fill config.levels, on every rank the same. stores: training data and, if any, held-out data.
+    """Set config.levels to the same levels on every rank.
 
-    Measures the candidates unless the run folder holds their times, chooses by search and writes level_times.json;
-    log gets the table of what was chosen. Raises ValueError on every rank where nothing fits.
+    Measures the candidates unless the run folder has a valid profile, selects by search, writes level_times.json and
+    logs the selection. stores: training data and, if any, held-out data.
+    Raises ValueError on every rank if nothing fits.
     """
     folder = config.dump_folder
     levels: Sequence[Level] | None = from_rank_0(world, lambda: _levels_of_checkpoint(config))
     if levels is None:
-        profile = measured(config, args, world, stores, folder / "profile.json", log)
+        profile = measured_profile(config, args, world, stores, folder / "profile.json", log)
 
-        def choose() -> tuple[Sequence[Level], str]:
+        def select() -> tuple[Sequence[Level], str]:
             workload = Workload.of(config, world.size, cost, stores, profile.step_seconds)
-            selections, text = choices(profile.candidates, workload)
+            selections, text = select_all(profile.candidates, workload)
             save_level_times(folder, selections["search"])
             return selections["search"].levels, text
 
-        levels, text = from_rank_0(world, choose)
+        levels, text = from_rank_0(world, select)
         log(text)
     config.levels = list(levels)
-    # The candidates had groups that these do not need.
+    # The other candidates had process groups that these do not need.
     destroy_unused_groups(
         [level.cp_shape(args.num_kv_heads) for level in levels], config.parallelism.expert_parallel_degree
     )
-    # From here on the run is one with these [[levels]] blocks; so is the config.toml that it writes.
+    # From here on, and in the config.toml that it writes, the run has these [[levels]] blocks.
     config.packing.auto_levels = False
 
 
 def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
-    """The usual candidates for such samples, none of them longer than the model's limit."""
+    """Return the default candidates for samples of these lengths, at most as long as the model allows."""
     median, limit = int(np.median(lengths)), args.max_position_embeddings
     return list(
         dict.fromkeys(
@@ -89,7 +91,7 @@ def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: Mod
     )
 
 
-def measured(
+def measured_profile(
     config: JobConfig,
     args: ModelArgs,
     world: World,
@@ -98,48 +100,48 @@ def measured(
     log: Callable[[str], None],
     levels: Sequence[Level] = (),
 ) -> Profile:
-    """The profile of `levels` (default: the usual candidates) on this world, from `path` where it was kept there."""
+    """Return the profile of `levels` (by default `candidate_levels`) on this world, from `path` if valid there."""
     lengths, loss_tokens = stores[0].lengths, stores[0].loss_tokens
     longest = max(int(store.lengths.max()) for store in stores)
     levels = levels or candidate_levels(lengths, longest, world.size, args)
 
-    def kept() -> Profile | None:
+    def stored() -> Profile | None:
         key = profile_key(config, args, world, lengths, loss_tokens, candidates=levels, **PROFILE_SETTINGS)
         return load_profile(path, key)
 
-    profile = from_rank_0(world, kept)
+    profile = from_rank_0(world, stored)
     if profile is None:
-        log(f"measuring {len(levels)} candidate levels, to be kept in {path}")
+        log(f"measuring {len(levels)} candidate levels; the profile will be in {path}")
         profile = profile_levels(config, args, world, lengths, loss_tokens, levels, **PROFILE_SETTINGS)
         if world.rank == 0:
             save_profile(profile, path)
     return profile
 
 
-def choices(candidates: Sequence[Candidate], workload: Workload) -> tuple[dict[str, Selection], str]:
-    """The selections by search and by the paper's stages, and the table that shows both beside the baselines."""
+def select_all(candidates: Sequence[Candidate], workload: Workload) -> tuple[dict[str, Selection], str]:
+    """Return the selections by search and by the paper's stages, and a table that compares them with the baselines."""
     selections = {"search": select_search(candidates, workload), "paper": select_paper(candidates, workload)}
     fitting = sum(candidate.fits for candidate in candidates)
-    text = f"levels: {fitting} of {len(candidates)} settings fit in memory; predicted for one epoch:\n"
+    text = f"levels: {fitting} of {len(candidates)} candidates fit in memory; predicted for one epoch:\n"
     return selections, text + describe(selections, baselines(candidates, workload))
 
 
 def from_rank_0(world: World, function: Callable[[], Result]) -> Result:
-    """What `function` returns on rank 0, on every rank; a user's mistake that it raises there, on every rank too."""
-    result, mistake = None, None
+    """Return on every rank what `function` returns on rank 0; ValueError and OSError there are raised on every rank."""
+    result, message = None, None
     if world.rank == 0:
         try:
             result = function()
         except (ValueError, OSError) as error:
-            mistake = format_error(error)
-    result, mistake = broadcast_value((result, mistake))
-    if mistake is not None:
-        raise ValueError(mistake)
+            message = format_error(error)
+    result, message = broadcast_value((result, message))
+    if message is not None:
+        raise ValueError(message)
     return result
 
 
 def _levels_of_checkpoint(config: JobConfig) -> list[Level] | None:
-    """The levels that the run folder's checkpoints were trained with; None where there is nothing to go on from."""
+    """Return the levels of the run that is resumed; None for a new run."""
     folder = config.dump_folder
     if not config.checkpoint.enable or not completed_checkpoints(folder / "checkpoint"):
         return None
@@ -147,19 +149,12 @@ def _levels_of_checkpoint(config: JobConfig) -> list[Level] | None:
 
 
 def save_level_times(folder: Path, selection: Selection) -> None:
-    """Write the levels of `selection` and their times to `folder`."""
+    """Write the levels of `selection` and their times into `folder`."""
     pairs = zip(selection.levels, selection.times, strict=True)
     entries = [{"level": dataclasses.asdict(level), "time": dataclasses.asdict(time)} for level, time in pairs]
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{LEVEL_TIMES}.partial"
-    partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / LEVEL_TIMES)
+    atomic_write(folder / LEVEL_TIMES, json.dumps(entries, indent=1) + "\n")
 
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _HEADER = re.compile(r"\s*\[")
 _LEVELS_HEADER = re.compile(r"\s*\[\[\s*levels\s*\]\]")
@@ -168,7 +163,7 @@ _AUTO = re.compile(r"(\s*auto_levels\s*=\s*)true")
 
 
 def levels_block(levels: Sequence[Level]) -> str:
-    """The [[levels]] blocks of `levels`, a blank line between them."""
+    """Return `levels` as [[levels]] blocks with blank lines between them."""
     blocks = []
     for level in levels:
         values = {key: value for key, value in dataclasses.asdict(level).items() if value is not None}
@@ -177,11 +172,10 @@ def levels_block(levels: Sequence[Level]) -> str:
 
 
 def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
-    """The TOML `text` with its [[levels]] blocks, if any, replaced by those of `levels`, where the first of them was.
+    """Return the TOML `text` with its [[levels]] blocks replaced by `levels`, in the place of the first of them.
 
-    packing.auto_levels = true becomes false. name: of the file, for messages. Comments and blank lines between the last
-    key of a block and the next header belong to what follows and stay.
-    Raises ValueError where levels are written in another way, such as an inline array.
+    packing.auto_levels = true becomes false. Everything else is unchanged, including comments. name: of the file.
+    Raises ValueError if levels are written in another way, such as an inline array.
     """
     kept: list[str] = []
     place: int | None = None
@@ -198,6 +192,7 @@ def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
         if not in_levels:
             kept.append(_AUTO.sub(r"\1false", line) if in_packing else line)
         elif not line.strip() or line.lstrip().startswith("#"):
+            # Kept if it turns out to be after the last key of the block: then it belongs to what follows.
             pending.append(line)
         else:
             pending = []
@@ -213,7 +208,7 @@ def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
 
 
 def _check(text: str, result: str, levels: Sequence[Level], name: str) -> None:
-    """Raise ValueError unless `result` says what `text` says but for the levels."""
+    """Raise ValueError unless `result` has the same values as `text` except for the levels."""
     expected: dict[str, Any] = copy.deepcopy(tomllib.loads(text))
     expected.pop("levels", None)
     if expected.get("packing", {}).get("levels") == "auto":
@@ -224,4 +219,4 @@ def _check(text: str, result: str, levels: Sequence[Level], name: str) -> None:
     except (tomllib.TOMLDecodeError, TypeError):
         found, blocks = {}, []
     if found != expected or blocks != list(levels):
-        raise ValueError(f"{name}: levels are not written as [[levels]] blocks: write them so, or leave --output out")
+        raise ValueError(f"{name}: levels are not written as [[levels]] blocks; rewrite them, or omit --output")

@@ -1,9 +1,8 @@
-"""Hardware: what a GPU and its node can do, for planning without one.
+"""Hardware table: what a GPU and its node can do, for planning without one.
 
-Owns the peak FLOP/s of known devices, the share of it that attention kernels reach, and the table of machines that the
-estimate (time_parts.py) computes with. Peaks and bandwidths are the vendor's; the attention kernels' shares follow from
-published measurements; other efficiencies are assumptions until `scripts/simulate.py --calibrate` replaces them by
-measured ones.
+Owns the machines that the time model (time_model.py) and the memory limit use. Peaks and bandwidths are the vendor's;
+the shares of attention kernels follow from published measurements; other efficiencies are assumptions until
+`scripts/simulate.py --calibrate` replaces them by measured ones.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import torch
 from hbp_titan.components.step_stats import PEAK_FLOPS
 from hbp_titan.utils import did_you_mean
 
-# Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. From published
-# TFLOP/s of the forward f and the backward b, which multiplies 2.5 times as much where the model counts twice as much:
-# 3 / (1 / f + 2.5 / b) of the peak. H100, 8K tokens (flash-attention PR #1893): FA2 306 and 330, FA3 660 and 575. A100
-# (arXiv 2307.08691, figures 5 and 6): about 195 and 165. B200: FA4 about 1400 and 1000 (flash-attention's README and
-# release notes), FA2, which lacks the new matrix instructions, about 330 in both.
+# Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. Computed from
+# published TFLOP/s of forward f and backward b as 3 / (1 / f + 2.5 / b) of the peak: the backward kernel multiplies 2.5
+# times as much as the forward, and the time model counts 2 times. H100, 8K tokens (flash-attention PR #1893): FA2 306
+# and 330, FA3 660 and 575. A100 (arXiv 2307.08691, figures 5 and 6): about 195 and 165. B200: FA4 about 1400 and 1000
+# (flash-attention's README and release notes); FA2, which lacks the new matrix instructions, about 330 in both.
 ATTENTION_EFFICIENCY: dict[str, dict[str, float]] = {
     "a100": {"fa2": 0.47},
     "h100": {"fa2": 0.28, "fa3": 0.52},
@@ -28,8 +27,9 @@ ATTENTION_EFFICIENCY: dict[str, dict[str, float]] = {
     "b200": {"fa2": 0.13, "fa4": 0.41},
 }
 BEST_KERNEL = {"a100": "fa2", "h100": "fa3", "h200": "fa3", "b200": "fa4"}
-"""The kernel that the documentation says to install (model.attention_backend = "auto" then takes it)."""
-# Assumed: narrow heads have less work for each load and each exponential, wide ones fewer registers.
+"""The kernel that the documentation recommends, which model.attention_backend = "auto" then selects."""
+# (head dim up to, share of the rate at 128). Assumed: narrow heads have less work per load and per exponential, wide
+# heads have fewer registers.
 _HEAD_EFFICIENCY = ((64, 0.75), (128, 1.0), (256, 0.85))
 
 
@@ -37,18 +37,16 @@ _HEAD_EFFICIENCY = ((64, 0.75), (128, 1.0), (256, 0.85))
 class Hardware:
     """One kind of GPU in its usual node.
 
-    peak_flops: dense bf16 FLOP/s. memory_bytes: what CUDA reports, somewhat less than the name's. memory_bandwidth:
-    byte/s. intra_node_bandwidth, inter_node_bandwidth: byte/s of one GPU in one direction (NVLink: half of the data
-    sheet's bidirectional figure; network: its own adapter). gpus_per_node: GPUs that NVLink joins.
+    peak_flops: dense bf16 FLOP/s. memory_bytes: what CUDA reports, somewhat less than the nominal size.
+    memory_bandwidth: byte/s. intra_node_bandwidth, inter_node_bandwidth: byte/s per GPU in one direction (NVLink: half
+    of the data sheet's bidirectional figure; network: its own adapter). gpus_per_node: GPUs connected by NVLink.
 
-    Assumed unless measured: linear_efficiency, attention_efficiency: reached share of peak_flops in the matrix
-    products (with the norms and activations between them) and in causal attention, forward and backward together.
-    exchange_efficiency: reached share of bandwidth in the collectives inside attention, with the copies around them;
-    gather_efficiency: in FSDP's. launch_seconds: CPU time of one kernel launch. hop_seconds: latency of a collective,
-    for each doubling of its ranks.
-
-    attention_kernel: the one that attention_efficiency is of. attention_block: tokens of a thread block's tile, which
-    takes its whole time also where a document fills a part of it; 0: none is wasted.
+    Assumed unless measured: linear_efficiency: share of peak_flops in the matrix products (with the norms and
+    activations between them). attention_efficiency: the same in causal attention, forward and backward together, with
+    attention_kernel. exchange_efficiency: share of bandwidth in the collectives inside attention, with the copies
+    around them. gather_efficiency: in FSDP's collectives. launch_seconds: CPU time of one kernel launch. hop_seconds:
+    latency of a collective per doubling of its ranks. attention_block: tokens of a thread block's tile, which takes its
+    whole time even if a document fills only part of it; 0: no waste.
     """
 
     name: str
@@ -68,7 +66,8 @@ class Hardware:
     attention_block: int = 128
 
     def with_attention(self, backend: str) -> Hardware:
-        """The machine with the attention kernel of `model.attention_backend`; "auto" and others keep the table's."""
+        """Return the machine with the kernel of `model.attention_backend`; "auto" keeps the table's."""
+        # torch's varlen attention is the FA2 kernel.
         backend = "fa2" if backend == "torch" else backend
         efficiency = ATTENTION_EFFICIENCY.get(self.name.split("-")[0], {}).get(backend)
         if efficiency is None:
@@ -76,20 +75,22 @@ class Hardware:
         return dataclasses.replace(self, attention_efficiency=efficiency, attention_kernel=backend)
 
     def attention_rate(self, head_dim: int) -> float:
-        """FLOP/s of attention with heads of this width."""
+        """Return the FLOP/s of attention with heads of this width."""
         factors = (factor for width, factor in _HEAD_EFFICIENCY if head_dim <= width)
         return self.peak_flops * self.attention_efficiency * next(factors, _HEAD_EFFICIENCY[-1][1])
 
     def bus_bandwidth(self, members: int, members_per_node: int) -> float:
-        """Byte/s at which each of `members` ranks receives in a ring: NVLink inside a node, and across nodes at most
-        what the adapters of its `members_per_node` ranks bring into a node together."""
+        """Return the byte/s at which each of `members` ranks receives in a ring.
+
+        NVLink inside a node; across nodes at most what the adapters of `members_per_node` ranks bring into a node.
+        """
         if members <= members_per_node:
             return self.intra_node_bandwidth
         return min(self.intra_node_bandwidth, members_per_node * self.inter_node_bandwidth)
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX); nodes as in the DGX A100 (ConnectX-6, 200 Gbit/s
-# for each GPU), DGX H100, DGX H200 and DGX B200 (ConnectX-7, 400 Gbit/s for each GPU).
+# per GPU), DGX H100, DGX H200 and DGX B200 (ConnectX-7, 400 Gbit/s per GPU).
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware.with_attention(BEST_KERNEL[hardware.name.split("-")[0]])
     for hardware in (
@@ -103,7 +104,7 @@ HARDWARE: dict[str, Hardware] = {
 
 
 def hardware_of(device: torch.device) -> Hardware | None:
-    """The machine that has such a device; None where it is not known."""
+    """Return the machine of a device; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
@@ -111,15 +112,14 @@ def hardware_of(device: torch.device) -> Hardware | None:
 
 
 def get_hardware(name: str) -> Hardware:
-    """The machine called `name`; ValueError that names the nearest one otherwise."""
+    """Return the machine called `name`; raise ValueError with the closest name if there is none."""
     key = name.strip().lower()
-    if key in HARDWARE:
-        return HARDWARE[key]
-    hint = did_you_mean(key, HARDWARE)
-    raise ValueError(f"hardware {name!r} is none of {', '.join(HARDWARE)}{hint}")
+    if key not in HARDWARE:
+        raise ValueError(f"hardware {name!r}: must be one of {', '.join(HARDWARE)}{did_you_mean(key, HARDWARE)}")
+    return HARDWARE[key]
 
 
 def hardware_like(device: torch.device, memory_bytes: int, gpus_per_node: int) -> Hardware:
-    """The entry of the table that `device` is called by, with its own memory; without one, as on a CPU, the H100's."""
+    """Return the table's entry of `device`, or the H100's if there is none (as on a CPU), with this memory and node."""
     like = hardware_of(device) or HARDWARE["h100-80gb"]
     return dataclasses.replace(like, memory_bytes=memory_bytes, gpus_per_node=gpus_per_node)

@@ -1,12 +1,8 @@
-"""Profile: everything that was measured of candidate levels, and its JSON file.
+"""Profile file: everything that was measured of candidate levels, as JSON, and the time models fitted to it.
 
-Owns the rows, the key that says what a profile holds for, and the reading and writing of the file.
-
-LevelTimeModel from measured iterations.
-
-Owns the fit: least squares with no negative coefficient. What a pack costs cannot fall with what it holds, and columns
-may be nearly collinear (packs of equal token count): a column that explains next to nothing is dropped, not given a
-wild value.
+Owns the rows, the key that states what a profile is valid for, reading and writing, and the least-squares fit with
+nonnegative coefficients. The cost of a pack cannot fall with its content, and columns may be nearly collinear (packs of
+equal token count), so a column that explains next to nothing is dropped instead of getting a wild coefficient.
 """
 
 from __future__ import annotations
@@ -35,18 +31,21 @@ from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.search import Candidate
+from hbp_titan.utils import atomic_write
 
 FORMAT_VERSION = 1
+MIN_ERROR_RATIO = 1.5
+"""A column is used only if it divides the squared error by more than this: a few noisy packs fit anything."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One thing that was found out of one level (its ac_layers say how many layers were checkpointed).
+    """One result for one level; level.ac_layers is the number of checkpointed layers.
 
-    peak_bytes: the most that a rank holds during an iteration, of the rank that holds most; loads, seconds: what the
-    timed packs hold ([n][4], as pack_loads) and the seconds of each on the slowest rank. out_of_memory: the iteration
-    failed, or its peak exceeds the limit. estimated: nothing was run, peak_bytes is an estimate. error: of the fitted
-    LevelTimeModel, root mean square relative to the mean.
+    peak_bytes: the most that any rank holds during a micro-batch. loads: of the timed packs, [n][4] as from pack_loads.
+    seconds: of each timed pack on the slowest rank. out_of_memory: the micro-batch failed, or its peak exceeds the
+    limit. estimated: nothing was run, peak_bytes is an estimate. error: of the fitted LevelTimeModel, root mean square
+    relative to the mean.
     """
 
     level: Level
@@ -60,11 +59,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one machine does with one model and one set of lengths.
+    """Time and memory of candidate levels on one machine with one model and one set of lengths.
 
-    key: what it holds for, as from `profile_key`. memory_limit: bytes of a rank, before the margin. resident_bytes:
-    parameters, gradients and optimizer state of a rank. step_seconds: of clipping and the optimizer's step.
-    candidates: one for each complete level; those whose memory did not suffice have no time.
+    key: what it is valid for, from `profile_key`. memory_limit: bytes per rank, before the margin. resident_bytes:
+    parameters, gradients and optimizer state per rank. step_seconds: of clipping and the optimizer's step. candidates:
+    one per complete level; those that do not fit in memory have no time.
     """
 
     key: dict[str, Any]
@@ -83,13 +82,13 @@ def profile_key(
     loss_tokens: IntArray,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Everything that times and memory depend on, as plain JSON values.
+    """Return everything that times and memory depend on, as plain JSON values.
 
     settings: of the profile itself, such as its candidates and its margin.
     """
     digest = hashlib.sha256()
     for values in (lengths, loss_tokens):
-        # The distribution counts, not the order of the samples.
+        # Sorted: the distribution matters, not the order of the samples.
         digest.update(np.sort(np.asarray(values)).astype("<i8").tobytes())
     model = dataclasses.asdict(args)
     key = {
@@ -115,17 +114,15 @@ def profile_key(
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write the profile as JSON, every measurement in it."""
+    """Write the profile with all measurements as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(dataclasses.asdict(profile), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic_write(path, json.dumps(dataclasses.asdict(profile), indent=1) + "\n")
 
 
 def load_profile(path: Path, key: dict[str, Any], report: Callable[[str], None] = print) -> Profile | None:
-    """The profile in `path`; None where there is none, or where `report` is told what differs from `key`.
+    """Return the profile in `path`; None if there is none or its key differs from `key`, which `report` then prints.
 
-    Raises ValueError for a file that is not a profile.
+    Raises ValueError if the file is not a profile.
     """
     if not path.is_file():
         return None
@@ -133,13 +130,13 @@ def load_profile(path: Path, key: dict[str, Any], report: Callable[[str], None] 
     stored = values["key"]
     differing = [name for name in (*key, *(stored.keys() - key.keys())) if stored.get(name) != key.get(name)]
     if differing:
-        report(f"{path}: was measured with another {', another '.join(differing)}: measured anew")
+        report(f"{path}: measured with a different {', '.join(differing)}; measuring again")
         return None
     return _profile(values, path)
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in `path`, whatever it was measured for; ValueError for a file that is not a profile."""
+    """Return the profile in `path` for any key; raise ValueError if the file is not a profile."""
     return _profile(_read(path), path)
 
 
@@ -167,7 +164,7 @@ def _profile(values: dict[str, Any], path: Path) -> Profile:
 
 
 def _not_a_profile(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not a profile ({error!r}): delete it, and it is measured again")
+    return ValueError(f"{path}: not a profile ({error!r}); delete it to measure again")
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
@@ -184,16 +181,11 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return {"name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory": memory}
 
 
-WORTH = 1.5
-"""A column is used only where it lowers the squared error by more than this factor: few noisy packs fit anything."""
-
-
 def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTimeModel, float]:
-    """The time model of a level, and the root mean square of its error relative to the mean of `seconds`.
+    """Return a level's time model, and the root mean square of its error relative to the mean of `seconds`.
 
-    loads: of the timed packs, [n, 4] as from pack_loads, n at least 1; seconds: [n].
-    Of all sets of columns the one with the least squared error * WORTH ** columns is taken. The base is no column to
-    save on: shapes are static, so there is one.
+    loads: of the timed packs, [n, 4] as from pack_loads, n at least 1. seconds: [n].
+    Selects the set of columns with the least squared error * MIN_ERROR_RATIO ** columns.
     """
     loads, seconds = np.asarray(loads, np.float64), np.asarray(seconds, np.float64)
     assert loads.shape == (len(seconds), 4), loads.shape
@@ -202,23 +194,23 @@ def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTimeMod
 
     def score(fit: tuple[FloatArray, float]) -> float:
         coefficients, error = fit
+        # Omitting the base does not count as a saved column: shapes are static, so there always is a base.
         columns = np.count_nonzero(coefficients[1:]) + (coefficients[0] == 0)
-        return (error + rounding) * WORTH ** float(columns)
+        return (error + rounding) * MIN_ERROR_RATIO ** float(columns)
 
     coefficients, error = min(fits, key=score)
     return LevelTimeModel(*coefficients.tolist()), float(np.sqrt(error / len(seconds)) / seconds.mean())
 
 
 def nonnegative_least_squares(columns: FloatArray, values: FloatArray) -> FloatArray:
-    """The x >= 0 with the least |columns @ x - values|; columns: [n, k], few; values: [n] -> [k]."""
+    """Return the x [k] >= 0 with the least |columns @ x - values|. columns: [n, k], k small. values: [n]."""
     return min(_nonnegative_fits(columns, values), key=lambda fit: fit[1])[0]
 
 
 def _nonnegative_fits(columns: FloatArray, values: FloatArray) -> list[tuple[FloatArray, float]]:
-    """(coefficients, squared error) of each set of columns whose own least squares has no negative coefficient.
+    """Return (coefficients, squared error) of each set of columns whose least-squares solution is nonnegative.
 
-    The best of them is the constrained optimum, because that is the plain optimum over its nonzero columns. Small
-    sets first, those with the first columns first.
+    The best of them is the constrained optimum, because that is the unconstrained optimum over its nonzero columns.
     """
     count = columns.shape[1]
     fits = [(np.zeros(count), float(values @ values))]

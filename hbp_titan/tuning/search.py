@@ -1,22 +1,15 @@
-"""The choice of levels from candidates whose time and memory are known: by the paper's two stages, or by search.
+"""Selection of levels from candidates with known time and memory, for a given epoch.
 
-Owns select_paper (paper section 3.1) and select_search, the least predicted time of the whole epoch. The search:
-1. Data of many samples is represented by a share of it, evenly spaced over the sorted lengths.
+Owns select_search, the least predicted time of the whole epoch, select_paper (paper section 3.1), and the baselines
+that each selection is compared with: flat packing at its best single level, as ISF and sorted by cost. The search:
+
+1. Large data is represented by a sample, evenly spaced over the sorted lengths.
 2. Sets of lengths grow by one length at a time from the one that holds every sample; the best few sets of each size
-   grow on. Evaluating a set means planning the epoch with it; of the candidates that differ in nothing that the plan
-   depends on (length, cp degree), the one that is fastest on the packs of that plan is taken, exactly.
-3. cp degrees of a set: those that look best on the packs of another cp degree, until they agree; for the best sets
-   then each other degree of each level is planned and tried.
-4. The best few are evaluated on all data. A further level has to earn LEAST_GAIN.
-
-What a choice of levels is judged by, and how it is shown: the user's whole epoch, packed, filled and balanced.
-
-Owns the workload (data and plan settings of an epoch), the form of a selection, and the baselines next to which each
-selection is shown: flat packing at the best single setting, as ISF packs it and sorted by cost.
-
-Candidate: a level that could be chosen, with what it costs.
-
-Owns the form in which measurement (profile) and estimate hand levels to selection.
+   grow further. Evaluating a set means planning the epoch with it. Of the candidates that give the same plan (same
+   length and cp degree), the one that is fastest on the packs of that plan is selected.
+3. cp degrees of a set: those that look best on the packs of another choice, repeated until they agree. For the best
+   sets each other degree of each level is then planned and tried.
+4. The best few are evaluated on all data. A further level must save MIN_GAIN.
 """
 
 from __future__ import annotations
@@ -24,24 +17,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hbp_titan.components.timing import EpochTime, FloatArray, LevelTimeModel, pack_loads, predict_epoch
 from hbp_titan.config import JobConfig
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
 from hbp_titan.packing.level import level_name
+from hbp_titan.packing.ragged import IntArray
+from hbp_titan.utils import human_seconds
+
+BASELINES = {"isf": "ISF", "flat_sorted": "flat + sort"}
+"""Packing method of each baseline, and its name in tables."""
+MAX_LEVELS = 4
+SEARCH_SAMPLES = 50_000
+"""Samples that represent the data during the search; planning 1 million of them takes half a second."""
+BEAM = 8
+"""Best sets of each size that grow further, at least. With few samples more: BEAM_SAMPLES are planned per size."""
+BEAM_SAMPLES = 400_000
+MAX_FINALISTS = 8
+"""Best sets that are evaluated on all data."""
+MIN_GAIN = 0.005
+"""Share of the epoch that a further level must save; less is below the accuracy of the times."""
+
+Shape = tuple[tuple[int, int], ...]
+"""What a plan depends on: (max_tokens, cp_degree) of each level, ascending."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A complete level: length, cp degree and style, checkpoint policy and depth.
 
-    time: of one iteration, None where memory does not suffice. peak_bytes: the most that a rank holds during an
-    iteration (parameters, gradients and optimizer state with it), None where it was not found out.
+    time: of one micro-batch, None if it does not fit in memory. peak_bytes: the most that a rank holds during a
+    micro-batch, including parameters, gradients and optimizer state; None if unknown.
     """
 
     level: Level
@@ -50,21 +59,16 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether memory suffices."""
+        """Whether it fits in memory."""
         return self.time is not None
-
-
-IntArray = NDArray[np.int64]
-
-BASELINES = {"isf": "ISF", "flat_sorted": "flat + sort"}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The epoch that levels are chosen for: its samples, and everything but the levels that its plan depends on.
+    """The epoch that levels are chosen for: its samples, and everything that its plan depends on except the levels.
 
-    lengths, loss_tokens: int64 [num_samples]. cost: what the run balances packs by. step_seconds: of an optimizer step
-    beside its iterations. longest: tokens that the largest level must hold where held-out data has a longer sample.
+    lengths, loss_tokens: int64 [num_samples]. cost: by which the run balances packs. step_seconds: of an optimizer step
+    without its micro-batches. longest: tokens of the longest held-out sample, which the largest level must hold too.
     """
 
     lengths: IntArray
@@ -83,7 +87,7 @@ class Workload:
     def of(
         cls, config: JobConfig, world_size: int, cost: CostModel, stores: Sequence[TokenStore], step_seconds: float = 0
     ) -> Workload:
-        """The first epoch of a run of `config`. stores: the training data and, if any, the held-out data."""
+        """Return the first epoch of a run. stores: the training data and, if any, the held-out data."""
         return cls(
             stores[0].lengths,
             stores[0].loss_tokens,
@@ -100,11 +104,11 @@ class Workload:
 
     @property
     def max_sample_tokens(self) -> int:
-        """Tokens that the largest level must hold."""
+        """The tokens that the largest level must hold."""
         return max(self.longest, int(self.lengths.max()))
 
     def plan(self, levels: Sequence[Level], method: str | None = None) -> Plan:
-        """The plan of the epoch at these levels, by another method where one is named."""
+        """Return the plan of the epoch at these levels, with another method if given."""
         return build_plan(
             self.lengths,
             levels,
@@ -119,7 +123,7 @@ class Workload:
         )
 
     def sampled(self, num_samples: int) -> Workload:
-        """A share of about `num_samples` with the same distribution of lengths; what has to be held stays."""
+        """Return a workload of about `num_samples` with the same distribution of lengths and the same longest."""
         stride = -(-len(self.lengths) // num_samples)
         kept = np.sort(np.argsort(self.lengths, kind="stable")[stride // 2 :: stride])
         return dataclasses.replace(
@@ -129,7 +133,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Selection:
-    """Levels with the time of an iteration of each, and the epoch that follows. notes: what was decided on the way."""
+    """Levels with the time of a micro-batch of each, and the predicted epoch. notes: decisions, for the user."""
 
     levels: tuple[Level, ...]
     times: tuple[LevelTimeModel, ...]
@@ -138,23 +142,26 @@ class Selection:
 
 
 def selected(candidates: Sequence[Candidate], plan: Plan, workload: Workload, notes: Sequence[str] = ()) -> Selection:
-    """The selection of one candidate a level of `plan`."""
+    """Return the selection of one candidate per level of `plan`."""
     times = tuple(candidate.time for candidate in candidates if candidate.time is not None)
     levels = tuple(candidate.level for candidate in candidates)
     return Selection(levels, times, predict_epoch(plan, times, workload.step_seconds), tuple(notes))
 
 
 def level_seconds(plan: Plan, level: int, candidates: Sequence[Candidate]) -> FloatArray:
-    """Seconds that all iterations of `level` take at each candidate of the same cp degree, float64 [candidates]."""
+    """Return the seconds of all micro-batches of `level` with each candidate, float64 [candidates].
+
+    candidates: of the cp degree of `level`.
+    """
     of_level = plan.pack_levels == level
     starts = np.arange(0, np.count_nonzero(of_level), plan.dp_degrees[level])
     return slowest_sums(pack_loads(plan)[of_level], starts, candidates)
 
 
 def slowest_sums(loads: FloatArray, starts: IntArray, candidates: Sequence[Candidate]) -> FloatArray:
-    """Sum over iterations, which begin at packs `starts`, of their slowest pack at each candidate, [candidates].
+    """Return the sum over micro-batches of their slowest pack with each candidate, float64 [candidates].
 
-    loads: float64 [packs, 4] in the order in which the packs run.
+    loads: float64 [packs, 4] in the order of execution. starts: first pack of each micro-batch, int64.
     """
     if not len(starts):
         return np.zeros(len(candidates))
@@ -162,23 +169,23 @@ def slowest_sums(loads: FloatArray, starts: IntArray, candidates: Sequence[Candi
     return np.maximum.reduceat(loads @ weights.T, starts, axis=0).sum(axis=0)
 
 
-def holding(candidates: Sequence[Candidate], tokens: int) -> int:
-    """The shortest length that fits memory and holds `tokens` tokens; ValueError where there is none."""
+def shortest_holding(candidates: Sequence[Candidate], tokens: int) -> int:
+    """Return the shortest length that fits in memory and holds `tokens` tokens; raise ValueError if there is none."""
     lengths = [c.level.max_tokens for c in candidates if c.fits and c.level.max_tokens >= tokens]
     if lengths:
         return min(lengths)
     tried = sorted({c.level.max_tokens for c in candidates if c.level.max_tokens >= tokens})
     if tried:
         raise ValueError(
-            f"no setting of max_tokens={tried[0]} or more, which the longest sample of {tokens} tokens needs, fits in "
-            "memory: use more ranks or a higher cp_degree, or leave such samples out (data.max_length_policy)"
+            f"no candidate with max_tokens >= {tried[0]} (longest sample: {tokens} tokens) fits in memory; use more "
+            "ranks or a higher cp_degree, or skip such samples (data.max_length_policy)"
         )
-    raise ValueError(f"no candidate holds the longest sample, of {tokens} tokens: add a larger max_tokens")
+    raise ValueError(f"no candidate holds the longest sample ({tokens} tokens); add a larger max_tokens")
 
 
 def baselines(candidates: Sequence[Candidate], workload: Workload) -> dict[str, Selection]:
-    """Each method of BASELINES at its best setting of the shortest length that holds every sample."""
-    length = holding(candidates, workload.max_sample_tokens)
+    """Return each method of BASELINES at the best candidate of the shortest length that holds every sample."""
+    length = shortest_holding(candidates, workload.max_sample_tokens)
     fitting = [c for c in candidates if c.fits and c.level.max_tokens == length]
     best: dict[str, Selection] = {}
     for cp_degree in sorted({c.level.cp_degree for c in fitting}):
@@ -192,22 +199,25 @@ def baselines(candidates: Sequence[Candidate], workload: Workload) -> dict[str, 
     return best
 
 
-def describe(selections: dict[str, Selection], beside: dict[str, Selection]) -> str:
-    """A table of selections and their baselines: levels, predicted hours, rank time lost in waiting, gain."""
-    rows = {**selections, **{BASELINES[name]: rival for name, rival in beside.items()}}
-    names = {BASELINES[name]: beside[name].predicted.seconds for name in beside}
-    lines = [f"{'levels':<12}{'epoch':>12}{'waiting':>9}" + "".join(f"{'x ' + name:>14}" for name in names)]
+def describe(selections: dict[str, Selection], compared: dict[str, Selection]) -> str:
+    """Return a table of selections and baselines: levels, predicted epoch, idle share of the ranks, speed-ups.
+
+    compared: from `baselines`.
+    """
+    rows = {**selections, **{BASELINES[name]: baseline for name, baseline in compared.items()}}
+    names = {BASELINES[name]: baseline.predicted.seconds for name, baseline in compared.items()}
+    lines = [f"{'levels':<12}{'epoch':>12}{'idle':>9}" + "".join(f"{'x ' + name:>14}" for name in names)]
     for name, row in rows.items():
         seconds = row.predicted.seconds
-        gains = "".join(f"{rival / seconds:>14.2f}" for rival in names.values())
-        lines.append(f"{name:<12}{duration(seconds):>12}{row.predicted.idle:>9.2%}{gains}")
+        gains = "".join(f"{baseline / seconds:>14.2f}" for baseline in names.values())
+        lines.append(f"{name:<12}{human_seconds(seconds):>12}{row.predicted.idle:>9.2%}{gains}")
         lines += [f"  {describe_level(level)}" for level in row.levels]
         lines += [f"  ({note})" for note in row.notes]
     return "\n".join(lines)
 
 
 def describe_level(level: Level) -> str:
-    """A level with everything that was chosen for it, in a few words."""
+    """Return a level and all its settings in a few words."""
     words = [level_name(level)]
     if level.cp_degree > 1:
         words.append(level.cp_style)
@@ -218,35 +228,12 @@ def describe_level(level: Level) -> str:
     return ", ".join(words)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit that leaves at least 2 of it."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2f} {unit}"
-    return f"{seconds:.3g} s"
-
-
-MAX_LEVELS = 4
-# Samples that represent the data during the search; 1 million of them are planned in half a second.
-SEARCH_SAMPLES = 50_000
-# Best sets of a size that grow on, at least; with few samples more, so that so many samples are planned in all.
-BEAM = 8
-BEAM_SAMPLES = 400_000
-# Best sets that are evaluated on all data.
-FINALISTS = 8
-# Share of the epoch that a further level must save: less is below what times are known to.
-LEAST_GAIN = 0.005
-
-Shape = tuple[tuple[int, int], ...]
-"""What a plan depends on: (max_tokens, cp_degree) of each level, ascending."""
-
-
 def select_search(candidates: Sequence[Candidate], workload: Workload) -> Selection:
-    """The set of one to MAX_LEVELS candidates of different lengths with the least predicted time of the epoch.
+    """Return the one to MAX_LEVELS candidates of different lengths with the least predicted time of the epoch.
 
-    Raises ValueError where no candidate that fits memory holds the longest sample.
+    Raises ValueError if no candidate that fits in memory holds the longest sample.
     """
-    holding(candidates, workload.max_sample_tokens)
+    shortest_holding(candidates, workload.max_sample_tokens)
     sampled = len(workload.lengths) > SEARCH_SAMPLES
     search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload)
     shapes = search.shapes()
@@ -254,40 +241,38 @@ def select_search(candidates: Sequence[Candidate], workload: Workload) -> Select
     if sampled:
         everything = _Search(candidates, workload)
         found = {shape: everything.selection(shape) for shape in _best_of_each_size(found)}
+    # Among nearly equal times the fewest levels win.
     least = min(selection.predicted.seconds for selection in found.values())
-    enough = [s for s in found.values() if s.predicted.seconds <= least * (1 + LEAST_GAIN)]
+    enough = [s for s in found.values() if s.predicted.seconds <= least * (1 + MIN_GAIN)]
     return min(enough, key=lambda s: (len(s.levels), s.predicted.seconds))
 
 
 def _best_of_each_size(found: dict[Shape, Selection]) -> list[Shape]:
-    """FINALISTS shapes, the best of each size among them."""
+    """Return MAX_FINALISTS shapes, including the best of each size."""
     ranked = sorted(found, key=lambda shape: found[shape].predicted.seconds)
     firsts = [next(shape for shape in ranked if len(shape) == size) for size in {len(shape) for shape in ranked}]
-    return list(dict.fromkeys([*firsts, *ranked]))[:FINALISTS]
+    return list(dict.fromkeys([*firsts, *ranked]))[:MAX_FINALISTS]
 
 
 class _Search:
-    """Evaluates sets of levels on one workload, each once."""
+    """Evaluation of sets of levels on one workload, each once."""
 
     def __init__(self, candidates: Sequence[Candidate], workload: Workload) -> None:
         self.workload = workload
-        # By length and cp degree, in the order given.
+        # Candidates by length and cp degree, in the order given.
         self.options: dict[int, dict[int, list[Candidate]]] = {}
         for candidate in candidates:
             if candidate.fits:
                 of_length = self.options.setdefault(candidate.level.max_tokens, {})
                 of_length.setdefault(candidate.level.cp_degree, []).append(candidate)
         self.found: dict[Shape, Selection] = {}
-
-    @cached_property
-    def beam(self) -> int:
-        return max(BEAM, BEAM_SAMPLES // len(self.workload.lengths))
+        self.beam = max(BEAM, BEAM_SAMPLES // len(workload.lengths))
 
     def shapes(self) -> list[Shape]:
-        """The best sets of every size, each with its best cp degrees, by predicted seconds."""
+        """Return the best sets of every size, each with its best cp degrees, by predicted seconds."""
         max_sample_tokens = self.workload.max_sample_tokens
         shorter = [length for length in self.options if length < max_sample_tokens]
-        front = [self.settle((length,)) for length in self.options if length >= max_sample_tokens]
+        front = [self.choose_cp_degrees((length,)) for length in self.options if length >= max_sample_tokens]
         best = self._ranked(front)
         for _ in range(MAX_LEVELS - 1):
             sets = {
@@ -296,25 +281,25 @@ class _Search:
                 for length in shorter
                 if length not in dict(shape)
             }
-            front = self._ranked([self.settle(lengths) for lengths in sorted(sets)])[: self.beam]
+            front = self._ranked([self.choose_cp_degrees(lengths) for lengths in sorted(sets)])[: self.beam]
             best += front
-        return self._ranked([self.refine(shape) for shape in self._ranked(best)[: self.beam]] + best)
+        return self._ranked([self.improve(shape) for shape in self._ranked(best)[: self.beam]] + best)
 
     def _ranked(self, shapes: list[Shape]) -> list[Shape]:
         return sorted(dict.fromkeys(shapes), key=self.seconds)
 
     def seconds(self, shape: Shape) -> float:
-        """Predicted seconds of the epoch."""
+        """Return the predicted seconds of the epoch."""
         return self.selection(shape).predicted.seconds
 
     def selection(self, shape: Shape) -> Selection:
-        """The best candidates of a shape."""
+        """Return the best candidates of a shape."""
         if shape not in self.found:
             self.evaluate(shape)
         return self.found[shape]
 
     def evaluate(self, shape: Shape) -> Plan:
-        """Plan the epoch; the fastest candidate of each level on its packs becomes the shape's selection."""
+        """Plan the epoch and select each level's fastest candidate on its packs; return the plan."""
         plan = self.workload.plan([Level(length, cp_degree) for length, cp_degree in shape])
         chosen = []
         for k, (length, cp_degree) in enumerate(shape):
@@ -323,10 +308,11 @@ class _Search:
         self.found[shape] = selected(chosen, plan, self.workload)
         return plan
 
-    def settle(self, lengths: tuple[int, ...]) -> Shape:
-        """The set of these lengths with the cp degrees that its packs suggest."""
+    def choose_cp_degrees(self, lengths: tuple[int, ...]) -> Shape:
+        """Return the set of these lengths with the cp degrees that its packs suggest."""
         shape: Shape = tuple((length, self._cheapest_base(length)) for length in lengths)
         tried: list[Shape] = []
+        # The suggestions may cycle.
         while shape not in tried:
             tried.append(shape)
             shape = self._suggested(self.evaluate(shape), shape)
@@ -339,7 +325,7 @@ class _Search:
         return min(self.options[length], key=rank_seconds)
 
     def _suggested(self, plan: Plan, shape: Shape) -> Shape:
-        """For each level the cp degree that would be fastest if its packs stayed as they are in `plan`."""
+        """Return the shape with each level's fastest cp degree, if the packs stayed as they are in `plan`."""
         loads, costs = pack_loads(plan), plan.costs_of_packs(plan.costs)
         suggested = []
         for k, (length, _) in enumerate(shape):
@@ -353,8 +339,8 @@ class _Search:
             suggested.append((length, min(self.options[length], key=fastest)))
         return tuple(suggested)
 
-    def refine(self, shape: Shape) -> Shape:
-        """Change the cp degree of one level at a time as long as that helps."""
+    def improve(self, shape: Shape) -> Shape:
+        """Return the shape after changing the cp degree of one level at a time as long as that helps."""
         while True:
             neighbours = [
                 (*shape[:k], (length, cp_degree), *shape[k + 1 :])
@@ -368,17 +354,17 @@ class _Search:
 
 
 def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selection:
-    """The two stages of the paper (section 3.1), on the candidates up to the shortest length that holds every sample.
+    """Return the result of the paper's two stages (section 3.1), up to the shortest length that holds every sample.
 
-    Stage 1 takes for each length the setting with the least time per token of a global iteration, on packs of the
+    Stage 1 selects for each length the candidate with the least time per token of a global micro-batch, on packs of the
     samples that this length holds; l_best is the fastest length, l_max the one that holds every sample. Stage 2 adds
-    l_best / sp_best and l_max / sp_max at cp degree 1, the latter only where it lies above l_best.
+    l_best / sp_best and l_max / sp_max at cp degree 1, the latter only if it is above l_best.
 
-    The paper does not say what to do where a length of stage 2 was not measured or does not fit at cp degree 1: the
-    largest shorter one that does is taken, and none where there is none; a note says so.
-    Raises ValueError where no candidate that fits memory holds the longest sample.
+    The paper leaves open what happens if a length of stage 2 was not measured or does not fit at cp degree 1: here the
+    largest shorter one replaces it, if there is one, with a note.
+    Raises ValueError if no candidate that fits in memory holds the longest sample.
     """
-    longest = holding(candidates, workload.max_sample_tokens)
+    longest = shortest_holding(candidates, workload.max_sample_tokens)
     fitting = [c for c in candidates if c.fits and c.level.max_tokens <= longest]
 
     def fastest(among: list[Candidate]) -> Candidate:
@@ -391,17 +377,17 @@ def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selecti
     best, largest = fastest(list(stage1.values())), stage1[longest]
     chosen = {c.level.max_tokens: c for c in (best, largest)}
     notes = []
-    wanted_alone = [source.level.max_tokens // source.level.cp_degree for source in (best, largest)]
-    if wanted_alone[1] <= best.level.max_tokens:
-        del wanted_alone[1]
-    for wanted in wanted_alone:
+    wanted_lengths = [source.level.max_tokens // source.level.cp_degree for source in (best, largest)]
+    if wanted_lengths[1] <= best.level.max_tokens:
+        del wanted_lengths[1]
+    for wanted in wanted_lengths:
         if wanted in chosen:
             continue
         alone = [c for c in fitting if c.level.cp_degree == 1 and c.level.max_tokens <= wanted]
         length = max((c.level.max_tokens for c in alone), default=0)
         if length != wanted:
-            instead = f"{length} takes its place" if length else "there is no level below to take its place"
-            notes.append(f"{wanted} tokens at cp_degree 1 were not measured or do not fit; {instead}")
+            instead = f"{length} replaces it" if length else "no shorter level can replace it"
+            notes.append(f"{wanted} tokens at cp_degree 1: not measured or does not fit; {instead}")
         if length and length not in chosen:
             chosen[length] = fastest([c for c in alone if c.level.max_tokens == length])
     ascending = [chosen[length] for length in sorted(chosen)]
@@ -409,7 +395,7 @@ def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selecti
 
 
 def _seconds_per_token(candidate: Candidate, workload: Workload) -> float:
-    """Seconds of an iteration on full packs of average content, for each token of its whole world."""
+    """Return the seconds per token of the whole world of a micro-batch on full packs of average content."""
     assert candidate.time is not None
     capacity = candidate.level.max_tokens
     held = workload.lengths <= capacity

@@ -1,13 +1,8 @@
-"""Replay of a plan without a GPU: what each iteration takes, and where the time of the whole epoch goes.
+"""Replay of a plan without a GPU: the time of each micro-batch, and where the time of the whole epoch goes.
 
-Owns the account: the ranks of an iteration wait for the slowest (paper section 2.1), so an epoch's seconds are the
-mean work of the ranks, part by part (time_parts.PARTS), plus the idle time, plus the optimizer steps. The same holds
-within each level. Every figure that comes from here is simulated, none is measured.
-
-Synthetic lengths for benchmarks, tests and dry runs: a mixture like Tulu3 with LongCite.
-
-Owns no claim about the real data beyond its published counts: the medians and spreads are chosen so that the mean
-and the share of long samples are like those that the paper's figures imply.
+Owns the accounting and the synthetic lengths that stand in for the paper's data. The ranks of a micro-batch wait for
+the slowest (paper section 2.1), so an epoch's seconds are the mean work of the ranks, part by part (time_model.PARTS),
+plus the idle time, plus the optimizer steps. All times here are simulated, none is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.components.timing import FloatArray, pack_loads
-from hbp_titan.packing import Level, Plan
+from hbp_titan.packing import Plan
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.time_model import PARTS, TimeModel
 
@@ -28,11 +23,11 @@ SECONDS_PER_DAY = 86400
 
 @dataclass(frozen=True)
 class Replay:
-    """Simulated seconds of an epoch, or of one of its levels (then without the optimizer steps).
+    """Simulated seconds of an epoch, or of one of its levels without the optimizer steps.
 
-    parts: mean over the data-parallel ranks, by name of PARTS; idle: what the mean rank waits for the slowest of its
-    iteration; steps: clipping and optimizer. Their sum is `seconds`. tokens: real ones.
-    cr: share of the tokens that take part in context-parallel communication (paper section 2.2).
+    parts: mean over the data-parallel ranks, by name of PARTS. idle: mean wait for the slowest rank of a micro-batch.
+    steps: clipping and optimizer. Their sum is `seconds`. tokens: without padding. cr: share of the tokens that take
+    part in context-parallel communication (paper section 2.2).
     """
 
     world_size: int
@@ -46,7 +41,7 @@ class Replay:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time."""
+        """The wall-clock time."""
         return sum(self.parts.values()) + self.idle + self.steps
 
     @property
@@ -54,20 +49,20 @@ class Replay:
         return self.seconds * self.world_size / SECONDS_PER_DAY
 
     def share(self, part: str) -> float:
-        """The part's share of the whole; `part`: a name of PARTS, "idle" or "steps"."""
+        """Return the share of `part` in the whole: a name of PARTS, "idle" or "steps"."""
         named = {**self.parts, "idle": self.idle, "steps": self.steps}
         return named[part] / self.seconds
 
 
 def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -> Replay:
-    """Replay `plan` on the machine of `model`, whose world must be the plan's.
+    """Replay `plan` on the machine of `model`, which must have the same world size.
 
-    static_shapes: whether every pack is padded to its level's max_tokens, as our runtime does. Without packing
-    (method "nopack", the default there) it is not: a lone sample of 100 tokens in a batch of 128K would only measure
-    the padding. Its matrix products and collectives then take what its own tokens take, rounded up to its cp degree.
+    static_shapes: whether every pack is padded to its level's max_tokens, as in a run; otherwise its matrix products
+    and collectives take the time of its own tokens, rounded up to its cp degree. By default static except for "nopack".
     """
     assert model.world_size == plan.world_size
     if static_shapes is None:
+        # Without packing, a single sample of 100 tokens in a batch of 128K would only measure the padding.
         static_shapes = plan.method != "nopack"
     seconds = pack_seconds(plan, model, static_shapes)
     starts = plan.pack_offsets[:-1]
@@ -86,7 +81,7 @@ def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -
             tokens=num_tokens,
             cr=int(tokens[chosen & (cp > 1)].sum()) / num_tokens,
             parts=parts,
-            # Rounding can make a perfect balance -1e-16.
+            # Rounding errors can turn a perfect balance into -1e-16.
             idle=max(0.0, float(slowest[chosen].sum()) - sum(parts.values())),
             steps=steps,
             per_level=per_level,
@@ -99,27 +94,25 @@ def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -
 
 
 def pack_seconds(plan: Plan, model: TimeModel, static_shapes: bool) -> dict[str, FloatArray]:
-    """Seconds of each part for each pack of the plan, float64 [num_packs]."""
+    """Return the seconds of each part for each pack of the plan, float64 [num_packs]."""
     loads, level_of = pack_loads(plan), plan.pack_levels
     seconds = {name: np.zeros(len(loads)) for name in PARTS}
     for k, level in enumerate(plan.levels):
         mine = np.flatnonzero(level_of == k)
-        tokens = None if static_shapes else _rounded_up(plan.pack_tokens[mine], level)
+        tokens: FloatArray | None = None
+        if not static_shapes:
+            tokens = (-(-plan.pack_tokens[mine] // level.cp_degree) * level.cp_degree).astype(np.float64)
         for name, part in model.parts(level, loads[mine], tokens).items():
             seconds[name][mine] = part
     return seconds
 
 
-def _rounded_up(tokens: np.ndarray, level: Level) -> FloatArray:
-    return -(-tokens // level.cp_degree) * float(level.cp_degree)
-
-
 def replay_table(replays: Mapping[str, Replay], baseline: str | None = None) -> str:
-    """One line a method and one for each of its levels; speed-up over `baseline`, default the first."""
+    """Return one line per method and per level of it; speed-up over `baseline`, by default the first method."""
     base = replays[baseline or next(iter(replays))].seconds
     lines = [
         f"{'method':<18}{'GPU days':>10}{'speed-up':>10}{'idle':>8}{'SP':>8}{'recomp.':>9}{'FSDP':>8}{'experts':>9}"
-        f"{'fixed':>8}{'CR':>7}{'iterations':>12}"
+        f"{'fixed':>8}{'CR':>7}{'micro-batches':>15}"
     ]
     for name, whole in replays.items():
         lines.append(_line(name, whole, f"{base / whole.seconds:>9.2f}x"))
@@ -133,11 +126,12 @@ def _line(name: str, r: Replay, speed_up: str) -> str:
     return (
         f"{name:<18}{r.gpu_days:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
         f"{r.share('recompute'):>9.1%}{r.share('fsdp'):>8.1%}{r.share('experts'):>9.1%}{r.share('fixed'):>8.1%}"
-        f"{r.cr:>7.3f}{r.iterations:>12,}"
+        f"{r.cr:>7.3f}{r.iterations:>15,}"
     )
 
 
-# Published samples per source of the Tulu3 SFT mixture; median tokens and lognormal sigma of this imitation.
+# (published samples, median tokens, lognormal sigma) of each source of the Tulu3 SFT mixture. Medians and sigmas are
+# chosen so that the mean and the share of long samples are like those that the paper's figures imply.
 TULU3_SOURCES: dict[str, tuple[int, int, float]] = {
     "persona_math": (149_960, 800, 0.45),
     "evol_codealpaca": (107_276, 560, 0.60),
@@ -164,7 +158,7 @@ LONG_PER_SHORT = 2000 / 939_344
 
 
 def tulu3_longcite_like(num_samples: int, seed: int = 0) -> IntArray:
-    """Lengths of `num_samples` samples, shuffled, int64 [num_samples].
+    """Return shuffled lengths of a mixture like Tulu3 with LongCite, int64 [num_samples].
 
     19 lognormal sources cut at 32,768 tokens, and 0.2% long samples of 2K + 129K * Beta(1, 1.4) tokens.
     """

@@ -1,24 +1,9 @@
-"""The seconds of an iteration of a level, part by part, from a model's dimensions and a hardware table.
+"""Time model: the seconds of a level's micro-batch, part by part, from a model's dimensions and the hardware table.
 
-Owns the model of time that needs no GPU: matrix products, attention, recomputation, the collectives of context and
-expert parallelism, FSDP's traffic that computation does not hide, launches and fixed costs. One pack is one
-data-parallel rank's work of one iteration; its cp ranks share it evenly. Everything is linear in what the pack holds,
-so that a level with its static length T has the form of a LevelTimeModel; only a run without packing, whose batch has
-no static shape, varies T itself.
-
-ModelDims: the few figures of an architecture that time and traffic follow from.
-
-Owns their derivation from ModelArgs.
-
-Candidates without a GPU: whether a level fits into memory, and how long its iteration takes.
-
-Owns the decision from a model's configuration and the hardware table alone, so that one can plan before renting: the
-depth of checkpointing that memory allows (the least, paper section 3.1), and the form in which selection wants it.
-
-How long the rest of a run will take, said before its first step.
-
-Owns the choice of where the seconds of an iteration come from: measured when the levels were chosen; else estimated for
-the GPU, where its kind is known; else each level's first pass in this start.
+Owns the estimate that needs no GPU (matrix products, attention, recomputation, collectives of context and expert
+parallelism, FSDP's exposed traffic, launches and fixed costs) and the candidates made from it. One pack is one
+data-parallel rank's work in a micro-batch; its cp ranks share it evenly. Everything is linear in the content of the
+pack, so that a level with its static length T has the form of a LevelTimeModel.
 """
 
 from __future__ import annotations
@@ -38,17 +23,26 @@ from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import estimate_memory, fewest_layers
 from hbp_titan.tuning.search import Candidate
 
+PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "fixed")
+"""Parts of a micro-batch's time: matrix products; attention; recomputation of both; collectives of context parallelism;
+all-to-alls of expert parallelism; exposed FSDP traffic; exposed launches and fixed costs."""
+LAYER_KERNELS = 150
+"""Kernels of one layer's forward and backward in eager mode without recomputation; about a third are in forward."""
+MEMORY_MARGIN = 0.05
+"""Share of a GPU's memory for the CUDA context, NCCL's buffers and fragmentation."""
+_SQUARES_PER_DOCUMENT = 0.75
+
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Parameters are counted over all layers, matrices and norms alike where the difference does not matter.
+    """The figures of an architecture that time and traffic depend on; parameters are counted over all layers.
 
-    body_params: of the layers. active_body_params: those that multiply each token (mixture of experts: the chosen
-    experts alone). last_params: of the last product of every layer (the MLP's down projection; of the chosen experts),
-    which recomputation leaves out. head_params: of the output projection. embedding_params: 0 where tied.
-    num_heads, num_kv_heads, head_dim, v_head_dim: attention as its kernel sees it (DeepSeek's MLA: after the
-    up-projection, all heads have keys and values). expert_params: part of body_params that expert parallelism
-    spreads. experts_per_token: routed experts that a token is sent to, 0 for a dense model.
+    body_params: of the layers. active_body_params: those that multiply each token (with experts only the chosen ones).
+    last_params: of the last product of every layer (the MLP's down projection; of the chosen experts), which
+    recomputation skips. head_params: of the output projection. embedding_params: 0 if tied. num_heads, num_kv_heads,
+    head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection, where all heads
+    have keys and values). expert_params: part of body_params that expert parallelism shards. experts_per_token: routed
+    experts of a token, 0 for a dense model.
     """
 
     name: str
@@ -68,12 +62,12 @@ class ModelDims:
 
     @property
     def params(self) -> int:
-        """All parameters."""
+        """The number of all parameters."""
         return self.body_params + self.head_params + self.embedding_params
 
     @classmethod
     def from_args(cls, args: ModelArgs) -> ModelDims:
-        """Of an architecture."""
+        """Return the dimensions of an architecture."""
         head = args.vocab_size * args.hidden_size
         body = num_params(args) - head * (1 if args.tie_embeddings else 2)
         return cls(
@@ -95,26 +89,13 @@ class ModelDims:
 
 
 def get_dims(name: str) -> ModelDims:
-    """Of a flavor of models/registry.py; ValueError that names the nearest one otherwise."""
+    """Return the dimensions of a flavor of models/registry.py; raise ValueError if there is none."""
     return ModelDims.from_args(get_flavor(name))
-
-
-PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "fixed")
-"""What an iteration's time consists of: matrix products; attention; recomputation of both; collectives of context
-parallelism; all-to-alls of expert parallelism; FSDP's traffic that is not hidden; launches that are not hidden, and
-the fixed costs."""
-
-# Kernels of one layer's forward and backward in eager mode, without recomputation (about a third of them forward).
-LAYER_KERNELS = 150
-_SQUARES_OF_A_DOCUMENT = 0.75
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How parameters are spread: as in the [parallelism] section; bytes of a parameter and of a reduced gradient.
-
-    expert_parallel: adjacent ranks that share the experts of a layer, 1 for a dense model.
-    """
+    """How parameters are sharded, as in the [parallelism] section; bytes of a parameter and of a reduced gradient."""
 
     dp_replicate: int = 1
     reshard_after_forward: bool | int = True
@@ -125,8 +106,11 @@ class Sharding:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Predicts iterations of any level. fixed_seconds: of each iteration, whatever it holds (data, synchronization).
-    overlaps: whether keys and values are exchanged while queries are projected (distributed/context_parallel.py)."""
+    """Predictor of the micro-batches of any level.
+
+    fixed_seconds: of each micro-batch independent of its content (data, synchronization). overlaps: whether keys and
+    values are exchanged while queries are projected (distributed/context_parallel.py).
+    """
 
     dims: ModelDims
     hardware: Hardware
@@ -136,9 +120,9 @@ class TimeModel:
     overlaps: bool = True
 
     def parts(self, level: Level, loads: FloatArray, tokens: FloatArray | None = None) -> dict[str, FloatArray]:
-        """Seconds of each of PARTS for each pack, float64 [n].
+        """Return the seconds of each of PARTS for each pack, float64 [n].
 
-        loads: as from pack_loads, [n, 4]. tokens: positions that are computed, [n]; default the level's max_tokens.
+        loads: as from pack_loads, [n, 4]. tokens: computed positions, [n]; by default the level's max_tokens.
         """
         if tokens is None:
             tokens = np.full(len(loads), float(level.max_tokens))
@@ -160,27 +144,25 @@ class TimeModel:
         }
 
     def level_time(self, level: Level) -> LevelTimeModel:
-        """The same as a LevelTimeModel: what an empty pack takes, and what each trained or squared token adds."""
+        """Return the same as a LevelTimeModel: the time of an empty pack, and of each trained or squared token."""
         base = sum(part[0] for part in self.parts(level, np.zeros((1, 4))).values())
-        # Without tokens what is left are the parts that vary: no difference of nearly equal sums.
+        # With zero tokens only the varying parts remain, which avoids a difference of nearly equal sums.
         varying = self.parts(level, np.array([[0.0, 1, 1, 0]]), np.zeros(1))
         per_square = float(varying["attention"][0] + varying["recompute"][0])
-        per_document = per_square * _SQUARES_OF_A_DOCUMENT * self.hardware.attention_block**2
+        per_document = per_square * _SQUARES_PER_DOCUMENT * self.hardware.attention_block**2
         return LevelTimeModel(float(base), float(varying["linear"][0]), per_square, per_document)
 
     def step_seconds(self) -> float:
-        """AdamW on a rank's shard, and the sum of the gradients over copies of the parameters, once a step.
-
-        AdamW: fp32 parameter, gradient and two moments are read, all but the gradient written.
-        """
+        """Return the seconds of AdamW on a rank's shard and of the sum of gradients over parameter copies."""
+        # AdamW reads fp32 parameter, gradient and two moments and writes all but the gradient: 28 bytes.
         s, own = self.sharding, self.dims.params / self._shards
         copies = 2 * own * s.reduce_bytes * (s.dp_replicate - 1) / s.dp_replicate
         return 28 * own / self.hardware.memory_bandwidth + copies / self.hardware.inter_node_bandwidth
 
     def exchange_seconds_per_token(self, level: Level) -> float:
-        """Seconds of the level's collectives inside attention for each token of a rank's shard, over all layers.
+        """Return the exposed seconds of the collectives around attention per token of a rank's shard, over all layers.
 
-        Only what shows: keys and values travel while queries are projected, and their gradients while q's are.
+        Keys and values travel while queries are projected, and their gradients while q's are.
         """
         d, rate = self.dims, self.hardware.exchange_efficiency
         gather, scatter = level.cp_shape(d.num_kv_heads)
@@ -192,7 +174,7 @@ class TimeModel:
             forward += max(0.0, keys_values - projection)
             backward += max(0.0, keys_values - 2 * projection)
         else:
-            # Dealt out before, inside groups of `scatter` ranks; gradients are summed in fp32.
+            # Heads are scattered first, inside groups of `scatter` ranks; gradients are summed in fp32.
             bus = self.hardware.bus_bandwidth(gather, max(1, self.hardware.gpus_per_node // scatter))
             gathered = self.kv_bytes_per_token(scatter) * (gather - 1) / bus / rate
             summed = gathered * 4 / self.sharding.param_bytes
@@ -202,65 +184,63 @@ class TimeModel:
         return d.num_layers * (forward + backward) + again * forward
 
     def _scatter_seconds(self, sent: float, degree: int) -> float:
-        """Of a Ulysses exchange in which each rank deals out `sent` bytes."""
+        """Return the seconds of a Ulysses exchange in which each rank sends `sent` bytes, over the slower network."""
         inside = min(degree, self.hardware.gpus_per_node)
         intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
         return max(intra, sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth)
 
     def query_bytes_per_token(self) -> int:
-        """Bytes of q and the output of one token in one layer, forward."""
+        """Return the bytes of q and the output per token and layer in forward."""
         return self.sharding.param_bytes * self.dims.num_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
     def kv_bytes_per_token(self, scatter: int) -> int:
-        """Bytes of k and v of one token in one layer, forward; heads are repeated for `scatter` ranks."""
+        """Return the bytes of k and v per token and layer in forward; heads are repeated for `scatter` ranks."""
         kv_heads = max(self.dims.num_kv_heads, scatter)
         return self.sharding.param_bytes * kv_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
     def expert_seconds_per_token(self, level: Level) -> float:
-        """Seconds of dispatch and combine for each token of a rank's shard, over all layers."""
+        """Return the seconds of dispatch and combine per token of a rank's shard, over all layers."""
         degree = self.sharding.expert_parallel
         if degree == 1 or not self.dims.experts_per_token:
             return 0.0
         sent = 2 * self.sharding.param_bytes * self.dims.experts_per_token * self.dims.hidden_size
-        inside = min(degree, self.hardware.gpus_per_node)
-        intra = sent * (inside - 1) / degree / self.hardware.intra_node_bandwidth
-        inter = sent * (degree - inside) / degree / self.hardware.inter_node_bandwidth
-        # Recomputation sends tokens to their experts again, and stops before they come back.
+        # Recomputation sends tokens to their experts again and stops before they return.
         passes = 2 * self.dims.num_layers + (self._recomputed(level) / 2 if level.ac_policy != "none" else 0)
-        return max(intra, inter) * passes / self.hardware.exchange_efficiency
+        return self._scatter_seconds(sent, degree) * passes / self.hardware.exchange_efficiency
 
     def fsdp_seconds(self, level: Level) -> tuple[float, float]:
-        """All traffic of the parameters in forward and in backward of an iteration of `level`, hidden or not.
+        """Return the seconds of FSDP's traffic in forward and in backward of a micro-batch, hidden or not.
 
-        What copies of the parameters exchange is the step's (step_seconds).
+        The exchange between parameter copies is part of the step (step_seconds).
         """
         s, d = self.sharding, self.dims
         node = self.hardware.gpus_per_node
         body = d.body_params - d.expert_params
         rest = self._ring(d.head_params + d.embedding_params, self._shards, node)
         dense = self._ring(body, self._shards, node)
-        # A layer's experts lie on expert_parallel adjacent ranks; their shards are that far apart.
-        spread = s.expert_parallel
-        experts = self._ring(d.expert_params / spread, max(1, self._shards // spread), max(1, node // spread))
+        # A layer's experts are on expert_parallel adjacent ranks, so their shards are that far apart.
+        ep = s.expert_parallel
+        experts = self._ring(d.expert_params / ep, max(1, self._shards // ep), max(1, node // ep))
         gather = (rest + dense + experts) * s.param_bytes + self._fsdp_hops(self._shards)
         reduce = (rest + dense + experts) * s.reduce_bytes + self._fsdp_hops(self._shards)
         resharded = level.resharded(s.reshard_after_forward)
         if resharded is False:
             return gather, reduce
-        # The head is kept, and the embedding's backward needs no weights: only blocks are gathered twice.
+        # The head stays gathered and the embedding's backward needs no weights, so only blocks are gathered twice.
         ranks = self._shards if resharded is True else resharded
         again = self._ring(body, ranks, min(node, ranks)) if ranks < self._shards else dense
-        if spread == 1 and ranks < self._shards:
+        if ep == 1 and ranks < self._shards:
             experts = self._ring(d.expert_params, ranks, min(node, ranks))
         return gather, reduce + (again + experts) * s.param_bytes + self._fsdp_hops(ranks)
 
     def _launched_squares(self, loads: FloatArray, tokens: FloatArray) -> FloatArray:
-        """Squared tokens of whole tiles: a document of L tokens, n = ceil(L / B) blocks, has n (n + 1) / 2 of B^2.
+        """Return the squared tokens of whole tiles.
 
-        In the mean over what L leaves over a block n (n + 1) B^2 is L^2 + 2 B L + 3/4 B^2: linear in what loads hold.
+        A document of n = ceil(L / B) blocks has n (n + 1) / 2 tiles of B^2. Averaged over L mod B, n (n + 1) B^2 is
+        L^2 + 2 B L + 3/4 B^2, which is linear in `loads`.
         """
         block = self.hardware.attention_block
-        return loads[:, 2] + 2 * block * tokens + _SQUARES_OF_A_DOCUMENT * block**2 * loads[:, 3]
+        return loads[:, 2] + 2 * block * tokens + _SQUARES_PER_DOCUMENT * block**2 * loads[:, 3]
 
     @property
     def _linear_rate(self) -> float:
@@ -272,7 +252,7 @@ class TimeModel:
 
     def _flops(self, ac_policy: str, ac_layers: int | None) -> CostModel:
         d = self.dims
-        # The head meets trained tokens alone: it is counted apart.
+        # The head runs on trained tokens only, so `parts` counts it separately.
         return CostModel.from_dims(
             num_layers=d.num_layers,
             layer_params=d.active_body_params // d.num_layers,
@@ -289,47 +269,43 @@ class TimeModel:
         return self.dims.num_layers if level.ac_layers is None else min(level.ac_layers, self.dims.num_layers)
 
     def _exchange_passes(self, level: Level) -> int:
-        """Forward, backward, and forward again in the layers whose attention is recomputed."""
+        """Return the passes through exchanges: forward, backward, and recomputed forwards of attention."""
         return 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy == "full" else 0)
 
     def _exchange_latency(self, level: Level) -> float:
-        """Ulysses: one collective each of q, k, v and of the output; gathering: one of k and v."""
+        """Return the latency of the collectives: two for Ulysses (inputs, output), one for gathering (k and v)."""
         gather, scatter = level.cp_shape(self.dims.num_kv_heads)
         hops = (2 * np.log2(scatter) if scatter > 1 else 0.0) + (np.log2(gather) if gather > 1 else 0.0)
         return float(hops) * self.hardware.hop_seconds * self._exchange_passes(level)
 
     def _ring(self, params: float, ranks: int, ranks_per_node: int) -> float:
-        """Seconds for each byte of a parameter: every rank receives the (ranks - 1) / ranks that it does not hold."""
+        """Return the seconds per byte of a parameter: each rank receives the (ranks - 1) / ranks that it lacks."""
         bus = self.hardware.bus_bandwidth(ranks, ranks_per_node) * self.hardware.gather_efficiency
         return params * (ranks - 1) / ranks / bus
 
     def _fsdp_hops(self, ranks: int) -> float:
-        """Latency of one collective a layer among `ranks` ranks."""
+        """Return the latency of one collective per layer among `ranks` ranks."""
         return float(self.dims.num_layers * self.hardware.hop_seconds * np.log2(max(2, ranks)) * (self._shards > 1))
 
     def _exposed_fsdp(self, level: Level, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
-        """Traffic beyond what the matrix products of the same direction hide; attention is not relied on for it."""
+        """Return the traffic that the matrix products of the same direction do not hide; attention hides nothing."""
         forward, backward = self.fsdp_seconds(level)
         return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
 
     def _exposed_launches(self, matrix_seconds: FloatArray, level: Level) -> FloatArray:
-        """The CPU's time for launches, where it is more than the GPU's for the matrix products."""
+        """Return the CPU's time for launches beyond the GPU's time for the matrix products."""
         layers = self.dims.num_layers + (self._recomputed(level) / 3 if level.ac_policy != "none" else 0)
         return np.maximum(0, layers * LAYER_KERNELS * self.hardware.launch_seconds - matrix_seconds)
 
 
-# What the CUDA context, NCCL's buffers and fragmentation take of the memory.
-MEMORY_MARGIN = 0.05
-
-
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
-    """The TimeModel of a run of this configuration."""
+    """Return the TimeModel of a run of this configuration."""
     hardware = hardware.with_attention(config.model.attention_backend)
     return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
 
 
 def sharding(config: JobConfig) -> Sharding:
-    """How parameters are spread, as the TimeModel wants it."""
+    """Return the sharding of a run of this configuration."""
     bytes_of = {"float32": 4, "bfloat16": 2, "auto": 2}
     return Sharding(
         dp_replicate=config.parallelism.dp_replicate,
@@ -348,10 +324,10 @@ def estimate_candidates(
     levels: Sequence[Level],
     fixed_seconds: float = 0.0,
 ) -> list[Candidate]:
-    """A candidate for each of `levels`, in their order.
+    """Return a candidate for each of `levels`, in order.
 
-    Where a level leaves ac_layers open (None) under a policy that recomputes, it gets the fewest layers that fit. A
-    level that does not fit has time None and the peak that it would need. fixed_seconds: of each iteration.
+    A level that recomputes with ac_layers=None gets the fewest layers that fit. A level that does not fit has time None
+    and the peak that it would need. fixed_seconds: of each micro-batch.
     """
     model = dataclasses.replace(time_model(args, config, hardware, world_size), fixed_seconds=fixed_seconds)
     limit = usable_bytes(hardware)
@@ -367,14 +343,14 @@ def estimate_candidates(
 
 
 def usable_bytes(hardware: Hardware) -> int:
-    """Bytes of a GPU that tensors may take."""
+    """Return the bytes of a GPU that tensors may take."""
     return int(hardware.memory_bytes * (1 - MEMORY_MARGIN))
 
 
 def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int) -> tuple[Level, int]:
-    """The level with the fewest of `depth` layers checkpointed whose peak is at most `limit`, or all; and its peak.
+    """Return the level with the fewest of `depth` layers checkpointed that fits into `limit`, or all; and its peak.
 
-    A level that names its ac_layers, or does not recompute, stays as it is.
+    A level that sets ac_layers, or does not recompute, is unchanged.
     """
 
     def peak(layers: int) -> int:
@@ -384,7 +360,7 @@ def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth:
         return level, peak_bytes(level)
     found = fewest_layers(peak(depth), peak(0), depth, 0, limit)
     layers = depth if found is None else found
-    # Between its two ends the peak is not quite a straight line.
+    # Between its two ends the peak is not exactly linear.
     while layers < depth and peak(layers) > limit:
         layers += 1
     while layers > 0 and peak(layers - 1) <= limit:

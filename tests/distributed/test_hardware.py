@@ -15,7 +15,7 @@ def test_peak_of_a_cpu_is_unknown() -> None:
 
 def test_a_name_is_found_whatever_its_case_and_a_wrong_one_names_the_nearest() -> None:
     assert get_hardware(" H100-80GB").peak_flops == 989e12
-    with pytest.raises(ValueError, match=r"'h100-80' is none of a100-80gb, .*; did you mean h100-80gb\?"):
+    with pytest.raises(ValueError, match="did you mean h100-80gb"):
         get_hardware("h100-80")
 
 

