@@ -1,4 +1,4 @@
-"""What a run says when memory does not suffice."""
+"""Out of memory in training, validation and the update: one message with the level and the change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 64.00 KiB."
 
 
 def _run_out_of_memory(world: World, argv: list[str]) -> list[str]:
-    """What is told where the second level's first pass, validation and the optimizer's step run out of memory."""
+    """Return the errors when the second level's warm-up, validation and the optimizer step run out of memory."""
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
@@ -35,27 +35,27 @@ def _run_out_of_memory(world: World, argv: list[str]) -> list[str]:
     def in_update(trainer: Trainer) -> None:
         trainer.optimizer.step = fail  # type: ignore[method-assign, assignment]
 
-    told = []
+    messages = []
     for fault in (in_training, in_validation, in_update):
         trainer = Trainer(load_config(argv), world)
         fault(trainer)
         with pytest.raises(UserError) as caught, trainer.oom_advice:
             trainer.train()
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_out_of_memory_names_the_level_or_the_state_and_what_to_set(tmp_path: Path) -> None:
+def test_out_of_memory_names_the_level_and_the_change_that_fits(tmp_path: Path) -> None:
     validation = ["--validation.enable=true", f"--data.validation_files={tmp_path / 'train.jsonl'}"]
     argv = [*write_tiny_run(tmp_path), "--checkpoint.enable=false", *validation]
-    for rank, told in enumerate(run_distributed(_run_out_of_memory, 2, argv)):
-        training, evaluating, update = told
-        level = "at level 512/cp2 (max_tokens = 512, cp_degree = 2, "
-        assert training.startswith(f"rank {rank}: out of memory in training {level}")
-        assert "in the [[levels]] block of max_tokens = 512 set ac_policy = " in training
-        assert evaluating.startswith(f"rank {rank}: out of memory in validation {level}")
+    for rank, messages in enumerate(run_distributed(_run_out_of_memory, 2, argv)):
+        training, evaluating, update = messages
+        assert training.startswith(f"rank {rank}: out of memory in training at level 512/cp2 ")
+        assert "max_tokens = 512" in training
+        assert "ac_policy = " in training
+        assert evaluating.startswith(f"rank {rank}: out of memory in validation at level 512/cp2 ")
         assert "validation.enable = false" in evaluating
         assert update.startswith(f"rank {rank}: out of memory in the optimizer step")
         assert "changing levels will not help" in update
-    # The first passes run the largest level first, and no step was done.
+    # The warm-up runs the largest level first, and no step was done.
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""

@@ -1,4 +1,4 @@
-"""The figures of a step: their sums and names, metrics.jsonl across a resume."""
+"""Metrics: sums and names, metrics.jsonl across a resume, console lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hbp_titan.components.metrics import MetricsLogger, RunTotals, scalars, truncate_after_step
+from hbp_titan.components.metrics import MetricsLogger, RunTotals, flow, scalars, step_line, truncate_after_step, wrap
 from hbp_titan.components.step_stats import LossMeans, LossSums, Mean, attention_balance, count_sources
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
@@ -57,7 +57,7 @@ def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-def test_each_step_is_written_and_the_interval_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_step_is_written_and_every_interval_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with _logger(tmp_path, 0, log_interval=3) as logger:
         for step in range(1, 6):
             logger.log(_values(step))
@@ -69,7 +69,7 @@ def test_each_step_is_written_and_the_interval_printed(tmp_path: Path, capsys: p
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_sources_are_counted_over_a_resume(tmp_path: Path) -> None:
+def test_totals_include_the_steps_before_a_resume(tmp_path: Path) -> None:
     with _logger(tmp_path, 0) as logger:
         for step in (1, 2, 3):
             logger.log(_values(step))
@@ -85,13 +85,13 @@ def test_sources_are_counted_over_a_resume(tmp_path: Path) -> None:
     assert table[1].split() == ["1K/cp1", "6", "90", "0:00:06", "15", "-", "25.0%", "25.0%"]
 
 
-def test_a_skipped_step_counts_for_no_level_and_no_source() -> None:
+def test_skipped_step_counts_for_no_level_and_no_source() -> None:
     totals = RunTotals()
     totals.add({**_values(1), "skipped": "nan"})
     assert (totals.levels, totals.sources, totals.tokens, totals.seconds) == ({}, {}, 0, 2.0)
 
 
-def test_mfu_of_a_level_is_its_steps_mean_by_time() -> None:
+def test_mfu_of_a_level_is_the_time_weighted_mean() -> None:
     totals = RunTotals()
     for seconds, mfu in ((2.0, 30.0), (6.0, 50.0)):
         record = _values(1)
@@ -100,7 +100,7 @@ def test_mfu_of_a_level_is_its_steps_mean_by_time() -> None:
     assert totals.describe().splitlines()[1].split()[5] == "45.0%"
 
 
-def test_tensorboard_has_a_steps_figures_under_torchtitans_names(tmp_path: Path) -> None:
+def test_tensorboard_uses_torchtitans_names(tmp_path: Path) -> None:
     with _logger(tmp_path, 0, tensorboard=True) as logger:
         for step in (1, 2):
             logger.log(_values(step))
@@ -112,7 +112,7 @@ def test_tensorboard_has_a_steps_figures_under_torchtitans_names(tmp_path: Path)
     assert [event.value for event in events.Scalars("n_tokens_seen")] == [30, 60]
 
 
-def test_losses_of_validation_are_named_by_group_and_what_is_not_finite_is_left_out() -> None:
+def test_validation_losses_are_named_by_group_without_nan() -> None:
     mean, none = {"loss": 1.5, "trained_tokens": 3}, {"loss": None, "trained_tokens": 3}
     groups = {"by_level": {"1K/cp1": mean}, "by_length": {"256": mean, "512": none}, "by_source": {"chat": mean}}
     totals = RunTotals()
@@ -128,14 +128,14 @@ def test_losses_of_validation_are_named_by_group_and_what_is_not_finite_is_left_
 
 
 def _plan_of_two_ranks() -> tuple[Any, Any]:
-    """Samples of 3, 300, 5 and 600 tokens, of which 2, 3, 1 and 4 are trained, in two packs of one iteration."""
+    """Samples of 3, 300, 5 and 600 tokens, of which 2, 3, 1 and 4 are trained, in two packs of one micro-batch."""
     plan = build_plan([3, 300, 5, 600], [Level(640)], 2, loss_tokens=np.array([2, 3, 1, 4]))
     sources = np.array([1, 0, 1, 2], np.uint16)
     store = SimpleNamespace(lengths=plan.lengths, sources=sources, source_names=["a", "b", "c"])
     return plan, store
 
 
-def test_a_steps_samples_are_counted_by_source() -> None:
+def test_samples_are_counted_by_source() -> None:
     plan, store = _plan_of_two_ranks()
     whole = Mean(2.0, 6)
     means = LossMeans(whole, {0: whole}, {}, {"a": Mean(3.0, 3), "b": Mean(1.0, 3)})
@@ -145,7 +145,7 @@ def test_a_steps_samples_are_counted_by_source() -> None:
     }
 
 
-def test_losses_of_samples_are_grouped_by_level_band_and_source() -> None:
+def test_losses_are_grouped_by_level_length_band_and_source() -> None:
     plan, store = _plan_of_two_ranks()
     text = SimpleNamespace(sample=lambda index: (np.zeros(plan.lengths[index], np.int32), np.ones(plan.lengths[index])))
     sums = np.zeros(1 + 3 + 3)
@@ -162,8 +162,49 @@ def test_losses_of_samples_are_grouped_by_level_band_and_source() -> None:
     assert means.by_source == {"a": Mean(2 / 3, 3), "b": Mean(4 / 3, 3), "c": Mean(1.0, 4)}
 
 
-def test_attention_balance_of_all_iterations_is_that_of_the_plan() -> None:
+def test_attention_balance_of_all_micro_batches_is_the_plans() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 200)
     plan = build_plan(lengths, [Level(512)], 4, method="isf")
     assert attention_balance(plan, 0, plan.num_iterations) == pytest.approx(measure(plan).abr, rel=1e-12)
     assert measure(plan).abr > 0.01
+
+
+RECORD: dict[str, Any] = {
+    "step": 12345,
+    "level_name": "128K/cp16",
+    "loss": 1.23456,
+    "grad_norm": 0.51234,
+    "tokens_per_second": 1.234e6,
+    "mfu": 41.26,
+    "idle_share": 0.123,
+    "peak_memory_gib": 71.24,
+}
+
+
+def test_long_line_drops_its_least_important_parts() -> None:
+    assert step_line(RECORD, 99999, 43210.0) == (
+        "12345/99999  128K/cp16  loss 1.2346  1.23M tok/s  mfu 41.3%  eta 12:00:10"
+    )
+    mixed = {**RECORD, "level_name": "16K/cp1+32K/cp2+128K/cp16", "expert_load": {"worst": 1.5}}
+    assert len(step_line(mixed, 99999, 43210.0)) <= 80
+
+
+def test_short_line_has_every_part_and_prints_nan() -> None:
+    small = {"step": 7, "level_name": "8K/cp2", "loss": None, "grad_norm": None, "mfu": None, "peak_memory_gib": 7.12}
+    assert step_line({**RECORD, **small}, 58, 61.0) == (
+        " 7/58  8K/cp2  loss    nan  grad   nan  1.23M tok/s  idle 12%  7.1G  eta 0:01:01"
+    )
+
+
+def test_long_lines_are_wrapped_and_indented() -> None:
+    text = "short\n" + "word " * 20 + "\n" + "x" * 90
+    lines = wrap(text).splitlines()
+    assert lines[0] == "short"
+    assert lines[2].startswith("    word")
+    assert lines[3] == "x" * 90
+    assert max(map(len, lines[:3])) <= 80
+
+
+def test_parts_flow_into_indented_lines() -> None:
+    assert flow(["a" * 40, "b" * 30, "c" * 10]) == ["    " + "a" * 40 + "   " + "b" * 30, "    " + "c" * 10]
+    assert flow([]) == []

@@ -1,4 +1,4 @@
-"""What a step exchanges between its last micro-batch and the next, and what its host waits for."""
+"""Step statistics: the step's collectives and waits, times, losses by group, by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import nn
 
 from hbp_titan.components.optimizer import build_optimizer, step_unless
 from hbp_titan.components.profiling import GarbageCollection
+from hbp_titan.components.step_stats import StepTimes
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import Optimizer
@@ -23,7 +25,7 @@ from tests.tiny_run import write_tiny_run
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__")
 
 
-def test_an_update_that_is_to_be_skipped_changes_nothing() -> None:
+def test_skipped_update_changes_neither_parameters_nor_moments() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5))
@@ -53,20 +55,20 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
     watching = [False]
     written: list[bool] = []
 
-    def noted(name: str, call: Any) -> Any:
-        def noting(*args: Any, **kwargs: Any) -> Any:
+    def recorded(name: str, call: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             if watching[0]:
                 events.append(name)
             return call(*args, **kwargs)
 
-        return noting
+        return recording
 
     for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast"):
         if hasattr(dist, name):
-            setattr(dist, name, noted(name, getattr(dist, name)))
+            setattr(dist, name, recorded(name, getattr(dist, name)))
     for name in READS:
-        setattr(torch.Tensor, name, noted(f"read {name}", getattr(torch.Tensor, name)))
-    trainer.optimizer.step = noted("update", trainer.optimizer.step)  # type: ignore[method-assign]
+        setattr(torch.Tensor, name, recorded(f"read {name}", getattr(torch.Tensor, name)))
+    trainer.optimizer.step = recorded("update", trainer.optimizer.step)  # type: ignore[method-assign]
     whole_step, square, path = trainer.train_step, trainer.stats.reduce, trainer.folder / "metrics.jsonl"
     forward_backward = trainer.engine.forward_backward
 
@@ -95,7 +97,7 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
     return events, written, collections
 
 
-def test_a_step_waits_once_and_its_metrics_are_written_while_the_next_one_runs(tmp_path: Path) -> None:
+def test_step_synchronizes_once_and_writes_its_metrics_during_the_next_step(tmp_path: Path) -> None:
     off = ["--metrics.timing_check_interval=0", "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
     argv = [*write_tiny_run(tmp_path), *off, "--training.gc_interval=3", "--training.steps=8"]
     events, written, collections = run_distributed(_watched, 2, argv)[0]
@@ -109,7 +111,7 @@ def test_a_step_waits_once_and_its_metrics_are_written_while_the_next_one_runs(t
     assert [step for step in collections if 0 < step < 8] == [3, 6]
 
 
-def test_python_collects_nothing_by_itself_inside_and_as_before_outside() -> None:
+def test_garbage_is_collected_only_at_the_interval() -> None:
     assert gc.isenabled()
     with GarbageCollection(2) as collection:
         assert not gc.isenabled()
@@ -127,3 +129,20 @@ def test_python_collects_nothing_by_itself_inside_and_as_before_outside() -> Non
     with pytest.raises(KeyError), GarbageCollection(1):
         raise KeyError
     assert gc.isenabled()
+
+
+def test_waiting_is_the_slowest_ranks_work_minus_the_mean() -> None:
+    # Two ranks: 1 s and 3 s of work in an iteration of 3 s, then 2 s and 2 s in one of 4 s (half of it communication).
+    times = StepTimes(wall=[3.0, 4.0], work=[2.0, 2.0], slowest=[3.0, 2.0], data_wait=1.0, whole=10.0)
+    assert times.waiting.tolist() == pytest.approx([1.0, 0.0])
+    assert times.imbalance == pytest.approx(1 - 4 / 5)
+    assert times.idle_share == pytest.approx((1 + 1) / 10)
+    # Iterations take 3/7 and 4/7 of the step, and of the wait for data.
+    assert times.shares(np.array([True, False])) == pytest.approx((10 * 3 / 7, 1 + 3 / 7))
+    assert times.shares(np.array([False, True])) == pytest.approx((10 * 4 / 7, 4 / 7))
+
+
+def test_untimed_step_divides_its_time_by_number_of_micro_batches() -> None:
+    times = StepTimes([], [], [], data_wait=1.0, whole=9.0)
+    assert (times.imbalance, times.idle_share) == (None, None)
+    assert times.shares(np.array([True, False, False])) == (3.0, 0.0)
