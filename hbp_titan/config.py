@@ -83,7 +83,7 @@ def validate(config: JobConfig, world_size: int) -> None:
     check_reshard("parallelism.reshard_after_forward", config.parallelism.reshard_after_forward, shards)
     for level in config.levels:
         name = f"level of max_tokens={level.max_tokens}: reshard_after_forward"
-        check_reshard(name, level.resharded(True), shards)
+        check_reshard(name, level.reshard_setting(True), shards)
     if not (config.data.train_files or config.data.sources):
         raise ValueError("data.train_files is empty; set at least one file, or add a [[data.sources]] block")
 

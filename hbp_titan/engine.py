@@ -64,7 +64,7 @@ class LevelRuntime:
         self.cp_state = ContextParallelState()
         self.ac_state = ActivationCheckpointState()
         self.reshard_default = reshard_after_forward
-        self.reshard_state = ReshardState({level.resharded(reshard_after_forward) for level in levels})
+        self.reshard_state = ReshardState({level.reshard_setting(reshard_after_forward) for level in levels})
         self.active: int | None = None
 
     def activate(self, index: int) -> None:
@@ -74,7 +74,7 @@ class LevelRuntime:
         self.ac_state.policy = level.ac_policy
         self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
         # Without a backward nothing frees what a forward keeps, and the next level may need that memory.
-        self.reshard_state.set_value(level.resharded(self.reshard_default) if torch.is_grad_enabled() else True)
+        self.reshard_state.set_value(level.reshard_setting(self.reshard_default) if torch.is_grad_enabled() else True)
         self.active = index
 
 

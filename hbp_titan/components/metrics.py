@@ -36,7 +36,7 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan, comparison_table, measure
 from hbp_titan.packing.level import level_name
-from hbp_titan.packing.metrics import band_name
+from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.utils import atomic_write, human_count
 
 COLUMNS = 80
@@ -229,7 +229,7 @@ def number(value: float | None, width: int, digits: int) -> str:
 def _validation_lines(step: int, means: Mapping[str, Any]) -> str:
     """Return the validation loss of all tokens, then by level and length band."""
     parts = [f"{name} {number(mean['loss'], 0, 4)}" for name, mean in means["by_level"].items()]
-    parts += [f"{band_name(int(end))} {number(mean['loss'], 0, 4)}" for end, mean in means["by_length"].items()]
+    parts += [f"{bucket_name(int(end))} {number(mean['loss'], 0, 4)}" for end, mean in means["by_length"].items()]
     return "\n".join([f"step {step} validation  loss {number(means['loss'], 0, 4)}", *flow(parts)])
 
 
@@ -460,7 +460,7 @@ def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
     """Return one line per level (mesh, cp exchange, recomputation, resharding), then the steps of the epoch."""
     lines = []
     # From the configuration: a resumed run may change it, and its plan may be older.
-    resharded = [level.resharded(config.parallelism.reshard_after_forward) for level in config.levels]
+    resharded = [level.reshard_setting(config.parallelism.reshard_after_forward) for level in config.levels]
     micro_batches = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
     for level, count, reshard in zip(plan.levels, micro_batches, resharded, strict=True):
         style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""

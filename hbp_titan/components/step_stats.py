@@ -37,7 +37,7 @@ from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan
 from hbp_titan.packing.level import level_name
-from hbp_titan.packing.metrics import band_of
+from hbp_titan.packing.metrics import length_bucket
 
 # Dense bf16 FLOP/s from the vendors' data sheets (after torchtitan v0.2.2 tools/utils.py); the first match counts.
 PEAK_FLOPS = {
@@ -119,7 +119,7 @@ class LossSums:
     def __init__(self, store: NamedSources, num_levels: int) -> None:
         self.source_names = store.source_names
         self.sources = store.sources
-        self.band_ends, bands = np.unique(band_of(store.lengths), return_inverse=True)
+        self.band_ends, bands = np.unique(length_bucket(store.lengths), return_inverse=True)
         # One byte per sample: the epoch's samples can be millions.
         self.bands = bands.astype(np.uint8)
         self.group_sizes = (num_levels, len(self.band_ends), len(self.source_names))

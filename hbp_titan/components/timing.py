@@ -32,7 +32,6 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder, ModelArgs
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import level_from_dict
 from hbp_titan.utils import human_seconds
 
 FloatArray = NDArray[np.float64]
@@ -179,7 +178,7 @@ def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeMo
         return None
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        known = {level_from_dict(entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
+        known = {Level(**entry["level"]): LevelTimeModel(**entry["time"]) for entry in entries}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a file of level times; delete it") from None
     # The user may have edited the levels since they were measured.

@@ -26,7 +26,7 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, build_plan
-from hbp_titan.packing.metrics import band_name, band_of
+from hbp_titan.packing.metrics import bucket_name, length_bucket
 
 CHUNK_TOKENS = 1024
 """Rows of logits that are in memory at a time."""
@@ -34,7 +34,7 @@ DEFAULT_PACK_TOKENS = 16384
 
 Means = dict[str, dict[int | str, tuple[float, int]]]
 """For "all", "length", "position" and "source": group -> (sum of token losses, number of tokens). Groups of length and
-position are the upper bounds of length bands (packing.metrics.band_of), powers of two."""
+position are the upper bounds of length bands (packing.metrics.length_bucket), powers of two."""
 
 
 def open_data(
@@ -85,9 +85,9 @@ def evaluate(
         losses = token_losses(model, batch.to(device)).double().cpu().numpy()
         documents = batch.document_ids[batch.loss_index].numpy()
         _add(means["all"], np.full(len(losses), "all"), losses)
-        _add(means["length"], band_of(store.lengths[ids][documents]), losses)
+        _add(means["length"], length_bucket(store.lengths[ids][documents]), losses)
         # Position of the label's token, counted from 1: one after the input's, which is counted from 0.
-        _add(means["position"], band_of(batch.position_ids[batch.loss_index].numpy() + 2), losses)
+        _add(means["position"], length_bucket(batch.position_ids[batch.loss_index].numpy() + 2), losses)
         _add(means["source"], np.array(store.source_names)[store.sources[ids][documents]], losses)
         report(f"pack {iteration + 1} of {plan.num_iterations}: {batch.num_loss_tokens} trained tokens")
     if not means["all"]:
@@ -121,7 +121,7 @@ def perplexity_table(means: Means) -> str:
         if kind == "source" and len(groups) == 1:
             continue
         for name, (total, count) in sorted(groups.items()):
-            group = band_name(name) if isinstance(name, int) else name
+            group = bucket_name(name) if isinstance(name, int) else name
             label = titles[kind] if kind == "all" else f"{titles[kind]} {group}"
             lines.append(f"{label:<28}{count:>15,}{total / count:>10.4f}{perplexity(total, count):>12.3f}")
     return "\n".join(lines)

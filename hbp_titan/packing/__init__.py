@@ -1,4 +1,4 @@
-"""Planning room: sample lengths to a plan of balanced packs. NumPy only; usable without the rest of the package."""
+"""Sample lengths to a plan of balanced packs. Needs NumPy only and none of the other packages."""
 
 from hbp_titan.packing.baselines import PACKERS
 from hbp_titan.packing.build import METHODS, build_plan, replan

@@ -1,4 +1,4 @@
-"""CostModel: the time that a pack takes, up to a unit, from its tokens and its squared document lengths.
+"""CostModel: the time of a pack, up to a unit, from its tokens and its squared document lengths.
 
 Owns the coefficients alpha and beta and their derivation from a model's dimensions. The form is that of the paper
 (section 2.1, after Megatron-LM's FLOP count): linear layers cost per token, causal attention per squared length.
@@ -31,7 +31,7 @@ class CostModel:
             raise ValueError(f"cost model: alpha={self.alpha}, beta={self.beta} must not be negative, nor both 0")
 
     def cost(self, tokens: NDArray[np.int64], sum_sq: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Cost of packs: tokens [n] and their sum of squared document lengths [n] -> float64 [n]."""
+        """Return the cost of packs, float64 [n], from tokens [n] and sums of squared document lengths [n]."""
         return self.alpha * np.asarray(tokens, np.float64) + self.beta * np.asarray(sum_sq, np.float64)
 
     @classmethod
@@ -51,37 +51,38 @@ class CostModel:
         linear_efficiency: float = 1.0,
         attention_efficiency: float = 1.0,
     ) -> CostModel:
-        """FLOPs of one training iteration over a pack of a decoder with causal attention.
+        """Return the FLOPs of one forward and backward over a pack, for a decoder with causal attention.
 
         layer_params: parameters of one layer that multiply each token (mixture of experts: the active ones).
         head_params: parameters of the output projection; the embedding lookup multiplies nothing.
         num_heads: query heads (attention work does not depend on the number of key and value heads).
-        head_dim: width of queries and keys; v_head_dim: width of values where it differs (DeepSeek's MLA).
-        ac_policy, ac_layers: recomputation, as in Level. last_params: parameters of the last product of a layer
-            (the MLP's down projection), which torch's checkpoint leaves out: no backward needs its output.
+        head_dim: width of queries and keys; v_head_dim: width of values if it differs (DeepSeek's MLA).
+        ac_policy, ac_layers: recomputation, as in Level.
+        last_params: parameters of the last product of a layer (the MLP's down projection).
         backward: False counts the forward pass alone.
-        linear_efficiency, attention_efficiency: reached share of the machine's peak; FLOPs are divided by it.
-
-        Linear: 2 FLOPs a parameter and token. Attention: QK^T and PV take 2 * len^2 * width each, of which a
-        causal kernel does half. The backward pass costs twice the forward pass.
+        linear_efficiency, attention_efficiency: achieved share of peak FLOP/s; FLOPs are divided by it.
         """
-        layers = num_layers if ac_layers is None else min(ac_layers, num_layers)
         if ac_policy not in AC_POLICIES:
-            raise ValueError(f"ac_policy={ac_policy!r} is none of {', '.join(AC_POLICIES)}")
+            raise ValueError(f"ac_policy={ac_policy!r} must be one of {', '.join(AC_POLICIES)}")
+        layers = num_layers if ac_layers is None else min(ac_layers, num_layers)
         recomputed = layers if backward and ac_policy != "none" else 0
         attention_recomputed = recomputed if ac_policy == "full" else 0
+        # The backward pass costs twice the forward pass.
         passes = 3 if backward else 1
+        # 2 FLOPs per parameter and token. torch's checkpoint stops before the last product: no backward needs its
+        # output.
         linear = 2 * passes * (num_layers * layer_params + head_params) + 2 * recomputed * (layer_params - last_params)
+        # QK^T and PV take 2 * len^2 * width each, of which a causal kernel does half.
         width = num_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
         attention = width * (passes * num_layers + attention_recomputed)
         return cls(alpha=linear / linear_efficiency, beta=attention / attention_efficiency)
 
 
 def costs_per_level(cost: CostModel | Sequence[CostModel] | None, num_levels: int) -> tuple[CostModel, ...]:
-    """One model per level from one for all, one for each, or none (the default model)."""
+    """Return one cost model per level, given one for all levels, one per level, or None (the default model)."""
     if cost is None:
         cost = CostModel()
     costs = (cost,) * num_levels if isinstance(cost, CostModel) else tuple(cost)
     if len(costs) != num_levels:
-        raise ValueError(f"{len(costs)} cost models for {num_levels} levels: give one, or one per level")
+        raise ValueError(f"{len(costs)} cost models for {num_levels} levels; give one, or one per level")
     return costs

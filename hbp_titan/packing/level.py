@@ -1,6 +1,6 @@
-"""Level: one packing length with the parallelism and recomputation that serve it (paper section 3.1).
+"""Level: one packing length with the parallelism and recomputation that fit it (paper section 3.1).
 
-Owns the Level type, its name, and the check of an ordered set of levels against a world size.
+Owns the Level type, its text forms, and the check of a sequence of levels against a world size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CP_STYLES = ("ulysses", "allgather", "hybrid")
-"""How attention is spread over cp ranks: heads are scattered (ulysses), keys and values are gathered (allgather), or
-groups of ranks scatter heads and gather keys and values from each other (hybrid)."""
+"""How attention is distributed over cp ranks: heads are scattered (ulysses), keys and values are gathered (allgather),
+or groups of ranks scatter heads and gather keys and values from each other (hybrid)."""
 AC_POLICIES = ("none", "full", "keep_attention")
 
 
@@ -22,16 +22,16 @@ AC_POLICIES = ("none", "full", "keep_attention")
 class Level:
     """A packing group: packs of at most `max_tokens` tokens, each trained by `cp_degree` ranks.
 
-    max_tokens: capacity of a pack in tokens; also the static length T of its batch.
-    cp_degree: context-parallel degree; dp = world / cp_degree packs run side by side.
-    cp_style: how attention is spread over the cp ranks (see CP_STYLES).
+    max_tokens: capacity of a pack in tokens, which is also the static length T of its batch.
+    cp_degree: context-parallel degree; dp = world / cp_degree packs are trained at the same time.
+    cp_style: how attention is distributed over the cp ranks (see CP_STYLES).
     ac_policy: activation checkpointing, see AC_POLICIES.
-    ac_layers: the first so many layers are checkpointed; None means all of them.
-    reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: frees them
-        (True), keeps them (False), or keeps them sharded over that many adjacent ranks (an integer above 1); None takes
-        parallelism.reshard_after_forward. Memory against traffic: it changes neither numbers nor the plan.
+    ac_layers: number of layers, from the first, that are checkpointed; None means all.
+    reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: free them
+        (True), keep them (False), or keep them sharded over this number of adjacent ranks (an integer above 1); None
+        uses parallelism.reshard_after_forward. It trades memory for traffic and changes neither numbers nor the plan.
 
-    Raises ValueError for a value outside these domains or a max_tokens that cp_degree does not divide.
+    Raises ValueError for values outside these domains and for a max_tokens that cp_degree does not divide.
     """
 
     max_tokens: int
@@ -46,26 +46,26 @@ class Level:
         if self.max_tokens < 1 or self.cp_degree < 1:
             raise ValueError(f"{name}, cp_degree={self.cp_degree}: both must be at least 1")
         if self.max_tokens % self.cp_degree:
-            raise ValueError(f"{name} is not divisible by its cp_degree={self.cp_degree}: change levels.max_tokens")
+            raise ValueError(f"{name}: not divisible by cp_degree={self.cp_degree}; change levels.max_tokens")
         if self.cp_style not in CP_STYLES:
-            raise ValueError(f"{name}: cp_style={self.cp_style!r} is none of {', '.join(CP_STYLES)}")
+            raise ValueError(f"{name}: cp_style={self.cp_style!r} must be one of {', '.join(CP_STYLES)}")
         if self.ac_policy not in AC_POLICIES:
-            raise ValueError(f"{name}: ac_policy={self.ac_policy!r} is none of {', '.join(AC_POLICIES)}")
+            raise ValueError(f"{name}: ac_policy={self.ac_policy!r} must be one of {', '.join(AC_POLICIES)}")
         if self.ac_layers is not None and self.ac_layers < 0:
-            raise ValueError(f"{name}: ac_layers={self.ac_layers} is below 0")
+            raise ValueError(f"{name}: ac_layers={self.ac_layers} must not be negative")
         if self.reshard_after_forward is not None:
             check_reshard(f"{name}: reshard_after_forward", self.reshard_after_forward)
 
     def dp_degree(self, world_size: int) -> int:
-        """Packs that run side by side in one iteration of this level."""
+        """Return the number of packs that one iteration of this level trains."""
         return world_size // self.cp_degree
 
-    def resharded(self, default: bool | int) -> bool | int:
-        """reshard_after_forward, or `default`, the run's, where the level has none."""
+    def reshard_setting(self, default: bool | int) -> bool | int:
+        """Return reshard_after_forward, or `default`, the run's setting, if the level has none."""
         return default if self.reshard_after_forward is None else self.reshard_after_forward
 
     def cp_shape(self, num_kv_heads: int) -> tuple[int, int]:
-        """(gather_degree, ulysses_degree), whose product is cp_degree.
+        """Return (gather_degree, ulysses_degree), whose product is cp_degree.
 
         Keys and values are all-gathered between gather_degree groups of ulysses_degree ranks, each of which scatters
         heads. For "hybrid" ulysses_degree is the largest that divides cp_degree and the model's kv heads.
@@ -80,7 +80,7 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
     if world_size < 1:
         raise ValueError(f"world size {world_size} must be at least 1")
     if not levels:
-        raise ValueError("no level is given: add at least one [[levels]] block")
+        raise ValueError("levels: none given; add at least one [[levels]] block")
     for low, high in itertools.pairwise(levels):
         if low.max_tokens >= high.max_tokens:
             raise ValueError(
@@ -91,7 +91,7 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
         if world_size % level.cp_degree:
             raise ValueError(
                 f"cp_degree={level.cp_degree} of the level with max_tokens={level.max_tokens} does not divide "
-                f"the world size {world_size}: change levels.cp_degree or the number of ranks"
+                f"the world size {world_size}; change levels.cp_degree or the number of ranks"
             )
 
 
@@ -100,21 +100,22 @@ def check_reshard(name: str, value: bool | int, shards: int | None = None) -> No
 
     name: the key, for the message. shards: ranks that share one copy of the parameters.
     """
+    # bool first: True is an int too, and would fail the test for values below 2.
     if isinstance(value, bool):
         return
     if value < 2:
         raise ValueError(f"{name}={value} must be true, false or a number of ranks above 1")
     if shards is not None and shards % value:
         raise ValueError(
-            f"{name}={value} does not divide the {shards} ranks that share one copy of the parameters: use true, false "
+            f"{name}={value} does not divide the {shards} ranks that share one copy of the parameters; use true, false "
             "or a divisor, such as the GPUs of a node"
         )
 
 
 def parse_levels(text: str) -> tuple[Level, ...]:
-    """Levels from the short form "16384:1,131072:8:ulysses:full:28:false", whose fields are Level's in their order.
+    """Parse the short form "16384:1,131072:8:ulysses:full:28:false", which lists Level's fields in order.
 
-    Those that are left out or empty have Level's defaults.
+    Missing and empty fields get Level's defaults. Raises ValueError for any other text.
     """
     fields: dict[str, Callable[[str], Any]] = {
         "max_tokens": _number,
@@ -133,19 +134,20 @@ def parse_levels(text: str) -> tuple[Level, ...]:
             values = {key: fields[key](word) for key, word in zip(fields, words, strict=False) if word}
         except ValueError:
             raise ValueError(
-                f"levels {text!r}: {part!r} is not of the form {':'.join(fields)} (all but max_tokens may be left out)"
+                f"levels {text!r}: {part!r} does not have the form {':'.join(fields)} (only max_tokens is required)"
             ) from None
         levels.append(Level(**values))
     return tuple(levels)
 
 
 def format_level(level: Level) -> str:
-    """The level as parse_levels reads it, with every field that it needs and no more."""
+    """Return the short form that parse_levels reads, without trailing defaults of None."""
     words = ["" if value is None else str(value).lower() for value in dataclasses.astuple(level)]
     return ":".join(words).rstrip(":")
 
 
 def _number(word: str) -> int:
+    # int() alone would also accept signs and underscores, such as "16_384".
     if not word.isdecimal():
         raise ValueError
     return int(word)
@@ -155,16 +157,11 @@ def _bool_or_number(word: str) -> bool | int:
     return {"true": True, "false": False}[word] if word in ("true", "false") else _number(word)
 
 
-def level_from_dict(values: dict[str, Any]) -> Level:
-    """A Level from its plain form (as in JSON); keys are the field names."""
-    return Level(**values)
-
-
 def level_name(level: Level) -> str:
-    """A level in one word: 8K/cp2."""
-    return f"{tokens_name(level.max_tokens)}/cp{level.cp_degree}"
+    """Return a level in one word, such as 8K/cp2."""
+    return f"{format_tokens(level.max_tokens)}/cp{level.cp_degree}"
 
 
-def tokens_name(tokens: int) -> str:
-    """A number of tokens in one word: 8K for 8192, and 8000 for 8000."""
+def format_tokens(tokens: int) -> str:
+    """Return a number of tokens in one word: 8K for 8192, 8000 for 8000."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

@@ -1,11 +1,8 @@
-"""Metrics of a plan: how full, how balanced, how much communication (paper section 2.2), and idle time.
+"""Metrics of a plan (paper section 2.2): padding, balance, communication and the modelled wait of ranks.
 
-Owns the definitions. All compare the N data-parallel groups of one iteration, so a value holds for the N = dp
-degree of its level; T and A count real tokens, never padding.
-
-Length bands: powers of two, in which losses and counts are told apart by the length of their sample.
-
-Owns the borders and their names. Every band reaches from above half its border to its border; the lowest from 1.
+Owns the definitions. Each metric compares the N data-parallel groups of one iteration, where N is the dp degree of the
+level; tokens are real tokens, never padding. Also owns the length buckets by which losses are reported: powers of two,
+each from above half its upper bound to its upper bound, the lowest from 1.
 """
 
 from __future__ import annotations
@@ -17,23 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.packing.cost import CostModel, costs_per_level
-from hbp_titan.packing.level import tokens_name
+from hbp_titan.packing.level import format_tokens
 from hbp_titan.packing.plan import Plan
+
+LOWEST_BUCKET = 256
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures of a plan or of one of its levels.
+    """Metrics of a plan or of one of its levels. T: tokens of a group in an iteration. A: its sum(len^2).
 
     dbr: dist balance ratio, mean over iterations of 1 - mean(T) / max(T) over the groups; 0 is best.
-    pr: padding ratio, padding / (padding + real tokens), packs being padded to their level's max_tokens.
-    abr: attention balance ratio, as dbr with A = sum(len^2) in place of T.
+    pr: padding ratio, padding / (padding + real tokens) if packs are padded to their level's max_tokens.
+    abr: attention balance ratio, the same as dbr with A in place of T.
     cr: communication ratio, tokens in packs with cp_degree > 1 / all tokens.
-    ave_tokens: mean real tokens of a pack, that is per group and iteration.
-    time_imbalance: share of the modelled time that ranks wait for the slowest of their iteration. An iteration
-        takes max(cost) / cp_degree, of which its groups work mean(cost) / cp_degree.
-    groups: N, the groups that an iteration compares; 0 for a plan whose levels differ in it.
-    per_level: the same for each level, None where it has no iteration; empty in the figures of a level.
+    ave_tokens: mean real tokens per pack, that is, per group and iteration.
+    time_imbalance: share of the modelled time that ranks wait for the slowest group of their iteration, which takes
+        max(cost) / cp_degree while groups work mean(cost) / cp_degree.
+    groups: N; 0 for a plan whose levels differ in it.
+    per_level: metrics of each level, None for a level without iterations; empty in the metrics of a level.
     """
 
     dbr: float
@@ -49,23 +48,20 @@ class Metrics:
 
 
 def measure(plan: Plan, cost: CostModel | Sequence[CostModel] | None = None) -> Metrics:
-    """Metrics of a plan. cost: one model or one per level; default, those that the plan was balanced by."""
-    costs = plan.costs if cost is None else costs_per_level(cost, len(plan.levels))
-    figures = _Figures(plan, costs)
+    """Return the metrics of a plan. cost: one model or one per level; default, those that balanced the plan."""
+    totals = _IterationTotals(plan, plan.costs if cost is None else costs_per_level(cost, len(plan.levels)))
     level_of = plan.level_of_iteration
-    per_level = tuple(
-        figures.metrics(level_of == k) if np.any(level_of == k) else None for k in range(len(plan.levels))
-    )
-    return figures.metrics(np.ones(len(level_of), bool), per_level)
+    per_level = tuple(totals.metrics(level_of == k) if np.any(level_of == k) else None for k in range(len(plan.levels)))
+    return totals.metrics(np.ones(len(level_of), bool), per_level)
 
 
-class _Figures:
-    """What the metrics average, one value per iteration."""
+class _IterationTotals:
+    """Sums and maxima over the packs of each iteration, one array element per iteration."""
 
     def __init__(self, plan: Plan, costs: Sequence[CostModel]) -> None:
         level_of = plan.level_of_iteration
         first_pack = plan.pack_offsets[:-1]
-        cost = plan.costs_of_packs(costs)
+        cost = plan.pack_costs(costs)
         self.dp = plan.dp_degrees[level_of]
         self.cp = np.array([level.cp_degree for level in plan.levels])[level_of]
         self.capacity = np.array([level.max_tokens for level in plan.levels])[level_of] * self.dp
@@ -78,7 +74,7 @@ class _Figures:
         self.time = np.maximum.reduceat(cost, first_pack) / self.cp
 
     def metrics(self, chosen: NDArray[np.bool_], per_level: tuple[Metrics | None, ...] = ()) -> Metrics:
-        """Metrics over the chosen iterations, bool [num_iterations], at least one."""
+        """Return the metrics over the chosen iterations, bool [num_iterations], at least one True."""
         dp, tokens = self.dp[chosen], self.tokens[chosen]
         num_packs, num_tokens = int(dp.sum()), int(tokens.sum())
         return Metrics(
@@ -97,8 +93,8 @@ class _Figures:
 
 
 def comparison_table(metrics: Mapping[str, Metrics]) -> str:
-    """A table of at most 80 columns, one method a line, in the given order."""
-    lines = [f"{'method':<13}{'DBR':>8}{'PR':>8}{'ABR':>8}{'CR':>8}{'Ave-T':>10}{'idle time':>11}{'iterations':>12}"]
+    """Return a table of at most 80 columns with one row per method, in the given order."""
+    lines = [f"{'method':<13}{'DBR':>8}{'PR':>8}{'ABR':>8}{'CR':>8}{'Ave-T':>10}{'idle share':>11}{'iterations':>12}"]
     for name, m in metrics.items():
         lines.append(
             f"{name:<13}{m.dbr:>8.4f}{m.pr:>8.4f}{m.abr:>8.4f}{m.cr:>8.4f}{m.ave_tokens:>10.0f}"
@@ -107,29 +103,13 @@ def comparison_table(metrics: Mapping[str, Metrics]) -> str:
     return "\n".join(lines)
 
 
-def source_mix(plan: Plan, source_of: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Share of each source in the tokens of each iteration, float64 [num_iterations, num_sources].
-
-    source_of: the source of each sample, ints from 0 [num_samples].
-    """
-    num_sources = int(source_of.max()) + 1
-    samples = np.add.reduceat(plan.packs.counts, plan.pack_offsets[:-1])
-    cell = np.repeat(np.arange(plan.num_iterations), samples) * num_sources + source_of[plan.packs.ids]
-    tokens = np.bincount(cell, weights=plan.lengths[plan.packs.ids], minlength=plan.num_iterations * num_sources)
-    mix = tokens.reshape(plan.num_iterations, num_sources)
-    return mix / mix.sum(axis=1, keepdims=True)
-
-
-LOWEST_BAND = 256
-
-
-def band_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The least power of two, LOWEST_BAND or more, that is at least each count."""
-    exponents = np.ceil(np.log2(np.maximum(counts, LOWEST_BAND))).astype(np.int64)
+def length_bucket(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the upper bound of each count's bucket: the least power of two >= the count and >= LOWEST_BUCKET."""
+    exponents = np.ceil(np.log2(np.maximum(counts, LOWEST_BUCKET))).astype(np.int64)
     return np.left_shift(1, exponents)
 
 
-def band_name(border: int) -> str:
-    """A band in words: 513 to 1K."""
-    low = 1 if border == LOWEST_BAND else border // 2 + 1
-    return f"{low:,} to {tokens_name(border)}"
+def bucket_name(upper: int) -> str:
+    """Return the range of a bucket in words, such as 513 to 1K."""
+    low = 1 if upper == LOWEST_BUCKET else upper // 2 + 1
+    return f"{low:,} to {format_tokens(upper)}"

@@ -1,8 +1,8 @@
-"""Array plumbing of the planner: ragged arrays in CSR form, stable integer sorts, reproducible shuffles.
+"""Arrays of the planner: ragged rows in CSR form, stable integer sorts, reproducible shuffles.
 
-Owns the Ragged type and the only sources of order and randomness in this room, so that a plan is the same bytes on
-every rank, machine and NumPy version: shuffles come from the raw stream of PCG64 (which NumPy guarantees, unlike
-the methods of Generator) and from stable sorts.
+Owns the Ragged type and every source of order and randomness in this package. A plan must be the same bytes on every
+rank, machine and NumPy version, so shuffles use the raw stream of PCG64 (which NumPy guarantees, unlike the methods of
+Generator) and stable sorts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
-Stream = tuple[int, ...]  # non-negative integers that name a stream of random numbers
+Stream = tuple[int, ...]  # non-negative integers that identify a stream of random numbers
 
 
 @dataclass(frozen=True)
@@ -36,64 +36,65 @@ class Ragged:
         return np.diff(self.offsets)
 
     def sums(self, values: IntArray) -> IntArray:
-        """Sum of values[id] over each row, int64 [num_rows]; values is indexed by id."""
+        """Return the sum of values[id] over each row, int64 [num_rows]."""
         return self._row_sums(values[self.ids])
 
     def sums_of_squares(self, values: IntArray) -> IntArray:
-        """Sum of values[id]^2 over each row, int64 [num_rows]; values is indexed by id."""
-        mine = values[self.ids]
-        return self._row_sums(np.multiply(mine, mine, out=mine))
+        """Return the sum of values[id]^2 over each row, int64 [num_rows]."""
+        own = values[self.ids]
+        return self._row_sums(np.multiply(own, own, out=own))
 
     def _row_sums(self, values: IntArray) -> IntArray:
-        """Row sums of values [num_ids] that lie beside `ids`; overwrites `values`."""
+        """Return the row sums of values [num_ids], one value per id; overwrites `values`."""
+        # A running sum rather than np.add.reduceat, which returns the next row's value, not 0, for an empty row.
         np.cumsum(values, out=values)
         before = np.where(self.offsets > 0, values[self.offsets - 1], 0) if len(values) else 0 * self.offsets
         return np.diff(before)
 
     def take(self, order: IntArray) -> Ragged:
-        """The rows named by `order`, in that order."""
+        """Return the rows with the indices `order`, in that order."""
         counts = self.counts[order]
         offsets = offsets_of(counts)
-        shift = np.repeat(self.offsets[:-1][order] - offsets[:-1], counts)
-        shift += np.arange(len(shift))
-        return Ragged(self.ids[shift], offsets)
+        index = np.repeat(self.offsets[:-1][order] - offsets[:-1], counts)
+        index += np.arange(len(index))
+        return Ragged(self.ids[index], offsets)
 
 
 EMPTY = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64))
 
 
 def offsets_of(counts: IntArray) -> IntArray:
-    """CSR offsets [n + 1] of groups with these counts [n]."""
+    """Return the CSR offsets [n + 1] of groups with these counts [n]."""
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
 
 
 def grouped(row_of: NDArray[np.integer], num_rows: int, ids: IntArray) -> Ragged:
-    """Rows in which ids[j] lies in row row_of[j]; within a row the order of `ids` is kept."""
+    """Return rows in which ids[j] is in row row_of[j]; the order of `ids` is kept within a row."""
     counts = np.bincount(row_of, minlength=num_rows)
     return Ragged(ids[stable_argsort(row_of)], offsets_of(counts))
 
 
 def concatenated(parts: list[Ragged]) -> Ragged:
-    """The rows of all parts in one."""
+    """Return the rows of all parts, one part after the other."""
     counts = np.concatenate([part.counts for part in parts])
     return Ragged(np.concatenate([part.ids for part in parts]), offsets_of(counts))
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `value`."""
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
 def runs(values: IntArray) -> tuple[IntArray, IntArray]:
-    """Distinct values and counts of an array whose equal values are adjacent, in its order."""
+    """Return the distinct values and their counts, in order, of an array whose equal values are adjacent."""
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else values[:0]
     return values[starts], np.diff(np.append(starts, len(values)))
 
 
 def stable_argsort(keys: NDArray[np.integer]) -> IntArray:
-    """Ascending stable argsort of non-negative integers, O(n) per 16 bits of the largest key."""
+    """Return the ascending stable argsort of non-negative integers, in O(n) per 16 bits of the largest key."""
     # NumPy's stable sort is a radix sort for 16-bit keys and a merge sort, ten times slower, for wider ones.
     highest = int(keys.max()) if len(keys) else 0
     order = np.argsort(keys.astype(np.uint16), kind="stable")
@@ -104,18 +105,18 @@ def stable_argsort(keys: NDArray[np.integer]) -> IntArray:
 
 
 def random_bits(num: int, *stream: int) -> NDArray[np.uint64]:
-    """`num` random 64-bit words of the stream named by non-negative integers, uint64 [num]."""
+    """Return `num` random 64-bit words of a stream, uint64 [num]."""
     words = np.random.PCG64(np.random.SeedSequence(stream)).random_raw(num)
     return np.asarray(words, np.uint64).reshape(num)
 
 
 def shuffled(num: int, *stream: int) -> IntArray:
-    """A permutation of range(num) drawn from the stream named by non-negative integers, int64 [num]."""
+    """Return a permutation of range(num) drawn from a stream, int64 [num]."""
     return np.argsort(random_bits(num, *stream), kind="stable")
 
 
-def longest_first(lengths: IntArray, *stream: int) -> IntArray:
-    """Sample ids by descending length, equal lengths in the random order of the stream, int64 [num_samples]."""
+def longest_first(lengths: IntArray, stream: Stream) -> IntArray:
+    """Return sample ids by descending length, equal lengths in the random order of the stream, int64 [num_samples]."""
     # 16 random bits shuffle well enough within a length, and sort in one radix pass.
     shuffle = np.argsort(random_bits(len(lengths), *stream).astype(np.uint16), kind="stable")
     descending = lengths.max() - lengths if len(lengths) else lengths

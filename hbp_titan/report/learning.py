@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hbp_titan.packing.metrics import band_name
+from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.report.charts import Chart, Curve, Plot, level_curves
 from hbp_titan.report.html import (
     DASH,
@@ -86,7 +86,7 @@ def groups_section(run: Run) -> str:
     bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
     counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
     by_length = [
-        Curve(band_name(int(band)), log.column("loss_by_length", band, "loss"), colors[band], trained)
+        Curve(bucket_name(int(band)), log.column("loss_by_length", band, "loss"), colors[band], trained)
         for band, trained in zip(bands, counts, strict=True)
     ]
     bodies = [missing("Loss by length is not in metrics.jsonl.")]
@@ -156,9 +156,9 @@ def validation_section(run: Run) -> str:
     overall = {"all": log.column("validation", "loss")}
     kinds: list[tuple[str, Mapping[str, Floats]]] = [("level", validation_series(log, "by_level"))]
     by_length = validation_series(log, "by_length")
-    kinds.append(("length", {band_name(int(band)): by_length[band] for band in bands_in_order(list(by_length))}))
+    kinds.append(("length", {bucket_name(int(band)): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
-    colors = {band_name(int(band)): color for band, color in _band_colors(log).items()}
+    colors = {bucket_name(int(band)): color for band, color in _band_colors(log).items()}
     colors |= {name: color for color, name in enumerate(_sources_in_order(log))}
     figures = []
     for kind, series in kinds:

@@ -104,7 +104,7 @@ def _axes(edges: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[tupl
 
 def _balance(plan: Plan, level: int) -> list[str]:
     """Return two charts of min, mean and max cost over the packs of a micro-batch: shuffled, and as planned."""
-    planned = plan.costs_of_packs(plan.costs)[plan.pack_levels == level]
+    planned = plan.pack_costs(plan.costs)[plan.pack_levels == level]
     dp = int(plan.dp_degrees[level])
     random = planned[shuffled(len(planned), plan.seed, plan.epoch, level)]
     top = float(planned.max()) * 1.08

@@ -129,7 +129,7 @@ class _Composition:
         shards = world_size // config.parallelism.dp_replicate
         expert_parallel = config.parallelism.expert_parallel_degree
         self.tied = args.tie_embeddings
-        resharded = level.resharded(config.parallelism.reshard_after_forward)
+        resharded = level.reshard_setting(config.parallelism.reshard_after_forward)
         # Share of a block's gathered parameters that stays after its forward.
         self.kept_share = 0.0 if resharded is True else 1.0 if resharded is False else 1 / resharded
         tokens = level.max_tokens // level.cp_degree

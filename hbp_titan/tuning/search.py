@@ -326,7 +326,7 @@ class _Search:
 
     def _suggested(self, plan: Plan, shape: Shape) -> Shape:
         """Return the shape with each level's fastest cp degree, if the packs stayed as they are in `plan`."""
-        loads, costs = pack_loads(plan), plan.costs_of_packs(plan.costs)
+        loads, costs = pack_loads(plan), plan.pack_costs(plan.costs)
         suggested = []
         for k, (length, _) in enumerate(shape):
             mine = np.flatnonzero((plan.pack_levels == k) & (loads[:, 3] > 0))

@@ -223,7 +223,7 @@ class TimeModel:
         experts = self._ring(d.expert_params / ep, max(1, self._shards // ep), max(1, node // ep))
         gather = (rest + dense + experts) * s.param_bytes + self._fsdp_hops(self._shards)
         reduce = (rest + dense + experts) * s.reduce_bytes + self._fsdp_hops(self._shards)
-        resharded = level.resharded(s.reshard_after_forward)
+        resharded = level.reshard_setting(s.reshard_after_forward)
         if resharded is False:
             return gather, reduce
         # The head stays gathered and the embedding's backward needs no weights, so only blocks are gathered twice.

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.evaluation.perplexity import as_json, band_of, evaluate, open_data, perplexity_table
+from hbp_titan.evaluation.perplexity import as_json, evaluate, length_bucket, open_data, perplexity_table
 from hbp_titan.models.decoder import Decoder
 from tests.data.preparing import byte_tokenizer, line, write
 from tests.models.test_decoder import build_pair, tiny_args
@@ -61,7 +61,7 @@ def test_losses_equal_transformers_document_by_document(store: TokenStore, pack_
 
 def test_band_includes_its_upper_bound() -> None:
     counts = np.array([1, 256, 257, 512, 513, 131072, 131073])
-    assert band_of(counts).tolist() == [256, 256, 512, 512, 1024, 131072, 262144]
+    assert length_bucket(counts).tolist() == [256, 256, 512, 512, 1024, 131072, 262144]
 
 
 def test_table_and_json_show_mean_and_perplexity() -> None:

@@ -88,5 +88,5 @@ def test_epochs_pack_and_order_anew_at_the_same_quality():
 
 def test_the_first_iterations_are_not_the_costliest():
     plan = build_plan(LENGTHS, LEVELS, 8)
-    cost = np.add.reduceat(plan.costs_of_packs(plan.costs), plan.pack_offsets[:-1])[plan.level_of_iteration == 0]
+    cost = np.add.reduceat(plan.pack_costs(plan.costs), plan.pack_offsets[:-1])[plan.level_of_iteration == 0]
     assert abs(cost[: len(cost) // 2].mean() / cost.mean() - 1) < 0.02

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hbp_titan.components.timing import FloatArray, LevelTimeModel
-from hbp_titan.packing.level import Level, level_from_dict
+from hbp_titan.packing.level import Level
 from hbp_titan.tuning.profile_file import nonnegative_least_squares
 
 # A prediction that misses by more is not one to plan with.
@@ -83,7 +83,7 @@ def load_measured(path: Path) -> Measured:
         values = json.loads(path.read_text(encoding="utf-8"))
         if "measurements" in values:
             values = _of_profile(values)
-        levels = tuple(level_from_dict(level) for level in values["levels"])
+        levels = tuple(Level(**level) for level in values["levels"])
         rows = []
         for row in values["iterations"]:
             loads = np.array(row["loads"], float).reshape(-1, 4)

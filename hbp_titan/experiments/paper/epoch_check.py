@@ -18,7 +18,7 @@ import numpy as np
 
 from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.experiments.paper.calibrate import fit_machine
-from hbp_titan.packing.level import Level, level_from_dict
+from hbp_titan.packing.level import Level
 from hbp_titan.tuning.profile_file import Profile
 
 LARGEST_RESIDUAL = 0.10
@@ -49,7 +49,7 @@ def load_outcomes(path: Path) -> list[dict[str, Any]]:
     try:
         outcomes = json.loads(path.read_text(encoding="utf-8"))
         for outcome in outcomes:
-            outcome["levels"] = [level_from_dict(level) for level in outcome["levels"]]
+            outcome["levels"] = [Level(**level) for level in outcome["levels"]]
             outcome["loads"] = np.array(outcome["loads"], float)
             outcome["iteration_seconds"] = np.array(outcome["iteration_seconds"], float)
             outcome["level_of_iteration"] = np.array(outcome["level_of_iteration"], int)

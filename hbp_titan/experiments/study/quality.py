@@ -36,7 +36,7 @@ from hbp_titan.data.prepare import open_stores
 from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, figures_of, make_runs, train_all
 from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
-from hbp_titan.packing.metrics import band_name
+from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.preflight import max_sample_tokens, model_args
 
 _COMMON = (
@@ -269,7 +269,7 @@ def band_table(study: dict[str, Any]) -> str:
     """A row a variant: in each length band the default's loss, and the difference to it; bold where 0 is not in it."""
     bands = bands_of(study)
     counts = study["runs"][0]["by_length"]
-    heads = [f"{band_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
+    heads = [f"{bucket_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
     lines = [f"| variant | {' | '.join(heads)} |", "|---" * (len(bands) + 1) + "|"]
     for name in study["variants"]:
         cells = [name]
@@ -328,7 +328,7 @@ def draw(study: dict[str, Any]) -> str:
     """The whole picture: all lengths, and the longest band. study: two seeds of a variant beside the default's."""
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("all lengths", final_loss)]
     if bands := bands_of(study):
-        panels.append((f"{band_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
+        panels.append((f"{bucket_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
     parts = []
     height = 0
     for number, (title, figure) in enumerate(panels):
