@@ -68,6 +68,6 @@ def test_a_slower_attention_kernel_weighs_attention_more():
     assert model_cost(attention_efficiency=0.5).beta == 2 * model_cost().beta
 
 
-def test_a_negative_coefficient_is_refused():
-    with pytest.raises(ValueError, match=r"beta=-1"):
+def test_a_negative_coefficient_raises():
+    with pytest.raises(ValueError, match="beta"):
         CostModel(1.0, -1)

@@ -1,4 +1,4 @@
-"""Optimizer steps: steady tokens, curriculum first, and each mix as it says."""
+"""Optimizer steps: steady tokens, curriculum first, and both level orders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_alternate_gives_each_step_one_level_in_mixed_order():
     assert all(len(level) == 1 for level in levels)
     order = [level.pop() for level in levels]
     assert {0, 1} == set(order) == set(order[: len(order) // 2]) == set(order[len(order) // 2 :])
-    # 131072 tokens an iteration: four a step.
+    # 131072 tokens per iteration: four per step.
     assert abs(np.median(plan.step_tokens) / 524_288 - 1) < 0.01
 
 
@@ -43,7 +43,7 @@ def test_interleave_gives_each_step_its_share_of_every_level_and_the_same_tokens
     assert off.max() < 0.11
 
 
-def test_interleave_keeps_steps_within_one_percent_where_iterations_are_small_enough():
+def test_interleave_keeps_steps_within_one_percent_if_iterations_are_small_enough():
     plan = build_plan(LENGTHS, LEVELS, 8, level_order="interleave", global_batch_tokens=110 * 131_072)
     assert plan.num_steps >= 3
     assert np.abs(plan.step_tokens / plan.step_tokens.mean() - 1).max() <= 0.01
@@ -80,13 +80,13 @@ def test_a_curriculum_longer_than_the_lowest_level_takes_all_of_it():
     assert (np.diff(plan.level_of_iteration) >= 0).all()
 
 
-def test_epochs_pack_and_order_anew_at_the_same_quality():
+def test_each_epoch_is_packed_differently_at_the_same_quality():
     plans = [build_plan(LENGTHS, LEVELS, 8, epoch=epoch) for epoch in (0, 1)]
     assert not np.array_equal(plans[0].packs.ids, plans[1].packs.ids)
     assert measure(plans[0]).pr == pytest.approx(measure(plans[1]).pr)
 
 
-def test_the_first_iterations_are_not_the_costliest():
+def test_the_first_iterations_are_not_the_most_expensive():
     plan = build_plan(LENGTHS, LEVELS, 8)
     cost = np.add.reduceat(plan.pack_costs(plan.costs), plan.pack_offsets[:-1])[plan.level_of_iteration == 0]
     assert abs(cost[: len(cost) // 2].mean() / cost.mean() - 1) < 0.02

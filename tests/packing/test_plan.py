@@ -1,4 +1,4 @@
-"""Plan files: the same plan back, the same bytes again, and every mismatch named."""
+"""Plan files: round trips, equal bytes, and every mismatch reported."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hbp_titan.tuning.simulate import tulu3_longcite_like
 LEVELS = parse_levels("16384:1,131072:8")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan():
     return build_plan(tulu3_longcite_like(2000, seed=1), LEVELS, 8, level_order="interleave", global_batch_tokens=10**6)
 
 
-def test_a_saved_plan_comes_back_whole_and_mapped(plan, tmp_path):
+def test_a_saved_plan_loads_equal_and_memory_mapped(plan, tmp_path):
     save_plan(plan, tmp_path / "new" / "plan.safetensors", {"data": "ab12"})
     loaded = load_plan(tmp_path / "new" / "plan.safetensors", {"data": "ab12", "world_size": 8})
     assert loaded.fingerprint == plan.fingerprint
@@ -30,7 +30,7 @@ def test_a_saved_plan_comes_back_whole_and_mapped(plan, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_file_is_safetensors_and_equal_plans_are_equal_bytes(plan, tmp_path):
+def test_files_are_safetensors_and_equal_plans_are_equal_bytes(plan, tmp_path):
     for name in ("a", "b"):
         save_plan(plan, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -40,23 +40,18 @@ def test_the_file_is_safetensors_and_equal_plans_are_equal_bytes(plan, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_mismatch_says_everything_that_differs(plan, tmp_path):
+def test_a_mismatch_lists_every_difference(plan, tmp_path):
     save_plan(plan, tmp_path / "p", {"tokenizer": "t1"})
     wanted = build_plan(plan.lengths, LEVELS, 16, seed=5).settings()
-    with pytest.raises(ValueError, match="made from other inputs") as error:
+    with pytest.raises(ValueError, match="other inputs") as error:
         load_plan(tmp_path / "p", {**wanted, "tokenizer": "t2"})
-    for text in (
-        "world_size is 8 in the file but 16 here",
-        "seed is 0 in the file but 5",
-        'tokenizer is "t1"',
-        "level_order",
-    ):
-        assert text in str(error.value)
+    for name in ("world_size", "seed", "tokenizer", "level_order"):
+        assert f"{name} is" in str(error.value)
     assert "levels is" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "text", "header", "empty"])
-def test_a_damaged_file_is_refused(plan, tmp_path, damage):
+def test_a_corrupt_file_raises(plan, tmp_path, damage):
     path = tmp_path / "p"
     save_plan(plan, path)
     data = bytearray(path.read_bytes())
@@ -65,16 +60,16 @@ def test_a_damaged_file_is_refused(plan, tmp_path, damage):
     elif damage == "flip":
         data[-20] ^= 1
     elif damage == "text":
-        data = bytearray(b"this is no plan at all")
+        data = bytearray(b"this is not a plan at all")
     elif damage == "header":
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        described = json.loads(header["__metadata__"]["plan"])
-        del described["settings"]["level_order"]
-        header["__metadata__"]["plan"] = json.dumps(described)
+        metadata = json.loads(header["__metadata__"]["plan"])
+        del metadata["settings"]["level_order"]
+        header["__metadata__"]["plan"] = json.dumps(metadata)
         data[8 : 8 + size] = json.dumps(header).encode().ljust(size)
     else:
         data = bytearray()
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"p: (the plan file is damaged|not a plan file)"):
+    with pytest.raises(ValueError, match=r"p: .*(corrupt|not a plan file)"):
         load_plan(path)
