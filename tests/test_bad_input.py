@@ -39,7 +39,7 @@ def test_good_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[s
         (["--data.train_files=missing.jsonl"], "missing.jsonl"),
         (["--data.train_files={folder}/bad.jsonl"], "bad.jsonl:2: "),
         (["--training.step=1"], "command line: unknown key training.step; did you mean training.steps?"),
-        (["--levels=128:1,512:3"], "max_tokens=512 is not divisible by its cp_degree=3"),
+        (["--levels=128:1,512:3"], "not divisible by cp_degree=3"),
         (["--levels=128:1,513:3"], "cp_degree=3 of the level with max_tokens=513 does not divide the world size 4"),
         (["--levels=128:1,512:8"], "cp_degree=8 does not divide the model's 4 attention heads"),
         (["--levels=32:1,64:2"], "longer than the largest level, levels.max_tokens = 64"),

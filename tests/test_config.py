@@ -94,8 +94,8 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
         ("[data]\ntrain_files = [1]", r"data.train_files = \[1\] must be of type list\[str\]"),
         ("[[levels]]\nmax_token = 8", r"unknown key levels.max_token; did you mean max_tokens\?"),
         ("[[levels]]\ncp_degree = 2", "max_tokens"),
-        ("[[levels]]\nmax_tokens = 9\ncp_degree = 2", "max_tokens=9 is not divisible by its cp_degree=2"),
-        ("[[levels]]\nmax_tokens = 8\nac_policy = 'some'", "ac_policy='some' is none of none, full, keep_attention"),
+        ("[[levels]]\nmax_tokens = 9\ncp_degree = 2", "not divisible"),
+        ("[[levels]]\nmax_tokens = 8\nac_policy = 'some'", "ac_policy='some'"),
         ("[packing]\nlevel_order = 'random'", "packing.level_order = 'random': must be one of"),
         ("[[data.sources]]\nname = 'a'", r"data.sources\[1\] has no path"),
         ("[[data.sources]]\npath = 'a'\nrepeats = 2", r"unknown key data.sources\[1\].repeats; did you mean repeat\?"),
@@ -126,9 +126,9 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--training.stepz", "3"], r"command line: unknown key training.stepz; did you mean training.steps\?"),
         (["--training.steps"], "--training.steps has no value"),
         (["training.steps"], "unexpected argument 'training.steps'"),
-        (["--levels", "1024:x"], "'1024:x' is not of the form max_tokens:cp_degree"),
-        (["--levels", "1024:2:rings"], "cp_style='rings' is none of ulysses, allgather, hybrid"),
-        (["--levels", "64:1:ulysses:full:2:true:3"], "'64:1:ulysses:full:2:true:3' is not of the form"),
+        (["--levels", "1024:x"], "'1024:x'"),
+        (["--levels", "1024:2:rings"], "cp_style='rings'"),
+        (["--levels", "64:1:ulysses:full:2:true:3"], "'64:1:ulysses:full:2:true:3'"),
         (
             ["--compile.enable=true", "--parallelism.cp_backend=dtensor"],
             "compile.enable with parallelism.cp_backend = 'dtensor'",
@@ -161,7 +161,7 @@ def test_missing_file_is_named() -> None:
     [
         ([Level(8, 2)], 3, "cp_degree=2 of the level with max_tokens=8 does not divide the world size 3"),
         ([Level(8), Level(8)], 2, "levels must ascend: max_tokens=8 follows max_tokens=8"),
-        ([], 2, "no level is given"),
+        ([], 2, "none given"),
     ],
 )
 def test_levels_that_do_not_fit_the_world_are_refused(levels: list[Level], world_size: int, message: str) -> None:
