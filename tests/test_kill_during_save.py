@@ -19,7 +19,7 @@ MOMENTS = [
     Kill((0,), function="write_json", number=7, half_written=True),  # tensors.json of the third save
     Kill((0,), function="sync_folder", number=7),  # all written, not yet renamed
     Kill((0, 1), function="sync_folder", number=8),  # renamed, the name perhaps not on disk
-    Kill((0,), function="hide", number=8),  # before the fourth save's pruning
+    Kill((0,), function="move_to_trash", number=8),  # before the fourth save's pruning
 ]
 
 

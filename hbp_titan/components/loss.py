@@ -1,30 +1,13 @@
-"""The cross entropy of a packed batch's trained tokens, without the [T, vocab] logits.
+"""Chunked cross entropy of a packed batch, without [T, vocab] logits, and the weight of each token in it.
 
-Owns the chunked linear cross entropy. Both gradients are computed while a chunk's logits exist (as in Liger Kernel's
-fused_linear_cross_entropy and torch 2.13's linear_cross_entropy, which has no per-token weights and is missing in
-2.11): backward only scales them, and no logits are computed twice or kept.
+Both gradients are computed while a chunk's logits exist (as in Liger Kernel's fused_linear_cross_entropy and torch
+2.13's linear_cross_entropy, which has no per-token weights and is missing in 2.11). Backward only scales them: no
+logits are computed twice or kept. With bf16 inputs, products multiply bf16 and accumulate in fp32.
 
-Memory above the hidden states, for a bf16 matrix: its gradient in fp32 and, of one chunk, the logits in fp32 with
-their gradient in bf16; the matrix's gradient in bf16 only when backward returns it. A chunk takes three matrix
-products. With bf16 inputs these multiply bf16 and add in fp32, and two of them also return fp32: logits are not
-rounded, and the chunks' gradients are summed inside the product, without a [vocab, hidden] bf16 copy for each.
+The weights (paper section 3.3) follow from the plan alone: a step's objective is the sum of weight * loss over its
+trained tokens, all ranks and all micro-batches.
 
 Shape suffixes: T tokens, L loss tokens, C tokens of a chunk, H hidden size, V vocabulary.
-
-Loss normalizers: the weight that each trained token has in the gradient of its optimizer step (paper section 3.3).
-
-Owns the four that the paper compares. The objective of a step is the sum over its trained tokens of weight * loss,
-summed over all ranks and iterations, so a normalizer is nothing but these weights. They follow from the plan alone:
-no rank asks another. With T tokens trained in the step, T_p of them in a pack (one data-parallel rank of one
-iteration), t_i in a sample, P packs and S samples with trained tokens in the step:
-
-    ave_token    1 / T           every token counts the same, however it is packed
-    token_mean   1 / (T_p * P)   mean within each rank's pack, then over packs: a token in a sparse pack counts more
-    sample_mean  1 / (t_i * S)   mean within each sample, then over samples: a token of a short answer counts more
-    sum          1               grows with the step's tokens
-
-Each function takes (plan, iteration, sample ids of one pack, int64 [n]) and returns the weight of each trained token of
-each sample, float64 [n]; 0 for a sample that trains nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +27,7 @@ from hbp_titan.packing import Plan
 
 @torch.library.custom_op("hbp_titan::matmul_fp32_cpu", mutates_args=())
 def _matmul_fp32_cpu(a: Tensor, b: Tensor) -> Tensor:
-    # A product of two bf16 numbers is exact in fp32.
+    # The product of two bf16 numbers is exact in fp32.
     return torch.mm(a.float(), b.float())
 
 
@@ -56,8 +39,8 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.custom_op("hbp_titan::add_matmul_fp32", mutates_args=("total",))
 def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda:
-        # An fp32 `self` next to bf16 factors works since torch 2.10 (pytorch #167931). On fake tensors the overload
-        # fails before 2.13 (#163880): one more reason for an op.
+        # An fp32 `self` with bf16 factors works since torch 2.10 (pytorch #167931), but on fake tensors only since
+        # 2.13 (#163880): one more reason for a custom op.
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
@@ -69,15 +52,15 @@ def _(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; of bf16 matrices in fp32."""
+    """Return a @ b, for bf16 matrices in fp32."""
     if a.dtype != torch.bfloat16:
         return torch.mm(a, b)
-    # torch has out_dtype on CUDA alone. On the CPU one op, so that a dry run does not count the copies that it makes.
+    # torch has out_dtype on CUDA only. On the CPU a single op: a dry run must not count the fp32 copies inside it.
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else _matmul_fp32_cpu(a, b)
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total is fp32 where a and b are bf16."""
+    """Add a @ b to `total`, which is fp32 if a and b are bf16."""
     if a.dtype == torch.bfloat16:
         _add_matmul_fp32(total, a, b)
     else:
@@ -85,10 +68,8 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _losses_and_exponentials(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses [C] and the sums [C] of the exponentials of the logits, which take the logits' place.
-
-    In place, because each [C, V] tensor of a large vocabulary takes a gigabyte; logsumexp and log_softmax make one.
-    """
+    """Return the losses [C] and the sums of exponentials [C]; the logits are replaced by their exponentials."""
+    # In place: a [C, V] tensor of a large vocabulary takes a gigabyte, and logsumexp or log_softmax would allocate one.
     largest_C = logits_CV.amax(-1)
     label_C = logits_CV.gather(1, labels_C[:, None])[:, 0]
     sums_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(-1)
@@ -96,28 +77,28 @@ def _losses_and_exponentials(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tenso
 
 
 def _chunk(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses [C] of a chunk, and the gradient of their weighted sum by the logits, [C, V] in hidden's dtype."""
+    """Return a chunk's losses [C] and the gradient of their weighted sum by the logits, [C, V] in hidden's dtype."""
     logits_CV = _matmul(hidden_CH, weight_VH.T)
     losses_C, sums_C = _losses_and_exponentials(logits_CV, labels_C)
     # d loss / d logits = softmax - one_hot, times the token's weight.
     grad_CV = logits_CV if logits_CV.dtype == hidden_CH.dtype else torch.empty_like(logits_CV, dtype=hidden_CH.dtype)
     torch.mul(logits_CV, (weights_C / sums_C)[:, None], out=grad_CV)
-    # Rounded once, after the subtraction. expm1(-loss) is softmax - 1 without its cancellation.
+    # Rounded once, after the subtraction; expm1(-loss) is softmax - 1 without the cancellation.
     at_label_C = (torch.expm1(-losses_C) * weights_C).to(grad_CV.dtype)
     return losses_C, grad_CV.scatter_(1, labels_C[:, None], at_label_C[:, None])
 
 
 @cache
 def _compiled_chunk(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`_chunk` compiled: it reads the logits in few passes and writes their gradient alone."""
+    """Return `_chunk` compiled, which reads the logits in few passes and writes only their gradient."""
     compiled = torch.compile(_chunk, backend=backend, fullgraph=True, dynamic=False)
 
     def chunk(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, weights_C: Tensor) -> tuple[Tensor, Tensor]:
         if len(hidden_CH) == 1:
-            # The compiler would make a graph for size 1 alone.
+            # The compiler specializes size 1 and would build a graph for it.
             return _chunk(hidden_CH, weight_VH, labels_C, weights_C)
         for tensor in (hidden_CH, labels_C, weights_C):
-            # The last chunk has another size in each batch: one graph for all sizes.
+            # The last chunk of each batch has another size: one graph for all sizes.
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(hidden_CH, weight_VH, labels_C, weights_C)
 
@@ -139,7 +120,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         token_weights_L = token_weights_L.to(dtype)
         losses_L = torch.empty(len(hidden_LH), dtype=dtype, device=hidden_LH.device)
         grad_hidden_LH = torch.empty_like(hidden_LH)
-        # Many chunks are summed: fp32 keeps what bf16 would round away. A frozen matrix (LoRA) needs no gradient.
+        # fp32, because a bf16 sum over many chunks loses small terms. A frozen matrix (LoRA) needs no gradient.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=dtype) if ctx.needs_input_grad[1] else None
         chunk = _compiled_chunk(backend) if backend else _chunk
         for start in range(0, hidden_LH.shape[0], chunk_tokens):
@@ -149,7 +130,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_CV, weight_VH, out=grad_hidden_LH[part])
             if grad_weight_VH is not None:
                 _add_matmul(grad_weight_VH, grad_CV.T, hidden_CH)
-            # Not held while the next chunk makes its own.
+            # Otherwise it would still exist while the next chunk allocates its own.
             del grad_CV
         ctx.save_for_backward(grad_hidden_LH, grad_weight_VH)
         ctx.weight_dtype = weight_VH.dtype
@@ -161,7 +142,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden_LH, grad_weight_VH = ctx.saved_tensors
         grad_hidden_LH = grad_hidden_LH * grad.to(grad_hidden_LH.dtype)
         if grad_weight_VH is not None:
-            # Scaled and rounded in one pass. autograd frees the fp32 sum when this returns.
+            # Scaled and rounded in one pass; autograd frees the fp32 sum when this returns.
             rounded_VH = torch.empty_like(grad_weight_VH, dtype=ctx.weight_dtype)
             grad_weight_VH = torch.mul(grad_weight_VH, grad, out=rounded_VH)
         return grad_hidden_LH, grad_weight_VH, None, None, None, None
@@ -175,17 +156,21 @@ def linear_cross_entropy(
     chunk_tokens: int,
     backend: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """cross_entropy(hidden @ weight.T, labels) of L tokens: their weighted sum, a scalar, and each token's loss, [L].
+    """Return the weighted sum of cross_entropy(hidden @ weight.T, labels), a scalar, and each token's loss, [L].
 
-    Both are fp32 (float64 for float64 inputs); only the first is differentiable. hidden, weight: of one dtype.
-    token_weights_L: fp32 (components/normalizer.py); L may be 0. At most `chunk_tokens` rows of logits exist at one
-    time. backend: of torch.compile for the work on a chunk's logits; "" runs it eagerly.
+    Both are fp32 (float64 for float64 inputs); only the sum is differentiable. At most `chunk_tokens` rows of logits
+    exist at a time.
+
+    Args:
+        hidden_LH, weight_VH: of the same dtype. L may be 0.
+        token_weights_L: fp32, see NORMALIZERS.
+        backend: torch.compile's for the work on a chunk's logits; "" runs it eagerly.
     """
     return _ChunkedLinearCrossEntropy.apply(hidden_LH, weight_VH, labels_L, token_weights_L, chunk_tokens, backend)
 
 
 def linear_cross_entropy_losses(hidden_LH: Tensor, weight_VH: Tensor, labels_L: Tensor, chunk_tokens: int) -> Tensor:
-    """Each token's loss alone, [L] as linear_cross_entropy returns it, without gradients."""
+    """Return each token's loss, [L] as linear_cross_entropy does, without gradients."""
     parts = zip(hidden_LH.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
     losses = [_losses_and_exponentials(_matmul(h_CH, weight_VH.T), l_C)[0] for h_CH, l_C in parts]
     return torch.cat(losses)
@@ -205,37 +190,40 @@ class _SelectRows(torch.autograd.Function):
 
 
 def select_rows(x_TH: Tensor, index_L: Tensor) -> Tensor:
-    """x[index] of rows that are named at most once, with a backward that copies rows.
+    """Return x[index] for distinct rows, with a backward that only copies.
 
-    Indexing would sort the index in its backward, and index_select would add atomically: both for rows named twice.
+    The backward of plain indexing sorts the index and that of index_select adds atomically, both for repeated rows.
     """
     return _SelectRows.apply(x_TH, index_L)
 
 
+# Loss normalizers: (plan, iteration, sample ids of one pack, int64 [n]) -> weight of each trained token of each sample,
+# float64 [n], 0 for a sample that trains nothing. With T trained tokens in the step, T_p of them in a pack (one
+# data-parallel rank of one micro-batch), t_i in a sample, P packs and S samples with trained tokens:
+
+
 def ave_token(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Every trained token of the step counts the same."""
+    """1 / T: every token counts the same, however it is packed."""
     step = int(plan.step_of_iteration[iteration])
     return _where_trained(plan, sample_ids, 1.0 / max(int(plan.step_loss_tokens[step]), 1))
 
 
 def token_mean(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Every pack with trained tokens counts the same."""
-    first, last = _iterations_of_step(plan, iteration)
-    trained = _trained_by_pack(plan, first, last)
+    """1 / (T_p * P): mean within each pack, then over packs; a token of a sparse pack counts more."""
+    trained = _trained_by_pack(plan, *_iterations_of_step(plan, iteration))
     in_pack = int(plan.loss_tokens[sample_ids].sum())
     return _where_trained(plan, sample_ids, 1.0 / max(in_pack * int((trained > 0).sum()), 1))
 
 
 def sample_mean(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Every sample with trained tokens counts the same."""
-    first, last = _iterations_of_step(plan, iteration)
-    samples = int((plan.loss_tokens[plan.samples_of(first, last)] > 0).sum())
+    """1 / (t_i * S): mean within each sample, then over samples; a token of a short answer counts more."""
+    samples = int((plan.loss_tokens[plan.samples_of(*_iterations_of_step(plan, iteration))] > 0).sum())
     trained = plan.loss_tokens[sample_ids]
     return np.where(trained > 0, 1.0 / np.maximum(trained * samples, 1), 0.0)
 
 
 def loss_sum(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The plain sum."""
+    """1: the objective grows with the tokens of the step."""
     return _where_trained(plan, sample_ids, 1.0)
 
 
@@ -245,26 +233,27 @@ NORMALIZERS: dict[str, SampleWeights] = {
     "sample_mean": sample_mean,
     "sum": loss_sum,
 }
+"""By training.loss_normalization; the four that the paper compares."""
 
 
 def weight_range(normalizer: SampleWeights, plan: Plan, step: int) -> tuple[float, float]:
-    """Smallest and largest weight of any trained token of an optimizer step, as multiples of ave_token's 1 / T.
+    """Return the smallest and largest token weight in an optimizer step, as multiples of ave_token's 1 / T.
 
-    (1, 1) says that every token counts the same; (0.2, 9) that some count 45 times as much as others.
+    (1, 1) means that every token counts the same; (0.2, 9) that some count 45 times as much as others.
     """
     first, last = int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
     if normalizer is token_mean:
         trained = _trained_by_pack(plan, first, last)
         weights = 1.0 / (trained[trained > 0] * max(int((trained > 0).sum()), 1))
     else:
-        # Its pack does not matter to a sample: all of the step at once.
+        # The other weights do not depend on the pack: all samples of the step at once.
         weights = normalizer(plan, first, plan.samples_of(first, last))
     weights = weights[weights > 0] * int(plan.step_loss_tokens[step])
     return (float(weights.min()), float(weights.max())) if len(weights) else (0.0, 0.0)
 
 
 def _trained_by_pack(plan: Plan, first: int, last: int) -> NDArray[np.int64]:
-    """Trained tokens of each pack of iterations first to last - 1."""
+    """Return the trained tokens of each pack of iterations first to last - 1."""
     offsets = plan.packs.offsets[plan.pack_offsets[first] : plan.pack_offsets[last] + 1]
     running = np.concatenate([[0], np.cumsum(plan.loss_tokens[plan.samples_of(first, last)])])
     return np.diff(running[offsets - offsets[0]])

@@ -1,11 +1,6 @@
-"""Looking inside: a torch profiler trace of some optimizer steps, and a snapshot of GPU memory when it runs out.
+"""Profiler traces of some optimizer steps, a GPU memory snapshot on out-of-memory, and garbage collection in step.
 
-Owns when they are taken, where they lie and what they hold ([profiling]; docs/metrics.md says how to open them).
-
-Python's garbage collector, run by all ranks after the same steps.
-
-Left alone it stops each rank when that has made so many objects, and every rank waits for the one that stopped (after
-torchtitan v0.2.2 tools/utils.py).
+Owns when they are taken and where they are written ([profiling]; docs/metrics.md explains how to open them).
 """
 
 from __future__ import annotations
@@ -14,7 +9,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,18 +16,19 @@ from torch.profiler import ProfilerActivity, profile
 from hbp_titan.job_config import Profiling
 
 MAX_ENTRIES = 100_000
-"""Allocations and releases that a memory snapshot reaches back (as torchtitan's)."""
+"""Allocations and frees in a memory snapshot (as in torchtitan)."""
 
 
 class StepTrace:
-    """`before_step` and `after_step` around every optimizer step; the context closes the trace.
+    """Profiler of a range of optimizer steps; writes profile/steps-FIRST-LAST/rankR.json in the run folder.
 
-    folder: the run's. The trace is profile/steps-FIRST-LAST/rankR.json.
+    Call `before_step` and `after_step` around every step. The context manager closes a trace that the end of the run
+    cuts short.
     """
 
-    def __init__(self, config: Profiling, folder: Path, rank: int) -> None:
+    def __init__(self, config: Profiling, run_folder: Path, rank: int) -> None:
         self.config = config
-        self.folder = folder / "profile"
+        self.folder = run_folder / "profile"
         self.rank = rank
         self._profiler: profile | None = None
         self._first = self._last = 0
@@ -41,13 +36,11 @@ class StepTrace:
     def __enter__(self) -> StepTrace:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._write()
 
     def before_step(self, step: int) -> None:
-        """Step `step` (1-based) begins. A run that goes on inside of the range traces what is left of it."""
+        """Start tracing if `step` (1-based) is in the range; a run resumed inside the range traces the rest of it."""
         config = self.config
         if not config.enable_profiling or not config.first_step <= step <= config.last_step:
             return
@@ -59,7 +52,7 @@ class StepTrace:
         self._last = step
 
     def after_step(self, step: int) -> None:
-        """Step `step` has ended."""
+        """Write the trace after the last step of the range."""
         if step == self.config.last_step:
             self._write()
 
@@ -74,11 +67,8 @@ class StepTrace:
 
 
 @contextmanager
-def memory_snapshot(config: Profiling, folder: Path, rank: int) -> Iterator[None]:
-    """Around training: where GPU memory runs out, write memory_snapshot/rankR.pickle of the run folder.
-
-    Does nothing without a GPU, whose allocator alone keeps such a history.
-    """
+def memory_snapshot(config: Profiling, run_folder: Path, rank: int) -> Iterator[None]:
+    """Write memory_snapshot/rankR.pickle of the run folder if the GPU runs out of memory inside; no effect on a CPU."""
     if not config.enable_memory_snapshot or not torch.cuda.is_available():
         yield
         return
@@ -86,16 +76,16 @@ def memory_snapshot(config: Profiling, folder: Path, rank: int) -> Iterator[None
     try:
         yield
     except BaseException as error:
-        if _ran_out(error):
-            (folder / "memory_snapshot").mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(folder / "memory_snapshot" / f"rank{rank}.pickle"))
+        if _is_out_of_memory(error):
+            (run_folder / "memory_snapshot").mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(run_folder / "memory_snapshot" / f"rank{rank}.pickle"))
         raise
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _ran_out(error: BaseException | None) -> bool:
-    """Whether memory is what `error` comes from."""
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    # The OOM advisor raises its own error from torch's.
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -104,10 +94,10 @@ def _ran_out(error: BaseException | None) -> bool:
 
 
 class GarbageCollection:
-    """Context manager: Python collects nothing by itself, but `after_step` every `interval` optimizer steps.
+    """Context manager that disables automatic garbage collection and collects every `interval` optimizer steps.
 
-    What was there before (modules, model, plans) is set aside, so that a collection looks at what training made alone.
-    interval: 0 leaves everything as it is.
+    Left alone, Python collects on each rank at a different time and all ranks wait for the one that does (after
+    torchtitan v0.2.2 tools/utils.py). interval 0 changes nothing.
     """
 
     def __init__(self, interval: int) -> None:
@@ -118,19 +108,18 @@ class GarbageCollection:
         if self.interval:
             self._was_enabled = gc.isenabled()
             gc.collect()
+            # Modules, model and plans stay: without them a collection looks only at what training allocated.
             gc.freeze()
             gc.disable()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.interval:
             gc.unfreeze()
             if self._was_enabled:
                 gc.enable()
 
     def after_step(self, step: int) -> None:
-        """Collect where it is time."""
+        """Collect if `step` is a multiple of the interval."""
         if self.interval and step % self.interval == 0:
             gc.collect()

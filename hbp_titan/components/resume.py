@@ -1,24 +1,16 @@
-"""TrainState: how far a run is, beside tensors, and how it goes on from there.
+"""Where the run is, what must not change when it resumes, and the record of each start.
 
-Owns what state.json says of it: position in the data (data/epoch.py), the learning rate's schedule and the settings
-that must not change.
+Owns what state.json says apart from tensors: position in the data (data/epoch.py), learning-rate schedule and the
+settings that must stay the same (`resume_invariants`). Ranks, levels, precision, compilation and the number of steps
+may change. What decides which samples are trained, in what order and with what weight, and the model and optimizer of
+the saved tensors may not: no configuration would describe the run.
 
-What of a run stays as it was when it goes on from a checkpoint, and how a difference is told.
-
-Owns the list of these settings. Ranks, levels, precision, compilation and the number of steps may change. What decides
-which samples are trained, in what order and with what weight, and the model and optimizer that the saved tensors belong
-to, may not: the run would be one that no configuration describes.
-
-What makes a run repeatable, and the note of it: seeds, deterministic kernels, and run.json in the run folder.
-
-Owns the start of torch's generators and run.json: for every start of a run its command, ranks, seeds, resolved
-configuration, the versions of what it is built on and the commit of its own code.
+Owns run.json as well, which lists for every start its command, ranks, seeds, resolved configuration and versions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -40,109 +32,9 @@ from hbp_titan.data.files import TOKENIZER_FILES
 from hbp_titan.data.sample_log import SAMPLE_LOG, start_folders
 from hbp_titan.models.decoder import ModelArgs
 from hbp_titan.packing.plan import PLANNER_VERSION
+from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
-MISSING = "not named"
-
-
-def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
-    """What has to stay, by the names of the configuration where it has one; JSON values. data: the fingerprint."""
-    packing, training = config.packing, config.training
-    settings = {
-        "data": data,
-        "tokenizer": _digest(config.tokenizer_path),
-        "planner_version": PLANNER_VERSION,
-        "packing.seed": config.seed_of("packing"),
-        **{f"packing.{key}": getattr(packing, key) for key in ("method", "level_order", "curriculum_steps")},
-        **{
-            f"training.{key}": getattr(training, key)
-            for key in ("global_batch_tokens", "loss_normalization", "max_norm")
-        },
-        **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
-        **{f"lr_scheduler.{key}": value for key, value in dataclasses.asdict(config.lr_scheduler).items()},
-        **{f"model.{key}": value for key, value in dataclasses.asdict(args).items() if key != "name"},
-    }
-    # As it comes back from the file.
-    return json.loads(json.dumps(settings))
-
-
-def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError where the checkpoint at `path` is of a run with other settings; it names every one of them."""
-    differences = [
-        f"{name} is {_shown(saved.get(name, MISSING))} there but {_shown(own.get(name, MISSING))} here"
-        for name in dict.fromkeys([*saved, *own])
-        if saved.get(name, MISSING) != own.get(name, MISSING)
-    ]
-    if not differences:
-        return
-    hint = ""
-    if saved.get("data") != own.get("data"):
-        hint = (
-            ' (data stands for the files, the tokenizer, [data] and, unless data.max_length_policy is "error", '
-            "the largest level's max_tokens)"
-        )
-    raise ValueError(
-        f"cannot resume: {path} is of a run with other settings: {'; '.join(differences)}{hint}: set them back, or "
-        "name another --job.dump_folder"
-    )
-
-
-def _digest(tokenizer_path: Path) -> str:
-    files = [tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-    parts = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _shown(value: Any) -> str:
-    is_digest = isinstance(value, str) and len(value) == 64
-    return value[:16] if is_digest else json.dumps(value)
-
-
-class TrainState:
-    """A run at its start, until `restore`. resumed: a line that tells of that, "" before. data: the fingerprint."""
-
-    def __init__(self, config: JobConfig, args: ModelArgs, plans: EpochPlans, data: str) -> None:
-        self.config = config
-        self.position = EpochState(plans, config.dump_folder, data)
-        total_steps = self.position.total_steps()
-        self.lr_scheduler = LRScheduler(total_steps, total_steps)
-        self.resume_invariants = resume_invariants(config, args, data)
-        self.resumed = ""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.lr_scheduler.total
-
-    def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return self.config.optimizer.lr * self.lr_scheduler.factor(self.config.lr_scheduler, self.position.step)
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs, as plain JSON values."""
-        return {
-            **self.position.state(),
-            "lr_scheduler": dataclasses.asdict(self.lr_scheduler),
-            "resume_invariants": self.resume_invariants,
-        }
-
-    def check(self, state: Mapping[str, Any], path: Path) -> None:
-        """Raise ValueError where the checkpoint at `path` is of a run with other settings."""
-        check_resume_compatible(state.get("resume_invariants", {}), self.resume_invariants, path)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` said; ValueError where the run folder does not hold what was trained up to there."""
-        mend = "restore that, or name another --job.dump_folder"
-        try:
-            changed = self.position.restore(state)
-        except ValueError as error:
-            raise ValueError(f"cannot resume: {error}; {mend}") from None
-        step, sample_log = self.position.step, self.config.dump_folder / SAMPLE_LOG
-        if not start_folders(sample_log):
-            raise ValueError(f"cannot resume: {sample_log} does not have the samples of steps 1 to {step}; {mend}")
-        self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
-        self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
-
-
+MISSING = "not recorded"
 PACKAGES = (
     "torch",
     "torchdata",
@@ -158,33 +50,137 @@ PACKAGES = (
     "zstandard",
     "pyyaml",
 )
-"""What decides a run's numbers or reads its files; those that are not installed are left out."""
+"""Packages that affect a run's numbers or read its files."""
 ROOT = Path(hbp_titan.__file__).resolve().parents[1]
 
 
+class TrainState:
+    """The progress of a run: its start, until `restore` continues from a checkpoint.
+
+    data: fingerprint of the training data. resumed: the line that describes the continuation, "" for a new run.
+    """
+
+    def __init__(self, config: JobConfig, args: ModelArgs, plans: EpochPlans, data: str) -> None:
+        self.config = config
+        self.position = EpochState(plans, config.dump_folder, data)
+        total_steps = self.position.total_steps()
+        self.lr_scheduler = LRScheduler(total_steps, total_steps)
+        self.resume_invariants = resume_invariants(config, args, data)
+        self.resumed = ""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.lr_scheduler.total
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+        return self.config.optimizer.lr * self.lr_scheduler.factor(self.config.lr_scheduler, self.position.step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, as plain JSON values."""
+        return {
+            **self.position.state(),
+            "lr_scheduler": dataclasses.asdict(self.lr_scheduler),
+            "resume_invariants": self.resume_invariants,
+        }
+
+    def check(self, state: Mapping[str, Any], path: Path) -> None:
+        """Raise ValueError if the checkpoint at `path` was saved with different settings."""
+        check_resume_compatible(state.get("resume_invariants", {}), self.resume_invariants, path)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise ValueError if the run folder lacks the record of what was trained before it."""
+        fix = "restore it, or use a different --job.dump_folder"
+        try:
+            changed = self.position.restore(state)
+        except ValueError as error:
+            raise ValueError(f"cannot resume: {error}; {fix}") from None
+        step, sample_log = self.position.step, self.config.dump_folder / SAMPLE_LOG
+        if not start_folders(sample_log):
+            raise ValueError(f"cannot resume: {sample_log} lacks the samples of steps 1 to {step}; {fix}")
+        self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
+        self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
+
+
+def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
+    """Return the settings that must stay the same, as JSON values under their configuration keys where they have one.
+
+    data: fingerprint of the training data.
+    """
+    packing, training = config.packing, config.training
+    settings = {
+        "data": data,
+        "tokenizer": _tokenizer_digest(config.tokenizer_path),
+        "planner_version": PLANNER_VERSION,
+        "packing.seed": config.seed_of("packing"),
+        **{f"packing.{key}": getattr(packing, key) for key in ("method", "level_order", "curriculum_steps")},
+        **{
+            f"training.{key}": getattr(training, key)
+            for key in ("global_batch_tokens", "loss_normalization", "max_norm")
+        },
+        **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
+        **{f"lr_scheduler.{key}": value for key, value in dataclasses.asdict(config.lr_scheduler).items()},
+        **{f"model.{key}": value for key, value in dataclasses.asdict(args).items() if key != "name"},
+    }
+    # Tuples become lists, as when they are read from the file.
+    return json.loads(json.dumps(settings))
+
+
+def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError, naming every difference, if the checkpoint at `path` has other invariants than this run."""
+    differences = [
+        f"{name}: {_format(saved.get(name, MISSING))} (checkpoint) vs {_format(own.get(name, MISSING))} (this run)"
+        for name in dict.fromkeys([*saved, *own])
+        if saved.get(name, MISSING) != own.get(name, MISSING)
+    ]
+    if not differences:
+        return
+    hint = ""
+    if saved.get("data") != own.get("data"):
+        hint = (
+            ' (data stands for the files, the tokenizer, [data] and, unless data.max_length_policy is "error", '
+            "the largest level's max_tokens)"
+        )
+    raise ValueError(
+        f"cannot resume: {path} was saved with different settings: {'; '.join(differences)}{hint}; restore them, or "
+        "use a different --job.dump_folder"
+    )
+
+
+def _tokenizer_digest(tokenizer_path: Path) -> str:
+    files = [tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()]
+    return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in files))
+
+
+def _format(value: Any) -> str:
+    is_digest = isinstance(value, str) and len(value) == 64
+    return value[:16] if is_digest else json.dumps(value)
+
+
 def set_determinism(seed: int, deterministic: bool) -> None:
-    """Seed torch's generators of this rank; deterministic: kernels that give other bits each time are refused."""
+    """Seed torch's generators on this rank; with `deterministic`, torch raises for kernels whose bits vary."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        # By default every new tensor would be filled too, a pass over memory each; nothing reads what it did not write.
+        # By default every new tensor would also be filled: one more pass over memory, and nothing reads the values.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        # What cuBLAS asks for, and torch otherwise refuses matrix products on a GPU for.
+        # Without it torch raises at the first matrix product on a GPU: cuBLAS is not deterministic otherwise.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def seeds(config: JobConfig) -> dict[str, int]:
-    """Every seed of a run by its key."""
+    """Return every seed of a run under its key."""
     return {
-        "data.seed": config.seed_of("data"),
-        "packing.seed": config.seed_of("packing"),
+        "data.seed": config.data.seed,
+        "packing.seed": config.packing.seed,
         "training.seed": config.training.seed,
-        "training.rng_seed": config.seed_of("rng"),
+        "training.rng_seed": config.training.rng_seed,
     }
 
 
 def record_start(config: JobConfig, step: int, world_size: int, device: torch.device) -> None:
-    """Add this start of the run to run.json. step: optimizer steps that were done before it. One rank calls it."""
+    """Add this start to run.json; called on one rank. step: optimizer steps done before this start."""
     path = config.dump_folder / "run.json"
     starts = read_starts(path)
     starts.append(
@@ -204,13 +200,11 @@ def record_start(config: JobConfig, step: int, world_size: int, device: torch.de
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"starts": starts}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, json.dumps({"starts": starts}, indent=1) + "\n")
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The starts that run.json at `path` tells of; none where there is no such file."""
+    """Return the starts listed in run.json, [] if there is no such file; raise ValueError if it cannot be read."""
     if not path.exists():
         return []
     try:
@@ -218,12 +212,12 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         starts = None
     if not isinstance(starts, list):
-        raise ValueError(f"{path} is damaged: move it away, a new one is begun")
+        raise ValueError(f"{path}: the file is corrupt; move it aside and a new one will be created")
     return starts
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of PACKAGES and of this one."""
+    """Return the version of this package and of every installed one of PACKAGES."""
     found = {"hbp_titan": hbp_titan.__version__}
     for name in PACKAGES:
         try:
@@ -234,16 +228,17 @@ def package_versions() -> dict[str, str]:
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """The git commit of the checkout at `root` and whether its files were changed since, or why there is none."""
+    """Return the git commit of the checkout at `root` and whether files changed since, or why there is none."""
     try:
+        # An installation inside another project's checkout would otherwise report that project's commit.
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
             return {"commit": None, "why": f"{root} is not a git checkout of its own"}
         return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain"))}
     except FileNotFoundError:
         return {"commit": None, "why": "git is not installed"}
     except subprocess.SubprocessError as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip()
-        return {"commit": None, "why": f"git: {told.splitlines()[0] if told else error}"}
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        return {"commit": None, "why": f"git: {reason.splitlines()[0] if reason else error}"}
 
 
 def _git(root: Path, *words: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from hbp_titan.components import faults as watchdog_module
-from hbp_titan.components.faults import Watchdog, place_of
+from hbp_titan.components.faults import Watchdog, innermost_call
 from hbp_titan.errors import exit_on_user_error
 
 
@@ -100,7 +100,7 @@ def test_the_place_names_the_line_of_the_package_that_a_call_comes_from() -> Non
     thread.start()
     time.sleep(0.1)
     assert thread.ident is not None
-    found = place_of(thread.ident)
+    found = innermost_call(thread.ident)
     release.set()
     thread.join()
     assert re.fullmatch(r"wait from hbp_titan/errors\.py:\d+", found)
