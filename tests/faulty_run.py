@@ -1,6 +1,6 @@
-"""A run of which one rank fails: `python -m torch.distributed.run -m tests.faulty_run FAULT ARGUMENTS`.
+"""A run of which rank 1 fails: `python -m tests.faulty_run FAULT ARGUMENTS`, under torchrun or run_python.
 
-Owns the faults. They come to rank 1 in the forward of its third iteration after the first passes of the levels.
+The fault comes in the forward of the third micro-batch after the warm-up of the two levels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hbp_titan.engine import Engine
 
 
 def _raise() -> None:
-    raise RuntimeError("the third iteration went wrong")
+    raise RuntimeError("the third micro-batch went wrong")
 
 
 def _run_out() -> None:
@@ -46,15 +46,15 @@ FAULTS = {"raises": _raise, "runs out of memory": _run_out, "hangs": _sleep, "is
 def main(fault: str, argv: list[str]) -> None:
     """Train with a fault."""
     calls = iter(range(1_000_000))
-    whole = Engine.forward
+    forward = Engine.forward
 
-    def forward(engine: Engine, batch: Any) -> Any:
-        # Two levels have a first pass.
+    def faulty(engine: Engine, batch: Any) -> Any:
+        # The warm-up runs each of the two levels once.
         if next(calls) == 2 + 2 and os.environ["RANK"] == "1":
             FAULTS[fault]()
-        return whole(engine, batch)
+        return forward(engine, batch)
 
-    Engine.forward = forward  # type: ignore[method-assign]
+    Engine.forward = faulty  # type: ignore[method-assign]
     train.main(argv)
 
 

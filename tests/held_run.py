@@ -1,6 +1,6 @@
-"""A run that waits after a step for what a test does to it: `python -m tests.held_run STEP RELEASE ARGUMENTS`.
+"""A run that waits after a step until the test continues it: `python -m tests.held_run STEP RELEASE ARGUMENTS`.
 
-Owns that wait, so that a signal or a kill comes at a known step however busy the machine is.
+A signal or a kill then comes at a known step, however busy the machine is.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def hold(trainer_class: Any, step: int, release: Path) -> None:
-    """Let every rank stand still after `step` until it gets a signal or `release` exists."""
+    """Make every rank wait after `step` until it receives a signal or `release` exists."""
     train_step = trainer_class.train_step
 
     def held(trainer: Any, *args: Any) -> Any:
         if trainer.step == step:
-            # Written as late as in the next step's first micro-batch, and the test waits for it.
+            # Otherwise written in the next step's first micro-batch, and the test waits for it.
             trainer._write_pending_metrics()
         while trainer.step == step and not trainer.preemption.received and not release.exists():
             time.sleep(0.01)

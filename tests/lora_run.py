@@ -1,4 +1,4 @@
-"""The ranks of the runs with LoRA: apart from their checks, so that a rank need not import what these compare with."""
+"""Runs with LoRA, apart from their checks: a rank need not import PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import args_to_hf_config, save_hf_folder
 from hbp_titan.models.lora import is_adapter
 from hbp_titan.train import Trainer
+from tests.runs import before_step
 from tests.tiny_run import ARGS, write_tiny_run
 
 LEVELS = """
@@ -32,7 +33,7 @@ ac_policy = "{policy}"
 
 
 def write_lora_run(folder: Path, policy: str = "full", tied: bool = True) -> list[str]:
-    """Data, model and a base of HF's format in `folder`; the arguments of a run of two levels, cp 1 and 2."""
+    """Write data, model and an HF base into `folder`; return the arguments of a run of two levels, cp 1 and 2."""
     argv = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
     (folder / "run.toml").write_text(LEVELS.format(policy=policy))
     args = dataclasses.replace(ARGS, tie_embeddings=tied)
@@ -47,51 +48,46 @@ def write_lora_run(folder: Path, policy: str = "full", tied: bool = True) -> lis
         "--lora.rank=4",
         "--lora.alpha=8",
         "--training.global_batch_tokens=500",
-        # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
+        # With the usual 1e-8, Adam's first update is the sign of the gradient even if that is rounding noise.
         "--optimizer.eps=1e-4",
     ]
 
 
-def train_and_resume(world: World, argv: list[str], folder: Path) -> list[dict[str, Any]]:
-    """A run, and one in `folder`/resumed that finds its state as it was before the last checkpoint."""
-    whole = train(world, argv)
-    resumed = folder / "resumed"
-    if world.rank == 0:
-        shutil.copytree(folder / "run", resumed)
-        shutil.rmtree(max((resumed / "checkpoint").iterdir()))
-        for name in ("hf", "hf_adapter"):
-            shutil.rmtree(resumed / name)
-    dist.barrier()
-    return [whole, train(world, [*argv, f"--job.dump_folder={resumed}"])]
+def train_each(world: World, runs: list[list[str]], folder: Path | None = None) -> list[dict[str, Any]]:
+    """Train several runs one after the other; with `folder`, the second resumes from the first's older checkpoint."""
+    found = []
+    for argv in runs:
+        found.append(_train(world, argv))
+        if folder is not None and world.rank == 0 and len(found) == 1:
+            shutil.copytree(folder / "run", folder / "resumed")
+            shutil.rmtree(max((folder / "resumed" / "checkpoint").iterdir()))
+            for name in ("hf", "hf_adapter"):
+                shutil.rmtree(folder / "resumed" / name)
+        dist.barrier()
+    return found
 
 
-def train_each(world: World, runs: list[list[str]]) -> list[dict[str, Any]]:
-    """Several runs one after the other."""
-    return [train(world, argv) for argv in runs]
-
-
-def train(world: World, argv: list[str]) -> dict[str, Any]:
-    """The whole parameters after a run, and what a rank saw: graphs, levels, bytes of the optimizer's state."""
+def _train(world: World, argv: list[str]) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     trainer = Trainer(load_config(argv), world)
-    before = checksum((name, p) for name, p in trainer.model.named_parameters() if not is_adapter(name))
-    levels: set[int] = set()
-    whole_step = trainer.train_step
 
-    def counted(plan: Any, step: int, batches: Any) -> dict[str, Any]:
-        levels.update(plan.level_of_iteration[plan.step_offsets[step] : plan.step_offsets[step + 1]].tolist())
-        return whole_step(plan, step, batches)
+    def base_checksum() -> str:
+        return checksum((name, p) for name, p in trainer.model.named_parameters() if not is_adapter(name))
 
-    trainer.train_step = counted  # type: ignore[method-assign]
-    first_step = trainer.step
+    first_step, first_checksum = trainer.step, base_checksum()
+    plan, levels = trainer.position.plan, set[int]()
+    before_step(
+        trainer,
+        lambda step: levels.update(plan.level_of_iteration[slice(*plan.step_offsets[step : step + 2])].tolist()),
+    )
     trainer.train()
     state = [value for of in trainer.optimizer.state.values() for key, value in of.items() if key != "step"]
     return {
         "parameters": {name: p.full_tensor().detach() for name, p in trainer.model.named_parameters()},
         "with_gradient": {name for name, p in trainer.model.named_parameters() if p.requires_grad},
-        "checksums": (before, checksum((n, p) for n, p in trainer.model.named_parameters() if not is_adapter(n))),
+        "checksums": (first_checksum, base_checksum()),
         "first_step": first_step,
         "levels": levels,
         "optimizer_bytes": sum(value.to_local().nbytes for value in state),

@@ -1,20 +1,21 @@
-"""Python programs run as a shell runs them, without the seconds that a new interpreter takes to import torch.
+"""Python programs run as from a shell, without the seconds that a new interpreter takes to import torch.
 
-Owns such a call: a process of its own, forked from a server that has the imports, with its own directory, environment,
-arguments and files for what it prints. What is about torchrun or the start of an interpreter itself takes subprocess.
+Each is a process of its own, forked from a server that has the imports, with its own directory, environment, arguments
+and output files. Tests of torchrun itself, or of an interpreter's start, use subprocess.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch.distributed as dist
 
 from hbp_titan.testing.local_ranks import fork_server
 
@@ -24,19 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_python(
     *words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, ranks: int = 0, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python *words` in `cwd`; words: a script or -m and a module, and its arguments.
+    """Run `python *words` in `cwd`; words: a script, or -m and a module, and its arguments.
 
-    ranks: as many processes, with the environment that torchrun gives them, their output in one text; the exit code is
-    the first that is not 0. env: set in addition. Raises subprocess.TimeoutExpired.
+    ranks: number of processes with torchrun's environment, their output in one text; the exit code is the first that is
+    not 0. env: additional variables. Raises subprocess.TimeoutExpired.
     """
     argv = [str(word) for word in words]
     environments = [{**os.environ, "OMP_NUM_THREADS": "1", **(env or {})} for _ in range(max(ranks, 1))]
     if ranks:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
+        # Hosted here as torchrun's agent does: a store in rank 0 would be gone when rank 0 ends first.
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         for rank, environment in enumerate(environments):
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), **agent}
             environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
             environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +71,8 @@ def _program(argv: list[str], cwd: str, environment: dict[str, str], output: Pat
         if argv[0] == "-m":
             sys.path.insert(0, cwd)
             sys.argv = argv[1:]
+            # As in a new interpreter; runpy warns about a module that the server has imported.
+            sys.modules.pop(argv[1], None)
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(argv[0]).absolute().parent))

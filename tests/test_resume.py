@@ -1,142 +1,238 @@
-"""A run that is killed in mid-epoch and started again repeats the uninterrupted one bit for bit."""
+"""A run that is killed, out of disk space or preempted resumes, and ends bit for bit like the undisturbed run."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import errno
 import os
+import random
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
+from hbp_titan.components import dcp_storage
+from hbp_titan.components.checkpoint import CheckpointError, completed_checkpoints
+from hbp_titan.components.faults import EXIT_PREEMPTED
+from hbp_titan.config import load_config
+from hbp_titan.distributed.world import World
+from hbp_titan.experiments.soak import ranks_of
+from hbp_titan.testing.local_ranks import run_distributed
+from hbp_titan.train import Trainer
+from tests.programs import run_python
+from tests.runs import (
+    DEADLINE,
+    Kill,
+    assert_same_run,
+    read_metrics,
+    torchrun,
+    train,
+    train_and_signal,
+    train_until_killed,
+    wait_until,
+)
 from tests.tiny_run import write_tiny_run
 
-ROOT = Path(__file__).resolve().parents[1]
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+# In the order of a save, one per start; each start saves further than the one before. Per save, rank 0 calls write_json
+# three times and sync_folder twice.
+MOMENTS = [
+    Kill((1,), function="write_safetensors", number=3, half_written=True),
+    Kill((0, 1), function="write_safetensors", number=4),
+    Kill((0,), function="write_json", number=7, half_written=True),  # tensors.json of the third save
+    Kill((0,), function="sync_folder", number=7),  # all written, not yet renamed
+    Kill((0, 1), function="sync_folder", number=8),  # renamed, the name perhaps not on disk
+    Kill((0,), function="move_to_trash", number=8),  # before the fourth save's pruning
+]
 
 
-def _command(argv: list[str], num_ranks: int = 2) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
-    return [*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
+def _write_run(folder: Path, num_rows: int) -> list[str]:
+    return [*write_tiny_run(folder, num_rows), "--training.epochs=2", "--metrics.timing_check_interval=0"]
 
 
-def _start(argv: list[str], num_ranks: int = 2) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        _command(argv, num_ranks),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a run of two ranks and two epochs."""
+    return _write_run(tmp_path_factory.mktemp("run"), 90)
 
 
-def _alone(argv: list[str]) -> str:
-    """What one rank says, without a launcher, on levels that suit it."""
-    command = [sys.executable, "-m", "hbp_titan.train", *argv, "--levels=128:1,512:1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    return result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def whole(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_distributed(train, 2, [*argv, f"--job.dump_folder={folder}"])
+    return folder
 
 
-def _finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
+def _saved_steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in completed_checkpoints(folder / "checkpoint")]
 
 
-def _steps(folder: Path) -> list[dict[str, object]]:
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+def test_run_killed_at_every_moment_of_a_save(argv: list[str], whole: Path, tmp_path: Path) -> None:
+    argv = [*argv, "--checkpoint.interval=1", f"--job.dump_folder={tmp_path}"]
+    newest = 0
+    for kill in MOMENTS:
+        train_until_killed(argv, kill)
+        assert not (tmp_path / "hf").exists()
+        steps = _saved_steps(tmp_path)
+        assert steps[-1] > newest, kill
+        newest = steps[-1]
+    # And the newest checkpoint has lost a byte since.
+    path = tmp_path / "checkpoint" / f"step-{newest}" / "rank-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    first, last = run_distributed(train, 2, argv)[0]
+    assert first == steps[-2]
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert names == {f"step-{newest}.damaged", f"step-{last - 1}", f"step-{last}"}
+    assert_same_run(whole, tmp_path)
+    _check_audit(tmp_path, first)
+    _check_finished_run(argv, tmp_path)
 
 
-def _kill_after(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while len(_steps(folder)) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{folder} did not reach step {step}"
-        time.sleep(0.005)
-    for pid in [*_descendants(process.pid), process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def _descendants(pid: int) -> list[int]:
-    """The launcher gives each rank a session of its own: a signal to the group would miss them."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parent_of = {int(child): int(parent) for child, parent in (line.split() for line in listed.splitlines())}
-    found = [child for child, parent in parent_of.items() if parent == pid]
-    return found + [below for child in found for below in _descendants(child)]
-
-
-def _audit(folder: Path) -> tuple[int, str, str]:
-    command = [sys.executable, "scripts/audit_epoch.py", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return result.returncode, result.stdout, result.stderr
-
-
-def _check_audit(folder: Path, reached: int) -> None:
-    """The run was killed after step `reached` and resumed after step 10: what it trained in between is not counted."""
-    code, table, errors = _audit(folder)
-    assert (code, errors) == (0, "")
-    assert "resumed after step 10" in table
-    assert table.count("150  ") == table.count("each sample trained once") == 2
-    first, second = ([*(folder / f"sample_log/start-000{n}").glob("rank-*.jsonl")] for n in (1, 2))
-    assert len(first) == len(second) == 2
-    assert min(len(path.read_text().splitlines()) for path in first) >= reached
-
-    lines = second[0].read_text().splitlines(keepends=True)
+def _check_audit(folder: Path, first: int) -> None:
+    """Audit the record of all starts, and, as a negative control, one with a step missing or twice."""
+    result = run_python("scripts/audit_epoch.py", folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(rf"resumed after step .*\b{first} on 2 ranks", result.stdout)
+    assert result.stdout.count("each sample trained once") == 2
+    path = max((folder / "sample_log").glob("start-*")) / "rank-0.jsonl"
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
     for wrong in (lines[:3] + lines[4:], lines[:4] + lines[3:]):
-        second[0].write_text("".join(wrong))
-        code, table, errors = _audit(folder)
-        assert code == 1
-        assert f"error: {second[0]}:" in errors
-        assert "  wrong" in table
-    second[0].write_text("".join(lines))
+        path.write_text("".join(wrong))
+        result = run_python("scripts/audit_epoch.py", folder)
+        assert result.returncode == 1
+        assert f"error: {path}:" in result.stderr
+    path.write_text(text)
 
 
-@pytest.fixture
-def argv(tmp_path: Path) -> list[str]:
-    return [
-        *write_tiny_run(tmp_path, num_rows=150),
-        "--training.epochs=2",
-        "--checkpoint.interval=10",
-        "--data.num_workers=1",
-    ]
+def _check_finished_run(argv: list[str], folder: Path) -> None:
+    """A start of a finished run trains nothing; without the record of what was trained it is an error."""
+    alone = ["-m", "hbp_titan.train", *argv, "--levels=128:1,512:1"]
+    steps = len(read_metrics(folder))
+    assert run_python(*alone).returncode == 0
+    assert len(read_metrics(folder)) == steps
+    (folder / "sample_log").rename(folder / "lost")
+    result = run_python(*alone)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: cannot resume: {folder / 'sample_log'}")
 
 
 @pytest.mark.slow
-def test_killed_run_repeats_the_uninterrupted_one_bit_for_bit(argv: list[str], tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _finish(_start([*argv, f"--job.dump_folder={whole}"]))
-    second = [*argv, f"--job.dump_folder={killed}"]
-    _kill_after(_start(second), killed, step=14)
-    reached = len(_steps(killed))
-    assert 14 <= reached < len(_steps(whole))
-    code, table, errors = _audit(killed)
-    assert (code, errors) == (0, "")
-    assert "in progress" in table
-    output = _finish(_start(second))
-    assert "resumed from step 10" in output
-    assert "epoch 0: 150 samples, each trained once" in output
-    assert "epoch 1: 150 samples, each trained once" in output
+@pytest.mark.parametrize(("num_rows", "kills"), [(150, 3), (1500, 20)])
+def test_run_killed_at_random_moments(tmp_path: Path, num_rows: int, kills: int) -> None:
+    argv = [*_write_run(tmp_path, num_rows), "--checkpoint.interval=1"]
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
+    argv.append(f"--job.dump_folder={folder}")
+    generator = random.Random(kills)
+    for number in range(kills):
+        ranks = generator.choice([(0,), (1,), (0, 1)])
+        train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0, 2), loaded=number % 3 > 0))
+    # How far the run comes depends on the machine; that nothing saved is lost does not.
+    saved = _saved_steps(folder)
+    assert run_distributed(train, 2, argv)[0][0] == max(saved, default=0)
+    assert_same_run(whole, folder)
 
-    kept = ("step", "epoch", "level", "loss", "loss_by_level", "grad_norm", "lr", "tokens")
-    expected, found = ([[m[key] for key in kept] for m in _steps(folder)] for folder in (whole, killed))
-    assert found == expected
-    assert expected[-1][1] == 1  # the second epoch was reached, and the first one resumed in its middle
-    _check_audit(killed, reached)
-    weights, again = (load_file(folder / "hf" / "model.safetensors") for folder in (whole, killed))
-    assert weights.keys() == again.keys()
-    assert all(weights[name].equal(again[name]) for name in weights)
 
-    assert "is complete at step" in _alone(second)
-    (killed / "sample_log").rename(killed / "lost")
-    output = _alone(second)
-    assert f"error: cannot resume: {killed / 'sample_log'} does not have the samples of steps 1 to" in output
+def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int]:
+    """Return the message and the last step of a run in which rank 1's disk fills up."""
+    write, calls = dcp_storage.write_safetensors, []
+
+    def fail(*args: Any) -> dict[str, Any]:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    if world.rank == 1:
+        dcp_storage.write_safetensors = fail
+    trainer = Trainer(load_config(argv), world)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.train()
+    return str(caught.value), trainer.step
+
+
+@pytest.mark.parametrize("mode", ["async", "disabled"])
+def test_full_disk_of_one_rank_ends_the_run_on_all(argv: list[str], whole: Path, tmp_path: Path, mode: str) -> None:
+    argv = [*argv, "--checkpoint.interval=2", f"--checkpoint.async_mode={mode}", f"--job.dump_folder={tmp_path}"]
+    (message, step), other = run_distributed(_train_until_the_third_save, 2, argv)
+    assert (message, step) == other
+    assert "no space for rank-1.safetensors" in message
+    assert 6 <= step <= 8
+    assert _saved_steps(tmp_path) == [2, 4]
+    assert run_distributed(train, 2, argv)[0][0] == 4
+    assert_same_run(whole, tmp_path)
+
+
+def test_preempted_run_saves_the_current_step_on_all_ranks_and_exits(
+    argv: list[str], whole: Path, tmp_path: Path
+) -> None:
+    argv = [*argv, "--checkpoint.interval=1000", f"--job.dump_folder={tmp_path}"]
+    assert run_distributed(train_and_signal, 2, argv, 5, signal.SIGUSR1) == [(EXIT_PREEMPTED, 6)] * 2
+    assert _saved_steps(tmp_path) == [6]
+    assert (tmp_path / "preempted").read_text() == "SIGUSR1 step 6\n"
+    assert run_distributed(train, 2, argv)[0] == [6, len(read_metrics(whole))]
+    assert not (tmp_path / "preempted").exists()
+    assert_same_run(whole, tmp_path)
+
+
+def _signal_after(argv: list[str], folder: Path, step: int, number: signal.Signals, rank: int | None) -> str:
+    """Start a run, signal torchrun or one rank after `step`, and return all output."""
+    release = folder.with_name(f"after-{number.name}")
+    process = torchrun(argv, "tests.held_run", str(step), str(release))
+    wait_until(lambda: len(read_metrics(folder)) >= step, process)
+    os.kill(process.pid if rank is None else ranks_of(process.pid)[rank], number)
+    if rank is not None:
+        release.touch()  # for the other rank, which gets no signal
+    output = process.communicate(timeout=DEADLINE)[0]
+    assert process.returncode != 0
+    return output
+
+
+@pytest.mark.slow
+@NEEDS_PROC
+def test_torchrun_passes_signals_on_and_its_loader_workers_survive_them(
+    argv: list[str], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # Workers are in the process groups of the ranks, which torchrun signals as well.
+    argv = [*argv, "--checkpoint.interval=1000", f"--job.dump_folder={folder}", "--data.num_workers=1"]
+    # A scheduler ends a job by SIGTERM to torchrun, which passes it on. SLURM warns by SIGUSR1 to one rank.
+    _signal_after(argv, folder, 5, signal.SIGTERM, None)
+    assert (folder / "preempted").read_text() == "SIGTERM step 6\n"
+    output = _signal_after(argv, folder, 11, signal.SIGUSR1, 1)
+    assert (folder / "preempted").read_text() == "SIGUSR1 step 12\n"
+    assert f"exitcode  : {EXIT_PREEMPTED}" in output
+    assert "resumed from step 6" in output
+    assert run_distributed(train, 2, argv)[0][0] == 12
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.slow
+@NEEDS_PROC
+def test_rank_whose_peer_is_gone_ends_within_seconds_of_a_signal(tmp_path: Path) -> None:
+    # A stopped peer is to gloo what a dead one is to NCCL: the collective waits, and no Python handler runs.
+    argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1"]
+    process = torchrun(argv, "tests.faulty_run", "stops")
+    wait_until((tmp_path / "run" / "stopped").exists, process)
+    ranks = ranks_of(process.pid)
+    time.sleep(1)
+    os.kill(ranks[0], signal.SIGTERM)
+    started = time.monotonic()
+    while _is_running(ranks[0]) and time.monotonic() < started + 60:
+        time.sleep(0.1)
+    taken = time.monotonic() - started
+    os.kill(ranks[1], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert "rank 0: SIGTERM received, but no progress" in output
+    assert taken < 20  # STUCK_SECONDS, on a busy machine
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

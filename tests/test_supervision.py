@@ -17,7 +17,7 @@ from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import audit_faults, differences, kill_tree, ranks_of, steps_done
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
-from tests.killed_run import train
+from tests.runs import train
 from tests.tiny_run import write_tiny_run
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")

@@ -172,10 +172,10 @@ def set_determinism(seed: int, deterministic: bool) -> None:
 def seeds(config: JobConfig) -> dict[str, int]:
     """Return every seed of a run under its key."""
     return {
-        "data.seed": config.data.seed,
-        "packing.seed": config.packing.seed,
+        "data.seed": config.seed_of("data"),
+        "packing.seed": config.seed_of("packing"),
         "training.seed": config.training.seed,
-        "training.rng_seed": config.training.rng_seed,
+        "training.rng_seed": config.seed_of("rng"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Any sharding is read back at any other, and by one process alone; nothing that a hostile folder holds is run."""
+"""Any sharding is read at any other and by one process alone; a hostile folder is rejected and nothing in it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hbp_titan.testing.local_ranks import run_distributed
 
 
 def _whole() -> dict[str, Tensor]:
-    """Sizes that no world size divides, a scalar, an empty tensor and several dtypes."""
+    """Return tensors whose sizes no world size divides, a scalar, an empty tensor, and several dtypes."""
     return {
         "rows": torch.arange(35.0).view(7, 5),
         "experts": torch.arange(6.0 * 5 * 3).view(6, 5, 3).bfloat16(),
@@ -40,7 +40,7 @@ def _whole() -> dict[str, Tensor]:
 
 
 def _sharded(world: World, fill: bool) -> dict[str, Tensor]:
-    """The tensors of `_whole` as rank's shards: on one axis, and with an even world size on two."""
+    """Return `_whole` as this rank's shards, on one mesh axis and, for an even world size, on two."""
     flat = init_device_mesh("cpu", (world.size,))
     square = init_device_mesh("cpu", (2, world.size // 2)) if world.size % 2 == 0 else None
     placements: dict[str, tuple[Any, list[Placement]]] = {
@@ -65,10 +65,10 @@ def _save(world: World, folder: Path) -> None:
     dcp.save(tensors, storage_writer=writer, planner=LocalDataPlanner(local), process_group=dist.new_group())
 
 
-def _load(world: World, folder: Path, again: Path | None) -> dict[str, Tensor]:
-    """Whole tensors of `folder`, also saved once more by this world size."""
-    if again:
-        _save(world, again)
+def _load(world: World, folder: Path, save_to: Path | None) -> dict[str, Tensor]:
+    """Return the whole tensors of `folder`; this world size also saves its own checkpoint."""
+    if save_to:
+        _save(world, save_to)
     tensors = _sharded(world, fill=False)
     load_tensors(folder, tensors)
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
@@ -76,7 +76,7 @@ def _load(world: World, folder: Path, again: Path | None) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four ranks saved."""
+    """A checkpoint saved by four ranks."""
     folder = tmp_path_factory.mktemp("checkpoint") / "four"
     run_distributed(_save, 4, folder)
     return folder
@@ -84,15 +84,15 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_any_sharding_is_read_at_any_other(four: Path, tmp_path: Path) -> None:
     three = tmp_path / "three"
-    for folder, world_size, again in ((four, 3, three), (three, 2, None)):
-        for found in run_distributed(_load, world_size, folder, again):
+    for folder, world_size, save_to in ((four, 3, three), (three, 2, None)):
+        for found in run_distributed(_load, world_size, folder, save_to):
             assert all(found[name].equal(value) for name, value in _whole().items())
     alone = {name: torch.full_like(value, 77) for name, value in _whole().items()}
     load_tensors(four, alone)
     assert all(alone[name].equal(value) for name, value in _whole().items())
 
 
-def test_ranks_share_the_writing_and_no_byte_is_written_twice(four: Path) -> None:
+def test_each_byte_is_written_once_and_the_ranks_share_the_work(four: Path) -> None:
     files = sorted(four.glob("*.safetensors"))
     assert [path.name for path in files] == [f"rank-{rank}.safetensors" for rank in range(4)]
     parts = [load_file(path) for path in files]
@@ -112,6 +112,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+def test_whole_tensors_are_loaded_without_a_process_group(folder: Path) -> None:
+    found = load_model_tensors(folder, _model())
+    assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found["bias"].tolist() == [0, 1]
+    assert load_file(folder / "rank-0.safetensors").keys() == {"model.weight", "model.bias"}
+
+
 class _Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -121,7 +128,7 @@ class _Bomb:
 
 
 def _seal(folder: Path) -> None:
-    """A manifest that fits what is there: hostile folders have right checksums."""
+    """Update the manifest: hostile folders have correct checksums."""
     path = folder / "manifest.json"
     files = json.loads(path.read_text())["files"]
     for name in files:
@@ -130,64 +137,44 @@ def _seal(folder: Path) -> None:
     path.write_text(json.dumps({"files": files}))
 
 
-def test_whole_tensors_come_back_without_a_process_group(folder: Path) -> None:
-    found = load_model_tensors(folder, _model())
-    assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert found["bias"].tolist() == [0, 1]
-    assert load_file(folder / "rank-0.safetensors").keys() == {"model.weight", "model.bias"}
-
-
-PICKLED = {
-    "rank-0.safetensors": "rank-0.safetensors: not a whole safetensors file",
-    "tensors.json": "tensors.json: not JSON",
-    "state.json": "state.json: not JSON",
-    "manifest.json": "manifest.json: not JSON",
-}
-
-
-@pytest.mark.parametrize("name", PICKLED)
-def test_pickle_in_place_of_a_file_is_refused_and_not_run(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "tensors.json", "state.json", "manifest.json"])
+def test_pickle_in_place_of_a_file_is_rejected_and_does_not_run(folder: Path, name: str) -> None:
     mark = folder / "exploded"
     (folder / name).write_bytes(pickle.dumps(_Bomb(mark)))
-    # What torch's own format keeps its metadata in.
+    # Where torch's own format keeps its metadata.
     (folder / ".metadata").write_bytes(pickle.dumps(_Bomb(mark)))
     if name != "manifest.json":
         _seal(folder)
-    with pytest.raises(CorruptCheckpoint, match=PICKLED[name]) as caught:
+    with pytest.raises(CorruptCheckpoint, match=rf"{name}: not (JSON|a complete safetensors)"):
         load_model_tensors(folder, _model())
-    assert "\n" not in str(caught.value)
     assert not mark.exists()
 
 
-def _index(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "tensors.json"
-        index = json.loads(path.read_text())
-        change(index)
-        path.write_text(json.dumps(index))
+def _edit(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+    if name == "tensors.json":
         _seal(folder)
-
-    return apply
 
 
 def _chunk(*values: Any) -> Callable[[Path], None]:
-    def change(index: dict[str, Any]) -> None:
-        index["model.weight"]["chunks"] = [list(values)]
+    return lambda folder: _edit(
+        folder, "tensors.json", lambda index: index["model.weight"].update(chunks=[list(values)])
+    )
 
-    return _index(change)
+
+def _bias(value: Any) -> Callable[[Path], None]:
+    return lambda folder: _edit(folder, "tensors.json", lambda index: index.update({"model.bias": value}))
 
 
 def _listed(name: str) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "manifest.json"
-        values = json.loads(path.read_text())
-        values["files"][name] = values["files"]["rank-0.safetensors"]
-        path.write_text(json.dumps(values))
-
-    return apply
+    return lambda folder: _edit(
+        folder, "manifest.json", lambda values: values["files"].update({name: values["files"]["rank-0.safetensors"]})
+    )
 
 
-def _link(folder: Path) -> None:
+def _link_outside(folder: Path) -> None:
     outside = folder.parent / "outside.safetensors"
     (folder / "rank-0.safetensors").rename(outside)
     (folder / "rank-0.safetensors").symlink_to(outside)
@@ -217,34 +204,33 @@ def _nested(folder: Path) -> None:
     _seal(folder)
 
 
-NOT_HERE = "is not the name of a file in this folder"
 HOSTILE: list[tuple[Callable[[Path], None], str]] = [
-    (_chunk("../outside.safetensors", [0, 0], [2, 3]), f"tensors.json: '../outside.safetensors' {NOT_HERE}"),
-    (_chunk("/etc/passwd", [0, 0], [2, 3]), f"tensors.json: '/etc/passwd' {NOT_HERE}"),
-    (_chunk("..", [0, 0], [2, 3]), f"tensors.json: '..' {NOT_HERE}"),
-    (_chunk("a\nb", [0, 0], [2, 3]), f"tensors.json: 'a\\\\nb' {NOT_HERE}"),
-    (_chunk("other.safetensors", [0, 0], [2, 3]), "'model.weight' lies in other.safetensors, which manifest.json does"),
-    (_listed("../outside.safetensors"), f"manifest.json: '../outside.safetensors' {NOT_HERE}"),
-    (_listed("/etc/passwd"), f"manifest.json: '/etc/passwd' {NOT_HERE}"),
-    (_link, "rank-0.safetensors: not a regular file; links and devices are not followed"),
+    (_chunk("../outside.safetensors", [0, 0], [2, 3]), "tensors.json: .* not the name"),
+    (_chunk("/etc/passwd", [0, 0], [2, 3]), "tensors.json: .* not the name"),
+    (_chunk("..", [0, 0], [2, 3]), "tensors.json: .* not the name"),
+    (_chunk("a\nb", [0, 0], [2, 3]), "tensors.json: .* not the name"),
+    (_chunk("other.safetensors", [0, 0], [2, 3]), "does not list"),
+    (_listed("../outside.safetensors"), "manifest.json: .* not the name"),
+    (_listed("/etc/passwd"), "manifest.json: .* not the name"),
+    (_link_outside, "rank-0.safetensors: not a regular file"),
     (_link_inside, "tensors.json: not a regular file"),
     (_pipe, "state.json: not a regular file"),
-    (_chunk("rank-0.safetensors", [1, 0], [2, 3]), "a chunk of 'model.weight' lies outside the tensor's shape"),
-    (_chunk("rank-0.safetensors", [0, 0], [1, 3]), "the chunks of 'model.weight' do not fill its shape"),
-    (_chunk("rank-0.safetensors", [-1, 0], [2, 3]), "'model.weight' is not described as a tensor"),
-    (_chunk("rank-0.safetensors", [0.0, 0], [2, 3]), "'model.weight' is not described as a tensor"),
-    (_chunk("rank-0.safetensors"), "'model.weight' is not described as a tensor"),
-    (_index(lambda index: index["model.bias"].update(dtype="object")), "'model.bias' is not described as a tensor"),
-    (_index(lambda index: index.update({"model.bias": 1})), "'model.bias' is not described as a tensor"),
+    (_chunk("rank-0.safetensors", [1, 0], [2, 3]), "'model.weight' lies outside"),
+    (_chunk("rank-0.safetensors", [0, 0], [1, 3]), "'model.weight' do not fill"),
+    (_chunk("rank-0.safetensors", [-1, 0], [2, 3]), "'model.weight' does not describe"),
+    (_chunk("rank-0.safetensors", [0.0, 0], [2, 3]), "'model.weight' does not describe"),
+    (_chunk("rank-0.safetensors"), "'model.weight' does not describe"),
+    (_bias({"dtype": "object", "shape": [2], "chunks": []}), "'model.bias' does not describe"),
+    (_bias(1), "'model.bias' does not describe"),
     (_nested, "tensors.json: not JSON"),
-    (_other_tensor(torch.zeros(3, 2)), r"model.weight is F32 \[3, 2\] in its file, tensors.json says F32 \[2, 3\]"),
-    (_other_tensor(torch.zeros(2, 3).int()), "model.weight is I32 .* in its file, tensors.json says F32"),
+    (_other_tensor(torch.zeros(3, 2)), r"F32 \[3, 2\] .* F32 \[2, 3\]"),
+    (_other_tensor(torch.zeros(2, 3).int()), "I32 .* F32"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), HOSTILE)
-def test_hostile_folder_is_refused_in_one_line(folder: Path, change: Callable[[Path], None], message: str) -> None:
+@pytest.mark.parametrize(("change", "words"), HOSTILE)
+def test_hostile_folder_is_rejected_on_one_line(folder: Path, change: Callable[[Path], None], words: str) -> None:
     change(folder)
-    with pytest.raises(CorruptCheckpoint, match=message) as caught:
+    with pytest.raises(CorruptCheckpoint, match=words) as caught:
         load_model_tensors(folder, _model())
     assert "\n" not in str(caught.value)

@@ -1,17 +1,21 @@
-"""What leaves a sharded model is what was trained, and what enters it new is the same for every sharding."""
+"""Weights of a sharded model: exported bit for bit, drawn alike for every sharding, and identified by a checksum.
+
+The LoRA runs themselves are in tests/test_lora_run.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.weights import initialize
+from hbp_titan.components.weights import check_adapter, checksum, initialize
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import parallelized_on_meta
@@ -32,7 +36,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _train(world: World, runs: list[list[str]]) -> list[tuple[Tensors, set[str]]]:
-    """Of each run the trained values, which the optimizer holds, and the parameters that were left gathered."""
+    """Return, per run, the values that the optimizer trained and the names of parameters that are not sharded."""
     found = []
     for argv in runs:
         trainer = Trainer(load_config(argv), world)
@@ -45,7 +49,7 @@ def _train(world: World, runs: list[list[str]]) -> list[tuple[Tensors, set[str]]
     return found
 
 
-def test_a_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_path: Path) -> None:
+def test_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_path: Path) -> None:
     runs = []
     for tied in (True, False):
         folder = tmp_path / f"tied_{tied}"
@@ -69,11 +73,11 @@ def test_a_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_pat
         for name, value in trained.items():
             assert exported[to_hf_name(name)].equal(value), name
             if value.ndim == 2:
-                # What bfloat16 would round away is there.
+                # Not rounded to the compute dtype.
                 assert not value.bfloat16().float().equal(value)
 
 
-# Of three experts no two ranks can have the same number: their stacks are sharded along the second dim.
+# Two ranks cannot share three experts evenly: the stacks are sharded along the second dim.
 EXPERTS = dataclasses.replace(
     DEBUG,
     name="experts",
@@ -81,7 +85,7 @@ EXPERTS = dataclasses.replace(
 )
 
 
-def _first_weights(world: World, args: ModelArgs, copies: int) -> tuple[Tensors, set[int]]:
+def _initial_weights(world: World, args: ModelArgs, copies: int) -> tuple[Tensors, set[int]]:
     config = JobConfig(levels=[Level(128)])
     config.parallelism.dp_replicate = copies
     model, _ = parallelized_on_meta(config, args, world, world.device)
@@ -92,7 +96,43 @@ def _first_weights(world: World, args: ModelArgs, copies: int) -> tuple[Tensors,
 
 @pytest.mark.parametrize(("world_size", "copies"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_new_weights_are_the_same_for_every_sharding(world_size: int, copies: int) -> None:
-    for weights, dims in run_distributed(_first_weights, world_size, EXPERTS, copies):
+    for weights, dims in run_distributed(_initial_weights, world_size, EXPERTS, copies):
         assert dims == {0, 1}
         for name, value in weights.items():
             assert value.equal(init_parameter(EXPERTS, name, value.shape, 7)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksum_depends_on_every_bit_and_name_but_not_on_the_order(dtype: torch.dtype) -> None:
+    one, two = torch.tensor([1.0, 2.0], dtype=dtype), torch.tensor([3.0, 4.0], dtype=dtype)
+    found = checksum([("a", one), ("b", two)])
+    assert found == checksum([("b", two), ("a", one)])
+    assert found != checksum([("a", two), ("b", one)])
+    assert found != checksum([("a", one), ("b", two.nextafter(torch.zeros(2, dtype=dtype)))])
+    assert checksum([("a", torch.zeros(3))]) == "0" * 16
+
+
+BASE = {"path": "/models/x", "seed": 1, "dtype": "float32", "checksum": "00"}
+OWN = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj"], "base": BASE}
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "words"),
+    [
+        (None, OWN, "full weights"),
+        (OWN, None, "adapters only"),
+        ({**OWN, "rank": 8}, OWN, "lora.rank is 8"),
+        ({**OWN, "alpha": 16.0}, OWN, "lora.alpha is 16.0"),
+        ({**OWN, "target_modules": ["o_proj"]}, OWN, "lora.target_modules"),
+        ({**OWN, "base": {**BASE, "dtype": "bfloat16"}}, OWN, "lora.base_dtype = bfloat16"),
+        ({**OWN, "base": {**BASE, "checksum": "01"}}, OWN, "checksum 01"),
+    ],
+)
+def test_checkpoint_of_other_adapters_is_rejected(saved: Any, own: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_adapter(saved, own, Path("step-4"))
+
+
+def test_base_may_move() -> None:
+    check_adapter(OWN, {**OWN, "base": {**BASE, "path": "/moved/x"}}, Path("step-4"))
+    check_adapter(None, None, Path("step-4"))

@@ -1,0 +1,143 @@
+"""Resume invariants, run.json and determinism; the resumption itself is tested in tests/test_resume.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hbp_titan
+from hbp_titan.components.resume import (
+    check_resume_compatible,
+    code_version,
+    package_versions,
+    read_starts,
+    record_start,
+    resume_invariants,
+    set_determinism,
+)
+from hbp_titan.config import load_config
+from tests.tiny_run import ARGS
+
+PATH = Path("run/checkpoint/step-4")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def _invariants(tokenizer: Path, *words: str, data: str = "a" * 64, **changes: Any) -> dict[str, Any]:
+    config = load_config([f"--model.tokenizer_path={tokenizer}", "--levels=128", *words])
+    return resume_invariants(config, dataclasses.replace(ARGS, **changes), data)
+
+
+def test_settings_that_may_change_are_not_compared(tokenizer: Path) -> None:
+    saved = json.loads(json.dumps(_invariants(tokenizer)))
+    changed = ["--levels=64,512:2", "--training.epochs=3", "--checkpoint.interval=7", "--compile.enable=true"]
+    check_resume_compatible(saved, _invariants(tokenizer, *changed), PATH)
+    check_resume_compatible(saved, _invariants(tokenizer, "--parallelism.dp_replicate=2", name="renamed"), PATH)
+
+
+def test_every_difference_is_named(tokenizer: Path) -> None:
+    saved = _invariants(tokenizer)
+    words = ["--packing.seed=1", "--optimizer.lr=0.5", "--lr_scheduler.decay=linear"]
+    (tokenizer / "tokenizer.json").write_text("{ }")
+    own = _invariants(tokenizer, *words, data="b" * 64, num_layers=3)
+    del saved["packing.level_order"]
+    with pytest.raises(ValueError, match="cannot resume") as error:
+        check_resume_compatible(saved, own, PATH)
+    message = str(error.value)
+    names = (
+        "data",
+        "tokenizer",
+        "packing.seed",
+        "packing.level_order",
+        "optimizer.lr",
+        "lr_scheduler.decay",
+        "model.num_layers",
+    )
+    assert all(f" {name}: " in message for name in names)
+    assert message.count("(checkpoint) vs") == len(names)
+    assert "data.max_length_policy" in message
+
+
+def test_each_start_is_added_to_run_json(tmp_path: Path) -> None:
+    seeds = {"data.seed": 1, "packing.seed": 2, "training.seed": 3, "training.rng_seed": 4}
+    words = [f"--{key}={value}" for key, value in seeds.items()]
+    config = load_config([f"--job.dump_folder={tmp_path / 'run'}", "--levels=128", *words])
+    record_start(config, 0, 2, torch.device("cpu"))
+    record_start(config, 7, 4, torch.device("cpu"))
+    first, second = read_starts(tmp_path / "run" / "run.json")
+    assert (first["first_step"], first["world_size"]) == (1, 2)
+    assert (second["first_step"], second["world_size"]) == (8, 4)
+    assert first["seeds"] == seeds
+    assert first["config"]["levels"][0]["max_tokens"] == 128
+    assert first["device"] == "cpu"
+    assert first["packages"] == package_versions()
+    assert first["code"].keys() == {"commit", "dirty"} or first["code"]["why"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"starts": 1}'])
+def test_corrupt_run_json_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        read_starts(path)
+
+
+def test_generators_start_from_the_seed_and_kernels_are_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        set_determinism(5, deterministic=False)
+        drawn = torch.rand(3)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        set_determinism(5, deterministic=True)
+        assert torch.rand(3).equal(drawn)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_versions_are_those_that_are_imported() -> None:
+    found = package_versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["hbp_titan"] == hbp_titan.__version__
+    assert None not in found.values()
+
+
+def _git(folder: Path, *words: str) -> str:
+    named = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", "-C", folder, *named, *words], check=True, capture_output=True, text=True).stdout
+
+
+def test_code_version_is_of_a_clean_checkout_a_changed_one_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "repo"
+    root.mkdir()
+    assert "not a git repository" in code_version(root)["why"]
+    _git(root, "init")
+    (root / "a.py").write_text("1")
+    _git(root, "add", "a.py")
+    _git(root, "commit", "-m", "a")
+    commit = _git(root, "rev-parse", "HEAD").strip()
+    assert code_version(root) == {"commit": commit, "dirty": False}
+    (root / "b.py").write_text("2")
+    assert code_version(root) == {"commit": commit, "dirty": True}
+    # Installed into a folder of another checkout, whose commit says nothing about this code.
+    (root / "site").mkdir()
+    assert code_version(root / "site")["commit"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_version(root) == {"commit": None, "why": "git is not installed"}
