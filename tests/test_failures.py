@@ -31,15 +31,15 @@ def _run(folder: Path, fault: str, *more: str, ranks: int = 2) -> str:
 def test_error_is_printed_by_the_rank_that_failed_only(tmp_path: Path) -> None:
     errors = _run(tmp_path, "raises")
     assert errors.count(TRACEBACK) == 1
-    assert re.search(r"^rank 1 failed in step 3, .* level 128/cp1:$", errors, re.MULTILINE)
+    assert re.search(r"^rank 1 failed in step 3, .* level \d+/cp1:$", errors, re.MULTILINE)
     assert errors.count("RuntimeError: the third micro-batch went wrong") == 1
 
 
 def test_rank_that_runs_out_of_memory_gets_advice_and_ends_the_others(tmp_path: Path) -> None:
     errors = _run(tmp_path, "runs out of memory")
     (head, change) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
-    assert head.startswith("rank 1: out of memory in training at level 128/cp1")
-    assert re.search(r"--levels=128:\S*,512:1:ulysses:none ", change)
+    assert re.match(r"rank 1: out of memory in training at level \d+/cp1", head)
+    assert re.search(r"--levels=128:\S*,512:1:\S* ", change)
     assert TRACEBACK not in errors
 
 
@@ -64,7 +64,7 @@ def test_killed_rank_ends_the_others(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_hang_is_reported_with_the_place_of_every_rank_and_ended(tmp_path: Path) -> None:
     errors = _run(tmp_path, "hangs", "--parallelism.train_timeout_seconds=8", ranks=3)
-    where = "in step 3, .*, level 128/cp1"
+    where = r"in step 3, .*, level \d+/cp1"
     assert errors.count("no progress for") >= 1
     assert re.search(rf"^  ranks 0, 2 {where}: .*(wait|all_gather)\S* from hbp_titan/", errors, re.MULTILINE), errors
     assert re.search(rf"^  rank 1 {where}: _sleep from hbp_titan/engine.py:\d+$", errors, re.MULTILINE), errors
