@@ -39,7 +39,7 @@ def test_rank_that_runs_out_of_memory_gets_advice_and_ends_the_others(tmp_path: 
     errors = _run(tmp_path, "runs out of memory")
     (head, change) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
     assert re.match(r"rank 1: out of memory in training at level \d+/cp1", head)
-    assert re.search(r"--levels=128:\S*,512:1:\S* ", change)
+    assert re.search(r"as overrides: --\S+=\S+ \(predicted peak ", change)
     assert TRACEBACK not in errors
 
 
