@@ -1,13 +1,13 @@
-"""Proof that packing and parallel forms leave loss and gradients right, on the user's own model and data.
+"""Equivalence check: packing and parallelism leave loss and gradients unchanged, on the user's own model and data.
 
-Owns the cases, the reference and the verdicts. The reference is one process, each sample by itself, fp32, no packing,
-no recomputation, plain cross entropy over whole logits. Each case runs the same samples through the engine that trains;
-gradients of a plan of several optimizer steps are joined by the tokens of each. Negative controls break one thing on
-purpose: a comparison that cannot see them proves nothing.
+Owns the cases, the reference and the verdicts. The reference is one process, one sample at a time, fp32, without
+packing or recomputation, with plain cross entropy over all logits. Each case runs the same samples through the engine
+that trains; gradients of several optimizer steps are weighted by the tokens of each. Negative controls break one thing
+on purpose: a comparison that does not detect them proves nothing.
 
-Computed in bfloat16, a case cannot equal an fp32 reference. What rounding alone does is measured: the reference is
-repeated in bfloat16, unpacked, and its difference from the fp32 one, parameter by parameter, times BF16_FACTOR is what
-a case may differ by. A control must exceed that by CAUGHT_FACTOR; one that does not is reported as below the noise.
+In bfloat16 a case cannot equal an fp32 reference, so the effect of rounding is measured: the reference is repeated in
+bfloat16, unpacked, and a case may differ by BF16_FACTOR times the difference of the two, parameter by parameter. A
+control must exceed its tolerance by BF16_CAUGHT_FACTOR; otherwise it is reported as below the noise.
 
 Shape suffixes: T tokens of one sample, N query heads, K key/value heads, D head width, S samples.
 """
@@ -47,16 +47,16 @@ from hbp_titan.testing.local_ranks import run_distributed
 LOSS_TOLERANCE = 1e-5
 GRAD_TOLERANCE = 1e-4
 CAUGHT_FACTOR = 10.0
-"""A control must differ by so many times what a sound case may."""
+"""A control must differ by this multiple of a sound case's tolerance."""
 BF16_FACTOR = 3.0
-"""What a sound case in bfloat16 may differ by, as a multiple of what rounding does to an unpacked run."""
+"""Tolerance of a sound case in bfloat16, as a multiple of the effect of rounding on an unpacked run."""
 BF16_CAUGHT_FACTOR = 2.0
-"""The same as CAUGHT_FACTOR: the noise is measured, so that a smaller factor separates."""
+"""CAUGHT_FACTOR in bfloat16: the noise is measured, so a smaller factor separates."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run on all samples: the mean loss per trained token and its gradients, fp32, whole, on the CPU."""
+    """Mean loss per trained token over all samples, and its gradients: fp32, unsharded, on the CPU."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -64,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative differences from the reference: of the mean loss, and of each parameter's gradient in norm."""
+    """Relative differences from the reference: of the mean loss, and of the norm of each parameter's gradient."""
 
     loss: float
     grads: dict[str, float]
@@ -72,7 +72,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a sound case may differ by. caught_factor: how many times that a control must differ by."""
+    """Allowed differences of a sound case. caught_factor: multiple of them by which a control must differ."""
 
     loss: float
     grads: dict[str, float]
@@ -80,19 +80,19 @@ class Tolerance:
 
     @classmethod
     def of_fp32(cls, names: Sequence[str]) -> Tolerance:
-        """The fixed tolerance of computation in float32."""
+        """Return the fixed tolerance in float32."""
         return cls(LOSS_TOLERANCE, dict.fromkeys(names, GRAD_TOLERANCE), CAUGHT_FACTOR)
 
     @classmethod
     def of_noise(cls, noise: Difference) -> Tolerance:
-        """noise: what rounding to bfloat16 did to the unpacked run."""
+        """Return the tolerance in bfloat16. noise: the effect of rounding on the unpacked run."""
         grads = {name: max(BF16_FACTOR * value, GRAD_TOLERANCE) for name, value in noise.grads.items()}
         return cls(max(BF16_FACTOR * noise.loss, LOSS_TOLERANCE), grads, BF16_CAUGHT_FACTOR)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how the samples are run. broken: the name of a negative control in BREAKAGES, or ""."""
+    """How the samples are run. broken: the name of a negative control in BREAKAGES, or ""."""
 
     name: str
     world_size: int
@@ -108,9 +108,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One row. grad_difference, grad_allowed: of the parameter `worst`, whose gradient is off most for its tolerance.
+    """Result of one case.
 
-    loss_allowed, grad_allowed: what a sound case may differ by, or what a control must exceed.
+    worst: the parameter whose gradient differs most relative to its tolerance. grad_difference, grad_allowed: of it.
+    loss_allowed, grad_allowed: the tolerance of a sound case, or what a control must exceed.
     """
 
     case: Case
@@ -122,19 +123,19 @@ class Result:
 
     @property
     def control(self) -> bool:
-        """Whether something is broken on purpose, or another normalizer is used: that must show."""
+        """Whether the case is broken on purpose, or normalizes the loss differently, so that it must differ."""
         return bool(self.case.broken) or self.case.loss_normalization != "ave_token"
 
     @property
     def passed(self) -> bool:
-        """A sound case must agree; a control must be seen."""
+        """Whether a sound case agrees, or a control is detected."""
         if self.control:
             return self.grad_difference > self.grad_allowed
         return self.loss_difference <= self.loss_allowed and self.grad_difference <= self.grad_allowed
 
 
 class Samples:
-    """A choice of a store's samples, renumbered from 0."""
+    """Some of a store's samples, renumbered from 0."""
 
     def __init__(self, store: SampleSource, ids: Sequence[int]) -> None:
         self.rows = [tuple(np.array(part) for part in store.sample(i)) for i in ids]
@@ -142,32 +143,32 @@ class Samples:
         self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and loss mask of one sample."""
+        """Return the tokens and the loss mask of one sample."""
         tokens, mask = self.rows[index]
         return tokens, mask
 
 
 def choose_samples(store: TokenStore, count: int, max_tokens: int, seed: int = 0) -> Samples:
-    """`count` random samples of at most `max_tokens` tokens and the longest of those."""
+    """Return `count` random samples of at most `max_tokens` tokens, including the longest of these."""
     fitting = np.flatnonzero(store.lengths <= max_tokens)
     if not len(fitting):
-        raise ValueError(f"no sample has at most {max_tokens} tokens: raise --max_tokens")
+        raise ValueError(f"no sample has at most {max_tokens} tokens; increase --max_tokens")
     longest = int(fitting[store.lengths[fitting].argmax()])
     drawn = np.random.default_rng(seed).permutation(fitting[fitting != longest])[: count - 1]
     return Samples(store, [longest, *drawn.tolist()])
 
 
 def scaled_levels(levels: Sequence[Level], max_tokens: int) -> tuple[Level, ...]:
-    """The levels with the largest at `max_tokens`, the others in proportion; 0 leaves them as they are."""
+    """Return the levels scaled so that the largest has `max_tokens`; 0 leaves them unchanged."""
     if not max_tokens or levels[-1].max_tokens <= max_tokens:
         return tuple(levels)
     ratio = max_tokens / levels[-1].max_tokens
-    # A multiple of every cp degree that a case may give it.
+    # Multiples of 8, the largest cp degree of the cases.
     return tuple(dataclasses.replace(k, max_tokens=max(8, round(k.max_tokens * ratio) // 8 * 8)) for k in levels)
 
 
 def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: ModelArgs) -> list[Case]:
-    """The rows: packed, each cp degree, each policy, the configured levels, accumulation, compile, controls."""
+    """Return the cases: one level, each cp degree, the configured levels, each policy, steps, compile, controls."""
     largest = levels[-1].max_tokens
     cases = []
     for world in world_sizes:
@@ -202,7 +203,7 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
 
 
 def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
-    """The largest divisor of the level's cp degree that the world and, for "ulysses", the heads allow."""
+    """Return the largest divisor of the level's cp degree that the world and, for "ulysses", the heads allow."""
     for cp in range(level.cp_degree, 0, -1):
         kv_heads_fit = args.num_kv_heads % cp == 0 or cp % args.num_kv_heads == 0
         heads_fit = level.cp_style != "ulysses" or (args.num_heads % cp == 0 and kv_heads_fit)
@@ -221,7 +222,7 @@ def _merge_documents(batch: PackedBatch) -> PackedBatch:
     return dataclasses.replace(batch, documents=merged(batch.documents))
 
 
-def _run_positions_on(batch: PackedBatch) -> PackedBatch:
+def _continue_positions(batch: PackedBatch) -> PackedBatch:
     return dataclasses.replace(batch, position_ids=torch.arange(len(batch.position_ids)) * 3)
 
 
@@ -231,14 +232,14 @@ def _unshift_labels(batch: PackedBatch) -> PackedBatch:
 
 
 BREAKAGES: dict[str, Callable[[PackedBatch], PackedBatch]] = {
-    "documents see each other": _merge_documents,
-    "positions not reset": _run_positions_on,
+    "attention across documents": _merge_documents,
+    "positions not reset": _continue_positions,
     "labels not shifted": _unshift_labels,
 }
 
 
 class _OneDocumentAttention(nn.Module):
-    """Causal attention of one document that is the whole input: none of the code that is to be proven."""
+    """Causal attention of a single document, which shares no code with the attention that is checked."""
 
     def __init__(self, scale: float | None) -> None:
         super().__init__()
@@ -255,9 +256,9 @@ class _OneDocumentAttention(nn.Module):
 def reference(
     args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Outcome]:
-    """One process, one sample at a time, all of it in `dtype`; gradients are summed over samples in float32.
+    """Run one sample at a time in one process, entirely in `dtype`; sum gradients over samples in float32.
 
-    Returns the summed token losses of each sample, float64 [S], and the outcome.
+    Returns the sum of the token losses of each sample, float64 [S], and the outcome.
     """
     model = Decoder(args)
     model.init_weights(seed)
@@ -286,12 +287,12 @@ def reference(
 def reference_and_tolerance(
     args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype
 ) -> tuple[Outcome, Tolerance]:
-    """The fp32 reference, and what a sound case that computes in `dtype` may differ from it by."""
+    """Return the fp32 reference, and the tolerance of a case that computes in `dtype`."""
     losses_S, expected = reference(args, seed, samples, device)
     if dtype == torch.float32:
         return expected, Tolerance.of_fp32([*expected.grads])
     rounded_S, rounded = reference(args, seed, samples, device, dtype)
-    # Of the mean loss the errors of samples cancel by chance; added up as sizes they bound it.
+    # In the mean loss the errors of samples cancel by chance; the sum of their absolute values bounds it.
     noise = float((rounded_S - losses_S).abs().sum() / losses_S.sum())
     return expected, Tolerance.of_noise(Difference(noise, compare(expected, rounded).grads))
 
@@ -299,14 +300,14 @@ def reference_and_tolerance(
 def run_case(
     world: World, config: JobConfig, args: ModelArgs, case: Case, samples: Samples, dtype: str = "float32"
 ) -> Outcome:
-    """Mean loss and gradients of one case, on one of its ranks. dtype: of the computation, as the config names it."""
+    """Return mean loss and gradients of one case; all its ranks call it. dtype: training.mixed_precision_param."""
     config = copy.deepcopy(config)
     config.levels = list(case.levels)
     config.compile.enable = case.compile
     config.checkpoint.initial_load_path = ""
     config.parallelism.expert_parallel_degree = case.expert_parallel
     config.parallelism.dp_replicate = case.dp_replicate
-    # Every gradient is compared, also those that LoRA leaves out.
+    # Every gradient is compared, including those that LoRA does not compute.
     config.lora.rank = 0
     config.training.dtype = "float32"
     config.training.mixed_precision_param = dtype
@@ -346,9 +347,9 @@ def run_cases(
     dtype: str,
     expected_path: Path,
 ) -> list[tuple[float, dict[str, float]]]:
-    """Differences (loss, gradients) of cases of one world size, one after another; rank 0's are complete.
+    """Return the differences (loss, gradients) of cases of one world size; only rank 0's are complete.
 
-    expected_path: file of the reference's (loss, gradients), because whole gradients are too large to send around.
+    expected_path: file with the reference's (loss, gradients), which are too large to send to the ranks.
     """
     loss, grads = torch.load(expected_path, mmap=True) if world.rank == 0 else (1.0, {})
     found = []
@@ -367,7 +368,7 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def compare(expected: Outcome, found: Outcome) -> Difference:
-    """Relative differences of `found`, for each gradient that is expected."""
+    """Return the relative differences of `found` for each expected gradient."""
     grads = {
         name: float((found.grads[name] - grad).norm() / grad.norm().clamp(min=1e-30))
         for name, grad in expected.grads.items()
@@ -376,7 +377,7 @@ def compare(expected: Outcome, found: Outcome) -> Difference:
 
 
 def judge(case: Case, difference: Difference, tolerance: Tolerance) -> Result:
-    """The row of one case."""
+    """Return the result of one case."""
     worst = max(difference.grads, key=lambda name: difference.grads[name] / tolerance.grads[name])
     result = Result(case, difference.loss, difference.grads[worst], worst, tolerance.loss, tolerance.grads[worst])
     if not result.control:
@@ -392,7 +393,7 @@ def verify(
     device_type: str = "cpu",
     dtype: str = "float32",
 ) -> Iterator[Result]:
-    """Run every case on ranks of this machine, cases of one world size in one start, and compare with the reference.
+    """Run every case on ranks of this machine, one start per world size, and compare with the reference.
 
     device_type: "cpu", or "cuda" with one GPU per rank. dtype: of the cases' computation.
     """
@@ -403,11 +404,11 @@ def verify(
         path = Path(folder, "expected")
         torch.save((expected.loss, expected.grads), path)
         for world_size, group in itertools.groupby(cases, key=lambda case: case.world_size):
-            of_size = list(group)
-            inputs = (config, args, of_size, samples, dtype, path)
-            timeout = 240.0 * len(of_size)
+            same_size = list(group)
+            inputs = (config, args, same_size, samples, dtype, path)
+            timeout = 240.0 * len(same_size)
             found = run_distributed(run_cases, world_size, *inputs, timeout=timeout, device_type=device_type)[0]
-            for case, (loss, grads) in zip(of_size, found, strict=True):
+            for case, (loss, grads) in zip(same_size, found, strict=True):
                 yield judge(case, Difference(loss, grads), tolerance)
 
 
@@ -415,9 +416,9 @@ HEADER = f"{'case':<44}{'loss':>9}{'gradient':>10}{'limit':>9}  verdict"
 
 
 def row(result: Result) -> str:
-    """One line of the table under HEADER; the limit is the gradient's, which a control must exceed."""
+    """Return one line of the table under HEADER; the limit is the gradient's, which a control must exceed."""
     if result.control:
-        verdict = "caught" if result.passed else "NOT CAUGHT: not above the noise of this precision"
+        verdict = "caught" if result.passed else "NOT CAUGHT (below the noise of this precision)"
     else:
         verdict = "equal" if result.passed else "DIFFERS"
     where = "" if result.passed else f" ({result.worst})"
@@ -426,7 +427,7 @@ def row(result: Result) -> str:
 
 
 def shrunk(args: ModelArgs) -> ModelArgs:
-    """The architecture with two layers and heads of width 16; the numbers of heads, experts and the vocabulary stay."""
+    """Return the architecture with 2 layers and heads of width 16, and the same heads, experts and vocabulary."""
     hidden = 16 * args.num_heads
     mla, moe = args.mla, args.moe
     if mla is not None:

@@ -1,7 +1,7 @@
-"""Several ranks on this machine from within one process: spawned, results and errors brought back.
+"""Several ranks on this machine, spawned from one process, with their results and errors.
 
-Owns what the multi-process tests and scripts/verify_equivalence.py share: gloo ranks on the CPU, or NCCL ranks with one
-GPU each. Training starts its ranks by torchrun.
+Owns the process handling of the multi-process tests and of scripts/verify_equivalence.py: gloo ranks on the CPU, or
+NCCL ranks with one GPU each. Training uses torchrun instead.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import torch.multiprocessing as mp
 
 from hbp_titan.distributed.world import barrier, close_world, start_groups
 
-SURVIVES_SECONDS = 10.0
-"""How long ranks may live on when another has failed: long enough to find that out and say so."""
+GRACE_SECONDS = 10.0
+"""How long ranks may continue after another has failed: enough to notice and to report it."""
 
 
 class RankError(RuntimeError):
-    """A rank failed or hung; the message holds its traceback."""
+    """A rank failed or hung; the message contains its traceback."""
 
 
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240, device_type: str = "cpu"
 ) -> list[Any]:
-    """Run the module-level `function(world, *args)` on `world_size` ranks; returns what each returned, in rank order.
+    """Run the module-level `function(world, *args)` on `world_size` ranks and return their results in rank order.
 
-    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and tensors, of the CPU. Raises
-    RankError with the traceback of the first rank that failed, or with exit codes. Ranks that have not ended `timeout`
-    seconds after the start, or SURVIVES_SECONDS after another failed, are killed.
+    device_type: "cpu", or "cuda" with one GPU per rank. Results are plain containers and CPU tensors.
+    Raises RankError with the traceback of the first rank that failed, or with exit codes. Ranks still running `timeout`
+    seconds after the start, or GRACE_SECONDS after another failed, are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # A process that is forked from one in which torch has asked for GPUs cannot use them; nothing rules that out.
+        # CUDA cannot be used in a process forked from one that has initialized it, and the fork server might have.
         context = mp.get_context("spawn") if device_type == "cuda" else fork_server()
         processes = [
             context.Process(
@@ -57,13 +57,13 @@ def run_distributed(
                 raise RankError(f"rank {rank}:\n{error.read_text()}")
         codes = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         if codes:
-            raise RankError(f"exit codes of ranks: {codes}; stopped because they did not end: {hung or 'none'}")
-        # Written by our own ranks into our own folder a moment ago.
+            raise RankError(f"exit codes of ranks: {codes}; killed because they did not end: {hung or 'none'}")
+        # Safe to unpickle: our own ranks wrote these files.
         return [torch.load(Path(folder, f"result_{rank}"), weights_only=False) for rank in range(world_size)]
 
 
 def _join(processes: list[Any], timeout: float) -> list[int]:
-    """Wait for the ranks, only a while once one has failed, and kill those that are left; returns which were killed."""
+    """Wait for the ranks, only GRACE_SECONDS after a failure, kill the remaining ones and return which these were."""
     deadline = time.monotonic() + timeout
     alive = {process.sentinel: rank for rank, process in enumerate(processes)}
     while alive and (ended := wait(list(alive), max(0.0, deadline - time.monotonic()))):
@@ -71,8 +71,8 @@ def _join(processes: list[Any], timeout: float) -> list[int]:
             process = processes[alive.pop(sentinel)]
             process.join()
             if process.exitcode:
-                # Ranks that need the one that is gone would wait for it until their own timeout.
-                deadline = min(deadline, time.monotonic() + SURVIVES_SECONDS)
+                # Other ranks would wait for the dead one until their own timeout.
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     for rank in alive.values():
         processes[rank].kill()
         processes[rank].join()
@@ -80,9 +80,9 @@ def _join(processes: list[Any], timeout: float) -> list[int]:
 
 
 def fork_server() -> Any:
-    """The multiprocessing context whose processes are forked from a server that has imported what a rank needs.
+    """Return the multiprocessing context that forks ranks from a server with everything imported, which saves 4 s each.
 
-    These imports take a process 4 s. The server has no thread and no device; it starts with the first process.
+    The server has no threads and no device; it starts with the first process.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
@@ -101,7 +101,7 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    # A fork server's children have the environment of its start.
+    # The fork server's children inherit the environment of its start, not ours.
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     os.environ["LOCAL_RANK"] = str(rank)

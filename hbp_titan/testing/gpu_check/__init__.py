@@ -1,1 +1,1 @@
-"""One command that shows on a GPU what the tests cannot show without one (scripts/gpu_check.py)."""
+"""GPU check: one command for what the tests cannot check without a GPU (scripts/gpu_check.py)."""

@@ -1,4 +1,4 @@
-"""`python -m hbp_titan.testing.gpu_check`: the check itself, and how it starts each of its steps."""
+"""`python -m hbp_titan.testing.gpu_check`: the whole check, or (as it starts itself) one step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Steps of the GPU check about the model's code on the device: compiled blocks, synchronizations, determinism.
+"""Steps of the GPU check on the model's code: compiled blocks, synchronizations, determinism.
 
-Owns the comparison of a compiled block with an fp32 reference, for every attention kernel that is installed and every
-checkpoint policy, and the counts of graphs and of synchronizations.
+Owns the comparison of a compiled block with an fp32 reference, for every installed attention kernel and every
+checkpoint policy, and the counts of graphs and synchronizations.
 
 Shape suffixes: T tokens of the pack, H hidden width, D head width.
 """
@@ -46,19 +46,19 @@ from hbp_titan.testing.gpu_check.runner import ROOT, Found, Settings, Table
 
 @contextmanager
 def one_rank(settings: Settings) -> Iterator[World]:
-    """A world of one rank on the device of the check."""
+    """Provide a world of one rank on the device of the check."""
     # The runner hides the GPUs from a step that asks for the CPU.
     world = init_world(600)
     try:
         if world.device.type != settings.device_type:
-            raise ValueError(f"--device {settings.device_type}: torch finds no usable one here")
+            raise ValueError(f"--device {settings.device_type}: torch finds no usable device")
         yield world
     finally:
         close_world()
 
 
 def base_config(settings: Settings, *, compiled: bool) -> JobConfig:
-    """The defaults, compiled as a GPU run would be; on a CPU by a backend that only traces, for inductor takes long."""
+    """Return the defaults, with inductor on a GPU; on a CPU with a backend that only traces, which is much faster."""
     config = JobConfig()
     config.compile.enable = compiled
     config.compile.backend = "inductor" if settings.device_type == "cuda" else "aot_eager"
@@ -66,7 +66,7 @@ def base_config(settings: Settings, *, compiled: bool) -> JobConfig:
 
 
 def usable_backends(device: torch.device, head_dim: int) -> tuple[list[str], list[list[str]]]:
-    """The attention backends that run here, and of the others name and reason; "auto" is selected again at the end."""
+    """Return the attention backends that run here, and [name, reason] of the others; select "auto" at the end."""
     usable, missing = [], []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in BACKENDS:
@@ -79,12 +79,12 @@ def usable_backends(device: torch.device, head_dim: int) -> tuple[list[str], lis
     return usable, missing
 
 
-# --- compiled blocks ------------------------------------------------------------------------------------------------
+# Compiled blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """x_TH: float32, cos_TD, sin_TD: of the positions, documents: of the pack; all on the device."""
+    """Inputs of a block, on the device; x_TH is float32."""
 
     x_TH: Tensor
     cos_TD: Tensor
@@ -93,12 +93,12 @@ class _Inputs:
 
 
 def compiled_blocks(settings: Settings) -> Found:
-    """One compiled block under each kernel and policy, forward, backward and no_grad, against an eager fp32 block."""
+    """Compare a compiled block with an eager fp32 block, per kernel and policy: forward, backward and no_grad."""
     device = torch.device(settings.device_type)
     flavor, tokens = ("debug", 128) if settings.tiny else ("llama3_2_1b", 4096)
     args = dataclasses.replace(get_flavor(flavor), num_layers=1, vocab_size=256)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # No document is long: the reference holds the scores of a whole document.
+    # Short documents, because the reference materializes the scores of a whole document.
     inputs = _inputs(args, [tokens // 4, tokens // 8, *[tokens // 16] * 10], device)
     others = _inputs(args, [tokens // 2, tokens // 4, tokens // 4], device)
     exact = Decoder(args)
@@ -131,11 +131,11 @@ def compiled_blocks(settings: Settings) -> Found:
         state.policy = policy
         _run_block(next(rounded.blocks()), others)
     if _graphs() != graphs:
-        problems.append(f"other document lengths were compiled again: {_graphs() - graphs} new graphs")
+        problems.append(f"other document lengths caused recompilation: {_graphs() - graphs} new graphs")
     set_backend("auto")
     columns = ["kernel", "policy", "output", "worst gradient", "of", "worst / limit", "no_grad - output", "graphs"]
     title = f"{flavor}, one block, {tokens} tokens, {dtype}, limit {_limit(dtype)}"
-    tables = [Table(title, columns, rows), Table("kernels that are not used here", ["kernel", "why"], missing)]
+    tables = [Table(title, columns, rows), Table("kernels that are not available", ["kernel", "why"], missing)]
     kernels = [row[0] for row in rows[:: len(AC_POLICIES)]]
     summary = f"{', '.join(kernels)} under {len(AC_POLICIES)} policies; {graphs} graphs, none for other lengths"
     return Found(summary if not problems else "", tables, {"graphs": graphs}, problems)
@@ -147,7 +147,7 @@ def _limit(dtype: torch.dtype) -> str:
 
 
 def _inputs(args: ModelArgs, lengths: Sequence[int], device: torch.device) -> _Inputs:
-    """Random hidden states of documents with these lengths."""
+    """Return random hidden states of documents with these lengths."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
     model = Decoder(dataclasses.replace(args, num_layers=0, vocab_size=1))
@@ -157,12 +157,12 @@ def _inputs(args: ModelArgs, lengths: Sequence[int], device: torch.device) -> _I
 
 
 def _run_block(block: DecoderBlock, inputs: _Inputs) -> Outcome:
-    """Output, gradient of the input and of every parameter; the loss of the Outcome has no meaning."""
+    """Return the output and all gradients as the grads of an Outcome, whose loss has no meaning."""
     block.zero_grad()
     dtype = next(block.parameters()).dtype
     x_TH = inputs.x_TH.to(dtype, copy=True).requires_grad_()
     y_TH = block(x_TH, inputs.cos_TD, inputs.sin_TD, inputs.documents)
-    # Weights that differ from token to token: a sum would hide what belongs to another token.
+    # Weights that differ per token, because with equal weights a mix-up of tokens would not show.
     y_TH.backward(inputs.x_TH.flip(0).to(dtype))
     assert x_TH.grad is not None
     found = {"output": y_TH.detach(), "input": x_TH.grad}
@@ -173,7 +173,7 @@ def _run_block(block: DecoderBlock, inputs: _Inputs) -> Outcome:
 def _compare_block(
     block: DecoderBlock, inputs: _Inputs, expected: Outcome, tolerance: Tolerance
 ) -> tuple[list[str], list[str]]:
-    """The cells of one row and what is wrong."""
+    """Return the cells of one row, and the problems."""
     outcome = _run_block(block, inputs)
     differences = compare(expected, outcome).grads
     worst = max(differences, key=lambda name: differences[name] / tolerance.grads[name])
@@ -183,7 +183,7 @@ def _compare_block(
         y_TH = block(x_TH, inputs.cos_TD, inputs.sin_TD, inputs.documents).float()
     without = float((y_TH - outcome.grads["output"]).norm() / y_TH.norm())
     wrong = [f"{worst} differs by {differences[worst]:.1e}, {share:.1f} times its limit"] if share > 1 else []
-    # Written so that a NaN is wrong.
+    # Negated comparisons, so that NaN is a problem.
     if not share <= 1 and not wrong:
         wrong.append(f"{worst} is {differences[worst]}")
     if not without <= tolerance.grads["output"]:
@@ -196,11 +196,11 @@ def _graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-# --- a step ---------------------------------------------------------------------------------------------------------
+# Optimizer steps
 
 
 def _small_run(settings: Settings) -> tuple[ModelArgs, JobConfig]:
-    """A model of two layers and two levels, compiled on a GPU (on a CPU `compiled_blocks` has done that)."""
+    """Return a model of two layers and two levels, compiled only on a GPU: `compiled_blocks` covers the CPU."""
     args = dataclasses.replace(get_flavor("debug" if settings.tiny else "llama3_2_1b"), num_layers=2, vocab_size=4096)
     config = base_config(settings, compiled=settings.device_type == "cuda")
     low, high = (64, 128) if settings.tiny else (4096, 16384)
@@ -210,7 +210,7 @@ def _small_run(settings: Settings) -> tuple[ModelArgs, JobConfig]:
 
 
 def _batches(args: ModelArgs, config: JobConfig, device: torch.device) -> list[PackedBatch]:
-    """One batch of each level."""
+    """Return one batch per level."""
     batches = []
     for index, level in enumerate(config.levels):
         lengths = DocumentLengths(level.max_tokens // 10).lengths(level.max_tokens, seed=index)
@@ -219,7 +219,7 @@ def _batches(args: ModelArgs, config: JobConfig, device: torch.device) -> list[P
 
 
 def _step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """An optimizer step over `batches`; returns the losses that the device computes, unread."""
+    """Run an optimizer step over `batches`; return the losses and the norm, still on the device."""
     losses = [engine.forward_backward(batch) for batch in batches]
     norm = clip_grad_norm(engine.model, 1.0)
     step_unless(optimizer, torch.zeros((), device=norm.device))
@@ -228,7 +228,7 @@ def _step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[Pa
 
 
 def synchronizations(settings: Settings) -> Found:
-    """Where the host waits for the device during an optimizer step of a dense model over two levels."""
+    """Find where the host waits for the device during an optimizer step of a dense model over two levels."""
     args, config = _small_run(settings)
     with one_rank(settings) as world:
         engine = Engine(config, args, world)
@@ -237,7 +237,7 @@ def synchronizations(settings: Settings) -> Found:
         for _ in range(2):
             _step(engine, optimizer, batches)
         if settings.device_type != "cuda":
-            return Found(skipped="the host waits for a GPU only; the step itself ran")
+            return Found(skipped="synchronizations exist only with a GPU; the step itself ran")
         with _recorded_synchronizations() as places:
             _step(engine, optimizer, batches)
     counts = collections.Counter(places).most_common()
@@ -251,7 +251,7 @@ def synchronizations(settings: Settings) -> Found:
 
 @contextmanager
 def _recorded_synchronizations() -> Iterator[list[str]]:
-    """Collect the place of every synchronization in the body: the innermost line of ours and the innermost of all."""
+    """Collect the place of every synchronization in the body: our innermost line and the innermost of all."""
     places: list[str] = []
 
     def record(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
@@ -274,10 +274,10 @@ def _recorded_synchronizations() -> Iterator[list[str]]:
 
 
 def deterministic(settings: Settings) -> Found:
-    """Two runs of three optimizer steps in deterministic mode: parameters, losses and norms are equal bit for bit."""
+    """Check that two runs of three steps in deterministic mode are bit-identical: parameters, losses and norms."""
     args, config = _small_run(settings)
     config.training.deterministic = True
-    # Before the first matrix product of the process: cuBLAS reads its workspace then.
+    # Before the first matrix product of the process, when cuBLAS reads its workspace setting.
     set_determinism(0, deterministic=True)
     with one_rank(settings) as world:
         first, second = (_train(args, config, world) for _ in range(2))
@@ -287,7 +287,7 @@ def deterministic(settings: Settings) -> Found:
 
 
 def _train(args: ModelArgs, config: JobConfig, world: World) -> dict[str, Tensor]:
-    """Every parameter, and the losses and norms of each step, after a run from new weights."""
+    """Return every parameter, and the losses and norm of each step, of a run from new weights."""
     torch._dynamo.reset()
     engine = Engine(config, args, world)
     optimizer = build_optimizer(engine.model, config.optimizer)

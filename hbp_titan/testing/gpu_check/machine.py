@@ -1,6 +1,6 @@
-"""Steps of the GPU check about the machine and whole commands: environment, equivalence, a training run, the gpu tests.
+"""Steps of the GPU check on the machine and whole commands: environment, equivalence, a training run, the GPU tests.
 
-Owns the facts that every figure of the report rests on, and the steps that run what users run.
+Owns the facts about the machine that all figures of the report depend on, and the steps that run what users run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "triton", "transformers", "torchdata", "numpy", "safetensor
 
 
 def environment(settings: Settings) -> Found:
-    """Versions, device, memory, clocks and the attention kernels that are there."""
+    """Report versions, device, memory, clocks and installed attention kernels."""
     rows = [["python", platform.python_version()], ["code", _commit()]]
     rows += [[name, _version(name)] for name in PACKAGES]
     problems = []
@@ -51,14 +51,14 @@ def environment(settings: Settings) -> Found:
         rows += _gpu_rows()
         summary = f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, torch {torch.__version__}"
         if shutil.which("gcc") is None and shutil.which("cc") is None:
-            problems.append("no C compiler (gcc): triton cannot build its launchers, compiled blocks will fail")
+            problems.append("no C compiler, which triton needs to build its launchers; install gcc")
     else:
         pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         rows += [["device", f"{platform.machine()} CPU, {os.cpu_count()} cores, {pages / 2**30:.0f} GiB"]]
         summary = f"CPU, torch {torch.__version__}"
     backend = choose_backend("auto", torch.device(settings.device_type), head_dim=128)
     rows += [[f"kernel {name}", missing(name) or "installed"] for name in ("fa2", "fa3", "fa4")]
-    rows += [["kernel that auto takes", backend]]
+    rows += [["kernel selected by auto", backend]]
     return Found(f"{summary}, attention {backend}", [_facts(rows)], dict(rows), problems)
 
 
@@ -87,8 +87,8 @@ def _gpu_rows() -> list[list[str]]:
         ["memory", f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"],
         ["CUDA of torch", str(torch.version.cuda)],
         ["NCCL", ".".join(map(str, torch.cuda.nccl.version()))],
-        ["peak for MFU", f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known: no MFU"],
-        ["hardware table", hardware.name if hardware else "not known: no comparison of times"],
+        ["peak for MFU", f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown, no MFU"],
+        ["hardware table", hardware.name if hardware else "unknown, no comparison of times"],
         ["C compiler", shutil.which("gcc") or shutil.which("cc") or "none"],
     ]
     query = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "persistence_mode")
@@ -100,14 +100,14 @@ def _nvidia_smi(query: tuple[str, ...]) -> list[str]:
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        return [f"not known ({type(error).__name__})"] * len(query)
+        return [f"unknown ({type(error).__name__})"] * len(query)
     return [value.strip() for value in text.strip().split(",")]
 
 
 def gpu_tests(settings: Settings) -> Found:
-    """`pytest -m gpu` on the files that have such tests."""
+    """Run `pytest -m gpu` on the files that have such tests."""
     if settings.device_type != "cuda":
-        return Found(skipped="the tests marked gpu need a GPU")
+        return Found(skipped="tests marked gpu need a GPU")
     folder = ROOT / "tests"
     if not folder.is_dir() or importlib.util.find_spec("pytest") is None:
         return Found(skipped="needs a checkout with tests/, and pytest")
@@ -121,8 +121,8 @@ def gpu_tests(settings: Settings) -> Found:
 
 
 def _test_report(xml: str, code: int) -> Found:
-    """Of pytest's junit file: one row per test."""
-    # Written by our own pytest a moment ago.
+    """Return the result of pytest's junit file, one row per test."""
+    # Safe to parse: our own pytest wrote it.
     from xml.etree import ElementTree
 
     rows, failed = [], []
@@ -138,9 +138,9 @@ def _test_report(xml: str, code: int) -> Found:
 
 
 def equivalence(settings: Settings) -> Found:
-    """levels/verify.py in bfloat16: one rank, and on several GPUs all of them, controls included."""
+    """Run the equivalence check in bfloat16 with controls, on one rank and on all GPUs."""
     on_gpu = settings.device_type == "cuda"
-    # A head as wide as real models', where the kernels are those of real models; few parameters.
+    # On a GPU the head width of real models, so that their kernels run, but few parameters.
     heads = {"head_dim": 128, "num_heads": 8, "num_kv_heads": 2, "hidden_size": 512} if on_gpu else {}
     args = dataclasses.replace(get_flavor("debug"), num_layers=2, **heads)  # type: ignore[arg-type]
     levels = (Level(64), Level(256, 8)) if settings.tiny else (Level(512), Level(4096, 8))
@@ -149,7 +149,7 @@ def equivalence(settings: Settings) -> Found:
     lengths = np.append(np.clip(rng.lognormal(np.log(longest / 16), 1.0, 15).astype(int), 8, longest), longest)
     samples = Samples(RandomSamples(lengths, args.vocab_size, seed=0), range(len(lengths)))
     config = JobConfig()
-    # The code that is compiled is the same; on a CPU inductor's compiler takes longer than all cases together.
+    # On a CPU inductor takes longer than all cases together, and aot_eager traces the same code.
     config.compile.backend = "inductor" if on_gpu else "aot_eager"
     sizes = sorted({1, torch.cuda.device_count()}) if on_gpu else [1]
     results = [*verify(config, args, build_cases(levels, sizes, args), samples, settings.device_type, "bfloat16")]
@@ -167,7 +167,10 @@ def equivalence(settings: Settings) -> Found:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """The training run. layers: of `flavor`; lengths: max_tokens of the two levels; rows: of the training file."""
+    """Shape of the training run.
+
+    lengths: max_tokens of the two levels. rows: of the training file. words: median per row, and maximum.
+    """
 
     flavor: str
     layers: int
@@ -182,11 +185,11 @@ _WORDS = ["the", "level", "pack", "rank", "token", "length", "short", "long", "c
 
 
 def training_run(settings: Settings) -> Found:
-    """The trainer under torchrun on all GPUs: 20 steps over two levels; killed after a save, resumed, exported."""
+    """Train under torchrun on all GPUs: 20 steps over two levels, killed after a save, resumed and exported."""
     deadline = time.monotonic() + settings.seconds - 5
     shape = _Shape("debug", 2, (64, 256), 160, (5, 40))
     if not settings.tiny:
-        # Few layers: a checkpoint with AdamW's state is 6 GB instead of 15.
+        # Few layers, because a checkpoint with AdamW's state is 6 GB instead of 15.
         shape = _Shape("llama3_2_1b", 4, (4096, 16384), 800, (100, 1200))
     ranks = torch.cuda.device_count() if settings.device_type == "cuda" else 2
     folder = settings.folder / "training_run"
@@ -200,7 +203,7 @@ def training_run(settings: Settings) -> Found:
     try:
         reached = _wait_for(lambda: saved.is_dir() and _steps(folder) > SAVE_EVERY, first, deadline)
     finally:
-        # As a node that loses power: nothing of the run gets to clean up.
+        # As when a node loses power: no process can clean up.
         end_group(first)
     killed_at, first_seconds = _steps(folder), time.monotonic() - started
     if not reached:
@@ -212,24 +215,24 @@ def training_run(settings: Settings) -> Found:
     finally:
         end_group(second)
     if not ended or second.returncode:
-        return Found(problems=[f"the resumed run did not end well: {_tail(folder / 'second.log')}"])
+        return Found(problems=[f"the resumed run failed: {_tail(folder / 'second.log')}"])
     found = _judge_run(folder, args, killed_at)
     found.tables[0].rows += [
         ["seconds until the kill, from the start", f"{first_seconds:.1f}"],
         ["seconds of the resumed run", f"{time.monotonic() - started:.1f}"],
     ]
-    # Many gigabytes, and nothing reads them any more.
+    # Many gigabytes that are not needed any more.
     shutil.rmtree(folder / "run" / "checkpoint", ignore_errors=True)
     shutil.rmtree(folder / "run" / "hf", ignore_errors=True)
     return found
 
 
 def _training_command(folder: Path, args: ModelArgs, shape: _Shape, ranks: int, settings: Settings) -> list[str]:
-    """Write rows, tokenizer and model configuration; the command that trains on them."""
+    """Write rows, tokenizer and model configuration; return the command that trains on them."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     counts = np.clip(rng.lognormal(np.log(shape.words[0] * 2), 1.0, shape.rows).astype(int), 4, shape.words[1])
-    # Some samples that only the larger level holds.
+    # Some samples that only the larger level can hold.
     counts[::20] = int(shape.lengths[1] * 0.4)
     texts = [" ".join(rng.choice(_WORDS, size=count)) for count in counts]
     rows = [{"messages": [{"role": "user", "content": "go on"}, {"role": "assistant", "content": t}]} for t in texts]
@@ -266,7 +269,7 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait_for(done: Any, process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether `done()` became true before the process ended or the deadline passed."""
+    """Return whether `done()` became true before the process ended or the deadline passed."""
     while time.monotonic() < deadline:
         if done():
             return True
@@ -291,7 +294,7 @@ def _tail(log: Path) -> str:
 
 
 def _judge_run(folder: Path, args: ModelArgs, killed_at: int) -> Found:
-    """What metrics.jsonl and the exported folder say of the whole run."""
+    """Return the result of the whole run from metrics.jsonl and the exported folder."""
     rows = {row["step"]: row for row in _metrics(folder) if "loss" in row}
     losses = [float(rows[step]["loss"]) for step in sorted(rows)]
     levels = sorted({str(row["level"]) for row in rows.values()})
@@ -307,7 +310,7 @@ def _judge_run(folder: Path, args: ModelArgs, killed_at: int) -> Found:
             (f"the loss did not fall: {losses[:1]} to {losses[-1:]}", losses[-1] >= losses[0]),
             ("the second start did not resume", not resumed),
             ("the exported norm is wrong", norm.shape != (args.hidden_size,) or not bool(norm.isfinite().all())),
-            ("the exported weights are the first ones", bool((norm == 1).all())),
+            ("the exported weights are the initial ones", bool((norm == 1).all())),
         )
         if wrong
     ]

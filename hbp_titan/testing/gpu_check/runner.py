@@ -1,16 +1,14 @@
-"""The GPU check: its steps, each in a process of its own with a time limit, and the report of them.
+"""GPU check: steps in separate processes with time limits, and their report.
 
     python scripts/gpu_check.py --out gpu_check                      one GPU or more, at most 8 minutes
     python scripts/gpu_check.py --device cpu --tiny --out gpu_check  the same steps on a CPU with tiny shapes
 
-Prints each step as it ends; steps that do not measure run side by side where there are cores. Writes report.md,
-report.json and the output of each step (NAME.log) into the folder; the report is written again after every step, so
-that a check that is stopped leaves what it found. A step that fails, crashes or exceeds its limit is FAIL, and the
-others run: a CUDA error cannot spread over processes. A step for which there is no time left, or nothing to run on this
-machine, is SKIP with its reason. The exit code is 1 if any step is FAIL.
+Prints each step when it ends and writes report.md, report.json and the output of each step (NAME.log) into the folder,
+again after every step, so that an interrupted check leaves its results. A step that fails, crashes or exceeds its limit
+is FAIL and the others run: a CUDA error cannot spread over processes. A step without remaining time, or that does not
+apply to this machine, is SKIP with its reason. The exit code is 1 if any step is FAIL.
 
-No network is used. What the machine lacks comes from a folder of wheels that scripts/fill_wheels.sh fills beforehand on
-a machine with network:
+No network is used. Missing packages come from a folder of wheels, filled by scripts/fill_wheels.sh on another machine:
 
     scripts/fill_wheels.sh wheels 3.12                               torchdata, for Python 3.12 on Linux x86-64
     pip install --no-index --no-deps --target site wheels/*.whl      on the machine with the GPU
@@ -37,17 +35,19 @@ from pathlib import Path
 from typing import Any
 
 from hbp_titan.experiments.soak import kill_tree
+from hbp_titan.utils import atomic_write
 
 ROOT = Path(__file__).resolve().parents[3]
-SHORTEST_STEP_SECONDS = 5.0
-"""With less time left a step is not started."""
+MIN_STEP_SECONDS = 5.0
+"""A step is not started with less time left."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step reads. seconds: its time limit, which a step with much to measure plans with.
+    """Input of a step.
 
-    tiny: shapes that a CPU runs in a second. folder: of the report; steps write below it.
+    tiny: use shapes that a CPU runs in a second. folder: of the report; steps write into it. seconds: the time limit,
+    by which a step with many measurements plans.
     """
 
     device_type: str
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass
 class Table:
-    """A table of the report; every cell is text."""
+    """A table of the report; all cells are text."""
 
     title: str
     columns: list[str]
@@ -67,9 +67,9 @@ class Table:
 
 @dataclass
 class Found:
-    """What a step returns. summary: one line. details: for report.json. problems: each makes the step FAIL.
+    """Result of a step's function.
 
-    skipped: why there was nothing to run; makes the step SKIP.
+    summary: one line. details: for report.json. problems: any makes the step FAIL. skipped: the reason, makes it SKIP.
     """
 
     summary: str = ""
@@ -86,10 +86,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Step:
-    """function: "module:name" below hbp_titan.testing.gpu_check, imported only in the step's own process.
+    """One step.
 
-    phase: those of 1 find errors and may run side by side; those of 2 measure, and have the machine to themselves on a
-    GPU; those of 3 read what others measured.
+    function: "module:name" below hbp_titan.testing.gpu_check, imported only in the step's own process. phase: 1 looks
+    for errors and may run concurrently; 2 measures and on a GPU has the machine to itself; 3 reads measurements.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Step:
     phase: int = 1
 
 
-# In each phase in the order of their importance: what has no time left at the end is what matters least.
+# By importance within each phase: the least important steps are skipped when time runs out.
 STEPS = (
     Step("environment", "Environment", "machine:environment", 60),
     Step("blocks", "Compiled blocks against an fp32 reference", "blocks:compiled_blocks", 150),
@@ -117,7 +117,7 @@ STEPS = (
 
 @dataclass
 class Result:
-    """One row of the report."""
+    """One step of the report."""
 
     step: Step
     found: Found
@@ -125,7 +125,7 @@ class Result:
 
 
 def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
-    """Run one step in a process of its own; a crash or a step beyond its limit is a Found with that problem."""
+    """Run one step in a separate process; a crash or a timeout becomes a Found with that problem."""
     log, out = settings.folder / f"{step.name}.log", settings.folder / f"{step.name}.json"
     out.unlink(missing_ok=True)
     words = ["--step", step.name, "--json", str(out), "--device", settings.device_type, "--out", str(settings.folder)]
@@ -138,7 +138,7 @@ def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
             env=step_environment(settings.device_type),
             stdout=output,
             stderr=subprocess.STDOUT,
-            # A group of its own: what the step itself started ends with it.
+            # A separate process group, so that the step's own processes can be ended with it.
             start_new_session=True,
         )
         try:
@@ -154,18 +154,18 @@ def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
 
 
 def step_environment(device_type: str) -> dict[str, str]:
-    """The environment of a step: this code is found, and the allocator is set as run_train.sh sets it."""
+    """Return the environment of a step: this code on the path, and run_train.sh's allocator settings."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     defaults = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if device_type == "cpu":
-        # Steps share the cores; a GPU that is there is hidden.
+        # Steps share the cores, and GPUs are hidden.
         defaults["OMP_NUM_THREADS"] = "1"
         return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
     return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def parallel_steps(phase: int, device_type: str) -> int:
-    """How many steps of a phase run at one time: they need cores for imports and compilation more than the GPU."""
+    """Return how many steps of a phase run concurrently; imports and compilation need cores more than the GPU."""
     cores = os.cpu_count() or 1
     if device_type == "cpu":
         return min(2, cores)
@@ -174,7 +174,7 @@ def parallel_steps(phase: int, device_type: str) -> int:
 
 def end_group(process: subprocess.Popen[Any]) -> None:
     """Kill the process and everything that it started, and wait for it."""
-    # torchrun gives each rank a session of its own, which a signal to the group misses.
+    # torchrun starts each rank in its own session, which a signal to the group does not reach.
     kill_tree(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -182,7 +182,7 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 
 def _reason(code: int | None, limit: float, log: Path) -> str:
-    """Why a step left no result."""
+    """Return why a step left no result."""
     if code is None:
         return f"ran longer than its limit of {limit:.3g} s (see {log.name})"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -194,16 +194,16 @@ def _found_of(values: dict[str, Any]) -> Found:
     return Found(**{**values, "tables": [Table(**table) for table in values["tables"]]})
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 
 def run_steps(
-    steps: Sequence[Step], settings: Settings, minutes: float, failing: str = "", say: Callable[[str], None] = _say
+    steps: Sequence[Step], settings: Settings, minutes: float, failing: str = "", say: Callable[[str], None] = _print
 ) -> list[Result]:
-    """Run the steps, phase by phase, within `minutes`, and write the report after each; results in their order.
+    """Run the steps phase by phase within `minutes`, write the report after each, and return results in order.
 
-    settings.seconds does not count. failing: name of a step that is made to fail.
+    settings.seconds is ignored. failing: name of a step that is made to fail.
     """
     deadline = time.monotonic() + 60 * minutes
     results: dict[str, Result] = {}
@@ -211,8 +211,8 @@ def run_steps(
 
     def work(step: Step) -> None:
         left = deadline - time.monotonic()
-        if left < SHORTEST_STEP_SECONDS:
-            result = Result(step, Found(skipped=f"no time left of {minutes:g} minutes"), 0.0)
+        if left < MIN_STEP_SECONDS:
+            result = Result(step, Found(skipped=f"no time left in {minutes:g} minutes"), 0.0)
         else:
             limit = min(step.limit_seconds, left)
             result = run_step(step, dataclasses.replace(settings, seconds=limit), step.name == failing)
@@ -223,7 +223,7 @@ def run_steps(
 
     for phase in sorted({step.phase for step in steps}):
         with ThreadPoolExecutor(parallel_steps(phase, settings.device_type)) as pool:
-            # list: an exception in a thread is raised here.
+            # list() raises exceptions of the threads here.
             list(pool.map(work, [step for step in steps if step.phase == phase]))
     return [results[step.name] for step in steps]
 
@@ -233,7 +233,7 @@ def _words(found: Found) -> str:
 
 
 def write_report(results: Sequence[Result], settings: Settings) -> None:
-    """report.json and report.md of the steps that have ended."""
+    """Write report.json and report.md of the steps that have ended."""
     steps = [
         {
             "name": result.step.name,
@@ -245,12 +245,12 @@ def write_report(results: Sequence[Result], settings: Settings) -> None:
         for result in results
     ]
     values = {"device": settings.device_type, "tiny": settings.tiny, "steps": steps}
-    _write(settings.folder / "report.json", json.dumps(values, indent=1) + "\n")
-    _write(settings.folder / "report.md", markdown(results))
+    atomic_write(settings.folder / "report.json", json.dumps(values, indent=1) + "\n")
+    atomic_write(settings.folder / "report.md", markdown(results))
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The report as Markdown: one row per step, then the tables of each."""
+    """Return the report as Markdown: one row per step, then the tables of each."""
     rows = [
         [result.step.title, result.found.verdict, f"{result.seconds:.1f}", _words(result.found)] for result in results
     ]
@@ -268,14 +268,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)]
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run the check, or one step of it; returns the exit code."""
+    """Run the check, or one step of it, from the command line; return the exit code."""
     options = parse(argv)
     settings = Settings(options.device, options.tiny, options.out.absolute(), options.seconds)
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -289,16 +283,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ValueError for a step that does not exist."""
+    """Return the parsed command line; raise ValueError for an unknown step."""
     parser = argparse.ArgumentParser(
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the report [gpu_check]")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="[cuda]")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: for a CPU, or to try the check itself")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole check; the rest is skipped [8]")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU or to test the check itself")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="limit of the whole check; other steps are skipped [8]"
+    )
     parser.add_argument("--steps", default="", help=f"only these, by commas [{','.join(s.name for s in STEPS)}]")
-    parser.add_argument("--fail", default="", metavar="STEP", help="make this step fail, to see what the report says")
+    parser.add_argument("--fail", default="", metavar="STEP", help="make this step fail, to test the report")
     parser.add_argument("--step", default="", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
@@ -316,10 +312,10 @@ def _named(name: str) -> Step:
 
 
 def _run_here(step: Step, settings: Settings, out: Path, fails: bool) -> int:
-    """Run one step in this process and write what it found; exceptions end the process."""
+    """Run one step in this process and write its result; exceptions end the process."""
     if fails:
         raise RuntimeError(f"{step.name} was made to fail (--fail)")
     module, _, name = step.function.partition(":")
     found: Found = getattr(importlib.import_module(f"hbp_titan.testing.gpu_check.{module}"), name)(settings)
-    _write(out, json.dumps(dataclasses.asdict(found)) + "\n")
+    atomic_write(out, json.dumps(dataclasses.asdict(found)) + "\n")
     return 0

@@ -1,7 +1,6 @@
-"""Steps of the GPU check that measure: attention calls, tokens/s and memory, estimates, transformers next to us.
+"""Steps of the GPU check that measure: attention calls, tokens/s with MFU and memory, estimates, transformers.
 
-Owns which rows are measured, in the order of their importance, and when a figure is a failure. The measurements are
-those of hbp_titan/benchmark; here they run on one rank.
+Owns the rows, their order of importance, and the budget of time by which rows are skipped.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ ONE = DocumentLengths(0)
 """One document that fills the pack."""
 
 
-# --- attention by the arguments of its calls ------------------------------------------------------------------------
+# Attention calls
 
 
 def varlen(settings: Settings) -> Found:
-    """Forward and backward of one pack's attention: with its capacity as max_seqlen, with real lengths, in groups."""
+    """Time the attention of one pack called with its capacity as max_seqlen, with real lengths, and in groups."""
     device = torch.device(settings.device_type)
     tokens, heads, kv_heads, width, slots = (512, 4, 2, 16, 32) if settings.tiny else (16384, 32, 8, 128, 144)
     repeats = 2 if settings.tiny else 10
@@ -78,7 +77,9 @@ def varlen(settings: Settings) -> Found:
             ratio = seconds["capacity"] / seconds[name]
             rows.append([backend, name, str(len(documents.groups)), str(blocks), f"{1e3 * seconds[name]:.2f}"])
             rows[-1] += [f"{ratio:.2f}", f"{difference:.1e}"]
-            problems += [f"{backend}: {name} differs by {difference:.1e}"] if difference > _same(dtype) else []
+            problems += (
+                [f"{backend}: {name} differs by {difference:.1e}"] if difference > _allowed_difference(dtype) else []
+            )
         details[backend] = seconds
         if device.type == "cuda" and min(seconds["real lengths"], seconds["grouped"]) > 1.05 * seconds["capacity"]:
             problems.append(f"{backend}: real lengths are not faster than the capacity")
@@ -91,7 +92,7 @@ def varlen(settings: Settings) -> Found:
 
 
 def argument_forms(lengths: np.ndarray, tokens: int, slots: int, device: torch.device) -> dict[str, Documents]:
-    """The same documents as kernels may be called: padded to `slots` with max_seqlen `tokens`; as they are; grouped."""
+    """Return the same documents padded to `slots` with max_seqlen `tokens`, as one group, and in several groups."""
     grouped = pack_documents(lengths, device=device)
     whole = grouped.whole
     ends = F.pad(whole.cu_seqlens_q, (0, max(slots + 1 - len(whole.cu_seqlens_q), 0)), value=tokens)
@@ -104,20 +105,20 @@ def argument_forms(lengths: np.ndarray, tokens: int, slots: int, device: torch.d
 
 
 def _attend(qkv: Sequence[Tensor], documents: Documents) -> Tensor:
-    """Forward and backward; returns output and gradients in one tensor."""
+    """Run forward and backward; return output and gradients as one tensor."""
     q_TND, k_TKD, v_TKD = qkv
     output = varlen_attention(q_TND, k_TKD, v_TKD, documents)
     grads = torch.autograd.grad(output, qkv, torch.ones_like(output))
     return torch.cat([x.detach().flatten().float() for x in (output, *grads)])
 
 
-def _same(dtype: torch.dtype) -> float:
-    # Sums of a thousand terms of size 1 in one order or another.
+def _allowed_difference(dtype: torch.dtype) -> float:
+    # Thousands of terms of size 1, summed in different orders.
     return 0.1 if dtype == torch.bfloat16 else 1e-3
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of `work()`, the device's work included."""
+    """Return the seconds of `work()`, including the device's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -127,12 +128,12 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-# --- tokens/s, MFU and memory ---------------------------------------------------------------------------------------
+# Tokens/s, MFU and memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is measured: one level of one model. target: the MFU that is asked for, 0 for none."""
+    """One level of one model to measure. target: the required MFU, 0 for none."""
 
     flavor: str
     compiled: bool
@@ -143,7 +144,7 @@ class Row:
 
 
 def throughput_rows(tiny: bool) -> list[Row]:
-    """The rows, the most important first."""
+    """Return the rows, the most important first."""
     if tiny:
         return [Row("debug", c, t, p, DocumentLengths(40)) for c, t, p in _TINY_ROWS]
     large, small = "llama3_1_8b", "llama3_2_1b"
@@ -169,18 +170,18 @@ def throughput_rows(tiny: bool) -> list[Row]:
 
 _TINY_ROWS = ((True, 256, "none"), (True, 256, "keep_attention"), (False, 256, "full"), (False, 512, "full"))
 COMPILE_SECONDS = 25.0
-"""Taken for a new length of a compiled model when the time left is weighed."""
+"""Assumed compile time of a new length, for the time budget."""
 START_SECONDS = 15.0
-"""The same for a new model."""
+"""Assumed start-up time of a new model."""
 REPEATS = 2
 LONG_SECONDS = 3.0
-"""An iteration that is predicted to take longer is timed once."""
-TOGETHER = 10
-"""So many rows at the top of the list are as good as equally important: those of one engine are measured together."""
+"""A micro-batch that is predicted to take longer is timed once."""
+GROUP_WINDOW = 10
+"""Among this many rows at the top of the list, those of one engine are measured together."""
 
 
 def throughput(settings: Settings) -> Found:
-    """Rows in the order of their importance until the step's time is used up; models share rows of one engine."""
+    """Measure rows by importance until the step's time is used up; rows of one engine are grouped."""
     deadline = time.monotonic() + settings.seconds - 10
     found: list[tuple[Row, Measurement]] = []
     skipped: list[str] = []
@@ -189,14 +190,14 @@ def throughput(settings: Settings) -> Found:
         rows = throughput_rows(settings.tiny)
         while rows:
             engine = (rows[0].flavor, rows[0].compiled)
-            group = [row for row in rows[:TOGETHER] if (row.flavor, row.compiled) == engine]
+            group = [row for row in rows[:GROUP_WINDOW] if (row.flavor, row.compiled) == engine]
             rows = [row for row in rows if row not in group]
-            measured, left_out = _measure_group(group, layers[engine[0]], settings, world, deadline)
+            measured, no_time = _measure_group(group, layers[engine[0]], settings, world, deadline)
             found += measured
-            skipped += left_out
+            skipped += no_time
     peak = peak_flops(world.device)
     table = Table("measured", _COLUMNS, [_cells(row, measurement, peak) for row, measurement in found])
-    tables = [table, *([Table("skipped for want of time", ["row"], [[text] for text in skipped])] if skipped else [])]
+    tables = [table, *([Table("skipped, out of time", ["row"], [[text] for text in skipped])] if skipped else [])]
     fits = [measurement for _, measurement in found if measurement.fits]
     problems = [] if fits else ["no row could be measured"]
     details = {"measurements": [dataclasses.asdict(measurement) for _, measurement in found]}
@@ -205,7 +206,7 @@ def throughput(settings: Settings) -> Found:
 
 
 def fitting_layers(flavor: str, settings: Settings, world: World) -> int:
-    """The most layers, of a few choices, with which every target row and each row at 16K fit by the estimate."""
+    """Return the most layers, of a few choices, with which the ten most important rows fit by the estimate."""
     args = get_flavor(flavor)
     hardware = hardware_of(world.device)
     if settings.tiny or hardware is None:
@@ -215,14 +216,14 @@ def fitting_layers(flavor: str, settings: Settings, world: World) -> int:
     for layers in choices:
         shape = dataclasses.replace(args, num_layers=layers)
         peaks = [estimated_peak(shape, Level(row.max_tokens, ac_policy=row.policy), settings) for row in rows]
-        # The estimate leaves no room for fragments.
+        # The estimate does not include fragmentation.
         if max(peaks) <= 0.9 * usable_bytes(hardware):
             return layers
     return choices[-1]
 
 
 def estimated_peak(args: ModelArgs, level: Level, settings: Settings, compiled: bool = True) -> int:
-    """Bytes of an iteration without AdamW's state, which these measurements do not hold."""
+    """Return the bytes of a micro-batch without AdamW's state, which these measurements do not hold."""
     config = base_config(settings, compiled=compiled)
     peak = estimate_memory(args, level, config, 1, device_type=settings.device_type).peak_bytes
     return peak - 2 * 4 * num_params(args)
@@ -231,7 +232,7 @@ def estimated_peak(args: ModelArgs, level: Level, settings: Settings, compiled: 
 def _measure_group(
     rows: Sequence[Row], layers: int, settings: Settings, world: World, deadline: float
 ) -> tuple[list[tuple[Row, Measurement]], list[str]]:
-    """Rows of one engine. Returns what was measured, and the names of rows for which no time was left."""
+    """Measure rows of one engine; return the measurements, and the names of rows without remaining time."""
     args = dataclasses.replace(get_flavor(rows[0].flavor), num_layers=layers)
     lengths = tuple(Level(tokens) for tokens in sorted({row.max_tokens for row in rows}))
     policies = tuple(dict.fromkeys((row.policy, None) for row in rows))
@@ -263,7 +264,7 @@ def _measure_group(
 def predicted_seconds(
     args: ModelArgs, level: Level, documents: DocumentLengths, settings: Settings, world: World
 ) -> float:
-    """One iteration by the time model, on the hardware that is there or, where it is not known, an H100."""
+    """Return the time of a micro-batch by the time model, on this hardware or, if unknown, on an H100."""
     hardware = hardware_of(world.device) or HARDWARE["h100-80gb"]
     lengths = documents.lengths(level.max_tokens, seed=0).astype(float)
     loads = np.array([[1.0, float((lengths - 1).sum()), float((lengths**2).sum()), float(len(lengths))]])
@@ -291,7 +292,7 @@ def _cells(row: Row, found: Measurement, peak: float | None) -> list[str]:
 
 
 def _targets(found: Sequence[tuple[Row, Measurement]], peak: float | None) -> str:
-    """How the rows with a target compare with it."""
+    """Return how the rows with a target compare with it."""
     parts = []
     for row, measurement in found:
         if row.target and peak and measurement.fits:
@@ -301,18 +302,18 @@ def _targets(found: Sequence[tuple[Row, Measurement]], peak: float | None) -> st
     return ", ".join(parts) or "no row with a target for MFU"
 
 
-# --- estimates ------------------------------------------------------------------------------------------------------
+# Estimates
 
-MOST_ABOVE_ESTIMATE = 1.05
-"""A level that needs more than so many times its estimate would run out of memory where it was said to fit."""
+MAX_MEMORY_RATIO = 1.05
+"""Above this ratio of measured to estimated memory, a level that fits by the estimate could run out of memory."""
 
 
 def estimates(settings: Settings) -> Found:
-    """Every row that `throughput` measured next to the memory estimate and the time model."""
+    """Compare every row that `throughput` measured with the memory estimate and the time model."""
     path = settings.folder / "throughput.json"
     measurements = _measurements(path)
     if not measurements:
-        return Found(skipped="the step throughput left no measurement")
+        return Found(skipped="no measurement by the step throughput")
     device = torch.device(settings.device_type)
     known = hardware_of(device) is not None
     world, rows, problems, ratios = World(0, 1, device), [], [], []
@@ -329,7 +330,7 @@ def estimates(settings: Settings) -> Found:
         name += ", compiled" if found.compile else ""
         rows.append([name, f"{found.peak_bytes / 2**30:.3g}", f"{bytes_ / 2**30:.3g}", f"{memory:.2f}"])
         rows[-1] += [f"{taken:.3g}", f"{seconds:.3g}" if known else "-", f"{taken / seconds:.2f}" if known else "-"]
-        if memory > MOST_ABOVE_ESTIMATE and device.type == "cuda":
+        if memory > MAX_MEMORY_RATIO and device.type == "cuda":
             problems.append(f"{name}: {memory:.2f} times the estimated memory")
     columns = ["level", "GiB", "estimate", "ratio", "seconds", "time model", "ratio"]
     summary = f"{len(rows)} rows, memory {min(ratios):.2f} to {max(ratios):.2f} of the estimate"
@@ -337,18 +338,18 @@ def estimates(settings: Settings) -> Found:
 
 
 def _measurements(path: Path) -> list[Measurement]:
-    """What the step throughput measured, where it ended."""
+    """Return the measurements of the step throughput, if it has ended."""
     if not path.exists():
         return []
     values = json.loads(path.read_text(encoding="utf-8"))["details"].get("measurements", [])
     return [found for value in values if (found := Measurement(**value)).fits]
 
 
-# --- transformers ---------------------------------------------------------------------------------------------------
+# Transformers
 
 
 def side_by_side(settings: Settings) -> Found:
-    """The same weights and packs through transformers, in its best form here, and through our engine."""
+    """Time the same weights and packs with transformers, in its fastest form here, and with our engine."""
     try:
         import transformers
     except ImportError as error:
@@ -383,7 +384,7 @@ def side_by_side(settings: Settings) -> Found:
 def _transformers_rows(
     transformers: Any, args: ModelArgs, batch: PackedBatch, dtype: torch.dtype, folder: Path
 ) -> list[tuple[str, float, float]]:
-    """(name, seconds, loss) of each form that runs here; the weights are left in `folder`."""
+    """Return (name, seconds, loss) of each form that runs here; leave the weights in `folder`."""
     config = args_to_hf_config(args)
     with torch.device(batch.input_ids.device):
         torch.manual_seed(0)
@@ -412,7 +413,7 @@ def _transformers_rows(
 
 
 def _packed(model: Any, batch: PackedBatch) -> Tensor:
-    """Mean loss of the whole pack in one call, and its backward."""
+    """Run forward and backward on the whole pack in one call; return the mean loss."""
     model.zero_grad()
     logits = model(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, attention_mask=None
@@ -423,7 +424,7 @@ def _packed(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def _by_document(model: Any, batch: PackedBatch) -> Tensor:
-    """The same, one document in a call."""
+    """Run forward and backward with one call per document; return the mean loss."""
     model.zero_grad()
     total = torch.zeros((), device=batch.input_ids.device)
     lengths = batch.lengths.tolist()
@@ -440,7 +441,7 @@ def _by_document(model: Any, batch: PackedBatch) -> Tensor:
 def _own_row(
     args: ModelArgs, batch: PackedBatch, compiled: bool, settings: Settings, world: World, folder: Path
 ) -> tuple[str, float, float]:
-    """(name, seconds, loss) of our engine on the weights in `folder`."""
+    """Return (name, seconds, loss) of our engine on the weights in `folder`."""
     config = base_config(settings, compiled=compiled)
     config.checkpoint.initial_load_path = str(folder)
     measured = MeasuredEngine(config, args, world, [Level(len(batch.input_ids))], load_weights=True)
