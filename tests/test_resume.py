@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from hbp_titan.components import dcp_storage
-from hbp_titan.components.checkpoint import CheckpointError, completed_checkpoints
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.faults import EXIT_PREEMPTED
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
+from hbp_titan.errors import UserError
 from hbp_titan.experiments.soak import ranks_of
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
@@ -150,7 +151,7 @@ def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int
     if world.rank == 1:
         dcp_storage.write_safetensors = fail
     trainer = Trainer(load_config(argv), world)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         trainer.train()
     return str(caught.value), trainer.step
 

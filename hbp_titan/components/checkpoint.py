@@ -71,10 +71,6 @@ _VERIFY_THREADS = 4
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
-class CheckpointError(UserError):
-    """A checkpoint could not be written; raised on every rank."""
-
-
 class Checkpointer:
     """Saves and loads the trained part of the model, its optimizer, each rank's RNG and the trainer's state.
 
@@ -146,11 +142,13 @@ class Checkpointer:
         try:
             device = next(iter(tensors.values())).device
             if device.type == "cuda":
+                # The current device is per thread.
                 torch.cuda.set_device(device)
             planner = LocalDataPlanner(local)
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group)
             self._write_seconds = time.perf_counter() - started
         except BaseException as error:
+            # Kept for `wait`: an exception in a thread would only be printed.
             if dist.get_rank() == 0:
                 shutil.rmtree(writer.partial, ignore_errors=True)
             self._error = f"{writer.target} was not saved: {_describe(error)}; earlier checkpoints are unchanged"
@@ -166,10 +164,10 @@ class Checkpointer:
         return {} if seconds is None else {"checkpoint_write_seconds": seconds}
 
     def wait(self) -> None:
-        """Return when no save is in flight; raise CheckpointError if the last one failed."""
+        """Return when no save is in flight; raise UserError, on every rank, if the last one failed."""
         self._join()
         if self._error is not None:
-            raise CheckpointError([self._error])
+            raise UserError([self._error])
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -184,11 +182,10 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._join()
+        # If the run failed at a later step, that error is shown; this checkpoint may be complete nevertheless.
         if kind is None:
             self.wait()
-        else:
-            # The run failed at a later step and shows that error; this checkpoint may still become complete.
-            self._join()
         self._staging.close()
 
     def _prune(self) -> None:
@@ -214,6 +211,7 @@ class Checkpointer:
                 if dist.get_rank() == 0:
                     print(f"warning: {path.name} is corrupt; trying the previous checkpoint: {error}", flush=True)
                 continue
+            # Renamed only now: while no checkpoint is loaded, the user may still repair one.
             if dist.get_rank() == 0:
                 for later, _ in corrupt:
                     aside = later.with_name(f"{later.name}.damaged")
@@ -464,7 +462,7 @@ def save_model_tensors(target: Path, tensors: Mapping[str, Tensor], state: dict[
     try:
         _without_group(dcp.save, named, storage_writer=FolderWriter(target, 0, state), planner=LocalDataPlanner(named))
     except CheckpointException as error:
-        raise CheckpointError([f"{target} was not saved: {_describe(error)}"]) from None
+        raise UserError([f"{target} was not saved: {_describe(error)}"]) from None
 
 
 def load_model_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -86,6 +86,9 @@ class _FolderStorage:
     def prepare_local_plan(self, plan: Any) -> Any:
         return plan
 
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
@@ -123,6 +126,7 @@ class FolderWriter(_FolderStorage, StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On rank 0, before any rank writes: create an empty folder and check the free space."""
+        # A killed save of the same step may have left files that this one does not write.
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         needed = sum(item.tensor_storage_size() or 0 for plan in plans for item in plan.items)
@@ -218,9 +222,6 @@ class FolderReader(_FolderStorage, StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[tuple[ReadItem, tuple[int, ...]]]] = {}
         for item in plan.items:
@@ -228,6 +229,7 @@ class FolderReader(_FolderStorage, StorageReader):
             chunks = self.index[item.storage_index.fqn].chunks
             file, shape = next((file, shape) for file, offsets, shape in chunks if offsets == wanted)
             by_file.setdefault(file, []).append((item, shape))
+        # Each file is opened once: headers of large checkpoints take long to parse.
         for file, items in by_file.items():
             try:
                 with safe_open(self.folder / file, framework="pt") as opened:

@@ -63,6 +63,7 @@ def square_norm(model: nn.Module) -> Tensor:
 
     A sum over the world counts each gradient once: the result is 0 on all but the first replica (dp_replicate).
     """
+    # float64, like the other sums with which it is reduced over the ranks in one collective.
     square = torch.nn.utils.get_total_norm(_local_grads(model)).double().square()
     meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     replicated = next((mesh for mesh in meshes if "dp_replicate" in (mesh.mesh_dim_names or ())), None)

@@ -45,6 +45,7 @@ class StepTrace:
         if not config.enable_profiling or not config.first_step <= step <= config.last_step:
             return
         if self._profiler is None:
+            # Not with torch's schedule, which counts steps from the start of the process and not of the run.
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._profiler = profile(activities=activities)
             self._profiler.__enter__()
@@ -72,6 +73,7 @@ def memory_snapshot(config: Profiling, run_folder: Path, rank: int) -> Iterator[
     if not config.enable_memory_snapshot or not torch.cuda.is_available():
         yield
         return
+    # A bounded history: unlimited, it would itself fill the host's memory in a long run.
     torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES)
     try:
         yield

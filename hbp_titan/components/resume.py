@@ -36,20 +36,9 @@ from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
 MISSING = "not recorded"
 PACKAGES = (
-    "torch",
-    "torchdata",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "jinja2",
-    "tensorboard",
-    "tqdm",
-    "triton",
-    "flash-attn",
-    "pyarrow",
-    "zstandard",
-    "pyyaml",
-)
+    "torch", "torchdata", "numpy", "tokenizers", "safetensors", "jinja2", "tensorboard", "tqdm", "triton", "flash-attn",
+    "pyarrow", "zstandard", "pyyaml",
+)  # fmt: skip
 """Packages that affect a run's numbers or read its files."""
 ROOT = Path(hbp_titan.__file__).resolve().parents[1]
 
@@ -97,8 +86,10 @@ class TrainState:
         except ValueError as error:
             raise ValueError(f"cannot resume: {error}; {fix}") from None
         step, sample_log = self.position.step, self.config.dump_folder / SAMPLE_LOG
+        # Without it the audit could not tell what the earlier starts trained.
         if not start_folders(sample_log):
             raise ValueError(f"cannot resume: {sample_log} lacks the samples of steps 1 to {step}; {fix}")
+        # Other ranks, levels or epochs change the number of steps that remain.
         self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
 
@@ -129,6 +120,7 @@ def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str
 
 def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming every difference, if the checkpoint at `path` has other invariants than this run."""
+    # Keys of both sides: one that only one version of the code records is a difference, too.
     differences = [
         f"{name}: {_format(saved.get(name, MISSING))} (checkpoint) vs {_format(own.get(name, MISSING))} (this run)"
         for name in dict.fromkeys([*saved, *own])
@@ -169,16 +161,6 @@ def set_determinism(seed: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def seeds(config: JobConfig) -> dict[str, int]:
-    """Return every seed of a run under its key."""
-    return {
-        "data.seed": config.seed_of("data"),
-        "packing.seed": config.seed_of("packing"),
-        "training.seed": config.training.seed,
-        "training.rng_seed": config.seed_of("rng"),
-    }
-
-
 def record_start(config: JobConfig, step: int, world_size: int, device: torch.device) -> None:
     """Add this start to run.json; called on one rank. step: optimizer steps done before this start."""
     path = config.dump_folder / "run.json"
@@ -190,7 +172,12 @@ def record_start(config: JobConfig, step: int, world_size: int, device: torch.de
             "first_step": step + 1,
             "world_size": world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "seeds": seeds(config),
+            "seeds": {
+                "training.seed": config.training.seed,
+                "data.seed": config.seed_of("data"),
+                "packing.seed": config.seed_of("packing"),
+                "training.rng_seed": config.seed_of("rng"),
+            },
             "deterministic": config.training.deterministic,
             "code": code_version(ROOT),
             "python": platform.python_version(),

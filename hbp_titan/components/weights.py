@@ -70,6 +70,7 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
     """
     model.to_empty(device=device)
     if _is_checkpoint(load_path):
+        # A checkpoint to start from has no adapters (check_load_path).
         base: dict[str, Any] = {n: value for n, value in get_model_state_dict(model).items() if not is_adapter(n)}
         load_model_shards(Path(load_path), base)
     elif load_path:
@@ -122,6 +123,7 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict
     """
     dtype, lora, folder = DTYPES[config.checkpoint.export_dtype], config.lora, config.dump_folder
     base_path = config.checkpoint.initial_load_path
+    # Adapters are small and needed twice; the base is gathered one tensor at a time.
     adapter = dict(_whole_tensors(model, adapters=True))
     tensors = _whole_tensors(model, adapters=False)
     if dist.get_rank() == 0:
@@ -222,6 +224,7 @@ def whole_tensors(step_folder: Path, state: Mapping[str, Any], args: ModelArgs) 
         raise ValueError(
             f"{step_folder}: its adapters belong to {_origin(lora['base'])}, but the base now has {found}; restore it"
         )
+    # After the base was read, whose names are those of the model without adapters.
     apply_lora(model, lora["rank"], lora["alpha"], lora["target_modules"])
     return merged(base.items(), load_model_tensors(step_folder, model), lora["alpha"] / lora["rank"])
 

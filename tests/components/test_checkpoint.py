@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from hbp_titan.components import dcp_storage
-from hbp_titan.components.checkpoint import Checkpointer, CheckpointError, PinnedStaging, completed_checkpoints
+from hbp_titan.components.checkpoint import Checkpointer, PinnedStaging, completed_checkpoints
 from hbp_titan.components.dcp_storage import CorruptCheckpoint, FolderWriter
 from hbp_titan.components.faults import Watchdog
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.world import World
+from hbp_titan.errors import UserError
 from hbp_titan.job_config import Checkpoint
 from hbp_titan.testing.local_ranks import run_distributed
 
@@ -273,7 +274,7 @@ def _fail_on_rank_1(world: World, folder: Path) -> tuple[str, list[str], float]:
         dcp_storage.write_safetensors = disk_is_full
     _save(checkpointer, 2)
     started = time.monotonic()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         checkpointer.wait()
     assert checkpointer.failed
     dist.barrier()
@@ -307,7 +308,7 @@ def test_full_file_system_fails_the_save_with_the_bytes_needed_and_free(
             answers = iter([shutil.disk_usage("/"), shutil.disk_usage(tmp_path)])
             monkeypatch.setattr(shutil, "disk_usage", lambda path: next(answers))
         _save(checkpointer, 2)
-        with pytest.raises(CheckpointError, match=rf"no space for {word}: [\d,]+ bytes needed, 0 free"):
+        with pytest.raises(UserError, match=rf"no space for {word}: [\d,]+ bytes needed, 0 free"):
             checkpointer.wait()
         assert _names(tmp_path) == ["filler", "step-1"]
         filler.unlink()
@@ -333,7 +334,7 @@ def test_save_that_fails_before_its_last_file_is_never_visible(
 
     monkeypatch.setattr(dcp_storage, "write_json", fail_at)
     _save(checkpointer, 2)
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(UserError, match="Input/output error"):
         checkpointer.wait()
     assert visible[-1] == _names(tmp_path) == ["step-1"]
 
