@@ -1,4 +1,4 @@
-"""bfloat16 parameters in forward and backward, fp32 parameters, gradients and optimizer state; and the GPU run."""
+"""bfloat16 parameters in forward and backward; fp32 parameters, gradients and optimizer state; and the GPU run."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
+from tests.runs import ROOT, read_metrics
 from tests.tiny_run import VOCAB_SIZE, write_tiny_run
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [step["loss"] for step in read_metrics(folder)]
 
 
-def _train(world: World, argv: list[str]) -> tuple[set[str], set[str]]:
-    computed: set[str] = set()
-    trainer = Trainer(load_config(argv), world)
-    block = trainer.model.layers[0]
-    block.register_forward_hook(lambda module, inputs, output: computed.add(str(output.dtype)))
-    trainer.train()
-    stored = {str(p.dtype) for p in trainer.model.parameters()}
-    for state in trainer.optimizer.state.values():
-        stored |= {str(state[key].dtype) for key in ("exp_avg", "exp_avg_sq")}
-    return computed, stored
+def _dtypes_each(world: World, runs: list[list[str]]) -> list[tuple[set[str], set[str]]]:
+    """Return, per run, the dtypes of the first block's output and those of parameters and optimizer state."""
+    found = []
+    for argv in runs:
+        computed: set[str] = set()
+        trainer = Trainer(load_config(argv), world)
+        trainer.model.layers[0].register_forward_hook(
+            lambda module, inputs, output, computed=computed: computed.add(str(output.dtype))
+        )
+        trainer.train()
+        stored = {str(p.dtype) for p in trainer.model.parameters()}
+        for state in trainer.optimizer.state.values():
+            stored |= {str(state[key].dtype) for key in ("exp_avg", "exp_avg_sq")}
+        found.append((computed, stored))
+    return found
 
 
 def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
-    dtypes = {}
-    for name in ("float32", "bfloat16"):
-        changed = [*argv, f"--training.mixed_precision_param={name}", f"--job.dump_folder={tmp_path / name}"]
-        dtypes[name] = run_distributed(_train, 2, changed)[0]
-    assert dtypes["bfloat16"] == ({"torch.bfloat16"}, {"torch.float32"})
-    assert dtypes["float32"] == ({"torch.float32"}, {"torch.float32"})
-    expected, found = (_losses(tmp_path / name) for name in ("float32", "bfloat16"))
+    names = ("float32", "bfloat16")
+    runs = [[*argv, f"--training.mixed_precision_param={n}", f"--job.dump_folder={tmp_path / n}"] for n in names]
+    dtypes = run_distributed(_dtypes_each, 2, runs)[0]
+    assert dtypes == [({f"torch.{name}"}, {"torch.float32"}) for name in names]
+    expected, found = (_losses(tmp_path / name) for name in names)
     assert found != expected
     assert found == pytest.approx(expected, rel=0.02)
     assert found[-1] < found[0] - 1

@@ -1,4 +1,4 @@
-"""The SLURM script's own logic, with stand-ins for srun and scontrol that record their calls and run the command."""
+"""The logic of the SLURM script, with stand-ins for srun and scontrol that record their calls and run the command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import audit_faults, differences
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
-from tests.runs import train
+from tests.runs import read_metrics, train, wait_until
 from tests.tiny_run import write_tiny_run
 
 SRUN = """#!/usr/bin/env bash
@@ -56,7 +55,7 @@ def _write(path: Path, text: str) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A checkout whose environment is this one, with SLURM's commands beside it."""
+    """A checkout that uses this environment, with SLURM's commands next to it."""
     root = make_checkout(tmp_path / "repository")
     _write(tmp_path / "bin" / "srun", SRUN)
     _write(tmp_path / "bin" / "scontrol", SCONTROL)
@@ -73,13 +72,12 @@ def _submit(root: Path, *argv: str, nodes: int = 1, **environment: str) -> subpr
         "PATH": f"{root.parent / 'bin'}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    environment = {**os.environ, **slurm, **environment}
-    # As SLURM does: from a copy elsewhere.
+    # SLURM runs a copy of the script in another folder.
     script = shutil.copy(root / "scripts" / "slurm_train.sbatch", root.parent / "slurm_script")
     return subprocess.Popen(
         ["bash", script, *argv],
         cwd=root.parent,
-        env=environment,
+        env={**os.environ, **slurm, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,69 +88,56 @@ def _calls(root: Path) -> list[str]:
     return (root / "calls").read_text().splitlines()
 
 
-def _wait_until(reached: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached():  # type: ignore[operator]
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-# What a run does, whether SLURM warns it, the job's exit code, whether it is queued again.
+SAVED_BUT_LATE = "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait"
+# What the run does, whether SLURM warns it, the job's exit code, whether it is requeued.
 ENDS = {
     "complete": ("mkdir -p run/checkpoint/step-9; exit 0", False, 0, False),
     "preempted": ("echo 'SIGUSR1 step 7' > run/preempted; exit 1", False, 0, True),
     "ended": ("echo 'SIGTERM step 7' > run/preempted; exit 1", False, 1, False),
     "failed": ("mkdir -p run/checkpoint/step-7; exit 1", False, 1, False),
-    "out of time": ("trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait", True, 0, True),
-    "no step in time": ("trap 'exit 138' USR1; mkdir up; sleep 60 & wait", True, 138, False),
-    "out of time at first": (
-        "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait",
-        True,
-        0,
-        True,
-    ),
+    "out of time": (SAVED_BUT_LATE, True, 0, True),
+    "out of time in the first start": (SAVED_BUT_LATE, True, 0, True),
+    "no checkpoint in time": ("trap 'exit 138' USR1; mkdir up; sleep 60 & wait", True, 138, False),
     "complete in time": ("trap 'sleep 0.3; exit 0' USR1; mkdir up; sleep 60 & wait", True, 0, False),
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_job_is_queued_again_when_it_left_for_want_of_time(repository: Path, end: str) -> None:
-    does, warned, code, again = ENDS[end]
-    _write(repository / "run_train.sh", f"#!/usr/bin/env bash\nmkdir -p run\n{does}\n")
+def test_job_is_requeued_if_it_stopped_for_lack_of_time(repository: Path, end: str) -> None:
+    command, warned, code, requeued = ENDS[end]
+    _write(repository / "run_train.sh", f"#!/usr/bin/env bash\nmkdir -p run\n{command}\n")
     _write(repository / "scripts" / "prepare_data.py", "print('prepared')\n")
-    if end != "out of time at first":
-        # Of an earlier start: neither the file nor the checkpoint may count for this one.
+    if end != "out of time in the first start":
+        # Of an earlier start: neither the marker nor the checkpoint may count for this one.
         _write(repository / "run" / "preempted", "SIGUSR1 step 3\n")
         (repository / "run" / "checkpoint" / "step-3").mkdir(parents=True)
     process = _submit(repository, "--job.dump_folder=run")
     if warned:
-        _wait_until((repository / "up").exists, process)
+        wait_until((repository / "up").exists, process)
         process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
-    assert ("scontrol requeue 20077" in _calls(repository)) == again
+    assert ("scontrol requeue 20077" in _calls(repository)) == requeued
     assert ("srun got USR1" in _calls(repository)) == warned
-    assert ("requeued" in output) == again
+    assert ("requeued" in output) == requeued
     assert ("not requeued" in errors) == (code != 0)
 
 
-def test_a_mistake_ends_the_job_before_a_node_starts(repository: Path) -> None:
+def test_user_error_ends_the_job_before_a_node_starts(repository: Path) -> None:
     process = _submit(repository, "--trainin.steps=3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors.strip() == "error: command line: unknown key trainin.steps; did you mean training.steps?"
+    assert "did you mean training.steps?" in errors
     assert not (repository / "calls").exists()
 
 
 @pytest.mark.slow
-def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undisturbed_run(repository: Path) -> None:
+def test_job_of_two_nodes_saves_in_time_is_requeued_and_ends_like_an_undisturbed_run(repository: Path) -> None:
     argv = [*write_tiny_run(repository.parent, num_rows=150), "--training.epochs=2", "--checkpoint.interval=1000"]
     folder, whole = repository.parent / "run", repository.parent / "whole"
     environment = {"NGPU": "1", "CONFIG_FILE": "tiny.toml"}
     process = _submit(repository, *argv, nodes=2, **environment)
-    metrics = folder / "metrics.jsonl"
-    _wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5, process)
+    wait_until(lambda: len(read_metrics(folder)) >= 5, process)
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=120)
     (saved,) = completed_checkpoints(folder / "checkpoint")
@@ -161,10 +146,6 @@ def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undistu
     assert output.endswith(f"preempted at step {step}: requeued\n")
     (srun,) = [call for call in _calls(repository) if call.startswith("srun --")]
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in srun
-    assert {path.name for path in (repository / "outputs" / "slurm").iterdir()} == {
-        "20077-start-0-node0.log",
-        "20077-start-0-node1.log",
-    }
 
     process = _submit(repository, *argv, nodes=2, SLURM_RESTART_COUNT="1", **environment)
     output, errors = process.communicate(timeout=120)
@@ -172,11 +153,9 @@ def test_job_of_two_nodes_saves_in_time_is_queued_again_and_ends_like_an_undistu
     total = int(completed_checkpoints(folder / "checkpoint")[-1].name.removeprefix("step-"))
     assert output.endswith(f"complete at step {total}: {folder}\n")
     assert _calls(repository).count("scontrol requeue 20077") == 1
-    assert (
-        f"resumed from step {step}"
-        in (repository / "outputs" / "slurm" / "20077-start-1-node0.log").read_text()
-        + (repository / "outputs" / "slurm" / "20077-start-1-node1.log").read_text()
-    )
+    logs = {path.name: path.read_text() for path in (repository / "outputs" / "slurm").iterdir()}
+    assert logs.keys() == {f"20077-start-{start}-node{node}.log" for start in (0, 1) for node in (0, 1)}
+    assert sum(f"resumed from step {step}" in text for name, text in logs.items() if "start-1" in name) == 1
     run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
     assert differences(whole, folder, total) == []
     assert audit_faults(folder) == []

@@ -1,4 +1,4 @@
-"""run_train.sh on one node and on two: what dies is started again, and the run ends as if nothing had happened."""
+"""run_train.sh on one node and on two: a process that dies is restarted, and the run ends as if undisturbed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,23 +16,25 @@ from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.experiments.soak import audit_faults, differences, kill_tree, ranks_of, steps_done
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.checkout import make_checkout
-from tests.runs import train
+from tests.runs import DEADLINE, train, wait_until
 from tests.tiny_run import write_tiny_run
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
-DEADLINE = 150
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc"),
+]
 
 
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of a run of 64 steps in two epochs."""
+    """The arguments of a run of two epochs."""
     folder = tmp_path_factory.mktemp("run")
-    return [*write_tiny_run(folder, 150), "--training.epochs=2", "--checkpoint.interval=8"]
+    return [*write_tiny_run(folder, 90), "--training.epochs=2", "--checkpoint.interval=8"]
 
 
 @pytest.fixture(scope="module")
 def whole(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run."""
+    """The folder of the undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     run_distributed(train, 2, [*argv, f"--job.dump_folder={folder}"])
     return folder
@@ -46,69 +47,62 @@ def _start(root: Path, argv: Sequence[str], folder: Path, **environment: str) ->
 
 
 def _make_held(root: Path, release: Path) -> Path:
-    """A checkout whose runs wait after step 12, past a checkpoint and before the next, until `release` exists."""
+    """Make a checkout whose runs wait after step 12, past a checkpoint and before the next, until `release` exists."""
     make_checkout(root)
     shutil.copy(Path(__file__).with_name("held_run.py"), root / "hbp_titan" / "held_run.py")
     train = root / "hbp_titan" / "train.py"
-    held = f"from hbp_titan.held_run import hold\n\nhold(Trainer, 12, Path({str(release)!r}))\n"
+    held = (
+        f"from pathlib import Path\nfrom hbp_titan.held_run import hold\n\nhold(Trainer, 12, Path({str(release)!r}))\n"
+    )
     before, main, after = train.read_text().partition('if __name__ == "__main__":')
     assert main
     train.write_text(f"{before}{held}{main}{after}")
     return root
 
 
-def _wait_until_held(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while steps_done(folder) < 12 or not completed_checkpoints(folder / "checkpoint"):
-        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def _wait_until_held(folder: Path, *processes: subprocess.Popen[str]) -> None:
+    wait_until(lambda: steps_done(folder) >= 12 and bool(completed_checkpoints(folder / "checkpoint")), *processes)
 
 
-def _same(whole: Path, folder: Path) -> None:
-    total = int(completed_checkpoints(folder / "checkpoint")[-1].name.removeprefix("step-"))
-    assert total == steps_done(whole)
+def _assert_same(whole: Path, folder: Path) -> None:
+    total = steps_done(whole)
+    assert completed_checkpoints(folder / "checkpoint")[-1].name == f"step-{total}"
     assert differences(whole, folder, total) == []
     assert audit_faults(folder) == []
 
 
-@pytest.mark.slow
-def test_a_killed_rank_is_started_again_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
+def test_killed_rank_is_restarted_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
     folder, release = tmp_path / "killed", tmp_path / "release"
     root = _make_held(tmp_path / "checkout", release)
     process = _start(root, argv, folder, NGPU="2", MAX_RESTARTS="2")
-    _wait_until_held(folder, [process])
+    _wait_until_held(folder, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     release.touch()
     output = process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 0, output
-    assert "Signal 9 (SIGKILL)" in output or "exitcode: -9" in output
-    # One restart, not one that met in the store of the dead, failed and was started again.
+    # One restart: not one that met the store of the dead ranks, failed and was restarted again.
     assert output.count("resumed from step 8") == 1
     assert output.count("model: model, ") == 2
-    _same(whole, folder)
+    _assert_same(whole, folder)
 
 
-@pytest.mark.slow
-def test_two_nodes_of_which_one_dies_go_on_when_both_are_started_again(
-    argv: list[str], whole: Path, tmp_path: Path
-) -> None:
+def test_two_nodes_resume_when_both_are_started_again(argv: list[str], whole: Path, tmp_path: Path) -> None:
     folder, release = tmp_path / "nodes", tmp_path / "release"
     root = _make_held(tmp_path / "checkout", release)
-    for attempt in range(2):
+    for start in range(2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             endpoint = f"localhost:{free.getsockname()[1]}"
-        node = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job"}
-        nodes = [_start(root, argv, folder, **node) for _ in range(2)]
-        if attempt == 0:
-            _wait_until_held(folder, nodes)
+        environment = {"NGPU": "1", "NNODES": "2", "RDZV_ENDPOINT": endpoint, "RDZV_ID": "job"}
+        nodes = [_start(root, argv, folder, **environment) for _ in range(2)]
+        if start == 0:
+            _wait_until_held(folder, *nodes)
             kill_tree(nodes[1].pid)
             release.touch()
-            # As a supervisor that has seen a node die ends the others.
+            # A supervisor that sees a node die ends the others.
             nodes[0].terminate()
             assert all(node.communicate(timeout=DEADLINE) and node.returncode for node in nodes)
     outputs = [node.communicate(timeout=DEADLINE)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum(output.count("resumed from step 8") for output in outputs) == 1
-    _same(whole, folder)
+    _assert_same(whole, folder)
