@@ -188,7 +188,7 @@ class Trainer:
         self.shapes = self.shapes.enlarged_for(plan)
         first = int(plan.step_offsets[position.step_in_plan])
         normalizer = self.stats.normalizer
-        batches = iter(self._make_loader(plan, self.store, sample_weights=normalizer, first_iteration=first))
+        batches = iter(self._make_loader(plan, self.store, sample_weights=normalizer, first_micro_batch=first))
         while not position.finished and self.step < self.total_steps:
             trace.before_step(self.step + 1)
             record = self.train_step(plan, position.step_in_plan, batches)

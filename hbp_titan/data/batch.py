@@ -1,12 +1,12 @@
-"""PackedBatch: one pack as the tensors of a training step, and the context-parallel shard of it.
+"""PackedBatch: one pack as the tensors of a micro-batch, and its context-parallel shards.
 
-Owns the layout of a pack: documents one after the other, the longest first (models/documents.py says why), positions
-that restart in each, labels shifted inside each, padding at the end. For documents a a a and b b, padded up to T = 8:
+Owns the layout of a pack: documents in descending length (models/documents.py has the reason), positions that restart
+in each, labels shifted inside each, padding at the end. For documents a a a and b b, padded to T = 8:
 
     input_ids     a0 a1 a2 b0 b1  p  p  p
     position_ids   0  1  2  0  1  0  1  2
     labels        a1 a2  .  b1 .  .  .  .     "." = IGNORE_INDEX, also where the loss mask is 0
-    documents      3     2     3              lengths, those of padding too
+    documents      3     2     3              lengths, padding included
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ from hbp_titan.models.documents import Documents, HeadTailShard, head_tail_shard
 from hbp_titan.packing.level import Level
 
 IGNORE_INDEX = -100
+# Padding is cut into documents of this length, so that the cost of its attention stays linear in its length.
 PAD_DOCUMENT_TOKENS = 1024
-"""Padding is cut into documents of at most so many tokens: its attention stays linear in its length."""
 
 
 class SampleSource(Protocol):
     """What a batch needs of a token store."""
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [len] and loss mask [len] of one sample."""
+        """Return tokens [len] and loss mask [len] of one sample."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One rank's share of a pack. S = T / cp_degree tokens; T = level.max_tokens.
+    """One rank's share of a pack: S = T / cp_degree tokens, with T = level.max_tokens.
 
-    input_ids, position_ids, labels: int64 [S]. documents: of the whole pack; a HeadTailShard for attention over
-    gathered keys and values, where the shard is one of heads and tails (data/sequence_shard.py).
-    loss_weights: float32 [S], what the loss of each label counts (0 where there is none).
-    loss_index: int64 [L], the positions of the shard whose label is trained. num_tokens, num_loss_tokens: of the
-    whole pack, padding not counted. sample_ids: int64 [n], the samples of the whole pack in its order; an array,
-    because it stays on the host. lengths: int64 [documents], tokens of each document of the whole pack, those of
-    padding last; on the host too.
-    document_ids: int64 [S], the document of each token, padding's included. document_shares: float32 [slots], the
-    sum of the loss weights of each document of the pack, whatever the shard (models/balance.py); zeros behind the
-    documents fill it up to a size that all packs of a level have.
+    Of the shard:
+        input_ids, position_ids, labels: int64 [S].
+        loss_weights: float32 [S], weight of each label's loss; 0 without a label.
+        loss_index: int64 [L], positions of the shard that have a label.
+        document_ids: int64 [S], document of each token, padding documents included.
+    Of the whole pack:
+        documents: for attention; a HeadTailShard if keys and values are gathered (models/documents.py).
+        level: index of the level. num_tokens, num_loss_tokens: without padding.
+        sample_ids: int64 [n]. lengths: int64 [documents], padding documents last. Both are arrays, not tensors: they
+            stay on the host.
+        document_shares: float32 [slots], sum of the loss weights of each document (for the balance loss of experts);
+            zero-filled to a size that all packs of a level have.
     """
 
     input_ids: Tensor
@@ -67,11 +69,11 @@ class PackedBatch:
     document_shares: Tensor
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`; copies run asynchronously from pinned memory."""
+        """Return the batch on `device`; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in pinned memory."""
+        """Return the batch in pinned memory (called by the DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -80,7 +82,7 @@ class PackedBatch:
 
 
 def document_slots(level: Level, max_documents: int) -> int:
-    """Length of document_shares for every pack of a level: its most documents and its most padding."""
+    """Return the length of document_shares for every pack of a level: most documents plus most padding documents."""
     return max_documents + -(-level.max_tokens // PAD_DOCUMENT_TOKENS)
 
 
@@ -92,9 +94,10 @@ def make_batch(
     max_documents: int,
     sample_weights: np.ndarray | None = None,
 ) -> PackedBatch:
-    """The whole pack of `sample_ids` as a batch (the shard of cp_degree 1).
+    """Return the whole pack of `sample_ids` as a batch, not sharded.
 
-    sample_weights: float [n], the loss weight of each trained token of each sample; 1 unless given.
+    max_documents: most documents of any pack of the level. sample_weights: float [n], loss weight of each trained token
+    of each sample; None means 1.
     """
     capacity = level.max_tokens
     ids = np.array(sample_ids, dtype=np.int64)
@@ -104,11 +107,12 @@ def make_batch(
     lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
     num_tokens = int(lengths.sum())
     assert num_tokens <= capacity, f"pack of {num_tokens} tokens exceeds its level's {capacity}"
-    counts = np.concatenate([lengths, _padding_documents(capacity - num_tokens)])
+    padding = np.diff(np.append(np.arange(0, capacity - num_tokens, PAD_DOCUMENT_TOKENS), capacity - num_tokens))
+    counts = np.concatenate([lengths, padding])
     ends = np.cumsum(counts)
     starts = ends - counts
 
-    # One more than the pack, for what follows a token: the label of position i is input_ids[i + 1].
+    # One element more than the pack: the label of position i is input_ids[i + 1].
     input_ids = np.zeros(capacity + 1, dtype=np.int64)
     trained = np.zeros(capacity + 1, dtype=np.bool_)
     weights = np.zeros(capacity, dtype=np.float32)
@@ -117,7 +121,7 @@ def make_batch(
         np.concatenate([mask for _, mask in samples], out=trained[:num_tokens], casting="unsafe")
         own_weights = np.ones(len(ids)) if sample_weights is None else sample_weights[order]
         weights[:num_tokens] = np.repeat(own_weights.astype(np.float32), lengths)
-    # The first token of a document is predicted by nothing.
+    # Nothing predicts the first token of a document. Clearing it also removes the label across a boundary.
     trained[starts] = False
     has_label = trained[1:]
     loss_index = np.flatnonzero(has_label)
@@ -141,16 +145,11 @@ def make_batch(
     )
 
 
-def _padding_documents(tokens: int) -> NDArray[np.int64]:
-    """Lengths of the documents that `tokens` of padding are cut into."""
-    return np.diff(np.append(np.arange(0, tokens, PAD_DOCUMENT_TOKENS), tokens))
-
-
 def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1) -> PackedBatch:
-    """The sequence shard of `cp_rank`. Labels were shifted before: a boundary loses no label.
+    """Return the sequence shard of `cp_rank`. Labels are shifted already, so a shard boundary loses none.
 
-    gather_degree: groups of cp ranks between which keys and values are all-gathered; they hold head-tail shards, and
-    the ranks of a group hold contiguous parts of its shard. 1: contiguous shards of the pack itself.
+    gather_degree: number of groups of cp ranks between which keys and values are all-gathered. Each group holds a
+    head-tail shard, each rank a contiguous part of its group's shard. 1 means contiguous shards of the pack itself.
     """
     if cp_degree == 1:
         return batch

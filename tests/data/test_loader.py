@@ -71,8 +71,8 @@ def test_ranks_that_gather_hold_each_token_of_the_pack_once(num_workers: int) ->
 def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_workers: int) -> None:
     plan = _plan()
     assert plan.num_iterations >= 4
-    assert _ids(plan, 1, first_iteration=3, num_workers=num_workers) == _ids(plan, 1)[3:]
-    assert _ids(plan, 1, first_iteration=plan.num_iterations, num_workers=num_workers) == []
+    assert _ids(plan, 1, first_micro_batch=3, num_workers=num_workers) == _ids(plan, 1)[3:]
+    assert _ids(plan, 1, first_micro_batch=plan.num_iterations, num_workers=num_workers) == []
 
 
 def test_batch_whose_loss_tokens_differ_from_the_plan_stops_the_run() -> None:
@@ -112,7 +112,7 @@ def test_a_rank_reads_its_own_packs_and_no_other_sample() -> None:
     plan = _plan()
     for rank in (0, 1):
         store, wanted = Spied(), []
-        batches = list(PackLoader(plan, store, rank, SHAPES, first_iteration=1))
+        batches = list(PackLoader(plan, store, rank, SHAPES, first_micro_batch=1))
         for iteration, batch in enumerate(batches, start=1):
             own = plan.pack(iteration, rank // plan.levels[batch.level].cp_degree).tolist()
             assert batch.sample_ids.tolist() == own
