@@ -1,13 +1,9 @@
-"""A data source -> its files, in an order that is the same everywhere.
+"""The data files of a source, in an order that is the same on every machine.
 
-Owns what a source's path may be (a file; a folder that HF `datasets` saved; a dataset repository) and the refusal of
-what cannot be data: scripts, which are never run, Git LFS pointers, names that lead out of the folder.
-
-A local dataset repository (a folder as it is cloned from a hub) -> the files of one split.
-
-Owns two sets of rules, those of the library `datasets`: the `configs` in the front matter of README.md, and without
-them the split keywords in the names of files and folders. The library's own data_files.py documents both:
-a keyword counts where a name begins or ends with it, or separates it by one of "-._ 0-9".
+Owns what a source's path may be: a file, a folder that HF `datasets` saved (`save_to_disk`), or a local dataset
+repository, as cloned from a hub. The files of a repository's split are found by the rules of the library `datasets`
+(its data_files.py): the `configs` in the front matter of README.md, or split keywords in file and folder names. Refuses
+what cannot be data: loading scripts, which are never run, Git LFS pointers, paths that leave the folder.
 """
 
 from __future__ import annotations
@@ -34,36 +30,117 @@ _KEYWORDS = {
 _SEPARATORS = "-._ 0-9"
 _IN_FOLDER_NAME = ("**/{0}/**", "**/{0}[{1}]*/**", "**/*[{1}]{0}/**", "**/*[{1}]{0}[{1}]*/**")
 _IN_FILE_NAME = ("**/{0}[{1}]*", "**/*[{1}]{0}[{1}]*")
+_LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"data/(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
-def repository_files(folder: Path, config: str, split: str) -> list[Path]:
-    """The files of a split; ValueError where there are none, which lists the configurations or splits there are.
+def source_files(source: DataSource, key: str) -> list[Path]:
+    """Return the files of a source, each once: as a saved data set or README.md lists them, by name within a pattern.
 
-    config: "" takes the only configuration, or the one that is the default.
+    key: configuration key of the source, with which every ValueError begins.
+    """
+    if not source.path:
+        raise ValueError(f"{key}.path: empty; set it to a file or a folder")
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        files = [path]
+        if source.config or source.split != "train":
+            name = "config" if source.config else "split"
+            raise ValueError(f"{key}.{name} = {getattr(source, name)}: {path} is a file, which has no {name}")
+    elif path.is_dir():
+        files = _folder_files(path, source, key)
+    else:
+        raise ValueError(f"{key}: no such file or folder: {path}")
+    for file in files:
+        _check_file(file, key)
+    return files
+
+
+def _folder_files(folder: Path, source: DataSource, key: str) -> list[Path]:
+    saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
+    if saved and source.config:
+        raise ValueError(f"{key}.config = {source.config}: {folder} is a saved data set, which has no config")
+    if "dataset_dict.json" in saved:
+        splits = _read_json(folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise ValueError(f"{folder / 'dataset_dict.json'}: `splits` is not a list of names")
+        if source.split not in splits:
+            raise ValueError(f"{key}: {folder}: no split {source.split}; it has {', '.join(splits)}")
+        return _saved_files(folder / _relative_path(source.split, str(folder / "dataset_dict.json")))
+    if "state.json" in saved:
+        split = _read_json(folder / "state.json").get("_split")
+        if source.split not in ("train", split):
+            raise ValueError(f"{key}.split = {source.split}: {folder} is one saved split ({split or 'unnamed'})")
+        return _saved_files(folder)
+    try:
+        return repository_files(folder, source.config, source.split)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a data set that `save_to_disk` wrote."""
+    state = folder / "state.json"
+    if not state.is_file():
+        raise ValueError(f"{folder}: incomplete data set: no state.json; save it again")
+    values = _read_json(state)
+    if values.get("_indices_files") or values.get("_indices_data_files"):
+        raise ValueError(f"{state}: saved with an index by an old version of datasets; load it and save it again")
+    entries = values.get("_data_files")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{state}: `_data_files` is not a list of objects with a filename")
+    files = list(dict.fromkeys(folder / _relative_path(entry.get("filename"), str(state)) for entry in entries))
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{state}: no such file: {file}")
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return values
+
+
+def _check_file(file: Path, key: str) -> None:
+    if not file.name.lower().endswith(SUFFIXES):
+        raise ValueError(f"{key}: {file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{key}: {file} is a Git LFS pointer, not the data; run `git lfs pull` in its repository")
+
+
+def repository_files(folder: Path, config: str, split: str) -> list[Path]:
+    """Return the files of a split. config: "" takes the only configuration, or the default one.
+
+    Raises ValueError if there are none, and lists the existing configurations or splits.
     """
     names = _data_files(folder)
     if not names:
         scripts = sorted(file.name for file in folder.glob("*.py"))
         if scripts:
-            raise ValueError(f"{folder} has a loading script ({scripts[0]}) and no data files: scripts are never run")
-        raise ValueError(f"{folder} has no data files ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{folder}: has only a loading script ({scripts[0]}), which is never run; add data files")
+        raise ValueError(f"{folder}: no data files ({', '.join(SUFFIXES)})")
     configs = _read_configs(folder / "README.md")
     if configs:
         splits = _splits_of_config(folder, names, *_choose_config(configs, config, folder))
     elif config:
-        raise ValueError(f"{folder} has no configuration {config}: README.md lists none")
+        raise ValueError(f"{folder}: no configuration {config}; README.md lists none")
     else:
         splits = _splits_by_name(names)
     if split not in splits:
-        raise ValueError(f"{folder} has no split {split}: it has {', '.join(splits) or 'none'}")
+        raise ValueError(f"{folder}: no split {split}; it has {', '.join(splits) or 'none'}")
     _check_one_kind(folder, splits[split], split)
     return [folder / name for name in splits[split]]
 
 
 def _data_files(folder: Path) -> list[str]:
-    """Relative names of the data files, sorted; hidden ones and folders such as __pycache__ left out."""
+    """Return the relative names of the data files, sorted; skips hidden ones and folders such as __pycache__."""
     names = []
     for file in folder.rglob("*"):
         name = file.relative_to(folder)
@@ -74,18 +151,18 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _check_one_kind(folder: Path, names: Sequence[str], split: str) -> None:
-    """Raise ValueError where a split comes as JSON and as Parquet or Arrow: most likely the same rows twice."""
+    """Raise ValueError if a split has both JSON and Parquet or Arrow files: most likely the same rows twice."""
     for suffixes in (JSON_SUFFIXES, (".parquet",), (".arrow",)):
         others = [name for name in names if not name.lower().endswith(suffixes)]
         if others and len(others) < len(names):
             same = next(name for name in names if name not in others)
             raise ValueError(
-                f"{folder}: split {split} has files of two kinds, {same} and {others[0]}: name one as path"
+                f"{folder}: split {split} has files of two kinds, {same} and {others[0]}; set path to one of them"
             )
 
 
 def _read_configs(readme: Path) -> dict[str, dict[str, Any]]:
-    """The configurations of the front matter by name; none where README.md has none."""
+    """Return the configurations in the front matter of README.md by name; may be empty."""
     if not readme.is_file():
         return {}
     lines = readme.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff").splitlines()
@@ -94,6 +171,7 @@ def _read_configs(readme: Path) -> dict[str, dict[str, Any]]:
     front = "\n".join(lines[1 : lines.index("---", 1)])
     if not re.search(r"^[\"']?configs[\"']?\s*:", front, re.MULTILINE):
         return {}
+    # Only now: the front matter of most repositories is never read, and needs no YAML parser then.
     yaml = require("yaml", readme)
     try:
         values = yaml.safe_load(front)
@@ -110,7 +188,7 @@ def _read_configs(readme: Path) -> dict[str, dict[str, Any]]:
 def _choose_config(configs: Mapping[str, dict[str, Any]], name: str, folder: Path) -> tuple[str, dict[str, Any]]:
     if name:
         if name not in configs:
-            raise ValueError(f"{folder} has no configuration {name}: it has {', '.join(configs)}")
+            raise ValueError(f"{folder}: no configuration {name}; it has {', '.join(configs)}")
         return name, configs[name]
     defaults = [
         (name, config)
@@ -119,15 +197,15 @@ def _choose_config(configs: Mapping[str, dict[str, Any]], name: str, folder: Pat
     ]
     if len(defaults) != 1:
         count = "several defaults" if defaults else "no default"
-        raise ValueError(f"{folder} has {count} among its configurations {', '.join(configs)}: name one with config")
+        raise ValueError(f"{folder}: {count} among the configurations {', '.join(configs)}; set config to one of them")
     return defaults[0]
 
 
 def _splits_of_config(folder: Path, names: Sequence[str], name: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The files of each split that the configuration `name` of README.md lists."""
+    """Return the files of each split that the configuration `name` of README.md lists."""
     where = f"{folder / 'README.md'}: configuration {name}"
     base = config.get("data_dir") or ""
-    prefix = f"{inside(base, where).strip('/')}/" if base else ""
+    prefix = f"{_relative_path(base, where).strip('/')}/" if base else ""
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if config.get("data_files") is None:
         splits = _splits_by_name(names)
@@ -138,13 +216,13 @@ def _splits_of_config(folder: Path, names: Sequence[str], name: str, config: Map
 
 
 def _listed(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
-    """The names that match, in the order of the patterns, each once."""
+    """Return the names that match, in the order of the patterns, each once."""
     listed: list[str] = []
     for pattern in patterns:
         try:
-            found = _matching(names, inside(pattern, where))
+            found = _matching(names, _relative_path(pattern, where))
         except re.error as error:
-            raise ValueError(f"{where}: {pattern!a} is no pattern of file names: {error}") from None
+            raise ValueError(f"{where}: {pattern!a} is not a file name pattern: {error}") from None
         if not found and not re.search(r"[*?\[]", pattern):
             raise ValueError(f"{where}: no such data file: {pattern}")
         listed += found
@@ -152,7 +230,7 @@ def _listed(names: Sequence[str], patterns: Sequence[str], where: str) -> list[s
 
 
 def _patterns(data_files: Any, where: str) -> dict[str, list[str]]:
-    """The patterns of each split, from one of the forms that `data_files` may have."""
+    """Return the patterns of each split, from any of the forms that `data_files` may have."""
     entries = data_files if isinstance(data_files, list) else [data_files]
     if entries and all(isinstance(entry, str) for entry in entries):
         return {"train": entries}
@@ -172,15 +250,15 @@ def _patterns(data_files: Any, where: str) -> dict[str, list[str]]:
     return splits
 
 
-def inside(name: Any, where: str) -> str:
-    """`name`, a path relative to a folder; ValueError, which begins with `where`, if it leads out of the folder."""
+def _relative_path(name: Any, where: str) -> str:
+    """Return `name`, a path relative to a folder; raises ValueError "`where`: ..." if it leaves the folder."""
     if not isinstance(name, str) or ".." in PurePath(name).parts or PurePath(name).is_absolute():
         raise ValueError(f"{where}: {name!a} is not a path inside the folder")
     return name.removeprefix("./")
 
 
 def _splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
-    """The files of each split by the first rule that fits: shards in data/, names of folders, of files, or all."""
+    """Return the files of each split by the first rule that matches: shards in data/, folder names, file names, all."""
     sharded: dict[str, list[str]] = {}
     for name in names:
         if match := _SHARD.fullmatch(name):
@@ -204,7 +282,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 
 def _glob_expression(pattern: str) -> str:
-    """The regular expression of a glob: ** stands for any folders, * and ? for characters of one name."""
+    """Return the regular expression of a glob: ** matches any folders, * and ? characters of one name."""
     parts = pattern.split("/")
     result = ""
     for number, part in enumerate(parts):
@@ -223,92 +301,9 @@ def _glob_expression(pattern: str) -> str:
     return result
 
 
-_LFS_POINTER = b"version https://git-lfs"
-
-
-def source_files(source: DataSource, key: str) -> list[Path]:
-    """The files of a source, each once; ValueError names `key`, the source's place in the configuration.
-
-    Order: as a saved data set or README.md lists them, and by name within a pattern.
-    """
-    if not source.path:
-        raise ValueError(f"{key}.path is empty: name a file or a folder")
-    path = Path(source.path).expanduser()
-    if path.is_file():
-        files = [path]
-        if source.config or source.split != "train":
-            name = "config" if source.config else "split"
-            raise ValueError(f"{key}.{name} is {getattr(source, name)}, but {path} is a file, which has none")
-    elif path.is_dir():
-        files = _folder_files(path, source, key)
-    else:
-        raise ValueError(f"{key}: no such file or folder: {path}")
-    for file in files:
-        _check_file(file, key)
-    return files
-
-
-def _folder_files(folder: Path, source: DataSource, key: str) -> list[Path]:
-    saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
-    if saved and source.config:
-        raise ValueError(f"{key}.config is {source.config}, but {folder} is a saved data set, which has none")
-    if "dataset_dict.json" in saved:
-        splits = _read_json(folder / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-            raise ValueError(f"{folder / 'dataset_dict.json'}: `splits` is not a list of names")
-        if source.split not in splits:
-            raise ValueError(f"{key}: {folder} has no split {source.split}: it has {', '.join(splits)}")
-        return _saved_files(folder / inside(source.split, str(folder / "dataset_dict.json")))
-    if "state.json" in saved:
-        split = _read_json(folder / "state.json").get("_split")
-        if source.split not in ("train", split):
-            raise ValueError(f"{key}.split is {source.split}, but {folder} is one saved split ({split or 'unnamed'})")
-        return _saved_files(folder)
-    try:
-        return repository_files(folder, source.config, source.split)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a data set that `save_to_disk` wrote."""
-    state = folder / "state.json"
-    if not state.is_file():
-        raise ValueError(f"{folder}: no state.json: the saved data set is not whole")
-    values = _read_json(state)
-    if values.get("_indices_files") or values.get("_indices_data_files"):
-        raise ValueError(f"{state}: saved with an index by an old version of datasets: load it and save it again")
-    entries = values.get("_data_files")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{state}: `_data_files` is not a list of objects with a filename")
-    files = list(dict.fromkeys(folder / inside(entry.get("filename"), str(state)) for entry in entries))
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{state}: no such file: {file}")
-    return files
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return values
-
-
-def _check_file(file: Path, key: str) -> None:
-    if not file.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"{key}: {file} is no known kind of data file: expected one of {', '.join(SUFFIXES)}")
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{key}: {file} is a Git LFS pointer, not the data: run `git lfs pull` in its repository")
-
-
 def require(module: str, file: Path) -> Any:
-    """An optional module, which reading `file` needs."""
+    """Import an optional module that reading `file` needs."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"{file}: reading it needs {module}: pip install 'hbp-titan[data]'") from None
+        raise ValueError(f"{file}: reading it needs {module}; pip install 'hbp-titan[data]'") from None
