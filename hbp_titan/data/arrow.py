@@ -1,9 +1,9 @@
 """Arrow files: their rows as records, through a memory map.
 
-Owns the conversion to what a JSON file would hold: fields that are null are left out (a column of Arrow gives every
-object the fields of all), dates become ISO text. Other values that JSON has not (bytes, decimals) stay as they are and
-trouble only those who use them. Files in the stream format (as HF `datasets` writes) and in the file format; their
-record batches are mapped, not read, unless they are compressed.
+Owns the conversion to what a JSON file would contain: null fields are dropped (a column of Arrow gives every object the
+fields of all objects), dates become ISO text. Other values that JSON does not have (bytes, decimals) stay as they are;
+only reading the field fails. Reads the stream format (written by HF `datasets`) and the file format; record batches
+are memory-mapped unless they are compressed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from hbp_titan.data.files import require
 from hbp_titan.data.jsonl import too_large
 
-# Rows that are turned into Python objects at one time.
+# Rows that are converted to Python objects at a time.
 _ROWS_AT_ONCE = 64
 
 
 def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Position, estimated bytes and number (from 1) of each row: int64 [R] each. name: the file's name in messages."""
+    """Return position, estimated bytes, number (from 1) of each row: int64 [R] each. name: the file, in messages."""
+    require("pyarrow", name)
     try:
         batches, ends = _open(file, file.stat().st_mtime_ns)
     except (ValueError, OSError) as error:
@@ -40,20 +41,20 @@ def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def _check_batch(batch: Any, where: str) -> None:
-    """Raise ValueError where offsets of the batch lead out of it: reading such a row would end the process."""
+    """Raise ValueError if offsets of the batch point outside it: reading such a row would crash the process."""
     try:
         batch.validate(full=True)
     except ValueError as error:
-        # Text that is not UTF-8 is the fault of its row alone.
+        # Text that is not UTF-8 makes only its row malformed.
         if "UTF8" not in str(error):
             raise ValueError(f"{where}: a damaged Arrow file: {first_line(error)}") from None
 
 
 @lru_cache(maxsize=4)
 def _open(file: Path, mtime_ns: int) -> tuple[list[Any], NDArray[np.int64]]:
-    """The record batches of a file, and the rows up to each: int64 [batches + 1].
+    """Return the record batches of a file, and the number of rows before each: int64 [batches + 1].
 
-    mtime_ns: of the file, which is another after a change.
+    mtime_ns: of the file; part of the cache key, so that a changed file is opened again.
     """
     arrow = require("pyarrow", file)
     source = arrow.memory_map(str(file))
@@ -67,7 +68,7 @@ def _open(file: Path, mtime_ns: int) -> tuple[list[Any], NDArray[np.int64]]:
 
 
 def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
-    """The records of the rows at these positions; a ValueError in the place of one that is malformed."""
+    """Yield the records of the rows at these positions; a ValueError in the place of a malformed one."""
     batches, ends = _open(file, file.stat().st_mtime_ns)
     numbers = np.searchsorted(ends, positions, side="right") - 1
     new_run = (np.diff(positions) != 1) | (np.diff(numbers) != 0)
@@ -84,14 +85,14 @@ def _records(batch: Any, max_row_bytes: int) -> Iterator[dict[str, Any] | ValueE
             yield from [_plain(record) for record in batch.to_pylist()]
             return
         except (ValueError, TypeError, OverflowError, ArithmeticError):
-            pass  # Row by row: only those that hold it are malformed.
+            pass  # Row by row below: only the rows with such a value are malformed.
     for number in range(len(batch)):
         row = batch.slice(number, 1)
         yield too_large(row.nbytes, max_row_bytes) if row.nbytes > max_row_bytes else _plain(_values(row))
 
 
 def _values(row: Any) -> dict[str, Any]:
-    """The values of one row; a ValueError is the value of a cell that Python cannot hold."""
+    """Return the values of one row; a cell that Python cannot hold has a ValueError as its value."""
     values: dict[str, Any] = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
@@ -112,5 +113,5 @@ def _plain(value: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The message of another library's error, as far as its first line goes."""
+    """Return the first line of another library's error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,10 @@
-"""A chat template rendered in Jinja's immutable sandbox: conversation -> text.
+"""A chat template, rendered in Jinja's immutable sandbox with a budget: conversation -> text.
 
-Owns what a template sees: the messages as transformers would hand them over, the names, filters and tags that
-transformers gives to templates, and nothing that reaches files, modules or the clock.
-
-A Jinja sandbox in which a render has a budget: a template that loops, recurses or multiplies text ends in an error.
-
-Owns the accounting. A unit is about a microsecond of work: a loop's pass and a call cost some, each 1024 characters or
-64 list items that an operator, method, filter or output makes cost one; what would be large is charged before it is
-made. This stops what runs away; it is no proof against a template made to be slow.
-Owns the refusal of what reaches other templates ({% import %}, {% include %}, {% extends %}) and of what differs from
-run to run (the filter `random`, the function `lipsum`).
+Owns what a template gets: the messages as transformers passes them, the names, filters and tags that transformers
+provides, and nothing that reaches files, modules, other templates or the clock. Owns the budget: a template that loops,
+recurses or multiplies text ends in an error. A unit is about a microsecond of work. A loop pass and a call cost a few;
+an operator, method, filter or output costs one per 1024 characters or 64 list items that it creates, charged before
+they exist. This stops runaway templates, not those that are made to be slow.
 """
 
 from __future__ import annotations
@@ -29,12 +24,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hbp_titan.data.tokenizer import TokenizerFolder
 
-# One to five seconds of loop passes, or 2 GB of text made: 40 operators over a message of 50 MB.
+# One to five seconds of loop passes, or 2 GB of text: 40 operators over a message of 50 MB.
 BUDGET = 2_000_000
 ITERATION = 2
 CALL = 10
 
-# Filters that pass values on; every other filter may write a list or dict out as text.
+# Filters that pass values on; any other filter may convert a list or dict to text.
 _STRUCTURAL = re.compile(
     "abs|attr|batch|count|d|default|dictsort|first|float|groupby|int|items|last|length|list|map|max|min|reject"
     "|rejectattr|reverse|round|select|selectattr|slice|sort|sum|unique"
@@ -47,7 +42,7 @@ class TemplateBudgetError(jinja2.TemplateError):
 
 
 class _CodeGenerator(CodeGenerator):
-    """Calls the environment's own methods directly: through the sandbox, a charge would cost more than a pass."""
+    """Calls the environment's own methods directly: through the sandbox, a charge would cost more than a loop pass."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -60,7 +55,7 @@ class _CodeGenerator(CodeGenerator):
 
 
 class BudgetedEnvironment(ImmutableSandboxedEnvironment):
-    """An immutable sandbox whose templates must be rendered after `start_render`, one at a time."""
+    """An immutable sandbox with a budget per render; call `start_render` before each, and render one at a time."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     code_generator_class = _CodeGenerator
@@ -69,28 +64,29 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self._left = BUDGET
         self.finalize = self.charge_value
+        # These differ from run to run.
         del self.filters["random"], self.globals["lipsum"]
         for name, function in self.filters.items():
             self.filters[name] = self.charged_filter(name, function)
 
     def start_render(self) -> None:
-        """Grant the budget anew."""
+        """Reset the budget."""
         self._left = BUDGET
 
     def charge(self, units: int) -> bool:
-        """Pay `units`; raises TemplateBudgetError where they are not left, or are an eighth of the budget at once
-        (a text of 256 MB). True, to stand in a loop's condition."""
+        """Spend `units`; raises TemplateBudgetError if fewer are left, or for more than an eighth of the budget at once
+        (a text of 256 MB). Returns True, so that it can be part of a loop's condition."""
         self._left -= units
         if self._left < 0 or units > BUDGET // 8:
             raise TemplateBudgetError("it loops, recurses or multiplies text beyond any conversation's need")
         return True
 
     def charge_value(self, value: Any) -> Any:
-        """Pay for a value that is written out; returns it."""
+        """Spend units for a value that is written as text; returns the value."""
         if isinstance(value, (str, bytes)):
             self._charge_size(value)
         elif isinstance(value, (list, tuple, dict)):
-            # A list that holds another twice, and so on, is small until it is written.
+            # A list that contains another one twice, and so on, is small until it is written.
             self.charge(1 + (len(value) >> 6))
             for item in value:
                 self.charge_value(item)
@@ -124,7 +120,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # `message.role` of a dict is an item: not first an AttributeError.
+        # `message.role` of a dict is an item; looking for an attribute first would raise each time.
         if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -146,9 +142,12 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
+        # Charges are inserted into the syntax tree, since the sandbox has no hook for a loop pass.
         for node in template.find_all((nodes.Import, nodes.FromImport, nodes.Include, nodes.Extends)):
             tag = {"FromImport": "from"}.get(type(node).__name__, type(node).__name__.lower())
-            raise jinja2.TemplateSyntaxError(f"a chat template is one file: no {{% {tag} %}}", node.lineno, name)
+            raise jinja2.TemplateSyntaxError(
+                f"a chat template is one file; {{% {tag} %}} is not supported", node.lineno, name
+            )
         for body in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             assert isinstance(body, (nodes.For, nodes.Macro, nodes.CallBlock))
             work = sum(1 for _ in body.find_all(nodes.Expr)) // 8
@@ -166,7 +165,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     def charged_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def charged(*args: Any, **kwargs: Any) -> Any:
-            # The environment or context that some filters take comes first.
+            # Some filters take the environment or context as their first argument.
             position = 1 if hasattr(function, "jinja_pass_arg") else 0
             if len(args) > position:
                 value, more = args[position], [*args[position + 1 :], *kwargs.values()]
@@ -192,8 +191,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             self.charge(len(value) >> 6)
 
     def _charge_growth(self, name: str, value: Any, args: list[Any]) -> None:
-        """Pay for what a method or filter may add to `value`: up to the largest number or text among its arguments,
-        once or, where it repeats that, as often as it may."""
+        """Spend units for what a method or filter may add to `value`: the largest number or text among its arguments,
+        times how often it may repeat that."""
         texts = [len(arg) for arg in args if isinstance(arg, str)]
         numbers = [arg for arg in args if isinstance(arg, int)]
         if not texts and not numbers and name != "join":
@@ -210,7 +209,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     def _charge_format(self, text: str, values: tuple[Any, ...]) -> None:
         if _WIDE_FORMAT.search(text):
-            raise TemplateBudgetError("it formats with a width of six digits or one that is computed")
+            raise TemplateBudgetError("it formats with a width of six digits or a computed one")
         largest = max([len(value) for value in values if isinstance(value, str)], default=0)
         self.charge(((text.count("{") + text.count("%")) * largest) >> 10)
 
@@ -237,12 +236,12 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """A chat template in Jinja's immutable sandbox, with the names that transformers gives to templates.
 
-    `strftime_now` is left out: tokens must not depend on the day. Templates that know a fixed date then use that.
+    `strftime_now` is missing on purpose: tokens must not depend on the day. Templates with a fixed date then use that.
     """
 
     def __init__(self, folder: TokenizerFolder) -> None:
         if not folder.chat_template:
-            raise ValueError(f"model.tokenizer_path: {folder.path} has no chat template: add chat_template.jinja")
+            raise ValueError(f"model.tokenizer_path: {folder.path} has no chat template; add chat_template.jinja")
         self.special_tokens = folder.special_tokens
         self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", folder.chat_template) is not None
         self._environment = BudgetedEnvironment(
@@ -262,9 +261,9 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         sentinels: tuple[str, str] = ("", ""),
     ) -> str:
-        """The text of `messages` as `plain_messages` gives them; `sentinels` enclose each generation block.
+        """Return the text of `messages`, as from `plain_messages`; `sentinels` enclose each generation block.
 
-        Raises ValueError where the template refuses the conversation, or does more than any conversation needs.
+        Raises ValueError if the template rejects the conversation or exceeds its budget.
         """
         self._environment.start_render()
         try:
@@ -277,16 +276,18 @@ class ChatTemplate:
                 generation_sentinels=sentinels,
             )
         except RecursionError:
-            raise ValueError("the chat template recurses without end") from None
+            raise ValueError("the chat template recurses endlessly") from None
         except (TemplateBudgetError, MemoryError) as error:
-            raise ValueError(f"the chat template is refused: {error or 'it needs too much memory'}") from None
+            raise ValueError(f"the chat template was stopped: {error or 'it needs too much memory'}") from None
         except Exception as error:
-            # An expression of a template may raise what any operator or method of its operands raises.
-            raise ValueError(f"the chat template refuses the conversation: {_one_line(error)}") from None
+            # A template's expression may raise anything that an operator or method of its operands raises.
+            raise ValueError(
+                f"the chat template rejects the conversation: {' '.join(str(error).split()) or type(error).__name__}"
+            ) from None
 
 
 def plain_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages as transformers' apply_chat_template hands them to a template, less our own key `train`."""
+    """Return the messages as transformers' apply_chat_template passes them to a template, without our key `train`."""
     plain = []
     for message in messages:
         # Templates test for presence: a null field must be absent.
@@ -325,7 +326,7 @@ class _TemplateDict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, refusing names that begin with an underscore."""
+    """Jinja's namespace without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)
@@ -340,7 +341,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no room for the private name {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have the private name {name!r}")
 
 
 def _to_json(
@@ -356,7 +357,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

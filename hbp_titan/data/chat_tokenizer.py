@@ -1,16 +1,10 @@
 """Conversation -> token ids and loss mask, by the chat template of the tokenizer folder.
 
-Owns the choice of the turns that are trained; loss_mask.py says where they lie, control_tokens.py keeps what messages
-say from being taken for control tokens.
-
     <|im_start|> user \\n  Hi  <|im_end|> \\n <|im_start|> assistant \\n  Hello <|im_end|> \\n
          0        0   0   0       0      0       0          0      0    1       1      0     loss mask
 
-Ids equal those of transformers' apply_chat_template, except for such control-token text.
-
-The guard against injection: text of a message that spells a control token stays text.
-
-Owns which tokens are control tokens, and the encoding of a rendered conversation in which a message spells one.
+Owns which turns are trained (data/loss_mask.py finds where they lie), and the guard against injection: message text
+that spells a control token stays text. Otherwise ids equal those of transformers' apply_chat_template.
 """
 
 from __future__ import annotations
@@ -31,37 +25,38 @@ from hbp_titan.data.tokenizer import Span, TextEncoder, mask_spans, read_tokeniz
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer and its template: the special tokens, and other added tokens with which the
-    template opens or closes turns (DeepSeek-V3's).
+    """The control tokens of a tokenizer and its template.
 
-    pattern: matches the text of any of them.
+    They are the special tokens, and the other added tokens that open or close turns (DeepSeek-V3 has such). pattern:
+    matches the text of any of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        borders = _turn_ids(tokenizer, template)
+        boundaries = _turn_ids(tokenizer, template)
         control = {
             index: token.content
             for index, token in added.items()
-            if (token.special or index in borders) and not token.content.isspace() and len(token.content) > 1
+            if (token.special or index in boundaries) and not token.content.isspace() and len(token.content) > 1
         }
         self._ids = set(control)
+        # The longest first: an alternation takes the first branch that matches.
         texts = sorted(control.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         self._literal = self._literal_tokenizer()
 
     def escape(self, value: Any, marker: str) -> Any:
-        """The JSON value with `marker` put into each control token that its strings spell."""
+        """Return the JSON value with `marker` inserted into each control token that its strings spell."""
         return map_strings(
             value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
         )
 
     def encode_escaped(self, marked: str, marker: str) -> Encoding:
-        """Encoding of a text without its markers, in which only unmarked control tokens are such: they are encoded
-        one by one, the text between them with none recognized.
+        """Return the encoding of a text without its markers, in which marked control tokens are plain text.
 
-        Raises ValueError where the tokenizer does not encode the pieces as it does the whole.
+        Unmarked control tokens are encoded one by one, the text between them by a tokenizer that recognizes none.
+        Raises ValueError if the tokenizer encodes the pieces differently from the whole.
         """
         whole = self._tokenizer.encode(marked, add_special_tokens=False)
         control = [span for index, span in zip(whole.ids, whole.offsets, strict=True) if index in self._ids]
@@ -76,7 +71,7 @@ class ControlTokens:
         return Encoding.merge(pieces, growing_offsets=True)
 
     def _literal_tokenizer(self) -> Tokenizer:
-        """The same tokenizer, to which the control tokens are plain text."""
+        """Return the same tokenizer, but with control tokens as plain text."""
         values = json.loads(self._tokenizer.to_str())
         for token in values["added_tokens"]:
             token["special"] = token["id"] in self._ids
@@ -86,9 +81,9 @@ class ControlTokens:
 
 
 def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
-    """The ids with which turns begin and end in a conversation that says nothing; empty where the template refuses it.
+    """Return the ids with which turns begin and end in a trivial conversation; empty if the template rejects it.
 
-    Not those between: a template may write </think>, which messages may hold.
+    Ids inside of turns do not count: a template may write </think>, which messages may contain as well.
     """
     probe = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     try:
@@ -101,7 +96,7 @@ def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, keys included."""
+    """Yield every string in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -114,7 +109,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def map_strings(value: Any, function: Any) -> Any:
-    """The JSON value with `function` applied to every string in it, keys included."""
+    """Return the JSON value with `function` applied to every string in it, keys included."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, dict):
@@ -125,7 +120,7 @@ def map_strings(value: Any, function: Any) -> Any:
 
 
 def unused_characters(texts: list[str], count: int) -> list[str]:
-    """Characters of the private use plane that no text holds."""
+    """Return characters of the private use plane that no text contains."""
     texts = [text for text in texts if not text.isascii()]
     unused: list[str] = []
     candidate = 0x100000
@@ -140,16 +135,16 @@ TRAIN_ON = ("assistant", "last", "all")
 
 
 class ChatTokenizer:
-    """A tokenizer folder ready to encode conversations.
+    """A tokenizer folder, ready to encode conversations.
 
-    train_on: "assistant" trains every assistant turn, "last" the conversation's last assistant turn alone, "all" every
-        token. In each, a message with `train: False` is not trained.
-    Raises ValueError where the folder lacks a file or a template, or the template does not compile.
+    train_on: "assistant" trains every assistant turn, "last" only the conversation's last one, "all" every token. In
+        each, a message with `train: False` is not trained.
+    Raises ValueError if the folder lacks a file or a template, or the template does not compile.
     """
 
     def __init__(self, path: Path, train_on: str = "assistant") -> None:
         if train_on not in TRAIN_ON:
-            raise ValueError(f"train_on: {train_on!r} is none of {', '.join(TRAIN_ON)}")
+            raise ValueError(f"train_on = {train_on!r}: must be one of {', '.join(TRAIN_ON)}")
         folder = read_tokenizer_folder(path)
         self.tokenizer = folder.load()
         self.train_on = train_on
@@ -165,29 +160,29 @@ class ChatTokenizer:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, name: str) -> int | None:
-        """The id of a named special token such as "eos_token"; None where the folder names none."""
+        """Return the id of a named special token such as "eos_token", None if the folder has none."""
         text = self._template.special_tokens.get(name)
         return None if text is None else self.tokenizer.token_to_id(text)
 
     def encode(self, messages: Sequence[Message], tools: Tools = None) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Token ids [L] uint32 and loss mask [L] bool of one conversation.
+        """Return token ids [L] uint32 and loss mask [L] bool of one conversation.
 
-        messages: dicts with a `role`; `train: False` on a message that is not to be trained.
-        tools: JSON schemas, as apply_chat_template takes them.
-        Raises ValueError where the template refuses the conversation or cannot tell what the assistant said.
+        messages: dicts with a `role`; `train: False` excludes a message from training. tools: JSON schemas, as
+            apply_chat_template takes them.
+        Raises ValueError if the template rejects the conversation or leaves unclear where the assistant's text lies.
         """
         if not messages:
             raise ValueError("the conversation has no message")
         if tools and self._other_for_tools:
             raise ValueError(
-                "the tokenizer folder has another template for tools (tool_use): make it chat_template.jinja"
+                "the tokenizer folder has another template for tools (tool_use); save that one as chat_template.jinja"
             )
         turns = self._turns(messages)
         messages = plain_messages(messages)
         try:
             return self._encode(messages, tools, turns)
         except ValueError:
-            # OpenAI leaves the content of a tool call out, which templates that add to it (Qwen3's) refuse.
+            # OpenAI omits the content of a tool call; templates that append to it (Qwen3's) fail then.
             filled = [{"content": "", **message} if "tool_calls" in message else message for message in messages]
             if filled == messages:
                 raise
@@ -208,7 +203,7 @@ class ChatTokenizer:
         return ids, ~mask if self.train_on == "all" else mask
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
-        """The messages whose place must be known: those that are trained; under "all", those that are not."""
+        """Return the messages whose place must be known: the trained ones or, with "all", the others."""
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last":
             assistants = assistants[-1:]
@@ -218,12 +213,12 @@ class ChatTokenizer:
     def _locate_escaped(
         self, messages: list[Message], tools: Tools, turns: Sequence[int], marker: str, sentinels: tuple[str, str]
     ) -> tuple[str, list[Span]]:
-        """The conversation's text, in which control tokens that messages spell hold a `marker`, and the spans of
-        `turns` in the text without the markers."""
+        """Return the conversation's text with a `marker` in the control tokens that messages spell, and the spans of
+        `turns` in the text without markers."""
         escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
         marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels)
         if marked.replace(marker, "") != self._template.render(messages, tools):
-            raise ValueError("a message spells a control token and the chat template rewrites it: remove it")
+            raise ValueError("a message spells a control token and the chat template rewrites it; remove it")
         return marked, [
             (start - marked.count(marker, 0, start), end - marked.count(marker, 0, end)) for start, end in spans
         ]

@@ -1,20 +1,14 @@
-"""Raw records -> conversations: the formats that chat data comes in.
+"""Raw records -> conversations: the formats of chat data, and the checks of a message.
 
 Owns the formats and their columns:
 
     messages           messages: [{role, content}, ...]
     sharegpt           conversations: [{from, value}, ...] (or with role and content), system
     alpaca             instruction, output, input, system, history: [[instruction, output], ...]
-    prompt_completion  prompt, completion: strings, or lists of messages, of which only the completion is trained
+    prompt_completion  prompt, completion: strings, or lists of messages; only the completion is trained
 
-each with `tools` and with `source`, the row's origin. Only those of _REQUIRED must be there. `columns` gives other
-names, of the columns as well as of a message's keys.
-
-One conversation as the chat template gets it, and the checks that a message passes on the way there.
-
-Owns the message form of OpenAI and TRL: `role` and `content`, for assistants also `tool_calls`; `train` (true or false)
-or `weight` (0 or 1) say whether an assistant turn is trained. Every other key goes to the template as it is.
-Every fault is a ValueError that begins with the message's number, from 1.
+each with `tools` and `source` (the row's origin). Only the columns of _REQUIRED must exist. `columns` maps other names
+of columns and message keys. The result has the message form of OpenAI and TRL. Errors begin with the message's number.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ from typing import Any
 from hbp_titan.data.jsonl import check_json, parse_json, shown
 
 ROLES = ("system", "user", "assistant", "tool")
-# Names in use for the four roles, where `roles` of the source gives no other meaning.
+# Names in use for the four roles; `roles` of a source takes precedence.
 ROLE_NAMES = {
     **{role: role for role in ROLES},
     "developer": "system",
@@ -38,11 +32,11 @@ ROLE_NAMES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one row says.
+    """The conversation of one row.
 
-    messages: dicts with a `role` of ROLES and a `content` string (which may be absent beside `tool_calls`). An
-    assistant message that is not to be trained has `train: False`; no other message has `train`, and none has `weight`.
-    tools: the functions that the model may call, None without any. source: the row's own `source`, None without.
+    messages: dicts with a `role` of ROLES and a `content` string (optional with `tool_calls`). An untrained assistant
+    message has `train: False`; no other message has `train`, and none has `weight`. Other keys go to the template.
+    tools: the functions that the model may call, or None. source: the row's own `source`, or None.
     """
 
     messages: list[dict[str, Any]]
@@ -51,9 +45,9 @@ class Conversation:
 
 
 def check_message(message: Any, number: int, keys: dict[str, str], roles: dict[str, str]) -> dict[str, Any]:
-    """A message of the data in the form of a Conversation.
+    """Return a message of the data in the form of a Conversation; raises ValueError "message `number` ...".
 
-    keys: the data's names of `role`, `content`, `train` and `weight`; roles: its names of roles, before ROLE_NAMES.
+    keys: the data's names of `role`, `content`, `train` and `weight`. roles: the data's role -> one of ROLES.
     """
     if not isinstance(message, dict):
         raise ValueError(
@@ -82,12 +76,12 @@ def _role(name: Any, number: int, roles: dict[str, str]) -> str:
     role = roles.get(name) or ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role not in ROLES:
         expected = ", ".join([*ROLES, *roles])
-        raise ValueError(f"message {number} has the unknown role {shown(name)}: expected one of {expected}")
+        raise ValueError(f"message {number} has the unknown role {shown(name)}: must be one of {expected}")
     return role
 
 
 def _text(content: Any, key: str, where: str) -> str:
-    """The text of a message, whose parts are joined where it is a list of them."""
+    """Return the text of a message; a list of text parts is joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
@@ -106,16 +100,16 @@ def _is_trained(train: Any, weight: Any, where: str) -> bool:
     if weight is None:
         return train is not False
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight not in (0, 1):
-        raise ValueError(f"{where}: weight is {shown(weight)}, not 0 or 1: other weights of a message are not known")
+        raise ValueError(f"{where}: weight is {shown(weight)}, not 0 or 1; other weights are not supported")
     if train is not None and train != bool(weight):
-        raise ValueError(f"{where}: train is {shown(train)} and weight is {shown(weight)}: leave out one of them")
+        raise ValueError(f"{where}: train is {shown(train)} and weight is {shown(weight)}; remove one of them")
     return bool(weight)
 
 
 def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects, as templates expect them; OpenAI writes these as JSON text."""
+    """Return tool calls with objects as arguments, as templates expect them; OpenAI writes arguments as JSON text."""
     if role != "assistant":
-        raise ValueError(f"{where}: tool_calls belong to an assistant message")
+        raise ValueError(f"{where}: only an assistant message can have tool_calls")
     if not isinstance(calls, list):
         raise ValueError(f"{where}: tool_calls is {shown(calls)}, not a list")
     check_json(calls, where)
@@ -142,7 +136,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def check_tools(tools: Any, name: str) -> list[dict[str, Any]] | None:
-    """The tools of a row, given as a list of objects or as the JSON text of one; None where there are none."""
+    """Return the tools of a row, given as a list of objects or as its JSON text; None if there are none."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = parse_json(tools)
@@ -157,7 +151,7 @@ def check_tools(tools: Any, name: str) -> list[dict[str, Any]] | None:
 
 
 _MESSAGE_KEYS = ("role", "content", "train", "weight")
-# The columns by which a format is told, in the order in which they are looked for; and the others that it reads.
+# The columns by which a format is detected, in the order of the search; and the other columns that it reads.
 _REQUIRED = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -174,58 +168,61 @@ FORMATS = tuple(_REQUIRED)
 
 
 def check_mapping(format: str, columns: Mapping[str, str], roles: Mapping[str, str], key: str) -> None:
-    """Raise ValueError, which names `key`, where `columns` or `roles` map what no format (or not this one) has."""
+    """Raise ValueError "`key`..." if `columns` or `roles` map a name that the format (or no format) has."""
     if format != "auto" and format not in FORMATS:
-        raise ValueError(f"{key}.format is {shown(format)}: expected auto or one of {', '.join(FORMATS)}")
+        raise ValueError(f"{key}.format = {shown(format)}: must be auto or one of {', '.join(FORMATS)}")
     formats = FORMATS if format == "auto" else (format,)
     known = sorted({name for one in formats for name in _REQUIRED[one] + _OPTIONAL[one]})
     for name, column in columns.items():
         if name not in known:
-            raise ValueError(f"{key}.columns: {shown(name)} is no column of {' or '.join(formats)}: {', '.join(known)}")
+            raise ValueError(
+                f"{key}.columns: {shown(name)} is not a column of {' or '.join(formats)}; "
+                f"must be one of {', '.join(known)}"
+            )
         if not isinstance(column, str) or not column:
             raise ValueError(f"{key}.columns: {name} is {shown(column)}, not the name of a column")
     for name, role in roles.items():
         if role not in ROLES:
-            raise ValueError(f"{key}.roles: {shown(name)} is {shown(role)}: expected one of {', '.join(ROLES)}")
+            raise ValueError(f"{key}.roles: {shown(name)} is {shown(role)}; must be one of {', '.join(ROLES)}")
 
 
 def detect_format(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """The first of FORMATS whose columns the record has."""
+    """Return the first of FORMATS whose columns the record has; raises ValueError if there is none."""
     for format, required in _REQUIRED.items():
         if all(record.get(columns.get(name, name)) is not None for name in required):
             return format
     found = ", ".join(shown(name) for name in list(record)[:20]) or "none"
     expected = "; ".join(f"{format}: {' and '.join(required)}" for format, required in _REQUIRED.items())
-    raise ValueError(f"no known format: found the columns {found}; expected {expected}: map them by `columns`")
+    raise ValueError(f"unknown format: found the columns {found}; expected {expected}; map them with `columns`")
 
 
 def parse_record(
     record: Mapping[str, Any], format: str, columns: Mapping[str, str], roles: Mapping[str, str]
 ) -> Conversation:
-    """The conversation of a record; ValueError, without file and line, says what is wrong with it.
+    """Return the conversation of a record, which may have no messages.
 
-    columns: the format's name of a column or of a message's key -> the data's; roles: the data's role -> one of ROLES.
-    Raises no ValueError for a conversation without messages.
+    columns: the format's name of a column or of a message key -> the data's name. roles: the data's role -> one of
+    ROLES. Raises ValueError, without file and line, for a malformed record.
     """
     return _PARSERS[format](_Record(record, columns, roles))
 
 
 class _Record:
-    """A record and the names that its source uses."""
+    """A record, read by the names that its source uses."""
 
     def __init__(self, record: Mapping[str, Any], columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
         self.record, self.columns, self.roles = record, columns, dict(roles)
 
     def name(self, column: str) -> str:
-        """The data's name of the format's column."""
+        """Return the data's name of the format's column."""
         return self.columns.get(column, column)
 
     def get(self, column: str) -> Any:
-        """The value of the format's column; None where it is missing."""
+        """Return the value of the format's column, None if it is missing."""
         return self.record.get(self.name(column))
 
     def text(self, column: str) -> str:
-        """The text of a column that must have one."""
+        """Return the text of a required column."""
         value, name = self.get(column), self.name(column)
         if not isinstance(value, str):
             raise ValueError(f"{name} is {shown(value)}, not a string")
@@ -233,17 +230,17 @@ class _Record:
         return value
 
     def optional_text(self, column: str) -> str:
-        """The text of a column that may be missing: "" then."""
+        """Return the text of an optional column, "" if it is missing."""
         return "" if self.get(column) is None else self.text(column)
 
     def keys(self, role: str = "role", content: str = "content") -> dict[str, str]:
-        """The data's names of a message's keys."""
+        """Return the data's names of a message's keys."""
         return {"role": self.name(role), "content": self.name(content)} | {
             key: self.name(key) for key in ("train", "weight")
         }
 
     def turns(self, column: str, keys: str) -> list[Any]:
-        """The list of a column, perhaps given as its JSON text."""
+        """Return the list of a column, which may be given as JSON text."""
         value, name = self.get(column), self.name(column)
         if isinstance(value, str):
             try:
@@ -251,11 +248,11 @@ class _Record:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if not isinstance(value, list):
-            raise ValueError(f"no `{name}` list: expected an object with `{name}`, a list of {{{keys}}}")
+            raise ValueError(f"no `{name}` list; expected an object with `{name}`, a list of {{{keys}}}")
         return value
 
     def conversation(self, messages: list[dict[str, Any]]) -> Conversation:
-        """`messages` with the tools and the origin of the record."""
+        """Return `messages` with the tools and the origin of the record."""
         source = self.get("source")
         if source is not None:
             source = self.text("source")
@@ -283,12 +280,12 @@ def _parse_sharegpt(row: _Record) -> Conversation:
         messages.append(check_message(value, number, keys, row.roles))
     system = row.optional_text("system")
     if system and messages and messages[0]["role"] == "system":
-        raise ValueError(f"both the column {row.name('system')} and message 1 hold a system prompt: leave one out")
+        raise ValueError(f"both the column {row.name('system')} and message 1 have a system prompt; remove one of them")
     return row.conversation([{"role": "system", "content": system}, *messages] if system else messages)
 
 
 def _function_call(message: dict[str, Any], keys: dict[str, str], number: int) -> dict[str, Any]:
-    """ShareGPT's turn of the role function_call, whose value is the JSON text of one or more calls, as tool calls."""
+    """Return ShareGPT's turn of role function_call, whose value is the JSON text of calls, as tool calls."""
     text = message.get(keys["content"])
     if not isinstance(text, str):
         raise ValueError(f"message {number} (function_call): {keys['content']} is {shown(text)}, not a string")
@@ -304,7 +301,7 @@ def _function_call(message: dict[str, Any], keys: dict[str, str], number: int) -
 def _parse_alpaca(row: _Record) -> Conversation:
     system, history = row.optional_text("system"), row.get("history")
     turns = _history(history, row.name("history"))
-    # The joint of LLaMA-Factory's Alpaca format.
+    # Joined as LLaMA-Factory joins them.
     prompt = "\n".join(text for text in (row.text("instruction"), row.optional_text("input")) if text)
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in [*turns, (prompt, row.text("output"))]:
@@ -327,7 +324,7 @@ def _history(history: Any, name: str) -> list[tuple[str, str]]:
 def _parse_prompt_completion(row: _Record) -> Conversation:
     prompt = _turns(row, "prompt", "user", first=1)
     completion = _turns(row, "completion", "assistant", first=len(prompt) + 1)
-    # The completion alone is trained.
+    # Assistant turns of the prompt are context, not targets.
     prompt = [{**message, "train": False} if message["role"] == "assistant" else message for message in prompt]
     return row.conversation(prompt + completion)
 

@@ -1,22 +1,14 @@
-"""JSON lines files: where each row lies, and its value.
+"""JSON of unknown origin: where the rows of a file lie, and their values.
 
-Owns the line rules: a row is a line that is not blank; lines end in \\n or \\r\\n; a byte order mark before the first
-is no part of it. The scan holds one block in memory, however long a line is, and parses nothing.
-
-A JSON file that is one array -> the text of its elements, by streaming.
-
-Owns the walk over an array in memory of one element and one block, whatever the file's size.
-
-JSON of unknown origin -> values, with every fault a ValueError of one short line.
-
-Owns what is refused: bytes that are not UTF-8, the same key twice in an object (which value was meant is unknown), and,
-where text is used, half surrogates, values that JSON has not, and nesting of more than MAX_DEPTH levels.
+Owns two kinds of files. JSON lines: a row is a line that is not blank; lines end in \\n or \\r\\n. JSON arrays: a row
+is an element. Both are scanned once, a block at a time, without parsing: a row is parsed only where it is used. Every
+error in a row is a ValueError of one short line: bytes that are not UTF-8, a key twice in an object (which value is
+meant is unknown), half surrogates, values that JSON does not have, and nesting deeper than MAX_DEPTH.
 """
 
 from __future__ import annotations
 
 import codecs
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -26,8 +18,189 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCK_BYTES = 1 << 20
 # Far above any tool's schema, far below Python's recursion limit, which templates share.
 MAX_DEPTH = 64
+_NEWLINE, _RETURN, _SPACE = b"\n\r "
+_QUOTE, _BACKSLASH = b'"\\'
+_WHITESPACE = b" \t\r\n"
+# What each byte outside of strings adds to the nesting depth.
+_DEPTH = np.zeros(256, np.int64)
+_DEPTH[list(b"{[")], _DEPTH[list(b"}]")] = 1, -1
+_IS_STRUCTURE = bytes(byte in b'"\\{}[]' for byte in range(256))
+
+Rows = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Byte offset, bytes and number (from 1) of each row: int64 [R] each."""
+
+
+def index_lines(file: Path) -> Rows:
+    """Return where the rows of a JSON lines file are; the bytes include the line end."""
+    with file.open("rb") as stream:
+        starts, sizes, first_bytes = _scan_lines(stream)
+        if not len(starts):
+            return starts, sizes, starts
+        stream.seek(0)
+        if stream.read(3) == codecs.BOM_UTF8:
+            starts[0], sizes[0], first_bytes[0] = 3, sizes[0] - 3, _SPACE
+        blank = (first_bytes == _NEWLINE) | ((first_bytes == _RETURN) & (sizes == 2))
+        for row in np.flatnonzero((first_bytes <= _SPACE) & ~blank).tolist():
+            blank[row] = _is_blank(stream, int(starts[row]), int(sizes[row]))
+    rows = np.flatnonzero(~blank)
+    return starts[rows], sizes[rows], rows + 1
+
+
+def _scan_lines(stream: IO[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """Return offset, bytes and first byte of every line, blank ones included."""
+    ends, first_bytes = [np.zeros(1, np.int64)], []
+    position, after_newline = 0, True
+    while block := stream.read(BLOCK_BYTES):
+        data = np.frombuffer(block, np.uint8)
+        newlines = np.flatnonzero(data == _NEWLINE)
+        begins = newlines[newlines < len(data) - 1] + 1
+        first_bytes.append(data[np.concatenate([[0], begins]) if after_newline else begins])
+        ends.append(newlines + (position + 1))
+        position += len(block)
+        after_newline = block.endswith(b"\n")
+    if not after_newline:
+        ends.append(np.array([position]))
+    boundaries = np.concatenate(ends)
+    return boundaries[:-1], np.diff(boundaries), np.concatenate([np.zeros(0, np.uint8), *first_bytes])
+
+
+def _is_blank(stream: IO[bytes], start: int, size: int) -> bool:
+    stream.seek(start)
+    while size and (block := stream.read(min(size, BLOCK_BYTES))):
+        if not block.isspace():
+            return False
+        size -= len(block)
+    return True
+
+
+def is_array(file: Path) -> bool:
+    """Return whether the text begins with an opening bracket."""
+    with file.open("rb") as stream:
+        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def index_array(file: Path, name: Path) -> Rows:
+    """Return where the elements of a JSON array are. Errors inside an element are left to `read_lines`.
+
+    name: the file's name in messages. Raises ValueError "name:number: ..." unless the array has only objects, commas
+    between them, and an end.
+    """
+    scan = _ArrayScan()
+    with file.open("rb") as stream:
+        while not scan.ended and (block := stream.read(BLOCK_BYTES)):
+            scan.add(block)
+            if scan.error:
+                break
+    if scan.error or not scan.ended:
+        number, error = scan.error or (scan.length // 2 + 1, "the array has no end")
+        raise ValueError(f"{name}:{number}: the JSON array breaks at this element: {error}")
+    starts, ends = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (scan.starts, scan.ends))
+    return starts, ends - starts, np.arange(1, len(starts) + 1)
+
+
+class _ArrayScan:
+    """Finds the elements of an array by quotes and brackets, one vectorized block at a time.
+
+    A parser would find them as well, but takes ten times as long, in one process, and its values cannot be kept for the
+    processes that tokenize the rows.
+
+    starts, ends: byte offsets of the elements, one array per block. error: number of the element, and what is wrong.
+    """
+
+    def __init__(self) -> None:
+        self.starts: list[NDArray[np.int64]] = []
+        self.ends: list[NDArray[np.int64]] = []
+        self.ended = False
+        self.error: tuple[int, str] | None = None
+        # Bytes outside the elements so far, without whitespace; each element counts as its first byte: "{,{,{".
+        self.length = 0
+        self._offset = self._depth = 0
+        self._in_string = self._escaping = False
+
+    def add(self, block: bytes) -> None:
+        """Scan the next block of the file."""
+        data = np.frombuffer(block, np.uint8)
+        # translate, not an index by `data`, which is five times as slow.
+        places = np.flatnonzero(np.frombuffer(block.translate(_IS_STRUCTURE), np.bool_))
+        places = places[~self._escaped(data, places)[places]]
+        # A quote begins or ends a string, inside of which brackets do not count.
+        quotes = data[places] == _QUOTE
+        in_string = np.logical_xor.accumulate(quotes) ^ self._in_string
+        self._in_string = bool(in_string[-1]) if len(places) else self._in_string
+        places = places[~(in_string | quotes)]
+        change = _DEPTH[data[places]]
+        depth = np.cumsum(change) + self._depth
+        last = np.flatnonzero((change < 0) & (depth == 0))[:1].tolist()
+        self.ended = bool(last)
+        if last:
+            places, change, depth = (values[: last[0] + 1] for values in (places, change, depth))
+        starts = places[(change > 0) & (depth == 2)]
+        ends = places[(change < 0) & (depth == 1)] + 1
+        self.starts.append(starts + self._offset)
+        self.ends.append(ends + self._offset)
+        begins = ends.tolist() if self._depth > 1 else [0, *ends.tolist()]
+        stops = [*(starts + 1).tolist(), int(places[-1]) if last else len(block)]
+        # Not strict: the last stop is unused if the block ends inside an element.
+        outside = b"".join(block[begin:stop] for begin, stop in zip(begins, stops, strict=False))
+        outside = outside.translate(None, _WHITESPACE)
+        self._check(outside if self._offset else outside.removeprefix(codecs.BOM_UTF8).removeprefix(b"["))
+        self._offset += len(block)
+        self._depth = int(depth[-1]) if len(places) else self._depth
+
+    def _escaped(self, data: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each byte of the block whether a backslash escapes it."""
+        escaped = np.zeros(len(data) + 1, np.bool_)
+        escaped[0] = self._escaping
+        slashes = places[data[places] == _BACKSLASH]
+        if len(slashes):
+            run_start = np.where(np.diff(slashes, prepend=-2) != 1, slashes, -1)
+            if self._escaping and slashes[0] == 0:
+                run_start[0] = 1  # this one is escaped by the block before, so the run begins with the next
+            run_start = np.maximum.accumulate(run_start)
+            # In a run of backslashes the first, third, ... escape what follows.
+            escaped[slashes[(slashes - run_start) % 2 == 0] + 1] = True
+        self._escaping = bool(escaped[-1])
+        return escaped[:-1]
+
+    def _check(self, outside: bytes) -> None:
+        """Compare the next bytes outside the elements with the alternation of an object and a comma."""
+        expected = (b"{," * (len(outside) // 2 + 2))[self.length % 2 :][: len(outside)]
+        if outside != expected:
+            at = next(i for i, (left, right) in enumerate(zip(outside, expected, strict=True)) if left != right)
+            what = "an object" if (self.length + at) % 2 == 0 else "a comma"
+            self.error = ((self.length + at + 1) // 2 + 1, f"expected {what}, found {chr(outside[at])!a}")
+        self.length += len(outside)
+        if self.ended and self.length and self.length % 2 == 0 and not self.error:
+            self.error = (self.length // 2 + 1, "expected an object after the comma")
+
+
+def read_lines(
+    file: Path, starts: NDArray[np.int64], sizes: NDArray[np.int64], max_row_bytes: int
+) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield the objects of the rows at these places; a ValueError in the place of one that is malformed."""
+    with file.open("rb") as stream:
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+            if size > max_row_bytes:
+                yield too_large(size, max_row_bytes)
+                continue
+            stream.seek(start)
+            yield _parse_row(stream.read(size))
+
+
+def _parse_row(raw: bytes) -> dict[str, Any] | ValueError:
+    try:
+        value = parse_json(raw)
+    except ValueError as error:
+        return error
+    return value if isinstance(value, dict) else ValueError(f"the row is {shown(value)}, not a JSON object")
+
+
+def too_large(size: int, max_row_bytes: int) -> ValueError:
+    """Return the error of a row of `size` bytes."""
+    return ValueError(f"a row of {size} bytes is larger than data.max_row_bytes = {max_row_bytes}; raise it")
 
 
 class _DuplicateKey(ValueError):
@@ -35,7 +208,7 @@ class _DuplicateKey(ValueError):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; bytes must be UTF-8. NaN and Infinity are floats, as Python writes them."""
+    """Return the value of a JSON text; bytes must be UTF-8. NaN and Infinity are floats, as Python writes them."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
@@ -62,12 +235,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Raise ValueError, which begins with `where`, for what cannot be written as JSON in UTF-8."""
+    """Raise ValueError "`where` ..." for a value that cannot be written as JSON in UTF-8."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{where} holds half a surrogate pair, \\u{ord(value[error.start]):04x}") from None
+            raise ValueError(f"{where} contains half a surrogate pair, \\u{ord(value[error.start]):04x}") from None
     elif isinstance(value, (dict, list)):
         if depth == MAX_DEPTH:
             raise ValueError(f"{where} is nested too deeply: more than {MAX_DEPTH} levels")
@@ -77,13 +250,14 @@ def check_json(value: Any, where: str, depth: int = 0) -> None:
             for item in value.values():
                 check_json(item, where, depth + 1)
     elif isinstance(value, ValueError):
+        # The place of an Arrow cell that Python cannot hold (data/arrow.py).
         raise ValueError(f"{where}: {value}")
     elif value is not None and not isinstance(value, (bool, int, float)):
-        raise ValueError(f"{where} holds {shown(value)}, which is not text, a number, a list or an object")
+        raise ValueError(f"{where} contains {shown(value)}, which is not text, a number, a list or an object")
 
 
 def shown(value: Any, limit: int = 40) -> str:
-    """A value as a message shows it: short, on one line, ASCII."""
+    """Return a value for a message: short, on one line, ASCII."""
     if isinstance(value, ValueError):
         return str(value)
     try:
@@ -91,167 +265,3 @@ def shown(value: Any, limit: int = 40) -> str:
     except (TypeError, ValueError, RecursionError):
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-BLOCK_BYTES = 1 << 20
-_NEWLINE, _RETURN, _SPACE = b"\n\r "
-
-
-def index_lines(file: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Byte offset, byte length (line end included) and number (from 1) of each row: int64 [R] each."""
-    with file.open("rb") as stream:
-        starts, sizes, first_bytes = _scan(stream)
-        if not len(starts):
-            return starts, sizes, starts
-        stream.seek(0)
-        if stream.read(3) == codecs.BOM_UTF8:
-            starts[0], sizes[0], first_bytes[0] = 3, sizes[0] - 3, _SPACE
-        blank = (first_bytes == _NEWLINE) | ((first_bytes == _RETURN) & (sizes == 2))
-        for row in np.flatnonzero((first_bytes <= _SPACE) & ~blank).tolist():
-            blank[row] = _is_blank(stream, int(starts[row]), int(sizes[row]))
-    rows = np.flatnonzero(~blank)
-    return starts[rows], sizes[rows], rows + 1
-
-
-def _scan(stream: IO[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-    """Offset, length and first byte of every line, blank ones included."""
-    ends, first_bytes = [np.zeros(1, np.int64)], []
-    position, after_newline = 0, True
-    while block := stream.read(BLOCK_BYTES):
-        data = np.frombuffer(block, np.uint8)
-        newlines = np.flatnonzero(data == _NEWLINE)
-        begins = newlines[newlines < len(data) - 1] + 1
-        first_bytes.append(data[np.concatenate([[0], begins]) if after_newline else begins])
-        ends.append(newlines + (position + 1))
-        position += len(block)
-        after_newline = block.endswith(b"\n")
-    if not after_newline:
-        ends.append(np.array([position]))
-    borders = np.concatenate(ends)
-    return borders[:-1], np.diff(borders), np.concatenate([np.zeros(0, np.uint8), *first_bytes])
-
-
-def _is_blank(stream: IO[bytes], start: int, size: int) -> bool:
-    stream.seek(start)
-    while size and (block := stream.read(min(size, BLOCK_BYTES))):
-        if not block.isspace():
-            return False
-        size -= len(block)
-    return True
-
-
-def read_lines(
-    file: Path, starts: NDArray[np.int64], sizes: NDArray[np.int64], max_row_bytes: int
-) -> Iterator[dict[str, Any] | ValueError]:
-    """The objects of the rows at these places; a ValueError in the place of one that is malformed."""
-    with file.open("rb") as stream:
-        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
-            if size > max_row_bytes:
-                yield too_large(size, max_row_bytes)
-                continue
-            stream.seek(start)
-            yield _parse_row(stream.read(size))
-
-
-def _parse_row(raw: bytes) -> dict[str, Any] | ValueError:
-    try:
-        value = parse_json(raw)
-    except ValueError as error:
-        return error
-    return value if isinstance(value, dict) else ValueError(f"the row is {shown(value)}, not a JSON object")
-
-
-def too_large(size: int, max_row_bytes: int) -> ValueError:
-    """What is wrong with a row of `size` bytes."""
-    return ValueError(f"a row of {size} bytes is larger than data.max_row_bytes = {max_row_bytes}: raise it")
-
-
-_BLOCK_CHARACTERS = 1 << 20
-# More text than this without an end is no row.
-_MAX_ELEMENT_CHARACTERS = 1 << 27
-_WHITESPACE = " \t\r\n"
-
-
-def is_array(file: Path) -> bool:
-    """Whether the first character of the text is an opening bracket."""
-    with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def write_elements(file: Path, target: Path, name: Path) -> None:
-    """Each element of the array on a line of its own: JSON lines.
-
-    name: the file's name in messages. Raises ValueError "name:number: ..." for the element at which the array breaks.
-    """
-    number = 1
-    with file.open("rb") as stream, target.open("w", encoding="utf-8", newline="\n") as out:
-        try:
-            for element in _Array(stream).elements():
-                # A line end of JSON stands between its tokens only: in text it is written \n.
-                out.write(element.replace("\n", " ").replace("\r", " ") + "\n")
-                number += 1
-        except UnicodeDecodeError as error:
-            fault = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-            raise ValueError(f"{name}:{number}: the JSON array breaks at this element or soon after: {fault}") from None
-        except ValueError as error:
-            raise ValueError(f"{name}:{number}: the JSON array breaks at this element: {error}") from None
-
-
-class _Array:
-    """The text of a file from the element that is read on: `buffer` from `position`."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        self.decoder = json.JSONDecoder()
-        self.buffer, self.position = "", 0
-
-    def elements(self) -> Iterator[str]:
-        """The text of each element as the file writes it."""
-        self._next()
-        self.position += 1
-        if self._next() == "]":
-            return
-        while True:
-            yield self._element()
-            separator = self._next()
-            if separator not in (",", "]"):
-                raise ValueError("a comma or the end of the array is missing after the one before")
-            if separator == "]":
-                return
-            self.position += 1
-
-    def _next(self) -> str:
-        """The next character that is no whitespace; "" at the end of the file."""
-        while True:
-            rest = self.buffer[self.position : self.position + 256]
-            if stripped := rest.lstrip(_WHITESPACE):
-                self.position += len(rest) - len(stripped)
-                return stripped[0]
-            self.position += len(rest)
-            if self.position == len(self.buffer) and not self._read_more():
-                return ""
-
-    def _element(self) -> str:
-        """The text of the element that comes next; its bounds are those that the JSON parser finds."""
-        start = self._next()
-        if start != "{":
-            raise ValueError(f"it begins with {start!a}: expected an object" if start else "the array has no end")
-        while True:
-            try:
-                _, end = self.decoder.raw_decode(self.buffer, self.position)
-                break
-            except RecursionError:
-                raise ValueError("nested too deeply") from None
-            except ValueError as error:
-                # Perhaps the block ends in the middle of the element.
-                if len(self.buffer) - self.position > _MAX_ELEMENT_CHARACTERS or not self._read_more():
-                    raise ValueError(getattr(error, "msg", str(error))) from None
-        element, self.position = self.buffer[self.position : end], end
-        return element
-
-    def _read_more(self) -> bool:
-        """Whether there was more text; as much again, so that a long element is not parsed again for each block."""
-        rest = self.buffer[self.position :]
-        more = self.text.read(max(_BLOCK_CHARACTERS, len(rest)))
-        self.buffer, self.position = rest + more, 0
-        return bool(more)

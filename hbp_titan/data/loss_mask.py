@@ -1,8 +1,8 @@
-"""Where the assistant's turns lie in a rendered conversation.
+"""Where the assistant turns lie in a rendered conversation.
 
-Owns the rule of what is trained: the text of an assistant turn with its end token. Where it begins and ends is said
-by the template's `{% generation %}` blocks; without them, by rendering the conversation turn by turn. A turn whose
-place is not certain is an error, never a guess.
+Owns the rule of what is trained: the text of an assistant turn with its end token. The template's `{% generation %}`
+blocks mark where it begins and ends; without them, the conversation is rendered turn by turn. A turn whose place is not
+certain is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from hbp_titan.data.tokenizer import Span
 Tools = Sequence[dict[str, Any]] | None
 
 _CUT_BLOCKS = (
-    "the chat template cuts its {% generation %} blocks apart, so the loss mask is unknown: put each around a whole "
+    "the chat template cuts its {% generation %} blocks apart, so the loss mask is unknown; put each around a whole "
     "answer"
 )
-_USE_BLOCKS = "so the loss mask is unknown: use a template with {% generation %} blocks"
+_USE_BLOCKS = "so the loss mask is unknown; use a template with {% generation %} blocks"
 
 
 class TurnLocator:
-    """Renders conversations and says where turns lie in the text.
-
-    control_pattern: matches the control tokens, one of which ends a turn.
-    """
+    """Renders conversations and finds the turns in them. control_pattern: matches the tokens that can end a turn."""
 
     def __init__(self, template: ChatTemplate, control_pattern: re.Pattern[str]) -> None:
         self._template = template
@@ -36,10 +33,9 @@ class TurnLocator:
     def locate(
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], sentinels: tuple[str, str]
     ) -> tuple[str, list[Span]]:
-        """The conversation's text and the character spans of `turns`, indices of assistant messages.
+        """Return the conversation's text and the character spans of `turns`, indices of assistant messages.
 
-        sentinels: two characters that no message holds.
-        Raises ValueError where the template does not tell where a turn lies.
+        sentinels: two characters that no message contains. Raises ValueError if the place of a turn is not certain.
         """
 
         def render(messages: Sequence[Message], **options: Any) -> str:
@@ -61,7 +57,7 @@ class TurnLocator:
         blocks: list[Span],
         render: Callable[..., str],
     ) -> list[Span]:
-        """The generation blocks of `turns`: of messages that the template may give one, several or no block.
+        """Return the generation blocks of `turns`; the template may give a message one, several or no block.
 
         A turn's blocks begin after the text of the messages before it, and before the next assistant turn.
         """
@@ -69,59 +65,57 @@ class TurnLocator:
         if len(turns) == len(assistants):
             return blocks
         wanted = set(turns)
-        borders = {}
+        boundaries = {}
         for index, following in zip(assistants, [*assistants[1:], None], strict=True):
             if index not in wanted:
                 continue
-            for border in (index, following):
-                if border and border not in borders:
-                    before = render(messages[:border])
+            for boundary in (index, following):
+                if boundary and boundary not in boundaries:
+                    before = render(messages[:boundary])
                     if not text.startswith(before):
                         raise ValueError(
-                            f"the chat template changes what comes before message {border + 1} (assistant) when it "
-                            "follows, so its {% generation %} blocks cannot be told from those of other turns"
+                            f"the chat template changes what precedes message {boundary + 1} (assistant) when it "
+                            "follows, so its {% generation %} blocks cannot be matched with the turns"
                         )
-                    borders[border] = len(before)
-        borders[0] = 0
+                    boundaries[boundary] = len(before)
+        boundaries[0] = 0
         spans = []
         for index, following in zip(assistants, [*assistants[1:], None], strict=True):
             if index in wanted:
-                end = len(text) + 1 if following is None else borders[following]
-                spans += [block for block in blocks if borders[index] <= block[0] < end]
+                end = len(text) + 1 if following is None else boundaries[following]
+                spans += [block for block in blocks if boundaries[index] <= block[0] < end]
         return spans
 
     def _turn_span(self, messages: Sequence[Message], index: int, text: str, render: Callable[..., str]) -> Span:
-        """An assistant turn is what its message adds to the text that a model would be asked to continue."""
+        """Return the span of a turn: what its message adds to the prompt that a model would be asked to continue."""
         turn = f"message {index + 1} (assistant)"
         try:
             prompt = render(messages[:index], add_generation_prompt=True)
         except ValueError as error:
-            raise ValueError(f"{turn} has no prompt that asks for it, so the loss mask is unknown: {error}") from None
+            raise ValueError(f"{turn} has no prompt before it, so the loss mask is unknown: {error}") from None
         answered = text if index + 1 == len(messages) else render(messages[: index + 1])
         if not answered.startswith(prompt):
-            raise ValueError(
-                f"the chat template renders {turn} differently from the prompt that asks for it, {_USE_BLOCKS}"
-            )
+            raise ValueError(f"the chat template renders {turn} differently from its prompt, {_USE_BLOCKS}")
         if not text.startswith(answered):
             answered = self._answered_earlier(messages, index, render) or ""
             if not answered.startswith(prompt) or not text.startswith(answered):
                 raise ValueError(
-                    f"the chat template changes {turn} when later messages follow (it drops earlier reasoning, for "
-                    f"one), {_USE_BLOCKS} or train the last turn only"
+                    f"the chat template changes {turn} when later messages follow (it drops earlier "
+                    f"reasoning, for example), {_USE_BLOCKS} or train the last turn only"
                 )
-        said = answered[len(prompt) :]
-        lost = [name for name in _called(messages[index]) if name not in said]
+        turn_text = answered[len(prompt) :]
+        lost = [name for name in _called(messages[index]) if name not in turn_text]
         if lost:
             raise ValueError(
-                f"the chat template leaves the call of {lost[0]!r} in {turn} out: it does not know tool calls"
+                f"the chat template drops the call of {lost[0]!r} in {turn}; use a template that supports tool calls"
             )
-        return len(prompt), len(prompt) + self._spoken(said)
+        return len(prompt), len(prompt) + self._length_with_end_token(turn_text)
 
     def _answered_earlier(self, messages: Sequence[Message], index: int, render: Callable[..., str]) -> str | None:
-        """The text up to the end of a turn that is not the last; None where that cannot be told.
+        """Return the text up to the end of a turn that is not the last; None if that is not certain.
 
-        Some templates (Qwen3's) add to the last turn alone. A user's turn is put after it, and again: what the second
-        adds is cut from the end of the first. None of what the assistant said may be missing from the rest.
+        Some templates (Qwen3's) treat the last turn differently. A user turn is appended once and twice; what the
+        second one adds is cut off the end of the first text. The rest must contain all that the assistant wrote.
         """
         following = {"role": "user", "content": "?"}
         try:
@@ -134,19 +128,19 @@ class TurnLocator:
             return None
         answered = once[: -len(added)]
         before = render(messages[:index])
-        said = [messages[index].get(field) for field in ("content", "reasoning_content")]
-        if any(isinstance(text, str) and text.strip() not in answered[len(before) :] for text in said):
+        texts = [messages[index].get(field) for field in ("content", "reasoning_content")]
+        if any(isinstance(text, str) and text.strip() not in answered[len(before) :] for text in texts):
             return None
         return answered
 
-    def _spoken(self, turn: str) -> int:
-        """Length of `turn` up to its end token: what a template writes after it, no model says."""
+    def _length_with_end_token(self, turn: str) -> int:
+        """Return the length of `turn` up to its end token: no model generates what a template writes after that."""
         ends = [match.end() for match in self._control_pattern.finditer(turn)]
         return ends[-1] if ends and not turn[ends[-1] :].strip() else len(turn)
 
 
 def _called(message: Message) -> list[str]:
-    """Names of the functions that a message calls."""
+    """Return the names of the functions that a message calls."""
     calls = message.get("tool_calls")
     functions = (
         [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
@@ -156,7 +150,7 @@ def _called(message: Message) -> list[str]:
 
 
 def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[Span]]:
-    """The text without its sentinels, and the spans that they enclosed, less the empty ones."""
+    """Return the text without its sentinels, and the non-empty spans that they enclosed."""
     opening, closing = sentinels
     first, *rest = rendered.split(opening)
     text, starts, spans = [first], [], []

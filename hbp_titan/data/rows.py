@@ -1,15 +1,9 @@
-"""Data files -> raw records, by index: which rows a file has, and any of them at any time.
+"""The rows of a data file, by index: how many a file has, and any of them at any time.
 
-Owns the kinds of files (JSON lines, plain or compressed; JSON arrays; Parquet; Arrow) behind one index. A row is named
-by its line, or by its number in files that have no lines (Parquet, Arrow, a JSON array). A malformed row is a
-ValueError in its place, without the file and the line, which the caller knows; a broken file is one that is raised.
-
-Files whose rows cannot be read in place -> copies whose rows can.
-
-Owns the copies: .gz and .zst are unpacked to JSON lines, a .json file that is one array becomes a line for each of its
-elements, Parquet becomes an Arrow file, each by streaming. A copy is named after the file's path, size and time: a
-changed file is copied anew, another is found again. It appears by an atomic rename, so that several processes may
-make the same one.
+Owns the file types behind one index: JSON lines and JSON arrays, plain or compressed, Parquet, Arrow. A row is named by
+its line, or by its number in files without lines (arrays, Parquet, Arrow). Files that cannot be read in place get a
+copy: .gz and .zst are decompressed, Parquet becomes an Arrow file, both by streaming. A malformed row is a ValueError
+in its place, without file and line, which the caller knows; a broken file raises.
 """
 
 from __future__ import annotations
@@ -21,7 +15,6 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +23,79 @@ from numpy.typing import NDArray
 
 from hbp_titan.data.arrow import first_line, index_arrow, read_arrow
 from hbp_titan.data.files import ARROW_SUFFIXES, SUFFIXES, require
-from hbp_titan.data.jsonl import index_lines, is_array, read_lines, write_elements
+from hbp_titan.data.jsonl import index_array, index_lines, is_array, read_lines
 
 _BLOCK_BYTES = 1 << 20
-# A block of zstd can unpack to 30,000 times its size.
+# A block of zstd can decompress to 30,000 times its size.
 _ZSTD_BLOCK_BYTES = 1 << 13
 _ROWS_PER_BATCH = 256
 
 
-def unpack(file: Path, folder: Path) -> Path:
-    """The file in which the rows of `file` lie: itself, or a copy in `folder`.
+@dataclass(frozen=True)
+class RowIndex:
+    """Where the rows of one file are.
 
-    Raises ValueError "file:line: ..." where the file breaks off or is no file of its kind.
+    file: as the user named it; stored: the file that is read, a copy if `file` is compressed or Parquet.
+    starts: byte offsets in `stored`, or positions in an Arrow file; sizes: bytes, estimated for Arrow;
+    lines: line or row numbers, from 1. int64 [R] each.
+    """
+
+    file: Path
+    stored: Path
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    lines: NDArray[np.int64]
+
+    def select(self, rows: slice | NDArray[np.int64]) -> RowIndex:
+        """Return the index of some of the rows."""
+        return RowIndex(self.file, self.stored, self.starts[rows], self.sizes[rows], self.lines[rows])
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def index_rows(file: Path, unpacked: Path) -> RowIndex:
+    """Find the rows of `file` in one pass, without parsing them.
+
+    unpacked: folder for the copies of compressed and Parquet files; existing copies are used again.
+    Raises ValueError "file:line: ..." if the file has no rows or is broken.
     """
     name = file.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise ValueError(f"{file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
+    stored = file
     if name.endswith(".parquet"):
-        return _copy(file, folder, ".arrow", _write_arrow)
-    readable = _copy(file, folder, "", _write_decompressed) if name.endswith((".gz", ".zst")) else file
-    if name.endswith((".json", ".json.gz", ".json.zst")) and is_array(readable):
-        return _copy(readable, folder, ".jsonl", partial(write_elements, name=file))
-    return readable
+        stored = _copy(file, unpacked, ".arrow", _write_arrow)
+    elif name.endswith((".gz", ".zst")):
+        stored = _copy(file, unpacked, "", _write_decompressed)
+    if _is_arrow(file):
+        places = index_arrow(stored, file)
+    elif name.endswith((".json", ".json.gz", ".json.zst")) and is_array(stored):
+        places = index_array(stored, file)
+    else:
+        places = index_lines(stored)
+    index = RowIndex(file, stored, *places)
+    if not len(index):
+        raise ValueError(f"{file}:1: the file has no rows")
+    return index
+
+
+def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield the line and the record of each row of `index`, in order; a ValueError in place of a malformed record."""
+    if _is_arrow(index.file):
+        records = read_arrow(index.stored, index.starts, max_row_bytes)
+    else:
+        records = read_lines(index.stored, index.starts, index.sizes, max_row_bytes)
+    return zip(index.lines.tolist(), records, strict=True)
+
+
+def _is_arrow(file: Path) -> bool:
+    return file.name.lower().endswith(ARROW_SUFFIXES)
 
 
 def _copy(file: Path, folder: Path, suffix: str, write: Callable[[Path, Path], None]) -> Path:
+    """Return the copy of `file` in `folder`, written atomically (several processes may do it) if it does not exist."""
+    # Named after path, size and time: a changed file gets another copy.
     stat = file.stat()
     key = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     copy = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}-{file.name[:150]}{suffix}"
@@ -68,7 +111,7 @@ def _copy(file: Path, folder: Path, suffix: str, write: Callable[[Path, Path], N
 
 
 class _BrokenStream(Exception):
-    """Compressed bytes that end early or do not add up."""
+    """Compressed bytes that end early or are corrupt."""
 
 
 def _write_decompressed(file: Path, target: Path) -> None:
@@ -81,7 +124,7 @@ def _write_decompressed(file: Path, target: Path) -> None:
                 line += block.count(b"\n")
         except _BrokenStream as error:
             raise ValueError(
-                f"{file}:{line}: the compressed file breaks off in this line ({error}): copy it again"
+                f"{file}:{line}: the compressed file breaks off in this line ({error}); copy it again"
             ) from None
 
 
@@ -89,7 +132,7 @@ def _gzip_blocks(file: Path) -> Iterator[bytes]:
     with gzip.open(file, "rb") as stream:
         while True:
             try:
-                # read1, not read: that would lose what came before the damage.
+                # read1, not read, which would lose the data before the damage.
                 block = stream.read1(_BLOCK_BYTES)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise _BrokenStream(error) from None
@@ -100,7 +143,7 @@ def _gzip_blocks(file: Path) -> Iterator[bytes]:
 
 def _zstd_blocks(file: Path) -> Iterator[bytes]:
     zstandard = require("zstandard", file)
-    # Not stream_reader: it takes a stream that is cut off for one that has ended.
+    # Not stream_reader: it takes a truncated stream for a complete one.
     frame = None
     with file.open("rb") as stream:
         while block := stream.read(_ZSTD_BLOCK_BYTES):
@@ -117,7 +160,7 @@ def _zstd_blocks(file: Path) -> Iterator[bytes]:
 
 
 def _write_arrow(file: Path, target: Path) -> None:
-    """Not read in place: a row group, of 100 MB and more where Spark wrote it, would be decoded by every process."""
+    # Not read in place: every process would decode whole row groups, of 100 MB and more if Spark wrote them.
     arrow = require("pyarrow", file)
     require("pyarrow.parquet", file)
     try:
@@ -129,54 +172,3 @@ def _write_arrow(file: Path, target: Path) -> None:
                 writer.write_batch(batch)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}:1: not a readable Parquet file: {first_line(error)}") from None
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """Where the rows of one file are.
-
-    file: as the user named it; stored: the file that is read, a copy where `file` is compressed or Parquet.
-    starts: byte offsets in `stored`, or positions in an Arrow file; sizes: bytes, estimated for Arrow;
-    lines: line numbers, or row numbers, from 1. int64 [R] each.
-    """
-
-    file: Path
-    stored: Path
-    starts: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    lines: NDArray[np.int64]
-
-    def select(self, rows: slice | NDArray[np.int64]) -> RowIndex:
-        """The index of some of the rows."""
-        return RowIndex(self.file, self.stored, self.starts[rows], self.sizes[rows], self.lines[rows])
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-
-def index_rows(file: Path, unpacked: Path) -> RowIndex:
-    """Where the rows of `file` are, found in one pass without parsing them.
-
-    unpacked: the folder for copies of compressed and Parquet files; a copy made earlier is used again.
-    Raises ValueError "file:line: ..." where the file has no rows or is broken.
-    """
-    if not file.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"{file}: no known kind of data file: expected one of {', '.join(SUFFIXES)}")
-    stored = unpack(file, unpacked)
-    index = RowIndex(file, stored, *(index_arrow(stored, file) if _is_arrow(file) else index_lines(stored)))
-    if not len(index):
-        raise ValueError(f"{file}:1: the file has no rows")
-    return index
-
-
-def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """The line and the record of each row of `index` in its order; a ValueError in the place of a malformed record."""
-    if _is_arrow(index.file):
-        records = read_arrow(index.stored, index.starts, max_row_bytes)
-    else:
-        records = read_lines(index.stored, index.starts, index.sizes, max_row_bytes)
-    return zip(index.lines.tolist(), records, strict=True)
-
-
-def _is_arrow(file: Path) -> bool:
-    return file.name.lower().endswith(ARROW_SUFFIXES)

@@ -1,13 +1,9 @@
-"""Tokenizer folders in the HF layout: training the embedded byte-level BPE, and loading any such folder.
+"""Tokenizer folders in the HF layout: reading any of them, training the embedded byte-level BPE, text -> token ids.
 
-Owns what is read from tokenizer.json, tokenizer_config.json and chat_template.jinja, and what is written there.
-Only data is read: no class or code that a folder names is ever imported or run.
-
-Text -> token ids, and which tokens share a character with given spans.
-
-Owns the two ways to tell where a token lies in the text: by counting bytes, for byte-level tokenizers, whose every
-token is as long as its name; and by the offsets that the tokenizers library computes, which cost it a fifth of its
-time.
+Owns what is read from tokenizer.json, tokenizer_config.json and chat_template.jinja; only data is read, no code
+that a folder names is imported or run. Owns how tokens are matched with spans of the text: by counting bytes for
+byte-level tokenizers, whose token names spell their bytes; else by the offsets of the tokenizers library, which take a
+fifth of its time.
 """
 
 from __future__ import annotations
@@ -45,8 +41,8 @@ CHATML_TEMPLATE = """\
 {%- endif %}
 """
 
-# Words with their leading space or mark, up to three digits, punctuation with its line ends, blanks: the split of
-# Llama 3's tokenizer, which keeps indentation whole and so serves source code.
+# The split of Llama 3's tokenizer: words with their leading space or mark, up to three digits, punctuation with line
+# ends, blanks. It keeps indentation whole, which suits source code.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,12 +51,11 @@ _SPLIT = (
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """What a tokenizer folder says.
+    """The content of a tokenizer folder.
 
-    path: the folder.
-    config: tokenizer_config.json, with the entries of special_tokens_map.json where it lacks them.
-    chat_template: the template's source; "" where the folder has none.
-    other_for_tools: whether conversations with tools have a template of their own, which is not read.
+    config: tokenizer_config.json, completed by the entries of special_tokens_map.json. chat_template: the template's
+    source, "" if there is none. other_for_tools: whether conversations with tools have another template, which is not
+    read.
     """
 
     path: Path
@@ -79,17 +74,14 @@ class TokenizerFolder:
         return tokens
 
     def load(self) -> Tokenizer:
-        """The tokenizer of tokenizer.json, whose offsets cover every character of the text it encodes.
-
-        Raises ValueError for a file that is not a tokenizer.
-        """
+        """Load tokenizer.json; raises ValueError if it is not a tokenizer."""
         file = self.path / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{file}: not a tokenizer: {error}") from None
-        # The folder's own post-processor would only add a prefix, which the template already writes, and trim
-        # blanks off the offsets, which the loss mask needs whole.
+        # The folder's own post-processor would add a prefix, which the template writes already, and trim blanks off the
+        # offsets, which the loss mask needs to cover every character.
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -97,9 +89,9 @@ class TokenizerFolder:
 
 
 def read_tokenizer_folder(path: Path) -> TokenizerFolder:
-    """The tokenizer folder at `path`; ValueError names the file that is missing or broken."""
+    """Read the tokenizer folder at `path`; raises ValueError for a missing or broken file."""
     if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"model.tokenizer_path: {path} holds no tokenizer.json")
+        raise ValueError(f"model.tokenizer_path: {path} has no tokenizer.json")
     config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
     template_file = path / "chat_template.jinja"
     if template_file.is_file():
@@ -118,7 +110,7 @@ def read_tokenizer_folder(path: Path) -> TokenizerFolder:
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """Train a byte-level BPE of `vocab_size` entries on `texts` and write it to `folder` as an HF tokenizer.
 
-    The same texts give the same bytes. The folder opens with transformers.AutoTokenizer.
+    The same texts give the same bytes. transformers.AutoTokenizer can load the folder.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -157,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise ValueError(f"{path}: must be a JSON object")
     return value
 
 
@@ -165,7 +157,7 @@ Span = tuple[int, int]
 
 
 class TextEncoder:
-    """A tokenizer whose ids come with a mask."""
+    """A tokenizer that also returns which tokens overlap given spans of the text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -176,19 +168,19 @@ class TextEncoder:
         self._token_bytes = _token_bytes(tokenizer) if lossless and _is_byte_level(values) else None
 
     def encode(self, text: str, spans: Sequence[Span]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Token ids [L] uint32, and True [L] for each token that shares a character with a span.
+        """Return token ids [L] uint32, and bool [L]: whether the token shares a character with a span.
 
-        Raises ValueError for a text that is not Unicode (a lone surrogate).
+        Raises ValueError for a text with an unpaired surrogate.
         """
         if self._token_bytes is not None and (not self._composes or unicodedata.is_normalized("NFC", text)):
             size = len(_utf8(text))
             ids = _ids(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
             ends = np.cumsum(self._token_bytes[ids])
-            # Less where an added token takes the blanks around it.
+            # Shorter if an added token consumes the blanks around it: then only the offsets are right.
             if size == (ends[-1] if len(ends) else 0):
                 mask = np.zeros(len(ids), dtype=np.bool_)
                 for start, end in spans:
-                    start, end = (len(_utf8(text[:border])) if size > len(text) else border for border in (start, end))
+                    start, end = (len(_utf8(text[:at])) if size > len(text) else at for at in (start, end))
                     mask[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end) + 1] = True
                 return ids, mask
         _utf8(text)
@@ -197,8 +189,8 @@ class TextEncoder:
 
 
 def mask_spans(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """True for each token that shares a character with a span, as transformers' assistant mask has it."""
-    # Not char_to_token: a merged Encoding does not answer it.
+    """Return whether each token shares a character with a span, as transformers' assistant mask does, bool [L]."""
+    # Not char_to_token, which returns None for a merged Encoding.
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     mask = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
@@ -207,7 +199,7 @@ def mask_spans(encoding: Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
 
 
 def _ids(encoding: Encoding) -> NDArray[np.uint32]:
-    # numpy reads an array ten times as fast as a list of ints.
+    # numpy converts an array ten times as fast as a list of ints.
     return np.array(array("I", encoding.ids))
 
 
@@ -215,13 +207,11 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"a message holds a lone surrogate, U+{ord(text[error.start]):04X}, which is no text"
-        ) from None
+        raise ValueError(f"a message contains an unpaired surrogate (U+{ord(text[error.start]):04X})") from None
 
 
 def _sequence(value: dict[str, Any] | None, items: str) -> list[dict[str, Any]]:
-    """The normalizers or pre-tokenizers of a tokenizer.json entry, in one list."""
+    """Return the normalizers or pre-tokenizers of a tokenizer.json entry as a flat list."""
     if value is None:
         return []
     if value["type"] == "Sequence":
@@ -230,7 +220,7 @@ def _sequence(value: dict[str, Any] | None, items: str) -> list[dict[str, Any]]:
 
 
 def _is_byte_level(values: dict[str, Any]) -> bool:
-    """Whether each token's name spells its bytes, one character a byte, and no byte of the text is lost."""
+    """Return whether each token's name spells its bytes, one character per byte, and no byte of the text is lost."""
     model, steps = values["model"], _sequence(values["pre_tokenizer"], "pretokenizers")
     keeps = all(
         step["type"] in ("Split", "Digits", "ByteLevel")
@@ -249,7 +239,7 @@ def _is_byte_level(values: dict[str, Any]) -> bool:
 
 
 def _token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text that each id of a byte-level tokenizer stands for [V]."""
+    """Return how many bytes of text each id of a byte-level tokenizer stands for, [V]."""
     added = tokenizer.get_added_tokens_decoder()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     token_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)

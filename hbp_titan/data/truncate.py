@@ -1,8 +1,8 @@
-"""Samples longer than the largest level: cut to fit, or split into several.
-
-Owns what a cut keeps and where a split lies; that a sample is over-long, and is listed, others say.
+"""Samples longer than max_tokens: cut to fit, or split into several.
 
     truncate to 8:  S a a a b b b b c c A A A    ->  S a . . . . . . . c c A A A    (. cut; A the last trained span)
+
+Owns what a cut keeps and where a split lies. data/build_source.py decides which policy applies and lists the rows.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ Encode = Callable[[list[dict[str, Any]], "list[dict[str, Any]] | None"], Sample]
 
 
 class SplitConversation(NamedTuple):
-    """pieces: token ids and loss mask of each; left_out: exchanges that alone are too long; left_out_tokens: theirs."""
+    """pieces: token ids and loss mask of each. dropped: exchanges that alone are too long; dropped_tokens: theirs."""
 
     pieces: list[Sample]
-    left_out: int
-    left_out_tokens: int
+    dropped: int
+    dropped_tokens: int
 
 
 def truncate(ids: NDArray[np.uint32], loss_mask: NDArray[np.bool_], max_tokens: int) -> Sample:
-    """At most `max_tokens` of the sample ids [L], loss_mask [L], with as much of its last trained span as fits.
+    """Return at most `max_tokens` of the sample ids [L], loss_mask [L], with as much of its last trained span as fits.
 
-    1. A cut at the right that loses no trained token of that span is made.
-    2. Otherwise what follows the span goes, and the middle of what comes before it (as LongBench truncates a prompt,
-       https://github.com/THUDM/LongBench): the sample's head and the tokens right before the span stay.
-    3. A span that does not fit keeps its beginning, and at most half of `max_tokens` of what comes before it.
-
-    The first token after the seam is not trained: what it followed is gone.
+    1. If a cut at the right loses no trained token of that span, cut there.
+    2. Otherwise drop what follows the span, and the middle of what precedes it (as LongBench truncates a prompt,
+       https://github.com/THUDM/LongBench): keep the sample's head and the tokens right before the span.
+    3. If the span itself is too long, keep its beginning and at most `max_tokens` / 2 tokens before it.
     """
     if len(ids) <= max_tokens:
         return ids, loss_mask
@@ -49,19 +47,20 @@ def truncate(ids: NDArray[np.uint32], loss_mask: NDArray[np.bool_], max_tokens: 
     tail = start - (context - head)
     kept = np.r_[0:head, tail : tail + max_tokens - head]
     ids, loss_mask = ids[kept], loss_mask[kept]
+    # The first token after the seam is not trained: its context is gone.
     loss_mask[head] = False
     return ids, loss_mask
 
 
 def split_conversation(conversation: Conversation, encode: Encode, max_tokens: int) -> SplitConversation:
-    """The conversation as several of at most `max_tokens`, each of whole exchanges and as long as possible.
+    """Split a conversation into pieces of at most `max_tokens`, each of whole exchanges and as long as possible.
 
-    An exchange is a user's turn with what follows it up to the next one. Each piece begins with the conversation's
-    leading system messages and has its tools, and is encoded as a conversation of its own: `encode(messages, tools)`
-    gives ids and loss mask, or raises ValueError. A conversation should not get shorter by an exchange more.
+    An exchange is a user turn and what follows it up to the next one. Each piece begins with the conversation's leading
+    system messages, has its tools, and is encoded as a conversation of its own. `encode(messages, tools)` returns ids
+    and loss mask or raises ValueError; one more exchange must not make a conversation shorter.
     """
     system, exchanges = _exchanges(conversation.messages)
-    pieces, left_out, left_out_tokens = [], 0, 0
+    pieces, dropped, dropped_tokens = [], 0, 0
     start = 0
     while start < len(exchanges):
 
@@ -71,17 +70,17 @@ def split_conversation(conversation: Conversation, encode: Encode, max_tokens: i
 
         first = sample(1)
         if len(first[0]) > max_tokens:
-            left_out, left_out_tokens = left_out + 1, left_out_tokens + len(first[0])
+            dropped, dropped_tokens = dropped + 1, dropped_tokens + len(first[0])
             start += 1
             continue
         count, piece = _longest(sample, first, len(exchanges) - start, max_tokens)
         pieces.append(piece)
         start += count
-    return SplitConversation(pieces, left_out, left_out_tokens)
+    return SplitConversation(pieces, dropped, dropped_tokens)
 
 
 def _last_span(loss_mask: NDArray[np.bool_]) -> tuple[int, int]:
-    """Start and end of the last run of trained tokens; (0, 0) where there is none."""
+    """Return start and end of the last run of trained tokens; (0, 0) if there is none."""
     trained = np.flatnonzero(loss_mask)
     if not len(trained):
         return 0, 0
@@ -91,10 +90,10 @@ def _last_span(loss_mask: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def _exchanges(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """The leading system messages, and the exchanges after them.
+    """Return the leading system messages, and the exchanges after them.
 
-    A border lies before a user message, and before a system message that introduces it, but not between two of them:
-    a piece has an answer.
+    A boundary lies before a user message, or before a system message that introduces it, but not between two of these:
+    every piece needs an answer.
     """
     leading = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
     exchanges: list[list[dict[str, Any]]] = []
@@ -106,15 +105,13 @@ def _exchanges(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], li
     return messages[:leading], exchanges
 
 
-def _longest(sample: Callable[[int], Sample], first: Sample, most: int, max_tokens: int) -> tuple[int, Sample]:
-    """The largest count up to `most` whose sample fits, and that sample. first: the sample of 1, which fits.
-
-    By doubling, then halving: as few samples as may be are made of much more than `max_tokens`.
-    """
-    count, best, too_many = 1, first, most + 1
+def _longest(sample: Callable[[int], Sample], first: Sample, limit: int, max_tokens: int) -> tuple[int, Sample]:
+    """Return the largest count up to `limit` whose sample fits, and that sample. first: the sample of 1, which fits."""
+    # By doubling, then halving: a binary search from `limit` would encode samples of many times max_tokens.
+    count, best, too_many = 1, first, limit + 1
     step = 1
     while too_many - count > 1:
-        tried = min(count + step, (count + too_many) // 2) if too_many <= most else min(count + step, most)
+        tried = min(count + step, (count + too_many) // 2) if too_many <= limit else min(count + step, limit)
         candidate = sample(tried)
         if len(candidate[0]) <= max_tokens:
             count, best, step = tried, candidate, step * 2
