@@ -88,14 +88,14 @@ def index_array(file: Path, name: Path) -> Rows:
     name: the file's name in messages. Raises ValueError "name:number: ..." unless the array has only objects, commas
     between them, and an end.
     """
-    scan = _ArrayScan()
     with file.open("rb") as stream:
-        while not scan.ended and (block := stream.read(BLOCK_BYTES)):
+        offset = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+        stream.seek(offset)
+        scan = _ArrayScan(offset)
+        while not scan.error and (block := stream.read(BLOCK_BYTES)):
             scan.add(block)
-            if scan.error:
-                break
     if scan.error or not scan.ended:
-        number, error = scan.error or (scan.length // 2 + 1, "the array has no end")
+        number, error = scan.error or (scan.count + 1, "the array has no end")
         raise ValueError(f"{name}:{number}: the JSON array breaks at this element: {error}")
     starts, ends = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (scan.starts, scan.ends))
     return starts, ends - starts, np.arange(1, len(starts) + 1)
@@ -104,24 +104,29 @@ def index_array(file: Path, name: Path) -> Rows:
 class _ArrayScan:
     """Finds the elements of an array by quotes and brackets, one vectorized block at a time.
 
-    A parser would find them as well, but takes ten times as long, in one process, and its values cannot be kept for the
+    A parser would find them as well, but takes twice as long, in one process, and its values cannot be kept for the
     processes that tokenize the rows.
 
-    starts, ends: byte offsets of the elements, one array per block. error: number of the element, and what is wrong.
+    starts, ends: byte offsets of the elements, one array per block. count: elements that have ended. error: number of
+    the element at which the array is broken, and why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offset: int) -> None:
         self.starts: list[NDArray[np.int64]] = []
         self.ends: list[NDArray[np.int64]] = []
+        self.count = 0
         self.ended = False
         self.error: tuple[int, str] | None = None
-        # Bytes outside the elements so far, without whitespace; each element counts as its first byte: "{,{,{".
-        self.length = 0
-        self._offset = self._depth = 0
-        self._in_string = self._escaping = False
+        # Bytes between "[" and "]" but outside the elements, without whitespace; an element counts as its "{".
+        self._outside = 0
+        self._offset, self._depth = offset, 0
+        self._in_string = self._escaping = self._opened = False
 
     def add(self, block: bytes) -> None:
         """Scan the next block of the file."""
+        if self.ended:
+            self._check_end(block)
+            return
         data = np.frombuffer(block, np.uint8)
         # translate, not an index by `data`, which is five times as slow.
         places = np.flatnonzero(np.frombuffer(block.translate(_IS_STRUCTURE), np.bool_))
@@ -139,16 +144,25 @@ class _ArrayScan:
             places, change, depth = (values[: last[0] + 1] for values in (places, change, depth))
         starts = places[(change > 0) & (depth == 2)]
         ends = places[(change < 0) & (depth == 1)] + 1
-        self.starts.append(starts + self._offset)
-        self.ends.append(ends + self._offset)
         begins = ends.tolist() if self._depth > 1 else [0, *ends.tolist()]
         stops = [*(starts + 1).tolist(), int(places[-1]) if last else len(block)]
         # Not strict: the last stop is unused if the block ends inside an element.
         outside = b"".join(block[begin:stop] for begin, stop in zip(begins, stops, strict=False))
-        outside = outside.translate(None, _WHITESPACE)
-        self._check(outside if self._offset else outside.removeprefix(codecs.BOM_UTF8).removeprefix(b"["))
+        self._check_outside(outside.translate(None, _WHITESPACE))
+        # Counting brackets of both kinds together must not make a row of half an element, or end the array early.
+        mismatched = np.flatnonzero(data[ends - 1] != ord("}")).tolist()
+        if mismatched or (last and block[places[-1]] != ord("]")):
+            number = self.count + (mismatched[0] if mismatched else len(ends)) + 1
+            self.error = self.error or (number, "its brackets do not match")
+        self.starts.append(starts + self._offset)
+        self.ends.append(ends + self._offset)
+        self.count += len(ends)
         self._offset += len(block)
         self._depth = int(depth[-1]) if len(places) else self._depth
+        if last and self._outside and self._outside % 2 == 0:
+            self.error = self.error or (self.count + 1, "expected an object after the comma")
+        if last:
+            self._check_end(block[int(places[-1]) + 1 :])
 
     def _escaped(self, data: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return for each byte of the block whether a backslash escapes it."""
@@ -165,16 +179,20 @@ class _ArrayScan:
         self._escaping = bool(escaped[-1])
         return escaped[:-1]
 
-    def _check(self, outside: bytes) -> None:
-        """Compare the next bytes outside the elements with the alternation of an object and a comma."""
-        expected = (b"{," * (len(outside) // 2 + 2))[self.length % 2 :][: len(outside)]
+    def _check_outside(self, outside: bytes) -> None:
+        """Compare the next bytes outside the elements with the opening bracket, then "{" and "," in turn."""
+        if outside and not self._opened:
+            self._opened, outside = True, outside[1:]
+        expected = (b"{," * (len(outside) // 2 + 1) + b"{")[self._outside % 2 :][: len(outside)]
         if outside != expected:
-            at = next(i for i, (left, right) in enumerate(zip(outside, expected, strict=True)) if left != right)
-            what = "an object" if (self.length + at) % 2 == 0 else "a comma"
-            self.error = ((self.length + at + 1) // 2 + 1, f"expected {what}, found {chr(outside[at])!a}")
-        self.length += len(outside)
-        if self.ended and self.length and self.length % 2 == 0 and not self.error:
-            self.error = (self.length // 2 + 1, "expected an object after the comma")
+            at = next(i for i, byte in enumerate(outside) if expected[i : i + 1] != bytes([byte]))
+            what = ("an object", "a comma")[(self._outside + at) % 2]
+            self.error = ((self._outside + at + 1) // 2 + 1, f"expected {what}, found {chr(outside[at])!a}")
+        self._outside += len(outside)
+
+    def _check_end(self, block: bytes) -> None:
+        if block.strip(_WHITESPACE):
+            self.error = self.error or (self.count + 1, "text follows the end of the array")
 
 
 def read_lines(

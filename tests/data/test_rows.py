@@ -1,0 +1,447 @@
+"""Rows of data files: JSON lines and arrays, compressed files, Parquet and Arrow; and the error of each broken one."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import gzip
+import json
+import os
+import pickle
+import random
+import re
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hbp_titan.data.formats import FORMATS, ROLES, Conversation, detect_format, parse_record
+from hbp_titan.data.rows import RowIndex, index_rows, read_records
+from tests.properties import examples
+
+MAX_ROW_BYTES = 1 << 20
+
+
+def read(index: RowIndex, max_row_bytes: int = MAX_ROW_BYTES) -> list[tuple[int, Any]]:
+    """The rows of an index, errors as their text."""
+    records = read_records(index, max_row_bytes)
+    return [(line, str(record) if isinstance(record, ValueError) else record) for line, record in records]
+
+
+def write(file: Path, content: bytes) -> Path:
+    file.write_bytes(content)
+    return file
+
+
+# JSON lines.
+
+
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \t\n \r\n{"a": 2}\n\n  {"a": 3}')
+    index = index_rows(file, tmp_path)
+    assert read(index) == [(1, {"a": 1}), (5, {"a": 2}), (7, {"a": 3})]
+    assert index.sizes.tolist() == [10, 9, 10]
+    assert read(index.select(np.array([2, 0]))) == [(7, {"a": 3}), (1, {"a": 1})]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 1000])
+def test_rows_do_not_depend_on_the_blocks_of_the_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    content = b'\n{"a": 1}\n \n\r\n{"b": "' + "äé".encode() + b'"}\r\n \x0b\n{}\n'
+    lines = enumerate(content.split(b"\n"), start=1)
+    expected = [(number, json.loads(line)) for number, line in lines if line and not line.isspace()]
+    monkeypatch.setattr("hbp_titan.data.jsonl.BLOCK_BYTES", block_bytes)
+    assert read(index_rows(write(tmp_path / "a.jsonl", content), tmp_path)) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n  "])
+def test_a_file_without_rows_is_an_error(tmp_path: Path, content: bytes) -> None:
+    file = write(tmp_path / "empty.jsonl", content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:1: .*no rows"):
+        index_rows(file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"messages": [}', "not JSON: Expecting value at character 15"),
+        (b"[1, 2]", "[1, 2], not a JSON object"),
+        (b"\xff\xfe{\x00}\x00", "not UTF-8: byte 1 is 0xff"),
+        (b'{"a": "\xc3("}', "not UTF-8: byte 8 is 0xc3"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', 'the key "c" twice'),
+        (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"a": "x\ty"}', "not JSON: Invalid control character at character 9"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"a": ' + b" " * 200_000 + b"}", "a row of 200008 bytes"),
+    ],
+)
+def test_a_malformed_row_is_an_error_in_its_place(tmp_path: Path, row: bytes, message: str) -> None:
+    file = write(tmp_path / "a.jsonl", b'{"a": 1}\n' + row + b'\n{"a": 3}')
+    first, (line, error), last = read(index_rows(file, tmp_path), 150_000)
+    assert (first, line, last) == ((1, {"a": 1}), 2, (3, {"a": 3}))
+    assert message in error
+
+
+@pytest.mark.parametrize("end", [b'"}\n', b"", b'"}\n{"a": 2}\n'])
+def test_a_long_line_is_neither_read_nor_kept_in_memory(tmp_path: Path, end: bytes) -> None:
+    file = write(tmp_path / "long.jsonl", b'{"a": "' + b"x" * 20_000_000 + end)
+    tracemalloc.start()
+    rows = read(index_rows(file, tmp_path), 10_000_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert f"a row of {20_000_007 + len(end[:3])} bytes" in rows[0][1]
+    assert rows[1:] == ([(2, {"a": 2})] if b"2" in end else [])
+    assert peak < 6_000_000
+
+
+def test_a_part_of_an_index_pickles_to_the_size_of_the_part(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", b'{"a": 1}\n' * 100_000)
+    pickled = pickle.dumps(index_rows(file, tmp_path).select(slice(50_000, 50_010)))
+    assert len(pickled) < 2000
+    assert read(pickle.loads(pickled)) == [(line, {"a": 1}) for line in range(50_001, 50_011)]
+
+
+def test_an_unknown_file_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.csv: unsupported"):
+        index_rows(write(tmp_path / "a.csv", b"a,b"), tmp_path)
+
+
+# JSON arrays.
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('ab"\\{}[], \né', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('k"\\{[,', max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@examples(150)
+@given(
+    st.lists(st.dictionaries(st.sampled_from("ab"), json_values), min_size=1, max_size=6),
+    st.sampled_from([1, 2, 5, 40, 1 << 20]),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+)
+def test_elements_of_an_array_are_those_that_json_finds(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], block: int, indent: int | None, ascii_only: bool
+) -> None:
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).replace("\n", "\r\n")
+    file = write(tmp_path_factory.mktemp("array") / "a.json", ("\ufeff \n" + text + "\n").encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hbp_titan.data.jsonl.BLOCK_BYTES", block)
+        assert read(index_rows(file, file.parent)) == list(enumerate(rows, start=1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}', "2: .*no end"),
+        (b'[{"a": 1},', "2: .*no end"),
+        (b'[{"a": 1}, {"a": "]}', "2: .*no end"),
+        (b'[{"a": 1},]', "2: .*expected an object"),
+        (b'[{"a": 1} {"a": 2}]', "2: .*expected a comma"),
+        (b'[{"a": 1}, 7, {"a": 2}]', "2: .*expected an object"),
+        (b'[{"a": [}, {"b": 2}]', "1: .*brackets"),
+        (b'[{"a": 1}, {"b": ]}, {"c": 3}]', "2: .*brackets"),
+        (b'[{"a": 1}}, {"b": 2}]', "2: .*brackets"),
+        (b'[{"a": 1}], {"b": 2}]', "2: .*follows"),
+        (b"[1, 2]", "1: .*expected an object"),
+        (b'[["a"]]', "1: .*expected an object"),
+        (b'["a"]', "1: .*expected an object"),
+        (b"[]", "1: .*no rows"),
+    ],
+)
+def test_a_broken_array_is_reported_with_the_number_of_the_element(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    file = write(tmp_path / "a.json", content)
+    for block in (3, 1 << 20):
+        monkeypatch.setattr("hbp_titan.data.jsonl.BLOCK_BYTES", block)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:{message}"):
+            index_rows(file, tmp_path)
+
+
+def test_a_malformed_element_is_an_error_in_its_place(tmp_path: Path) -> None:
+    elements = [b'{"a": 1, "a": 2}', b'{"a": }', b'{"a": "\xff"}', b'{"a": ' + b"[" * 9999 + b"]" * 9999 + b"}"]
+    file = write(tmp_path / "a.json", b"[" + b",".join([*elements, b'{"a": 3}']) + b"]")
+    *errors, last = read(index_rows(file, tmp_path))
+    assert last == (5, {"a": 3})
+    for (_, error), word in zip(errors, ("twice", "not JSON", "not UTF-8", "nested"), strict=True):
+        assert word in error
+
+
+# Compressed files.
+
+ROWS = [{"n": number, "text": random.Random(number).randbytes(500).hex()} for number in range(2000)]
+CONTENT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_has_the_rows_of_the_plain_one(tmp_path: Path, suffix: str) -> None:
+    # Two members or frames, as `cat a.gz b.gz` writes them.
+    lines = write(tmp_path / f"a.jsonl{suffix}", PACKERS[suffix](CONTENT[:5000]) + PACKERS[suffix](CONTENT[5000:]))
+    array = write(tmp_path / f"a.json{suffix}", PACKERS[suffix](json.dumps(ROWS, indent=1).encode()))
+    for file in (lines, array):
+        index = index_rows(file, tmp_path / "unpacked")
+        assert index.file == file
+        assert read(index) == list(enumerate(ROWS, start=1))
+
+
+def test_a_copy_is_reused_unless_the_file_changed_or_is_another(tmp_path: Path) -> None:
+    unpacked = tmp_path / "unpacked"
+    for folder, number in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.jsonl.gz", gzip.compress(b'{"n": %d}' % number))
+    file = tmp_path / "one" / "a.jsonl.gz"
+    assert read(index_rows(file, unpacked)) == [(1, {"n": 1})]
+    assert read(index_rows(tmp_path / "two" / "a.jsonl.gz", unpacked)) == [(1, {"n": 2})]
+    assert len(list(unpacked.iterdir())) == 2
+    stored = index_rows(file, unpacked).stored
+    before = stored.stat().st_mtime_ns
+    assert index_rows(file, unpacked).stored.stat().st_mtime_ns == before
+    stat = file.stat()
+    file.write_bytes(gzip.compress(b'{"n": 3}'))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert file.stat().st_size == stat.st_size
+    assert read(index_rows(file, unpacked)) == [(1, {"n": 3})]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not packed"])
+def test_a_broken_compressed_file_is_reported_and_leaves_no_copy(tmp_path: Path, suffix: str, damage: str) -> None:
+    packed = PACKERS[suffix](CONTENT)
+    half = len(packed) // 2
+    content = {
+        "cut": packed[:half],
+        "flipped": packed[:half] + bytes([packed[half] ^ 0xFF]) * 50 + packed[half + 50 :],
+        "not packed": CONTENT,
+    }[damage]
+    file = write(tmp_path / f"a.jsonl{suffix}", content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:[0-9]+: .*breaks off") as error:
+        index_rows(file, tmp_path / "unpacked")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "unpacked").iterdir()) == []
+    line = int(str(error.value)[len(str(file)) + 1 :].split(":")[0])
+    if damage == "not packed":
+        assert line == 1
+    elif (suffix, damage) == (".gz", "cut"):
+        # Everything that gunzip can rescue.
+        assert line == zlib.decompressobj(31).decompress(content).count(b"\n") + 1 > 500
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_long_compressed_line_is_not_kept_in_memory(tmp_path: Path, suffix: str) -> None:
+    long = b'{"a": "' + os.urandom(1 << 20).hex().encode() * 12 + b'"}\n{"a": 2}'
+    file = write(tmp_path / f"a.jsonl{suffix}", PACKERS[suffix](long))
+    tracemalloc.start()
+    rows = read(index_rows(file, tmp_path / "unpacked"), 1 << 24)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "a row of 25165834 bytes" in rows[0][1]
+    assert rows[1:] == [(2, {"a": 2})]
+    assert peak < 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow")]
+)
+def test_a_missing_library_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"^\S*{name}: .*{module}; pip install 'hbp-titan\[data\]'"):
+        index_rows(write(tmp_path / name, b"x"), tmp_path / "unpacked")
+
+
+# Parquet and Arrow.
+
+TABLE_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "ä" * (number % 7), "name": "n" if number % 3 else None},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        ][: number % 2 + 1],
+        "n": number,
+    }
+    for number in range(500)
+]
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def write_table(file: Path, table: pa.Table, batch_rows: int) -> Path:
+    if file.suffix == ".parquet":
+        pq.write_table(table, file, row_group_size=batch_rows)
+    else:
+        new = pa.ipc.new_stream if file.stem == "stream" else pa.ipc.new_file
+        with new(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=batch_rows)
+    return file
+
+
+def read_table(file: Path) -> list[tuple[int, Any]]:
+    return read(index_rows(file, file.parent / "unpacked"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("batch_rows", [1, 7, 5000])
+def test_any_rows_in_any_order_are_those_that_datasets_reads(tmp_path: Path, name: str, batch_rows: int) -> None:
+    file = write_table(tmp_path / name, pa.Table.from_pylist(TABLE_ROWS), batch_rows)
+    oracle = TABLE_ROWS
+    if name == "a.parquet":
+        oracle = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache")).to_list()
+    elif name == "stream.arrow":
+        oracle = datasets.Dataset.from_file(str(file)).to_list()
+    expected = without_nulls(oracle)
+    index = index_rows(file, tmp_path / "unpacked")
+    assert read(index) == list(enumerate(expected, start=1))
+    chosen = np.random.default_rng(0).permutation(500)[:200]
+    chosen[50:60] = np.arange(300, 310)
+    part = pickle.loads(pickle.dumps(index.select(chosen)))
+    assert read(part) == [(int(row) + 1, expected[row]) for row in chosen]
+
+
+def test_sizes_are_close_to_the_bytes_of_the_rows(tmp_path: Path) -> None:
+    for name in ("a.parquet", "stream.arrow"):
+        file = write_table(tmp_path / name, pa.table({"a": ["x" * 1000] * 50}), 10)
+        sizes = index_rows(file, tmp_path / "unpacked").sizes
+        assert ((sizes >= 1000) & (sizes < 1020)).all()
+
+
+def test_dates_become_text_and_values_unknown_to_json_stay(tmp_path: Path) -> None:
+    row = {"day": datetime.date(2024, 2, 29), "raw": b"\x00", "price": decimal.Decimal("1.5"), "text": "x"}
+    file = write_table(tmp_path / "a.parquet", pa.Table.from_pylist([row]), 1)
+    assert read_table(file) == [(1, {**row, "day": "2024-02-29"})]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+def test_a_bad_cell_or_large_row_is_an_error_in_its_place(tmp_path: Path, name: str) -> None:
+    text = pa.array([b"ok", b"\xff", b"ok"]).cast(pa.binary()).view(pa.string())
+    rows = read_table(write_table(tmp_path / name, pa.table({"a": text, "n": [1, 2, 3]}), 3))
+    assert [rows[0], rows[2]] == [(1, {"a": "ok", "n": 1}), (3, {"a": "ok", "n": 3})]
+    assert rows[1][1]["n"] == 2
+    assert "can't decode byte 0xff" in str(rows[1][1]["a"])
+    rows = read_table(write_table(tmp_path / name, pa.table({"a": ["x", "y" * 2_000_000, "z"]}), 3))
+    assert [rows[0], rows[2]] == [(1, {"a": "x"}), (3, {"a": "z"})]
+    assert re.match(r"a row of 20000\d\d bytes", rows[1][1])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_a_broken_or_empty_table_is_one_error(tmp_path: Path, name: str) -> None:
+    file = write_table(tmp_path / name, pa.Table.from_pylist(TABLE_ROWS), 100)
+    content = file.read_bytes()
+    for broken in (b"", b"x", b"PAR1", content[: len(content) // 2], content[:-3] if name != "stream.arrow" else b"y"):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:[0-9]+: ") as error:
+            index_rows(file, tmp_path / "unpacked")
+        assert "\n" not in str(error.value)
+    write_table(file, pa.Table.from_pylist(TABLE_ROWS)[:0], 1)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:1: .*no rows"):
+        index_rows(file, tmp_path / "unpacked")
+
+
+def test_offsets_outside_of_an_arrow_file_and_equal_columns_are_refused(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "stream.arrow", pa.table({"a": ["x" * 999] * 4}), 4)
+    good, bad = np.arange(5, dtype=np.int32) * 999, np.array([0, 999, 1 << 30, 2997, 3996], np.int32)
+    content = file.read_bytes()
+    assert content.count(good.tobytes()) == 1
+    file.write_bytes(content.replace(good.tobytes(), bad.tobytes()))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:1: .*damaged"):
+        index_rows(file, tmp_path)
+    table = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
+    with pytest.raises(ValueError, match=r"stream.arrow:1: .*same name: a, a"):
+        index_rows(write_table(tmp_path / "stream.arrow", table, 1), tmp_path)
+
+
+# Random rows: a conversation of clean text, or one ValueError of one line.
+
+GOOD = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 1}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'}]},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "tools": '[{"name": "f"}]'},
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "completion": "Yo", "source": "x"},
+]
+WORDS = [word for row in GOOD for word in json.dumps(row).split('"') if word.isidentifier()]
+SCALARS = [None, True, False, 0, -1, 2**70, 0.5, float("nan"), "", "\ud800", "ä\n", [], {}, [[]], {"name": "f"}, *WORDS]
+
+
+def random_row(rng: random.Random) -> bytes:
+    """Random bytes, or a good row with a value or some bytes replaced."""
+    if rng.random() < 0.1:
+        return rng.randbytes(rng.randrange(40)).replace(b"\n", b"")
+    row = json.loads(json.dumps(rng.choice(GOOD)))
+    if rng.random() < 0.5:
+        holder, key = rng.choice(list(_places(row)))
+        holder[key] = rng.choice([*SCALARS, [rng.choice(SCALARS)], {rng.choice(WORDS): rng.choice(SCALARS)}])
+        return json.dumps(row).encode()
+    raw, put = json.dumps(row).encode(), bytes(rng.choices(b'abc\\"{}[],: 01\xff\x00', k=rng.randrange(4)))
+    start = rng.randrange(len(raw) + 1)
+    return raw[:start] + put + raw[start + rng.randrange(3) :]
+
+
+def _places(value: Any) -> Any:
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from _places(value[key])
+
+
+def _check_conversation(conversation: Conversation) -> None:
+    # Text that a tokenizer and a template can handle.
+    json.dumps([conversation.messages, conversation.tools, conversation.source], ensure_ascii=False).encode("utf-8")
+    for message in conversation.messages:
+        assert message["role"] in ROLES
+        assert isinstance(message.get("content", ""), str)
+        assert "content" in message or message["tool_calls"]
+        assert "weight" not in message
+        assert message.get("train", False) is False
+        assert "train" not in message or message["role"] == "assistant"
+
+
+def _check_error(error: ValueError) -> None:
+    message = str(error)
+    assert message
+    assert message.isprintable()
+    assert len(message) < 600
+
+
+def test_10000_random_rows_give_conversations_or_errors_of_one_line(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    file = write(tmp_path / "a.jsonl", b"\n".join(random_row(rng) for _ in range(10_000)))
+    conversations = errors = 0
+    for _, record in read_records(index_rows(file, tmp_path), 1 << 20):
+        if isinstance(record, ValueError):
+            _check_error(record)
+            errors += 1
+            continue
+        for format in FORMATS:
+            try:
+                _check_conversation(parse_record(record, format, {}, {}))
+                conversations += 1
+            except ValueError as error:
+                _check_error(error)
+        try:
+            detect_format(record, {})
+        except ValueError as error:
+            _check_error(error)
+    # Both are frequent: the random rows get past the JSON parser.
+    assert conversations > 2000
+    assert errors > 1000
