@@ -63,14 +63,14 @@ conversations = st.lists(said | said | others | called | reasoned, min_size=1, m
 @pytest.mark.parametrize("family", FAMILIES)
 @given(messages=conversations, tools=st.sampled_from([None, TOOLS, TOOLS * 2, []]))
 @examples(30)
-def test_ids_equal_transformers_and_what_it_refuses_is_refused(
+def test_ids_equal_transformers_and_rejections_are_errors(
     merging: dict[str, tuple[ChatTokenizer, Any]], family: str, messages: list[dict[str, Any]], tools: Any
 ) -> None:
     tokenizer, oracle = merging[family]
     try:
         expected = oracle.apply_chat_template(messages, tools=tools, return_dict=False)
     except Exception:
-        with pytest.raises(ValueError, match=r"^the chat template refuses the conversation: "):
+        with pytest.raises(ValueError, match=r"^the chat template rejects the conversation: "):
             tokenizer.encode(messages, tools)
         return
     ids, mask = tokenizer.encode(messages, tools)
@@ -98,7 +98,7 @@ ANSWERS = {
 @pytest.mark.parametrize("family", ANSWERS)
 @given(turns=st.lists(texts, min_size=2, max_size=6), system=st.none() | texts, tools=st.sampled_from([None, TOOLS]))
 @examples(30)
-def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(
+def test_only_answers_and_their_end_tokens_are_trained(
     folders: dict[str, Path], family: str, turns: list[str], system: str | None, tools: Any
 ) -> None:
     messages = chat(*turns)
@@ -158,9 +158,9 @@ def test_a_tool_call_without_content_is_one_with_empty_content(folders: dict[str
     assert trained(folders["qwen3"], [*bare[:1], {**bare[1], "content": None}, *bare[2:]]).startswith(QWEN_CALL)
 
 
-def test_earlier_reasoning_that_a_template_drops_is_refused_but_for_the_last_turn(folders: dict[str, Path]) -> None:
+def test_dropped_earlier_reasoning_is_an_error_unless_only_the_last_turn_is_trained(folders: dict[str, Path]) -> None:
     messages = chat("a", "<think>\nw\n</think>\n\nb", "c", "<think>\nv\n</think>\n\nd")
-    with pytest.raises(ValueError, match=r"changes message 2 \(assistant\) when later .* or train the last turn only"):
+    with pytest.raises(ValueError, match=r"changes message 2 \(assistant\)"):
         trained(folders["qwen3"], messages)
     last = "<think>\nv\n</think>\n\nd<|im_end|>"
     assert trained(folders["qwen3"], messages, "last") == last
@@ -171,18 +171,18 @@ def test_earlier_reasoning_that_a_template_drops_is_refused_but_for_the_last_tur
     assert trained(folders["qwen3"], field, "last") == last
 
 
-def test_a_prompt_that_begins_a_reasoning_which_no_answer_has_is_refused(folders: dict[str, Path]) -> None:
+def test_a_prompt_that_begins_a_reasoning_without_answer_is_an_error(folders: dict[str, Path]) -> None:
     for train_on in ("assistant", "last"):
-        with pytest.raises(ValueError, match=r"renders message 2 \(assistant\) differently from the prompt"):
+        with pytest.raises(ValueError, match=r"renders message 2 \(assistant\) differently from its prompt"):
             trained(folders["deepseek_r1"], chat("a", "<think>\nw\n</think>\n\nb"), train_on)
     assert trained(folders["deepseek_r1"], chat("a", "<think>w</think>b"), "all") == (
         BEGIN + "<\uff5cUser\uff5c>a" + ASSISTANT + "b" + END
     )
 
 
-def test_tool_calls_that_a_template_leaves_out_are_refused(folders: dict[str, Path]) -> None:
+def test_tool_calls_that_a_template_drops_are_an_error(folders: dict[str, Path]) -> None:
     for family in ("chatml", "deepseek_v2", "deepseek_v3"):
-        with pytest.raises(ValueError, match=r"leaves the call of 'f0' in message 2 \(assistant\) out"):
+        with pytest.raises(ValueError, match=r"drops the call of 'f0' in message 2"):
             trained(folders[family], USES_TOOL)
         assert "Two" in trained(folders[family], USES_TOOL, "last")
 

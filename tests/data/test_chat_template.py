@@ -72,7 +72,7 @@ def trained_text(tokenizer: ChatTokenizer, messages: list[dict[str, Any]]) -> st
     return tokenizer.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
 
 
-def test_each_assistant_turn_is_trained_with_its_end_token_and_nothing_else(tmp_path: Path) -> None:
+def test_each_assistant_turn_is_trained_with_its_end_token(tmp_path: Path) -> None:
     ids, mask = ChatTokenizer(make_folder(tmp_path)).encode(chat("Hi", "Yo", "Go", "No!"))
     # <|im_start|>, "user\n", "Hi", <|im_end|>, "\n", <|im_start|>, "assistant\n"
     prompt = 1 + 5 + 2 + 1 + 1 + 1 + 10
@@ -109,7 +109,7 @@ def test_all_tokens_of_a_character_of_several_bytes_are_trained(tmp_path: Path, 
     assert tokenizer.encode(chat("Hi", last))[1].sum() == len(last.encode())
 
 
-def test_tokens_that_straddle_either_border_of_a_turn_are_trained_as_by_transformers(tmp_path: Path) -> None:
+def test_tokens_across_the_boundary_of_a_turn_are_trained_as_by_transformers(tmp_path: Path) -> None:
     block = "{%- generation %}{{- m.content }}{%- endgeneration %}"
     template = "{%- for m in messages %}{{- m.role + '\\n' }}" + block + "{{- '\\n<|im_end|>' }}{%- endfor %}"
     folder = make_folder(tmp_path, template, vocab_size=300)
@@ -172,7 +172,7 @@ def test_control_tokens_spelled_in_messages_stay_text(bytewise: tuple[ChatTokeni
     assert oracle.decode(ids[mask]) == "".join(answers)
 
 
-def test_a_spelled_control_token_is_merged_with_its_neighbours_as_any_text(merged: tuple[ChatTokenizer, Any]) -> None:
+def test_a_spelled_control_token_is_merged_like_any_text(merged: tuple[ChatTokenizer, Any]) -> None:
     tokenizer, oracle = merged
     ids, mask = tokenizer.encode(chat("q", "the cat<|im_end|> sat"))
     text = oracle("the cat<|im_end|> sat", split_special_tokens=True, add_special_tokens=False)["input_ids"]
@@ -180,7 +180,7 @@ def test_a_spelled_control_token_is_merged_with_its_neighbours_as_any_text(merge
     assert ids[mask].tolist() == [*text, END]
 
 
-def test_a_turn_token_that_is_not_marked_special_cannot_be_spelled_either(tmp_path: Path) -> None:
+def test_a_turn_token_that_is_not_marked_special_cannot_be_spelled(tmp_path: Path) -> None:
     # DeepSeek-V3 lists its role tokens as ordinary added tokens, as it does <think>, which messages may use.
     template = "{% for m in messages %}{{ '<|U|>' if m.role == 'user' else '<|A|>' }}{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|A|>{% endif %}"
@@ -194,7 +194,7 @@ def test_a_turn_token_that_is_not_marked_special_cannot_be_spelled_either(tmp_pa
     assert mask.astype(int).tolist() == [0] * 9 + [1, 1]
 
 
-def test_a_template_that_drops_earlier_reasoning_is_refused_only_where_it_does(tmp_path: Path) -> None:
+def test_dropped_earlier_reasoning_is_an_error(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, DROPS_REASONING))
     assert trained_text(tokenizer, chat("a", "why</think>b")) == "why</think>b<|im_end|>"
     assert trained_text(tokenizer, chat("a", "b", "c", "d")) == "b<|im_end|>d<|im_end|>"
@@ -202,14 +202,14 @@ def test_a_template_that_drops_earlier_reasoning_is_refused_only_where_it_does(t
         tokenizer.encode(chat("a", "why</think>b", "c", "d"))
 
 
-def test_a_generation_prompt_that_no_answer_begins_with_is_refused(tmp_path: Path) -> None:
+def test_an_answer_that_does_not_begin_with_its_prompt_is_an_error(tmp_path: Path) -> None:
     template = CHATML_PLAIN.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
     tokenizer = ChatTokenizer(make_folder(tmp_path, template))
-    with pytest.raises(ValueError, match=r"message 2 \(assistant\) differently from the prompt"):
+    with pytest.raises(ValueError, match=r"message 2 \(assistant\) differently from its prompt"):
         tokenizer.encode(chat("a", "b"))
 
 
-def test_null_fields_are_absent_to_the_template(tmp_path: Path) -> None:
+def test_null_fields_are_absent_for_the_template(tmp_path: Path) -> None:
     folder = make_folder(
         tmp_path, CHATML_PLAIN.replace("message.content +", "('T' if 'tool_calls' in message else '') +")
     )
@@ -220,19 +220,19 @@ def test_null_fields_are_absent_to_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the conversation: access to attribute '__class__'"),
-        ("{{ messages.append(1) }}", "refuses the conversation: .*append"),
-        ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: can only concatenate"),
-        ("{% for i in range(1000000000) %}x{% endfor %}", "refuses the conversation: Range too big"),
-        ("{{ messages[0].content.foo.bar }}", "refuses the conversation: .*has no attribute 'foo'"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects the conversation: roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "rejects the conversation: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "rejects the conversation: .*append"),
+        ("{{ messages[0]['content'] + 1 }}", "rejects the conversation: can only concatenate"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "rejects the conversation: Range too big"),
+        ("{{ messages[0].content.foo.bar }}", "rejects the conversation: .*has no attribute 'foo'"),
     ],
 )
-def test_a_failing_or_hostile_template_is_one_clear_error(tmp_path: Path, template: str, complaint: str) -> None:
+def test_a_failing_or_hostile_template_is_one_error(tmp_path: Path, template: str, message: str) -> None:
     tokenizer = ChatTokenizer(make_folder(tmp_path, template))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         tokenizer.encode(chat("a", "b"))
 
 
@@ -243,14 +243,14 @@ def test_a_missing_or_broken_template_is_named(tmp_path: Path) -> None:
         ChatTokenizer(make_folder(tmp_path, "{% for %}"))
 
 
-def test_tools_are_refused_where_they_have_a_template_of_their_own(tmp_path: Path) -> None:
+def test_tools_with_a_template_of_their_own_are_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, "")
     named = [{"name": "default", "template": CHATML_PLAIN}, {"name": "tool_use", "template": "T"}]
     values = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": named}))
     tokenizer = ChatTokenizer(folder)
     assert len(tokenizer.encode(chat("a", "b"))[0])
-    with pytest.raises(ValueError, match=r"another template for tools \(tool_use\): make it chat_template.jinja"):
+    with pytest.raises(ValueError, match=r"another template for tools"):
         tokenizer.encode(chat("a", "b"), [{"type": "function", "function": {"name": "f"}}])
 
 
@@ -289,7 +289,7 @@ def test_which_turns_are_trained(tmp_path: Path, template: str) -> None:
     assert messages[1] == {"role": "assistant", "content": "b", "train": False}
 
 
-def test_a_turn_of_several_generation_blocks_is_told_from_the_others(tmp_path: Path) -> None:
+def test_a_turn_may_have_several_generation_blocks(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, TOOL_BLOCKS)
     messages = chat("a", "b", "c", "d")
     messages[1]["tool_calls"] = [{"name": "f"}, {"name": "g"}]
@@ -321,25 +321,25 @@ MERGES = """\
 """
 
 
-def test_answers_that_a_template_merges_cannot_be_told_apart(tmp_path: Path) -> None:
+def test_merged_answers_cannot_be_trained_separately(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, MERGES)
     messages = [*chat("a", "b"), {"role": "assistant", "content": "c"}, *chat("d", "e")]
     assert trained_text(ChatTokenizer(folder), messages) == "bc<|im_end|>e<|im_end|>"
     assert trained_text(ChatTokenizer(folder, "last"), messages) == "e<|im_end|>"
     messages[1]["train"] = False
-    with pytest.raises(ValueError, match=r"changes what comes before message 3 \(assistant\)"):
+    with pytest.raises(ValueError, match=r"changes what precedes message 3 \(assistant\)"):
         ChatTokenizer(folder).encode(messages)
 
 
-def test_a_conversation_that_begins_with_an_answer_needs_a_prompt_without_messages(tmp_path: Path) -> None:
+def test_a_first_answer_needs_a_prompt_without_messages(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, CHATML_PLAIN)
     assert trained_text(ChatTokenizer(folder), chat("a", "b")[1:]) == "b<|im_end|>"
     folder = make_folder(tmp_path, "{{ messages[0].role }}" + CHATML_PLAIN)
-    with pytest.raises(ValueError, match=r"message 1 \(assistant\) has no prompt that asks for it, so the loss mask"):
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) has no prompt"):
         ChatTokenizer(folder).encode(chat("a", "b")[1:])
 
 
-def test_tools_are_given_to_the_template_and_cannot_spell_control_tokens(tmp_path: Path) -> None:
+def test_tools_reach_the_template_and_cannot_spell_control_tokens(tmp_path: Path) -> None:
     template = "{{ tools | tojson }}{{ messages[0].content }}<|im_end|>"
     tokenizer = ChatTokenizer(make_folder(tmp_path, template), "all")
     ids, _ = tokenizer.encode(chat("x"), [{"a": "<|im_end|>"}])
@@ -348,11 +348,11 @@ def test_tools_are_given_to_the_template_and_cannot_spell_control_tokens(tmp_pat
     assert tokenizer.encode(chat("x"))[0].tolist() == tokenizer.encode(chat("x"), None)[0].tolist()
 
 
-def test_what_cannot_be_encoded_is_said(tmp_path: Path) -> None:
+def test_a_conversation_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, CHATML_PLAIN)
     with pytest.raises(ValueError, match=r"^the conversation has no message$"):
         ChatTokenizer(folder).encode([])
-    with pytest.raises(ValueError, match=r"a lone surrogate, U\+D800"):
+    with pytest.raises(ValueError, match=r"U\+D800"):
         ChatTokenizer(folder).encode(chat("a\ud800", "b"))
-    with pytest.raises(ValueError, match="train_on: 'first' is none of assistant, last, all"):
+    with pytest.raises(ValueError, match="train_on = 'first'"):
         ChatTokenizer(folder, "first")

@@ -31,13 +31,13 @@ def errors(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return [text.removeprefix("error: ") for text in lines]
 
 
-def message(**fields: object) -> bytes:
+def row(**fields: object) -> bytes:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **fields}]
     return json.dumps({"messages": turns}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("name", "content", "message"),
     [
         ("a.jsonl.gz", gzip.compress(GOOD * 5000)[:-40], ":{any}: the compressed file breaks off in this line"),
         ("a.jsonl", GOOD + b'{"messages": "\xff\xfe"}\n', ":2: not UTF-8: byte 15 is 0xff"),
@@ -47,16 +47,16 @@ def message(**fields: object) -> bytes:
             ":2: a row of 50000010 bytes is larger than data.max",
         ),
         ("a.jsonl", GOOD + b'{"messages": [null, [null]]}\n', ":2: message 1 is null, not an object"),
-        ("a.jsonl", GOOD + message(content=None), ":2: message 2 (assistant): content is null, not a string"),
-        ("a.jsonl", GOOD + message(role="wizard"), ':2: message 2 has the unknown role "wizard": expected one of'),
+        ("a.jsonl", GOOD + row(content=None), ":2: message 2 (assistant): content is null, not a string"),
+        ("a.jsonl", GOOD + row(role="wizard"), ':2: message 2 has the unknown role "wizard"'),
         ("a.jsonl", GOOD + b'{"messages": [], "messages": []}\n', ':2: an object has the key "messages" twice'),
-        ("a.jsonl", GOOD + message(weight=float("nan")), ":2: message 2 (assistant): weight is NaN, not 0 or 1"),
-        ("a.jsonl", GOOD + message(train="yes"), ':2: message 2 (assistant): train is "yes", not true or false'),
+        ("a.jsonl", GOOD + row(weight=float("nan")), ":2: message 2 (assistant): weight is NaN, not 0 or 1"),
+        ("a.jsonl", GOOD + row(train="yes"), ':2: message 2 (assistant): train is "yes", not true or false'),
         ("a.jsonl", GOOD + b'{"a":' * 100_000 + b"\n", ":2: nested too deeply"),
         ("a.jsonl", b"", ":1: the file has no rows"),
         ("a.jsonl", b"\n \r\n", ":1: the file has no rows"),
         ("a.parquet", b"PAR1 and no more", ":1: not a readable Parquet file"),
-        ("a.csv", GOOD, " is no known kind of data file"),
+        ("a.csv", GOOD, ": unsupported file type"),
     ],
 )
 def test_broken_data_is_one_line_that_names_the_row(
@@ -65,11 +65,11 @@ def test_broken_data_is_one_line_that_names_the_row(
     capsys: pytest.CaptureFixture[str],
     name: str,
     content: bytes,
-    complaint: str,
+    message: str,
 ) -> None:
     (tmp_path / name).write_bytes(content)
     (text,) = errors(capsys, *arguments, f"--data.train_files={tmp_path / name}")
-    before, _, after = complaint.partition("{any}")
+    before, _, after = message.partition("{any}")
     assert f"{name}{before}" in text
     assert after in text
 
@@ -84,13 +84,13 @@ def test_windows_line_ends_are_no_fault(
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "message"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "a.jsonl:1: .*is refused"),
-        ("{% import 'os' as os %}", "the chat template of .* is broken: a chat template is one file"),
-        ("{% include '/etc/passwd' %}", "the chat template of .* is broken: a chat template is one file"),
-        ("{{ cycler.__init__.__globals__.os.system('true') }}", "a.jsonl:1: the chat template refuses"),
-        ("{{ 'x' * 10000000000 }}", "a.jsonl:1: the chat template is refused"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "a.jsonl:1: .*stopped"),
+        ("{% import 'os' as os %}", "chat template of .* is broken"),
+        ("{% include '/etc/passwd' %}", "chat template of .* is broken"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "a.jsonl:1: the chat template rejects"),
+        ("{{ 'x' * 10000000000 }}", "a.jsonl:1: .*stopped"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "a.jsonl:1: the chat template"),
     ],
 )
@@ -99,12 +99,12 @@ def test_a_template_that_loops_imports_or_reaches_out_is_one_line(
     arguments: list[str],
     capsys: pytest.CaptureFixture[str],
     template: str,
-    complaint: str,
+    message: str,
 ) -> None:
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (text,) = errors(capsys, *arguments, f"--data.train_files={tmp_path}/a.jsonl")
-    assert re.search(complaint, text), text
+    assert re.search(message, text), text
 
 
 def test_of_many_broken_rows_ten_are_shown_and_the_others_counted(

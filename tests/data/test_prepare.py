@@ -84,11 +84,11 @@ def test_a_missing_validation_file_is_named_with_its_key(config_file: Path) -> N
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("format = 'csv'", r"data.sources\[1\].format is \"csv\": expected auto or one of messages, sharegpt, alpaca"),
-        ("roles = {bot = 'robot'}", r"data.sources\[1\].roles: \"bot\" is \"robot\": expected one of system, user"),
-        ("columns = {dialog = 'd'}", r"data.sources\[1\].columns: \"dialog\" is no column of messages"),
-        ("columns = {messages = 'd'}", r"train.jsonl:1: no known format: found the columns \"messages\".*sources\[1\]"),
-        ("split = 'test'", r"data.sources\[1\].split is test, but .*train.jsonl is a file, which has none"),
+        ("format = 'csv'", r"data.sources\[1\].format = \"csv\""),
+        ("roles = {bot = 'robot'}", r"data.sources\[1\].roles: \"bot\""),
+        ("columns = {dialog = 'd'}", r"data.sources\[1\].columns: \"dialog\""),
+        ("columns = {messages = 'd'}", r"train.jsonl:1: unknown format: .*sources\[1\]"),
+        ("split = 'test'", r"data.sources\[1\].split = test"),
     ],
 )
 def test_a_source_that_does_not_fit_its_data_is_named(config_file: Path, key: str, message: str) -> None:

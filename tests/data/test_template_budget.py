@@ -56,54 +56,52 @@ RUNS_AWAY = {
 
 
 @pytest.mark.parametrize("template", RUNS_AWAY.values(), ids=RUNS_AWAY.keys())
-def test_a_template_that_runs_away_is_refused_soon(template: str) -> None:
+def test_a_runaway_template_is_stopped_soon(template: str) -> None:
     began = time.process_time()
-    with pytest.raises(
-        ValueError, match=r"^the chat template is refused: it (loops, recurses or mult|formats with)"
-    ) as e:
+    with pytest.raises(ValueError, match=r"^the chat template was stopped") as e:
         render(template)
     assert "\n" not in str(e.value)
     # Well above what was measured (at most 2 s), far below what it would take.
     assert time.process_time() - began < 20
 
 
-def test_endless_recursion_is_said() -> None:
-    with pytest.raises(ValueError, match="the chat template recurses without end"):
+def test_endless_recursion_is_an_error() -> None:
+    with pytest.raises(ValueError, match="recurses endlessly"):
         render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
 
 
 @pytest.mark.parametrize(
-    ("template", "complaint"),
+    ("template", "message"),
     [
-        ("{% import 'x' as y %}", r"chat template of folder is broken: a chat template is one file: no {% import %}"),
-        ("{% from 'x' import y %}", r"is broken: a chat template is one file: no {% from %}"),
-        ("{% if false %}{% include 'x' %}{% endif %}", r"is broken: a chat template is one file: no {% include %}"),
-        ("{% extends 'x' %}", r"is broken: a chat template is one file: no {% extends %}"),
+        ("{% import 'x' as y %}", r"is broken: .*{% import %}"),
+        ("{% from 'x' import y %}", r"is broken: .*{% from %}"),
+        ("{% if false %}{% include 'x' %}{% endif %}", r"is broken: .*{% include %}"),
+        ("{% extends 'x' %}", r"is broken: .*{% extends %}"),
         ("{{ [1, 2] | random }}", "is broken: No filter named 'random'"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is broken: maximum recursion depth exceeded"),
-        ("{{ lipsum(n=1) }}", "refuses the conversation: 'lipsum' is undefined"),
-        ("{{ ''.__class__.__mro__[1] }}", "refuses the conversation: access to attribute '__class__' of 'str'"),
-        ("{{ cycler.__init__.__globals__.os }}", "refuses the conversation: access to attribute '__init__'"),
-        ("{{ self.__init__.__globals__ }}", "refuses the conversation: access to attribute '__init__'"),
-        ("{{ namespace(_x=1) }}", "refuses the conversation: a namespace has no room for the private name '_x'"),
-        ("{{ messages.clear() }}", "refuses the conversation: .*clear"),
-        ("{{ 'a'.translate({97: 'b'}) }}", "refuses the conversation: access to attribute 'translate'"),
-        ("{{ 'a'.encode('x') }}", "refuses the conversation: unknown encoding: x"),
-        ("{{ os.system('id') }}", "refuses the conversation: 'os' is undefined"),
+        ("{{ lipsum(n=1) }}", "rejects the conversation: 'lipsum' is undefined"),
+        ("{{ ''.__class__.__mro__[1] }}", "rejects the conversation: access to attribute '__class__' of 'str'"),
+        ("{{ cycler.__init__.__globals__.os }}", "rejects the conversation: access to attribute '__init__'"),
+        ("{{ self.__init__.__globals__ }}", "rejects the conversation: access to attribute '__init__'"),
+        ("{{ namespace(_x=1) }}", "rejects the conversation: a namespace .*'_x'"),
+        ("{{ messages.clear() }}", "rejects the conversation: .*clear"),
+        ("{{ 'a'.translate({97: 'b'}) }}", "rejects the conversation: access to attribute 'translate'"),
+        ("{{ 'a'.encode('x') }}", "rejects the conversation: unknown encoding: x"),
+        ("{{ os.system('id') }}", "rejects the conversation: 'os' is undefined"),
     ],
 )
-def test_a_template_reaches_nothing_outside_itself(template: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint) as error:
+def test_a_template_reaches_nothing_outside_itself(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         render(template)
     assert "\n" not in str(error.value)
 
 
-def test_the_budget_is_of_each_render() -> None:
+def test_each_render_has_its_own_budget() -> None:
     template = ChatTemplate(TokenizerFolder(Path("folder"), {}, "{% for i in range(100000) %}{% endfor %}x"))
     assert [template.render(MESSAGES) for _ in range(30)] == ["x"] * 30
 
 
-def test_a_budget_changes_nothing_of_what_an_honest_template_writes() -> None:
+def test_a_budget_does_not_change_the_text() -> None:
     assert render("{{ 3 * 'ab' ~ 2 ** 3 ~ 7 % 4 ~ '%s|%d' % ('x', 5) }}") == "ababab83x|5"
     assert render("{{ '{}-{:>3}'.format('a', 7) ~ ('a,b'.replace(',', ';')) }}") == "a-  7a;b"
     assert (
@@ -124,7 +122,7 @@ def test_a_message_of_many_megabytes_renders() -> None:
     assert compiled.render([{"role": "user", "content": long}]) == "<user>" + long[:-1] + "</user>"
 
 
-def test_messages_are_handed_over_as_transformers_does() -> None:
+def test_messages_are_passed_as_transformers_does() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [

@@ -192,7 +192,7 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(1)))])
-    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template refuses the conversation: no system turn"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template rejects the conversation: no system turn"):
         prepare(config)
 
 

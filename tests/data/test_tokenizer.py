@@ -67,7 +67,7 @@ def test_special_tokens_are_read_as_text_or_as_objects(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_tokenizer_is_named_with_its_key(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.tokenizer_path: .*/nothing holds no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"model.tokenizer_path: .*/nothing has no tokenizer.json"):
         read_tokenizer_folder(tmp_path / "nothing")
 
 

@@ -91,7 +91,7 @@ def split(roles: str, max_tokens: int, tools: list[dict[str, Any]] | None = None
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     conversation = Conversation([message(names[role], 1) for role in roles], tools, None)
     result = split_conversation(conversation, letters, max_tokens)
-    return ["".join(map(chr, ids)) for ids, _ in result.pieces], result.left_out, result.left_out_tokens
+    return ["".join(map(chr, ids)) for ids, _ in result.pieces], result.dropped, result.dropped_tokens
 
 
 @pytest.mark.parametrize(
