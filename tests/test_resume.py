@@ -156,9 +156,8 @@ def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int
     return str(caught.value), trainer.step
 
 
-@pytest.mark.parametrize("mode", ["async", "disabled"])
-def test_full_disk_of_one_rank_ends_the_run_on_all(argv: list[str], whole: Path, tmp_path: Path, mode: str) -> None:
-    argv = [*argv, "--checkpoint.interval=2", f"--checkpoint.async_mode={mode}", f"--job.dump_folder={tmp_path}"]
+def test_full_disk_of_one_rank_ends_the_run_on_all(argv: list[str], whole: Path, tmp_path: Path) -> None:
+    argv = [*argv, "--checkpoint.interval=2", f"--job.dump_folder={tmp_path}"]
     (message, step), other = run_distributed(_train_until_the_third_save, 2, argv)
     assert (message, step) == other
     assert "no space for rank-1.safetensors" in message

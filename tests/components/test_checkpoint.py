@@ -55,6 +55,11 @@ def _save(checkpointer: Checkpointer, step: int, last: bool = False) -> None:
     checkpointer.write()
 
 
+def _save_and_wait(checkpointer: Checkpointer, step: int) -> None:
+    _save(checkpointer, step)
+    checkpointer.wait()
+
+
 def _load(world: World, folder: Path, **config: Any) -> tuple[int, Tensors]:
     """Return the step and the parameters that a new process loads."""
     model, optimizer = _model(world, seed=1)
@@ -262,54 +267,42 @@ def test_last_checkpoint_without_optimizer_state_ends_a_run_and_cannot_be_traine
         checkpointer.require_optimizer()
 
 
-def _fail_on_rank_1(world: World, folder: Path) -> tuple[str, list[str], float]:
+def _fail_on_rank_1(world: World, folder: Path, mode: str) -> tuple[str, list[str], float]:
     def disk_is_full(*args: Any) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model, optimizer = _model(world, seed=0)
-    checkpointer = Checkpointer(folder, model, optimizer, Checkpoint(keep_latest_k=1))
-    _save(checkpointer, 1)
-    checkpointer.wait()
+    checkpointer = Checkpointer(folder, model, optimizer, Checkpoint(keep_latest_k=1, async_mode=mode))
+    _save_and_wait(checkpointer, 1)
     if world.rank == 1:
         dcp_storage.write_safetensors = disk_is_full
-    _save(checkpointer, 2)
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
-        checkpointer.wait()
+        _save_and_wait(checkpointer, 2)
     assert checkpointer.failed
     dist.barrier()
     return str(caught.value), _names(folder), time.monotonic() - started
 
 
-def test_full_disk_of_one_rank_fails_the_save_on_all_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
-    for message, names, seconds in run_distributed(_fail_on_rank_1, 2, tmp_path):
+@pytest.mark.parametrize("mode", ["async", "disabled"])
+def test_full_disk_of_one_rank_fails_the_save_on_all_and_keeps_earlier_checkpoints(tmp_path: Path, mode: str) -> None:
+    for message, names, seconds in run_distributed(_fail_on_rank_1, 2, tmp_path, mode):
         assert re.search(r"step-2.* no space for rank-1\.safetensors: [\d,]+ bytes needed, .*\(rank 1\)", message)
         assert names == ["step-1"]
         assert seconds < 60  # not the timeout of a collective, also on a busy machine
 
 
-@pytest.mark.parametrize(
-    ("when", "word"), [("before writing", "the checkpoint"), ("while writing", r"rank-0\.safetensors")]
-)
-def test_full_file_system_fails_the_save_with_the_bytes_needed_and_free(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, word: str
-) -> None:
+def test_full_file_system_fails_the_save_with_the_bytes_needed_and_free(world: World, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a small file system")
     try:
         checkpointer = Checkpointer(tmp_path, *_model(world, seed=0), Checkpoint())
-        _save(checkpointer, 1)
-        checkpointer.wait()
+        _save_and_wait(checkpointer, 1)
         filler = tmp_path / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free))
-        if when == "while writing":
-            # As with a quota, which the free space does not show.
-            answers = iter([shutil.disk_usage("/"), shutil.disk_usage(tmp_path)])
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: next(answers))
-        _save(checkpointer, 2)
-        with pytest.raises(UserError, match=rf"no space for {word}: [\d,]+ bytes needed, 0 free"):
-            checkpointer.wait()
+        with pytest.raises(UserError, match=r"no space for the checkpoint: [\d,]+ bytes needed, 0 free"):
+            _save_and_wait(checkpointer, 2)
         assert _names(tmp_path) == ["filler", "step-1"]
         filler.unlink()
         assert _load(world, tmp_path)[0] == 1
@@ -322,8 +315,7 @@ def test_save_that_fails_before_its_last_file_is_never_visible(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     checkpointer = Checkpointer(tmp_path, *_model(world, seed=0), Checkpoint(keep_latest_k=1))
-    _save(checkpointer, 1)
-    checkpointer.wait()
+    _save_and_wait(checkpointer, 1)
     write, visible = dcp_storage.write_json, []
 
     def fail_at(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -333,9 +325,8 @@ def test_save_that_fails_before_its_last_file_is_never_visible(
         return write(path, *args, **kwargs)
 
     monkeypatch.setattr(dcp_storage, "write_json", fail_at)
-    _save(checkpointer, 2)
     with pytest.raises(UserError, match="Input/output error"):
-        checkpointer.wait()
+        _save_and_wait(checkpointer, 2)
     assert visible[-1] == _names(tmp_path) == ["step-1"]
 
 
