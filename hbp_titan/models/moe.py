@@ -30,7 +30,7 @@ in G groups (the paper's devices), of which a token may use M, with s_t,i the so
 
 The rule: the losses of a document (seq_aux of the published config.json: never of a whole batch) count by the
 document's share in the gradient of the optimizer step: the sum of the loss weights of its tokens
-(components/normalizer.py; with ave_token its trained tokens over all of the step's). The shares of a step add up to 1
+(components/loss.py; with ave_token its trained tokens over all of the step's). The shares of a step add up to 1
 and follow from the plan, so neither packs, ranks, context parallelism nor accumulation change the gradient. Padding
 and documents that train nothing have share 0. Counts are constants; the gradient goes through the scores alone.
 
