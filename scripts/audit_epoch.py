@@ -1,4 +1,4 @@
-"""Audit a run: was each sample of a finished epoch trained exactly once, and is the rest where the plan has it?
+"""Audit a run: was each sample of a finished epoch trained exactly once, and the current epoch as planned?
 
     python scripts/audit_epoch.py outputs/debug_model [--epoch 0]
 
@@ -23,7 +23,7 @@ from hbp_titan.utils import first_n
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the audit; 0 where all is right."""
+    """Print the audit; return 0 if there is no problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", type=Path, help="the run's job.dump_folder")
     parser.add_argument("--epoch", type=int, help="audit this epoch alone, counted from 0 [all]")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def row(found: EpochAudit, samples: int) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     steps = f"{found.steps_done} of {found.num_steps}"
     left = samples - found.samples - found.skipped
     verdict = "each sample trained once" if found.finished else f"in progress, {left:,} samples left"
@@ -61,13 +61,13 @@ def row(found: EpochAudit, samples: int) -> str:
 
 
 def steps_done(metrics: Path) -> int:
-    """The last step of metrics.jsonl, which is written when every rank has recorded the step."""
+    """Return the last step of metrics.jsonl, which is written after every rank has recorded the step."""
     step = 0
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
             step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
-            continue  # the half-written last line of a killed run
+            continue  # the incomplete last line of a killed run
     return step
 
 

@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,32768,65536,131072
     torchrun --nproc_per_node 8 scripts/bench_train.py --flavors llama3_1_8b --lengths 16384:1,131072:8 --compile on
-    python scripts/bench_train.py --flavors debug --lengths 1024,8192 --swap
+    python scripts/bench_train.py --flavors debug --lengths 1024,8192 --switch
 
 Random weights and tokens; one pack a data-parallel rank, full to its length, every token but each document's first
 trained. The engine is the trainer's, on the GPU where there is one. An iteration is forward and backward, with
@@ -32,8 +32,15 @@ from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, close_world, init_world
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.experiments.bench_swap import measure_swap
-from hbp_titan.experiments.bench_train import Bench, Settings, header, parse_documents, parse_policies, rows
+from hbp_titan.experiments.bench_train import (
+    Bench,
+    Settings,
+    header,
+    measure_switch,
+    parse_documents,
+    parse_policies,
+    rows,
+)
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing.level import check_levels, parse_levels
@@ -57,13 +64,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
     )
     parser.add_argument("--compile", default="off", choices=("off", "on", "both"), help="torch.compile of blocks [off]")
     parser.add_argument("--optimizer_step", action="store_true", help="AdamW belongs to every iteration")
-    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each row, rounds of --swap [5]")
-    parser.add_argument("--swap", action="store_true", help="measure alternating against grouped levels instead")
-    parser.add_argument("--swap_iterations", type=int, default=4, help="packs of each level in a round of --swap [4]")
+    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each row, rounds of --switch [5]")
+    parser.add_argument("--switch", action="store_true", help="measure alternating against grouped levels instead")
+    parser.add_argument("--switch_packs", type=int, default=4, help="packs of each level in a round of --switch [4]")
     parser.add_argument("--json", type=Path, help="write every measurement there")
     options, overrides = parser.parse_known_args(argv)
-    if options.repeats < 1 or options.swap_iterations < 1:
-        raise ValueError(f"--repeats {options.repeats}, --swap_iterations {options.swap_iterations}: at least 1 each")
+    if options.repeats < 1 or options.switch_packs < 1:
+        raise ValueError(f"--repeats {options.repeats}, --switch_packs {options.switch_packs}: at least 1 each")
     config = load_config(overrides)
     if config.lora.rank:
         raise ValueError(f"lora.rank = {config.lora.rank}: FLOPs are counted of whole weights; leave it at 0")
@@ -77,13 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report: dict[str, Any] = {**describe(config, world), "command": " ".join(sys.argv)}
         say(world, "\n".join(f"{key}: {value}" for key, value in report.items()))
-        if not options.swap:
+        if not options.switch:
             say(world, "\n" + header())
         report["measurements"] = []
         for flavor in options.flavors.split(","):
             for enable in {"off": (False,), "on": (True,), "both": (False, True)}[options.compile]:
                 config.compile.enable = enable
-                report["measurements"] += (swap if options.swap else bench)(options, config, world, flavor)
+                report["measurements"] += (switch if options.switch else bench)(options, config, world, flavor)
         if options.json and world.rank == 0:
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     finally:
@@ -110,14 +117,14 @@ def bench(options: argparse.Namespace, config: JobConfig, world: World, flavor: 
     return [dataclasses.asdict(measurement) for measurement in found]
 
 
-def swap(options: argparse.Namespace, config: JobConfig, world: World, flavor: str) -> list[dict[str, Any]]:
-    """The cost of a swap between all lengths and policies of one model, for each kind of documents."""
+def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor: str) -> list[dict[str, Any]]:
+    """Measure level switches between all lengths and policies of one model, for each kind of documents."""
     args = get_flavor(flavor)
     layers = parse_layers(options.layers, args.num_layers)
     if not layers:
-        raise ValueError("--layers auto does not go with --swap: name a number")
+        raise ValueError("--layers auto does not go with --switch: name a number")
     if options.optimizer_step:
-        raise ValueError("--optimizer_step does not go with --swap: a swap lies between forward and backward passes")
+        raise ValueError("--optimizer_step does not go with --switch: a swap lies between forward and backward passes")
     args = dataclasses.replace(args, num_layers=layers)
     lengths = parse_levels(options.lengths)
     check_levels(lengths, world.size)
@@ -126,7 +133,7 @@ def swap(options: argparse.Namespace, config: JobConfig, world: World, flavor: s
     levels = [dataclasses.replace(k, ac_policy=name, ac_layers=n) for k in lengths for name, n in policies]
     found = []
     for documents in parse_documents(options.documents):
-        cost = measure_swap(config, args, world, levels, documents, options.swap_iterations, options.repeats)
+        cost = measure_switch(config, args, world, levels, documents, options.switch_packs, options.repeats)
         say(world, f"{flavor}, compile {'on' if config.compile.enable else 'off'}, documents {documents}: {cost}")
         setting = {"model": flavor, "layers": layers, "compile": config.compile.enable, "documents": str(documents)}
         found.append({**setting, **dataclasses.asdict(cost)})

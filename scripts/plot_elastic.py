@@ -1,13 +1,13 @@
-"""Train a configuration twice, without a break and on 4, 2, 1 and 4 ranks in turn, and draw both losses.
+"""Train a configuration without interruption and on 4, 2, 1 and 4 ranks in sequence, and plot both losses.
 
     python scripts/plot_elastic.py --job.config_file train_configs/debug_model.toml --svg elastic.svg \\
         --validation.interval 4 --validation.max_samples 60 --checkpoint.interval 5
-    python scripts/plot_elastic.py --job.config_file X.toml --stretches 8,4,8 --folder outputs/elastic
+    python scripts/plot_elastic.py --job.config_file X.toml --segments 8,4,8 --folder outputs/elastic
 
-The second run is killed (SIGTERM) when each stretch has trained its share of the run's tokens, and goes on from its
-newest checkpoint on the ranks of the next one; what it trained after that checkpoint is trained again. Levels whose
-cp_degree does not divide the ranks get the largest that does. Run folders are FOLDER/whole and FOLDER/elastic; runs
-that are there are drawn, not trained. Every key of the configuration can be given too: data.max_samples shortens it.
+The second run gets SIGTERM when a segment has trained its share of the run's tokens, and resumes from its checkpoint on
+the ranks of the next segment. Levels whose cp_degree does not divide the ranks get the largest one that does. Run
+folders are FOLDER/whole and FOLDER/elastic; existing runs are only plotted. Further arguments are configuration
+overrides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hbp_titan.data.sample_log import read_starts
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
 
-NAMES = {"whole": "without a break", "elastic": "stopped and gone on"}
+NAMES = {"whole": "without interruption", "elastic": "stopped and resumed"}
 _STYLE = (
     "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;"
     "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
@@ -37,14 +37,14 @@ _STYLE = (
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; none where there is no such file."""
+    """Return the complete lines of metrics.jsonl, none without that file."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def command(overrides: Sequence[str], folder: Path, ranks: int) -> list[str]:
-    """What starts a run on so many ranks of this machine."""
+    """Return the command of a run on `ranks` ranks of this machine."""
     config = load_config(overrides)
     fitted = [dataclasses.replace(level, cp_degree=math.gcd(level.cp_degree, ranks)) for level in config.levels]
     levels = ",".join(":".join(str(v) for v in dataclasses.astuple(level) if v is not None) for level in fitted)
@@ -54,7 +54,7 @@ def command(overrides: Sequence[str], folder: Path, ranks: int) -> list[str]:
 
 
 def train(overrides: Sequence[str], folder: Path, ranks: int, until_tokens: float) -> None:
-    """Train until so many tokens of the run are trained, or to its end; RuntimeError where it fails."""
+    """Train until `until_tokens` tokens of the run are trained, or to its end; RuntimeError if it fails."""
     process = subprocess.Popen(command(overrides, folder, ranks))
     while process.poll() is None:
         time.sleep(0.1)
@@ -67,7 +67,7 @@ def train(overrides: Sequence[str], folder: Path, ranks: int, until_tokens: floa
 
 
 def smoothed(steps: Sequence[dict[str, Any]], window: float) -> list[tuple[float, float]]:
-    """(tokens so far, mean loss per trained token over the last `window` tokens) after each step."""
+    """Return (tokens so far, mean loss per trained token of the last `window` tokens) after each step."""
     points = []
     done = 0.0
     for index, step in enumerate(steps):
@@ -87,21 +87,21 @@ def smoothed(steps: Sequence[dict[str, Any]], window: float) -> list[tuple[float
 
 
 def validated(steps: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(tokens so far, loss per token of the validation samples) after each step that has one."""
+    """Return (tokens so far, loss per token of the validation samples) after each validation."""
     done = itertools.accumulate(step["tokens"] for step in steps)
     return [(at, step["validation"]["loss"]) for at, step in zip(done, steps, strict=True) if "validation" in step]
 
 
 def draw(folder: Path) -> str:
-    """The charts of the two runs in `folder`, training and validation, with a border where the ranks change."""
+    """Return the charts of both runs, training and validation, with a line where the ranks change."""
     runs = [read_steps(folder / name) for name in NAMES]
     total = sum(step["tokens"] for step in runs[0])
     curves = {"training": [smoothed(steps, total / 12) for steps in runs], "validation": [*map(validated, runs)]}
     charts = []
-    for number, (what, pair) in enumerate(curves.items()):
+    for number, (kind, pair) in enumerate(curves.items()):
         losses = [loss for curve in pair for _, loss in curve] or [0.0, 1.0]
         low, high = math.floor(min(losses) * 5) / 5, math.ceil(max(losses) * 5) / 5
-        chart = Chart(f"{what} loss", "tokens trained", "loss", (0, total), (low, high))
+        chart = Chart(f"{kind} loss", "tokens trained", "loss", (0, total), (low, high))
         for color, (curve, name) in enumerate(zip(pair, NAMES.values(), strict=True)):
             chart.line(curve, color)
             chart.name(name, color)
@@ -109,10 +109,10 @@ def draw(folder: Path) -> str:
             if start.counts:
                 end = sum(step["tokens"] for step in runs[1][: start.last_step])
                 chart.boundary(end, f"{start.world_size} rank{'s' if start.world_size > 1 else ''}")
-        place = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
-        charts.append(chart.svg().replace("<svg ", place, 1))
+        position = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
+        charts.append(chart.svg().replace("<svg ", position, 1))
     for number, name in enumerate(NAMES):
-        ends = ", ".join(f"{what} loss {pair[number][-1][1]:.4f}" for what, pair in curves.items() if pair[number])
+        ends = ", ".join(f"{kind} loss {pair[number][-1][1]:.4f}" for kind, pair in curves.items() if pair[number])
         print(f"{name}: {len(runs[number])} steps, {ends}")
     width = WIDTH * len(curves)
     return (
@@ -122,25 +122,24 @@ def draw(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not there, then draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--stretches", default="4,2,1,4", help="ranks of each stretch of the second run [4,2,1,4]")
+    parser.add_argument("--segments", default="4,2,1,4", help="ranks of each segment of the second run [4,2,1,4]")
     parser.add_argument("--folder", type=Path, default=Path("outputs/elastic"), help="of both runs [outputs/elastic]")
-    parser.add_argument("--svg", type=Path, default=Path("elastic.svg"), help="where the chart goes [elastic.svg]")
+    parser.add_argument("--svg", type=Path, default=Path("elastic.svg"), help="file of the chart [elastic.svg]")
     options, overrides = parser.parse_known_args(argv)
-    ranks = [int(word) for word in options.stretches.split(",") if word.isdecimal() and int(word)]
-    if len(ranks) != len(options.stretches.split(",")):
-        raise ValueError(f"--stretches {options.stretches}: not numbers of ranks, parted by commas")
+    ranks = [int(word) for word in options.segments.split(",") if word.isdecimal() and int(word)]
+    if len(ranks) != len(options.segments.split(",")):
+        raise ValueError(f"--segments {options.segments}: must be numbers of ranks, comma-separated")
     whole, elastic = options.folder / "whole", options.folder / "elastic"
     if not whole.exists():
         train(overrides, whole, ranks[0], math.inf)
     total = sum(step["tokens"] for step in read_steps(whole))
     if not elastic.exists():
-        for number, of_stretch in enumerate(ranks, start=1):
+        for number, segment_ranks in enumerate(ranks, start=1):
             last = number == len(ranks)
-            train(overrides, elastic, of_stretch, math.inf if last else total * number / len(ranks))
+            train(overrides, elastic, segment_ranks, math.inf if last else total * number / len(ranks))
     options.svg.write_text(draw(options.folder), encoding="utf-8")
     print(f"wrote {options.svg}")
 

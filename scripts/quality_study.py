@@ -1,18 +1,18 @@
-"""Train the same samples with HBP and what it is compared with, over several seeds; losses of held-out samples.
+"""Train the same samples with HBP and its baselines over several seeds; compare the loss of held-out samples.
 
     python scripts/quality_study.py
     python scripts/quality_study.py --variants isf,flat_sorted --seeds 1,2,3 --parallel 2
     python scripts/quality_study.py --launch torchrun --ranks 8 --folder outputs/study_8b \\
         --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 --data.validation_files V.jsonl
 
-Each variant changes one thing of the default; all have the same samples, tokens per step, course of the learning rate
-and, seed by seed, weights at the start (packing.seed and training.seed are the seed). Plans are for --ranks; by default
-one process trains the packs of all of them in turn, which gives their losses (study/in_turn.py). Without a config
-file a small model is trained on the debug data: on short samples first (FOLDER/base), then by every variant.
+Each variant changes one setting of the default. All have the same samples, tokens per step, learning-rate schedule and,
+seed by seed, initial weights (the seed is packing.seed and training.seed). Plans are made for --ranks; by default one
+process emulates them (study/single_process.py). Without a config file a small model is trained on the debug data: on
+short samples first (FOLDER/base), then by every variant.
 
 A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
-Prints Markdown tables; writes study.json, tables.md and quality.svg in FOLDER. Every key of the configuration can be
-given too. hbp_titan/experiments/quality.md says how to read it.
+Prints Markdown tables; writes study.json, tables.md and quality.svg to FOLDER. Further arguments are configuration
+overrides. hbp_titan/experiments/quality.md explains the results.
 """
 
 from __future__ import annotations
@@ -35,24 +35,23 @@ from hbp_titan.experiments.study.runs import LAUNCHES, VARIANTS, Launch, parse_v
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, then print the tables."""
-    known = "\n".join(f"  {variant.name:12} {variant.says}" for variant in VARIANTS.values())
+    variants_help = "\n".join(f"  {variant.name:12} {variant.description}" for variant in VARIANTS.values())
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"variants:\n{known}",
+        epilog=f"variants:\n{variants_help}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--variants", default="", help="beside the default, parted by commas [all]")
-    parser.add_argument("--seeds", default="1,2,3,4,5", help="of each variant [1,2,3,4,5]")
+    parser.add_argument("--variants", default="", help="in addition to the default, comma-separated [all]")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="of each variant [%(default)s]")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time [1]")
-    parser.add_argument("--ranks", type=int, default=4, help="that plans are made for [4]")
-    parser.add_argument("--launch", choices=LAUNCHES, default="in_turn", help="one process a run, or torchrun")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="of the study [outputs/quality]")
+    parser.add_argument("--ranks", type=int, default=4, help="number of ranks that plans are made for [4]")
+    parser.add_argument("--launch", choices=LAUNCHES, default=LAUNCHES[0], help="how a run is started [%(default)s]")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="of the study [%(default)s]")
     options, overrides = parser.parse_known_args(argv)
     seeds = [int(word) for word in options.seeds.split(",") if word.strip().isdecimal()]
     if len(seeds) != len(options.seeds.split(",")) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"--seeds {options.seeds}: not different whole numbers, parted by commas")
+        raise ValueError(f"--seeds {options.seeds}: must be different whole numbers, comma-separated")
     if options.parallel < 1:
         raise ValueError(f"--parallel {options.parallel} must be at least 1")
     launch, variants = Launch(options.launch, options.ranks), parse_variants(options.variants)

@@ -27,8 +27,14 @@ from hbp_titan.components.timing import predict_epoch
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.experiments.paper import epoch_check
-from hbp_titan.experiments.paper.calibrate import calibrate, load_measured
+from hbp_titan.experiments.paper.calibrate import (
+    calibrate,
+    check_fit,
+    check_profile,
+    check_table,
+    load_measured,
+    load_outcomes,
+)
 from hbp_titan.experiments.paper.figures import (
     fit_table,
     fit_trade_offs,
@@ -165,7 +171,7 @@ def report_calibration(options: argparse.Namespace) -> None:
             f"token + {fitted.per_square:.3g} a squared token + {fitted.per_document:.3g} a document"
         )
     print(f"{'iteration':<12}{'level':>8}{'measured s':>12}{'predicted s':>13}{'residual':>10}")
-    for number, row in enumerate(measured.iterations):
+    for number, row in enumerate(measured.micro_batches):
         note = "  held out" if result.held_out[number] else ""
         print(
             f"{number:<12}{measured.levels[row.level].max_tokens:>8}{row.seconds:>12.4f}{result.predicted[number]:>13.4f}"
@@ -184,12 +190,12 @@ def report_validation(options: argparse.Namespace) -> None:
     """Each measured epoch beside its prediction."""
     if (options.profile is None) == (not options.fit):
         raise ValueError("--validate needs either --profile profile.json or --fit with some of its runs")
-    outcomes = epoch_check.load_outcomes(options.validate)
+    outcomes = load_outcomes(options.validate)
     if options.fit:
-        checks = epoch_check.fitted(outcomes, [run.strip() for run in options.fit.split(";")])
+        checks = check_fit(outcomes, [run.strip() for run in options.fit.split(";")])
     else:
-        checks = epoch_check.profiled(outcomes, read_profile(options.profile))
-    print(epoch_check.table(checks))
+        checks = check_profile(outcomes, read_profile(options.profile))
+    print(check_table(checks))
 
 
 def report_paper(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""How fast data comes: from a token store to batches, and from text to a token store, each beside its bare floor.
+"""Speed of the data path: from token store to batches, and from text to token store, each next to a lower bound.
 
-Owns the two measurements. The floor of the loader is a plain copy of the same samples' tokens and masks out of the
-memory map; the floor of the preparation is `tokenizers.encode_batch` on the same rendered texts and as many cores.
+Owns the two measurements. The lower bound of the loader is a plain copy of the same samples' tokens and masks out of
+the memory map; that of the preparation is `tokenizers.encode_batch` on the same rendered texts and cores.
 """
 
 from __future__ import annotations
@@ -29,41 +29,40 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import Plan
 
 TEXTS_AT_A_TIME = 1000
-"""Texts of one encode_batch: enough for every core, and their encodings stay small in memory."""
+"""Texts per encode_batch: enough for every core, with encodings that stay small in memory."""
 
 PREFETCH_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Speed:
-    """tokens that each round of `seconds` took; what: the row's name."""
+    """Tokens of one round, and the seconds of each round."""
 
-    what: str
+    name: str
     tokens: int
     seconds: list[float]
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the median round."""
+        """Return the tokens per second of the median round."""
         return self.tokens / median(self.seconds)
 
 
 def loader_speeds(
     plan: Plan, store: SampleSource, shapes: BatchShapes, workers: Sequence[int], rounds: int
 ) -> list[Speed]:
-    """Of rank 0, over the plan from start to end: the copy, batches made in turn, and the loader; methods take turns.
+    """Measure rank 0 over the whole plan: the copy, batches in process, and the loader; methods alternate.
 
-    Of a loader with workers the time runs from where its prefetched batches are used up: what it delivers thereafter
-    it delivers for as long as a run lasts.
+    The time of a loader with workers begins when its prefetched batches are used up: that is its sustained speed.
     """
     dataset = PlanDataset(plan, store, 0, shapes)
-    tokens = [int(plan.lengths[_pack(plan, i)].sum()) for i in range(plan.num_iterations)]
+    tokens = [int(plan.lengths[plan.pack(i, 0)].sum()) for i in range(plan.num_iterations)]
     ready = {count: min(count * PREFETCH_FACTOR, plan.num_iterations // 2) for count in workers}
 
     def copy() -> float:
         start = time.perf_counter()
         for iteration in range(plan.num_iterations):
-            for index in _pack(plan, iteration).tolist():
+            for index in plan.pack(iteration, 0).tolist():
                 for array in store.sample(index):
                     np.array(array)
         return time.perf_counter() - start
@@ -90,7 +89,7 @@ def loader_speeds(
     for count in workers:
         name = f"loader, {count} worker{'' if count == 1 else 's'}"
         methods[name] = sum(tokens[ready[count] :]), lambda count=count: load(count)  # type: ignore[misc]
-    copy()  # the pages of the store are in memory from here on
+    copy()  # reads the pages of the store into memory
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, (_, run) in methods.items():
@@ -98,15 +97,10 @@ def loader_speeds(
     return [Speed(name, methods[name][0], taken) for name, taken in seconds.items()]
 
 
-def _pack(plan: Plan, iteration: int) -> np.ndarray:
-    """The samples that rank 0 reads."""
-    return plan.pack(iteration, 0)
-
-
 def preparation_speeds(config: JobConfig, cores: int, rounds: int) -> list[Speed]:
-    """encode_batch on the rendered texts, and the whole preparation of the training data into an empty cache.
+    """Measure encode_batch on the rendered texts, and the preparation of the training data into an empty cache.
 
-    Samples of any length are kept: those that training would leave out are tokenized as well.
+    Samples of any length are kept, also those that training would skip.
     """
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
@@ -119,7 +113,7 @@ def preparation_speeds(config: JobConfig, cores: int, rounds: int) -> list[Speed
             store, _ = prepare(dataclasses.replace(config, data=data), progress=False, max_sample_tokens=1 << 40)
             seconds.append(time.perf_counter() - start)
         tokens = int(TokenStore.open(store).lengths.sum())
-        # A process of its own: the number of threads is fixed when a process first encodes.
+        # In a new process: the number of threads is fixed when a process first encodes.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             bare = pool.submit(_encode_texts, store, config.tokenizer_path, cores, rounds).result()
     return [bare, Speed("preparation, whole", tokens, seconds)]
@@ -145,11 +139,11 @@ def _encode_texts(store_folder: Path, tokenizer_path: Path, cores: int, rounds: 
 
 
 def table(speeds: Sequence[Speed]) -> str:
-    """Markdown; the first row is the floor that the others are compared with."""
+    """Return Markdown rows; the first is the lower bound that the others are compared with."""
     columns = ("", "tokens", "seconds", "tokens/s", "share of the first")
     rows = [
         (
-            speed.what,
+            speed.name,
             f"{speed.tokens:,}",
             f"{median(speed.seconds):.4g} ({min(speed.seconds):.4g}-{max(speed.seconds):.4g})",
             f"{speed.tokens_per_second:,.0f}",

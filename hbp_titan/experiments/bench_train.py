@@ -1,23 +1,16 @@
-"""The cost of training at each level under each activation-checkpoint policy: time, memory, what is kept for backward.
+"""Benchmark of the trainer's engine: time and memory per level and checkpointing policy, cost of a level switch.
 
-Owns the measurement; the iterations are the engine's that trains. Policies of one length are levels of one engine that
-differ in nothing else (a swap costs nothing), and their iterations are timed round robin, so that drift of the machine
-meets each alike. Memory is measured in iterations of their own, because watching it takes time.
-
-Batches for benchmarks: packs of documents with drawn lengths and random tokens.
-
-Owns how a benchmark's pack is filled. The batch itself is the trainer's (data/batch.py). Every rank of a level gets a
-pack with the same document lengths: a benchmark measures a level, and packs that run side by side cost the same.
-
-The table of a benchmark: one Markdown row a measurement.
-
-Owns the columns and how a measurement is compared with the same level without recomputation.
+Owns the packs (documents of random lengths and tokens, the same lengths on every rank), the measurements and the table.
+The policies of one length are levels of one engine that differ in nothing else, and their micro-batches are timed round
+robin, so that drift of the machine affects all of them equally. Memory is measured in separate micro-batches, because
+recording it takes time.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +19,7 @@ from statistics import median
 import numpy as np
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import distributed_c10d
 
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
@@ -39,12 +33,32 @@ from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 
 SIGMA = 1.0
-"""Spread of the lognormal lengths; sources of the Tulu3 mixture lie between 0.3 and 1.1 (packing/synthetic.py)."""
+"""Of the lognormal lengths; sources of the Tulu3 mixture are between 0.3 and 1.1 (tuning/simulate.py)."""
+DEPTHS = (2, 3)
+"""Layers of the two models whose difference is what one layer saves for backward."""
+
+COLUMNS = (
+    ("model", 12),
+    ("layers", 6),
+    ("length", 7),
+    ("cp", 2),
+    ("documents", 11),
+    ("compile", 7),
+    ("policy", 16),
+    ("tokens/s", 9),
+    ("TFLOP/s", 7),
+    ("MFU", 6),
+    ("peak GiB", 8),
+    ("B/token/layer", 13),
+    ("seconds", 8),
+    ("time / none", 18),
+    ("FLOPs / none", 12),
+)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """median: tokens of the median document, lengths are lognormal; 0: one document fills the pack."""
+    """Lognormal document lengths with this median; median 0: one document fills the pack."""
 
     median: int
 
@@ -52,37 +66,37 @@ class Documents:
         return f"median {self.median}" if self.median else "one"
 
     def lengths(self, max_tokens: int, seed: int) -> IntArray:
-        """Lengths of a pack's documents, int64; they sum to `max_tokens`, the last is cut."""
+        """Return the document lengths of a pack, int64; they sum to `max_tokens`, the last one is cut."""
         if not self.median:
             return np.array([max_tokens])
         rng = np.random.default_rng(seed)
         lengths: list[int] = []
-        left = max_tokens
-        while left:
+        remaining = max_tokens
+        while remaining:
             drawn = max(2, round(self.median * float(np.exp(SIGMA * rng.standard_normal()))))
-            lengths.append(min(drawn, left))
-            left -= lengths[-1]
+            lengths.append(min(drawn, remaining))
+            remaining -= lengths[-1]
         return np.array(lengths)
 
 
 def parse_documents(text: str) -> tuple[Documents, ...]:
-    """From "one,600": one document that fills the pack, lognormal lengths with a median of 600."""
+    """Return the kinds of documents in "one,600": one that fills the pack, lognormal with median 600."""
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if word != "one" and not (word.isdecimal() and int(word)):
-            raise ValueError(f"documents {text!r}: {word!r} is neither 'one' nor a median number of tokens")
+            raise ValueError(f"--documents {text!r}: {word!r} must be 'one' or a median number of tokens")
     return tuple(Documents(0 if word == "one" else int(word)) for word in words)
 
 
 class RandomSamples:
-    """A source of documents with the given lengths and random tokens, all of them trained."""
+    """Sample source with the given lengths and random tokens, all of them trained."""
 
     def __init__(self, lengths: IntArray, vocab_size: int, seed: int) -> None:
         self.ends = np.cumsum(lengths)
         self.tokens = np.random.default_rng(seed).integers(0, vocab_size, int(self.ends[-1]))
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [len] and loss mask [len] of one document."""
+        """Return the tokens [len] and the loss mask [len] of one document."""
         tokens = self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
         return tokens, np.ones(len(tokens), dtype=bool)
 
@@ -90,7 +104,7 @@ class RandomSamples:
 def random_batches(
     packs: Sequence[IntArray], args: ModelArgs, level: Level, level_index: int, rank: int
 ) -> list[PackedBatch]:
-    """This rank's shard of each pack of document lengths; all have the static shapes of one level.
+    """Return this rank's shard of each pack of document lengths, with the static shapes of one level.
 
     The loss of a pack is the mean over its trained tokens.
     """
@@ -106,17 +120,16 @@ def random_batches(
     return batches
 
 
-DEPTHS = (2, 3)
-"""Layers of the two models whose difference is what one layer keeps."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: every length under every policy, filled with each kind of documents.
+    """What is measured: every length under every policy, with every kind of documents.
 
-    lengths: ascending; their own policy does not count. policies: (ac_policy, ac_layers), as in Level. layers: of the
-    model; 0 begins with all and halves them until every policy fits. repeats: timed iterations of each.
-    optimizer_step: AdamW's state is held and its step belongs to every iteration.
+    Args:
+        lengths: ascending; their own policy is ignored.
+        policies: (ac_policy, ac_layers), as in Level.
+        layers: of the model; 0 starts with all and halves them until every policy fits.
+        repeats: timed micro-batches of each.
+        optimizer_step: whether AdamW's state is allocated and its step is part of every micro-batch.
     """
 
     lengths: tuple[Level, ...]
@@ -128,13 +141,13 @@ class Settings:
 
 
 def parse_policies(text: str) -> tuple[tuple[str, int | None], ...]:
-    """From "none,full,keep_attention:8": policies, each with the number of layers that it covers (all of them)."""
+    """Return the policies in "none,full,keep_attention:8", each with its number of layers [all]."""
     policies = []
     for word in text.split(","):
         name, colon, layers = word.strip().partition(":")
         if name not in AC_POLICIES or (colon and not layers.isdecimal()):
             raise ValueError(
-                f"policies {text!r}: {word!r} is not of the form policy:layers, of {', '.join(AC_POLICIES)}"
+                f"--policies {text!r}: {word!r} must be policy:layers, with a policy of {', '.join(AC_POLICIES)}"
             )
         policies.append((name, int(layers) if colon else None))
     return tuple(policies)
@@ -142,13 +155,13 @@ def parse_policies(text: str) -> tuple[tuple[str, int | None], ...]:
 
 @dataclass
 class Measurement:
-    """One level under one policy. Nothing but the description is set where memory did not suffice.
+    """One level under one policy; out of memory leaves `seconds` and `peak_bytes` empty.
 
-    tokens: of one iteration over all ranks. flops: of one iteration and rank, without recomputation, attention within
-    documents. flops_ratio: FLOPs with recomputation / without. seconds: of each timed iteration, the slowest rank.
-    peak_bytes: the most that a rank holds during an iteration, parameters (and optimizer state) with it; on a CPU with
-    several ranks a bound from above, because what the threads of gloo release is not seen.
-    saved_bytes: what a layer under the policy keeps from forward to backward for each token of a rank's shard.
+    tokens: of one micro-batch, all ranks. flops: per micro-batch and rank, without recomputation, attention within
+    documents. flops_ratio: FLOPs with / without recomputation. seconds: of each timed micro-batch, slowest rank.
+    peak_bytes: maximum over the ranks, including parameters (and optimizer state); on a CPU with several ranks an upper
+    bound, because memory that gloo's threads free is not recorded. saved_bytes: what a layer saves for backward, per
+    token of a rank's shard.
     """
 
     model: str
@@ -169,12 +182,12 @@ class Measurement:
 
     @property
     def fits(self) -> bool:
-        """Whether memory sufficed."""
+        """Return whether the level fits in memory."""
         return bool(self.seconds)
 
 
 class Bench:
-    """Measures one model. `run` yields the policies of one length and kind of documents at a time."""
+    """Benchmark of one model."""
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World, settings: Settings) -> None:
         self.settings = settings
@@ -188,10 +201,10 @@ class Bench:
         self.config = config
         self.measured = MeasuredEngine(config, args, world, self.levels, optimizer_step=settings.optimizer_step)
         self.measured.set_layers(settings.layers or args.num_layers)
-        self.too_big: set[tuple[str, int | None, int]] = set()
+        self.out_of_memory: set[tuple[str, int | None, int]] = set()
 
     def run(self) -> Iterator[list[Measurement]]:
-        """All measurements, shortest length first."""
+        """Yield the measurements of one length and kind of documents at a time, shortest first."""
         saved = self._saved_bytes()
         for index, length in enumerate(self.settings.lengths):
             for documents in self.settings.documents:
@@ -208,9 +221,9 @@ class Bench:
         self.measured.clear()
 
     def measure(self, index: int, documents: Documents, repeats: int) -> Measurement:
-        """One level, self.levels[index], alone: a warm-up, the peak, then `repeats` timed iterations.
+        """Measure only self.levels[index]: a warm-up, the peak, then `repeats` timed micro-batches.
 
-        For a choice of rows under a time budget: policies do not take turns, and saved_bytes stays None.
+        For a few rows within a time budget; saved_bytes stays None.
         """
         first, policy = divmod(index, len(self.settings.policies))
         batch = self._batches(first, documents)[policy]
@@ -222,7 +235,7 @@ class Bench:
         return found
 
     def _batches(self, index: int, documents: Documents) -> list[PackedBatch]:
-        """One batch of length `index` for each policy: the same one at another level."""
+        """Return a batch of length `index` for each policy: the same one, assigned to another level."""
         first = index * len(self.settings.policies)
         level = self.levels[first]
         lengths = documents.lengths(level.max_tokens, seed=0)
@@ -232,30 +245,31 @@ class Bench:
         return [dataclasses.replace(batch, level=first + k) for k in range(len(self.settings.policies))]
 
     def _saved_bytes(self) -> list[float | None]:
-        """For each level what one layer under its policy keeps per token: the difference between two depths.
+        """Return what one layer under the policy of each level saves per token: the difference of two depths.
 
-        Embedding, head and loss drop out of it. Measured before the whole model is built, which may leave no room.
+        The difference excludes embedding, head and loss.
         """
+        # Before the whole model is built, which may leave no memory for this.
         config = copy.deepcopy(self.config)
-        # Gathered parameters of a layer would count as what it keeps.
+        # Otherwise the gathered parameters of a layer count as saved.
         config.parallelism.reshard_after_forward = True
         levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
-        held: list[list[int | None]] = []
+        saved: list[list[int | None]] = []
         for depth in DEPTHS:
             measured = MeasuredEngine(config, dataclasses.replace(self.args, num_layers=depth), self.world, levels)
             batches = [
                 b for k in range(len(self.settings.lengths)) for b in self._batches(k, self.settings.documents[0])
             ]
-            held.append([measured.attempt(partial(_saved_for_backward, batch=batch)) for batch in batches])
+            saved.append([measured.attempt(partial(_saved_for_backward, batch=batch)) for batch in batches])
             measured.clear()
         sizes = [level.max_tokens // level.cp_degree * (DEPTHS[1] - DEPTHS[0]) for level in self.levels]
         return [
-            None if few is None or more is None else (more - few) / size
-            for few, more, size in zip(*held, sizes, strict=True)
+            None if shallow is None or deep is None else (deep - shallow) / size
+            for shallow, deep, size in zip(*saved, sizes, strict=True)
         ]
 
     def _peaks(self, batches: Sequence[PackedBatch]) -> dict[int, int | None]:
-        """Peak memory by level, None where it does not suffice; with layers = 0 on as many layers as fit."""
+        """Return the peak memory by level, None if out of memory; with layers = 0 for as many layers as fit."""
         while True:
             peaks = {batch.level: self._peak(batch) for batch in batches}
             layers = self.measured.args.num_layers
@@ -266,17 +280,17 @@ class Bench:
     def _peak(self, batch: PackedBatch) -> int | None:
         level = self.levels[batch.level]
         key = (level.ac_policy, level.ac_layers, self.measured.args.num_layers)
-        if key in self.too_big:
-            return None  # it did not fit at a shorter length
+        if key in self.out_of_memory:
+            return None  # already at a shorter length
         peak = self.measured.peak_bytes(batch)
         if peak is None:
-            self.too_big.add(key)
+            self.out_of_memory.add(key)
         return peak
 
     def _seconds(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
-        """Seconds of each timed iteration by level, round robin; the first round does not count.
+        """Return the seconds of each timed micro-batch by level, round robin after a warm-up round.
 
-        A level whose memory does not suffice after all is left out, so that the others' rounds stay comparable.
+        A level that runs out of memory is dropped, so that the rounds of the others stay comparable.
         """
         seconds: dict[int, list[float]] = {batch.level: [] for batch in batches}
         for number in range(self.settings.repeats + 1):
@@ -311,9 +325,9 @@ class Bench:
 
 
 def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
-    """Bytes that autograd keeps from a forward for its backward; a storage counts once, a freed one not at all.
+    """Return the bytes that autograd saves for backward; each storage counts once.
 
-    Counted by autograd's own hooks, because a CPU's allocation records miss what the threads of gloo release.
+    Counted by autograd's hooks, because allocation records on a CPU miss what gloo's threads free.
     """
     saved: list[Tensor] = []
 
@@ -345,39 +359,20 @@ def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:
     return float(cost.cost(np.array(level.max_tokens), np.array(sum_squared)))
 
 
-COLUMNS = (
-    ("model", 12),
-    ("layers", 6),
-    ("length", 7),
-    ("cp", 2),
-    ("documents", 11),
-    ("compile", 7),
-    ("policy", 16),
-    ("tokens/s", 9),
-    ("TFLOP/s", 7),
-    ("MFU", 6),
-    ("peak GiB", 8),
-    ("B/token/layer", 13),
-    ("seconds", 8),
-    ("time / none", 18),
-    ("FLOPs / none", 12),
-)
-
-
 def header() -> str:
-    """The two lines above the rows."""
+    """Return the two lines above the rows."""
     rule = "|".join("-" * (width + 2) for _, width in COLUMNS)
     return f"{_line([name for name, _ in COLUMNS])}\n|{rule}|"
 
 
 def rows(group: Sequence[Measurement], peak_flops: float | None) -> list[str]:
-    """One line for each policy of a level. peak_flops: FLOP/s of a rank's device, None where it is not known."""
+    """Return one line per policy of a level. peak_flops: FLOP/s of a rank's device, None if unknown."""
     base = next((m for m in group if m.ac_policy == "none"), None)
     return [_line(_cells(m, base, peak_flops)) for m in group]
 
 
 def relative_times(found: Measurement, base: Measurement | None) -> tuple[float, float, float] | None:
-    """(median, least, greatest) over the rounds of the time of `found` / `base`; None where one did not fit."""
+    """Return (median, min, max) over the rounds of the time of `found` / `base`, None if one did not fit."""
     if base is None or not found.fits or not base.fits:
         return None
     ratios = [a / b for a, b in zip(found.seconds, base.seconds, strict=True)]
@@ -411,3 +406,68 @@ def _cells(found: Measurement, base: Measurement | None, peak_flops: float | Non
 def _line(cells: Sequence[str]) -> str:
     padded = (cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True))
     return f"| {' | '.join(padded)} |"
+
+
+@dataclass
+class SwitchCost:
+    """Seconds of each round in each order.
+
+    again: the grouped order a second time. micro_batches: of one round. switches: level switches in alternating order.
+    new_groups: process groups created after the first round began.
+    """
+
+    alternating: list[float]
+    grouped: list[float]
+    again: list[float]
+    micro_batches: int
+    switches: int
+    new_groups: int
+
+    def ratios(self, control: bool = False) -> list[float]:
+        """Return alternating / grouped of each round, with `control` grouped / grouped."""
+        return [a / b for a, b in zip(self.again if control else self.alternating, self.grouped, strict=True)]
+
+    def __str__(self) -> str:
+        texts = [f"{median(r):.3f} ({min(r):.3f}-{max(r):.3f})" for r in (self.ratios(), self.ratios(control=True))]
+        return (
+            f"{self.micro_batches} micro-batches, {self.switches} level switches, {len(self.grouped)} rounds: "
+            f"alternating / grouped {texts[0]}, grouped / grouped {texts[1]}; new process groups {self.new_groups}"
+        )
+
+
+def measure_switch(
+    config: JobConfig,
+    args: ModelArgs,
+    world: World,
+    levels: Sequence[Level],
+    documents: Documents,
+    packs: int,
+    repeats: int,
+) -> SwitchCost:
+    """Time `packs` packs of each level in both orders, `repeats` rounds after a warm-up round."""
+    measured = MeasuredEngine(config, args, world, levels)
+    by_level = []
+    for index, level in enumerate(levels):
+        lengths = [documents.lengths(level.max_tokens, seed) for seed in range(packs)]
+        batches = random_batches(lengths, args, level, index, world.rank)
+        by_level.append([b.pin_memory() for b in batches] if world.device.type == "cuda" else batches)
+    grouped = list(itertools.chain.from_iterable(by_level))
+    alternating = list(itertools.chain.from_iterable(zip(*by_level, strict=True)))
+    orders = {"grouped": grouped, "alternating": alternating, "again": grouped}
+    seconds: dict[str, list[float]] = {name: [] for name in orders}
+    measured.attempt(lambda engine: None)
+    groups = len(distributed_c10d._world.pg_map)
+    for number in range(repeats + 1):
+        names = list(orders)[number % 3 :] + list(orders)[: number % 3]
+        for name in names:
+            taken = measured.seconds(orders[name])
+            if taken is None:
+                raise ValueError("--switch: out of memory; use smaller --lengths or fewer --layers, or recompute more")
+            if number:
+                seconds[name].append(taken)
+    return SwitchCost(
+        **seconds,
+        micro_batches=len(grouped),
+        switches=sum(a.level != b.level for a, b in itertools.pairwise(alternating)),
+        new_groups=len(distributed_c10d._world.pg_map) - groups,
+    )

@@ -1,8 +1,8 @@
-"""The same samples trained by several packing methods, in turn, through the trainer itself.
+"""Comparison of packing methods by training the same samples with each, through the trainer itself.
 
-Owns what a compared run is, what is measured of it and the table of ratios. Each run starts from the same weights and
-trains one epoch; its compilation and its validation do not count. Rounds follow each other with another order, so that
-drift of the machine meets each run alike.
+Owns the measurements and the table of ratios. Each run starts from the same weights and trains one epoch; compilation
+and validation are not counted. The order of the runs rotates from round to round, so that drift of the machine affects
+all of them equally.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hbp_titan.train import Trainer
 
 @dataclass(frozen=True)
 class Run:
-    """A method on levels. Flat methods use the last level alone."""
+    """A method on levels; methods of one length use only the last level."""
 
     method: str
     levels: tuple[Level, ...]
@@ -54,12 +54,12 @@ def _short(level: Level) -> str:
 
 
 def parse_runs(text: str) -> tuple[Run, ...]:
-    """From "isf@8192:1;hbp@1024:1,8192:2": methods of packing.METHODS on levels in their short form."""
+    """Return the runs in "isf@8192:1;hbp@1024:1,8192:2": packing.METHODS on levels in their short form."""
     runs = []
     for part in text.split(";"):
         method, at, levels = part.strip().partition("@")
         if method not in METHODS or not at:
-            raise ValueError(f"runs {text!r}: {part!r} is not method@levels, with a method of {', '.join(METHODS)}")
+            raise ValueError(f"--runs {text!r}: {part!r} must be method@levels, with a method of {', '.join(METHODS)}")
         runs.append(Run(method, parse_levels(levels)))
     return tuple(runs)
 
@@ -68,11 +68,10 @@ def parse_runs(text: str) -> tuple[Run, ...]:
 class Outcome:
     """One trained epoch.
 
-    seconds: of all its optimizer steps, the slowest rank. iteration_seconds [iterations]: of forward and backward.
-    loads [iterations, ranks, 4]: what each rank's pack holds, as in pack_loads. level_of_iteration [iterations].
-    idle [ranks]: share of the iterations in which a rank waits for the one that has most to do in them.
-    loss: per token of the validation samples after the epoch, None where there are none; train_loss: of the last
-    tenth of the steps.
+    seconds: all optimizer steps, slowest rank. iteration_seconds [micro-batches]: forward and backward. loads
+    [micro-batches, ranks, 4]: pack_loads of each rank's pack. level_of_iteration [micro-batches]. idle [ranks]: share
+    of the time that a rank waits for the slowest one of a micro-batch. loss: per token of the validation samples after
+    the epoch, None without any. train_loss: of the last tenth of the steps.
     """
 
     run: Run
@@ -87,13 +86,13 @@ class Outcome:
     train_loss: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; the levels of the run beside its name."""
+        """Return plain values for JSON, with the levels of the run in addition to its name."""
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
         return {**plain, "run": str(self.run), "levels": [dataclasses.asdict(level) for level in self.run.levels]}
 
 
 class TimedTrainer(Trainer):
-    """A Trainer that prints nothing, writes only into a folder that is thrown away, and keeps what it measured."""
+    """A Trainer that prints nothing and keeps its measurements."""
 
     def __init__(self, config: JobConfig, world: World) -> None:
         super().__init__(config, world)
@@ -108,11 +107,11 @@ class TimedTrainer(Trainer):
         return record
 
     def _check_trained_samples(self, write: Callable[[str], None]) -> None:
-        """Each rank has a folder of its own: there is no record of all of them."""
+        """Do nothing: each rank has its own folder, so no sample log covers all ranks."""
 
 
 class _TimerLog:
-    """In place of the live check: measures every iteration, reports nothing."""
+    """Replacement of the TimingMonitor that times every micro-batch and reports nothing."""
 
     def __init__(self, timer: ComputeTimer) -> None:
         self.timer = timer
@@ -124,7 +123,7 @@ class _TimerLog:
             yield
 
     def pop(self) -> list[tuple[float, float]]:
-        """As TimingMonitor's; keeps them."""
+        """Return the new measurements and keep them."""
         seconds = self.timer.pop()
         self.seconds += seconds
         return seconds
@@ -134,19 +133,19 @@ class _TimerLog:
 
 
 def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
-    """Train one epoch of `run`; a collective. config: everything but method and levels."""
+    """Train one epoch of `run`; a collective. config: everything except method and levels."""
     config = copy.deepcopy(config)
     config.packing.method, config.packing.auto_levels, config.levels = run.method, False, list(run.levels)
     config.training.epochs, config.training.steps = 1, 0
     config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
-    # At the last step only.
+    # Only at the last step.
     config.validation.interval = 1 << 40
     with tempfile.TemporaryDirectory() as folder:
         config.job.dump_folder = str(Path(folder) / "run")
         trainer = TimedTrainer(config, world)
         trainer.train()
     plan = trainer.plans.plan_for(0)
-    wall_IR, work_IR = _gathered(trainer.log.seconds, world)
+    wall_IR, work_IR = _gather(trainer.log.seconds, world)
     records = trainer.records
     (seconds,) = all_reduce_values([sum(record["step_seconds"] for record in records)], "max", world.device)
     last = records[-max(len(records) // 10, 1) :]
@@ -165,22 +164,22 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
 
 
 def loads_of_ranks(plan: Plan) -> np.ndarray:
-    """pack_loads of the pack that each rank works on, [iterations, ranks, 4]; cp ranks are adjacent."""
+    """Return pack_loads of each rank's pack, [micro-batches, ranks, 4]; ranks of a cp group are adjacent."""
     loads = pack_loads(plan)
     cp_degrees = np.array([level.cp_degree for level in plan.levels])
     return np.repeat(loads, cp_degrees[plan.pack_levels], axis=0).reshape(plan.num_iterations, plan.world_size, 4)
 
 
-def _gathered(measured: Sequence[tuple[float, float]], world: World) -> np.ndarray:
-    """(wall, work) of every iteration and rank, [2, iterations, ranks]."""
-    mine = torch.tensor(measured, dtype=torch.float64, device=world.device)
-    parts = [torch.empty_like(mine) for _ in range(world.size)]
-    dist.all_gather(parts, mine)
+def _gather(measured: Sequence[tuple[float, float]], world: World) -> np.ndarray:
+    """Return (wall, work) seconds of every micro-batch and rank, [2, micro-batches, ranks]."""
+    own = torch.tensor(measured, dtype=torch.float64, device=world.device)
+    parts = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(parts, own)
     return torch.stack(parts, dim=1).cpu().numpy().transpose(2, 0, 1)
 
 
 def compare(config: JobConfig, world: World, runs: Sequence[Run], repeats: int) -> Iterator[Outcome]:
-    """Every run `repeats` times, each round in another order."""
+    """Train every run `repeats` times, each round in a different order."""
     for number in range(repeats):
         first = number % len(runs)
         for run in (*runs[first:], *runs[:first]):
@@ -188,11 +187,11 @@ def compare(config: JobConfig, world: World, runs: Sequence[Run], repeats: int) 
 
 
 def table(outcomes: Sequence[Outcome], runs: Sequence[Run]) -> str:
-    """A Markdown row a run: epoch time, ratio to the first run with its spread over the rounds, idle share, loss."""
+    """Return one Markdown row per run: epoch time, ratio to the first run with its range, idle share, loss."""
     base = [o.seconds for o in outcomes if o.run == runs[0]]
     lines = [
-        f"| run | epoch s | speed-up over {runs[0].method} (spread) | tokens/s | iterations | steps | idle per rank | "
-        "loss after | train loss |",
+        f"| run | epoch s | speed-up over {runs[0].method} (range) | tokens/s | micro-batches | steps | idle per "
+        "rank | loss after | train loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

@@ -1,15 +1,10 @@
-"""The embedded corpus: an SFT data set and its tokenizer from the text of the running Python's standard library.
+"""The embedded corpus: an SFT data set and a tokenizer from the source text of the running Python's standard library.
 
-Owns which modules are read, the split into training and validation by module, and the folder's making: train.jsonl,
-validation.jsonl (`messages` format, with the kind of each row as its `source`) and tokenizer/. For one version of
-Python and one seed the folder's bytes are always the same. Lengths are heavy-tailed by nature: from tens of tokens
-to 64K, the longest 1% of the samples holding a third of the tokens.
-
-Questions and answers about one Python module, from its source text alone (nothing is imported or run).
-
-Owns the kinds of conversations of the embedded corpus. Short to medium: signature, docstring, source, implement,
-write_docstring, module_purpose. Long, with the module's whole source in the prompt or the answer: find_function,
-outline, module_questions (several turns), write_module.
+Owns the conversations, the split into training and validation by module, and the folder: train.jsonl, validation.jsonl
+(`messages` format, `source` is the kind of the row) and tokenizer/, always the same bytes for one Python version and
+seed. Kinds of short to medium length: signature, docstring, source, implement, write_docstring, module_purpose; long
+ones, with the whole source of a module: find_function, outline, module_questions (several turns), write_module. Lengths
+are heavy-tailed, from tens of tokens to 64K; the longest 1% of the samples have a third of the tokens.
 """
 
 from __future__ import annotations
@@ -34,9 +29,9 @@ from hbp_titan.data.tokenizer import train_tokenizer
 
 Message = dict[str, str]
 
-# A module beyond this (about 64K tokens: generated tables) is asked about piece by piece only.
+# A longer module (about 64K tokens: generated tables) has no conversations about the whole.
 MAX_MODULE_CHARACTERS = 230_000
-# A definition beyond this is not quoted: questions about whole modules cover such lengths.
+# A longer definition is not quoted: conversations about whole modules cover such lengths.
 MAX_DEFINITION_CHARACTERS = 12_000
 # One-line definitions teach nothing.
 MIN_QUOTED_LINES = 3
@@ -45,9 +40,9 @@ QUESTIONS_PER_MODULE = 6
 
 @dataclass(frozen=True)
 class Definition:
-    """A function, method or class: its dotted name within the module and the texts that answers are made of.
+    """A function, method or class with its dotted name in the module, and the texts of answers.
 
-    stub: signature and docstring; bare: the source without its docstring; summary: the docstring's first sentence.
+    stub: signature and docstring. bare: source without docstring. summary: first paragraph of the docstring.
     """
 
     name: str
@@ -62,7 +57,7 @@ class Definition:
 
 
 def module_conversations(module: str, text: str, rng: Random) -> Iterator[dict[str, Any]]:
-    """Rows {"messages", "source", "module"} about the module `module` with source `text`; `source` is the kind.
+    """Yield rows {"messages", "source", "module"} about a module with source `text`; `source` is the kind.
 
     Raises SyntaxError for text that this Python cannot parse.
     """
@@ -108,7 +103,7 @@ def _long(
     if documented:
         item = rng.choice(documented)
         question = f"Which {item.kind} of this module does the following: {item.summary}"
-        yield "find_function", _turn(f"{source}\n\n{question}", _found(item))
+        yield "find_function", _turn(f"{source}\n\n{question}", _location(item))
     yield "outline", _turn(f"{source}\n\nOutline this module.", _outline(definitions))
     asked = rng.sample(definitions, min(QUESTIONS_PER_MODULE, len(definitions)))
     messages: list[Message] = []
@@ -129,14 +124,14 @@ def _question(item: Definition, rng: Random) -> tuple[str, str]:
     if item.docstring:
         choices += [
             (f"What does `{item.name}` do?", item.docstring),
-            (f"Which {item.kind} does the following: {item.summary}", _found(item)),
+            (f"Which {item.kind} does the following: {item.summary}", _location(item)),
         ]
     if len(item.source) <= MAX_DEFINITION_CHARACTERS:
         choices.append((f"Quote the source of `{item.name}`.", _code(item.source)))
     return rng.choice(choices)
 
 
-def _found(item: Definition) -> str:
+def _location(item: Definition) -> str:
     return f"The {item.kind} `{item.name}`, on line {item.line}:\n\n{_code(item.signature)}"
 
 
@@ -157,7 +152,7 @@ def _code(text: str) -> str:
 
 
 def _definitions(tree: ast.Module | ast.ClassDef, lines: list[str], prefix: str = "") -> Iterator[Definition]:
-    """Functions and classes of the module, with the methods of each class after it; local ones are left out."""
+    """Yield the functions and classes of the module, each class followed by its methods, without local ones."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield _definition(node, lines, prefix)
@@ -174,7 +169,7 @@ def _definition(
     docstring = ast.get_docstring(node) or ""
     stub = bare = ""
     opening = node.body[0]
-    # A docstring on the line of its `def` cannot be cut out by lines.
+    # A docstring on the line of its `def` cannot be removed by lines.
     if docstring and opening.end_lineno and opening.lineno > node.lineno:
         stub = "".join(lines[first : opening.end_lineno])
         if len(node.body) > 1:
@@ -203,30 +198,29 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 FILES = ("train.jsonl", "validation.jsonl", "tokenizer")
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "_bundled"}
-# Every so many-th module, by hash, is held out.
-VALIDATION_SHARE = 20
-# Text that the tokenizer is trained on; more brings under 1% fewer tokens.
+# One in this many modules, by hash, is held out.
+VALIDATION_EVERY = 20
+# Text for training the tokenizer; more text saves less than 1% of the tokens.
 TOKENIZER_CHARACTERS = 16_000_000
 
 
 def ensure_stdlib_corpus(folder: Path, seed: int = 0) -> bool:
-    """Build the embedded corpus in `folder` unless it is there; True where it was built."""
+    """Build the embedded corpus in `folder` unless it exists; return whether it was built."""
     missing = [name for name in FILES if not (folder / name).exists()]
     if not missing:
         return False
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"data.embedded_folder {folder} is not empty and lacks {missing[0]}: delete it or name another"
+            f"data.embedded_folder = {folder}: not empty, but without {missing[0]}; delete it or use another"
         )
     build_stdlib_corpus(folder, seed)
     return True
 
 
 def build_stdlib_corpus(folder: Path, seed: int = 0, stdlib: Path | None = None) -> None:
-    """Write the embedded corpus to `folder`, which must not exist or be empty; it appears whole or not at all.
+    """Write the embedded corpus to `folder`, which must not exist or be empty, atomically.
 
-    stdlib: where the modules are; None means the running Python's own standard library.
-    Raises ValueError where no module is found there.
+    stdlib: folder of the modules [the running Python's standard library]. Raises ValueError if it has no module.
     """
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
@@ -244,7 +238,7 @@ def _write_corpus(folder: Path, stdlib: Path, seed: int) -> None:
         (folder / "validation.jsonl").open("w", encoding="utf-8", newline="\n") as validation_file,
     ):
         for module, text in _modules(stdlib):
-            held_out = _hash(f"{seed}:{module}") % VALIDATION_SHARE == 0
+            held_out = _hash(f"{seed}:{module}") % VALIDATION_EVERY == 0
             for row in _rows(module, text, seed):
                 line = json.dumps(row, ensure_ascii=False) + "\n"
                 (validation_file if held_out else train_file).write(line)
@@ -252,11 +246,11 @@ def _write_corpus(folder: Path, stdlib: Path, seed: int) -> None:
                 train.append(text)
     if not train:
         raise ValueError(f"{stdlib}: no Python module found for the embedded corpus")
-    train_tokenizer(_share(train, seed), folder / "tokenizer")
+    train_tokenizer(_tokenizer_text(train, seed), folder / "tokenizer")
 
 
 def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
-    """Name and source of each module, in the order of their names."""
+    """Yield name and source of each module, sorted by name."""
     files = {}
     for file in stdlib.rglob("*.py"):
         parts = file.relative_to(stdlib).with_suffix("").parts
@@ -268,7 +262,7 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
             with tokenize.open(files[name]) as stream:
                 yield name, stream.read()
         except SyntaxError:
-            continue  # an encoding that this Python does not know
+            continue  # an unknown encoding
 
 
 def _rows(module: str, text: str, seed: int) -> list[dict[str, Any]]:
@@ -277,11 +271,11 @@ def _rows(module: str, text: str, seed: int) -> list[dict[str, Any]]:
             warnings.simplefilter("ignore", SyntaxWarning)
             return list(module_conversations(module, text, Random(f"{seed}:{module}")))
     except SyntaxError:
-        return []  # kept by the library as data, for other versions of Python
+        return []  # test data of the library for other versions of Python
 
 
-def _share(texts: list[str], seed: int) -> list[str]:
-    """Modules in random order, up to TOKENIZER_CHARACTERS."""
+def _tokenizer_text(texts: list[str], seed: int) -> list[str]:
+    """Return modules in random order, up to TOKENIZER_CHARACTERS."""
     shuffled = Random(seed).sample(texts, len(texts))
     ends = itertools.accumulate(map(len, shuffled))
     return [text for text, end in zip(shuffled, ends, strict=True) if end <= TOKENIZER_CHARACTERS] or shuffled[:1]

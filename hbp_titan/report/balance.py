@@ -234,10 +234,9 @@ def _level_table(log: StepLog, levels: Mapping[str, LevelSteps]) -> str:
 def _level_cells(name: str, of: Totals, whole: Totals) -> list[str]:
     share = of.seconds / whole.seconds if whole.seconds else None
     memory = DASH if of.memory_gib is None else f"{of.memory_gib:.2f} GiB"
-    return [
-        name, number(of.steps), number(of.micro_batches), number(of.tokens), human_seconds(of.seconds),
-        percent(share, 1), number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1), memory,
-    ]  # fmt: skip
+    counts = [number(value) for value in (of.steps, of.micro_batches, of.tokens)]
+    rates = [number(of.tokens_per_second), percent(of.mfu, 1), percent(of.padding), percent(of.idle, 1)]
+    return [name, *counts, human_seconds(of.seconds), percent(share, 1), *rates, memory]
 
 
 def _checkpoints(log: StepLog) -> str:

@@ -1,13 +1,10 @@
-"""The paper's figures for Llama-3.1-8B on 32 H100, the fit to one part of them, and what it predicts of the others.
+"""The numbers of the paper (arXiv 2503.07680v3), a fit to one part of them, and its predictions of the others.
 
-Owns the figures (arXiv 2503.07680v3) and the comparison. The fit sees the trade-off of SP degree and checkpointing
-alone: three coefficients (computation, SP collectives, a fixed cost of each iteration) and one scale, because three of
-the figures are from another series of measurements. GPU days of whole methods are predicted from it.
-
-The paper's speed-ups of HBP over ISF on larger models, and what the fit to the 8B model predicts of them.
-
-Owns these figures and what had to be assumed: the paper's levels, SP degrees and recomputation of these runs, and but
-for DeepSeek-V2 the number of GPUs, are not known to us. So a residual here is one of the assumptions too.
+The fit for Llama-3.1-8B on 32 H100 uses only the trade-off of SP degree and checkpointing: three coefficients
+(computation, SP collectives, a fixed cost per micro-batch) and one scale, because three of the numbers are from another
+series of measurements. From it follow the GPU days of whole methods, and the speed-ups of HBP over ISF on larger
+models. The paper does not state levels, SP degrees and recomputation of those runs, nor, except for DeepSeek-V2, the
+number of GPUs; so a residual there is also one of our assumptions.
 """
 
 from __future__ import annotations
@@ -29,18 +26,19 @@ from hbp_titan.tuning.simulate import Replay, replay
 from hbp_titan.tuning.time_model import Sharding, TimeModel, get_dims
 
 WORLD_SIZE = 32
-# Assumed of the trade-off: "equal tokens" means 16K for each GPU, the packs hold the short data (at most 32K a sample).
+# Assumptions on the trade-off: "equal tokens" is 16K per GPU, and packs contain the short data (at most 32K a sample).
 TOKENS_PER_GPU = 16384
 SHORT_MAX_TOKENS = 32768
 
 
-def paper_level(max_tokens: int, cp_degree: int, ac_layers: int = 28) -> Level:
+def paper_level(max_tokens: int, cp_degree: int, ac_layers: int | None = 28) -> Level:
+    """Return a level with full recomputation of `ac_layers` layers [all]."""
     return Level(max_tokens, cp_degree, ac_policy="full", ac_layers=ac_layers)
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """A measured iteration time of the paper; series: 0 the best of each length, 1 the three at 32K."""
+    """A measured micro-batch of the paper. series: 0 the best of each length, 1 the three at 32K."""
 
     level: Level
     seconds: float
@@ -61,7 +59,7 @@ TRADE_OFFS = (
 
 @dataclass(frozen=True)
 class PaperMethod:
-    """A row of the paper's comparison; None where it gives no figure."""
+    """A row of the paper's comparison; None where it has no number."""
 
     name: str
     abr: float | None
@@ -91,8 +89,11 @@ METHODS = (
 
 @dataclass(frozen=True)
 class PaperFit:
-    """model: with the fitted coefficients. factors: of computation and SP over the hardware table's assumptions, the
-    fixed seconds of an iteration, the scale of series 1. predicted: seconds of each of TRADE_OFFS."""
+    """model: time model with the fitted coefficients. predicted: seconds of each of TRADE_OFFS.
+
+    factors: seconds of computation and of SP relative to the hardware table, fixed seconds of a micro-batch, scale of
+    series 1.
+    """
 
     model: TimeModel
     factors: tuple[float, float, float, float]
@@ -100,8 +101,8 @@ class PaperFit:
 
 
 def fit_trade_offs(lengths: IntArray) -> PaperFit:
-    """Fit the three coefficients and the scale of series 1; lengths: of the data, int64 [n]."""
-    # Of the paper's system nothing says that its exchanges overlap or that it had another kernel.
+    """Fit the three coefficients and the scale of series 1. lengths: of the samples, int64 [n]."""
+    # The paper mentions neither overlapped exchanges nor a kernel other than FlashAttention-2.
     machine = get_hardware("h100-80gb").with_attention("fa2")
     assumed = TimeModel(get_dims("llama3_1_8b"), machine, WORLD_SIZE, overlaps=False)
     columns = np.array([_columns(assumed, row.level, lengths) for row in TRADE_OFFS])
@@ -129,18 +130,18 @@ def fit_trade_offs(lengths: IntArray) -> PaperFit:
 
 
 def _columns(model: TimeModel, level: Level, lengths: IntArray) -> list[float]:
-    """Seconds of computation and of SP, and the number of iterations, for TOKENS_PER_GPU on each GPU."""
+    """Return seconds of computation and of SP, and the number of micro-batches, for TOKENS_PER_GPU per GPU."""
     short = lengths[lengths <= min(level.max_tokens, SHORT_MAX_TOKENS)].astype(float)
     squares = float((short**2).sum() / short.sum()) * level.max_tokens
     parts = model.parts(level, np.array([[1.0, level.max_tokens, squares, 1]]))
-    iterations = TOKENS_PER_GPU * level.cp_degree / level.max_tokens
+    micro_batches = TOKENS_PER_GPU * level.cp_degree / level.max_tokens
     computation = float((parts["linear"] + parts["attention"] + parts["recompute"])[0])
-    return [computation * iterations, float(parts["sp"][0]) * iterations, iterations]
+    return [computation * micro_batches, float(parts["sp"][0]) * micro_batches, micro_batches]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the simulator says of a row of METHODS."""
+    """Simulated values of a row of METHODS."""
 
     abr: float
     cr: float
@@ -148,7 +149,7 @@ class Prediction:
 
 
 def predict_methods(lengths: IntArray, model: TimeModel, seed: int = 0) -> Iterator[tuple[PaperMethod, Prediction]]:
-    """Plan and replay each of METHODS on `lengths`, one after another."""
+    """Plan and simulate each of METHODS on `lengths`."""
 
     def packed(levels: tuple[Level, ...], method: str) -> Callable[[], Prediction]:
         return lambda: _predicted(build_plan(lengths, levels, WORLD_SIZE, method, seed), model)
@@ -159,10 +160,10 @@ def predict_methods(lengths: IntArray, model: TimeModel, seed: int = 0) -> Itera
     def flexsp() -> Prediction:
         plan = plan_flexsp(lengths, FLEXSP, model, seed)
         concurrent = replay_concurrent(plan, model)
-        # ABR compares groups of one degree: those of the same iteration in the converted plan.
+        # ABR compares groups of one degree: those of the same micro-batch in the converted plan.
         return Prediction(measure(plan.as_plan()).abr, concurrent.cr, concurrent)
 
-    how = {
+    predictions = {
         "no packing": packed(FLAT, "nopack"),
         "flexsp": flexsp,
         "hbp, unbalanced": unbalanced,
@@ -170,7 +171,7 @@ def predict_methods(lengths: IntArray, model: TimeModel, seed: int = 0) -> Itera
         "hbp": packed(HBP, "hbp_paper"),
     }
     for row in METHODS:
-        yield row, how.get(row.name, packed(FLAT, row.name))()
+        yield row, predictions.get(row.name, packed(FLAT, row.name))()
 
 
 def _predicted(plan: Plan, model: TimeModel) -> Prediction:
@@ -179,12 +180,12 @@ def _predicted(plan: Plan, model: TimeModel) -> Prediction:
 
 
 def fit_table(fit: PaperFit) -> str:
-    """The coefficients and every residual of the fit, Markdown."""
+    """Return the coefficients and every residual of the fit in Markdown."""
     computation, sp, fixed, scale = fit.factors
     hardware = fit.model.hardware
     lines = [
-        f"Fitted: {hardware.linear_efficiency:.1%} of the peak in matrix products ({computation:.2f} times the seconds "
-        f"assumed), SP collectives {sp:.2f} times, {fixed * 1000:.0f} ms fixed an iteration, the second series scaled "
+        f"Fitted: {hardware.linear_efficiency:.1%} of the peak in matrix products ({computation:.2f} times the assumed "
+        f"seconds), SP collectives {sp:.2f} times, {fixed * 1000:.0f} ms fixed per micro-batch, second series scaled "
         f"by {scale:.3f}.",
         "",
         "| level | SP | layers recomputed | paper, s | fit, s | residual |",
@@ -200,7 +201,7 @@ def fit_table(fit: PaperFit) -> str:
 
 
 def prediction_table(predictions: Mapping[PaperMethod, Prediction]) -> str:
-    """Every row of METHODS beside the paper's, Markdown."""
+    """Return every row of METHODS, paper and simulated, in Markdown."""
     isf = next(row for row in predictions if row.name == "isf")
     lines = [
         "| method | GPU days: paper | simulated | residual | over ISF: paper | simulated | residual | ABR: paper | "
@@ -218,16 +219,13 @@ def prediction_table(predictions: Mapping[PaperMethod, Prediction]) -> str:
     return "\n".join(lines)
 
 
-def assumed_level(max_tokens: int, cp_degree: int) -> Level:
-    return Level(max_tokens, cp_degree, ac_policy="full")
-
-
-LIKE_8B = (assumed_level(16384, 1), assumed_level(131072, 8))
+ASSUMED_LEVELS = (paper_level(16384, 1, None), paper_level(131072, 8, None))
+DEEPSEEK_LEVELS = (paper_level(8192, 1, None), paper_level(32768, 8, None))
 
 
 @dataclass(frozen=True)
 class PaperModel:
-    """speed_up: the paper's. levels, world_size: assumed, but for DeepSeek-V2's longest length and GPUs."""
+    """speed_up: of the paper. levels, world_size: assumed, except DeepSeek-V2's longest length and GPUs."""
 
     flavor: str
     speed_up: float
@@ -237,27 +235,29 @@ class PaperModel:
 
 
 PAPER_MODELS = (
-    PaperModel("qwen2_5_32b", 1.33, 32, LIKE_8B),
-    PaperModel("llama3_1_70b", 1.42, 32, LIKE_8B),
-    PaperModel("qwen2_5_72b", 1.40, 32, LIKE_8B),
-    PaperModel("deepseek_v2_236b", 2.4, 256, (assumed_level(8192, 1), assumed_level(32768, 8)), expert_parallel=8),
+    PaperModel("qwen2_5_32b", 1.33, 32, ASSUMED_LEVELS),
+    PaperModel("llama3_1_70b", 1.42, 32, ASSUMED_LEVELS),
+    PaperModel("qwen2_5_72b", 1.40, 32, ASSUMED_LEVELS),
+    PaperModel(
+        "deepseek_v2_236b", 2.4, 256, (paper_level(8192, 1, None), paper_level(32768, 8, None)), expert_parallel=8
+    ),
 )
 
 
 def predict_models(lengths: IntArray, fitted: TimeModel, seed: int = 0) -> Iterator[tuple[PaperModel, float]]:
-    """Simulated speed-up of HBP as printed over ISF, of each of PAPER_MODELS on the samples that its levels hold."""
+    """Yield the simulated speed-up of hbp_paper over ISF for PAPER_MODELS, on the samples that fit their levels."""
     for row in PAPER_MODELS:
-        mine = lengths[lengths <= row.levels[-1].max_tokens]
+        fitting = lengths[lengths <= row.levels[-1].max_tokens]
         sharding = Sharding(expert_parallel=row.expert_parallel)
         model = TimeModel(
             get_dims(row.flavor), fitted.hardware, row.world_size, sharding, fixed_seconds=fitted.fixed_seconds
         )
-        replays = replay_methods(mine, row.levels, model, ("isf", "hbp_paper"), seed)
+        replays = replay_methods(fitting, row.levels, model, ("isf", "hbp_paper"), seed)
         yield row, replays["isf"].seconds / replays["hbp_paper"].seconds
 
 
 def models_table(predictions: Iterator[tuple[PaperModel, float]]) -> str:
-    """Every row beside the paper's, Markdown."""
+    """Return every row of PAPER_MODELS, paper and simulated, in Markdown."""
     lines = ["| model | assumed | speed-up: paper | simulated | residual |", "|---|---|---|---|---|"]
     for row, simulated in predictions:
         levels = ", ".join(f"{level.max_tokens // 1024}K SP{level.cp_degree}" for level in row.levels)

@@ -1,16 +1,12 @@
-"""The comparison of methods from 8 to 4096 GPUs, 128K to 1M contexts and 8B to 236B parameters; all of it simulated.
+"""Simulated comparison of methods: on one configuration, and from 8 to 4096 GPUs, 128K to 1M context, 8B to 236B.
 
-Owns the grid of scenarios, the data that each is given, and their table and chart.
-
-The methods that are compared, planned on the same data and replayed on the same machine.
-
-Owns the list: every method of packing/build.py, and the ones that are no plan of ours (FlexSP, HBP without balance).
+Owns the list of methods (all of packing.METHODS, FlexSP, and HBP without balance), the grid of scenarios with their
+data, and its table and chart.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +23,12 @@ from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
 from hbp_titan.tuning.time_model import ModelDims, Sharding, TimeModel, estimate_candidates, get_dims
-from hbp_titan.utils import human_count
+from hbp_titan.utils import did_you_mean, human_count
 
 EXTRA_METHODS = {
-    "flexsp": "FlexSP-style, its own form: groups of differing degree side by side, not padded",
-    "flexsp_iterations": "the same groups as iterations of one level each, as our runtime trains",
-    "hbp_unbalanced": "hbp_paper, its packs put side by side at random",
+    "flexsp": "FlexSP-style: groups of different degrees in parallel, not padded",
+    "flexsp_iterations": "the same groups as micro-batches of one level each, as our runtime trains",
+    "hbp_unbalanced": "hbp_paper, with packs grouped at random",
 }
 DEFAULT_METHODS = (
     *("isf", "nopack", "random", "sorted", "flat_sorted"),
@@ -41,18 +37,17 @@ DEFAULT_METHODS = (
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """ValueError that names the nearest method for one that there is not."""
+    """Raise ValueError, with the closest name, for an unknown method."""
     known = [*PLAN_METHODS, *EXTRA_METHODS]
     for name in names:
         if name not in known:
-            close = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
-            raise ValueError(f"method {name!r} is none of {', '.join(known)}{close}")
+            raise ValueError(f"method {name!r} must be one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def replay_methods(
     lengths: IntArray, levels: Sequence[Level], model: TimeModel, names: Sequence[str], seed: int = 0
 ) -> dict[str, Replay]:
-    """Each method's epoch over the same samples, by name in the given order."""
+    """Return the simulated epoch of each method over the same samples, by name in the given order."""
     check_methods(names)
     costs = [level_cost(model, level) for level in levels]
     replays: dict[str, Replay] = {}
@@ -69,17 +64,17 @@ def replay_methods(
 
 
 def level_cost(model: TimeModel, level: Level) -> CostModel:
-    """What balances the packs of a level: their seconds, less what all packs have in common.
+    """Return the cost that balances the packs of a level: their seconds without what all packs have in common.
 
-    A pack is padded to the level's length, so its tokens count through the loss head alone. The tiles that a document
-    wastes (time_parts.py) do not count: packs of a level differ by little in them.
+    A pack is padded to the level's length, so its tokens count only through the loss head. Partially filled attention
+    tiles are ignored: packs of a level hardly differ in them.
     """
     time = model.level_time(level)
     return CostModel(time.per_loss_token, time.per_square)
 
 
 def flexsp_levels(largest: Level) -> list[Level]:
-    """A level for each degree 1, 2, 4 up to that of `largest`, of as many tokens a rank and the same checkpointing."""
+    """Return a level per degree 1, 2, 4 up to that of `largest`, with the same tokens per rank and checkpointing."""
     per_rank = largest.max_tokens // largest.cp_degree
     degrees = {2**i for i in range(largest.cp_degree.bit_length())} | {largest.cp_degree}
     return [
@@ -90,11 +85,11 @@ def flexsp_levels(largest: Level) -> list[Level]:
 
 
 def without_balance(plan: Plan) -> Plan:
-    """The same packs, put side by side at random within each level (the paper's row without balance batching)."""
+    """Return the same packs in random groups within each level (the paper's row without balance batching)."""
     order = np.arange(plan.packs.num_rows)
     for level in range(len(plan.levels)):
-        mine = np.flatnonzero(plan.pack_levels == level)
-        order[mine] = mine[shuffled(len(mine), plan.seed, level)]
+        own = np.flatnonzero(plan.pack_levels == level)
+        order[own] = own[shuffled(len(own), plan.seed, level)]
     return dataclasses.replace(plan, packs=plan.packs.take(order))
 
 
@@ -102,16 +97,16 @@ MODELS = ("llama3_1_8b", "llama3_1_70b", "deepseek_v2_236b")
 CONTEXTS = (131_072, 262_144, 524_288, 1_048_576)
 WORLD_SIZES = (8, 64, 512, 4096)
 METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
-# Levels are given so many tokens for each of their ranks, as the paper's two levels are.
+# Of each level, as in the paper's two levels.
 TOKENS_PER_RANK = 16_384
 BASE_CONTEXT = 131_072
-# Enough for many iterations of every level.
-ITERATIONS, MOST_SAMPLES = 100, 8_000_000
+# Enough for many micro-batches of every level.
+MICRO_BATCHES, MAX_SAMPLES = 100, 8_000_000
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """replays: by method, in the order of METHODS; None where memory does not suffice."""
+    """One point of the grid. replays: by method, in the order of METHODS; None if it does not fit in memory."""
 
     dims: ModelDims
     context: int
@@ -119,16 +114,15 @@ class Scenario:
     replays: dict[str, Replay] | None
 
     def speed_up(self, method: str) -> float:
-        """Over ISF."""
+        """Return the speed-up over ISF."""
         assert self.replays is not None
         return self.replays["isf"].seconds / self.replays[method].seconds
 
 
 def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:
-    """16K on one rank, 128K on 8 and the context on as many ranks as hold 16K tokens each; recomputation open.
+    """Return the levels 16K on one rank, 128K on 8, and the context with 16K tokens per rank, or on all ranks.
 
-    A world with fewer ranks gives the level all of them. Where the degree does not divide the kv heads, the style is
-    hybrid.
+    If the degree does not divide the kv heads, the style is hybrid.
     """
     levels = []
     for max_tokens in sorted({TOKENS_PER_RANK, BASE_CONTEXT, context}):
@@ -139,11 +133,11 @@ def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:
 
 
 def scale_lengths(context: int, world_size: int) -> IntArray:
-    """Lengths like the paper's mixture whose long samples grow with the context; more samples for a larger world."""
-    per_iteration = max(world_size * TOKENS_PER_RANK, context)
-    num = int(np.clip(ITERATIONS * per_iteration / 900, 200_000, MOST_SAMPLES))
+    """Return lengths like the paper's mixture, with long samples scaled to the context and more for larger worlds."""
+    per_micro_batch = max(world_size * TOKENS_PER_RANK, context)
+    num = int(np.clip(MICRO_BATCHES * per_micro_batch / 900, 200_000, MAX_SAMPLES))
     lengths = tulu3_longcite_like(num)
-    # Longer than any sample of the short part.
+    # No sample of the short part is longer.
     long = lengths > 32_768
     lengths[long] = lengths[long] * (context // BASE_CONTEXT) - (context // BASE_CONTEXT - 1)
     return lengths
@@ -155,7 +149,7 @@ def simulate_scale(
     contexts: Sequence[int] = CONTEXTS,
     world_sizes: Sequence[int] = WORLD_SIZES,
 ) -> Iterator[Scenario]:
-    """Every scenario, ordered by context and world size (whose data the models share), then model."""
+    """Yield every scenario, by context and world size (models share their data), then by model."""
     for context in contexts:
         for world_size in world_sizes:
             lengths = scale_lengths(context, world_size)
@@ -172,19 +166,19 @@ def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray,
 
 
 def expert_parallel(dims: ModelDims, world_size: int) -> int:
-    """A mixture of experts is spread over the GPUs of a node."""
+    """Return the expert-parallel degree: experts are sharded over the GPUs of a node."""
     return min(8, world_size) if dims.expert_params else 1
 
 
 def fitting_levels(dims: ModelDims, levels: Sequence[Level], world_size: int, hardware: Hardware) -> list[Level] | None:
-    """The levels with the fewest layers recomputed that fit; None where one does not fit with all of them."""
+    """Return the levels with the fewest recomputed layers that fit, None if one does not fit with all layers."""
     config = JobConfig(parallelism=Parallelism(expert_parallel_degree=expert_parallel(dims, world_size)))
     candidates = estimate_candidates(get_flavor(dims.name), config, hardware, world_size, levels)
     return [c.level for c in candidates] if all(c.fits for c in candidates) else None
 
 
 def scale_table(scenarios: Sequence[Scenario]) -> str:
-    """Markdown, a row a scenario."""
+    """Return one Markdown row per scenario."""
     lines = [
         "| model | context | GPUs | ISF, GPU days per 1B tokens | idle | flat + cost sort | HBP as printed | ours | "
         "idle | SP | FSDP |",
@@ -212,7 +206,7 @@ _STYLE = (
 
 
 def scale_svg(scenarios: Sequence[Scenario]) -> str:
-    """A chart for each model, side by side: speed-up of our plans over ISF by GPUs, a line a context."""
+    """Return one chart per model: speed-up of our plans over ISF by GPUs, one line per context."""
     names = list(dict.fromkeys(s.dims.name for s in scenarios))
     run = [s for s in scenarios if s.replays is not None]
     worlds = [s.world_size for s in scenarios]
@@ -222,8 +216,8 @@ def scale_svg(scenarios: Sequence[Scenario]) -> str:
         x = (min(worlds), max(max(worlds), 2 * min(worlds)))
         chart = Chart(f"{name} (simulated)", "GPUs", "speed-up over ISF", x, (1.0, max(2.0, top)), x_log=True)
         for color, context in enumerate(sorted({s.context for s in scenarios})):
-            mine = sorted((s for s in run if s.dims.name == name and s.context == context), key=lambda s: s.world_size)
-            chart.line([(s.world_size, s.speed_up("hbp")) for s in mine], color % 4)
+            own = sorted((s for s in run if s.dims.name == name and s.context == context), key=lambda s: s.world_size)
+            chart.line([(s.world_size, s.speed_up("hbp")) for s in own], color % 4)
             chart.name(human_count(context, 1024), color % 4)
         place = f'<svg x="{i * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
         charts.append(chart.svg().replace("<svg ", place, 1))

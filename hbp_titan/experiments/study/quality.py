@@ -1,20 +1,8 @@
-"""The quality study as a whole: from a configuration to runs, figures, table and chart.
+"""The quality study: from a configuration to runs, study.json, Markdown tables and a chart.
 
-Owns the study that is there without a configuration, a small model on the debug data, and the file that all is
-written to.
-
-Tables of a study in Markdown, from what study.json holds.
-
-Owns what is compared: the loss after the last step, whole and by length band, of each variant against the default with
-the same seeds.
-
-Means with their spread, and paired differences with Student's t, of a handful of runs.
-
-Owns the arithmetic; numpy alone, because scipy is no dependency of the project.
-
-The chart of a study: for each variant the difference of its loss to the default's, a dot a seed, and the interval.
-
-Owns the drawing, as SVG text that needs nothing else; rows are variants, so it is not packing/svg.py's chart.
+Owns the built-in study (a small model on the debug data) and the comparison: the loss after the last step, overall and
+by length band, of each variant against the default with the same seeds, as paired differences with Student's t. That is
+computed with NumPy, because SciPy is not a dependency.
 """
 
 from __future__ import annotations
@@ -33,7 +21,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig, check_values, load_config, to_toml
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, figures_of, make_runs, train_all
+from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, make_runs, plan_metrics, train_all
 from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing.metrics import bucket_name
@@ -56,18 +44,18 @@ BASE = (
     "--data.train_on=all",
     "--validation.interval=1000",
 )
-"""What the built-in study starts from, one model a seed: trained on every token of samples up to 256 tokens."""
+"""The base model of the built-in study, one per seed: trained on every token of samples up to 256 tokens."""
 
 BUILT_IN = (
     *_COMMON,
-    # Four ranks: packs of 256 tokens each, or two packs of 1024 side by side. An optimizer step is four iterations of
-    # the one or two of the other, so that there is something to interleave.
+    # Four ranks: four packs of 256 tokens or two of 1024 in a micro-batch. An optimizer step is four micro-batches of
+    # the first level or two of the second, so that levels can be interleaved.
     "--levels=256:1,1024:2",
     "--data.max_samples=1200",
     "--validation.interval=20",
     "--optimizer.lr=2e-3",
 )
-"""What the study trains where no configuration is named."""
+"""The settings of the study without a configuration file."""
 
 MODEL = dataclasses.replace(
     DEBUG,
@@ -79,16 +67,16 @@ MODEL = dataclasses.replace(
     num_heads=2,
     num_kv_heads=1,
 )
-"""The model of the built-in study, 0.35M parameters: a run of it is half a minute of one CPU core."""
+"""The model of the built-in study, 0.35M parameters: a run takes half a minute on one CPU core."""
 
 
 def is_built_in(overrides: Sequence[str]) -> bool:
-    """Whether the command line names no configuration of its own."""
+    """Return whether the command line has no configuration file."""
     return not any(word.split("=")[0] == "--job.config_file" for word in overrides)
 
 
 def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: int, report: Report) -> None:
-    """Train what the runs of the built-in study start from, where it is not there yet."""
+    """Train the base models of the built-in study that do not exist yet."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
     text = json.dumps(args_to_hf_config(MODEL), indent=1)
     (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -99,14 +87,14 @@ def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: in
         config.packing.curriculum_steps = 0.0
         config.packing.print_comparison = config.metrics.progress_bar = False
         config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
-        runs.append(Run(Variant("base", "what the runs start from"), seed, config, launch))
-    # Prepared once, before several runs look for it.
+        runs.append(Run(Variant("base", "the model that the runs start from"), seed, config, launch))
+    # Prepared once: parallel runs would all prepare it.
     open_stores(runs[0].config, runs[0].config.levels[-1].max_tokens)
     train_all(runs, parallel, report)
 
 
 def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
-    """The configuration that the variants change; the built-in one where `overrides` names none.
+    """Return the configuration that the variants change; the built-in one if `overrides` has no file.
 
     "{seed}" in checkpoint.initial_load_path stands for the seed of the run.
     """
@@ -116,7 +104,7 @@ def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
         overrides = [*BUILT_IN, *paths, *overrides]
     config = load_config(overrides)
     if config.packing.auto_levels or not config.levels:
-        raise ValueError("a study compares runs on the same levels: name them in [[levels]] or by --levels")
+        raise ValueError("a study compares runs on the same levels; set [[levels]] or --levels")
     config.validation.enable = True
     config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False
     check_values(config)
@@ -132,11 +120,11 @@ def run_study(
     parallel: int,
     report: Report,
 ) -> dict[str, Any]:
-    """Train what is not trained yet; returns what study.json holds, and writes it.
+    """Train the runs that are not finished; write and return the content of study.json.
 
-    plans: figures of each variant's plan with the first seed. runs: one entry a run, `runs.read_outcome` says what.
+    plans: metrics of each variant's plan with the first seed. runs: one entry per run (runs.read_outcome).
     """
-    # Prepared once, before several runs look for it.
+    # Prepared once: parallel runs would all prepare it.
     store = open_stores(config, max_sample_tokens(config, model_args(config)))[0]
     runs = make_runs(config, folder, launch, store, variants, seeds)
     study = {
@@ -144,8 +132,8 @@ def run_study(
         "ranks": launch.ranks,
         "samples": len(store),
         "config": to_toml(config),
-        "variants": {variant.name: variant.says for variant in variants},
-        "plans": {run.variant.name: figures_of(run, store) for run in runs[: len(variants)]},
+        "variants": {variant.name: variant.description for variant in variants},
+        "plans": {run.variant.name: plan_metrics(run, store) for run in runs[: len(variants)]},
         "runs": train_all(runs, parallel, report),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,18 +141,18 @@ def run_study(
     return study
 
 
-# Parts into which the angle of t_probability's integral is cut; the error is far below 1e-9.
-_PARTS = 20000
+# Of the numerical integral in t_probability; the error is far below 1e-9.
+_INTERVALS = 20000
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); the deviation of a single value is nan."""
+    """Return mean and sample standard deviation (n - 1), nan for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of paired differences over n seeds: its interval at `confidence`, and the two-sided p of no difference."""
+    """Mean of paired differences over n seeds, its interval at `confidence`, and the two-sided p of no difference."""
 
     mean: float
     low: float
@@ -175,34 +163,36 @@ class Difference:
 
 
 def paired_difference(values: Sequence[float], base: Sequence[float], confidence: float = 0.95) -> Difference:
-    """values - base, pair by pair: at least two pairs. Interval and p are Student's with n - 1 degrees of freedom."""
+    """Return values - base of at least two pairs, with Student's t of n - 1 degrees of freedom."""
     differences = np.asarray(values, np.float64) - np.asarray(base, np.float64)
     n = len(differences)
-    assert n > 1, "one pair has no spread"
+    assert n > 1, "a standard deviation needs two pairs"
     mean, deviation = mean_and_deviation(differences.tolist())
     error = deviation / n**0.5
     half = t_quantile((1 + confidence) / 2, n - 1) * error
-    # Equal differences leave no doubt, unless they are 0.
+    # Differences without any deviation are certain, unless they are 0.
     p = 1 - t_probability(abs(mean) / error, n - 1) if error else float(mean == 0)
     return Difference(mean, mean - half, mean + half, p, n, confidence)
 
 
 def t_probability(t: float, degrees: int) -> float:
-    """P(|T| < t) of Student's t with so many degrees of freedom."""
+    """Return P(|T| < t) of Student's t."""
     angles, cumulated = _angles(degrees)
     return float(np.interp(np.arctan(t / degrees**0.5), angles, cumulated))
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """The t that T stays below with `probability`, which is at least one half."""
+    """Return the t with P(T < t) = `probability`, at least one half."""
     angles, cumulated = _angles(degrees)
     return float(np.tan(np.interp(2 * probability - 1, cumulated, angles)) * degrees**0.5)
 
 
 def _angles(degrees: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """P(|T| < sqrt(degrees) * tan(angle)) at angles from 0 to pi / 2: with t so written, T's density is
-    cos(angle)^(degrees - 1)."""
-    angles = np.linspace(0, np.pi / 2, _PARTS + 1)
+    """Return angles from 0 to pi / 2 and P(|T| < sqrt(degrees) * tan(angle)).
+
+    With this substitution the density of T is proportional to cos(angle)^(degrees - 1).
+    """
+    angles = np.linspace(0, np.pi / 2, _INTERVALS + 1)
     density = np.cos(angles) ** (degrees - 1)
     cumulated = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return angles, cumulated / cumulated[-1]
@@ -211,44 +201,44 @@ def _angles(degrees: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 Outcome = dict[str, Any]
 
 
-def values_of(study: dict[str, Any], variant: str, figure: Callable[[Outcome], float]) -> dict[int, float]:
-    """A figure of each run of a variant, by seed."""
-    return {run["seed"]: figure(run) for run in study["runs"] if run["variant"] == variant}
+def values_of(study: dict[str, Any], variant: str, value: Callable[[Outcome], float]) -> dict[int, float]:
+    """Return a value of each run of a variant, by seed."""
+    return {run["seed"]: value(run) for run in study["runs"] if run["variant"] == variant}
 
 
 def difference(
-    study: dict[str, Any], variant: str, figure: Callable[[Outcome], float], base: str = DEFAULT
+    study: dict[str, Any], variant: str, value: Callable[[Outcome], float], base: str = DEFAULT
 ) -> Difference | None:
-    """Of a figure between a variant and `base`, over the seeds that both have; None where these are fewer than two."""
-    own, other = values_of(study, variant, figure), values_of(study, base, figure)
+    """Return the difference of a variant to `base` over their common seeds, None for fewer than two."""
+    own, other = values_of(study, variant, value), values_of(study, base, value)
     seeds = [seed for seed in own if seed in other]
     return paired_difference([own[s] for s in seeds], [other[s] for s in seeds]) if len(seeds) > 1 else None
 
 
 def final_loss(run: Outcome) -> float:
-    """Loss per token of the held-out samples after the last step."""
+    """Return the loss per token of the held-out samples after the last step."""
     return run["loss"]
 
 
 def bands_of(study: dict[str, Any]) -> list[str]:
-    """Upper borders of the length bands, ascending."""
+    """Return the upper bounds of the length bands, ascending."""
     return sorted({band for run in study["runs"] for band in run["by_length"]}, key=int)
 
 
 def band_loss(band: str) -> Callable[[Outcome], float]:
-    """Reads the loss of a length band."""
+    """Return a function run -> loss of a length band."""
     return lambda run: run["by_length"][band]["loss"]
 
 
 def loss_table(study: dict[str, Any]) -> str:
-    """A row a variant: final and best loss with their spread, the difference to the default, and whether it stands out.
+    """Return one row per variant: final and best loss with deviation, difference to the default, significance.
 
-    It does where p, times the number of variants that are compared with the default, is below 0.05 (Bonferroni): of
-    so many intervals at 95% one may miss 0 by chance.
+    A difference is significant if p times the number of compared variants is below 0.05 (Bonferroni), because among
+    several 95% intervals one may miss 0 by chance.
     """
     compared = len(study["variants"]) - 1
     lines = [
-        "| variant | steps | final loss | best loss | final - default (95% interval) | p | stands out |",
+        "| variant | steps | final loss | best loss | final - default (95% interval) | p | significant |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in study["variants"]:
@@ -266,7 +256,7 @@ def loss_table(study: dict[str, Any]) -> str:
 
 
 def band_table(study: dict[str, Any]) -> str:
-    """A row a variant: in each length band the default's loss, and the difference to it; bold where 0 is not in it."""
+    """Return one row per variant: loss of the default by length band and the differences to it, bold without 0."""
     bands = bands_of(study)
     counts = study["runs"][0]["by_length"]
     heads = [f"{bucket_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
@@ -282,7 +272,7 @@ def band_table(study: dict[str, Any]) -> str:
 
 
 def plan_table(study: dict[str, Any]) -> str:
-    """A row a variant: how its plan is balanced, and what its optimizer steps are like."""
+    """Return one row per variant: balance of its plan, and composition of its optimizer steps."""
     lines = [
         "| variant | ABR | CR | PR | tokens per step | spread of trained tokens | spread of the long samples' share | "
         "heaviest / lightest token |",
@@ -292,14 +282,14 @@ def plan_table(study: dict[str, Any]) -> str:
         runs = [run for run in study["runs"] if run["variant"] == name]
         mean, deviation = np.mean([run["step_tokens"] for run in runs], axis=0)
         ratio = np.median([run["weight_ratio"] for run in runs])
-        figures = " | ".join(f"{plan[key]:.3f}" for key in ("abr", "cr", "pr"))
+        metrics = " | ".join(f"{plan[key]:.3f}" for key in ("abr", "cr", "pr"))
         spreads = " | ".join(f"{100 * plan[key]:.1f}%" for key in ("trained_spread", "long_spread"))
-        lines.append(f"| {name} | {figures} | {mean:,.0f} +- {deviation:,.0f} | {spreads} | {ratio:.3g} |")
+        lines.append(f"| {name} | {metrics} | {mean:,.0f} +- {deviation:,.0f} | {spreads} | {ratio:.3g} |")
     return "\n".join(lines)
 
 
-def _spread(study: dict[str, Any], variant: str, figure: Callable[[Outcome], float]) -> str:
-    mean, deviation = mean_and_deviation(list(values_of(study, variant, figure).values()))
+def _spread(study: dict[str, Any], variant: str, value: Callable[[Outcome], float]) -> str:
+    mean, deviation = mean_and_deviation(list(values_of(study, variant, value).values()))
     return f"{mean:.4f} +- {deviation:.4f}" if np.isfinite(deviation) else f"{mean:.4f}"
 
 
@@ -317,7 +307,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: its difference, and that of each seed."""
+    """One variant in the chart: its difference, and that of each seed."""
 
     name: str
     difference: Difference
@@ -325,18 +315,18 @@ class Row:
 
 
 def draw(study: dict[str, Any]) -> str:
-    """The whole picture: all lengths, and the longest band. study: two seeds of a variant beside the default's."""
+    """Return the SVG chart of all lengths and of the longest band; at least two seeds of a variant and the default."""
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("all lengths", final_loss)]
     if bands := bands_of(study):
         panels.append((f"{bucket_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
     parts = []
     height = 0
-    for number, (title, figure) in enumerate(panels):
-        base = values_of(study, DEFAULT, figure)
+    for number, (title, loss) in enumerate(panels):
+        base = values_of(study, DEFAULT, loss)
         rows = []
         for name in study["variants"]:
-            own = values_of(study, name, figure)
-            found = None if name == DEFAULT else difference(study, name, figure)
+            own = values_of(study, name, loss)
+            found = None if name == DEFAULT else difference(study, name, loss)
             if found:
                 rows.append(Row(name, found, tuple(own[seed] - base[seed] for seed in own if seed in base)))
         assert rows, "nothing to draw"
@@ -374,8 +364,8 @@ def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
         parts += [f'<circle class="seed" cx="{x(value):.1f}" cy="{y:.1f}" r="2.5"/>' for value in row.seeds]
         parts.append(f'<rect class="mean" x="{x(found.mean) - 1.5:.1f}" y="{y - 6:.1f}" width="3" height="12"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    says = "worse to the right; bar: mean, line: 95% interval, dots: seeds"
-    return [*parts, f'<text x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{says}</text>']
+    key = "worse to the right; bar: mean, line: 95% interval, dots: seeds"
+    return [*parts, f'<text x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{key}</text>']
 
 
 def _signed(value: float) -> str:
@@ -383,7 +373,7 @@ def _signed(value: float) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, three to seven of them."""
+    """Return three to seven round numbers between low and high."""
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     while (high - low) / step > 7:
         step *= 2 if (high - low) / step <= 14 else 5

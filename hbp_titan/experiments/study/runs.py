@@ -1,20 +1,14 @@
-"""The runs of a study: each variant with each seed, an ordinary training run in a folder of its own.
+"""Runs of the quality study: each variant with each seed is an ordinary training run in its own folder.
 
-Owns their settings and their order, how they are started, several at a time, and what is read from them when they are
-done. A finished run has an outcome.json beside its run.toml and is not repeated; one that was stopped goes on from its
-checkpoint where it has one, or starts anew.
-
-The variants of the quality study: a default, and others that change one thing of it each.
-
-Owns the names, what each changes and the settings that follow from the data. The default is HBP with its levels in
-random alternation from the first step on, without curriculum, so that the methods of one length, which can have none,
-differ from it in packing alone.
+Owns the variants, the settings of the runs, how they are started (several in parallel) and what is read from them. The
+default variant is HBP with alternating levels and without curriculum; methods of one length cannot have one, so they
+differ from it only in packing. Every other variant changes one setting. A finished run has an outcome.json and is not
+repeated; one that was stopped resumes from its checkpoint, if it has one.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 import subprocess
@@ -33,18 +27,19 @@ from hbp_titan.data.epoch import EpochPlans, SampleLengths
 from hbp_titan.packing import Plan, measure
 from hbp_titan.packing.level import check_levels
 from hbp_titan.preflight import cost_model, model_args
+from hbp_titan.utils import atomic_write, did_you_mean
 
 CURRICULUM = 0.15
-"""Share of all steps that train the lowest level alone."""
+"""Share of all steps that train only the lowest level."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """changes(config, step_tokens) changes the default's settings; step_tokens: trained tokens of a mean step."""
+    """One variant. change: (config, mean trained tokens of a step) -> None, edits the default settings."""
 
     name: str
-    says: str
-    changes: Callable[[JobConfig, float], None] = lambda config, step_tokens: None
+    description: str
+    change: Callable[[JobConfig, float], None] = lambda config, step_tokens: None
 
 
 def _method(name: str) -> Callable[[JobConfig, float], None]:
@@ -54,7 +49,7 @@ def _method(name: str) -> Callable[[JobConfig, float], None]:
     return change
 
 
-def _normalizer(name: str) -> Callable[[JobConfig, float], None]:
+def _normalization(name: str) -> Callable[[JobConfig, float], None]:
     def change(config: JobConfig, step_tokens: float) -> None:
         config.training.loss_normalization = name
 
@@ -62,8 +57,8 @@ def _normalizer(name: str) -> Callable[[JobConfig, float], None]:
 
 
 def _sum(config: JobConfig, step_tokens: float) -> None:
-    # AdamW's update is the same for gradients of another scale if the clipping norm and epsilon have that scale too. So
-    # the learning rate stays, and what is left is what `sum` is about: steps with more trained tokens weigh more.
+    # AdamW's update does not depend on the gradients' scale if clipping norm and epsilon are scaled too. The learning
+    # rate stays; what remains is the effect of `sum`: steps with more trained tokens weigh more.
     config.training.loss_normalization = "sum"
     config.training.max_norm *= step_tokens
     config.optimizer.eps *= step_tokens
@@ -90,35 +85,37 @@ VARIANTS: dict[str, Variant] = {
         Variant("flat_sorted", "one length, packs sorted by cost", _method("flat_sorted")),
         Variant("isf", "one length, packs in random order", _method("isf")),
         Variant("curriculum", f"the first {CURRICULUM:.0%} of the steps train the lowest level", _curriculum),
-        Variant("interleave", "every step has its share of every level", _interleave),
-        Variant("token_mean", "normalizer", _normalizer("token_mean")),
-        Variant("sample_mean", "normalizer", _normalizer("sample_mean")),
-        Variant("sum", "normalizer; clipping norm and epsilon times the mean step's trained tokens", _sum),
-        Variant("half_rate", "yardstick: half the learning rate", _half_rate),
+        Variant("interleave", "every step trains its share of every level", _interleave),
+        Variant("token_mean", "loss normalization", _normalization("token_mean")),
+        Variant("sample_mean", "loss normalization", _normalization("sample_mean")),
+        Variant("sum", "loss normalization; clipping norm and epsilon times the mean trained tokens per step", _sum),
+        Variant("half_rate", "reference: half the learning rate", _half_rate),
     )
 }
 
 
 def parse_variants(text: str) -> list[Variant]:
-    """From "isf,sum": those of VARIANTS in their order, the default always among them; "" is all."""
+    """Return the variants in "isf,sum" in the order of VARIANTS, always with the default; all for ""."""
     names = [word.strip() for word in text.split(",")] if text else list(VARIANTS)
     for name in names:
         if name not in VARIANTS:
-            close = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, VARIANTS, n=1))
-            raise ValueError(f"--variants {text}: {name!r} is none of {', '.join(VARIANTS)}{close}")
+            hint = did_you_mean(name, VARIANTS)
+            raise ValueError(f"--variants {text}: {name!r} must be one of {', '.join(VARIANTS)}{hint}")
     return [variant for name, variant in VARIANTS.items() if name in (*names, DEFAULT)]
 
 
-LAUNCHES = ("in_turn", "torchrun")
+LAUNCHES = ("single_process", "torchrun")
 
 Report = Callable[[str], None]
-"""Tells of progress, a line at a time."""
+"""Prints a line on progress."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is started. ranks: that its plans are for. kind: "in_turn", one process that trains the packs of all
-    ranks one after another, or "torchrun", so many ranks on this machine."""
+    """How a run is started.
+
+    kind: "torchrun", `ranks` processes on this machine, or "single_process", one that emulates them.
+    """
 
     kind: str
     ranks: int
@@ -129,8 +126,8 @@ class Launch:
             raise ValueError(f"--ranks {self.ranks} must be at least 1")
 
     def command(self, config_file: Path) -> list[str]:
-        """What starts the run that `config_file` describes."""
-        train = ["hbp_titan.experiments.study.in_turn", f"--ranks={self.ranks}"]
+        """Return the command that starts the run of `config_file`."""
+        train = ["hbp_titan.experiments.study.single_process", f"--ranks={self.ranks}"]
         if self.kind == "torchrun":
             ranks = [f"--nproc-per-node={self.ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             train = ["torch.distributed.run", *ranks, "-m", "hbp_titan.train"]
@@ -153,11 +150,11 @@ class Run:
 
     @property
     def description(self) -> str:
-        """run.toml: all that decides what the run gives."""
+        """Return the text of run.toml: everything that determines the outcome."""
         return f"# {self.launch.kind}, plans for {self.launch.ranks} ranks\n{to_toml(self.config)}"
 
     def outcome(self) -> dict[str, Any] | None:
-        """What the finished run gave, None where it is not finished; ValueError where that was with other settings."""
+        """Return the outcome of the finished run, None if it is not; ValueError if it had other settings."""
         path, described = self.folder / "outcome.json", self.folder / "run.toml"
         if not path.exists():
             return None
@@ -165,14 +162,14 @@ class Run:
         if before != now:
             old, new = next((a, b) for a, b in zip([*before, ""], [*now, ""], strict=False) if a != b)
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {old!r}, now {new!r}; name another --folder"
+                f"{self.folder} contains a run with other settings: {old!r}, now {new!r}; use another --folder"
             )
         return json.loads(path.read_text(encoding="utf-8"))
 
     def train(self, threads: int) -> dict[str, Any]:
-        """Train, or go on; returns the outcome. RuntimeError, with the last line that the run said, where it fails."""
+        """Train or resume; return the outcome. RuntimeError, with the last line of its log, if the run fails."""
         finished = self.outcome()
-        if finished is not None:  # meanwhile, by another command on the same folder
+        if finished is not None:  # in the meantime, by another command on the same folder
             return finished
         self.folder.mkdir(parents=True, exist_ok=True)
         described = self.folder / "run.toml"
@@ -186,36 +183,34 @@ class Run:
                 self.launch.command(described), env=environment, stdout=file, stderr=subprocess.STDOUT
             )
         if status:
-            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            raise RuntimeError(f"{self.folder} failed with exit code {status}: {said[-1] if said else ''} ({log})")
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            raise RuntimeError(f"{self.folder} failed with exit code {status}: {lines[-1] if lines else ''} ({log})")
         outcome = read_outcome(self.folder)
-        partial = self.folder / "outcome.partial"
-        partial.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "outcome.json")
+        atomic_write(self.folder / "outcome.json", json.dumps(outcome) + "\n")
         return outcome
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """What metrics.jsonl says of a finished run: losses of the held-out samples, and what its steps were like.
+    """Return losses of the held-out samples and statistics of the steps of a finished run, from metrics.jsonl.
 
     loss, by_length: after the last step, per trained token. best: the lowest of all evaluations, after step best_step.
-    step_tokens: mean and standard deviation over the steps. weight_ratio: how many times the weight of the lightest
-    token of its step the heaviest one has, median over the steps.
+    step_tokens: mean and standard deviation over the steps. weight_ratio: heaviest / lightest weight of two tokens in a
+    step, median over the steps.
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    course = [[step["step"], step["validation"]["loss"]] for step in steps if "validation" in step]
+    curve = [[step["step"], step["validation"]["loss"]] for step in steps if "validation" in step]
     last = steps[-1]["validation"]
     tokens = [step["tokens"] for step in steps]
     ratios = [heaviest / lightest for lightest, heaviest in (step["token_weights"] for step in steps) if lightest]
     end = [step for step in steps[-max(len(steps) // 10, 1) :] if step["loss"] is not None]
-    best_step, best = min(course, key=lambda point: point[1])
+    best_step, best = min(curve, key=lambda point: point[1])
     return {
         "loss": last["loss"],
         "by_length": last.get("by_length", {}),
         "best": best,
         "best_step": best_step,
-        "course": course,
+        "course": curve,
         "train_loss": sum(s["loss"] * s["trained_tokens"] for s in end) / sum(s["trained_tokens"] for s in end),
         "steps": len(steps),
         "tokens": sum(tokens),
@@ -227,7 +222,7 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 
 def plan_of(config: JobConfig, ranks: int, store: SampleLengths) -> Plan:
-    """The plan of the first epoch, as the trainer makes it."""
+    """Return the plan of the first epoch, as the trainer builds it."""
     cost = cost_model(model_args(config), frozen=config.lora.rank > 0)
     return EpochPlans(config, store, ranks, cost).plan_for(0)
 
@@ -240,28 +235,30 @@ def make_runs(
     variants: Sequence[Variant],
     seeds: Sequence[int],
 ) -> list[Run]:
-    """All runs, the seeds one after another: a study that is stopped has every variant for the seeds that it has."""
+    """Return all runs, seed by seed: a study that is stopped has all variants of its finished seeds."""
     check_levels(base.levels, launch.ranks)
     runs = []
     for seed in seeds:
         for variant in variants:
             config = copy.deepcopy(base)
+            # The samples are the same for all seeds; data.seed would otherwise follow training.seed.
+            config.data.seed = base.seed_of("data")
             config.packing.seed = config.training.seed = seed
             config.packing.method, config.packing.level_order, config.packing.curriculum_steps = "hbp", "alternate", 0.0
             config.training.loss_normalization = "ave_token"
             step_tokens = float(plan_of(config, launch.ranks, store).step_loss_tokens.mean())
-            variant.changes(config, step_tokens)
+            variant.change(config, step_tokens)
             config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))
             config.job.dump_folder = str(folder / variant.name / f"seed-{seed}")
             runs.append(Run(variant, seed, config, launch))
     return runs
 
 
-def figures_of(run: Run, store: SampleLengths) -> dict[str, float]:
-    """What the plan of a run has for its ranks, as in docs/levels.md, and what its optimizer steps are made of.
+def plan_metrics(run: Run, store: SampleLengths) -> dict[str, float]:
+    """Return the metrics of a run's plan, and how its optimizer steps are composed.
 
-    long_spread: standard deviation over the steps of the share that samples longer than the lowest level have in the
-    trained tokens. trained_spread: that of the trained tokens of a step, as a share of their mean.
+    long_spread: standard deviation over the steps of the share of trained tokens in samples longer than the lowest
+    level. trained_spread: standard deviation of the trained tokens of a step, as a share of their mean.
     """
     plan = plan_of(run.config, run.launch.ranks, store)
     metrics = measure(plan)
@@ -276,14 +273,14 @@ def figures_of(run: Run, store: SampleLengths) -> dict[str, float]:
 
 
 def train_all(runs: Sequence[Run], parallel: int, report: Report) -> list[dict[str, Any]]:
-    """The outcome of every run, in their order; those that are not finished are trained, `parallel` at a time."""
+    """Return the outcome of every run, in order; train those that are not finished, `parallel` at a time."""
     outcomes: dict[int, dict[str, Any]] = {}
     for index, run in enumerate(runs):
         outcome = run.outcome()
         if outcome is not None:
             outcomes[index] = outcome
     waiting = [index for index in range(len(runs)) if index not in outcomes]
-    report(f"{len(runs)} runs, {len(outcomes)} of them finished before; {parallel} at a time")
+    report(f"{len(runs)} runs, {len(outcomes)} already finished; {parallel} at a time")
     threads = max(1, (os.cpu_count() or 1) // parallel)
     with ThreadPoolExecutor(parallel) as pool:
         training = {pool.submit(runs[index].train, threads): index for index in waiting}

@@ -1,16 +1,16 @@
-"""The chart of a run on changing ranks, from runs that torchrun starts and a signal ends."""
+"""scripts/plot_elastic.py and scripts/bench_packing.py."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from scripts import bench_packing, plot_elastic
 from tests.programs import run_python
 from tests.tiny_run import write_tiny_run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:
@@ -18,9 +18,9 @@ def _call(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_four_stretches_are_trained_drawn_and_audited(tmp_path: Path) -> None:
+def test_plot_elastic_trains_draws_and_audits_four_segments(tmp_path: Path) -> None:
     argv = [word for word in write_tiny_run(tmp_path, num_rows=600) if not word.startswith("--job")]
-    words = ["--folder", str(tmp_path), "--svg", str(tmp_path / "elastic.svg"), "--stretches", "4,2,1,4"]
+    words = ["--folder", str(tmp_path), "--svg", str(tmp_path / "elastic.svg"), "--segments", "4,2,1,4"]
     settings = ["--checkpoint.interval=3", "--checkpoint.export_hf=false", "--training.global_batch_tokens=600"]
     result = _call("scripts/plot_elastic.py", *words, *argv, *settings)
     assert result.returncode == 0, result.stderr
@@ -34,7 +34,14 @@ def test_four_stretches_are_trained_drawn_and_audited(tmp_path: Path) -> None:
         assert "each sample trained once" in audit.stdout
 
 
-def test_stretches_that_are_no_numbers_are_refused() -> None:
-    result = _call("scripts/plot_elastic.py", "--stretches", "4,two")
-    assert result.returncode == 1
-    assert result.stderr == "error: --stretches 4,two: not numbers of ranks, parted by commas\n"
+def test_plot_elastic_needs_numbers_of_ranks() -> None:
+    with pytest.raises(ValueError, match="4,two"):
+        plot_elastic.main(["--segments", "4,two"])
+
+
+def test_bench_packing_measures_our_packers_and_plans(tmp_path: Path) -> None:
+    bench_packing.main(["--num_samples=5000", "--limit=1", "--repeat=1", f"--json={tmp_path / 'out.json'}"])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert {"ours bfd", "ours lpt", "ours isf", "plan hbp", "plan flat_sorted", "plan hbp_paper"} <= set(figures)
+    assert figures["ours bfd"]["pr"] <= figures["ours isf"]["pr"]
+    assert figures["plan hbp"]["samples"] == 5000

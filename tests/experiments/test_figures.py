@@ -1,4 +1,4 @@
-"""The fit to the paper's trade-off, and the order of its methods as the simulator predicts it."""
+"""The fit to the paper's trade-off, and the simulated order of its methods."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hbp_titan.experiments.paper.figures import (
 )
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 
-LENGTHS = tulu3_longcite_like(150_000)
+LENGTHS = tulu3_longcite_like(50_000)
 FIT = fit_trade_offs(LENGTHS)
 
 
-def test_the_trade_off_is_met_within_three_percent() -> None:
+def test_trade_off_fits_within_three_percent() -> None:
     residuals = FIT.predicted / np.array([row.seconds for row in TRADE_OFFS]) - 1
     assert np.abs(residuals).max() < 0.03
-    # And with coefficients that a machine can have.
+    # With coefficients that are physically possible.
     assert 0.2 < FIT.model.hardware.linear_efficiency < 0.7
     assert 0 < FIT.model.fixed_seconds < 0.2
 
 
-def test_the_methods_keep_the_papers_order_and_every_row_is_reported() -> None:
+def test_methods_keep_the_order_of_the_paper() -> None:
     predictions = dict(predict_methods(LENGTHS, FIT.model))
     assert list(predictions) == list(METHODS)
     days = {row.name: p.replay.gpu_days for row, p in predictions.items()}
-    for dear, cheap in (
+    for slow, fast in (
         ("no packing", "random"),
         ("random", "isf"),
         ("isf", "hbp, unbalanced"),
@@ -42,7 +42,7 @@ def test_the_methods_keep_the_papers_order_and_every_row_is_reported() -> None:
         ("hbp, unbalanced", "hbp, 32K+128K"),
         ("hbp, 32K+128K", "hbp"),
     ):
-        assert days[dear] > days[cheap], (dear, cheap)
+        assert days[slow] > days[fast], (slow, fast)
     cr = {row.name: (row.cr, p.cr) for row, p in predictions.items()}
     for name in ("hbp", "flexsp", "isf", "hbp, 32K+128K"):
         paper, simulated = cr[name]
@@ -53,7 +53,7 @@ def test_the_methods_keep_the_papers_order_and_every_row_is_reported() -> None:
     assert len(fit_table(FIT).splitlines()) == 4 + len(TRADE_OFFS)
 
 
-def test_larger_models_are_predicted_row_by_row() -> None:
+def test_larger_models_are_predicted() -> None:
     predictions = list(predict_models(LENGTHS, FIT.model))
     assert [row.flavor for row, _ in predictions] == [row.flavor for row in PAPER_MODELS]
     assert all(simulated > 1.0 for _, simulated in predictions)

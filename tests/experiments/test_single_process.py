@@ -1,4 +1,4 @@
-"""The plan of one process in place of several ranks: same steps, packs and weight of every token, and same losses."""
+"""One process that emulates several ranks: the same steps, packs, token weights and losses."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ import pytest
 from hbp_titan.components.loss import NORMALIZERS
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.experiments.study.in_turn import SingleProcessTrainer, in_turn
+from hbp_titan.experiments.study.single_process import SingleProcessTrainer, single_process_plan
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 
 
-def test_a_step_has_the_packs_that_were_side_by_side() -> None:
-    # Two ranks: one iteration of two short packs and one of a long pack that both share, in one step each.
+def test_step_has_the_packs_of_all_ranks() -> None:
+    # Two ranks, two steps: a micro-batch of two short packs, and one of a long pack that both ranks share.
     plan = build_plan([4, 2, 2, 8], [Level(4), Level(8, 2)], world_size=2)
-    alone = in_turn(plan)
-    assert (alone.world_size, alone.levels) == (1, (Level(4), Level(8)))
+    single = single_process_plan(plan)
+    assert (single.world_size, single.levels) == (1, (Level(4), Level(8)))
     # Steps are in random order.
-    steps = [[alone.pack(i, 0).tolist() for i in range(*alone.step_offsets[s : s + 2])] for s in range(2)]
+    steps = [[single.pack(i, 0).tolist() for i in range(*single.step_offsets[s : s + 2])] for s in range(2)]
     long, short = sorted(steps, key=len)
     assert long == [[3]]
     assert sorted(map(sorted, short)) == [[0], [1, 2]]
 
 
-def test_a_rank_without_samples_takes_no_turn() -> None:
-    # Three long samples on two ranks: the last iteration has one pack and one that is empty.
+def test_empty_packs_are_dropped() -> None:
+    # Three long samples on two ranks: one pack of the last micro-batch is empty.
     plan = build_plan([8, 8, 8], [Level(8)], world_size=2, global_batch_tokens=1)
     assert plan.packs.counts.tolist().count(0) == 1
-    alone = in_turn(plan)
-    assert sorted(alone.packs.ids.tolist()) == [0, 1, 2]
-    assert alone.packs.counts.tolist() == [1, 1, 1]
-    assert alone.num_steps == plan.num_steps == 2
-    np.testing.assert_array_equal(alone.step_loss_tokens, plan.step_loss_tokens)
+    single = single_process_plan(plan)
+    assert sorted(single.packs.ids.tolist()) == [0, 1, 2]
+    assert single.packs.counts.tolist() == [1, 1, 1]
+    assert single.num_steps == plan.num_steps == 2
+    np.testing.assert_array_equal(single.step_loss_tokens, plan.step_loss_tokens)
 
 
 @pytest.mark.parametrize("method", ["hbp", "isf"])
-def test_every_token_has_the_weight_that_it_has_on_ranks(method: str) -> None:
+def test_token_weights_equal_those_of_ranks(method: str) -> None:
     lengths = np.random.default_rng(0).integers(2, 120, 300)
     levels = [Level(32), Level(128, 2)]
     plan = build_plan(lengths, levels, 4, method=method, global_batch_tokens=600, loss_tokens=lengths // 2)
-    alone = in_turn(plan)
-    np.testing.assert_array_equal(alone.step_loss_tokens, plan.step_loss_tokens)
+    single = single_process_plan(plan)
+    np.testing.assert_array_equal(single.step_loss_tokens, plan.step_loss_tokens)
     for name, normalizer in NORMALIZERS.items():
         ranks = [normalizer(plan, i, pack) for i in range(plan.num_iterations) for pack in plan.iteration(i).packs]
-        turns = [normalizer(alone, i, alone.pack(i, 0)) for i in range(alone.num_iterations)]
-        np.testing.assert_array_equal(np.concatenate(turns), np.concatenate(ranks), err_msg=name)
+        own = [normalizer(single, i, single.pack(i, 0)) for i in range(single.num_iterations)]
+        np.testing.assert_array_equal(np.concatenate(own), np.concatenate(ranks), err_msg=name)
 
 
 def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
@@ -63,19 +63,19 @@ def _losses(world: World, argv: list[str], ranks: int) -> list[float]:
     losses = []
     step = trainer.train_step
 
-    def noted(*args: Any) -> Any:
+    def recording(*args: Any) -> Any:
         record = step(*args)
         losses.append(record())
         return record
 
-    trainer.train_step = noted  # type: ignore[method-assign]
+    trainer.train_step = recording  # type: ignore[method-assign]
     trainer.train()
     return [record["loss"] for record in losses]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalizer", ["ave_token", "token_mean"])
-def test_losses_are_those_of_ranks(tmp_path: Path, normalizer: str) -> None:
+def test_losses_equal_those_of_ranks(tmp_path: Path, normalizer: str) -> None:
     argv = [
         *write_tiny_run(tmp_path),
         "--training.global_batch_tokens=1200",
@@ -84,6 +84,6 @@ def test_losses_are_those_of_ranks(tmp_path: Path, normalizer: str) -> None:
     # Adam's sign of a gradient that is nearly zero is rounding noise.
     argv += ["--checkpoint.enable=false", "--checkpoint.export_hf=false", "--optimizer.eps=1e-4"]
     ranks = run_distributed(_losses, 2, argv, 2)[0]
-    (turns,) = run_distributed(_losses, 1, argv, 2)
+    (emulated,) = run_distributed(_losses, 1, argv, 2)
     assert len(ranks) >= 4
-    assert turns == pytest.approx(ranks, rel=1e-5)
+    assert emulated == pytest.approx(ranks, rel=1e-5)
