@@ -86,7 +86,7 @@ def test_runs_are_ordered_by_seed_which_sets_order_weights_and_base(tmp_path: Pa
     runs = make_runs(config, tmp_path, Launch("single_process", 4), STORE, parse_variants("isf"), (5, 7))
     assert [(run.variant.name, run.seed) for run in runs] == [("hbp", 5), ("isf", 5), ("hbp", 7), ("isf", 7)]
     last = runs[-1].config
-    assert (last.packing.seed, last.training.seed, last.data.seed) == (7, 7, 0)
+    assert (last.packing.seed, last.training.seed, last.data.seed) == (7, 7, 42)
     assert last.checkpoint.initial_load_path == "base/seed-7/hf"
     assert runs[-1].folder == tmp_path / "isf" / "seed-7"
 
