@@ -211,8 +211,8 @@ def _check(text: str, result: str, levels: Sequence[Level], name: str) -> None:
     """Raise ValueError unless `result` has the same values as `text` except for the levels."""
     expected: dict[str, Any] = copy.deepcopy(tomllib.loads(text))
     expected.pop("levels", None)
-    if expected.get("packing", {}).get("levels") == "auto":
-        expected["packing"]["levels"] = ""
+    if expected.get("packing", {}).get("auto_levels"):
+        expected["packing"]["auto_levels"] = False
     try:
         found = tomllib.loads(result)
         blocks = [Level(**block) for block in found.pop("levels")]

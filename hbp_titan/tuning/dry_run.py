@@ -187,7 +187,9 @@ class DryRun:
         found = search.cheapest()
         if found is not None:
             return found.instructions(self.config, level)
-        more, shorter = search.more_ranks(), search.shorter()
+        more = search.more_ranks()
+        # No level is short enough if the state alone does not fit.
+        shorter = search.shorter() if self.rank_state.total_bytes < limit else None
         words = [] if more is None else [more.use_ranks(self.config, level)]
         if shorter is not None:
             text = shorter.instructions(self.config, level)

@@ -1,7 +1,9 @@
-"""What a dry run finds: counts against literals, mistakes as one line, and changes that do make a level fit."""
+"""Dry runs: counts against literals and a real start, errors as one line, changes that fit, every preset."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -11,84 +13,83 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hbp_titan.config import load_config
+from hbp_titan.data.loader import PlanDataset
+from hbp_titan.distributed.world import World
 from hbp_titan.errors import UserError, exit_on_user_error
+from hbp_titan.models.hf import args_to_hf_config
 from hbp_titan.packing import build_plan
+from hbp_titan.testing.local_ranks import run_distributed
+from hbp_titan.train import Trainer
 from hbp_titan.tuning.dry_run import DryRun, describe, dry_run, main
 from hbp_titan.tuning.hardware import get_hardware
 from hbp_titan.tuning.simulate import tulu3_longcite_like
-from tests.tiny_run import write_tiny_run
+from tests.models.deepseek_tiny import tiny_args
+from tests.tiny_run import VOCAB_SIZE, write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA = ["--model.flavor=llama3_1_8b", "--data.train_files=absent.jsonl"]
+CONFIGS = ROOT / "train_configs"
+DEBUG = ["--data.train_files=absent.jsonl"]
+LLAMA = ["--model.flavor=llama3_1_8b", *DEBUG]
 FEW_SAMPLES = 20_000
 
 
-@pytest.fixture(autouse=True)
-def _few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hbp_titan.tuning.dry_run.SYNTHETIC_SAMPLES", FEW_SAMPLES)
 
 
-def _try(words: Sequence[str], world_size: int = 8, gpu: str = "h100-80gb") -> DryRun:
+pytestmark = pytest.mark.usefixtures("few_samples")
+
+
+def _dry_run(words: Sequence[str], world_size: int = 8, gpu: str = "h100-80gb") -> DryRun:
     return dry_run(load_config(words), world_size, get_hardware(gpu))
 
 
-def test_state_of_a_rank_is_16_bytes_a_parameter() -> None:
-    # 8,030,261,248 parameters (tests/models/test_registry.py) on 8 ranks: 4 bytes, as much for the gradient, and twice
-    # that for AdamW's moments, with a step count of 4 bytes for each of 32 x 9 + 3 tensors.
-    found = _try([*LLAMA, "--levels=16384:1:ulysses:full,131072:8:ulysses:full"])
+def test_state_per_rank_is_16_bytes_per_parameter() -> None:
+    # 8,030,261,248 parameters (tests/models/test_registry.py) on 8 ranks: 4 bytes each, the same for gradients, twice
+    # that for AdamW's moments, and a step count of 4 bytes for each of 32 x 9 + 3 tensors.
+    words = [*LLAMA, "--levels=16384:1:ulysses:full,131072:8:ulysses:full"]
+    found = _dry_run(words)
     state = found.rank_state
     assert found.num_params == 8_030_261_248
     own = 8_030_261_248 // 8
     assert (state.parameters, state.parameter_bytes, state.gradient_bytes) == (own, 4 * own, 4 * own)
     assert state.optimizer_bytes == 8 * own + 4 * (32 * 9 + 3)
     assert not dist.is_initialized()
+    assert _dry_run([*words, "--parallelism.dp_replicate=2"]).rank_state.parameters == 2 * own
 
 
-def test_two_copies_of_the_parameters_double_the_state() -> None:
-    words = [*LLAMA, "--levels=131072:8:ulysses:full"]
-    one, two = _try(words).rank_state, _try([*words, "--parallelism.dp_replicate=2"]).rank_state
-    assert two.parameters == 2 * one.parameters
-
-
-def test_synthetic_data_are_planned_as_a_run_would_plan_them() -> None:
+def test_synthetic_data_are_planned_as_in_a_run() -> None:
     words = [*LLAMA, "--levels=8192:1:ulysses:full,32768:4:ulysses:full", "--training.global_batch_tokens=1048576"]
-    found = _try([*words, "--training.epochs=3", "--parallelism.reshard_after_forward=true"])
+    found = _dry_run([*words, "--training.epochs=3", "--parallelism.reshard_after_forward=true"])
     lengths = tulu3_longcite_like(FEW_SAMPLES)
     held = lengths[lengths <= 32768]
     plan = build_plan(held, found.config.levels, 8, global_batch_tokens=1 << 20, cost=found.plan.costs[0], seed=42)
     assert found.plan.fingerprint == plan.fingerprint
     assert found.total_steps == pytest.approx(3 * plan.num_steps, rel=0.01)
     text = describe(found)
-    assert (
-        f"{len(held):,} lengths like Tulu3 with LongCite, {len(lengths) - len(held):,} above 32,768 tokens skipped"
-        in text
-    )
-    assert "--model.hf_path" in text
-    assert "--checkpoint.initial_load_path" in text
+    for words in (f"{len(held):,} lengths", "--model.hf_path", "--checkpoint.initial_load_path"):
+        assert words in text
 
 
-def test_groups_across_nodes_are_told() -> None:
-    found = _try([*LLAMA, "--levels=131072:16:hybrid:full"], world_size=16)
+def test_warnings() -> None:
+    found = _dry_run([*LLAMA, "--levels=131072:16:hybrid:full"], world_size=16)
     assert len(found.warnings) == 1
-    assert "warning: groups of cp_degree 16 cross nodes: their exchange is slow" in describe(found)
-
-
-def test_uneven_shards_are_told() -> None:
-    # Of the debug model's matrices most have 352 or 128 rows, so of 300 ranks each has two rows or one, or none.
-    (warning,) = _try(["--data.train_files=absent.jsonl", "--levels=131072:1"], world_size=300).warnings
+    assert "warning: groups of cp_degree 16 cross nodes" in describe(found)
+    # Most matrices of the debug model have 352 or 128 rows, so each of 300 ranks has two rows, one or none.
+    (warning,) = _dry_run([*DEBUG, "--levels=131072:1"], world_size=300).warnings
     assert warning.startswith("rank 0 holds 1.7")
-    assert "some parameters have too few rows for 300 ranks" in warning
-
-
-def test_curriculum_that_covers_all_short_samples_is_told() -> None:
-    words = ["--data.train_files=absent.jsonl", "--levels=16384:1,131072:2"]
-    plan = _try(words).plan
+    # A curriculum that covers all samples of the lowest level.
+    words = [*DEBUG, "--levels=16384:1,131072:2"]
+    plan = _dry_run(words).plan
     short = plan.num_iterations - int(plan.level_of_iteration.sum())
-    (warning,) = _try([*words, "--packing.curriculum_steps=500"]).warnings
+    (warning,) = _dry_run([*words, "--packing.curriculum_steps=500"]).warnings
     assert warning.startswith(f"packing.curriculum_steps = 500 covers all {short} steps ")
-    assert _try([*words, f"--packing.curriculum_steps={short - 5}"]).warnings == []
+    assert _dry_run([*words, f"--packing.curriculum_steps={short - 5}"]).warnings == []
 
 
 # What does not fit, and what is proposed: checkpointing; one copy of the parameters; a higher cp degree; more ranks.
@@ -102,52 +103,54 @@ UNFIT = [
 
 @pytest.mark.parametrize(("words", "world_size", "change"), UNFIT)
 def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world_size: int, change: str) -> None:
-    found = _try([*LLAMA, *words], world_size)
+    found = _dry_run([*LLAMA, *words], world_size)
     with pytest.raises(UserError, match=r"has 75\.1 GiB to use") as caught:
         found.check_memory()
     (line,) = caught.value.lines
     assert re.search(change, line), line
     level = found.levels[0].level
-    told = dict(re.findall(r"(cp_degree|cp_style|ac_policy|ac_layers|dp_replicate) = \"?([\w]+)", line))
+    changed = dict(re.findall(r"(cp_degree|cp_style|ac_policy|ac_layers|dp_replicate) = \"?([\w]+)", line))
     ranks = re.search(r"use (\d+) ranks", line)
-    settings = {"cp_degree": level.cp_degree, "cp_style": level.cp_style, "ac_policy": level.ac_policy, **told}
+    settings = {"cp_degree": level.cp_degree, "cp_style": level.cp_style, "ac_policy": level.ac_policy, **changed}
     short = ":".join([str(level.max_tokens), *(str(settings[key]) for key in ("cp_degree", "cp_style", "ac_policy"))])
-    if "ac_layers" in told:
-        short += f":{told['ac_layers']}"
-    again = _try(
-        [*LLAMA, f"--levels={short}", f"--parallelism.dp_replicate={told.get('dp_replicate', 1)}"],
-        int(ranks[1]) if ranks else world_size,
-    )
-    again.check_memory()
+    if "ac_layers" in changed:
+        short += f":{changed['ac_layers']}"
+    copies = changed.get("dp_replicate", 1)
+    words = [*LLAMA, f"--levels={short}", f"--parallelism.dp_replicate={copies}"]
+    _dry_run(words, int(ranks[1]) if ranks else world_size).check_memory()
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "change"),
+    [
+        # The logits of 131,072 tokens and 128,256 entries are 34 GB in bfloat16, and there are several such tensors.
+        (
+            ["--model.flavor=llama3_2_1b", "--levels=131072:1:ulysses:full", "--training.loss_chunk_tokens=131072"],
+            1,
+            "training.loss_chunk_tokens = 256",
+        ),
+        pytest.param(
+            ["--model.flavor=deepseek_v2_236b", "--levels=32768:1:ulysses:full"],
+            256,
+            "parallelism.expert_parallel_degree = 2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_configuration_change_that_fits(words: list[str], world_size: int, change: str) -> None:
+    words = [*DEBUG, *words]
+    with pytest.raises(UserError, match=f"set {change}$"):
+        _dry_run(words, world_size).check_memory()
+    _dry_run([*words, f"--{change.replace(' ', '')}"], world_size).check_memory()
 
 
 @pytest.mark.slow
-def test_experts_that_fill_a_gpu_are_spread() -> None:
-    words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl", "--levels=32768:1:ulysses:full"]
-    with pytest.raises(UserError, match=r"set ac_layers = 5\d and set parallelism\.expert_parallel_degree = 2$"):
-        _try(words, 256).check_memory()
-    found = _try([*words, "--parallelism.expert_parallel_degree=2"], 256)
-    found.check_memory()
-    assert "FSDP over 256 ranks, experts over 2: " in describe(found)
-
-
-def test_logits_of_too_many_tokens_are_held_in_smaller_chunks() -> None:
-    # The logits of 131,072 tokens and 128,256 entries alone are 34 GB in bfloat16, and several such.
-    words = ["--model.flavor=llama3_2_1b", "--data.train_files=absent.jsonl", "--levels=131072:1:ulysses:full"]
-    found = _try([*words, "--training.loss_chunk_tokens=131072"], 1)
-    with pytest.raises(UserError, match=r"set training\.loss_chunk_tokens = 256"):
-        found.check_memory()
-    _try([*words, "--training.loss_chunk_tokens=256"], 1).check_memory()
-
-
-@pytest.mark.slow
-def test_model_that_nothing_can_hold_is_told() -> None:
-    # 236 billion parameters of 16 bytes are 55 GiB a rank of 64; a layer's experts, whole, and their gradients in
-    # float32 do not fit beside them.
-    words = ["--model.flavor=deepseek_v2_236b", "--data.train_files=absent.jsonl"]
-    found = _try([*words, "--levels=16384:1:ulysses:full"], 1, "a100-80gb")
+def test_model_that_is_too_large_for_any_change() -> None:
+    # 236 billion parameters of 16 bytes are 55 GiB on each of 64 ranks; the unsharded experts of a layer and their
+    # gradients in float32 do not fit in addition.
+    words = ["--model.flavor=deepseek_v2_236b", *DEBUG, "--levels=16384:1:ulysses:full"]
     with pytest.raises(UserError, match="even 64 ranks"):
-        found.check_memory()
+        _dry_run(words, 1, "a100-80gb").check_memory()
 
 
 MISTAKES = [
@@ -171,8 +174,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changed", "message"), MISTAKES)
-def test_mistake_is_one_line(changed: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--job.config_file", str(ROOT / "train_configs/llama3_1_8b_hbp.toml"), "--world_size=32", *changed]
+def test_error_is_one_line(changed: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--job.config_file", str(CONFIGS / "llama3_1_8b_hbp.toml"), "--world_size=32", *changed]
     with pytest.raises(SystemExit, match="1"):
         exit_on_user_error(lambda: main(words))
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -180,26 +183,111 @@ def test_mistake_is_one_line(changed: list[str], message: str, capsys: pytest.Ca
     assert message in line
 
 
-def test_levels_to_be_measured_cannot_be_tried() -> None:
+def test_automatic_levels_need_a_real_start() -> None:
     with pytest.raises(ValueError, match="auto_levels"):
-        _try([*LLAMA, "--packing.auto_levels=true"])
+        _dry_run([*LLAMA, "--packing.auto_levels=true"])
 
 
-def test_tokenizer_that_the_model_does_not_hold_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     write_tiny_run(tmp_path)
     folder = tmp_path / "model"
-    words = ["--data.train_files=absent.jsonl", f"--model.hf_path={folder}", "--levels=512:1"]
-    _try(words)
+    words = [*DEBUG, f"--model.hf_path={folder}", "--levels=512:1"]
+    _dry_run(words)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 320', '"vocab_size": 300'))
-    with pytest.raises(ValueError, match="has 320 entries, the model model 300"):
-        _try(words)
+    with pytest.raises(ValueError, match="320"):
+        _dry_run(words)
 
 
-def test_run_script_tries_without_starting_a_rank() -> None:
+def test_run_script_starts_no_rank() -> None:
     environment = {**os.environ, "COMM_MODE": "fake", "NGPU": "4", "GPU": "h200-141gb", "PYTHON": sys.executable}
-    command = ["bash", "run_train.sh", "--data.embedded=", "--model.tokenizer_path=", "--data.train_files=absent.jsonl"]
+    command = ["bash", "run_train.sh", "--data.embedded=", "--model.tokenizer_path=", *DEBUG]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "dry run: 4 x h200-141gb" in result.stdout
-    assert "level 8K/cp2: dp 2 x cp 2" in result.stdout
+
+
+# Against a real start
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+
+
+def _start(world: World, argv: list[str]) -> dict[str, object]:
+    """Return the bytes that this rank holds after one optimizer step, and its plan."""
+    trainer = Trainer(load_config(argv), world)
+    plan = trainer.plans.plan_for(0)
+    trainer.engine.forward_backward(PlanDataset(plan, trainer.store, world.rank, trainer.shapes)[0])
+    trainer.optimizer.step()
+    parameters = list(trainer.model.parameters())
+    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    return {
+        "parameters": _bytes(parameters),
+        "gradients": _bytes([p.grad for p in parameters if p.grad is not None]),
+        "optimizer": _bytes([value for value in state if isinstance(value, Tensor)]),
+        "plan": (plan.fingerprint, plan.num_iterations, plan.num_steps, trainer.total_steps),
+    }
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_bytes_and_plan_equal_a_real_start(tmp_path: Path, experts: bool) -> None:
+    flavor = ["--model.hf_path=", f"--model.tokenizer_path={tmp_path / 'model'}", "--model.flavor=debug"]
+    argv = [
+        *write_tiny_run(tmp_path),
+        *(["--parallelism.expert_parallel_degree=2"] if experts else flavor),
+        "--training.global_batch_tokens=600",
+        "--training.epochs=2",
+        "--checkpoint.enable=false",
+    ]
+    if experts:
+        args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE)
+        (tmp_path / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
+    found = _dry_run(argv, 2)
+    ranks = run_distributed(_start, 2, argv)
+    state, plan = found.rank_state, found.plan
+    assert ranks[0] == {
+        "parameters": state.parameter_bytes,
+        "gradients": state.gradient_bytes,
+        "optimizer": state.optimizer_bytes,
+        "plan": (plan.fingerprint, plan.num_iterations, plan.num_steps, found.total_steps),
+    }
+    # Rank 0 holds the most.
+    assert ranks[1]["parameters"] <= state.parameter_bytes
+    assert found.samples.origin == "your data: 60 samples"
+
+
+# Presets
+
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
+# Its epoch has fewer steps than the paper's 500.
+CURRICULUM = {"deepseek_v2_236b_hbp": 100}
+MAX_MEMORY_SHARE = 0.9
+"""The estimate does not include fragmentation."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # all synthetic samples: the curriculum depends on the length of the epoch
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / f"{name}.toml"
+    header = re.search(r"^# Hardware: (\d+) x (\S+) ", path.read_text(), re.MULTILINE)
+    assert header, "the header names no hardware"
+    found = _dry_run(["--job.config_file", str(path)], int(header[1]), header[2])
+    for memory in found.levels:
+        assert found.peak_bytes(memory.configured) <= MAX_MEMORY_SHARE * found.hardware.memory_bytes, memory.level
+    found.check_memory()
+    assert found.warnings == []
+    assert found.plan.num_steps == found.total_steps > 100
+    text = describe(found)
+    assert f"dry run: {header[1]} x {header[2]}" in text
+    assert "SYNTHETIC data, because" in text
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "debug_model"])
+def test_preset_trains_as_in_the_paper(name: str) -> None:
+    config = load_config(["--job.config_file", str(CONFIGS / f"{name}.toml")])
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-5, 0.01)
+    assert config.packing.curriculum_steps == CURRICULUM.get(name, 500)
+    assert config.packing.method == name.rpartition("_")[2]
+    assert config.training.loss_normalization == "ave_token"

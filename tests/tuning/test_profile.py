@@ -1,4 +1,4 @@
-"""A profile of a tiny model on two ranks: what is measured, what memory decides, what is kept and read back."""
+"""A profile of a tiny model on two ranks: measurements, memory limits, its file, and the fitted time models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hbp_titan.components.oom import TRAINING, OutOfMemory, TorchFigures
 from hbp_titan.components.timing import LevelTimeModel
@@ -21,8 +23,17 @@ from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.profile import Packs, default_candidates, profile_levels
-from hbp_titan.tuning.profile_file import Measurement, Profile, load_profile, profile_key, save_profile
+from hbp_titan.tuning.profile_file import (
+    Measurement,
+    Profile,
+    fit_level_time,
+    load_profile,
+    nonnegative_least_squares,
+    profile_key,
+    save_profile,
+)
 from hbp_titan.tuning.search import Candidate
+from tests.properties import examples
 from tests.tiny_run import ARGS
 
 CPU_WORLD = World(0, 1, torch.device("cpu"))
@@ -33,7 +44,7 @@ SHORT, LONG = Level(128), Level(256, cp_degree=2)
 
 
 def _profile(world: World, candidates: list[Level], options: dict[str, Any], fails_at: int, path: str) -> None:
-    """Profile on this rank and leave the JSON of rank 0; iterations of length `fails_at` run out of memory."""
+    """Profile on this rank and write the JSON on rank 0; micro-batches of length `fails_at` run out of memory."""
     torch.set_num_threads(1)
     run = Engine.forward_backward
 
@@ -57,11 +68,11 @@ def _run(folder: Path, candidates: list[Level], fails_at: int = 0, **options: An
     return loaded
 
 
-def test_every_level_that_fits_gets_a_time_and_every_measurement_is_kept(tmp_path: Path) -> None:
+def test_every_level_that_fits_gets_a_time(tmp_path: Path) -> None:
     policies = ("none", "full", "keep_attention")
     forms = (SHORT, LONG, dataclasses.replace(LONG, cp_style="allgather"))
     profile = _run(tmp_path, [dataclasses.replace(form, ac_policy=policy) for form in forms for policy in policies])
-    # Memory suffices without recomputation, which is then the fastest: one candidate a form.
+    # Everything fits without recomputation, which is then the fastest: one candidate per form.
     assert [candidate.level for candidate in profile.candidates] == list(forms)
     timed = {row.level: row for row in profile.measurements if row.seconds}
     for candidate in profile.candidates:
@@ -79,7 +90,7 @@ def test_every_level_that_fits_gets_a_time_and_every_measurement_is_kept(tmp_pat
     assert [row.level for row in profile.measurements if not row.seconds] == list(forms)
 
 
-def test_out_of_memory_is_a_result_and_leaves_the_others_intact(tmp_path: Path) -> None:
+def test_out_of_memory_does_not_affect_other_levels(tmp_path: Path) -> None:
     forms = [Level(64), SHORT, LONG]
     profile = _run(tmp_path, forms, fails_at=128)
     times = {candidate.level: candidate.time for candidate in profile.candidates}
@@ -89,7 +100,7 @@ def test_out_of_memory_is_a_result_and_leaves_the_others_intact(tmp_path: Path) 
     assert [row.level for row in profile.measurements if row.out_of_memory] == [SHORT]
 
 
-def test_too_little_memory_for_no_recomputation_checkpoints_as_few_layers_as_fit(tmp_path: Path) -> None:
+def test_fewest_layers_are_checkpointed_if_memory_is_short(tmp_path: Path) -> None:
     def estimate(policy: str, layers: int) -> int:
         level = dataclasses.replace(SHORT, ac_policy=policy, ac_layers=layers)
         tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP.vocab_size).max_loss_tokens
@@ -113,7 +124,7 @@ def test_too_little_memory_for_no_recomputation_checkpoints_as_few_layers_as_fit
     assert len(measured) >= 2
 
 
-def test_what_cannot_fit_is_not_run(tmp_path: Path) -> None:
+def test_level_far_above_the_limit_is_not_run(tmp_path: Path) -> None:
     # Every iteration of the long level would fail; the estimate settles it before.
     candidates = [SHORT, dataclasses.replace(SHORT, max_tokens=1 << 20, ac_policy="full")]
     short = estimate_memory(DEEP, SHORT, JobConfig(), 2, device_type="cpu").peak_bytes
@@ -124,7 +135,7 @@ def test_what_cannot_fit_is_not_run(tmp_path: Path) -> None:
     assert all(row.estimated for row in profile.measurements if row.level.max_tokens == 1 << 20)
 
 
-def test_where_nothing_fits_that_is_the_result(tmp_path: Path) -> None:
+def test_profile_in_which_nothing_fits(tmp_path: Path) -> None:
     profile = _run(tmp_path, [SHORT], memory_limit=1000)
     assert [candidate.fits for candidate in profile.candidates] == [False]
     assert profile.resident_bytes > 1000
@@ -148,40 +159,40 @@ def _key(**changes: Any) -> dict[str, Any]:
     return profile_key(config, args, CPU_WORLD, LENGTHS, LOSS_TOKENS, margin=0.05, candidates=[SHORT])
 
 
-def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+def test_file_round_trip(tmp_path: Path) -> None:
     profile = _made_up(_key())
     save_profile(profile, tmp_path / "new" / "profile.json")
     assert load_profile(tmp_path / "new" / "profile.json", _key()) == profile
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["profile.json"]
 
 
-def test_a_profile_of_something_else_is_none_and_says_what_differs(tmp_path: Path) -> None:
-    path, said = tmp_path / "profile.json", list[str]()
-    assert load_profile(path, _key(), said.append) is None
+def test_file_with_another_key_is_ignored(tmp_path: Path) -> None:
+    path, printed = tmp_path / "profile.json", list[str]()
+    assert load_profile(path, _key(), printed.append) is None
     save_profile(_made_up(_key()), path)
-    assert load_profile(path, _key(num_layers=3), said.append) is None
-    assert load_profile(path, _key(chunk=2048, num_layers=3), said.append) is None
-    assert load_profile(path, {**_key(), "lengths": "others"}, said.append) is None
-    assert [line.split("different ", 1)[1] for line in said] == [
+    assert load_profile(path, _key(num_layers=3), printed.append) is None
+    assert load_profile(path, _key(chunk=2048, num_layers=3), printed.append) is None
+    assert load_profile(path, {**_key(), "lengths": "others"}, printed.append) is None
+    assert [line.split("different ", 1)[1] for line in printed] == [
         "model; measuring again",
         "model, loss_chunk_tokens; measuring again",
         "lengths; measuring again",
     ]
 
 
-def test_the_order_of_samples_is_no_other_distribution() -> None:
+def test_key_does_not_depend_on_the_order_of_samples() -> None:
     keys = [profile_key(JobConfig(), ARGS, CPU_WORLD, np.array(x), np.array(x))["lengths"] for x in ([3, 9], [9, 3])]
     assert keys[0] == keys[1]
     assert keys[0] != profile_key(JobConfig(), ARGS, CPU_WORLD, np.array([3, 8]), np.array([3, 8]))["lengths"]
 
 
-def test_a_file_that_is_no_profile_is_refused(tmp_path: Path) -> None:
+def test_invalid_file(tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text('{"levels": ')
     with pytest.raises(ValueError, match="not a profile"):
         load_profile(tmp_path / "profile.json", _key())
 
 
-def test_timed_packs_are_the_users_from_light_to_heavy() -> None:
+def test_timed_packs_range_from_light_to_heavy() -> None:
     packs = Packs.draw(128, LENGTHS, LOSS_TOKENS, 4, ARGS.vocab_size)
     squares = packs.loads[:, 2]
     assert (np.diff(squares) >= 0).all()
@@ -194,7 +205,7 @@ def test_timed_packs_are_the_users_from_light_to_heavy() -> None:
         assert (documents**2).sum() == squares[number]
 
 
-def test_default_candidates_span_the_lengths_and_what_heads_and_ranks_allow() -> None:
+def test_default_candidates() -> None:
     forms = [(level.max_tokens, level.cp_degree, level.cp_style) for level in default_candidates(8000, 2, DEBUG)]
     assert forms[::3] == [
         (tokens, cp, style)
@@ -209,3 +220,54 @@ def test_default_candidates_span_the_lengths_and_what_heads_and_ranks_allow() ->
     assert {level.cp_degree for level in default_candidates(4096, 6, qwen)} == {1, 2}
     # None below the median.
     assert {level.max_tokens for level in default_candidates(8192, 2, DEBUG, median=3000)} == {4096, 8192}
+
+
+@examples(200)
+@given(st.integers(0, 10**6), st.integers(4, 9))
+def test_fit_is_the_constrained_optimum(seed: int, rows: int) -> None:
+    # Karush-Kuhn-Tucker: the problem is convex, so they are sufficient.
+    generator = np.random.default_rng(seed)
+    columns, values = generator.normal(size=(rows, 4)), generator.normal(size=rows)
+    x = nonnegative_least_squares(columns, values)
+    gradient = columns.T @ (columns @ x - values)
+    assert (x >= 0).all()
+    assert (gradient >= -1e-9).all()
+    np.testing.assert_allclose(gradient[x > 0], 0, atol=1e-9)
+
+
+def test_fit_drops_columns_that_only_hurt() -> None:
+    assert nonnegative_least_squares(np.array([[1.0], [1.0]]), np.array([-1.0, -2.0])).tolist() == [0.0]
+
+
+def test_fit_recovers_the_coefficients() -> None:
+    # 1, trained tokens, squared tokens, documents
+    loads = np.array(
+        [[1, 100, 5000, 7], [1, 900, 90000, 3], [1, 400, 640000, 1], [1, 800, 20000, 60], [1, 50, 9000, 2]]
+    )
+    truth = LevelTimeModel(base=0.2, per_loss_token=1e-4, per_square=2e-7, per_document=3e-3)
+    found, error = fit_level_time(loads, truth.seconds(loads))
+    np.testing.assert_allclose(
+        [found.base, found.per_loss_token, found.per_square, found.per_document], [0.2, 1e-4, 2e-7, 3e-3], rtol=1e-6
+    )
+    assert error < 1e-9
+
+
+def test_fit_of_equal_packs_is_the_base() -> None:
+    found, error = fit_level_time(np.tile([1.0, 500, 10000, 4], (4, 1)), np.array([0.9, 1.1, 0.9, 1.1]))
+    assert found == LevelTimeModel(base=pytest.approx(1.0))
+    assert error == pytest.approx(0.1)
+
+
+def test_fit_of_collinear_columns_is_not_wild() -> None:
+    # Trained tokens and documents rise together.
+    loads = np.array([[1, 10 * k, 100, k] for k in (1.0, 2, 3, 4, 5)])
+    found, _ = fit_level_time(loads, np.array([1.1, 1.2, 1.3, 1.4, 1.5]))
+    assert found.base == pytest.approx(1.0)
+    assert found.seconds(loads) == pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5])
+    assert min(found.per_loss_token, found.per_document) == 0.0
+
+
+def test_fit_never_decreases_with_content() -> None:
+    loads = np.array([[1, 10, 100, 1], [1, 20, 100, 1], [1, 30, 100, 1.0]])
+    found, _ = fit_level_time(loads, np.array([3.0, 2.0, 1.0]))
+    assert found == LevelTimeModel(base=pytest.approx(2.0))

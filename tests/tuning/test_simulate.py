@@ -1,27 +1,36 @@
-"""The replay of a plan, by hand and by the account that it keeps; the order of the paper's methods."""
+"""The replay of a plan by hand and by its accounting, and scripts/simulate.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from hbp_titan.components.timing import predict_epoch
+from hbp_titan.errors import format_error
 from hbp_titan.experiments.paper.scale import without_balance
 from hbp_titan.packing import Level, build_plan, measure
 from hbp_titan.tuning.hardware import get_hardware
 from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
 from hbp_titan.tuning.time_model import TimeModel, get_dims
+from tests.programs import run_python
 from tests.tuning.toy import MACHINE, TOY
 
 LEVELS = [Level(16384, 1, ac_policy="full", ac_layers=28), Level(131072, 8, ac_policy="full", ac_layers=28)]
 H100 = TimeModel(get_dims("llama3_1_8b"), get_hardware("h100-80gb"), 32)
 
 
-def test_a_plan_of_two_iterations_by_hand() -> None:
+def test_plan_of_two_micro_batches_by_hand() -> None:
     headless = dataclasses.replace(TOY, head_params=0, embedding_params=0)
     model = TimeModel(headless, MACHINE, 2)
-    # Sorted by cost: documents of 4 and 4 tokens side by side, then one of 4 beside 2 + 2.
+    # Sorted by cost: documents of 4 and 4 tokens in parallel, then one of 4 and 2 + 2.
     plan = build_plan([4, 2, 4, 2, 4], [Level(4)], world_size=2, method="hbp")
     result = replay(plan, model)
     # An iteration: matrix products 6 x 100 x 4 / 1000 = 2.4; attention 96 x 16 / 1000, of 2 + 2 half of it; FSDP 1 s
@@ -37,7 +46,7 @@ def test_a_plan_of_two_iterations_by_hand() -> None:
     assert result.tokens == 16
 
 
-def test_the_account_is_whole_and_equals_the_prediction_from_level_times() -> None:
+def test_parts_add_up_to_the_prediction_from_level_times() -> None:
     plan = build_plan(tulu3_longcite_like(30_000), LEVELS, 32, "hbp_paper", global_batch_tokens=2_000_000)
     result = replay(plan, H100)
     epoch = predict_epoch(plan, [H100.level_time(level) for level in LEVELS], H100.step_seconds())
@@ -53,7 +62,7 @@ def test_the_account_is_whole_and_equals_the_prediction_from_level_times() -> No
     assert sum(result.share(part) for part in (*result.parts, "idle", "steps")) == pytest.approx(1)
 
 
-def test_without_packing_a_lone_sample_takes_its_own_tokens() -> None:
+def test_without_packing_a_sample_takes_the_time_of_its_tokens() -> None:
     headless = dataclasses.replace(TOY, head_params=0, embedding_params=0)
     plan = build_plan([3, 4], [Level(64, 2)], world_size=2, method="nopack")
     parts = replay(plan, TimeModel(headless, MACHINE, 2)).parts
@@ -63,7 +72,7 @@ def test_without_packing_a_lone_sample_takes_its_own_tokens() -> None:
     assert padded["linear"] == pytest.approx(2 * 6 * 100 * 32 / 1000)
 
 
-def test_the_methods_come_out_in_the_papers_order() -> None:
+def test_methods_are_in_the_order_of_the_paper() -> None:
     lengths = tulu3_longcite_like(100_000)
     days = {
         name: replay(build_plan(lengths, LEVELS, 32, name), H100).gpu_days
@@ -75,8 +84,78 @@ def test_the_methods_come_out_in_the_papers_order() -> None:
     assert 1.3 < days["isf"] / days["hbp_paper"] < 1.6
 
 
-def test_the_table_has_a_line_for_each_method_and_level() -> None:
+def test_table_has_one_line_per_method_and_level() -> None:
     lengths = tulu3_longcite_like(5000)
     table = replay_table({name: replay(build_plan(lengths, LEVELS, 32, name), H100) for name in ("isf", "hbp")})
     assert [line.split()[0] for line in table.splitlines()] == ["method", "isf", "hbp", "level", "level"]
     assert all(len(line) <= 112 for line in table.splitlines())
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
+
+
+@functools.cache
+def script() -> ModuleType:
+    """Return the script as a module: a process per test would mostly import torch."""
+    spec = importlib.util.spec_from_file_location("simulate_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_estimate_prints_memory_and_time_per_level(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8"
+    script().main(words.split())
+    printed = capsys.readouterr().out
+    assert "estimated, not measured" in printed
+    for level in ("16384:1", "131072:8"):
+        assert re.search(rf"^{level} +full, \d+ of 32 +\d+\.\d +yes ", printed, re.MULTILINE)
+
+
+def test_replay_of_methods_on_given_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "l.npy", tulu3_longcite_like(3000))
+    script().main(["--lengths", str(tmp_path / "l.npy"), "--methods", "isf,flexsp,hbp", "--ac_layers", "28"])
+    printed = capsys.readouterr().out
+    rows = [line.split()[0] for line in printed[printed.index("method") :].splitlines() if not line.startswith(" ")]
+    assert rows == ["method", "isf", "flexsp", "hbp"]
+    assert "3,000 samples" in printed
+    assert "simulated" in printed
+
+
+def test_calibration_prints_every_row_and_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"level": 0, "seconds": 1 + n / 10, "loads": [[1, n, n * n, 1]]} for n in range(1, 11)]
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"levels": [{"max_tokens": 64}], "iterations": rows}))
+    np.save(tmp_path / "l.npy", np.arange(1, 60))
+    script().main(["--calibrate", str(path), "--lengths", str(tmp_path / "l.npy"), "--world_size", "2"])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^\d+ +64 ", printed, re.MULTILINE)) == 10
+    assert printed.count("held out\n") == 5
+    assert "good enough to plan with" in printed
+    assert re.search(r"^hbp +[\d.]+ s an epoch, idle", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--estimate h100", "did you mean h100-80gb?"),
+        ("--methods hbq --num_samples 100", "did you mean hbp?"),
+        ("--calibrate missing.json", "missing.json"),
+        ("--estimate h100-80gb --world_size 1 --levels 131072:1", "level"),
+        ("--world_size 12", "cp_degree=8"),
+        ("--levels 16384:1,131072:64 --world_size 64", "attention heads"),
+    ],
+)
+def test_script_reports_mistakes(words: str, message: str) -> None:
+    with pytest.raises((ValueError, OSError)) as raised:
+        script().main(words.split())
+    assert message in format_error(raised.value)
+
+
+def test_script_ends_with_one_error_line() -> None:
+    result = run_python(SCRIPT, "--estimate", "h100")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: hardware 'h100'")
+    assert len(result.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""The choice of levels against the paper's figures, brute force and worlds made so that the answer is known."""
+"""The selection of levels against the paper's figures, brute force, and worlds with a known answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _table_19() -> list[Candidate]:
     return candidates
 
 
-def test_the_paper_s_figures_give_the_paper_s_levels() -> None:
+def test_paper_figures_give_the_paper_levels() -> None:
     workload = _workload(tulu3_longcite_like(3000), 32)
     selection = select_paper(_table_19(), workload)
     assert _shape(selection.levels) == [(16 * K, 1), (128 * K, 8)]
@@ -59,26 +59,27 @@ def _paper_world(best: tuple[int, int], largest: tuple[int, int], alone: Sequenc
     return [candidate(*best, 1.0), candidate(*largest, 1.5), *(candidate(length, 1, 2.0) for length in alone)]
 
 
-def test_stage_two_divides_both_lengths_by_their_sp() -> None:
-    # The paper's example: 32K at SP 2 gives 16K at SP 1; 128K / 2 lies above 32K and stays.
-    candidates = _paper_world((32 * K, 2), (128 * K, 2), [16 * K, 64 * K])
+@pytest.mark.parametrize(
+    ("best", "largest", "alone", "selected"),
+    [
+        # The paper's example: 32K at SP 2 gives 16K at SP 1; 128K / 2 is above 32K and stays.
+        ((32, 2), (128, 2), (16, 64), [(16, 1), (32, 2), (64, 1), (128, 2)]),
+        # 128K / 8 is below the best length and is dropped.
+        ((32, 2), (128, 8), (8, 16), [(16, 1), (32, 2), (128, 8)]),
+        # The best length holds every sample.
+        ((128, 8), (128, 8), (8, 16), [(16, 1), (128, 8)]),
+    ],
+)
+def test_stage_two_adds_lengths_at_cp_degree_1(
+    best: tuple[int, int], largest: tuple[int, int], alone: tuple[int, ...], selected: list[tuple[int, int]]
+) -> None:
+    shapes = [(length * K, cp) for length, cp in (best, largest)]
+    candidates = _paper_world(*shapes, [length * K for length in alone])
     selection = select_paper(candidates, _workload([100, 100 * K], 8))
-    assert _shape(selection.levels) == [(16 * K, 1), (32 * K, 2), (64 * K, 1), (128 * K, 2)]
+    assert _shape(selection.levels) == [(length * K, cp) for length, cp in selected]
 
 
-def test_stage_two_merges_what_lies_below_the_best_length() -> None:
-    candidates = _paper_world((32 * K, 2), (128 * K, 8), [8 * K, 16 * K])
-    selection = select_paper(candidates, _workload([100, 100 * K], 8))
-    assert _shape(selection.levels) == [(16 * K, 1), (32 * K, 2), (128 * K, 8)]
-
-
-def test_stage_two_divides_a_best_length_that_holds_every_sample() -> None:
-    candidates = _paper_world((128 * K, 8), (128 * K, 8), [8 * K, 16 * K])
-    selection = select_paper(candidates, _workload([100, 100 * K], 8))
-    assert _shape(selection.levels) == [(16 * K, 1), (128 * K, 8)]
-
-
-def test_a_length_of_stage_two_that_was_not_measured_gives_way_to_a_shorter_one() -> None:
+def test_unmeasured_length_of_stage_two_is_replaced_by_a_shorter_one() -> None:
     workload = _workload([100, 100 * K], 8)
     with_shorter = select_paper(_paper_world((32 * K, 2), (128 * K, 8), [8 * K]), workload)
     assert _shape(with_shorter.levels) == [(8 * K, 1), (32 * K, 2), (128 * K, 8)]
@@ -88,7 +89,7 @@ def test_a_length_of_stage_two_that_was_not_measured_gives_way_to_a_shorter_one(
     assert "no shorter level" in without.notes[0]
 
 
-def test_the_paper_s_stages_do_not_look_above_the_longest_sample() -> None:
+def test_paper_stages_ignore_lengths_above_the_longest_sample() -> None:
     candidates = _paper_world((128 * K, 1), (16 * K, 1), [])
     assert _shape(select_paper(candidates, _workload([100, 9 * K], 8)).levels) == [(16 * K, 1)]
 
@@ -129,14 +130,14 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Candidate], Workload]:
 
 @examples(10)
 @given(_worlds())
-def test_the_search_finds_what_brute_force_finds(world: tuple[list[Candidate], Workload]) -> None:
+def test_search_equals_brute_force(world: tuple[list[Candidate], Workload]) -> None:
     candidates, workload = world
     selection = select_search(candidates, workload)
     fitting = [c.level for c in candidates if c.fits]
     assert all(level in fitting for level in selection.levels)
     assert selection.levels[-1].max_tokens >= workload.lengths.max()
     assert selection.predicted.seconds <= _brute_force(candidates, workload) * (1 + MIN_GAIN + 0.005)
-    # What it says of its choice is what the planner and the time model say.
+    # Its prediction is that of the planner and the time model.
     again = predict_epoch(workload.plan(selection.levels), selection.times, workload.step_seconds)
     assert again.seconds == selection.predicted.seconds
 
@@ -158,7 +159,7 @@ def _linear_world(communication: float, lengths: Sequence[int] = (4 * K, 16 * K,
 MIXED = [500] * 4000 + [3000] * 400 + [60_000] * 16
 
 
-def test_where_communication_is_dear_short_data_stays_on_one_rank() -> None:
+def test_expensive_communication_keeps_short_data_on_one_rank() -> None:
     selection = select_search(_linear_world(0.5), _workload(MIXED, 8))
     assert _shape(selection.levels)[-1] == (64 * K, 4)
     assert all(level.cp_degree == 1 for level in selection.levels[:-1])
@@ -167,19 +168,19 @@ def test_where_communication_is_dear_short_data_stays_on_one_rank() -> None:
     assert selection.predicted.seconds < 0.77 * one_level
 
 
-def test_where_nothing_is_to_be_gained_one_level_is_chosen() -> None:
+def test_one_level_is_selected_without_a_gain() -> None:
     # Communication is free, and a short pack costs as much as a long one.
     candidates = [Candidate(Level(length, 4), LevelTimeModel(1.0)) for length in (4 * K, 16 * K, 64 * K)]
     assert _shape(select_search(candidates, _workload(MIXED, 8)).levels) == [(64 * K, 4)]
 
 
-def test_a_length_above_the_longest_sample_may_hold_all() -> None:
+def test_one_length_above_the_longest_sample_can_win() -> None:
     # Packs of 64K are twice as fast for each token as those of 4K, which the longest sample would fit.
     candidates = [Candidate(Level(4 * K), LevelTimeModel(2.0)), Candidate(Level(64 * K), LevelTimeModel(16.0))]
     assert _shape(select_search(candidates, _workload([500] * 9000, 8)).levels) == [(64 * K, 1)]
 
 
-def test_held_out_data_may_need_a_longer_level() -> None:
+def test_held_out_data_can_require_a_longer_level() -> None:
     candidates = [Candidate(Level(4 * K), LevelTimeModel(1.0)), Candidate(Level(64 * K, 8), LevelTimeModel(90.0))]
     workload = _workload([500] * 900, 8, longest=5 * K)
     assert _shape(select_search(candidates, workload).levels) == [(4 * K, 1), (64 * K, 8)]
@@ -187,7 +188,7 @@ def test_held_out_data_may_need_a_longer_level() -> None:
 
 
 @pytest.mark.parametrize("select", [select_search, select_paper, baselines])
-def test_nothing_that_holds_the_longest_sample_is_an_error(select) -> None:
+def test_no_candidate_for_the_longest_sample(select) -> None:
     short, long = Candidate(Level(4 * K), LevelTimeModel(1.0)), Candidate(Level(64 * K), None)
     with pytest.raises(ValueError, match="max_tokens >= 65536"):
         select([short, long], _workload(MIXED, 8))
@@ -195,7 +196,7 @@ def test_nothing_that_holds_the_longest_sample_is_an_error(select) -> None:
         select([short], _workload(MIXED, 8))
 
 
-def test_a_share_stands_for_many_samples() -> None:
+def test_large_data_is_represented_by_a_sample() -> None:
     lengths = tulu3_longcite_like(120_000, seed=3)
     workload = Workload(lengths, lengths // 2, 8, CostModel())
     share = workload.sampled(5000)
@@ -213,19 +214,19 @@ def test_a_share_stands_for_many_samples() -> None:
     assert sum(selection.predicted.slowest) > 0.9 * lengths.sum() / 8 * 1e-6
 
 
-def test_rivals_are_flat_packing_at_its_best_setting() -> None:
+def test_baselines_are_flat_packing_at_its_best_level() -> None:
     candidates, workload = _linear_world(0.5), _workload(MIXED, 8)
     found = baselines(candidates, workload)
-    for method, rival in found.items():
+    for method, baseline in found.items():
         least = min(
             predict_epoch(workload.plan([c.level], method), [c.time]).seconds
             for c in candidates
             if c.level.max_tokens == 64 * K and c.time
         )
-        assert rival.predicted.seconds == least
-        assert len(rival.levels) == 1
+        assert baseline.predicted.seconds == least
+        assert len(baseline.levels) == 1
     search = select_search(candidates, workload)
-    assert all(search.predicted.seconds < 0.8 * rival.predicted.seconds for rival in found.values())
+    assert all(search.predicted.seconds < 0.8 * baseline.predicted.seconds for baseline in found.values())
     text = describe({"search": search}, found)
     gain = found["isf"].predicted.seconds / search.predicted.seconds
     assert f"{gain:>14.2f}" in text.splitlines()[1]

@@ -1,4 +1,4 @@
-"""The estimate against what iterations really take, and the paper's count of layers to checkpoint."""
+"""The memory estimate against what micro-batches really take, and the layers to checkpoint."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def _levels(lengths: Sequence[int], forms: Sequence[tuple[int, str]]) -> list[Le
     return [Level(t, cp, style, *policy) for t in lengths for cp, style in forms for policy in POLICIES]
 
 
-def _config(spread: int) -> JobConfig:
-    return JobConfig(parallelism=Parallelism(expert_parallel_degree=spread))
+def _config(expert_parallel: int) -> JobConfig:
+    return JobConfig(parallelism=Parallelism(expert_parallel_degree=expert_parallel))
 
 
-def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], spread: int) -> list[list[int]]:
+def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], expert_parallel: int) -> list[list[int]]:
     torch.set_num_threads(1)
-    engine = MeasuredEngine(_config(spread), args, world, levels, accumulate=True)
+    engine = MeasuredEngine(_config(expert_parallel), args, world, levels, accumulate=True)
     packs = {level.max_tokens: _one_document(level.max_tokens, args) for level in levels}
     readings = 1 if world.size == 1 else READINGS
     peaks = []
@@ -75,22 +75,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("args", "world_size", "spread", "lengths", "forms"), CASES)
-def test_the_estimate_is_what_an_iteration_takes(
-    args: ModelArgs, world_size: int, spread: int, lengths: tuple[int, ...], forms: list[tuple[int, str]]
+@pytest.mark.parametrize(("args", "world_size", "expert_parallel", "lengths", "forms"), CASES)
+def test_estimate_equals_the_measured_peak(
+    args: ModelArgs, world_size: int, expert_parallel: int, lengths: tuple[int, ...], forms: list[tuple[int, str]]
 ) -> None:
     levels = _levels(lengths, forms)
-    results = run_distributed(_measured_and_resident, world_size, args, levels, spread)
+    results = run_distributed(_measured_and_resident, world_size, args, levels, expert_parallel)
     measured = dict(zip(levels, results[0][0], strict=True))
     estimates = {
-        level: estimate_memory(args, level, _config(spread), world_size, device_type="cpu") for level in levels
+        level: estimate_memory(args, level, _config(expert_parallel), world_size, device_type="cpu") for level in levels
     }
     for level, peak in measured.items():
         assert estimates[level].peak_bytes == pytest.approx(peak, rel=_tolerance(world_size)), level
     for rank in results:
         # Odd parameters are padded to the world size.
         assert estimates[levels[0]].resident_bytes == pytest.approx(rank[1][0], rel=1e-3)
-    # What a layer saves: the difference between two depths. With several ranks it drowns in the collectives' buffers.
+    # What a layer saves: the difference between two depths. With several ranks it is lost in the collectives' buffers.
     for level in levels:
         if level.ac_layers == 2 and world_size == 1:
             every = dataclasses.replace(level, ac_layers=None)
@@ -98,7 +98,7 @@ def test_the_estimate_is_what_an_iteration_takes(
             assert saved == pytest.approx(measured[level] - measured[every], rel=0.15), level
 
 
-def test_the_dry_run_counts_what_a_gpu_keeps_of_a_layer() -> None:
+def test_saved_bytes_of_a_gpu_layer_by_hand() -> None:
     # Llama-3.1-8B in bfloat16, bytes per token, by hand. H = 4096 hidden, F = 14336, 32 query and 8 kv heads of 128.
     args, tokens = get_flavor("llama3_1_8b"), 4096
     kept = block_memory(args, Level(tokens), torch.bfloat16, "cuda").saved / tokens
@@ -107,13 +107,13 @@ def test_the_dry_run_counts_what_a_gpu_keeps_of_a_layer() -> None:
     # gate, up, silu(gate), their product; each norm keeps a float32.
     by_hand = hidden + (hidden + 2 * kv) + (hidden + 4 * 32) + hidden + hidden + 4 * ffn + 2 * 4
     assert kept == pytest.approx(by_hand, abs=1)
-    # Full: nothing beside the input. keep_attention: q, k, v, output, logsumexp.
+    # Full: nothing but the input. keep_attention: q, k, v, output, logsumexp.
     assert block_memory(args, Level(tokens, ac_policy="full"), torch.bfloat16, "cuda").saved == 0
     attention = block_memory(args, Level(tokens, ac_policy="keep_attention"), torch.bfloat16, "cuda").saved / tokens
     assert attention == pytest.approx(2 * hidden + 2 * kv + 4 * 32, abs=1)
 
 
-def test_each_style_keeps_what_its_exchanges_leave() -> None:
+def test_saved_bytes_of_each_cp_style_by_hand() -> None:
     # The debug model: 4 query and 2 kv heads of 32 in float32; 4 ranks with 1024 of 4096 tokens each. For each style
     # queries, keys with values, the attention's output, the same back in the shard, and the logsumexp.
     head = 1024 * 32 * 4
@@ -131,13 +131,13 @@ def test_each_style_keeps_what_its_exchanges_leave() -> None:
         assert block_memory(DEBUG, level, torch.float32, "cpu").saved == kept, style
 
 
-def test_many_chunks_of_the_loss_are_counted_without_running_them() -> None:
+def test_many_loss_chunks_are_extrapolated_exactly() -> None:
     few, many = (head_memory(DEBUG, 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000))
     whole = [_head_memory(_shape(DEBUG), 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000)]
     assert [few, many] == whole
 
 
-def test_resident_memory_is_sharded_over_the_ranks_of_a_copy() -> None:
+def test_state_is_sharded_over_the_ranks_of_a_copy() -> None:
     args, config = get_flavor("llama3_1_8b"), JobConfig()
     level = Level(1024, ac_policy="full")
     # Parameter, gradient and two moments in float32.
@@ -159,7 +159,7 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     assert resident == (4 * num_params(args) + 16 * adapters) // 8
 
 
-def test_gathered_parameters_kept_from_forward_to_backward_count() -> None:
+def test_parameters_kept_after_forward_count() -> None:
     args, config = dataclasses.replace(WIDE, num_layers=8), JobConfig()
     level = Level(512, ac_policy="full")
     freed = estimate_memory(args, level, config, 2, device_type="cpu").peak_bytes
@@ -179,10 +179,10 @@ def test_gathered_parameters_kept_from_forward_to_backward_count() -> None:
         (40, 40, 50, 0),  # checkpointing saves nothing
     ],
 )
-def test_as_few_layers_as_memory_allows(peak_all: int, peak_fewer: int, limit: int, layers: int | None) -> None:
+def test_fewest_layers(peak_all: int, peak_fewer: int, limit: int, layers: int | None) -> None:
     assert fewest_layers(peak_all, peak_fewer, 32, 20, limit) == layers
 
 
-def test_depths_in_the_wrong_order_are_refused() -> None:
+def test_depths_in_the_wrong_order() -> None:
     with pytest.raises(ValueError, match="depths 20 and 32"):
         fewest_layers(40, 64, 20, 32, 80)

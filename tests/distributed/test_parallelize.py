@@ -1,4 +1,4 @@
-"""Compiled blocks train as eager ones do, with one graph a level whatever the documents."""
+"""Compiled blocks train like eager ones, with one graph per level for any documents."""
 
 from __future__ import annotations
 

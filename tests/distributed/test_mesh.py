@@ -1,4 +1,4 @@
-"""Process groups: how many a run makes, what they share, what the control group agrees on."""
+"""Process groups: how many a run makes and shares; the control group."""
 
 from __future__ import annotations
 

@@ -1,16 +1,19 @@
-"""The parts of an iteration's time, by hand on a toy machine, and their sum as a LevelTimeModel."""
+"""The parts of a micro-batch's time by hand on a toy machine, and candidates estimated from a configuration."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor, training_flops
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import get_hardware
-from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, get_dims
+from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, estimate_candidates, get_dims, time_model
 from tests.tuning.toy import MACHINE, TOY
 
 
@@ -30,7 +33,7 @@ def test_computation_by_hand() -> None:
     assert parts["sp"][0] == parts["experts"][0] == parts["fsdp"][0] == parts["fixed"][0] == 0
 
 
-def test_attention_takes_the_time_of_whole_tiles() -> None:
+def test_attention_is_charged_by_whole_tiles() -> None:
     machine = dataclasses.replace(MACHINE, attention_block=4)
     plain, tiled = (TimeModel(TOY, m, 1).parts(Level(16), pack(0, 100))["attention"][0] for m in (MACHINE, machine))
     # One document: 100 squares and 2 x 4 x 16 tokens and 3/4 of a tile of 16.
@@ -42,7 +45,7 @@ def test_attention_takes_the_time_of_whole_tiles() -> None:
     assert form.mean() == pytest.approx(launched.mean(), rel=0.02)
 
 
-def test_recomputing_all_but_attention_in_one_layer() -> None:
+def test_recomputation_of_all_but_attention_in_one_layer() -> None:
     parts = TimeModel(TOY, MACHINE, 1).parts(Level(16, 1, ac_policy="keep_attention", ac_layers=1), pack(0, 100))
     assert parts["recompute"][0] == pytest.approx(1.28)
 
@@ -64,7 +67,7 @@ def test_bytes_of_an_all_to_all() -> None:
         (4, "hybrid", 48 * 1 / 2 / 100, 16 * 1 / 10),  # heads inside the node, k and v of the other node
     ],
 )
-def test_exchange_by_style_and_place(cp: int, style: str, scattered: float, gathered: float) -> None:
+def test_exchange_by_style_and_node(cp: int, style: str, scattered: float, gathered: float) -> None:
     level = Level(16, cp, style)
     model = TimeModel(TOY, MACHINE, 4, overlaps=False)
     # Forward and backward in two layers; gathered gradients return in fp32, twice as many bytes.
@@ -78,7 +81,7 @@ def test_exchange_by_style_and_place(cp: int, style: str, scattered: float, gath
     assert model.exchange_seconds_per_token(kept) == pytest.approx(seconds)
 
 
-def test_keys_and_values_travel_while_queries_are_projected() -> None:
+def test_exchange_overlaps_with_the_projection_of_queries() -> None:
     level, fast = Level(16, 2), dataclasses.replace(MACHINE, linear_efficiency=2.0)
     # k and v: 16 bytes, half to the other GPU at 100 byte/s, 0.08 s. The projection: 2 x 8 x 8 FLOPs at 2000 FLOP/s,
     # 0.064 s forward and twice that backward: 0.016 s of the exchange shows in each of two layers' forward.
@@ -87,7 +90,7 @@ def test_keys_and_values_travel_while_queries_are_projected() -> None:
     assert hidden == pytest.approx(shows - 2 * (0.064 + 0.08))
 
 
-def test_fsdp_traffic_and_what_computation_hides() -> None:
+def test_fsdp_traffic_and_the_part_hidden_by_computation() -> None:
     # 200 parameters; each rank lacks half: gathered as 2 bytes at 100 byte/s, reduced as 4; backward gathers the 100 of
     # the layers again.
     level, kept = Level(16), Sharding(reshard_after_forward=False)
@@ -112,7 +115,7 @@ def test_fsdp_traffic_and_what_computation_hides() -> None:
     assert model.parts(Level(8), pack(0, 0))["fsdp"][0] == pytest.approx(0.4 + 1.8)
 
 
-def test_launches_show_only_where_the_matrix_products_are_shorter() -> None:
+def test_launches_are_exposed_only_if_longer_than_the_matrix_products() -> None:
     machine = dataclasses.replace(MACHINE, launch_seconds=0.01)
     model = TimeModel(TOY, machine, 1, fixed_seconds=0.5)
     # 2 layers x 150 kernels x 0.01 s = 3 s; one token takes 0.6 s.
@@ -120,7 +123,7 @@ def test_launches_show_only_where_the_matrix_products_are_shorter() -> None:
     assert model.parts(Level(16), pack(0, 0))["fixed"][0] == 0.5
 
 
-def test_experts_are_gathered_by_their_group_and_tokens_sent_to_them() -> None:
+def test_gathers_and_exchange_of_experts() -> None:
     moe = dataclasses.replace(TOY, body_params=500, expert_params=400, experts_per_token=1)
     # 200 dense parameters over 4 ranks on two nodes as above; each rank gathers half of the experts, 200, from one
     # other rank, alone on its node: half of 200 x 2 bytes at 10 byte/s.
@@ -132,7 +135,7 @@ def test_experts_are_gathered_by_their_group_and_tokens_sent_to_them() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "full", "keep_attention"])
 @pytest.mark.parametrize(("cp", "style"), [(1, "ulysses"), (8, "ulysses"), (16, "hybrid")])
-def test_a_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) -> None:
+def test_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) -> None:
     model = TimeModel(get_dims("llama3_1_8b"), get_hardware("h100-80gb"), 32, fixed_seconds=0.01)
     level = Level(131072, cp, style, ac_policy=policy, ac_layers=20)
     rng = np.random.default_rng(0)
@@ -142,7 +145,7 @@ def test_a_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) 
     np.testing.assert_allclose(model.level_time(level).seconds(loads), sum(parts.values()), rtol=1e-12)
 
 
-def test_flops_are_those_of_the_metrics() -> None:
+def test_flops_equal_those_of_the_metrics() -> None:
     args = get_flavor("llama3_1_8b")
     machine = dataclasses.replace(get_hardware("h100-80gb"), linear_efficiency=1.0)
     machine = dataclasses.replace(machine, attention_efficiency=1.0, attention_block=0)
@@ -151,7 +154,7 @@ def test_flops_are_those_of_the_metrics() -> None:
     assert seconds * 989e12 == pytest.approx(training_flops(args, 1000, 300_000))
 
 
-def test_deepseek_v2_has_its_published_parameters() -> None:
+def test_published_parameter_counts() -> None:
     dims = get_dims("deepseek_v2_236b")
     assert round(dims.params / 1e9) == 236
     # 21B active: the layers' and the head's, with the embedding.
@@ -159,3 +162,67 @@ def test_deepseek_v2_has_its_published_parameters() -> None:
     assert get_dims("llama3_1_8b").params == 8_030_261_248
     with pytest.raises(ValueError, match="did you mean llama3_1_8b"):
         get_dims("llama3_1_8")
+
+
+ARGS = get_flavor("llama3_1_8b")
+H100 = get_hardware("h100-80gb")
+LIMIT = int(H100.memory_bytes * 0.95)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 GiB, and 4 GiB for each layer that is not checkpointed: 16 layers and 10 GiB fit into 75.1 GiB."""
+
+    def estimate_memory(args: Any, level: Level, config: JobConfig, world_size: int, **_: Any) -> SimpleNamespace:
+        layers = args.num_layers if level.ac_layers is None else level.ac_layers
+        kept = args.num_layers - (0 if level.ac_policy == "none" else layers)
+        return SimpleNamespace(peak_bytes=(10 + 4 * kept) * 2**30)
+
+    monkeypatch.setattr("hbp_titan.tuning.time_model.estimate_memory", estimate_memory)
+
+
+@pytest.mark.usefixtures("memory")
+def test_open_depth_becomes_the_fewest_layers_that_fit() -> None:
+    levels = [Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="keep_attention")]
+    for candidate, level in zip(estimate_candidates(ARGS, JobConfig(), H100, 32, levels), levels, strict=True):
+        assert candidate.fits
+        assert candidate.level == dataclasses.replace(level, ac_layers=16)
+        assert candidate.peak_bytes == 74 * 2**30
+        assert candidate.time == time_model(ARGS, JobConfig(), H100, 32).level_time(candidate.level)
+
+
+@pytest.mark.usefixtures("memory")
+def test_level_with_a_given_depth_is_unchanged() -> None:
+    levels = [
+        Level(16384),
+        Level(32768, 2, ac_policy="full", ac_layers=3),
+        Level(131072, 8, ac_policy="full", ac_layers=20),
+    ]
+    none, three, twenty = estimate_candidates(ARGS, JobConfig(), H100, 32, levels)
+    assert [c.level for c in (none, three, twenty)] == levels
+    assert (none.fits, three.fits, twenty.fits) == (False, False, True)
+    assert none.time is None
+    assert none.peak_bytes == 138 * 2**30
+
+
+@pytest.mark.usefixtures("memory")
+def test_level_that_fits_at_no_depth_checkpoints_all_layers() -> None:
+    tiny = dataclasses.replace(H100, memory_bytes=2**30)
+    (candidate,) = estimate_candidates(ARGS, JobConfig(), tiny, 32, [Level(16384, 1, ac_policy="full")])
+    assert not candidate.fits
+    assert candidate.level.ac_layers == 32
+    assert candidate.peak_bytes == 10 * 2**30
+
+
+def test_sharding_follows_the_configuration() -> None:
+    config = JobConfig()
+    config.parallelism.reshard_after_forward = False
+    config.training.mixed_precision_reduce = "bfloat16"
+    sharding = time_model(ARGS, config, H100, 32).sharding
+    assert (sharding.reshard_after_forward, sharding.param_bytes, sharding.reduce_bytes) == (False, 2, 2)
+
+
+def test_paper_levels_fit_32_h100_but_not_one() -> None:
+    levels = [Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="full")]
+    assert all(c.fits for c in estimate_candidates(ARGS, JobConfig(), H100, 32, levels))
+    assert not any(c.fits for c in estimate_candidates(ARGS, JobConfig(), H100, 1, levels[:1]))
