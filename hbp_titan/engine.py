@@ -38,9 +38,9 @@ from hbp_titan.distributed.parallelize import (
 )
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.models.attention import choose_backend
-from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import apply_lora
-from hbp_titan.models.registry import build_model
 from hbp_titan.packing.level import Level, level_name
 
 
@@ -100,7 +100,7 @@ def parallelized_on_meta(
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, reshard_after_forward)
     # On meta: FSDP shards the shapes first, then each rank allocates its own shard only.
     with torch.device("meta"):
-        model = build_model(args).to(stored_dtype(config, world.device))
+        model = Decoder(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
             lora = config.lora
             apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
@@ -162,7 +162,7 @@ class Engine:
         """Run the model at the batch's level with `loss` as its head; sum the token losses of each sample."""
         self.runtime.activate(batch.level)
         batch = batch.to(self.device)
-        self.model.balance.use(batch.document_ids, batch.document_shares)
+        self.model.balance.set_documents(batch.document_ids, batch.document_shares)
         index = batch.loss_index
 
         def head(hidden_TH: Tensor, weight_VH: Tensor) -> Any:

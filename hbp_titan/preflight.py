@@ -20,10 +20,11 @@ from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import log_rank
-from hbp_titan.models.decoder import ModelArgs
-from hbp_titan.models.hf import args_from_hf, token_ids_from_hf
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.hf_config import args_from_hf, token_ids_from_hf
 from hbp_titan.models.lora import lora_targets
-from hbp_titan.models.registry import build_model, get_flavor, linear_params
+from hbp_titan.models.registry import get_flavor, linear_params
 from hbp_titan.packing import CostModel
 
 
@@ -96,7 +97,7 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         )
     if config.lora.rank:
         with torch.device("meta"):
-            lora_targets(build_model(args), config.lora.target_modules)
+            lora_targets(Decoder(args), config.lora.target_modules)
     check_load_path(config.checkpoint.initial_load_path, args)
 
 

@@ -16,16 +16,17 @@ import torch
 
 from hbp_titan.components.checkpoint import save_model_tensors
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.models.hf import args_from_hf, load_hf_tensors, token_ids_from_hf
-from hbp_titan.models.registry import build_model
+from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.hf import HFTensors
+from hbp_titan.models.hf_config import args_from_hf, token_ids_from_hf
 
 
 def convert(hf_folder: Path, out: Path) -> int:
     """Write the weights of `hf_folder` into the checkpoint `out`; returns the number of tensors."""
     args = args_from_hf(hf_folder)
-    found = load_hf_tensors(hf_folder, args)
+    found = HFTensors(hf_folder, args)
     with torch.device("meta"):
-        names = build_model(args).state_dict().keys()
+        names = Decoder(args).state_dict().keys()
     # A tied output matrix has two names in a checkpoint and one in the folder.
     tensors = {name: found[name if name in found else "tok_embeddings.weight"].float() for name in names}
     state = {"model": dataclasses.asdict(args), "tokenizer_path": str(hf_folder)}

@@ -16,7 +16,7 @@ import torch
 from hbp_titan.components.checkpoint import completed_checkpoints, read_state
 from hbp_titan.components.weights import whole_tensors
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf import save_hf_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,7 +19,7 @@ from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.world import World, close_world, gather_values, init_world
 from hbp_titan.errors import WorkerGroup, exit_on_user_error
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args

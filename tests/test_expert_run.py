@@ -16,7 +16,8 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import args_to_hf_config, load_hf_tensors, save_hf_folder
+from hbp_titan.models.hf import HFTensors, save_hf_folder
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
@@ -86,7 +87,7 @@ def trained(folder: Path) -> Tensors:
 
 def test_weights_after_two_steps_are_those_of_one_process(folder: Path, trained: Tensors) -> None:
     run_distributed(_train, 1, _argv(folder, "alone", 1, "--levels=512:1"))
-    alone, sharded, start = (load_hf_tensors(folder / name) for name in ("alone/hf", "sharded/hf", "base"))
+    alone, sharded, start = (HFTensors(folder / name) for name in ("alone/hf", "sharded/hf", "base"))
     assert alone.keys() == sharded.keys() == {name for name in trained if "moment" not in name}
     for name, value in sharded.items():
         torch.testing.assert_close(value, alone[name], rtol=0, atol=2e-6)

@@ -23,7 +23,7 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import load_hf_tensors, to_hf_name
+from hbp_titan.models.hf import HFTensors, to_hf_name
 from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
 from hbp_titan.preflight import check, cost_model
 from hbp_titan.testing.local_ranks import run_distributed
@@ -104,7 +104,7 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
     found = ranks[0][0]
     assert found["levels"] == {0, 1}
     _check_against_peft(argv, found["parameters"], 2)
-    base = load_hf_tensors(folder / "base", ARGS)
+    base = HFTensors(folder / "base", ARGS)
     assert all(found["parameters"][name].equal(base[name]) for name in base)
     assert found["with_gradient"] == {name for name in found["parameters"] if is_adapter(name)}
     # The shards of two ranks add up to the bits of the whole tensors, before and after training.
@@ -116,7 +116,7 @@ def test_base_in_bfloat16_trains_the_same_adapters_as_in_float32(tmp_path: Path)
     runs = [[*argv, f"--lora.base_dtype={d}", f"--job.dump_folder={tmp_path / d}"] for d in ("float32", "auto")]
     wide, narrow = (found["parameters"] for found in run_distributed(train_each, 2, runs)[0])
     args = dataclasses.replace(ARGS, tie_embeddings=False)
-    base = load_hf_tensors(tmp_path / "base", args)
+    base = HFTensors(tmp_path / "base", args)
     for name, value in wide.items():
         if is_adapter(name):
             assert value.norm() > 0.001
@@ -217,7 +217,7 @@ def test_adapters_are_not_merged_into_another_base(run: Run, tmp_path: Path) -> 
 
 def test_base_in_a_checkpoint_equals_the_base_in_an_hf_folder(run: Run, tmp_path: Path) -> None:
     folder = run[1]
-    base = dict(load_hf_tensors(folder / "base", ARGS))
+    base = dict(HFTensors(folder / "base", ARGS))
     # A tied matrix has two names in a checkpoint.
     named = base | {"head.output.weight": base["tok_embeddings.weight"]}
     save_model_tensors(tmp_path / "base", named, {"model": {}})

@@ -14,7 +14,7 @@ import torch
 
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args

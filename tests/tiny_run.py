@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hbp_titan.data.tokenizer import train_tokenizer
-from hbp_titan.models.decoder import ModelArgs
-from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.hf_config import args_to_hf_config
 
 VOCAB_SIZE = 320
 WORDS = ["the", "level", "pack", "rank", "token", "length", "short", "long", "cost", "mesh", "head", "loss", "plan"]

@@ -30,7 +30,7 @@ from hbp_titan.config import JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
 from hbp_titan.data.files import TOKENIZER_FILES
 from hbp_titan.data.sample_log import SAMPLE_LOG, start_folders
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing.plan import PLANNER_VERSION
 from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 

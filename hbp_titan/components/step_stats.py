@@ -33,7 +33,8 @@ from hbp_titan.components.loss import NORMALIZERS, weight_range
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import JobConfig
-from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import training_flops
 from hbp_titan.packing import Plan
 from hbp_titan.packing.level import level_name

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
-from hbp_titan.models.decoder import Decoder, ModelArgs
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, Plan
 from hbp_titan.utils import human_seconds
 

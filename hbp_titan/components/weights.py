@@ -27,10 +27,10 @@ from hbp_titan.distributed.fsdp import sharded_parameters
 from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import barrier
-from hbp_titan.models.decoder import ModelArgs, init_parameter
-from hbp_titan.models.hf import load_hf_tensors, save_hf_folder
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder, init_parameter
+from hbp_titan.models.hf import HFTensors, save_hf_folder
 from hbp_titan.models.lora import ALL_LINEAR, apply_lora, init_lora_parameter, is_adapter, merged, save_adapter_folder
-from hbp_titan.models.registry import build_model
 
 Slices = tuple[slice, ...]
 
@@ -47,7 +47,7 @@ def check_load_path(path: str, args: ModelArgs) -> None:
                 f"scripts/convert_to_hf.py {path} OUT and pass OUT"
             )
         with torch.device("meta"):
-            named = build_model(args).named_parameters(remove_duplicate=False)
+            named = Decoder(args).named_parameters(remove_duplicate=False)
         check_model_shapes(folder, {name: parameter.shape for name, parameter in named})
         return
     if not (folder / "config.json").is_file():
@@ -55,7 +55,7 @@ def check_load_path(path: str, args: ModelArgs) -> None:
             f"checkpoint.initial_load_path = {path!r}: contains neither config.json nor {STATE}; pass an HF folder or "
             "a checkpoint"
         )
-    load_hf_tensors(folder, args)
+    HFTensors(folder, args)
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -74,7 +74,7 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
         base: dict[str, Any] = {n: value for n, value in get_model_state_dict(model).items() if not is_adapter(n)}
         load_model_shards(Path(load_path), base)
     elif load_path:
-        tensors = load_hf_tensors(Path(load_path), args)
+        tensors = HFTensors(Path(load_path), args)
         _fill(_parameters(model, adapters=False), lambda name, shape, dims: tensors.part(name, dims))
     else:
         _fill(
@@ -111,7 +111,7 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
         return "new ones, from training.seed"
     if _is_checkpoint(load_path):
         return f"{load_path}, a checkpoint, held in {dtype}"
-    on_disk = load_hf_tensors(load_path, args).dtypes
+    on_disk = HFTensors(load_path, args).dtypes
     names = ", ".join(str(TORCH_DTYPES.get(name, name)).removeprefix("torch.") for name in on_disk)
     return f"{load_path}, {names} on disk, held in {dtype}"
 
@@ -214,7 +214,7 @@ def whole_tensors(step_folder: Path, state: Mapping[str, Any], args: ModelArgs) 
     Raises ValueError if the base is missing or is not the one that was trained on.
     """
     with torch.device("meta"):
-        model = build_model(args)
+        model = Decoder(args)
     lora = state.get("lora")
     if lora is None:
         return iter(load_model_tensors(step_folder, model).items())
@@ -237,7 +237,7 @@ def _base_tensors(base: Mapping[str, Any], args: ModelArgs, model: nn.Module) ->
     elif _is_checkpoint(base["path"]):
         tensors = load_model_tensors(Path(base["path"]), model)
     else:
-        tensors = load_hf_tensors(Path(base["path"]), args)
+        tensors = HFTensors(Path(base["path"]), args)
     return {name: tensors[name].to(DTYPES[base["dtype"]]) for name, _ in model.named_parameters()}
 
 

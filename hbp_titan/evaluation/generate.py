@@ -29,9 +29,8 @@ from torch.nn import functional as F
 from hbp_titan.evaluation.needles import PromptFormatter
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import Documents, pack_documents
-from hbp_titan.models.hf import load_hf_tensors
+from hbp_titan.models.hf import HFTensors
 from hbp_titan.models.hf_config import args_from_hf
-from hbp_titan.models.registry import build_model
 
 DEFAULT_CACHE_TOKENS = 131072
 """Cache slots of one batch: 17 GB for Llama-3.1-8B in bfloat16."""
@@ -110,9 +109,9 @@ def load_model(folder: Path, device: torch.device) -> Decoder:
     Raises ValueError if the weights do not fit config.json, or either is not supported.
     """
     args = args_from_hf(folder)
-    tensors = load_hf_tensors(folder, args)
+    tensors = HFTensors(folder, args)
     with torch.device("meta"):
-        model = build_model(args)
+        model = Decoder(args)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -25,7 +25,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.registry import last_params, linear_params, training_flops
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import AC_POLICIES

@@ -1,6 +1,6 @@
 """Causal attention inside the documents of a packed sequence: one interface, one backend per kind of kernel.
 
-Owns `varlen_attention`, the module that models call it through, and the choice of backend:
+Owns `varlen_attention`, the module that wraps it, and the choice of backend:
 
     fa3        FlashAttention-3 through torch's registry (Hopper), where flash_attn_interface is installed
     fa4        FlashAttention-4 through torch's registry (Blackwell, Hopper), where flash_attn.cute is installed
@@ -9,14 +9,16 @@ Owns `varlen_attention`, the module that models call it through, and the choice 
     cpu        one CPU flash kernel per document (models/attention_cpu.py)
     reference  plain softmax(QK^T)V per document: slow, any device and dtype, for tests
 
-The first four compute in float16 or bfloat16. Attention runs eagerly, between compiled regions: torch.compile never
-sees a kernel's package, and neither document lengths nor process groups can cause a recompilation. Every backend aligns
-the causal mask at the bottom right: the last query of a document sees its last key (flash-attn since 2.1,
-https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
+The first four compute in float16 or bfloat16. Every backend aligns the causal mask at the bottom right.
 
 Shape suffixes: T query tokens, S key/value tokens, N query heads, K key/value heads (K divides N), G = N / K,
 D head width, L and M queries and keys of one document.
 """
+
+# Attention runs eagerly, between compiled regions: torch.compile never traces a kernel's package, and neither document
+# lengths nor process groups can cause a recompilation.
+# Bottom-right alignment: the last query of a document attends to its last key (flash-attn since 2.1,
+# https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
 
 from __future__ import annotations
 
@@ -38,53 +40,51 @@ Backend = Callable[[Tensor, Tensor, Tensor, DocumentGroup, float], Tensor]
 """(q_TND, k_SKD, v_SKD, group, scale) -> o_TND."""
 
 _REGISTERED = {"fa3": "FA3", "fa4": "FA4"}
-"""Backends that torch's registry puts in place of its own kernel, for the whole process."""
+"""Backends that torch's registry substitutes for its own kernel, for the whole process."""
 _CAPABILITIES = {"fa3": (9,), "fa4": (9, 10)}
-"""Major compute capabilities that torch admits them on (torch/nn/attention/_fa3.py, _fa4.py)."""
+"""Major compute capabilities on which torch allows them (torch/nn/attention/_fa3.py, _fa4.py)."""
 # Kernels for wider heads are missing in flash-attn-4's backward; FlashAttention-2 and 3 go up to 256.
 _FA4_MAX_HEAD_DIM = 128
-# torch 2.11 has no such argument and takes fewer key/value heads without it.
+# torch 2.11 lacks the argument and accepts fewer key/value heads than query heads without it.
 _TORCH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen_attention(
     q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents, scale: float | None = None
 ) -> Tensor:
-    """Causal softmax attention where a token sees its own document only.
+    """Return causal softmax attention in which a token attends to its own document only.
 
     q_TND, k_SKD, v_SKD: one dtype and one device; query head n reads key/value head n // (N / K).
     documents: of the T queries and S keys. The queries of a document are the last tokens of its keys.
-    scale: factor of the logits, 1 / sqrt(D) unless given.
-    Returns o_TND in the dtype of q. Raises ValueError if K does not divide N, the documents do not add up to T and S,
-    or the backend does not support the dtype.
+    scale: factor of the logits, default 1 / sqrt(D).
+    Returns o_TND in the dtype of q. Raises ValueError if K does not divide N, the documents do not sum to T and S, or
+    the backend does not support the dtype.
     """
     num_heads, num_kv_heads = q_TND.shape[1], k_SKD.shape[1]
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads are not divisible by {num_kv_heads} key/value heads")
+        raise ValueError(f"num_heads ({num_heads}) must be divisible by num_kv_heads ({num_kv_heads})")
     if (documents.whole.num_queries, documents.whole.num_keys) != (len(q_TND), len(k_SKD)):
         raise ValueError(
-            f"documents of {documents.whole.num_queries} queries and {documents.whole.num_keys} keys do not add up to "
-            f"the {len(q_TND)} and {len(k_SKD)} tokens of the pack"
+            f"documents have {documents.whole.num_queries} queries and {documents.whole.num_keys} keys in total; the "
+            f"pack has {len(q_TND)} and {len(k_SKD)}"
         )
     name = selected_backend(q_TND.device)
     backend = BACKENDS[name]
     scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
-    # FlashAttention-3's forward hands out blocks by the lengths it reads; its backward launches a grid as the others.
+    # FlashAttention-3's forward schedules blocks by the lengths it reads, so groups save it nothing; its backward
+    # launches a grid like the others.
     groups = (documents.whole,) if name == "fa3" and not torch.is_grad_enabled() else documents.groups
     if len(groups) == 1:
         return backend(q_TND, k_SKD, v_SKD, groups[0], scale)
     queries, keys = [group.num_queries for group in groups], [group.num_keys for group in groups]
-    # By split, whose backward is one concatenation; slices would each fill a gradient of the whole with zeros.
+    # split, whose backward is one concatenation; each slice would allocate a zero-filled gradient of the whole.
     parts = zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), groups, strict=True)
     outputs = [backend(q, k, v, group, scale) for q, k, v, group in parts]
     return torch.cat(outputs) if outputs else torch.empty_like(q_TND)
 
 
 class VarlenAttention(nn.Module):
-    """`varlen_attention` as the submodule `inner_attention` of a block, which context parallelism may wrap.
-
-    It has no parameters. scale: as in `varlen_attention`.
-    """
+    """`varlen_attention` as a block's submodule `inner_attention`, which context parallelism may wrap."""
 
     def __init__(self, scale: float | None = None) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class VarlenAttention(nn.Module):
 
 
 def set_backend(name: str) -> None:
-    """Use the backend `name` on every device; "auto" chooses by device at each call, without FA3 and FA4.
+    """Use the backend `name` on every device; "auto" chooses by device at each call, never FA3 or FA4.
 
-    Raises ValueError for another name, or where the backend cannot be used here, with the reason.
+    Raises ValueError for an unknown name, and with the reason if the backend cannot be used here.
     """
     global _selected
     if name not in (*BACKENDS, "auto"):
@@ -113,11 +113,11 @@ def set_backend(name: str) -> None:
 
 
 def choose_backend(requested: str, device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Select the backend of a run, once, and return its name.
+    """Select the backend of a run and return its name.
 
-    requested: `model.attention_backend`. "auto" takes the fastest that is installed for the device and the head width.
-    dtype: that of queries, keys and values. Raises ValueError if the device, the head width, the dtype or the
-    installation does not allow it.
+    requested: `model.attention_backend`; "auto" means the fastest installed one for the device and the head width.
+    dtype: of queries, keys and values. Raises ValueError if the device, the head width, the dtype or the installation
+    does not allow the backend.
     """
     name = _fastest(device, head_dim) if requested == "auto" else requested
     reason = _unfit(name, device, head_dim)
@@ -141,7 +141,7 @@ def _fastest(device: torch.device, head_dim: int) -> str:
 
 
 def _unfit(name: str, device: torch.device, head_dim: int) -> str:
-    """Why the device or the head width rules a backend out; "" if they do not."""
+    """Return why the device or the head width rules a backend out, "" if they do not."""
     if name in ("cpu", "reference"):
         return "" if device.type == "cpu" or name == "reference" else "the cpu backend does not run on a GPU"
     if device.type != "cuda":
@@ -156,7 +156,7 @@ def _unfit(name: str, device: torch.device, head_dim: int) -> str:
 
 
 def selected_backend(device: torch.device | str) -> str:
-    """The name of the backend that serves tensors on `device`."""
+    """Return the name of the backend used for tensors on `device`."""
     if _selected != "auto":
         return _selected
     if torch.device(device).type != "cuda":
@@ -166,10 +166,8 @@ def selected_backend(device: torch.device | str) -> str:
 
 @cache
 def missing(name: str) -> str:
-    """Why the package behind a backend cannot be used, "" if it can; its kernel is looked for once in a process.
-
-    The function itself is imported: flash-attn-4 alone makes `import flash_attn` succeed without FlashAttention-2.
-    """
+    """Return why the package behind a backend cannot be used, "" if it can; cached per process."""
+    # The function itself is accessed: flash-attn-4 alone makes `import flash_attn` succeed without FlashAttention-2.
     try:
         if name == "fa2":
             importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
@@ -182,15 +180,15 @@ def missing(name: str) -> str:
             return _unfit_fa4(module._flash_attn_fwd)
         if name in _REGISTERED and _REGISTERED[name] not in torch_attention.list_flash_attention_impls():
             return f"torch {torch.__version__} has no {_REGISTERED[name]}"
-    # An extension built for another torch or CUDA fails with whatever its loader raises.
+    # An extension built for another torch or CUDA can raise anything while it loads.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def _unfit_fa4(forward: Callable[..., Any]) -> str:
-    """Why torch's code around flash-attn-4 and the installed flash-attn-4 do not fit each other; "" if they do."""
-    # torch 2.11 refuses any window in backward, which varlen_attn always passes, and passes -1 in forward as a width.
+    """Return why torch and the installed flash-attn-4 are incompatible, "" if they are compatible."""
+    # torch 2.11 rejects any window in backward, which varlen_attn always passes, and passes -1 in forward as a width.
     if not hasattr(importlib.import_module("torch.nn.attention._fa4"), "_aten_to_fa4_window_size"):
         return f"torch {torch.__version__} cannot train with FlashAttention-4: install torch 2.12 or newer"
     # torch 2.12 and 2.13 unpack two tensors; flash-attn-4 returns four since 4.0.0b20.
@@ -217,14 +215,14 @@ def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scal
         group.max_seqlen_k,
         softmax_scale=scale,
         causal=True,
-        # Its backward adds up in a varying order by default; torch's own kernel obeys the global switch.
+        # Its backward sums in a varying order by default; torch's own kernel follows the global switch.
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def _torch(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
     _check_half_precision("torch", q_TND.dtype)
-    # A tuple: with a list the comparison that turns causality on is false and the mask is lost silently.
+    # A tuple: torch compares window_size with (-1, 0) to enable the causal mask, and a list is silently unequal.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if _TORCH_HAS_GQA:
         options["enable_gqa"] = True
@@ -259,7 +257,7 @@ def _reference(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup
 def _check_half_precision(backend: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"attention backend {backend!r} computes in float16 or bfloat16, not {dtype}: "
+            f"attention backend {backend!r} computes in float16 or bfloat16, not {dtype}; "
             "set training.mixed_precision_param to bfloat16"
         )
 

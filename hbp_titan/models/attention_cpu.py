@@ -1,11 +1,7 @@
 """The CPU backend of varlen attention: torch's CPU flash kernel, once per document, as custom ops.
 
-Custom ops because the loop over documents depends on data: torch.compile sees one opaque op (fullgraph, no
-recompilation when lengths change). The forward keeps the output and the logsumexp, from which the flash backward
-recomputes the probabilities, as on a GPU. Empty documents are skipped: the kernel dies on them (SIGFPE).
-
-Shape suffixes: T tokens of the pack, L tokens of one document, N query heads, K key/value heads, G = N / K,
-D head width.
+The forward keeps the output and the logsumexp, from which the flash backward recomputes the probabilities, as on a GPU.
+Shape suffixes as in attention.py.
 """
 
 from __future__ import annotations
@@ -22,10 +18,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def document_lengths(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int
 ) -> list[tuple[int, int]]:
-    """(queries, keys) of each document that has keys.
+    """Return (queries, keys) of each document that has keys.
 
-    Raises ValueError unless each tensor ascends from 0 to its number of tokens and no document has fewer keys than
-    queries.
+    Raises ValueError unless each tensor ascends from 0 to its number of tokens and every document has at least as many
+    keys as queries.
     """
     for name, cu_seqlens, total in (("", cu_seqlens_q, num_queries), ("_k", cu_seqlens_k, num_keys)):
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or cu_seqlens.diff().min() < 0:
@@ -35,18 +31,20 @@ def document_lengths(
     lengths = list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
     for queries, keys in lengths:
         if queries > keys:
-            raise ValueError(f"a document has {queries} queries but {keys} keys: each query needs its own key")
+            raise ValueError(f"a document has {queries} queries but {keys} keys; each query needs its own key")
+    # The flash kernel crashes on empty documents (SIGFPE).
     return [pair for pair in lengths if pair[1]]
 
 
+# Custom ops, because the loop over documents depends on data: torch.compile and fake tensors handle one opaque op.
 @torch.library.custom_op("hbp_titan::varlen_attention_cpu", mutates_args=())
 def varlen_attention_cpu(
     q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o_TND and the logsumexp [T, N] (float64 for float64, else float32) of causal attention per document."""
+    """Return o_TND and the logsumexp [T, N] (float64 for float64, else float32) of causal attention per document."""
     o_TND, lse_TN = _empty_outputs(q_TND)
     lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
-    num_kv_heads, group = _groups(q_TND, k_SKD)
+    num_kv_heads, group = k_SKD.shape[1], q_TND.shape[1] // k_SKD.shape[1]
     parts = (*_split(lengths, 0, q_TND, o_TND, lse_TN), *_split(lengths, 1, k_SKD, v_SKD))
     for q_LND, o_LND, lse_LN, k_MKD, v_MKD in zip(*parts, strict=True):
         if not len(q_LND):
@@ -56,6 +54,8 @@ def varlen_attention_cpu(
         own_k, own_v = k_KGMD[:, :, past:], v_KGMD[:, :, past:]
         out_KGLD, lse_KGL = _flash_forward(q_KGLD, own_k, own_v, 0.0, True, scale=scale)
         if past:
+            # The kernel aligns its causal mask at the top left, so keys before the first query are a second call; the
+            # two results are combined by their logsumexp.
             past_k, past_v = k_KGMD[:, :, :past], v_KGMD[:, :, :past]
             past_KGLD, past_KGL = _flash_forward(q_KGLD, past_k, past_v, 0.0, False, scale=scale)
             both_KGL = torch.logaddexp(lse_KGL, past_KGL)
@@ -78,11 +78,11 @@ def varlen_attention_cpu_backward(
     cu_seqlens_k: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; those of a key/value head sum over its G query heads, in the dtype of the inputs."""
-    # Zeros: keys without queries get none.
+    """Return the gradients of q, k and v in their dtypes; a key/value head's is the sum over its G query heads."""
+    # Zeros, because keys without queries are not visited below.
     dq_TND, dk_SKD, dv_SKD = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q_TND, k_SKD, v_SKD))
     lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
-    num_kv_heads, group = _groups(q_TND, k_SKD)
+    num_kv_heads, group = k_SKD.shape[1], q_TND.shape[1] // k_SKD.shape[1]
     parts = (
         *_split(lengths, 0, grad_TND, q_TND, o_TND, lse_TN, dq_TND),
         *_split(lengths, 1, k_SKD, v_SKD, dk_SKD, dv_SKD),
@@ -107,16 +107,12 @@ def varlen_attention_cpu_backward(
 
 
 def _split(lengths: list[tuple[int, int]], side: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor's views by document, of its queries (side 0) or of its keys (side 1)."""
+    """Return each tensor's views per document, split by queries (side 0) or by keys (side 1)."""
     return [t.split([pair[side] for pair in lengths]) for t in tensors]
 
 
 # The kernel takes [batch, heads, L, D] and equal head counts (it reads past the end otherwise, without an error).
-# With the key/value heads as its batch, their G readers share one key/value head through a stride of 0: no copy.
-
-
-def _groups(q_TND: Tensor, k_SKD: Tensor) -> tuple[int, int]:
-    return k_SKD.shape[1], q_TND.shape[1] // k_SKD.shape[1]
+# With the key/value heads as the batch, G query heads share one key/value head through a stride of 0: no copy.
 
 
 def _grouped(x_LND: Tensor, num_kv_heads: int) -> Tensor:

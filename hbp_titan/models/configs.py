@@ -1,7 +1,7 @@
-"""ModelArgs: the architecture of a decoder, and its optional parts.
+"""ModelArgs: the architecture of a decoder, with optional latent attention and experts.
 
-Owns what an architecture consists of, the quantities that follow from it, and the refusal of one that this code does
-not build. MLAArgs and MoEArgs have the names of DeepSeek's config.json.
+Owns the fields, the quantities derived from them, and the rejection of architectures that this code does not build.
+The fields of MLAArgs and MoEArgs have the names of DeepSeek's config.json.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ TOPK_METHODS = ("greedy", "group_limited_greedy")
 class MLAArgs:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-    q_lora_rank, kv_lora_rank: widths of the latents that queries, and keys with values, are expanded from; queries
-        come straight from the hidden state where q_lora_rank is None.
-    qk_nope_head_dim, qk_rope_head_dim: the parts of a query's and a key's head without and with rotary position; the
-        second is one key for all heads (decoupled RoPE). v_head_dim: width of a value's head.
+    q_lora_rank, kv_lora_rank: widths of the latents from which queries, and keys with values, are expanded; None
+        computes queries directly from the hidden state.
+    qk_nope_head_dim, qk_rope_head_dim: the parts of a query's and a key's head without and with rotary position; all
+        heads share the rotated key (decoupled RoPE). v_head_dim: width of a value's head.
     """
 
     kv_lora_rank: int
@@ -38,18 +38,18 @@ class MLAArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2). Raises ValueError for what is not built.
+    """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2). Raises ValueError for unsupported values.
 
-    n_routed_experts, num_experts_per_tok, moe_intermediate_size: experts of a layer, those that a token is sent to,
-        and the width of each. n_shared_experts: those that every token passes, computed as one wide expert.
-    first_k_dense_replace, moe_layer_freq: layer i has experts where i is at least the first and a multiple of the
-        second; the other layers are dense.
-    topk_method: greedy, or group_limited_greedy: experts form n_group groups (the paper's devices), a token chooses
+    n_routed_experts, num_experts_per_tok, moe_intermediate_size: experts of a layer, experts per token, and the width
+        of each. n_shared_experts: experts of every token, computed as one wide expert.
+    first_k_dense_replace, moe_layer_freq: layer i has experts if i is at least the first and a multiple of the second;
+        the other layers are dense.
+    topk_method: greedy, or group_limited_greedy: experts form n_group groups (the paper's devices), and a token chooses
         from the topk_group groups with the best experts.
-    norm_topk_prob: the chosen scores are made to add up to 1, without routed_scaling_factor, as DeepSeek's own code
-        does (transformers ignores the key); else they are multiplied by routed_scaling_factor.
+    norm_topk_prob: normalize the chosen scores to a sum of 1, without routed_scaling_factor, as DeepSeek's own code
+        does (transformers ignores the key); otherwise they are multiplied by routed_scaling_factor.
     aux_loss_alpha, device_aux_loss_alpha, comm_aux_loss_alpha: coefficients of the balance losses of experts, devices
-        and communication (models/balance.py); 0 is off. seq_aux: losses of each document by itself, the only kind.
+        and communication (moe.balance_loss); 0 is off. seq_aux: losses per document, the only kind supported.
     """
 
     n_routed_experts: int
@@ -71,7 +71,7 @@ class MoEArgs:
     def __post_init__(self) -> None:
         experts, group_size = self.n_routed_experts, self.n_routed_experts // self.n_group
         if self.topk_method not in TOPK_METHODS:
-            raise ValueError(f"topk_method={self.topk_method!r} is not supported; {', '.join(TOPK_METHODS)} are")
+            raise ValueError(f"topk_method={self.topk_method!r} must be one of {', '.join(TOPK_METHODS)}")
         if experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
                 f"n_group={self.n_group} must divide n_routed_experts={experts} and be at least "
@@ -79,22 +79,20 @@ class MoEArgs:
             )
         candidates = experts if self.topk_method == "greedy" else self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= candidates:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is not in 1..{candidates}, the candidates"
-            )
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to {candidates}")
         if self.balances and not self.seq_aux:
             raise ValueError(
-                "seq_aux=false makes the balance loss depend on how samples are packed: set seq_aux to true or the "
+                "seq_aux=false would make the balance loss depend on the packing; set seq_aux to true or the "
                 "coefficient (aux_loss_alpha) to 0"
             )
 
     @property
     def balances(self) -> bool:
-        """Whether any balance loss is on."""
+        """Whether any balance loss is enabled."""
         return any((self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha))
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether layer `layer` has experts."""
+        """Return whether layer `layer` has experts."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 
@@ -102,15 +100,13 @@ class MoEArgs:
 class ModelArgs:
     """A decoder's architecture. Raises ValueError for one that this code does not build.
 
-    name: for logs.
-    hf_model_type: llama, qwen2, qwen3 or deepseek_v2: what the exported config.json says.
-    intermediate_size: width of the feed-forward network, of the dense layers where `moe` is given.
-    head_dim: width of queries and keys as attention sees them; with `mla` its qk_head_dim, and num_kv_heads is
-        num_heads.
+    hf_model_type: llama, qwen2, qwen3 or deepseek_v2, for the exported config.json.
+    intermediate_size: width of the feed-forward network; with `moe`, of the dense layers.
+    head_dim: width of queries and keys in attention; with `mla` its qk_head_dim, and num_kv_heads is num_heads.
     qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.
     qk_norm: RMS norm over the head width of q and k (Qwen3).
-    rope_scaling: None, or {"rope_type": "llama3" or "yarn", ...} with the keys of models/rope.py.
-    max_position_embeddings: tokens of the longest document; it bounds the data, the code allocates nothing by it.
+    rope_scaling: None, or {"rope_type": "llama3" or "yarn", ...}, see layers.check_scaling.
+    max_position_embeddings: tokens of the longest document; it bounds the data and allocates nothing.
     """
 
     name: str
@@ -149,30 +145,29 @@ class ModelArgs:
     def _check_mla(self, mla: MLAArgs) -> None:
         if self.num_kv_heads != self.num_heads:
             raise ValueError(
-                f"model {self.name}: latent attention has a key for each of num_heads={self.num_heads}, not "
-                f"num_kv_heads={self.num_kv_heads}"
+                f"model {self.name}: num_kv_heads={self.num_kv_heads} must be num_heads={self.num_heads} with mla"
             )
         if self.head_dim != mla.qk_head_dim:
             raise ValueError(
-                f"model {self.name}: head_dim={self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim = "
+                f"model {self.name}: head_dim={self.head_dim} must be qk_nope_head_dim + qk_rope_head_dim = "
                 f"{mla.qk_head_dim}"
             )
         if mla.v_head_dim > mla.qk_head_dim:
             raise ValueError(
-                f"model {self.name}: v_head_dim={mla.v_head_dim} above qk_nope_head_dim + qk_rope_head_dim = "
-                f"{mla.qk_head_dim} is not supported"
+                f"model {self.name}: v_head_dim={mla.v_head_dim} must be at most qk_nope_head_dim + qk_rope_head_dim = "
+                f"{mla.qk_head_dim}"
             )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelArgs:
-        """The inverse of dataclasses.asdict, as checkpoints hold it."""
+        """Return the inverse of dataclasses.asdict, the form in checkpoints."""
         parts = {"mla": MLAArgs, "moe": MoEArgs}
         made = {key: kind(**values[key]) for key, kind in parts.items() if values.get(key) is not None}
         return cls(**{**values, **made})
 
     @property
     def rope_dim(self) -> int:
-        """Width of the part of a head that is rotated."""
+        """Rotated width of a head."""
         return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
@@ -185,5 +180,5 @@ class ModelArgs:
         return scale * yarn_mscale(self.rope_scaling["factor"], all_dim) ** 2 if all_dim else scale
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether layer `layer` has experts in place of a dense feed-forward network."""
+        """Return whether layer `layer` has experts instead of a dense feed-forward network."""
         return self.moe is not None and self.moe.is_sparse(layer)

@@ -1,24 +1,14 @@
 """The decoder of Llama 3.x, Qwen2.5, Qwen3 and DeepSeek-V2 on packed sequences.
 
-Owns Decoder, grouped-query attention and the initialization of weights; the architecture is models/args.py's, latent
-attention models/mla.py's, experts are models/moe.py's. Single-device code: sharding, context parallelism,
-recomputation and compilation act on it from outside, through three seams: every block holds its attention kernel as
-the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`, each of which comes in two
-parts as well; the head takes the function that turns hidden states and the output matrix into logits or a loss.
-Parameter names are HF's, with the prefixes of models/hf_names.py exchanged.
+Owns Decoder, its attention projections and the initialization of weights. Single-device code: sharding, context
+parallelism, recomputation and compilation act on it from outside, through three seams: every block holds its attention
+kernel as the submodule `inner_attention`; a block is `pre_attention`, attention, `post_attention`, each of which also
+comes in two parts; the head takes the function that turns hidden states and the output matrix into logits or a loss.
+Parameter names are HF's with other prefixes (hf.py).
 
 Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
-the feed-forward layer, V vocabulary.
-
-Multi-head latent attention with decoupled RoPE (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-Owns the projections around attention, in place of decoder.Attention. Keys and values are expanded from their latent
-before attention, a head each per query head, and values are filled up with zeros to the width of the keys: attention
-kernels and the exchanges of context parallelism then see plain multi-head attention of one head width. That costs the
-kernel (D - V) / 2D of its work, a sixth for DeepSeek's 192 and 128.
-
-Shape suffixes: T tokens of the pack, H hidden width, N heads, D = P + R width of a query's and key's head, P its part
-without position, R its rotated part, V width of a value's head, C width of the key and value latent.
+the feed-forward layer, V vocabulary. Latent attention: D = P + R, where R is rotated; V width of a value's head, C
+width of the key/value latent.
 """
 
 from __future__ import annotations
@@ -45,60 +35,11 @@ from hbp_titan.models.layers import (
 )
 from hbp_titan.models.moe import BalanceState, MixtureOfExperts
 
-# Not rms_norm_eps: in DeepSeek's code and in transformers the norms of the latents keep their default.
-_LATENT_NORM_EPS = 1e-6
-
-
-class LatentAttention(nn.Module):
-    """Hidden states to rotated q, k and v, and heads back to hidden states; parameter names are HF's."""
-
-    def __init__(self, args: ModelArgs, mla: MLAArgs) -> None:
-        super().__init__()
-        self.mla = mla
-        q_width = args.num_heads * mla.qk_head_dim
-        if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(args.hidden_size, q_width, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(args.hidden_size, mla.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(mla.q_lora_rank, eps=_LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(args.hidden_size, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(mla.kv_lora_rank, eps=_LATENT_NORM_EPS)
-        kv_width = args.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, kv_width, bias=False)
-        self.o_proj = nn.Linear(args.num_heads * mla.v_head_dim, args.hidden_size, bias=False)
-
-    def queries(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """q_TND."""
-        mla = self.mla
-        q_TND = self._queries(x_TH).unflatten(-1, (-1, mla.qk_head_dim))
-        q_TNP, q_TNR = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        return torch.cat((q_TNP, apply_rope(halves_from_pairs(q_TNR), cos_TR, sin_TR)), dim=-1)
-
-    def keys_values(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """k_TND and v_TND, its last D - V elements 0."""
-        mla = self.mla
-        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TH).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        kv_TN = self.kv_b_proj(self.kv_a_layernorm(c_TC)).unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
-        k_TNP, v_TNV = kv_TN.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
-        # One rotated key for all heads.
-        k_T1R = apply_rope(halves_from_pairs(k_TR.unsqueeze(1)), cos_TR, sin_TR)
-        k_TND = torch.cat((k_TNP, k_T1R.expand(-1, k_TNP.shape[1], -1)), dim=-1)
-        return k_TND, F.pad(v_TNV, (0, mla.qk_head_dim - mla.v_head_dim))
-
-    def _queries(self, x_TH: Tensor) -> Tensor:
-        if self.mla.q_lora_rank is None:
-            return self.q_proj(x_TH)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TH)))
-
-    def output(self, o_TND: Tensor) -> Tensor:
-        return self.o_proj(o_TND[..., : self.mla.v_head_dim].flatten(-2))
-
-
-__all__ = ["Decoder", "DecoderBlock", "Head", "HeadFn", "ModelArgs", "init_parameter"]
-
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed_TH, output_weight_VH) -> what the head returns."""
+
+# Not rms_norm_eps: DeepSeek's code and transformers leave the norms of the latents at their default.
+_LATENT_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
@@ -128,10 +69,56 @@ class Attention(nn.Module):
         return self.o_proj(o_TND.flatten(-2))
 
 
-class DecoderBlock(nn.Module):
-    """Pre-norm layer `layer`. Its two halves around `inner_attention` are what recomputation may wrap.
+class LatentAttention(nn.Module):
+    """Attention's projections with key and value latents and decoupled RoPE (DeepSeek-V2, arXiv 2405.04434, 2.1).
 
-    balance: what layers with experts read of the pack; see models/balance.py.
+    Keys and values are expanded before attention to one head per query head, and values are zero-padded to the width of
+    keys: attention kernels and context parallelism then handle plain multi-head attention of one head width. That
+    costs the kernel (D - V) / 2D of its work, a sixth for DeepSeek's 192 and 128.
+    """
+
+    def __init__(self, args: ModelArgs, mla: MLAArgs) -> None:
+        super().__init__()
+        self.mla = mla
+        q_width = args.num_heads * mla.qk_head_dim
+        if mla.q_lora_rank is None:
+            self.q_proj = nn.Linear(args.hidden_size, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(args.hidden_size, mla.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(mla.q_lora_rank, eps=_LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(mla.q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(args.hidden_size, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(mla.kv_lora_rank, eps=_LATENT_NORM_EPS)
+        kv_width = args.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, kv_width, bias=False)
+        self.o_proj = nn.Linear(args.num_heads * mla.v_head_dim, args.hidden_size, bias=False)
+
+    def queries(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        mla = self.mla
+        q_TM = self.q_proj(x_TH) if mla.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TH)))
+        q_TND = q_TM.unflatten(-1, (-1, mla.qk_head_dim))
+        q_TNP, q_TNR = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
+        return torch.cat((q_TNP, apply_rope(halves_from_pairs(q_TNR), cos_TR, sin_TR)), dim=-1)
+
+    def keys_values(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return k_TND and v_TND, whose last D - V elements are 0."""
+        mla = self.mla
+        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TH).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        kv_TN = self.kv_b_proj(self.kv_a_layernorm(c_TC)).unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
+        k_TNP, v_TNV = kv_TN.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
+        # One rotated key for all heads.
+        k_T1R = apply_rope(halves_from_pairs(k_TR.unsqueeze(1)), cos_TR, sin_TR)
+        k_TND = torch.cat((k_TNP, k_T1R.expand(-1, k_TNP.shape[1], -1)), dim=-1)
+        return k_TND, F.pad(v_TNV, (0, mla.qk_head_dim - mla.v_head_dim))
+
+    def output(self, o_TND: Tensor) -> Tensor:
+        return self.o_proj(o_TND[..., : self.mla.v_head_dim].flatten(-2))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm layer `layer`, whose two halves around `inner_attention` may be recomputed or compiled.
+
+    balance: the pack's documents, for layers with experts (moe.BalanceState).
     """
 
     def __init__(self, args: ModelArgs, layer: int = 0, balance: BalanceState | None = None) -> None:
@@ -151,7 +138,7 @@ class DecoderBlock(nn.Module):
         return self.post_attention(x_TH, self.inner_attention(q_TND, k_TKD, v_TKD, documents))
 
     def pre_attention(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q_TND, k_TKD and v_TKD of the normalized input, q and k rotated."""
+        """Return q_TND, k_TKD and v_TKD of the normalized input, q and k rotated."""
         normed_TH = self.input_layernorm(x_TH)
         return (
             self.self_attn.queries(normed_TH, cos_TD, sin_TD),
@@ -159,26 +146,26 @@ class DecoderBlock(nn.Module):
         )
 
     def pre_queries(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        """q_TND of pre_attention alone."""
+        """Return only q_TND of pre_attention."""
         return self.self_attn.queries(self.input_layernorm(x_TH), cos_TD, sin_TD)
 
     def pre_keys_values(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """k_TKD and v_TKD of pre_attention alone."""
+        """Return only k_TKD and v_TKD of pre_attention."""
         return self.self_attn.keys_values(self.input_layernorm(x_TH), cos_TD, sin_TD)
 
     def post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
-        """The block's output from its input and the attention's output."""
+        """Return the block's output, given its input and the output of attention."""
         x_TH = x_TH + self.self_attn.output(o_TND)
         return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
 
     def post_hidden(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
-        """post_attention up to its last product, for a dense block: what `last_product` takes, [T, H] and [T, F]."""
+        """Return the arguments of `last_product`, [T, H] and [T, F]: post_attention of a dense block in two parts."""
         assert isinstance(self.mlp, FeedForward)
         x_TH = x_TH + self.self_attn.output(o_TND)
         return x_TH, self.mlp.hidden(self.post_attention_layernorm(x_TH))
 
     def last_product(self, x_TH: Tensor, hidden_TF: Tensor) -> Tensor:
-        """The rest of post_attention."""
+        """Return the block's output, given post_hidden's."""
         assert isinstance(self.mlp, FeedForward)
         return x_TH + self.mlp.down_proj(hidden_TF)
 
@@ -192,10 +179,8 @@ class Head(nn.Module):
         self.output = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def forward(self, hidden_TH: Tensor, head_fn: HeadFn | None = None) -> Any:
-        """head_fn(normed_TH, output_weight_VH); the logits_TV unless a head_fn is given.
-
-        The weight is handed over inside forward because only there a sharded parameter is whole.
-        """
+        """Return head_fn(normed_TH, output_weight_VH), by default logits_TV."""
+        # The weight is passed inside forward because FSDP2 gathers it only there.
         return (head_fn or F.linear)(self.norm(hidden_TH), self.output.weight)
 
 
@@ -211,7 +196,7 @@ class Decoder(nn.Module):
         self.head = Head(args)
         if args.tie_embeddings:
             self.head.output.weight = self.tok_embeddings.weight
-        # A plain attribute, real even when the parameters are on the meta device: to_empty leaves it alone.
+        # A plain attribute with data even if the parameters are on the meta device; to_empty does not touch it.
         self.inverse_frequencies = inverse_frequencies(args.rope_dim, args.rope_theta, args.rope_scaling)
 
     def forward(
@@ -221,11 +206,10 @@ class Decoder(nn.Module):
         documents: Documents,
         head_fn: HeadFn | None = None,
     ) -> Any:
-        """input_ids_T, position_ids_T: int64 [T], positions counted from each document's start.
+        """Return logits_TV, or head_fn's value.
 
-        documents: as in attention.varlen_attention; handed to inner_attention as they are, so what wraps that may take
-            another description.
-        Returns logits_TV or head_fn's value.
+        input_ids_T, position_ids_T: int64 [T], positions counted from each document's start.
+        documents: passed through to inner_attention, so a wrapper of that may take another description.
         """
         factor = attention_factor(self.args.rope_scaling)
         cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T, factor)
@@ -235,22 +219,22 @@ class Decoder(nn.Module):
         return self.head(x_TH, head_fn)
 
     def blocks(self) -> Iterator[DecoderBlock]:
-        """The layers by their type, which nn.ModuleList forgets."""
+        """Yield the layers with their type, which nn.ModuleList does not keep."""
         for layer in self.layers:
             assert isinstance(layer, DecoderBlock)
             yield layer
 
     def tokens_per_expert(self) -> dict[int, Tensor]:
-        """What each layer with experts sent to each of them in the last forward, by layer: int32 [experts].
+        """Return the tokens of each expert in the last forward, by layer, int32 [experts]; empty before a forward.
 
-        On this rank, on its device, padding included; reading the values synchronizes. Empty before a forward.
+        Of this rank, on its device, padding included; reading the values synchronizes.
         """
         mixtures = ((i, block.mlp) for i, block in enumerate(self.blocks()))
         counts = {i: mlp.tokens_per_expert for i, mlp in mixtures if isinstance(mlp, MixtureOfExperts)}
         return {i: counts_E for i, counts_E in counts.items() if counts_E is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        # to_empty makes a new Parameter for each module that holds a shared one: tie them again.
+        # to_empty makes a new Parameter for each module that holds a shared one, so they are tied again.
         super()._apply(fn, recurse)
         if self.args.tie_embeddings:
             self.head.output.weight = self.tok_embeddings.weight
@@ -258,7 +242,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every (whole, unsharded) parameter with `init_parameter`."""
+        """Fill every unsharded parameter with `init_parameter`."""
         for fqn, parameter in self.named_parameters():
             parameter.copy_(init_parameter(self.args, fqn, parameter.shape, seed, device=parameter.device))
 
@@ -271,11 +255,11 @@ def init_parameter(
     part: Slices | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The initial value of the parameter `fqn` of `shape`, or of a part of it, fp32: a function of (seed, fqn) alone.
+    """Return the initial value of the parameter `fqn` of `shape`, or of a part of it, fp32.
 
-    So it does not depend on the order of parameters, on their sharding, the world size or the device, and a shard
-    costs no more than its own elements. Matrices are normal with std initializer_range, those that write to the
-    residual stream narrower by sqrt(2 * num_layers) (GPT-2); norm weights are 1, biases 0.
+    A function of (seed, fqn) alone: it does not depend on the order of parameters, their sharding, the world size or
+    the device, and a shard costs no more than its own elements. Matrices are normal with std initializer_range, divided
+    by sqrt(2 * num_layers) if they write to the residual stream (GPT-2); norm weights are 1, biases 0.
     """
     part = part or tuple(slice(0, size) for size in shape)
     size = [len(range(*dim.indices(length))) for dim, length in zip(part, shape, strict=True)]

@@ -1,29 +1,11 @@
-"""Documents: where the documents of a packed sequence lie, in the form in which varlen attention kernels take them.
+"""Documents of a packed sequence: the arguments of varlen attention kernels, and the shards of context parallelism.
 
-Owns `pack_documents` and the cut of a pack into a few contiguous groups of documents of similar length, one kernel call
-each. Flash kernels launch ceil(max_seqlen / 128) thread blocks for every document of a call, however short it is: a
-pack of one document of 8K and 20 of 400 tokens launches 16 times the blocks that have work. Documents lie longest first
-(data/batch.py), so two or three calls with their own max_seqlen come within a third of the useful number
-(docs/benchmarks.md has the counts; grid: flash-attention v2.8 csrc/flash_attn/src/flash_fwd_launch_template.h).
-
-Head-tail sequence shards: which tokens of a pack each rank holds where keys and values are all-gathered.
-
-Owns the cut of a pack into shards whose causal work is even for any mix of documents. Every document, padding
-documents too, is cut into 2C chunks; rank r of C holds chunk r (a cheap head) and chunk 2C-1-r (an expensive tail).
-Chunks of a document differ by at most one token: what its length leaves over 2C is dealt one token a chunk, going round
-the chunks and, in the next document, on from where the last one stopped. A document shorter than 2C just has empty
-chunks.
-
-So after any number of documents the 2C columns of chunks differ by at most one token, and at the end of the pack
-every rank holds T / C tokens, its heads first (ceil(T / 2C)), then its tails (floor(T / 2C)): static shapes. The
-largest rank's causal pairs exceed the mean by less than 2 per token of the pack (tests/data/test_sequence_shard.py),
-whatever the documents; a token of a document of length L has L / 2 pairs on average.
-
-With documents of 9 and 7 tokens and C = 2 (digits: the rank that holds the token; a chunk that got a spare token: ^):
-
-    document   0 0 0 1 1 1 1 0 0 | 0 1 1 1 1 0 0
-    chunk      0 0 0 1 1 2 2 3 3 | 0 1 1 2 2 3 3
-               ^                 |   ^   ^   ^
+Owns two divisions of a pack. `pack_documents` groups contiguous documents of similar length into a few kernel calls:
+flash kernels launch ceil(max_seqlen / 128) thread blocks for every document of a call, however short it is, so one
+document of 8K with 20 of 400 tokens launches 16 times the useful blocks. As documents are ordered longest first
+(data/batch.py), two or three calls need at most a third more than the useful blocks (docs/benchmarks.md;
+grid: flash-attention v2.8 csrc/flash_attn/src/flash_fwd_launch_template.h).
+`head_tail_shard` divides a pack over cp ranks that all-gather keys and values, with even causal work for any documents.
 """
 
 from __future__ import annotations
@@ -38,19 +20,19 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 BLOCK_TOKENS = 128
-"""Queries (or, in backward, keys) of a document that one thread block works on, for each head."""
+"""Queries (or, in backward, keys) of a document that one thread block processes, per head."""
 MAX_GROUPS = 3
-# A further call has costs of its own (a launch, a last wave of blocks): it must save this share of the blocks.
-_WORTH_A_CALL = 0.02
+# Another call has costs of its own (a launch, a last wave of blocks), so it must save this share of the blocks.
+_MIN_SAVING = 0.02
 
 IntArray = NDArray[np.int64]
 
 
 class DocumentGroup(NamedTuple):
-    """Contiguous documents, the arguments of one kernel call.
+    """Contiguous documents and the arguments of their kernel call.
 
-    cu_seqlens_q, cu_seqlens_k: int32 [documents + 1], where each begins among the group's queries and keys: 0 first and
-        num_queries or num_keys last, ascending. Every document has at least one query and as many keys as queries.
+    cu_seqlens_q, cu_seqlens_k: int32 [documents + 1], ascending offsets of the documents in the group's queries and
+        keys, from 0 to num_queries or num_keys. Every document has at least one query and a key for each query.
     num_queries, num_keys: rows of the group. max_seqlen_q, max_seqlen_k: of its longest document.
     """
 
@@ -63,7 +45,7 @@ class DocumentGroup(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """All documents of a packed sequence. groups: end to end they are the sequence. whole: the same as one group."""
+    """All documents of a packed sequence, as consecutive groups and as a single group (`whole`)."""
 
     groups: tuple[DocumentGroup, ...]
     whole: DocumentGroup
@@ -75,16 +57,16 @@ def pack_documents(
     max_groups: int = MAX_GROUPS,
     device: torch.device | str | None = None,
 ) -> Documents:
-    """The documents of these lengths, one after the other, in at most `max_groups` groups.
+    """Return consecutive documents of these lengths in at most `max_groups` groups.
 
-    lengths: int [documents], queries of each, at least 1. lengths_k: keys of each, at least as many as queries; as many
-    unless given. device: of the tensors. Raises ValueError for other lengths.
+    lengths: int [documents], queries of each, at least 1. lengths_k: keys of each, at least its queries; default
+    `lengths`. device: of the tensors. Raises ValueError for other lengths.
     """
     queries = np.asarray(lengths, dtype=np.int64)
     keys = queries if lengths_k is None else np.asarray(lengths_k, dtype=np.int64)
     if (queries < 1).any() or (keys < queries).any():
         raise ValueError(
-            f"documents have {queries.tolist()} queries and {keys.tolist()} keys: each needs at least one query, and a "
+            f"documents have {queries.tolist()} queries and {keys.tolist()} keys; each needs at least one query, and a "
             "key for each query"
         )
     bounds = [0, *group_ends(queries, keys, max_groups)]
@@ -93,29 +75,29 @@ def pack_documents(
 
 
 def group_ends(queries: IntArray, keys: IntArray, max_groups: int = MAX_GROUPS) -> list[int]:
-    """Where each group ends, as numbers of documents: the cut of the sequence that launches the fewest blocks.
+    """Return the end of each group, as a number of documents, for the division that launches the fewest blocks.
 
-    Of numbers of groups that differ by little the smallest is taken.
+    Fewer groups are preferred if more would save less than _MIN_SAVING.
     """
     if not len(queries):
         return []
     sizes = np.stack([-(-queries // BLOCK_TOKENS), -(-keys // BLOCK_TOKENS)])
-    # Neighbours of equal size never part: a pack of a thousand short documents has a few dozen different sizes.
+    # Neighbors of equal size share a group: a pack of a thousand short documents has only a few dozen sizes.
     ends = np.flatnonzero(np.append((np.diff(sizes) != 0).any(axis=0), True)) + 1
     costs = _costs_of_ranges(sizes[:, ends - 1], np.diff(ends, prepend=0))
     cuts = _best_cuts(costs, min(max_groups, len(ends)))
     fewest = min(total for total, _ in cuts)
-    chosen = next(cut for total, cut in cuts if total <= (1 + _WORTH_A_CALL) * fewest)
+    chosen = next(cut for total, cut in cuts if total <= (1 + _MIN_SAVING) * fewest)
     return [int(ends[i - 1]) for i in chosen]
 
 
 def launched_blocks(documents: Sequence[DocumentGroup]) -> int:
-    """Thread blocks for each head that kernels launch in forward, over queries; those without work count too."""
+    """Return the thread blocks per head that kernels launch in forward, with or without work."""
     return sum((len(g.cu_seqlens_q) - 1) * -(-g.max_seqlen_q // BLOCK_TOKENS) for g in documents)
 
 
 def _costs_of_ranges(sizes: IntArray, counts: IntArray) -> IntArray:
-    """Blocks of runs first..last as one group, forward and backward, [runs, runs]; the lower triangle has no meaning.
+    """Return the blocks [first, last] of runs first..last as one group, forward and backward, for first <= last.
 
     sizes: blocks of a document of each run, over queries and over keys, [2, runs]. counts: documents of each run.
     """
@@ -128,13 +110,14 @@ def _costs_of_ranges(sizes: IntArray, counts: IntArray) -> IntArray:
 
 
 def _best_cuts(costs: IntArray, max_groups: int) -> list[tuple[int, list[int]]]:
-    """For 1, 2, ... groups: the fewest blocks, and the end of each group as a number of runs."""
+    """Return, for 1, 2, ... groups, the fewest blocks and the end of each group as a number of runs."""
     num_runs = len(costs)
-    best = costs[0].copy()  # of runs 0..i in so many groups
+    # Dynamic programming over the number of groups. best[i]: fewest blocks of runs 0..i.
+    best = costs[0].copy()
     found: list[tuple[int, list[int]]] = [(int(best[-1]), [num_runs])]
     cut_before: list[IntArray] = []
     for _ in range(1, max_groups):
-        # total[i, j]: runs 0..i-1 as before, runs i..j as one more group
+        # total[i, j]: runs 0..i-1 in one group less, runs i..j as the last group.
         total = np.full((num_runs, num_runs), np.iinfo(np.int64).max // 2)
         for first in range(1, num_runs):
             total[first, first:] = best[first - 1] + costs[first, first:]
@@ -150,7 +133,7 @@ def _best_cuts(costs: IntArray, max_groups: int) -> list[tuple[int, list[int]]]:
 def _group(queries: IntArray, keys: IntArray, device: torch.device | str | None) -> DocumentGroup:
     ends_q, ends_k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (queries, keys))
     return DocumentGroup(
-        # Copied, not shared with NumPy: a dry run then makes tensors without data of them.
+        # Copied from lists, not shared with NumPy: under FakeTensorMode (dry runs) the copies are fake tensors.
         torch.tensor(ends_q.tolist(), dtype=torch.int32, device=device),
         torch.tensor(ends_k.tolist(), dtype=torch.int32, device=device),
         int(ends_q[-1]),
@@ -161,11 +144,11 @@ def _group(queries: IntArray, keys: IntArray, device: torch.device | str | None)
 
 
 class ShardPass(NamedTuple):
-    """One of the two passes of varlen attention over gathered keys and values: of all heads, or of all tails.
+    """One of two passes of varlen attention over gathered keys and values: all heads, or all tails.
 
     documents: for each document with queries in this pass, its chunk as queries and its keys up to the chunk's end.
-    key_rows: int64 [keys], where each of these keys lies in the shards of all ranks laid end to end; ascending inside
-        a chunk, each row at most once.
+    key_rows: int64 [keys], the row of each of these keys in the concatenated shards of all ranks; ascending inside a
+        chunk, each row at most once.
     """
 
     documents: Documents
@@ -173,16 +156,26 @@ class ShardPass(NamedTuple):
 
 
 class HeadTailShard(NamedTuple):
-    """What attention of one rank's shard needs in addition to its tokens."""
+    """The two attention passes of one rank's shard."""
 
     heads: ShardPass
     tails: ShardPass
 
 
 def head_tail_shard(lengths: IntArray, rank: int, degree: int) -> tuple[IntArray, HeadTailShard]:
-    """The tokens of `rank` (positions in the pack, int64 [T / degree]) and what its attention needs.
+    """Return the tokens of `rank` (positions in the pack, int64 [T / degree]) and its attention passes.
 
-    lengths: of the pack's documents, padding included; they sum to T, a multiple of `degree`.
+    lengths: of the pack's documents, padding included; they sum to T, a multiple of `degree` = C. Every document is cut
+    into 2C chunks whose sizes differ by at most one token; rank r holds chunk r (a cheap head) and chunk 2C-1-r (an
+    expensive tail). Tokens that 2C does not divide go to one chunk each, round-robin, continuing in the next document.
+    So every rank holds T / C tokens, first ceil(T / 2C) of heads, then floor(T / 2C) of tails: static shapes.
+    The largest rank's causal pairs exceed the mean by less than 2 per token of the pack, for any documents.
+
+    With documents of 9 and 7 tokens and C = 2 (digits: rank of the token; ^: a chunk that got an extra token):
+
+        document   0 0 0 1 1 1 1 0 0 | 0 1 1 1 1 0 0
+        chunk      0 0 0 1 1 2 2 3 3 | 0 1 1 2 2 3 3
+                   ^                 |   ^   ^   ^
     """
     bounds = chunk_bounds(lengths, degree)
     shards = [_shard_tokens(bounds, other) for other in range(degree)]
@@ -194,7 +187,7 @@ def head_tail_shard(lengths: IntArray, rank: int, degree: int) -> tuple[IntArray
 
 
 def chunk_bounds(lengths: IntArray, degree: int) -> IntArray:
-    """Where the chunks of each document begin and end, int64 [documents, 2 * degree + 1], as positions in the pack."""
+    """Return the bounds of each document's chunks as positions in the pack, int64 [documents, 2 * degree + 1]."""
     chunks = 2 * degree
     starts = np.cumsum(lengths) - lengths
     base, spare = np.divmod(lengths, chunks)
@@ -205,20 +198,20 @@ def chunk_bounds(lengths: IntArray, degree: int) -> IntArray:
 
 
 def _shard_tokens(bounds: IntArray, rank: int) -> IntArray:
-    """Positions of the heads of `rank` in the order of the documents, then of its tails."""
+    """Return the positions of the heads of `rank` in document order, then those of its tails."""
     tail = bounds.shape[1] - 2 - rank
     starts = np.concatenate([bounds[:, rank], bounds[:, tail]])
     return _ranges(starts, np.concatenate([bounds[:, rank + 1], bounds[:, tail + 1]]) - starts)
 
 
 def _pass(bounds: IntArray, chunk: int, rows: IntArray) -> ShardPass:
-    """Attention of chunk `chunk` of all documents. rows: of each token of the pack among the gathered keys."""
-    # A document too short to have tokens in this chunk has no query here, and kernels would launch blocks for it.
+    """Return the attention pass of one chunk of all documents. rows: row of each token among the gathered keys."""
+    # Documents too short to have tokens in this chunk have no query here, and kernels would launch blocks for them.
     bounds = bounds[bounds[:, chunk + 1] > bounds[:, chunk]]
     queries, keys = bounds[:, chunk + 1] - bounds[:, chunk], bounds[:, chunk + 1] - bounds[:, 0]
     return ShardPass(pack_documents(queries, keys), torch.from_numpy(rows[_ranges(bounds[:, 0], keys)]))
 
 
 def _ranges(starts: IntArray, sizes: IntArray) -> IntArray:
-    """starts[0], starts[0] + 1, ... (sizes[0] of them), then those of starts[1], and so on."""
+    """Return starts[0], starts[0] + 1, ... (sizes[0] of them), then those of starts[1], and so on."""
     return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())

@@ -1,11 +1,7 @@
-"""HF model folders: names of parameters, weights in safetensors, and the folder that transformers and vLLM read.
+"""HF model folders: names and shapes of tensors, lazy reading of safetensors, and atomic writing.
 
-Owns the check of a folder's tensors from their headers, lazy reading, and atomic writing.
-Names are models/hf_names.py's, config.json is models/hf_config.py's.
-
-Names and shapes of HF's tensors and of our parameters.
-
-Owns the mapping of names. Experts are one parameter here and a tensor each on disk; everything else is one to one.
+Owns the mapping between HF's tensors and our parameters: the experts of a layer are one parameter here and one tensor
+per expert on disk; everything else is one to one. config.json is read and written by hf_config.py.
 """
 
 from __future__ import annotations
@@ -26,15 +22,18 @@ from torch import Tensor
 
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf_config import (
-    TOKEN_ID_KEYS,
-    args_from_hf,
-    args_to_hf_config,
-    read_json,
-    token_ids_from_hf,
-)
+from hbp_titan.models.hf_config import TOKEN_ID_KEYS, args_from_hf, args_to_hf_config, read_json
+from hbp_titan.utils import first_n
 
-# Ours, HF's. Everything behind the prefix has the same name.
+_TIED_OUTPUT = "head.output.weight"
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_GENERATION_FILE = "generation_config.json"
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_LISTED = 20  # names in a message
+
+# Ours, HF's. Everything after the prefix has the same name.
 _PREFIXES = (
     ("tok_embeddings.", "model.embed_tokens."),
     ("layers.", "model.layers."),
@@ -47,28 +46,28 @@ _OF_EXPERT = re.compile(r"(.*\.mlp\.experts)\.\d+\.(gate_proj|up_proj|down_proj)
 
 
 def to_hf_name(fqn: str) -> str:
-    """HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
+    """Return HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
     for ours, theirs in _PREFIXES:
         if fqn.startswith(ours):
             return theirs + fqn[len(ours) :]
-    raise ValueError(f"{fqn!r} is no parameter of a decoder")
+    raise ValueError(f"{fqn!r} is not a parameter of a decoder")
 
 
 def from_hf_name(name: str) -> str:
-    """Our name of HF's parameter `name`, the fused one for an expert's. ValueError for a name that no decoder has."""
+    """Return our name of HF's parameter `name`, the fused one for an expert's. Raises ValueError for other names."""
     for ours, theirs in _PREFIXES:
         if name.startswith(theirs):
             return _OF_EXPERT.sub(r"\1.\2", ours + name[len(theirs) :])
-    raise ValueError(f"{name!r} is no parameter of a Llama, Qwen2, Qwen3 or DeepSeek-V2 model")
+    raise ValueError(f"{name!r} is not a parameter of a Llama, Qwen2, Qwen3 or DeepSeek-V2 model")
 
 
 def is_fused(fqn: str) -> bool:
-    """Whether our parameter `fqn` holds a projection of all experts of a layer."""
+    """Return whether our parameter `fqn` holds a projection of all experts of a layer."""
     return _FUSED.fullmatch(fqn) is not None
 
 
 def hf_names(fqn: str, shape: Sequence[int]) -> list[str]:
-    """HF's names of the tensors that our parameter `fqn` is on disk: one, or one for each row of fused experts."""
+    """Return HF's names of the tensors of our parameter `fqn`: one, or one per row of fused experts."""
     fused = _FUSED.fullmatch(fqn)
     if fused is None:
         return [to_hf_name(fqn)]
@@ -77,7 +76,7 @@ def hf_names(fqn: str, shape: Sequence[int]) -> list[str]:
 
 
 def hf_shapes(args: ModelArgs) -> dict[str, list[int]]:
-    """Shape of every tensor on disk by HF's name; a tied output matrix is not listed."""
+    """Return the shape of every tensor on disk by HF's name, without a tied output matrix."""
     shapes = {}
     for fqn, shape in parameter_shapes(args).items():
         of_one = shape[1:] if is_fused(fqn) else shape
@@ -86,52 +85,33 @@ def hf_shapes(args: ModelArgs) -> dict[str, list[int]]:
 
 
 def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
-    """Shape of every parameter by our name; a tied output matrix is the embedding and not listed."""
+    """Return the shape of every parameter by our name, without a tied output matrix."""
     with torch.device("meta"):
         return {fqn: parameter.shape for fqn, parameter in Decoder(args).named_parameters()}
 
 
-__all__ = [
-    "HFTensors",
-    "args_from_hf",
-    "args_to_hf_config",
-    "from_hf_name",
-    "hf_names",
-    "load_hf_tensors",
-    "save_hf_folder",
-    "to_hf_name",
-    "token_ids_from_hf",
-]
-
-_TIED_OUTPUT = "head.output.weight"
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_GENERATION_FILE = "generation_config.json"
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
 class HFTensors(Mapping[str, Tensor]):
-    """The weights of an HF folder by our names, each read (memory-mapped, on the CPU) when it is asked for.
+    """The weights of an HF folder by our names, each read on access (memory-mapped, on the CPU).
 
-    Dtypes are those on disk; `dtypes` has safetensors' names of all of them. Raises ValueError when made, before any
-    tensor is read, with the names of all missing, unknown and misshapen tensors; `args` is the architecture that they
-    are compared with.
+    args: the architecture to compare with, default that of config.json. dtypes: safetensors' names of the dtypes on
+    disk. The constructor raises ValueError, before it reads any tensor, listing all missing, unknown and misshapen
+    tensors.
     """
 
-    def __init__(self, folder: str | Path, args: ModelArgs) -> None:
-        self.folder, self.args = Path(folder), args
+    def __init__(self, folder: str | Path, args: ModelArgs | None = None) -> None:
+        self.folder = Path(folder)
+        self.args = args_from_hf(folder) if args is None else args
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[list[int], str]] = {}
         for path in _weight_files(self.folder):
             handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 if name in self._files:
-                    raise ValueError(f"{path}: {name} is also in another file of the folder")
+                    raise ValueError(f"{path}: {name} is also in another file of the folder; restore the folder")
                 header = handle.get_slice(name)
                 self._files[name], shapes[name] = handle, (header.get_shape(), header.get_dtype())
         self.dtypes = sorted({dtype for _, dtype in shapes.values()})
-        _compare(self.folder, shapes, args)
+        _compare(self.folder, shapes, self.args)
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
@@ -141,7 +121,7 @@ class HFTensors(Mapping[str, Tensor]):
         return self.part(fqn, ())
 
     def part(self, fqn: str, dims: Sequence[slice]) -> Tensor:
-        """Of parameter `fqn` what lies in these slices of its first dims; nothing else is read."""
+        """Read the part of parameter `fqn` in these slices of its first dims, and nothing else."""
         names = self._names[fqn]
         if is_fused(fqn):
             experts, inside = (dims[0], dims[1:]) if dims else (slice(None), ())
@@ -160,7 +140,7 @@ class HFTensors(Mapping[str, Tensor]):
         output_name = to_hf_name(_TIED_OUTPUT)
         if output_name in self._files and not torch.equal(embedding, self._read(output_name, dims)):
             raise ValueError(
-                f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ: "
+                f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ; "
                 "set tie_word_embeddings to false or remove one of them"
             )
 
@@ -169,14 +149,6 @@ class HFTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def load_hf_tensors(folder: str | Path, args: ModelArgs | None = None) -> HFTensors:
-    """Lazy mapping of our parameter names to the weights in `folder`; see HFTensors for errors.
-
-    args: the architecture to compare with; config.json's unless given.
-    """
-    return HFTensors(folder, args_from_hf(folder) if args is None else args)
 
 
 def save_hf_folder(
@@ -190,26 +162,25 @@ def save_hf_folder(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder that transformers and vLLM load: config, generation config, weights, tokenizer files.
+    """Write a folder that transformers and vLLM load, atomically: configs, weights, tokenizer files.
 
-    tensors: (our name, whole tensor) pairs, each parameter once, in any order, taken one at a time; a tied
-        model's output matrix may come as well and is left out. Each is stored in `dtype`.
-    tokenizer_path: folder whose tokenizer, chat template and sampling settings (generation_config.json) go along.
-    token_ids: bos_token_id, eos_token_id, pad_token_id as config.json has them; an absent one is null.
-    max_shard_bytes: a weight file is closed before it would grow beyond this.
-    overwrite: replace `out` if it exists and is not empty, which is otherwise a ValueError.
+    tensors: (our name, whole tensor) pairs, each parameter once, in any order, consumed one at a time and stored in
+        `dtype`; the output matrix of a tied model is skipped.
+    tokenizer_path: folder from which tokenizer, chat template and sampling settings are copied.
+    token_ids: bos_token_id, eos_token_id, pad_token_id for config.json; null if absent.
+    max_shard_bytes: maximum size of a weight file.
+    overwrite: replace `out` if it exists and is not empty; otherwise that is a ValueError.
 
-    The folder appears at once, complete, or not at all. Raises ValueError for unknown, repeated, missing or
-    misshapen tensors and for unknown token_ids.
+    Raises ValueError for unknown, repeated, missing or misshapen tensors and for unknown token_ids.
     """
     out = Path(out)
     unknown = set(token_ids or {}) - set(TOKEN_ID_KEYS)
     if unknown:
-        raise ValueError(f"token_ids has {', '.join(sorted(unknown))}; known are {', '.join(TOKEN_ID_KEYS)}")
+        raise ValueError(f"token_ids has {', '.join(sorted(unknown))}; use {', '.join(TOKEN_ID_KEYS)}")
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: name another folder or remove it")
+        raise ValueError(f"{out}: exists and is not empty; pass another folder or remove it")
     dtype_name = str(dtype).removeprefix("torch.")
-    # transformers before 4.56 and vLLM read torch_dtype, later ones dtype.
+    # transformers before 4.56 and vLLM read torch_dtype, later versions dtype.
     config = {**args_to_hf_config(args), **(token_ids or {}), "dtype": dtype_name, "torch_dtype": dtype_name}
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -227,7 +198,7 @@ def save_hf_folder(
 
 
 def _generation_config(source: str | Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The token ids of `config`, where it has them, among the settings of the folder `source`."""
+    """Return the generation config of the folder `source`, with the token ids that `config` has."""
     path = Path(source) / _GENERATION_FILE if source is not None else None
     carried = read_json(path) if path is not None and path.is_file() else {}
     named = {key: config[key] for key in TOKEN_ID_KEYS if config[key] is not None}
@@ -243,17 +214,17 @@ def _checked(
             continue
         shape = expected.pop(fqn, None)
         if shape is None:
-            raise ValueError(f"model {args.name}: tensor {fqn} is unknown or came twice")
+            raise ValueError(f"model {args.name}: tensor {fqn} is unknown or repeated")
         if tensor.shape != shape:
             raise ValueError(f"model {args.name}: tensor {fqn} is of shape {list(tensor.shape)}, not {list(shape)}")
         tensor = tensor.detach().to("cpu", dtype)
         if is_fused(fqn):
-            # Cloned: safetensors refuses tensors that share memory.
+            # Cloned, because safetensors rejects tensors that share memory.
             yield from ((name, part.clone()) for name, part in zip(hf_names(fqn, shape), tensor, strict=True))
         else:
             yield to_hf_name(fqn), tensor.contiguous()
     if expected:
-        raise ValueError(f"model {args.name}: no tensor came for {_listed(expected)}")
+        raise ValueError(f"model {args.name}: missing tensors {first_n(list(expected), MAX_LISTED)}")
 
 
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: float) -> None:
@@ -274,6 +245,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shar
         shard_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
     close_shard()
+    # Renamed at the end, because file names contain the number of files.
     if len(shards) == 1:
         (folder / "shard-1").rename(folder / _SINGLE_FILE)
         return
@@ -291,16 +263,17 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / _SINGLE_FILE]
     index = folder / _INDEX_FILE
     if not index.is_file():
-        raise ValueError(f"{folder}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}")
+        raise ValueError(f"{folder}: contains neither {_SINGLE_FILE} nor {_INDEX_FILE}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: weight_map is no object of file names")
+        raise ValueError(f"{index}: weight_map is not an object of file names")
     names = sorted(set(weight_map.values()))
     for name in names:
+        # The index is untrusted input: a path could name files outside the folder.
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
         if not (folder / name).is_file():
-            raise ValueError(f"{index}: names {name}, which is not in the folder")
+            raise ValueError(f"{index}: {name} is missing from the folder")
     return [folder / name for name in names]
 
 
@@ -308,7 +281,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path}: truncated or corrupt safetensors file: {error}") from None
 
 
 def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: ModelArgs) -> None:
@@ -321,21 +294,16 @@ def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: Mod
     misshapen = [f"{n} {found[n][0]} instead of {expected[n]}" for n in both if found[n][0] != expected[n]]
     not_float = [f"{n} of type {found[n][1]}" for n in both if found[n][1] not in _FLOAT_DTYPES]
     kinds = {"missing": missing, "unknown": unknown, "misshapen": misshapen, "not floating point": not_float}
-    faults = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
-    if faults:
+    problems = [f"{kind}: {first_n(names, MAX_LISTED)}" for kind, names in kinds.items() if names]
+    if problems:
         raise ValueError(
-            f"{folder}: the weights do not fit {args.hf_model_type} config.json, restore the folder; "
-            + "; ".join(faults)
+            f"{folder}: the weights do not match {args.hf_model_type} config.json; restore the folder; "
+            + "; ".join(problems)
         )
 
 
-def _listed(names: Iterable[str], limit: int = 20) -> str:
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
 def _replace(temporary: Path, out: Path) -> None:
+    # A folder cannot be renamed over a non-empty one; the old one moves aside first.
     if not out.exists():
         temporary.rename(out)
         return

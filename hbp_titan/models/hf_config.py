@@ -1,17 +1,13 @@
 """HF config.json <-> ModelArgs.
 
-Owns which model types and features are supported, the defaults of absent keys (transformers'), and the refusal of
-everything that would change the mathematics unnoticed.
-
-DeepSeek-V2's part of config.json <-> MLAArgs and MoEArgs.
-
-Owns the defaults of absent keys, which are transformers' (and DeepSeek's own code's where transformers has no such
-key), and the refusal of what is not built. The fields of both records have the names of the keys.
+Owns the supported model types and features, the defaults of absent keys (transformers', else DeepSeek's own code's),
+and the rejection of everything that would silently change the mathematics.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,47 +15,9 @@ from typing import Any, NamedTuple
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.layers import ROPE_TYPES, check_scaling
 
-_SIZES = (
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_shared_experts",
-)
-_OPTIONAL_SIZES = ("q_lora_rank", "n_group", "topk_group", "moe_layer_freq")
-
-
-def mla_and_moe_from_hf(values: dict[str, Any], path: Path) -> tuple[MLAArgs, MoEArgs]:
-    """Both records of a config.json. Raises ValueError naming the file and the key for what is not supported."""
-    present = [key for key in _OPTIONAL_SIZES if values.get(key) is not None]
-    wrong = [key for key in (*_SIZES, *present) if not isinstance(values.get(key), int) or values[key] < 1]
-    if wrong:
-        raise ValueError(f"{path}: needs a whole number above 0 for {', '.join(wrong)}")
-    scoring = values.get("scoring_func", "softmax")
-    if scoring != "softmax":
-        raise ValueError(f"{path}: scoring_func = {scoring!r} is not supported, only 'softmax' is")
-    known = {key: value for key, value in values.items() if value is not None}
-    try:
-        mla = MLAArgs(**{item.name: known[item.name] for item in fields(MLAArgs) if item.name in known})
-        moe = MoEArgs(**{item.name: known[item.name] for item in fields(MoEArgs) if item.name in known})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return mla, moe
-
-
-def mla_and_moe_to_hf(args: ModelArgs) -> dict[str, Any]:
-    """The keys of config.json that hold both records."""
-    assert args.mla is not None
-    assert args.moe is not None
-    # transformers' head_dim is what rotary embedding sees.
-    return {**asdict(args.mla), **asdict(args.moe), "head_dim": args.rope_dim, "scoring_func": "softmax", "ep_size": 1}
-
 
 class Family(NamedTuple):
-    """What a model_type implies without saying so in its config."""
+    """Features that a model_type implies without a key in its config."""
 
     architecture: str
     qkv_bias: bool = False
@@ -75,6 +33,18 @@ FAMILIES = {
     "deepseek_v2": Family("DeepseekV2ForCausalLM", latent_experts=True),
 }
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# DeepSeek-V2's keys; the fields of MLAArgs and MoEArgs have their names.
+_LATENT_SIZES = (
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+)
+_OPTIONAL_LATENT_SIZES = ("q_lora_rank", "n_group", "topk_group", "moe_layer_freq")
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -83,7 +53,7 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
-# Keys whose presence with another value would change the model; all of them default to the value given here.
+# Keys whose other values would change the model; each defaults to the value given here.
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -97,22 +67,22 @@ _DEFAULT_THETA = 10000.0
 
 
 def args_from_hf(folder: str | Path) -> ModelArgs:
-    """The architecture in `folder`/config.json, as transformers 4.x or 5.x write it.
+    """Return the architecture in `folder`/config.json, as written by transformers 4.x or 5.x.
 
-    Raises ValueError naming the file and the key for a model type, feature or value that is not supported.
+    Raises ValueError with the file and the key for a model type, feature or value that is not supported.
     """
     path = Path(folder) / "config.json"
     values = read_json(path)
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{path}: model_type {model_type!r} is not supported; {', '.join(FAMILIES)} are")
-    _refuse_unsupported(values, path)
+        raise ValueError(f"{path}: model_type {model_type!r} must be one of {', '.join(FAMILIES)}")
+    _check_supported(values, path)
     num_heads = values["num_attention_heads"]
     family = FAMILIES[model_type]
     theta, scaling = _rope(values, path)
-    # Absent, transformers takes 128 for Qwen3 and the share of the hidden width for the others.
+    # If it is absent, transformers uses 128 for Qwen3 and hidden_size // num_heads for the others.
     head_dim = values.get("head_dim") or (128 if model_type == "qwen3" else values["hidden_size"] // num_heads)
-    mla, moe = mla_and_moe_from_hf(values, path) if family.latent_experts else (None, None)
+    mla, moe = _mla_and_moe(values, path) if family.latent_experts else (None, None)
     return ModelArgs(
         name=Path(folder).resolve().name,
         hf_model_type=model_type,
@@ -137,22 +107,22 @@ def args_from_hf(folder: str | Path) -> ModelArgs:
 
 
 def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
-    """config.json for `args`: rope in the form of transformers 4.x and vLLM and in that of 5.x, with equal values.
-
-    Token ids are null: transformers' defaults (1 and 2) would be wrong for most tokenizers. Raises ValueError where
-    the family cannot express the architecture.
-    """
+    """Return config.json for `args`. Raises ValueError if the family cannot express the architecture."""
+    # RoPE is written for transformers 4.x and vLLM and again for 5.x, with equal values. Token ids are null, because
+    # transformers' defaults (1 and 2) would be wrong for most tokenizers.
     family = FAMILIES.get(args.hf_model_type)
     if family is None:
-        raise ValueError(f"model {args.name}: hf_model_type {args.hf_model_type!r} is none of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model {args.name}: hf_model_type {args.hf_model_type!r} must be one of {', '.join(FAMILIES)}"
+        )
     if (args.qkv_bias, args.qk_norm) != (family.qkv_bias, family.qk_norm):
         raise ValueError(
-            f"model {args.name}: {args.hf_model_type} means qkv_bias={family.qkv_bias}, qk_norm={family.qk_norm}, "
+            f"model {args.name}: {args.hf_model_type} requires qkv_bias={family.qkv_bias}, qk_norm={family.qk_norm}, "
             f"not {args.qkv_bias}, {args.qk_norm}"
         )
     if {args.mla is not None, args.moe is not None} != {family.latent_experts}:
         raise ValueError(
-            f"model {args.name}: {args.hf_model_type} means {'' if family.latent_experts else 'no '}mla and moe"
+            f"model {args.name}: {args.hf_model_type} requires {'' if family.latent_experts else 'no '}mla and moe"
         )
     rope_parameters = {"rope_type": "default", **(args.rope_scaling or {}), "rope_theta": args.rope_theta}
     return {
@@ -182,14 +152,17 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
             else {"mlp_bias": False}
         ),
         **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
-        **(mla_and_moe_to_hf(args) if family.latent_experts else {}),
+        **(asdict(args.mla) if args.mla is not None else {}),
+        **(asdict(args.moe) if args.moe is not None else {}),
+        # transformers' head_dim is the width of rotary embedding.
+        **({"head_dim": args.rope_dim, "scoring_func": "softmax", "ep_size": 1} if family.latent_experts else {}),
     }
 
 
 def token_ids_from_hf(folder: str | Path) -> dict[str, Any]:
-    """bos, eos and pad token ids of an HF folder: generation_config.json's where it has them, else config.json's.
+    """Return bos, eos and pad token ids of an HF folder: generation_config.json's, else config.json's.
 
-    An eos may be a list (chat models stop at several tokens).
+    eos may be a list (chat models stop at several tokens).
     """
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
@@ -200,7 +173,7 @@ def token_ids_from_hf(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError naming the file where it holds none."""
+    """Return the JSON object in `path`. Raises ValueError with the file name for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -210,22 +183,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_unsupported(values: dict[str, Any], path: Path) -> None:
-    optional = [key for key in ("num_key_value_heads", "head_dim") if values.get(key) is not None]
-    wrong = [key for key in (*_REQUIRED, *optional) if not isinstance(values.get(key), int) or values[key] < 1]
+def _check_sizes(values: dict[str, Any], required: Sequence[str], optional: Sequence[str], path: Path) -> None:
+    present = [key for key in optional if values.get(key) is not None]
+    wrong = [key for key in (*required, *present) if not isinstance(values.get(key), int) or values[key] < 1]
     if wrong:
-        raise ValueError(f"{path}: needs a whole number above 0 for {', '.join(wrong)}")
+        raise ValueError(f"{path}: {', '.join(wrong)} must be a whole number above 0")
+
+
+def _check_supported(values: dict[str, Any], path: Path) -> None:
+    _check_sizes(values, _REQUIRED, ("num_key_value_heads", "head_dim"), path)
     for key, supported in _ONLY_SUPPORTED.items():
         value = values.get(key)
         if value is not None and value != supported:
-            raise ValueError(f"{path}: {key} = {value!r} is not supported, only {supported!r} is")
+            raise ValueError(f"{path}: {key} = {value!r} must be {supported!r}")
     other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
     if other_layers:
-        raise ValueError(f"{path}: layer_types has {', '.join(other_layers)}; only full_attention is supported")
+        raise ValueError(f"{path}: layer_types has {', '.join(other_layers)}, must be full_attention")
 
 
 def _rope(values: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """theta and the scaling, from rope_parameters (5.x), rope_theta with rope_scaling (4.x), or both where equal."""
+    """Return theta and the scaling from rope_parameters (5.x), rope_theta and rope_scaling (4.x), or both if equal."""
     readings = {}
     if values.get("rope_parameters"):
         readings["rope_parameters"] = _rope_reading(values["rope_parameters"], values.get("rope_theta"), path)
@@ -245,9 +222,9 @@ def _rope_reading(values: dict[str, Any], outer_theta: float | None, path: Path)
     kind = values.pop("rope_type", None) or values.get("type") or "default"
     values.pop("type", None)
     if values.pop("partial_rotary_factor", None) not in (None, 1.0):
-        raise ValueError(f"{path}: partial_rotary_factor other than 1.0 is not supported")
+        raise ValueError(f"{path}: partial_rotary_factor must be 1.0")
     if kind not in ("default", *ROPE_TYPES):
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported; default, {' and '.join(ROPE_TYPES)} are")
+        raise ValueError(f"{path}: rope_type {kind!r} must be one of default, {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return theta, None
     scaling = {"rope_type": kind, **values}
@@ -255,8 +232,22 @@ def _rope_reading(values: dict[str, Any], outer_theta: float | None, path: Path)
     return theta, scaling
 
 
+def _mla_and_moe(values: dict[str, Any], path: Path) -> tuple[MLAArgs, MoEArgs]:
+    _check_sizes(values, _LATENT_SIZES, _OPTIONAL_LATENT_SIZES, path)
+    scoring = values.get("scoring_func", "softmax")
+    if scoring != "softmax":
+        raise ValueError(f"{path}: scoring_func = {scoring!r} must be 'softmax'")
+    known = {key: value for key, value in values.items() if value is not None}
+    try:
+        mla = MLAArgs(**{item.name: known[item.name] for item in fields(MLAArgs) if item.name in known})
+        moe = MoEArgs(**{item.name: known[item.name] for item in fields(MoEArgs) if item.name in known})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return mla, moe
+
+
 def _longest(max_position_embeddings: int, scaling: dict[str, Any] | None) -> int:
-    """Qwen's instructions for 128K add YaRN to config.json and leave max_position_embeddings as it was."""
+    # Qwen's instructions for 128K add YaRN to config.json and leave max_position_embeddings unchanged.
     if scaling is None or scaling["rope_type"] != "yarn":
         return max_position_embeddings
     return max(max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))

@@ -1,20 +1,10 @@
-"""Rotary position embedding: frequencies (plain, llama3- or YaRN-scaled), their cosines and sines, and their use.
+"""Building blocks of every model family: rotary position embedding, SwiGLU, and the random numbers of initial weights.
 
-Owns the formulas; the convention is HF's half rotation (element i pairs with i + D/2), the one that HF weights
-expect, and for DeepSeek's weights the pairs 2i and 2i + 1. Sources: Su et al. 2021 (RoFormer); the scalings as in
-transformers' modeling_rope_utils, YaRN after Peng et al. 2023 (arXiv 2309.00071).
+Owns the rotary formulas (Su et al. 2021, RoFormer), with the scalings of transformers' modeling_rope_utils (YaRN: Peng
+et al. 2023, arXiv 2309.00071). The convention is HF's half rotation: element i pairs with i + D/2; DeepSeek's weights
+pair 2i with 2i + 1.
 
-Shape suffixes: T tokens, N heads, D width of what is rotated.
-
-SwiGLU: the dense feed-forward network of every family, and a mixture's shared experts.
-
-Shape suffixes: T tokens, H hidden width, F intermediate width.
-
-Random numbers by position: any part of a tensor on its own, the same on every device.
-
-Owns the initial values' source. An element is a function of (seed, name, its position in the whole tensor) alone, by
-integer arithmetic (SplitMix64's mixing function on a counter, Steele et al., OOPSLA 2014) and one table. So a shard
-is drawn without the rest of its tensor, where it lives, and any sharding, world size and device gives the same bits.
+Shape suffixes: T tokens, N heads, D rotated width, H hidden width, F intermediate width.
 """
 
 from __future__ import annotations
@@ -36,26 +26,23 @@ ROPE_TYPES = ("llama3", "yarn")
 
 
 def check_scaling(scaling: dict[str, Any], where: str) -> None:
-    """Raise ValueError, beginning with `where`, unless `scaling` is of a supported rope_type and complete."""
+    """Raise ValueError, prefixed with `where`, unless `scaling` is complete and of a supported rope_type."""
     kind = scaling.get("rope_type")
     if kind not in ROPE_TYPES:
-        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} is not supported; {' and '.join(ROPE_TYPES)} are")
+        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} must be one of {', '.join(ROPE_TYPES)}")
     required = LLAMA3_KEYS if kind == "llama3" else YARN_KEYS
     missing = [key for key in required if scaling.get(key) is None]
     if missing:
-        raise ValueError(f"{where}: rope_scaling lacks {', '.join(missing)}")
+        raise ValueError(f"{where}: rope_scaling has no {', '.join(missing)}")
     unknown = sorted(set(scaling) - {"rope_type", *YARN_KEYS, *YARN_OPTIONAL_KEYS})
     if kind == "yarn" and unknown:
-        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which YaRN does not know")
+        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which is not supported for YaRN")
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
-    """float32 [D / 2] on the CPU: theta^(-2i/D), rescaled as `scaling` says.
-
-    Always computed on the CPU, so that every device rotates by the same angles: at position 100,000 one unit in
-    the last place of a frequency already turns the pair by several thousandths of a radian.
-    """
-    # "cpu" by name: the model may be under construction on the meta device.
+    """Return theta^(-2i/D), rescaled according to `scaling`, float32 [D / 2] on the CPU."""
+    # Always on the CPU, so that every device rotates by the same angles: at position 100,000 one unit in the last place
+    # of a frequency turns the pair by several thousandths of a radian. The model may be built on the meta device.
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
     periods = theta**exponents
     if scaling is None:
@@ -78,7 +65,7 @@ def _yarn(periods: Tensor, theta: float, scaling: dict[str, Any]) -> Tensor:
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
 
     def pair_that_turns(rotations: float) -> float:
-        """The (fractional) index of the pair that turns so often over the original context."""
+        """Return the (fractional) index of the pair with this many rotations over the original context."""
         return pairs * math.log(original / (rotations * 2 * math.pi)) / math.log(theta)
 
     low = pair_that_turns(scaling.get("beta_fast") or 32)
@@ -93,12 +80,12 @@ def _yarn(periods: Tensor, theta: float, scaling: dict[str, Any]) -> Tensor:
 
 
 def yarn_mscale(factor: float, coefficient: float = 1.0) -> float:
-    """YaRN's growth of the attention logits' temperature with the factor of the context."""
+    """Return YaRN's attention temperature for a context extended by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
 
 def attention_factor(scaling: dict[str, Any] | None) -> float:
-    """What YaRN multiplies cosines and sines by; 1 for the others."""
+    """Return YaRN's factor of cosines and sines, 1 for the other scalings."""
     if scaling is None or scaling["rope_type"] != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -110,7 +97,7 @@ def attention_factor(scaling: dict[str, Any] | None) -> float:
 
 
 def rope_cos_sin(inverse_frequencies: Tensor, position_ids_T: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos_TD and sin_TD times `factor`, float32 on the device of the positions; a frequency fills i and i + D/2."""
+    """Return cos_TD and sin_TD times `factor`, float32 on the positions' device; frequency i fills i and i + D/2."""
     # The copy from host memory is asynchronous: no synchronization in the step.
     frequencies = inverse_frequencies.to(position_ids_T.device, non_blocking=True)
     angles = position_ids_T.float()[:, None] * frequencies
@@ -120,17 +107,15 @@ def rope_cos_sin(inverse_frequencies: Tensor, position_ids_T: Tensor, factor: fl
 
 
 def apply_rope(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """`x_TND` rotated by its positions, in its own dtype; the products are taken in float32 or better."""
+    """Return `x_TND` rotated by its positions, in its dtype; products are computed in float32 or better."""
     first, second = x_TND.chunk(2, dim=-1)
     rotated_TND = torch.cat((-second, first), dim=-1)
     return (x_TND * cos_TD[:, None] + rotated_TND * sin_TD[:, None]).to(x_TND.dtype)
 
 
 def halves_from_pairs(x_TND: Tensor) -> Tensor:
-    """The pairs (2i, 2i + 1) of DeepSeek's weights moved to (i, i + D/2), where apply_rope rotates them.
-
-    Queries and keys are moved alike, so their products stay what they are.
-    """
+    """Move the pairs (2i, 2i + 1) of DeepSeek's weights to (i, i + D/2), where apply_rope rotates them."""
+    # Queries and keys are permuted alike, so their products do not change.
     return x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
@@ -147,20 +132,18 @@ class FeedForward(nn.Module):
         return self.down_proj(self.hidden(x_TH))
 
     def hidden(self, x_TH: Tensor) -> Tensor:
-        """What the last product multiplies, [T, F]."""
+        """Return the input of down_proj, [T, F]."""
         return F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH)
 
 
 Slices = tuple[slice, ...]
 _AT_ONCE = {"cpu": 2**15, "cuda": 2**24}
-"""Elements drawn at one time: what fits a core's cache, and what fills a GPU for 0.5 GB of integers."""
+"""Elements drawn at a time: as many as fit a core's cache, or fill a GPU with 0.5 GB of integers."""
 
 
 def normal(seed: int, name: str, shape: Sequence[int], part: Slices, std: float, device: torch.device) -> Tensor:
-    """The `part` of a tensor of `shape` with normal elements of mean 0, fp32.
-
-    Each is the sum of two normals out of 65536 equally likely ones: the farthest lie 6 standard deviations out.
-    """
+    """Return `part` of a tensor of `shape` with normal elements of mean 0, fp32."""
+    # The sum of two values from a table of 65536 equally likely normals: the extremes are 6 standard deviations out.
     table = _quantiles().to(device)
 
     def draw(bits: Tensor) -> Tensor:
@@ -170,10 +153,10 @@ def normal(seed: int, name: str, shape: Sequence[int], part: Slices, std: float,
 
 
 def uniform(seed: int, name: str, shape: Sequence[int], part: Slices, bound: float, device: torch.device) -> Tensor:
-    """The `part` of a tensor of `shape` with elements uniform in +-bound, fp32."""
+    """Return `part` of a tensor of `shape` with elements uniform in +-bound, fp32."""
 
     def draw(bits: Tensor) -> Tensor:
-        # 24 bits: all that a float32 below 1 holds exactly.
+        # 24 bits, all that a float32 below 1 holds exactly.
         return ((bits & 0xFFFFFF).float() * 2.0**-23 - 1.0) * bound
 
     return _draw(seed, name, shape, part, device, draw)
@@ -181,7 +164,7 @@ def uniform(seed: int, name: str, shape: Sequence[int], part: Slices, bound: flo
 
 @cache
 def _quantiles() -> Tensor:
-    """The middle quantile of each of 65536 equal shares of the normal distribution, fp32 on the CPU."""
+    """Return the middle quantile of each of 65536 equal shares of the normal distribution, fp32 on the CPU."""
     return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
 
 
@@ -193,8 +176,13 @@ def _draw(
     device: torch.device,
     values: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """values(32 random bits of each element of `part`), in a tensor of the part's shape."""
-    # Positions of whole rows: one per row and one per column, so that no tensor of positions is kept.
+    """Return values(32 random bits of each element of `part`), in a tensor of the part's shape.
+
+    The bits of an element are a function of (seed, name, its position in the whole tensor) alone: SplitMix64's mixing
+    function on a counter (Steele et al., OOPSLA 2014). So a shard is drawn without the rest of its tensor, and every
+    sharding, world size and device gives the same bits.
+    """
+    # One index per row and per column, so that no tensor of all positions is allocated.
     *rows, columns = (torch.arange(size, device=device)[dim] for size, dim in zip(shape, part, strict=True))
     starts = torch.zeros(1, dtype=torch.int64, device=device)
     for size, index in zip(shape, rows, strict=False):
@@ -210,8 +198,8 @@ def _draw(
 
 
 def _mix(positions: Tensor, key: int) -> Tensor:
-    """The upper 32 of 64 random bits for each position, in place of the positions (int64)."""
-    # Multiplications wrap around; >> keeps the sign, so the bits that it repeats are masked.
+    """Replace positions (int64) with the upper 32 of 64 random bits for each, in place."""
+    # Multiplications wrap around; >> extends the sign, so these bits are masked.
     bits = positions.mul_(-0x61C8864680B583EB).add_(key)
     bits = bits.bitwise_xor_((bits >> 30).bitwise_and_(2**34 - 1)).mul_(-0x40A7B892E31B1A47)
     bits = bits.bitwise_xor_((bits >> 27).bitwise_and_(2**37 - 1)).mul_(-0x6B2FB644ECCEEE15)

@@ -1,17 +1,10 @@
-"""LoRA (Hu et al., arXiv 2106.09685): frozen matrices with a trained product of two narrow ones beside each.
+"""LoRA (Hu et al., arXiv 2106.09685): frozen matrices, each with a trained product of two narrow matrices added.
 
-Owns the adapted matrix, which matrices are adapted, the adapters' first values and the arithmetic of merging. Acts on a
-built model from outside, before it is parallelized. Base parameters keep their names; an adapter's are HF PEFT's:
-`q_proj.weight` stays, `q_proj.lora_A.weight` and `q_proj.lora_B.weight` come beside it.
-
-No dropout: recomputation keeps no random state (a second forward of a block would draw another mask than its first),
-and the ranks of a cp group would draw masks that no single process draws: gradients would be exact no more.
+Owns the adapted matrix, the choice of matrices, initial values, merging, and adapter folders in HF PEFT's format
+(peft 0.21 reads them; vLLM and SGLang use the same keys). Acts on a built model, before it is parallelized. Base
+parameters keep their names; `q_proj.weight` gets `q_proj.lora_A.weight` and `q_proj.lora_B.weight` as in PEFT.
 
 Shape suffixes: T tokens, I inputs and O outputs of the matrix, R rank.
-
-An adapter as a folder of HF PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-Owns the names and the keys of that format (peft 0.21 reads it; older ones, vLLM and SGLang know the same keys).
 """
 
 from __future__ import annotations
@@ -29,12 +22,15 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import to_hf_name
 from hbp_titan.models.layers import Slices, uniform
 
+# No dropout: recomputation keeps no random state (a second forward would draw another mask than the first), and the
+# ranks of a cp group would draw masks that no single process draws. Gradients would no longer be exact.
 ALL_LINEAR = "all-linear"
 _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
+_PEFT_PREFIX = "base_model.model."
 
 
 class LoRALinear(nn.Linear):
-    """Takes over the weight and bias of `linear`, frozen: y = linear(x) + alpha / rank * B A x."""
+    """`linear`, frozen, plus an adapter: y = linear(x) + alpha / rank * B A x. Reuses its weight and bias."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
         inputs, outputs, weight = linear.in_features, linear.out_features, linear.weight
@@ -46,8 +42,8 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / rank
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        # The narrow product is scaled: R elements a token instead of O.
-        # The frozen product comes last: it keeps no activation, so recomputation ends before it.
+        # The narrow product is scaled: R elements per token instead of O. The frozen product comes last: it saves no
+        # activation, so recomputation can stop before it.
         adapted_TO = self.lora_B(self.scaling * self.lora_A(x_TI))
         return adapted_TO + super().forward(x_TI)
 
@@ -55,10 +51,10 @@ class LoRALinear(nn.Linear):
 def apply_lora(
     model: Decoder, rank: int, alpha: float, target_modules: Sequence[str], dtype: torch.dtype | None = None
 ) -> None:
-    """Freeze `model` (best on the meta device) and adapt the matrices that `target_modules` names, in place.
+    """Freeze `model` (usually on the meta device) and adapt the matrices in `target_modules`, in place.
 
-    The adapters have the weights' device and `dtype` (the weights' unless given), and values only after
-    init_lora_parameter. Raises ValueError as lora_targets does.
+    The adapters get the weights' device, `dtype` (default the weights'), and values only from init_lora_parameter.
+    Raises ValueError as lora_targets does.
     """
     targets = lora_targets(model, target_modules)
     model.requires_grad_(False)
@@ -70,15 +66,15 @@ def apply_lora(
 
 
 def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
-    """Names of the matrices inside the blocks whose dotted name ends in one of `target_modules` (PEFT's rule).
+    """Return the matrices inside the blocks whose dotted name ends in one of `target_modules` (PEFT's rule).
 
-    ["all-linear"] means all of them. In a mixture of experts only attention's matrices count. Raises ValueError, with
-    the names that there are, for one that fits none.
+    ["all-linear"] means all of them; in a mixture of experts only those of attention. Raises ValueError, with the known
+    names, for a target that matches none.
     """
     linears = [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
     if any(parameter.ndim == 3 for parameter in model.layers.parameters()):
-        # Fused experts. PEFT takes gate_proj, up_proj and down_proj for theirs, wherever else the names occur, and a
-        # router's weight is read without calling its module.
+        # Fused experts: PEFT would take gate_proj, up_proj and down_proj as theirs, wherever else the names occur, and
+        # a router's weight is used without calling its module, which would skip an adapter.
         linears = [name for name in linears if ".self_attn." in name]
     if list(target_modules) == [ALL_LINEAR]:
         return linears
@@ -86,19 +82,17 @@ def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
     if unknown:
         known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         raise ValueError(
-            f"lora.target_modules has {', '.join(map(repr, unknown))}, which no matrix of model {model.args.name} is "
-            f"called; there are {', '.join(known)}, and {ALL_LINEAR} alone for all of them"
+            f"lora.target_modules: model {model.args.name} has no {', '.join(map(repr, unknown))}; use any of "
+            f"{', '.join(known)}, or {ALL_LINEAR} alone"
         )
     return [name for name in linears if any(f".{name}".endswith(f".{target}") for target in target_modules)]
 
 
 def enable_input_require_grads(model: Decoder) -> None:
-    """Give the first block an input that requires a gradient, as all others have; call it after sharding.
-
-    Frozen embeddings would hand it one that does not: a graph of its own for the compiler, and FSDP2 would reduce its
-    gradients only when the whole backward is over. After sharding, because FSDP2 would gather the embeddings
-    for a backward that they do not have.
-    """
+    """Make the first block's input require a gradient, as all others do; call it after sharding."""
+    # With frozen embeddings it would not: the compiler would need another graph, and FSDP2 would reduce the block's
+    # gradients only after the whole backward. Before sharding, FSDP2 would gather the embeddings for a backward that
+    # they do not have.
 
     def start(module: nn.Module, inputs: tuple[Tensor, ...], hidden_TH: Tensor) -> Tensor:
         return hidden_TH.detach().requires_grad_() if torch.is_grad_enabled() else hidden_TH
@@ -107,16 +101,16 @@ def enable_input_require_grads(model: Decoder) -> None:
 
 
 def is_adapter(fqn: str) -> bool:
-    """Whether the parameter `fqn` is one of an adapter's."""
+    """Return whether the parameter `fqn` belongs to an adapter."""
     return fqn.endswith((_LORA_A, _LORA_B))
 
 
 def init_lora_parameter(
     fqn: str, shape: Sequence[int], seed: int, part: Slices | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The first value of an adapter's parameter `fqn` of `shape`, or of a part of it, fp32: of (seed, fqn) alone.
+    """Return the initial value of an adapter's parameter, or of a part of it, fp32: a function of (seed, fqn) alone.
 
-    PEFT's: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zero: the model starts as its base.
+    As PEFT: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zero, so the model starts as its base.
     """
     part = part or tuple(slice(0, size) for size in shape)
     if fqn.endswith(_LORA_B):
@@ -129,16 +123,13 @@ def init_lora_parameter(
 def merged(
     base: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], scaling: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """The (name, whole tensor) pairs of `base`, W as W + scaling * B A where `adapter` has them; those in fp32."""
+    """Yield the (name, whole tensor) pairs of `base`, each adapted W as W + scaling * B A in fp32."""
     for fqn, tensor in base:
         module = fqn.removesuffix("weight")
         if module + _LORA_A in adapter:
             a_RI, b_OR = adapter[module + _LORA_A].float(), adapter[module + _LORA_B].float()
             tensor = tensor.float() + scaling * (b_OR @ a_RI)
         yield fqn, tensor
-
-
-_PREFIX = "base_model.model."
 
 
 def save_adapter_folder(
@@ -151,17 +142,16 @@ def save_adapter_folder(
     dtype: torch.dtype,
     base: str | None,
 ) -> None:
-    """Write `adapter` (whole tensors by our names) into `out`, replacing what is there; complete or not at all.
+    """Write `adapter` (whole tensors by our names) as a folder of HF PEFT's format, atomically, replacing `out`.
 
-    target_modules: names of the adapted matrices, by their last part. base: the HF folder that the adapter belongs to,
-    None where the base is none.
+    target_modules: last parts of the adapted matrices' names. base: the base model's HF folder, None if it has none.
     """
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        # An int in PEFT; vLLM refuses 16.0.
+        # An int in PEFT; vLLM rejects 16.0.
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": list(target_modules),
         "lora_dropout": 0.0,
@@ -173,7 +163,7 @@ def save_adapter_folder(
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {_PREFIX + to_hf_name(fqn): t.detach().to("cpu", dtype).contiguous() for fqn, t in adapter.items()}
+    tensors = {_PEFT_PREFIX + to_hf_name(fqn): t.detach().to("cpu", dtype).contiguous() for fqn, t in adapter.items()}
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

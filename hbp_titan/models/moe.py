@@ -1,40 +1,12 @@
-"""Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2): routed and shared experts.
+"""Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2): routed and shared experts, and balance losses.
 
-Owns the way of a token: route (which experts, with which weights), sort_by_expert and dispatch (its copies, put in the
-order of the experts), Experts (a grouped product over each expert's rows), combine (its copies added up). Expert
-parallelism takes the place of `run_experts`, between `send` and `receive`. No token is dropped. All shapes are known
-beforehand (T * K rows, for any routing): nothing synchronizes with the device, a block compiles to one graph. Copies
-are added up by a gather in the inverse order and one sum, forward and backward: adding into place would round each
-addition to bfloat16, in an order that varies on a GPU.
+Owns the path of a token: `route` (which experts, with which weights), `sort_by_expert` and `dispatch` (its copies in
+the order of the experts), `Experts` (a grouped product over each expert's rows), `combine` (the sum of its copies).
+Expert parallelism replaces `run_experts`, between `send` and `receive`. No token is dropped, and all shapes are known
+beforehand (T * K rows for any routing), so nothing synchronizes with the device.
 
 Shape suffixes: T tokens, H hidden width, E experts, F width of an expert, K experts of a token, S = T * K copies,
-G groups of experts.
-
-Grouped matrix product: consecutive rows of one matrix, each group with a matrix of its own.
-
-Owns `grouped_mm` and its CPU kernel. On CUDA in bfloat16 it is torch's grouped GEMM, one kernel for all groups and
-no synchronization; elsewhere a product per group, as a custom op because the loop depends on data: torch.compile and
-dry runs see one op whose shapes are known (torch's own operator refuses float32 without data).
-
-Shape suffixes: S rows, E groups, I and O widths of input and output.
-
-Auxiliary balance losses of a mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2.3), per document.
-
-Owns the three losses and the rule by which they are weighted. In a document of T tokens, each sent to K of E experts
-in G groups (the paper's devices), of which a token may use M, with s_t,i the softmax score of expert i:
-
-    f_i  = E / (K T) * tokens sent to i                P_i = mean_t s_t,i
-    expert         aux_loss_alpha        * sum_i f_i P_i
-    device         device_aux_loss_alpha * sum_g mean(f_i of g) * sum(P_i of g)
-    communication  comm_aux_loss_alpha   * sum_g (G / (M T) * tokens sent to g) * sum(P_i of g)
-
-The rule: the losses of a document (seq_aux of the published config.json: never of a whole batch) count by the
-document's share in the gradient of the optimizer step: the sum of the loss weights of its tokens
-(components/loss.py; with ave_token its trained tokens over all of the step's). The shares of a step add up to 1
-and follow from the plan, so neither packs, ranks, context parallelism nor accumulation change the gradient. Padding
-and documents that train nothing have share 0. Counts are constants; the gradient goes through the scores alone.
-
-Shape suffixes: T tokens, K chosen experts of a token, E experts, G groups, N documents of the pack.
+G groups of experts, N documents of the pack. Of a grouped product: S rows, E groups, I and O widths.
 """
 
 from __future__ import annotations
@@ -52,17 +24,168 @@ from hbp_titan.models.configs import MoEArgs
 from hbp_titan.models.layers import FeedForward
 
 
+class MixtureOfExperts(nn.Module):
+    """Replacement of a dense feed-forward network; parameter names are HF's except those of the fused experts.
+
+    tokens_per_expert: int32 [E] on the device, copies per expert in the last forward on this rank, padding included;
+        None before the first. Recomputation sets it to the same value.
+    balance: shared by all layers of a model.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoEArgs, balance: BalanceState) -> None:
+        super().__init__()
+        self.moe = moe
+        self.balance = balance
+        self.gate = nn.Linear(hidden_size, moe.n_routed_experts, bias=False)
+        self.experts = Experts(hidden_size, moe.moe_intermediate_size, moe.n_routed_experts)
+        self.shared_experts = FeedForward(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
+        self.tokens_per_expert: Tensor | None = None
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        weights_TK, order_S, counts_E, shared_TH = self.send(x_TH)
+        self.tokens_per_expert = counts_E
+        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), shared_TH)
+
+    def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return weights_TK, order_S and counts_E (see sort_by_expert), and the shared experts' output."""
+        # float32 as in DeepSeek's code, because the choice of experts depends on small differences.
+        scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+        weights_TK, experts_TK = route(scores_TE, self.moe)
+        weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
+        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        # The shared experts run here so that recomputation may stop before the copies are returned.
+        return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
+
+    def run_experts(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+        """Return the weighted sum of each token's routed experts, y_TH."""
+        x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
+        return combine(self.experts(x_SH, weights_S, counts_E), order_S, self.moe.num_experts_per_tok)
+
+    def receive(self, y_TH: Tensor, shared_TH: Tensor) -> Tensor:
+        """Return the layer's output."""
+        return y_TH + shared_TH
+
+
+class Experts(nn.Module):
+    """The routed experts, each a SwiGLU; expert e is row e of every parameter."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
+        super().__init__()
+        wide = (num_experts, intermediate_size, hidden_size)
+        self.gate_proj = nn.Parameter(torch.empty(wide))
+        self.up_proj = nn.Parameter(torch.empty(wide))
+        self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
+
+    def forward(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
+        """Return weights_S times the expert of each row; the first counts_E[0] rows are expert 0's, and so on."""
+        parameters = (self.gate_proj, self.up_proj, self.down_proj)
+        # Under expert parallelism, this rank's experts.
+        gate_EFH, up_EFH, down_EHF = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+        offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+        gate_SF, up_SF = grouped_mm(x_SH, gate_EFH, offsets_E), grouped_mm(x_SH, up_EFH, offsets_E)
+        return grouped_mm(self.activation(gate_SF, up_SF, weights_S), down_EHF, offsets_E)
+
+    def activation(self, gate_SF: Tensor, up_SF: Tensor, weights_S: Tensor) -> Tensor:
+        """Return the weighted input of down_proj."""
+        # Weighted before the last product, which is linear: F is narrower than H, and backward needs no output.
+        return (F.silu(gate_SF) * up_SF * weights_S[:, None]).to(gate_SF.dtype)
+
+
+def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
+    """Return weights_TK and experts_TK (int64) of each token, in any order. scores_TE: softmax over the experts."""
+    candidates_TE = scores_TE
+    if moe.topk_method == "group_limited_greedy":
+        scores_TGe = scores_TE.unflatten(-1, (moe.n_group, -1))
+        groups_T = scores_TGe.amax(dim=-1).topk(moe.topk_group, dim=-1, sorted=False).indices
+        other_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter(1, groups_T, False)
+        candidates_TE = scores_TGe.masked_fill(other_TG.unsqueeze(-1), 0.0).flatten(-2)
+    weights_TK, experts_TK = candidates_TE.topk(moe.num_experts_per_tok, dim=-1, sorted=False)
+    if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), experts_TK
+    return weights_TK * moe.routed_scaling_factor, experts_TK
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return order_S, the copies (token * K + choice) by expert, then by token, int64; and counts per expert, int32."""
+    experts_S = experts_TK.flatten()
+    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=experts_S.device)
+    ones_S = torch.ones_like(experts_S, dtype=torch.int32)
+    return experts_S.argsort(stable=True), counts_E.scatter_add(0, experts_S, ones_S)
+
+
+def dispatch(x_TH: Tensor, weights_TK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and the weights of the copies in `order_S`: x_SH, weights_S."""
+    x_SH = _Dispatch.apply(x_TH, order_S, weights_TK.shape[1])
+    return x_SH, _Dispatch.apply(weights_TK.reshape(-1, 1), order_S, 1).squeeze(1)
+
+
+def combine(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Return the sum of each token's copies, y_TH."""
+    return _Combine.apply(y_SH, order_S, num_experts_per_tok)
+
+
+def gather_copies(x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Return the token of each copy in `order_S`, x_SH. Not differentiable by itself."""
+    return x_TH.index_select(0, order_S // num_experts_per_tok)
+
+
+def sum_copies(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Return the sum of each token's copies, y_TH, accumulated in float32. Not differentiable by itself."""
+    # A gather in the inverse order and one sum, in forward and backward: index_add would round each addition to
+    # bfloat16, in an order that varies on a GPU.
+    y_TKH = y_SH.index_select(0, inverse_order(order_S)).unflatten(0, (-1, num_experts_per_tok))
+    # torch accumulates a bfloat16 sum in float32, and rounds once.
+    return y_TKH.sum(dim=1)
+
+
+def inverse_order(order_N: Tensor) -> Tensor:
+    """Return the inverse of a permutation, int64: result[order[i]] = i."""
+    return torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+
+class _Dispatch(torch.autograd.Function):
+    """gather_copies, whose gradient is a sum of copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_experts_per_tok = num_experts_per_tok
+        return gather_copies(x_TH, order_S, num_experts_per_tok)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return sum_copies(grad_SH, order_S, ctx.num_experts_per_tok), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """sum_copies, whose gradient is a gather of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.num_experts_per_tok = num_experts_per_tok
+        return sum_copies(y_SH, order_S, num_experts_per_tok)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return gather_copies(grad_TH, order_S, ctx.num_experts_per_tok), None, None
+
+
 def grouped_mm(x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """y_SO: rows offsets[e - 1] to offsets[e] of x times weight[e].T. offsets_E: int32, ascending, S last."""
-    # Of spread experts a rank may get no row at all, which the kernel does not promise to take.
+    """Return y_SO: rows offsets[e - 1] to offsets[e] of x times weight[e].T. offsets_E: int32, ascending, S last."""
+    # On CUDA in bfloat16, torch's grouped GEMM: one kernel for all groups, no synchronization. It does not promise to
+    # accept zero rows, which a rank may receive under expert parallelism.
     if x_SI.is_cuda and x_SI.dtype == torch.bfloat16 and x_SI.shape[0] > 0:
         return F.grouped_mm(x_SI, weight_EOI.transpose(-2, -1), offs=offsets_E)
     return grouped_mm_cpu(x_SI, weight_EOI, offsets_E)
 
 
+# Custom ops, because the loop depends on data (torch's own operator also rejects float32 fake tensors).
 @torch.library.custom_op("hbp_titan::grouped_mm_cpu", mutates_args=())
 def grouped_mm_cpu(x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """grouped_mm by a product per group; any device and dtype."""
+    """Return grouped_mm by one product per group, on any device and dtype."""
     y_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
     sizes = _sizes(offsets_E)
     for x_GI, weight_OI, y_GO in zip(x_SI.split(sizes), weight_EOI, y_SO.split(sizes), strict=True):
@@ -74,7 +197,7 @@ def grouped_mm_cpu(x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tenso
 def grouped_mm_cpu_backward(
     grad_SO: Tensor, x_SI: Tensor, weight_EOI: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weights; a group without rows has a gradient of 0."""
+    """Return the gradients of x and of the weights; that of a group without rows is 0."""
     dx_SI, dweight_EOI = torch.empty_like(x_SI), torch.empty_like(weight_EOI)
     sizes = _sizes(offsets_E)
     parts = (grad_SO.split(sizes), x_SI.split(sizes), weight_EOI, dx_SI.split(sizes), dweight_EOI)
@@ -109,31 +232,28 @@ def _backward(ctx: Any, grad_SO: Tensor) -> tuple:
 grouped_mm_cpu.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _of_one_rank(counts: Tensor) -> Tensor:
-    return counts
-
-
 @dataclass
 class BalanceState:
-    """What the layers with experts read at each forward; without documents there are no balance losses.
+    """The documents of the current pack, read by layers with experts; without them there are no balance losses.
 
-    document_ids_T: int64 [T], the document of each of this rank's tokens. document_shares_N: float32 [N], see above.
-    sum_counts: adds a tensor up over the ranks that share the documents (context parallelism).
+    document_ids_T: int64 [T], the document of each of this rank's tokens. document_shares_N: float32 [N], each
+        document's share of the loss weight of the optimizer step.
+    sum_counts: sums a tensor over the ranks that share the documents (context parallelism).
     """
 
     document_ids_T: Tensor | None = None
     document_shares_N: Tensor | None = None
-    sum_counts: Callable[[Tensor], Tensor] = _of_one_rank
+    sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
 
-    def use(self, document_ids_T: Tensor, document_shares_N: Tensor) -> None:
-        """Make these the documents of the next forward and of its recomputation."""
+    def set_documents(self, document_ids_T: Tensor, document_shares_N: Tensor) -> None:
+        """Set the documents of the next forward and of its recomputation."""
         self.document_ids_T, self.document_shares_N = document_ids_T, document_shares_N
 
 
 def with_balance_loss(
     weights_TK: Tensor, scores_TE: Tensor, experts_TK: Tensor, state: BalanceState, moe: MoEArgs
 ) -> Tensor:
-    """`weights_TK` unchanged, through whose backward the balance losses reach `scores_TE`.
+    """Return `weights_TK` unchanged; its backward adds the gradient of the balance losses to `scores_TE`.
 
     scores_TE: float32, of all experts. experts_TK: int64, the chosen ones.
     """
@@ -143,7 +263,21 @@ def with_balance_loss(
 
 
 def balance_loss(scores_TE: Tensor, experts_TK: Tensor, state: BalanceState, moe: MoEArgs) -> Tensor:
-    """The losses of this rank's tokens, float32 scalar: each token's part, so that ranks add up."""
+    """Return the balance losses of this rank's tokens, float32 scalar; those of the ranks add up.
+
+    DeepSeek-V2, section 2.2.3, per document. In a document of T tokens, each sent to K of E experts in G groups (the
+    paper's devices), of which a token may use M, with s_t,i the softmax score of expert i:
+
+        f_i  = E / (K T) * tokens sent to i                P_i = mean_t s_t,i
+        expert         aux_loss_alpha        * sum_i f_i P_i
+        device         device_aux_loss_alpha * sum_g mean(f_i of g) * sum(P_i of g)
+        communication  comm_aux_loss_alpha   * sum_g (G / (M T) * tokens sent to g) * sum(P_i of g)
+
+    Each document (seq_aux of the published config.json: never a whole batch) counts by its share of the optimizer step,
+    the sum of its tokens' loss weights (components/loss.py). The shares of a step sum to 1 and follow from the plan, so
+    neither packs, ranks, context parallelism nor accumulation change the gradient. Padding and documents without loss
+    have share 0. Counts are constants: the gradient flows through the scores alone.
+    """
     documents_T, shares_N = state.document_ids_T, state.document_shares_N
     assert documents_T is not None
     assert shares_N is not None
@@ -162,13 +296,13 @@ def balance_loss(scores_TE: Tensor, experts_TK: Tensor, state: BalanceState, moe
     comm_NG = sent_NG * num_groups / (moe.topk_group * tokens_N1)
     of_group_NG = moe.device_aux_loss_alpha * device_NG + moe.comm_aux_loss_alpha * comm_NG
     factor_NE = moe.aux_loss_alpha * f_NE + of_group_NG.repeat_interleave(group_size, dim=1)
-    # P is a mean over the document: a token has 1 / T of it.
+    # P is a mean over the document, so a token contributes 1 / T of it.
     factor_NE = factor_NE * shares_N[:, None] / tokens_N1
     return (scores_TE * factor_NE[documents_T]).sum()
 
 
 class _AddLoss(torch.autograd.Function):
-    """Hands x on; in backward the loss gets the gradient 1, as if it had been added to the objective."""
+    """Identity of x whose backward gives the loss a gradient of 1, as if it were added to the objective."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -178,160 +312,3 @@ class _AddLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad.new_ones((), dtype=ctx.loss_dtype)
-
-
-class Experts(nn.Module):
-    """The routed experts, SwiGLU each; expert e is row e of every parameter."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
-        super().__init__()
-        wide = (num_experts, intermediate_size, hidden_size)
-        self.gate_proj = nn.Parameter(torch.empty(wide))
-        self.up_proj = nn.Parameter(torch.empty(wide))
-        self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
-
-    def forward(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
-        """weights_S times the expert of each row; the first counts_E[0] rows are expert 0's, and so on.
-
-        Weighted before the last product, which is linear: F is narrower than H, and backward needs no output.
-        """
-        gate_EFH, up_EFH, down_EHF = (_local(p) for p in (self.gate_proj, self.up_proj, self.down_proj))
-        offsets_E = counts_E.cumsum(0, dtype=torch.int32)
-        gate_SF, up_SF = grouped_mm(x_SH, gate_EFH, offsets_E), grouped_mm(x_SH, up_EFH, offsets_E)
-        return grouped_mm(self.activation(gate_SF, up_SF, weights_S), down_EHF, offsets_E)
-
-    def activation(self, gate_SF: Tensor, up_SF: Tensor, weights_S: Tensor) -> Tensor:
-        """What the last product multiplies."""
-        return (F.silu(gate_SF) * up_SF * weights_S[:, None]).to(gate_SF.dtype)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """The experts that this rank runs, where they are spread over ranks."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-class MixtureOfExperts(nn.Module):
-    """In place of a dense feed-forward network; parameter names are HF's, but for the fused experts.
-
-    tokens_per_expert: int32 [E] on the device, the copies that each expert got in the last forward on this rank,
-        padding included; None before the first. Recomputation sets it to the same again.
-    balance: shared by all layers of a model.
-    """
-
-    def __init__(self, hidden_size: int, moe: MoEArgs, balance: BalanceState) -> None:
-        super().__init__()
-        self.moe = moe
-        self.balance = balance
-        self.gate = nn.Linear(hidden_size, moe.n_routed_experts, bias=False)
-        self.experts = Experts(hidden_size, moe.moe_intermediate_size, moe.n_routed_experts)
-        self.shared_experts = FeedForward(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
-        self.tokens_per_expert: Tensor | None = None
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        weights_TK, order_S, counts_E, shared_TH = self.send(x_TH)
-        self.tokens_per_expert = counts_E
-        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), shared_TH)
-
-    def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Where each copy goes: weights_TK, order_S and counts_E (as from sort_by_expert); the shared experts' output.
-
-        The shared experts come first so that recomputation may stop before the copies are brought back.
-        """
-        # float32, as DeepSeek's code has it: which experts are chosen hangs on small differences.
-        scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
-        weights_TK, experts_TK = route(scores_TE, self.moe)
-        weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
-        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
-        return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
-
-    def run_experts(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
-        """The weighted sum of what its experts make of each token, y_TH, wherever they lie."""
-        x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
-        return combine(self.experts(x_SH, weights_S, counts_E), order_S, self.moe.num_experts_per_tok)
-
-    def receive(self, y_TH: Tensor, shared_TH: Tensor) -> Tensor:
-        """The layer's output."""
-        return y_TH + shared_TH
-
-
-def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
-    """weights_TK and experts_TK (int64) of each token, in no certain order. scores_TE: softmax over the experts."""
-    candidates_TE = scores_TE
-    if moe.topk_method == "group_limited_greedy":
-        scores_TGe = scores_TE.unflatten(-1, (moe.n_group, -1))
-        groups_T = scores_TGe.amax(dim=-1).topk(moe.topk_group, dim=-1, sorted=False).indices
-        other_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter(1, groups_T, False)
-        candidates_TE = scores_TGe.masked_fill(other_TG.unsqueeze(-1), 0.0).flatten(-2)
-    weights_TK, experts_TK = candidates_TE.topk(moe.num_experts_per_tok, dim=-1, sorted=False)
-    if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
-        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), experts_TK
-    return weights_TK * moe.routed_scaling_factor, experts_TK
-
-
-def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """order_S: the copies (token * K + choice) in the order of their experts, and of tokens inside each; int64.
-
-    Also tokens_per_expert, int32 [E].
-    """
-    experts_S = experts_TK.flatten()
-    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=experts_S.device)
-    ones_S = torch.ones_like(experts_S, dtype=torch.int32)
-    return experts_S.argsort(stable=True), counts_E.scatter_add(0, experts_S, ones_S)
-
-
-def dispatch(x_TH: Tensor, weights_TK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows and the weights of the copies in `order_S`: x_SH, weights_S."""
-    x_SH = _Dispatch.apply(x_TH, order_S, weights_TK.shape[1])
-    return x_SH, _Dispatch.apply(weights_TK.reshape(-1, 1), order_S, 1).squeeze(1)
-
-
-def combine(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
-    """The sum of each token's copies, y_TH."""
-    return _Combine.apply(y_SH, order_S, num_experts_per_tok)
-
-
-def gather_copies(x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
-    """The token of each copy in `order_S`, x_SH. Not differentiable by itself."""
-    return x_TH.index_select(0, order_S // num_experts_per_tok)
-
-
-def sum_copies(y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
-    """The sum of each token's copies, y_TH, accumulated in float32. Not differentiable by itself."""
-    y_TKH = y_SH.index_select(0, inverse_order(order_S)).unflatten(0, (-1, num_experts_per_tok))
-    # torch accumulates a bfloat16 sum in float32, and rounds once.
-    return y_TKH.sum(dim=1)
-
-
-def inverse_order(order_N: Tensor) -> Tensor:
-    """Where each row went: place with place[order[i]] = i. order_N: int64, a permutation."""
-    return torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
-
-
-class _Dispatch(torch.autograd.Function):
-    """gather_copies, whose gradient is a sum of copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
-        ctx.save_for_backward(order_S)
-        ctx.num_experts_per_tok = num_experts_per_tok
-        return gather_copies(x_TH, order_S, num_experts_per_tok)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None, None]:
-        (order_S,) = ctx.saved_tensors
-        return sum_copies(grad_SH, order_S, ctx.num_experts_per_tok), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """sum_copies, whose gradient is a gather of tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, y_SH: Tensor, order_S: Tensor, num_experts_per_tok: int) -> Tensor:
-        ctx.save_for_backward(order_S)
-        ctx.num_experts_per_tok = num_experts_per_tok
-        return sum_copies(y_SH, order_S, num_experts_per_tok)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
-        (order_S,) = ctx.saved_tensors
-        return gather_copies(grad_TH, order_S, ctx.num_experts_per_tok), None, None

@@ -271,7 +271,7 @@ def reference(
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
         share = torch.tensor([int(mask[1:].sum()) / total], device=device)
-        model.balance.use(torch.zeros_like(ids), share)
+        model.balance.set_documents(torch.zeros_like(ids), share)
         logits = model(ids, torch.arange(len(ids), device=device), pack_documents([len(ids)]))
         kept = torch.from_numpy(mask[1:].astype(bool)).to(device)
         loss = F.cross_entropy(logits[:-1][kept].float(), ids[1:][kept], reduction="sum")

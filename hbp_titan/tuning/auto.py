@@ -25,7 +25,7 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import destroy_unused_groups
 from hbp_titan.distributed.world import World, broadcast_value
 from hbp_titan.errors import format_error
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.profile import default_candidates, profile_levels

@@ -33,7 +33,7 @@ from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import fake_world
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.errors import UserError, exit_on_user_error
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args

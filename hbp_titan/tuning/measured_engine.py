@@ -23,7 +23,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World, all_reduce_values, any_rank, barrier
 from hbp_titan.engine import Engine, LevelRuntime
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level
 
 T = TypeVar("T")

@@ -38,11 +38,11 @@ from hbp_titan.distributed.parallelize import (
     compute_dtype,
     stored_dtype,
 )
-from hbp_titan.models.decoder import DecoderBlock, Head, ModelArgs
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder, DecoderBlock, Head
 from hbp_titan.models.documents import Documents, HeadTailShard, ShardPass, pack_documents
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.moe import Experts, MixtureOfExperts
-from hbp_titan.models.registry import build_model
 from hbp_titan.packing import Level
 
 Piece = TypeVar("Piece", bound=nn.Module)
@@ -247,7 +247,7 @@ class _ModelSizes:
 @lru_cache(maxsize=64)
 def _model_sizes(args: ModelArgs, lora_rank: int, target_modules: tuple[str, ...]) -> _ModelSizes:
     with torch.device("meta"):
-        model = build_model(args)
+        model = Decoder(args)
         if lora_rank:
             apply_lora(model, lora_rank, 1.0, list(target_modules))
     block = max(model.layers, key=num_elements)

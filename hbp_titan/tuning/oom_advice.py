@@ -24,7 +24,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.world import World, ranks_per_node
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, format_level, level_name
 from hbp_titan.tuning.hardware import Hardware, hardware_like

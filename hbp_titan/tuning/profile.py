@@ -23,7 +23,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
 from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
 from hbp_titan.engine import level_meshes
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.packing.ragged import IntArray

@@ -27,7 +27,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import World, ranks_per_node
 from hbp_titan.models.attention import selected_backend
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.search import Candidate

@@ -16,7 +16,7 @@ import numpy as np
 
 from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.config import JobConfig
-from hbp_titan.models.decoder import ModelArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.tuning.hardware import Hardware

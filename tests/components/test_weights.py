@@ -21,7 +21,8 @@ from hbp_titan.distributed.world import World
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
-from hbp_titan.models.hf import args_to_hf_config, to_hf_name
+from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed

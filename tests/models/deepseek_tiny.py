@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
-from hbp_titan.models.hf import args_to_hf_config, to_hf_name
+from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_config import args_to_hf_config
 
 YARN = {
     "rope_type": "yarn",

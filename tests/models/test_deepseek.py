@@ -120,7 +120,7 @@ def test_blocks_compile_in_one_graph_for_all_packs() -> None:
         documents = torch.arange(4).repeat_interleave(torch.tensor(lengths))
         for model in models:
             model.zero_grad()
-            model.balance.use(documents, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+            model.balance.set_documents(documents, torch.tensor([0.1, 0.2, 0.3, 0.4]))
             model(**pack).square().mean().backward()
         for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-6)

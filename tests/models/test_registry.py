@@ -6,10 +6,9 @@ import dataclasses
 
 import pytest
 
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import (
     FLAVORS,
-    attention_dims,
-    build_model,
     expert_params,
     get_flavor,
     last_params,
@@ -49,7 +48,7 @@ def test_debug_flavor_is_small_tied_and_long() -> None:
     args = get_flavor("debug")
     # 4096*128 + 4 * (128*128*2 + 128*64*2 + 3*128*352 + 2*128) + 128
     assert num_params(args) == 1_262_720
-    assert sum(p.numel() for p in build_model(args).parameters()) == 1_262_720
+    assert sum(p.numel() for p in Decoder(args).parameters()) == 1_262_720
     assert args.max_position_embeddings >= 16384
 
 
@@ -64,9 +63,8 @@ def test_linear_params_count_the_head_but_not_the_lookup() -> None:
     assert linear_params(dataclasses.replace(tied, qkv_bias=True, qk_norm=True)) == linear_params(tied)
 
 
-def test_attention_dims_and_training_flops_of_the_8b_model() -> None:
+def test_training_flops_of_the_8b_model() -> None:
     args = get_flavor("llama3_1_8b")
-    assert attention_dims(args) == (32, 4096)
     assert linear_params(args) == 8_030_261_248 - 128256 * 4096 - 65 * 4096
     # one document of 8192 tokens: 6 * 7.5e9 * 8192 for the matrices, 6 * 32 * 4096 * 8192^2 for attention
     assert training_flops(args, 8192, 8192**2) == 6 * 7_504_658_432 * 8192 + 6 * 32 * 4096 * 8192**2
@@ -95,7 +93,6 @@ def test_counts_of_deepseek_take_the_chosen_experts_alone(name: str) -> None:
     assert expert_params(args) == (layers - 1) * experts * expert
     assert last_params(args) == hidden * (ffn + (layers - 1) * 8 * expert_ffn)
     # Keys of 192, values of 128.
-    assert attention_dims(args) == (layers, heads * 160)
     assert training_flops(args, 100, 5000) == 600 * active + 6 * layers * heads * 160 * 5000
 
 
@@ -112,7 +109,5 @@ def test_qwen_with_yarn_reads_four_times_the_original_context() -> None:
 
 
 def test_unknown_flavor_names_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r"model.flavor = 'llama3_8b' is none of debug, .*; did you mean llama3_1_8b\?"
-    ):
+    with pytest.raises(ValueError, match="did you mean llama3_1_8b"):
         get_flavor("llama3_8b")

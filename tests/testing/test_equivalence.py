@@ -19,7 +19,8 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import ContextParallelAttention
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import args_to_hf_config, to_hf_name
+from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.preflight import cost_model
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer

@@ -20,7 +20,7 @@ from hbp_titan.config import load_config
 from hbp_titan.data.loader import PlanDataset
 from hbp_titan.distributed.world import World
 from hbp_titan.errors import UserError, exit_on_user_error
-from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.packing import build_plan
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer

@@ -29,7 +29,7 @@ from hbp_titan.data.tokenizer import train_tokenizer
 from hbp_titan.experiments.bench_train import RandomSamples
 from hbp_titan.models.attention import choose_backend, missing
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.testing.equivalence import Samples, build_cases, verify

@@ -30,7 +30,7 @@ from hbp_titan.experiments.bench_train import Settings as BenchSettings
 from hbp_titan.models.attention import set_backend, varlen_attention
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.documents import Documents, launched_blocks, pack_documents
-from hbp_titan.models.hf import args_to_hf_config
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.gpu_check.blocks import base_config, one_rank, usable_backends
