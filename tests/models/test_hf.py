@@ -263,9 +263,9 @@ def test_names_map_both_ways_and_strangers_are_refused() -> None:
         for fqn, _ in Decoder(args).named_parameters():
             assert from_hf_name(to_hf_name(fqn)) == fqn
     assert to_hf_name("layers.1.self_attn.q_proj.bias") == "model.layers.1.self_attn.q_proj.bias"
-    with pytest.raises(ValueError, match="model.layers.0.mlp"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp"):
         to_hf_name("model.layers.0.mlp")
-    with pytest.raises(ValueError, match="transformer.wte.weight"):
+    with pytest.raises(ValueError, match="transformer"):
         from_hf_name("transformer.wte.weight")
 
 
@@ -286,7 +286,7 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path: Path) -> N
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(48, 32, dtype=torch.int8)
 
     edit_weights(tmp_path / "out", spoil)
-    with pytest.raises(ValueError, match="llama config.json") as caught:
+    with pytest.raises(ValueError, match="do not match llama") as caught:
         HFTensors(tmp_path / "out")
     assert str(caught.value).partition("folder; ")[2] == (
         "missing: model.layers.0.mlp.up_proj.weight, model.norm.weight; "
