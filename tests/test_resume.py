@@ -122,7 +122,7 @@ def _check_finished_run(argv: list[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_rows", "kills"), [(150, 3), (1500, 20)])
+@pytest.mark.parametrize(("num_rows", "kills"), [(150, 3), (600, 12)])
 def test_run_killed_at_random_moments(tmp_path: Path, num_rows: int, kills: int) -> None:
     argv = [*_write_run(tmp_path, num_rows), "--checkpoint.interval=1"]
     folder, whole = tmp_path / "killed", tmp_path / "whole"
@@ -215,7 +215,8 @@ def test_torchrun_passes_signals_on_and_its_loader_workers_survive_them(
 @NEEDS_PROC
 def test_rank_whose_peer_is_gone_ends_within_seconds_of_a_signal(tmp_path: Path) -> None:
     # A stopped peer is to gloo what a dead one is to NCCL: the collective waits, and no Python handler runs.
-    argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1"]
+    # One level: only a wait of a kind that was seen before can be too long.
+    argv = [*write_tiny_run(tmp_path), "--levels=512:1"]
     process = torchrun(argv, "tests.faulty_run", "stops")
     wait_until((tmp_path / "run" / "stopped").exists, process)
     ranks = ranks_of(process.pid)
