@@ -13,6 +13,7 @@ import pytest
 from hbp_titan.data.formats import Conversation, check_mapping, detect_format, parse_record
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+TEXT = {"type": "text", "text": "a"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
@@ -32,6 +33,10 @@ def complaint(record: dict[str, Any], **mapping: dict[str, str]) -> str:
     assert "\n" not in str(error.value)
     assert str(error.value).isascii()
     return str(error.value)
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": arguments}]}
 
 
 @pytest.mark.parametrize(
@@ -105,75 +110,47 @@ def test_an_assistant_message_can_be_excluded_from_training(keys: dict[str, Any]
     assert messages({**USER, **keys}, {**ASSISTANT, **keys}) == [USER, expected]
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"weight": math.nan}, "weight is NaN, not 0 or 1"),
-        ({"weight": math.inf}, "weight is Infinity, not 0 or 1"),
-        ({"weight": 0.5}, "weight is 0.5, not 0 or 1"),
-        ({"weight": -1}, "weight is -1, not 0 or 1"),
-        ({"weight": "x"}, 'weight is "x", not 0 or 1'),
-        ({"weight": True}, "weight is true, not 0 or 1"),
-        ({"train": "no"}, 'train is "no", not true or false'),
-        ({"train": 0}, "train is 0, not true or false"),
-        ({"train": True, "weight": 0}, "train is true and weight is 0"),
-    ],
-)
-def test_an_unclear_train_or_weight_is_an_error(keys: dict[str, Any], said: str) -> None:
-    assert complaint({"messages": [USER, {**ASSISTANT, **keys}]}).startswith(f"message 2 (assistant): {said}")
+MALFORMED: list[tuple[Any, str]] = [
+    # train and weight
+    ([USER, {**ASSISTANT, "weight": math.nan}], "message 2 (assistant): weight is NaN, not 0 or 1"),
+    ([USER, {**ASSISTANT, "weight": math.inf}], "message 2 (assistant): weight is Infinity"),
+    ([USER, {**ASSISTANT, "weight": 0.5}], "message 2 (assistant): weight is 0.5"),
+    ([USER, {**ASSISTANT, "weight": "x"}], 'message 2 (assistant): weight is "x"'),
+    ([USER, {**ASSISTANT, "weight": True}], "message 2 (assistant): weight is true"),
+    ([USER, {**ASSISTANT, "train": "no"}], 'message 2 (assistant): train is "no"'),
+    ([USER, {**ASSISTANT, "train": 0}], "message 2 (assistant): train is 0"),
+    ([USER, {**ASSISTANT, "train": True, "weight": 0}], "message 2 (assistant): train is true and weight is 0"),
+    # messages, roles, contents
+    ({"role": "user"}, "no `messages` list"),
+    (["Hi"], 'message 1 is "Hi", not an object'),
+    ([None], "message 1 is null, not an object"),
+    ([USER, {"role": "bot", "content": "x"}], 'message 2 has the unknown role "bot"'),
+    ([{"content": "x"}], "message 1 has the unknown role null"),
+    ([{"role": ["user"], "content": "x"}], 'message 1 has the unknown role ["user"]'),
+    ([{"role": "Anv\u00e4ndare\n", "content": "x"}], 'message 1 has the unknown role "Anv\\u00e4ndare\\n"'),
+    ([{"role": "user", "content": None}], "message 1 (user): content is null"),
+    ([{"role": "user"}], "message 1 (user): content is null"),
+    ([{"role": "user", "content": ["a"]}], 'message 1 (user): content is ["a"]'),
+    ([{"role": "user", "content": "\ud800"}], "message 1 (user) contains half a surrogate pair, \\ud800"),
+    ([{**USER, "x": ["\udfff"]}], "message 1 (user) contains half a surrogate pair, \\udfff"),
+    ([{**USER, "x": {"\udfff": 1}}], "message 1 (user) contains half a surrogate pair, \\udfff"),
+    ([{**USER, "x": b"a"}], "message 1 (user) contains a value of type bytes"),
+    ([{**USER, "x": ValueError("no")}], "message 1 (user): no"),
+    ([{"role": "user", "content": [TEXT, {"type": "image_url"}]}], "message 1 (user): part 2 of content is of type"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "message 1 (user): part 1 of content: text is null"),
+    # tool calls
+    ([{**USER, "tool_calls": [{"name": "f"}]}], "message 1 (user): only an assistant message"),
+    ([{**ASSISTANT, "tool_calls": "f"}], 'message 1 (assistant): tool_calls is "f"'),
+    ([{**ASSISTANT, "tool_calls": [{"function": None}]}], 'message 1 (assistant): tool call 1 is {"function": null}'),
+    ([call("{}"), call('{"a": 1')], "message 2 (assistant): tool call 1: arguments: not JSON"),
+    ([call('{"a": 1, "a": 2}')], 'message 1 (assistant): tool call 1: arguments: an object has the key "a" twice'),
+    ([call("[1]")], "message 1 (assistant): tool call 1: arguments is [1]"),
+]
 
 
-NO_LIST = "no `messages` list"
-
-
-@pytest.mark.parametrize(
-    ("items", "said"),
-    [
-        ({"role": "user"}, NO_LIST),
-        (["Hi"], 'message 1 is "Hi", not an object with role and content'),
-        ([None], "message 1 is null, not an object with role and content"),
-        ([USER, {"role": "bot", "content": "x"}], 'message 2 has the unknown role "bot"'),
-        ([{"content": "x"}], "message 1 has the unknown role null"),
-        ([{"role": ["user"], "content": "x"}], 'message 1 has the unknown role ["user"]'),
-        ([{"role": "Användare\n", "content": "x"}], 'message 1 has the unknown role "Anv\\u00e4ndare\\n"'),
-        ([{"role": "user", "content": None}], "message 1 (user): content is null, not a string"),
-        ([{"role": "user"}], "message 1 (user): content is null, not a string"),
-        ([{"role": "user", "content": ["a"]}], 'message 1 (user): content is ["a"], not a string'),
-        ([{"role": "user", "content": "\ud800"}], "message 1 (user) contains half a surrogate pair, \\ud800"),
-        ([{**USER, "x": ["\udfff"]}], "message 1 (user) contains half a surrogate pair, \\udfff"),
-        ([{**USER, "x": {"\udfff": 1}}], "message 1 (user) contains half a surrogate pair, \\udfff"),
-        ([{**USER, "x": b"a"}], "message 1 (user) contains a value of type bytes"),
-        ([{**USER, "x": ValueError("no")}], "message 1 (user): no"),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
-            'message 1 (user): part 2 of content is of type "image_url", which is not text',
-        ),
-        (
-            [{"role": "user", "content": [{"type": "text"}]}],
-            "message 1 (user): part 1 of content: text is null, not a string",
-        ),
-        ([{**USER, "tool_calls": [{"name": "f"}]}], "message 1 (user): only an assistant message"),
-        ([{**ASSISTANT, "tool_calls": "f"}], 'message 1 (assistant): tool_calls is "f", not a list'),
-        (
-            [{**ASSISTANT, "tool_calls": [{"function": None}]}],
-            'message 1 (assistant): tool call 1 is {"function": null}, not an object with the name of a function',
-        ),
-        (
-            [{**ASSISTANT, "tool_calls": [{"name": "f"}, {"name": "f", "arguments": '{"a": 1'}]}],
-            "message 1 (assistant): tool call 2: arguments: not JSON: Expecting ',' delimiter at character 8",
-        ),
-        (
-            [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}],
-            'message 1 (assistant): tool call 1: arguments: an object has the key "a" twice',
-        ),
-        (
-            [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
-            "message 1 (assistant): tool call 1: arguments is [1], not an object",
-        ),
-    ],
-)
-def test_a_malformed_message_is_reported_with_its_number(items: Any, said: str) -> None:
-    assert complaint({"messages": items}).startswith(said)
+@pytest.mark.parametrize(("items", "start"), MALFORMED)
+def test_a_malformed_message_is_reported_with_its_number(items: Any, start: str) -> None:
+    assert complaint({"messages": items}).startswith(start)
 
 
 def test_deep_nesting_is_an_error() -> None:
@@ -197,7 +174,7 @@ def test_tools_are_a_list_or_its_text(tools: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tools", "said"),
+    ("tools", "start"),
     [
         ("add", "tools: not JSON: Expecting value at character 1"),
         ({"name": "x"}, 'tools is {"name": "x"}, not a list of objects'),
@@ -206,8 +183,8 @@ def test_tools_are_a_list_or_its_text(tools: Any) -> None:
         ([{"name": b"x"}], "tools contains a value of type bytes"),
     ],
 )
-def test_malformed_tools_are_an_error(tools: Any, said: str) -> None:
-    assert complaint({"messages": [USER], "tools": tools}).startswith(said)
+def test_malformed_tools_are_an_error(tools: Any, start: str) -> None:
+    assert complaint({"messages": [USER], "tools": tools}).startswith(start)
 
 
 def test_the_origin_of_a_row_is_text() -> None:
@@ -243,7 +220,7 @@ def test_sharegpt_turns_have_other_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "start"),
     [
         ({"conversations": [{"from": "alien", "value": "x"}]}, 'message 1 has the unknown role "alien"'),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "message 1 (assistant): value is 3, not a string"),
@@ -258,8 +235,8 @@ def test_sharegpt_turns_have_other_names() -> None:
         ),
     ],
 )
-def test_a_malformed_sharegpt_row_is_an_error(record: dict[str, Any], said: str) -> None:
-    assert complaint(record).startswith(said)
+def test_a_malformed_sharegpt_row_is_an_error(record: dict[str, Any], start: str) -> None:
+    assert complaint(record).startswith(start)
 
 
 def test_alpaca_is_one_exchange_after_its_history() -> None:
@@ -310,39 +287,26 @@ def test_columns_and_roles_may_have_other_names() -> None:
 
 
 def test_a_row_in_another_format_is_an_error() -> None:
-    for format, said in (
-        ("messages", NO_LIST),
+    for format, start in (
+        ("messages", "no `messages` list"),
         ("sharegpt", "no `conversations` list"),
         ("alpaca", "instruction is null, not a string"),
         ("prompt_completion", "prompt is null, not a string"),
     ):
-        with pytest.raises(ValueError, match="^" + re.escape(said)):
+        with pytest.raises(ValueError, match="^" + re.escape(start)):
             parse_record({"text": "x", "day": datetime.date(2024, 1, 1)}, format, {}, {})
 
 
 def test_a_mapping_of_unknown_names_is_an_error() -> None:
-    check_mapping("auto", {"messages": "x", "from": "y", "prompt": "z"}, {"A": "user"}, "data.sources[0]")
-    for format, columns, roles, said in (
-        (
-            "chat",
-            {},
-            {},
-            'data.sources[0].format = "chat"',
-        ),
-        (
-            "alpaca",
-            {"messages": "x"},
-            {},
-            'data.sources[0].columns: "messages"',
-        ),
-        ("auto", {"mesages": "x"}, {}, 'data.sources[0].columns: "mesages"'),
-        ("auto", {"messages": ""}, {}, 'data.sources[0].columns: messages is ""'),
-        (
-            "auto",
-            {},
-            {"A": "bot"},
-            'data.sources[0].roles: "A" is "bot"',
-        ),
-    ):
-        with pytest.raises(ValueError, match="^" + re.escape(said)):
-            check_mapping(format, columns, roles, "data.sources[0]")
+    key = "data.sources[0]"
+    check_mapping("auto", {"messages": "x", "from": "y", "prompt": "z"}, {"A": "user"}, key)
+    cases: list[tuple[str, dict[str, str], dict[str, str], str]] = [
+        ("chat", {}, {}, '.format = "chat"'),
+        ("alpaca", {"messages": "x"}, {}, '.columns: "messages"'),
+        ("auto", {"mesages": "x"}, {}, '.columns: "mesages"'),
+        ("auto", {"messages": ""}, {}, '.columns: messages is ""'),
+        ("auto", {}, {"A": "bot"}, '.roles: "A" is "bot"'),
+    ]
+    for format, columns, roles, message in cases:
+        with pytest.raises(ValueError, match="^" + re.escape(key + message)):
+            check_mapping(format, columns, roles, key)
