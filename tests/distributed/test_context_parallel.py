@@ -1,4 +1,4 @@
-"""Each style of context parallelism over gloo ranks against the same attention on one process, forward and backward."""
+"""Each cp style over gloo ranks against the same attention on one process, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hbp_titan.data.batch import PackedBatch, shard_batch
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
-from hbp_titan.distributed.mesh import LevelMeshes, cross_node_warnings
+from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import cp_attention
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import LevelRuntime
@@ -43,7 +43,7 @@ def _attend(
     num_heads: int,
     num_kv_heads: int,
 ) -> list[Tensor]:
-    """Output and gradients of q, k, v of the shard that holds `tokens`, the output's gradient given."""
+    """Return output and gradients of q, k, v of the shard with `tokens`, for a given gradient of the output."""
     *inputs, grad_TND = (x[tokens] for x in _inputs(num_heads, num_kv_heads))
     leaves = [x.clone().requires_grad_() for x in inputs]
     o_TND = attention(*leaves, documents)
@@ -52,7 +52,7 @@ def _attend(
 
 
 def _numbered_pack(lengths: list[int]) -> PackedBatch:
-    """A pack whose input_ids say which token of the pack each is."""
+    """Return a pack whose input_ids are the positions in the pack."""
     ids, share = torch.zeros(T, dtype=torch.int64), torch.ones(len(lengths))
     documents, none = pack_documents(lengths), np.zeros(0, np.int64)
     whole = (documents, torch.ones(T), torch.arange(T), 0, T, T, none, np.array(lengths), ids, share)
@@ -79,7 +79,7 @@ CASES = {
 
 
 def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
-    """Tokens, output and gradients of this rank's shard for each case of its world size, one swap after another."""
+    """Return tokens, output and gradients of this rank's shard for each case, one level switch after another."""
     attention = cp_attention(backend)(VarlenAttention(), state := ContextParallelState())
     cases = [(Level(T, degree, style), layout) for style, degree, layouts in CASES[world.size] for layout in layouts]
     meshes = LevelMeshes(world.device, world.size, [level.cp_shape(layout[1]) for level, layout in cases])
@@ -97,7 +97,7 @@ def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
 
 @pytest.mark.parametrize("backend", ["fused", "dtensor"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_shards_of_each_style_equal_the_whole_attention(world_size: int, backend: str) -> None:
+def test_shards_equal_unsharded_attention(world_size: int, backend: str) -> None:
     results = run_distributed(_rank, world_size, backend)
     for case in results[0]:
         _, degree, layout, name = case
@@ -112,7 +112,7 @@ def test_shards_of_each_style_equal_the_whole_attention(world_size: int, backend
 
 
 def _in_bfloat16(world: World) -> list[list[Tensor]]:
-    """By style: tokens of this rank and gradients of its q, k and v, for 32 short documents that every rank shares."""
+    """Return tokens of this rank and gradients of its q, k, v by style, for 32 short documents shared by all ranks."""
     attention = cp_attention("fused")(VarlenAttention(), state := ContextParallelState())
     shapes = [Level(1024, 4, style).cp_shape(2) for style in ("ulysses", "hybrid", "allgather")]
     meshes = LevelMeshes(world.device, world.size, shapes)
@@ -135,7 +135,7 @@ def _bfloat16_inputs() -> list[Tensor]:
     return [torch.randn(1024, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2)]
 
 
-def test_gradients_in_bfloat16_are_about_as_exact_as_those_of_one_rank() -> None:
+def test_bfloat16_gradients_are_as_exact_as_on_one_rank() -> None:
     whole = pack_documents(np.full(32, 32))
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -151,17 +151,17 @@ def test_gradients_in_bfloat16_are_about_as_exact_as_those_of_one_rank() -> None
             assert error <= 1.2 * (alone - wanted).norm()
 
 
-def test_cp_ranks_are_adjacent_and_swaps_point_at_groups_that_exist() -> None:
-    for rank, (groups, made_by_swaps) in enumerate(run_distributed(_swap, 4)):
+def test_cp_ranks_are_adjacent_and_level_switches_make_no_groups() -> None:
+    for rank, (groups, new_groups) in enumerate(run_distributed(_switch, 4)):
         # Ulysses groups, then gather groups: in hybrid {0, 1} and {2, 3} scatter heads, {0, 2} and {1, 3} gather.
         near, far = sorted([rank, rank ^ 1]), sorted([rank, rank ^ 2])
         everyone = [0, 1, 2, 3]
         assert groups == [([], []), (near, []), (everyone, []), ([], everyone), (near, far), ([], [])]
-        assert made_by_swaps == 0
+        assert new_groups == 0
 
 
-def _swap(world: World) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """The ranks of this rank's (Ulysses, gather) groups after each swap; groups that swaps made."""
+def _switch(world: World) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Return the ranks of the (Ulysses, gather) groups after each switch, and the number of new groups."""
     levels = [Level(16), Level(24, 2), Level(32, 4), Level(64, 4, "allgather"), Level(128, 4, "hybrid")]
     meshes = LevelMeshes(world.device, world.size, [level.cp_shape(2) for level in levels])
     runtime = LevelRuntime(levels, meshes, num_layers=1, num_kv_heads=2)
@@ -186,9 +186,7 @@ def _swap(world: World) -> tuple[list[tuple[list[int], list[int]]], int]:
         (4, "hybrid", 1, (4, 1)),
     ],
 )
-def test_hybrid_scatters_as_many_heads_as_the_kv_heads_allow(
-    cp_degree: int, style: str, num_kv_heads: int, shape: tuple[int, int]
-) -> None:
+def test_cp_shape(cp_degree: int, style: str, num_kv_heads: int, shape: tuple[int, int]) -> None:
     assert Level(48 * cp_degree, cp_degree, style).cp_shape(num_kv_heads) == shape
 
 
@@ -199,28 +197,12 @@ def test_hybrid_scatters_as_many_heads_as_the_kv_heads_allow(
         (4, 24, 6, "kv heads"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(cp_degree: int, num_heads: int, num_kv_heads: int, message: str) -> None:
+def test_heads_that_do_not_fit(cp_degree: int, num_heads: int, num_kv_heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_heads([Level(64), Level(128, cp_degree)], num_heads, num_kv_heads)
 
 
-@pytest.mark.parametrize("style", ["allgather", "hybrid"])
-def test_styles_that_gather_take_any_heads(style: str) -> None:
-    check_heads([Level(128, 4, style)], num_heads=6, num_kv_heads=3)
-
-
-def test_kv_heads_may_be_fewer_or_more_than_ranks() -> None:
-    check_heads([Level(128, 8)], num_heads=32, num_kv_heads=8)
-    check_heads([Level(128, 8)], num_heads=32, num_kv_heads=2)
-    check_heads([Level(128, 2)], num_heads=32, num_kv_heads=8)
-
-
-def test_groups_that_cross_a_node_are_named() -> None:
-    levels = [Level(48, degree) for degree in (1, 2, 8, 16, 3)]
-    assert cross_node_warnings(levels, 8, ranks_per_node=8) == [
-        "groups of cp_degree 3, 16 cross nodes: their exchange is slow"
-    ]
-    assert cross_node_warnings(levels[:3], 16, ranks_per_node=8) == [
-        "groups of expert_parallel_degree 16 cross nodes: their exchange is slow"
-    ]
-    assert cross_node_warnings(levels[:3], 4, ranks_per_node=8) == []
+def test_heads_that_fit() -> None:
+    check_heads([Level(128, 4, style) for style in ("allgather", "hybrid")], num_heads=6, num_kv_heads=3)
+    for cp_degree, num_kv_heads in ((8, 8), (8, 2), (2, 8)):
+        check_heads([Level(128, cp_degree)], num_heads=32, num_kv_heads=num_kv_heads)

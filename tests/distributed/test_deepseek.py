@@ -1,5 +1,4 @@
-"""DeepSeek-V2 through the engine that trains, on two ranks: FSDP2, context parallelism, recomputation and compilation
-against transformers on one process; with balance losses, which transformers lacks, against our model on one."""
+"""DeepSeek-V2 on two ranks against transformers on one; with balance losses, which transformers lacks, against ours."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
 SEED = 3
 PLAIN = tiny_args(4)
 BALANCED = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
-# Two ranks cannot share 9 experts evenly: each has a half of every expert.
+# 9 experts are not divisible by 2 ranks, so each rank has a half of every expert.
 ODD = tiny_args(4, moe={"n_routed_experts": 9, "n_group": 3})
 UPPER = Level(256, 2, ac_policy="full")
 GATHER = dataclasses.replace(UPPER, cp_style="allgather", ac_policy="keep_attention")
@@ -33,12 +32,13 @@ CASES = [
     (BALANCED, Case("ulysses, full, balance losses", 2, (Level(64, 1), UPPER))),
     (BALANCED, Case("allgather, several steps", 2, (Level(64, 1), GATHER), global_batch_tokens=300)),
     (BALANCED, Case("compiled, balance losses", 2, (Level(64, 1), UPPER), compile=True)),
+    (BALANCED, Case("compiled, experts over 2 ranks", 2, (Level(64, 1), UPPER), compile=True, expert_parallel=2)),
     (ODD, Case("9 experts", 2, (Level(64, 1), UPPER))),
 ]
 
 
 class RandomSamples:
-    """Rows of random tokens, of which the second half is trained."""
+    """Rows of random tokens; the second half of each is trained."""
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
@@ -86,14 +86,14 @@ def test_two_ranks_equal_transformers_on_one(found: list[Outcome], index: int) -
     assert max(difference.grads.values()) < 1e-5, difference.grads
 
 
-@pytest.mark.parametrize("index", [2, 3, 4, 5])
-def test_gradients_do_not_depend_on_packs_ranks_and_steps(found: list[Outcome], index: int) -> None:
+@pytest.mark.parametrize("index", [2, 3, 4, 5, 6])
+def test_gradients_are_independent_of_packs_ranks_and_steps(found: list[Outcome], index: int) -> None:
     difference = compare(_reference(CASES[index][0]), found[index])
     assert difference.loss < 1e-6
     assert max(difference.grads.values()) < 1e-5, difference.grads
 
 
-def test_balance_losses_left_out_are_caught(found: list[Outcome]) -> None:
+def test_missing_balance_losses_are_detected(found: list[Outcome]) -> None:
     difference = compare(_reference(PLAIN), found[2])
     assert math.isclose(difference.loss, 0, abs_tol=1e-6)
     assert max(difference.grads.values()) > 1e-2

@@ -15,17 +15,6 @@ from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import write_tiny_run
 
-LEVELS = """
-[[levels]]
-max_tokens = 128
-
-[[levels]]
-max_tokens = 512
-cp_degree = {cp}
-cp_style = "{style}"
-ac_policy = "{policy}"
-"""
-
 
 def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from torch._dynamo.utils import counters
@@ -37,8 +26,8 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
     return {name: p.full_tensor().detach() for name, p in trainer.model.named_parameters()}, seen  # type: ignore[attr-defined]
 
 
-# Without cp ranks the region before attention and the one behind it; with them the first in two parts, so that keys and
-# values travel meanwhile, and the second without its last product where the block is recomputed. One for the loss.
+# Graphs: without cp ranks one before and one after attention; with cp ranks two before (keys and values, queries) and
+# one after, without the last product for recomputed blocks; one for the loss.
 @pytest.mark.parametrize(
     ("style", "cp", "policy", "graphs"),
     [
@@ -49,13 +38,10 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
         pytest.param("hybrid", 4, "keep_attention", 6, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_run_equals_the_eager_one_with_a_graph_for_each_region_and_level(
-    style: str, cp: int, policy: str, graphs: int, tmp_path: Path
-) -> None:
+def test_compiled_run_equals_the_eager_run(style: str, cp: int, policy: str, graphs: int, tmp_path: Path) -> None:
     argv = [word for word in write_tiny_run(tmp_path) if not word.startswith("--levels")]
-    (tmp_path / "run.toml").write_text(LEVELS.format(style=style, cp=cp, policy=policy))
     argv += [
-        f"--job.config_file={tmp_path / 'run.toml'}",
+        f"--levels=128:1,512:{cp}:{style}:{policy}",
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
         "--optimizer.eps=1e-4",
@@ -68,7 +54,7 @@ def test_compiled_run_equals_the_eager_one_with_a_graph_for_each_region_and_leve
 
 
 def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int, int]:
-    """Graphs of the first iterations, graphs of the whole run, and how many different packs the blocks saw."""
+    """Return the graphs after the warm-up, those of the whole run, and the number of different packs."""
     from torch._dynamo.utils import counters
 
     trainer = Trainer(load_config(argv), world)
@@ -81,25 +67,24 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
         after_probe.append(counters["stats"]["unique_graphs"])
         torch._dynamo.config.error_on_recompile = True
 
-    def watched(batch: PackedBatch, last: bool = True) -> torch.Tensor:
+    def recorded(batch: PackedBatch, last: bool = True) -> torch.Tensor:
         seen.add(tuple(batch.lengths.tolist()))
         return forward_backward(batch, last)
 
     trainer._warm_up = probe_then_forbid  # type: ignore[method-assign]
-    trainer.engine.forward_backward = watched  # type: ignore[method-assign]
+    trainer.engine.forward_backward = recorded  # type: ignore[method-assign]
     trainer.train()
     assert not counters["graph_break"]
     return after_probe[0], counters["stats"]["unique_graphs"], len(seen)
 
 
 @pytest.mark.slow
-def test_no_new_graph_in_200_iterations_two_epochs_and_validation(tmp_path: Path) -> None:
+def test_no_recompilation_in_200_steps_two_epochs_and_validation(tmp_path: Path) -> None:
     argv = [word for word in write_tiny_run(tmp_path, num_rows=700) if not word.startswith("--levels")]
     held_out = "".join((tmp_path / "train.jsonl").read_text().splitlines(keepends=True)[:40])
     (tmp_path / "validation.jsonl").write_text(held_out)
-    (tmp_path / "run.toml").write_text(LEVELS.format(style="ulysses", cp=2, policy="full"))
     argv += [
-        f"--job.config_file={tmp_path / 'run.toml'}",
+        "--levels=128:1,512:2:ulysses:full",
         f"--data.validation_files={tmp_path / 'validation.jsonl'}",
         "--validation.enable=true",
         "--validation.interval=50",

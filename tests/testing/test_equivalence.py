@@ -1,6 +1,8 @@
-"""Four and eight ranks with three levels against transformers on one process: the same samples, the same parameters
-after several optimizer steps. Packs, each style of context parallelism, recomputation, accumulation, loss, clipping
-and AdamW in one."""
+"""Training on four and eight ranks with three levels against transformers on one process.
+
+The parameters after several optimizer steps cover packing, each cp style, recomputation, accumulation, loss, clipping
+and AdamW.
+"""
 
 from __future__ import annotations
 
@@ -26,71 +28,18 @@ from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.tiny_run import ARGS, write_tiny_run
 
-ULYSSES = """
-[[levels]]
-max_tokens = 64
-cp_degree = 1
-
-[[levels]]
-max_tokens = 128
-cp_degree = 2
-ac_policy = "full"
-
-[[levels]]
-max_tokens = 512
-cp_degree = 4
-ac_policy = "keep_attention"
-ac_layers = 1
-"""
-
-
-STYLES = """
-[[levels]]
-max_tokens = 64
-cp_degree = 2
-
-[[levels]]
-max_tokens = 128
-cp_degree = 4
-cp_style = "allgather"
-ac_policy = "full"
-
-[[levels]]
-max_tokens = 512
-cp_degree = 4
-cp_style = "hybrid"
-ac_policy = "keep_attention"
-"""
-
-EIGHT_RANKS = """
-[[levels]]
-max_tokens = 64
-cp_degree = 1
-
-[[levels]]
-max_tokens = 128
-cp_degree = 8
-cp_style = "allgather"
-ac_policy = "full"
-ac_layers = 1
-
-[[levels]]
-max_tokens = 512
-cp_degree = 8
-cp_style = "hybrid"
-ac_policy = "keep_attention"
-"""
-
-LEVELS = {"ulysses": ULYSSES, "styles": STYLES, "eight ranks": EIGHT_RANKS}
+LEVELS = {
+    "ulysses": "64:1,128:2:ulysses:full,512:4:ulysses:keep_attention:1",
+    "styles": "64:2,128:4:allgather:full,512:4:hybrid:keep_attention",
+    "eight ranks": "64:1,128:8:allgather:full:1,512:8:hybrid:keep_attention",
+}
 
 
 @pytest.fixture(scope="module")
 def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The command line of a run on each set of levels."""
+    """Return the command line of a run for each set of levels."""
     folder = tmp_path_factory.mktemp("equivalence")
     arguments = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
-    for name, levels in LEVELS.items():
-        (folder / f"{name}.toml").write_text(levels)
     arguments += [
         "--training.global_batch_tokens=700",
         # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
@@ -98,11 +47,11 @@ def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "--checkpoint.enable=false",
         "--checkpoint.export_hf=false",
     ]
-    return {name: [*arguments, f"--job.config_file={folder / name}.toml"] for name in LEVELS}
+    return {name: [*arguments, f"--levels={levels}"] for name, levels in LEVELS.items()}
 
 
 def _train(world: World, argv: list[str], without: str | None) -> tuple[dict[str, torch.Tensor], set[int]]:
-    # A collective is taken out for good: this process ends with the test.
+    # Patched permanently: this process ends with the test.
     if without == "all-to-all":
         ContextParallelAttention.all_to_all = lambda attention, x: x  # type: ignore[method-assign]
     if without == "all-gather":
@@ -121,7 +70,7 @@ def _train(world: World, argv: list[str], without: str | None) -> tuple[dict[str
 
 
 def _reference(config: JobConfig, world_size: int) -> dict[str, torch.Tensor]:
-    """transformers' Llama, each sample by itself, a plain loop; only the choice of samples comes from the plan."""
+    """Train transformers' Llama in a plain loop, one sample at a time; only the order of samples is the plan's."""
     store = TokenStore.open(prepare(config)[0])
     plans = EpochPlans(config, store, world_size, cost_model(ARGS))
     hf_config = transformers.AutoConfig.for_model(**args_to_hf_config(ARGS))
@@ -202,9 +151,7 @@ def test_ranks_with_three_levels_equal_transformers_on_one(
 
 
 @pytest.mark.parametrize(("levels", "without"), [("ulysses", "all-to-all"), ("styles", "all-gather")])
-def test_comparison_fails_when_a_collective_is_taken_out(
-    argv_of: dict[str, list[str]], levels: str, without: str
-) -> None:
+def test_missing_collective_is_detected(argv_of: dict[str, list[str]], levels: str, without: str) -> None:
     parameters, _ = run_distributed(_train, 4, argv_of[levels], without)[0]
     error = _worst(parameters, _reference(load_config(argv_of[levels]), 4))
     assert error > 1e-3

@@ -1,4 +1,4 @@
-"""The GPU check on a CPU: its steps run with tiny shapes, and a failure of one is reported while the others run."""
+"""The GPU check on a CPU with tiny shapes: its steps, time limits and report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _check(out: Path, *words: str) -> tuple[int, dict[str, dict], str]:
-    """The command on a CPU: exit code, steps of report.json by name, report.md."""
+    """Run the command on a CPU; return exit code, steps of report.json by name, report.md."""
     command = [sys.executable, "scripts/gpu_check.py", "--device", "cpu", "--tiny", "--out", str(out), *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     steps = json.loads((out / "report.json").read_text())["steps"]
@@ -47,7 +47,7 @@ def test_a_failing_step_is_reported_and_the_others_run(tmp_path: Path) -> None:
 
 
 def _step(name: str, folder: Path) -> Found:
-    """What one step finds in a process of its own."""
+    """Return the result of one step in a separate process."""
     out = folder / f"{name}.json"
     words = ["--device=cpu", "--tiny", f"--out={folder}", f"--step={name}", f"--json={out}"]
     result = run_python("-m", "hbp_titan.testing.gpu_check", *words, env=runner.step_environment("cpu"))
@@ -60,11 +60,11 @@ def test_compiled_blocks_equal_the_reference_under_every_policy(tmp_path: Path) 
     found = _step("blocks", tmp_path)
     assert found.verdict == "PASS", found.problems
     assert [row[:2] for row in found.tables[0].rows[:3]] == [["cpu", p] for p in ("none", "full", "keep_attention")]
-    # Before and behind attention, behind it without the last product; each with and without gradients.
+    # Before and after attention, and after it without the last product; each with and without gradients.
     assert found.details["graphs"] == 6
 
 
-def test_attention_is_the_same_for_every_form_of_arguments(tmp_path: Path) -> None:
+def test_attention_is_equal_for_all_forms_of_arguments(tmp_path: Path) -> None:
     found = _step("varlen", tmp_path)
     assert found.verdict == "PASS", found.problems
     rows = {row[1]: row for row in found.tables[0].rows}
@@ -85,14 +85,14 @@ def test_throughput_is_measured_and_compared_with_the_estimates(tmp_path: Path) 
     assert "no measurement" in _step("estimates", tmp_path).skipped
 
 
-def test_a_step_runs_and_is_deterministic(tmp_path: Path) -> None:
+def test_steps_are_deterministic(tmp_path: Path) -> None:
     assert "only with a GPU" in _step("synchronizations", tmp_path).skipped
     found = _step("deterministic", tmp_path)
     assert found.verdict == "PASS", found.problems
 
 
 @pytest.mark.slow
-def test_every_step_passes_or_says_why_it_is_skipped(tmp_path: Path) -> None:
+def test_every_step_passes_or_has_a_reason_to_be_skipped(tmp_path: Path) -> None:
     code, steps, report = _check(tmp_path)
     assert {name: step["problems"] for name, step in steps.items() if step["problems"]} == {}
     assert code == 0
@@ -122,7 +122,7 @@ def test_time_limits_and_crashes_are_failures(tmp_path: Path) -> None:
     assert runner._reason(-signal.SIGSEGV, 5, log).startswith("CUDA error: an illegal memory access (killed by SIGSEGV")
 
 
-def test_a_step_beyond_its_limit_leaves_no_process(tmp_path: Path) -> None:
+def test_step_beyond_its_limit_leaves_no_process(tmp_path: Path) -> None:
     code = (
         "import os, subprocess, sys; print(subprocess.Popen(['sleep', '99'], start_new_session=True).pid, flush=True)"
     )
@@ -141,12 +141,12 @@ def test_a_step_beyond_its_limit_leaves_no_process(tmp_path: Path) -> None:
         pytest.fail("the grandchild is alive")
 
 
-def test_unknown_steps_are_named() -> None:
-    with pytest.raises(ValueError, match="step 'speed' must be one of environment"):
+def test_unknown_step() -> None:
+    with pytest.raises(ValueError, match="speed"):
         runner.parse(["--steps", "environment,speed"])
 
 
-def test_models_get_as_many_layers_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_limited_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "hardware_of", lambda device: HARDWARE["h100-80gb"])
     settings = Settings("cuda", False, Path(), 600)
     world = World(0, 1, torch.device("cuda"))
@@ -155,7 +155,7 @@ def test_models_get_as_many_layers_as_memory_allows(monkeypatch: pytest.MonkeyPa
     assert 4 <= layers < 32
     args = dataclasses.replace(get_flavor("llama3_1_8b"), num_layers=layers)
     assert speed.estimated_peak(args, Level(131072, ac_policy="keep_attention"), settings) < 75 * 2**30
-    # Each length, policy and compile setting of the issue's list is among the rows.
+    # Each length is among the rows.
     rows = speed.throughput_rows(tiny=False)
     assert len(rows) == len(set(rows))
     assert {(row.flavor, row.max_tokens) for row in rows} == {
@@ -175,7 +175,7 @@ def test_synchronizations_are_recorded_with_our_line(monkeypatch: pytest.MonkeyP
     assert place.startswith(f"{Path(__file__).relative_to(ROOT)}:")
 
 
-def test_pytest_report_names_what_failed() -> None:
+def test_pytest_report_lists_failures() -> None:
     xml = (
         '<testsuites><testsuite><testcase classname="a" name="x" time="1.5"/>'
         '<testcase classname="a" name="y" time="0.5"><failure message="m"/></testcase></testsuite></testsuites>'
@@ -186,7 +186,7 @@ def test_pytest_report_names_what_failed() -> None:
     assert machine._test_report(xml.replace('<failure message="m"/>', ""), 0).verdict == "PASS"
 
 
-def test_every_step_runs_without_the_machines_gpu_on_a_cpu() -> None:
+def test_cpu_steps_do_not_see_gpus() -> None:
     environment = runner.step_environment("cpu")
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)

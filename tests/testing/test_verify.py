@@ -1,4 +1,4 @@
-"""The proof of equivalence itself: right verdicts on a tiny run, and a comparison that can fail."""
+"""The equivalence check itself: verdicts on a tiny run, and controls that must be detected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _result(loss: float, grad: float, **changes: str) -> Result:
     return judge(case, Difference(loss, {"weight": grad}), Tolerance.of_fp32(["weight"]))
 
 
-def test_verdict_needs_equal_loss_and_gradients_and_a_control_that_is_seen() -> None:
+def test_verdicts_in_float32() -> None:
     assert _result(1e-7, 1e-6).passed
     assert not _result(1e-3, 1e-6).passed
     assert not _result(1e-7, 1e-2).passed
@@ -54,7 +54,7 @@ def test_verdict_needs_equal_loss_and_gradients_and_a_control_that_is_seen() -> 
     assert _result(1e-7, 1e-2, loss_normalization="token_mean").passed
 
 
-def test_verdict_in_bfloat16_allows_each_parameter_a_multiple_of_its_own_noise() -> None:
+def test_verdicts_in_bfloat16_depend_on_each_parameters_noise() -> None:
     tolerance = Tolerance.of_noise(Difference(1e-3, {"quiet": 1e-3, "noisy": 1e-1}))
     sound = judge(CASE, Difference(2e-3, {"quiet": 2e-3, "noisy": 2e-1}), tolerance)
     assert sound.passed
@@ -66,12 +66,12 @@ def test_verdict_in_bfloat16_allows_each_parameter_a_multiple_of_its_own_noise()
     control = Case("control", 1, (Level(8),), broken="positions not reset")
     limit = 1e-3 * BF16_FACTOR * BF16_CAUGHT_FACTOR
     assert judge(control, Difference(0.0, {"quiet": 1.1 * limit, "noisy": 0.0}), tolerance).passed
-    unseen = judge(control, Difference(0.0, {"quiet": 0.9 * limit, "noisy": 0.0}), tolerance)
-    assert not unseen.passed
-    assert "NOT CAUGHT" in row(unseen)
+    missed = judge(control, Difference(0.0, {"quiet": 0.9 * limit, "noisy": 0.0}), tolerance)
+    assert not missed.passed
+    assert "NOT CAUGHT" in row(missed)
 
 
-def test_comparison_names_the_worst_gradient() -> None:
+def test_comparison_reports_the_worst_gradient() -> None:
     expected = Outcome(2.0, {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0])})
     found = Outcome(2.2, {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0, 0.2])})
     result = judge(CASE, compare(expected, found), Tolerance.of_fp32(["a", "b"]))
@@ -109,7 +109,7 @@ def test_cases_fit_the_heads_and_the_world() -> None:
     assert sum(name.startswith("CONTROL") for name in names) == 4
 
 
-def test_levels_and_model_can_be_made_small() -> None:
+def test_levels_and_model_can_be_shrunk() -> None:
     levels = scaled_levels((Level(16384), Level(131072, 8)), 1024)
     assert [(level.max_tokens, level.cp_degree) for level in levels] == [(128, 1), (1024, 8)]
     assert scaled_levels(levels, 0) == levels
@@ -122,7 +122,7 @@ def test_levels_and_model_can_be_made_small() -> None:
 
 
 @pytest.mark.slow
-def test_command_proves_a_tiny_run_and_its_controls(tmp_path: Path) -> None:
+def test_script_on_a_tiny_run(tmp_path: Path) -> None:
     argv = [*write_tiny_run(tmp_path), "--compile.backend=aot_eager"]
     own = ["--world_sizes=1,2", "--max_tokens=512", "--num_samples=30"]
     result = run_python("scripts/verify_equivalence.py", *own, *argv, timeout=400)
