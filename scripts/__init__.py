@@ -1,1 +1,1 @@
-"""Thin command lines over hbp_titan: run as files in a checkout, installed as hbp_titan.scripts."""
+"""Command lines of hbp_titan: `python scripts/X.py` in a checkout, `hbp-titan X` where the package is installed."""

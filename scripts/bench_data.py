@@ -3,12 +3,12 @@
     python scripts/bench_data.py --job.config_file train_configs/debug_model.toml [--world_size 2] [--json OUT]
     python scripts/bench_data.py --job.config_file X.toml --only preparation --data.num_proc 8
 
-Loader: what rank 0 of --world_size sees of the configured data, in the order of its plan, beside a plain copy of the
-same samples' tokens and masks (5 bytes a token) out of the memory map. A batch is more: ids, positions, labels, loss
-weights, documents and loss positions have 36 to 44 bytes a token, which workers pass on in shared memory.
-Preparation: the configured training data into an empty cache with data.num_proc processes (0: one per core), beside
-`tokenizers.encode_batch` on the same rendered texts with as many threads. Each figure is the median of --rounds, with
-the least and the greatest; methods take turns. Every key of the configuration can be given too.
+Loader: the batches of rank 0 of --world_size in the order of its plan, next to a plain copy of the same samples' tokens
+and masks (5 bytes per token) out of the memory map. A batch is larger: ids, positions, labels, loss weights, documents
+and loss positions are 36 to 44 bytes per token, which workers pass in shared memory.
+Preparation: the configured training data into an empty cache with data.num_proc processes (0: one per core), next to
+`tokenizers.encode_batch` on the same rendered texts with as many threads. Numbers are medians of --rounds (min-max);
+methods alternate. Further arguments are configuration overrides.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PARTS = ("loader", "preparation")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table for each part that is asked for."""
+    """Print a table per part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone [both]")
-    parser.add_argument("--world_size", type=int, default=2, help="ranks that the data is planned for [2]")
-    parser.add_argument("--workers", default="0,1,2", help="loader workers, by commas [0,1,2]")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median counts [5]")
+    parser.add_argument("--only", choices=PARTS, help="measure only this part [both]")
+    parser.add_argument("--world_size", type=int, default=2, help="ranks of the plan [2]")
+    parser.add_argument("--workers", default="0,1,2", help="numbers of loader workers, comma-separated [0,1,2]")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds [5]")
     parser.add_argument("--json", type=Path, help="write every measurement there")
     options, overrides = parser.parse_known_args(argv)
     if options.rounds < 1:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def loader(config: JobConfig, world_size: int, workers: list[int], rounds: int) -> list[Speed]:
-    """Speeds of the loader on the configured data and levels."""
+    """Measure the loader on the configured data and levels."""
     args = model_args(config)
     store = open_stores(config, max_sample_tokens(config, args))[0]
     plan = EpochPlans(config, store, world_size, cost_model(args)).plan_for(0)

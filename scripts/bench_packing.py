@@ -1,11 +1,11 @@
-"""Time the planner beside packers that pip installs, on the same lengths in one run: samples/s and padding ratio.
+"""Benchmark the planner against packers of other projects, on the same lengths: samples/s and padding ratio.
 
     python scripts/bench_packing.py [--num_samples 1000000] [--capacity 16384] [--lengths L.npy] [--json OUT]
 
-Rows: our packers for one length (bfd, lpt), the peers that can be imported (`pip install trl datasets llamafactory
-seqpacker lightbinpack binpacking`, any of them), and whole plans at world size 32 (levels, fill, balance, schedule).
-Packers take the samples of at most --capacity tokens. Each is tried on a tenth of them first; one that might
-need more than --limit seconds for all is reported on the tenth. Times are the best of --repeat runs.
+Rows: our packers for one length (bfd, lpt, isf), those of other projects that are installed (`pip install trl datasets
+llamafactory seqpacker lightbinpack binpacking`, any of them), and whole plans at world size 32 (levels, fill, balance,
+schedule). Packers get the samples of at most --capacity tokens. Each runs on a tenth of them first; one that might need
+more than --limit seconds for all is reported for the tenth. Times are the best of --repeat runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hbp_titan.tuning.simulate import tulu3_longcite_like
 WORLD_SIZE = 32
 LEVELS = "16384:1,131072:8"
 
-# (lengths, capacity) -> a function that packs them and returns the number of packs; what comes before is not timed.
+# (lengths, capacity) -> a function that packs them and returns the number of packs; only that function is timed.
 Prepare = Callable[[IntArray, int], Callable[[], int]]
 
 
@@ -40,7 +40,7 @@ def ours(name: str) -> Prepare:
 
 
 def trl(lengths: IntArray, capacity: int) -> Callable[[], int]:
-    """TRL packs tokens rather than lengths: it gets one-byte tokens, so that little but its packing is timed."""
+    """TRL packs tokens, not lengths: it gets one-byte tokens, so that little besides its packing is timed."""
     datasets, pyarrow, data_utils = map(importlib.import_module, ("datasets", "pyarrow", "trl.data_utils"))
     datasets.disable_progress_bars()
     datasets.disable_caching()
@@ -51,7 +51,7 @@ def trl(lengths: IntArray, capacity: int) -> Callable[[], int]:
 
 
 def llamafactory(lengths: IntArray, capacity: int) -> Callable[[], int]:
-    """The file with its knapsack is loaded alone: the package imports every modality's libraries."""
+    """LLaMA-Factory: only the file with its knapsack is imported, because the package needs many libraries."""
     package = importlib.util.find_spec("llamafactory")
     if package is None or package.submodule_search_locations is None:
         raise ImportError("llamafactory")
@@ -83,7 +83,7 @@ def binpacking(lengths: IntArray, capacity: int) -> Callable[[], int]:
     return lambda: len(to_constant_volume(listed, capacity))
 
 
-# Row name -> distribution (None: ours) and what prepares it.
+# Row name -> (distribution, None for ours; preparation).
 PACKERS_COMPARED: dict[str, tuple[str | None, Prepare]] = {
     "ours bfd": (None, ours("bfd")),
     "ours lpt": (None, ours("lpt")),
@@ -97,7 +97,7 @@ PACKERS_COMPARED: dict[str, tuple[str | None, Prepare]] = {
 
 
 def best_time(function: Callable[[], int], repeat: int) -> tuple[float, int]:
-    """Seconds of the fastest run and what it returned."""
+    """Return the seconds of the fastest run and its result."""
     best, result = float("inf"), 0
     for _ in range(repeat):
         start = time.perf_counter()
@@ -107,11 +107,11 @@ def best_time(function: Callable[[], int], repeat: int) -> tuple[float, int]:
 
 
 def bench_packer(prepare: Prepare, lengths: IntArray, capacity: int, limit: float, repeat: int) -> dict[str, Any]:
-    """Samples, seconds, samples/s, packs and padding ratio of one packer."""
+    """Return samples, seconds, samples/s, packs and padding ratio of one packer."""
     tenth = lengths[: max(1, len(lengths) // 10)]
     seconds, packs = best_time(prepare(tenth, capacity), 1)
     used = tenth
-    # Some peers take quadratic time: ten times the samples may take a hundred times as long.
+    # Some packers take quadratic time: ten times the samples may take a hundred times as long.
     if seconds * 100 <= limit:
         used = lengths
         seconds, packs = best_time(prepare(lengths, capacity), repeat)
@@ -119,7 +119,7 @@ def bench_packer(prepare: Prepare, lengths: IntArray, capacity: int, limit: floa
 
 
 def bench_plan(lengths: IntArray, method: str, repeat: int) -> dict[str, Any]:
-    """The same of a whole plan, and the peak memory of building it."""
+    """Return the same for a whole plan, and the peak memory of building it."""
     levels = parse_levels(LEVELS)
     seconds, _ = best_time(lambda: build_plan(lengths, levels, WORLD_SIZE, method).num_iterations, repeat)
     tracemalloc.start()
@@ -154,9 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_samples", type=int, default=1_000_000, help="synthetic samples [1000000]")
     parser.add_argument("--lengths", type=Path, help="NPY file with lengths, instead of synthetic ones")
     parser.add_argument("--capacity", type=int, default=16384, help="tokens of a pack [16384]")
-    parser.add_argument("--limit", type=float, default=60, help="seconds that one run may take [60]")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of which the best counts [3]")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--limit", type=float, default=60, help="maximum seconds of one run [60]")
+    parser.add_argument("--repeat", type=int, default=3, help="runs, of which the best counts [3]")
+    parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args(argv)
     lengths = np.load(options.lengths, allow_pickle=False) if options.lengths else None
     if lengths is None:

@@ -1,16 +1,15 @@
-"""Measure training per level and activation-checkpoint policy: tokens/s, MFU, peak memory, what a layer keeps.
+"""Benchmark training per level and checkpointing policy: tokens/s, MFU, peak memory, bytes that a layer saves.
 
     python scripts/bench_train.py --flavors llama3_2_1b --lengths 16384,32768,65536,131072
     torchrun --nproc_per_node 8 scripts/bench_train.py --flavors llama3_1_8b --lengths 16384:1,131072:8 --compile on
     python scripts/bench_train.py --flavors debug --lengths 1024,8192 --switch
 
-Random weights and tokens; one pack a data-parallel rank, full to its length, every token but each document's first
-trained. The engine is the trainer's, on the GPU where there is one. An iteration is forward and backward, with
---optimizer_step also AdamW's step, and its state is held. TFLOP/s and MFU are a rank's and count what the documents
-need: no recomputation, attention within documents. B/token/layer is what a layer under the policy keeps for backward.
-Policies are timed in turn: "time / none" is the median over the rounds, with the least and the greatest; "FLOPs / none"
-is what recomputation adds by count. A row may be "out of memory": fewer --layers, or auto, fit. Every key of the
-configuration can be given too, e.g. --training.dtype bfloat16 or --compile.backend aot_eager.
+Random weights and tokens; one full pack per data-parallel rank, all tokens trained. The engine is the trainer's, on the
+GPU if there is one. A micro-batch is forward and backward, with --optimizer_step also AdamW's step and its state.
+TFLOP/s and MFU are per rank and count what the documents need: no recomputation, attention within documents.
+B/token/layer is what a layer under the policy saves for backward. Policies are timed round robin: "time / none" is the
+median over the rounds (min-max), "FLOPs / none" counts recomputation. If a row is "out of memory", use fewer --layers,
+or auto. Further arguments are configuration overrides, such as --training.dtype bfloat16.
 """
 
 from __future__ import annotations
@@ -47,45 +46,41 @@ from hbp_titan.packing.level import check_levels, parse_levels
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
-    """The benchmark's own options and the configuration that the others make."""
+    """Return the options of the benchmark and the configuration of the other arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--flavors", default="debug", help="models of models/registry.py, by commas [debug]")
+    parser.add_argument("--flavors", default="debug", help="models of models/registry.py, comma-separated [debug]")
     parser.add_argument("--layers", default="all", help="all, a number, or auto: halved until all policies fit [all]")
-    parser.add_argument(
-        "--lengths", default="1024,8192", help="pack lengths, ascending, each with :cp_degree [1024,8192]"
-    )
+    parser.add_argument("--lengths", default="1024,8192", help="pack lengths, ascending, with :cp_degree [1024,8192]")
     parser.add_argument(
         "--policies", default="none,full,keep_attention", help="each with :layers [none,full,keep_attention]"
     )
-    parser.add_argument(
-        "--documents", default="one,600", help="how packs are filled: one document, a median length [one,600]"
-    )
+    parser.add_argument("--documents", default="one,600", help="per pack: one document, or a median length [one,600]")
     parser.add_argument("--compile", default="off", choices=("off", "on", "both"), help="torch.compile of blocks [off]")
-    parser.add_argument("--optimizer_step", action="store_true", help="AdamW belongs to every iteration")
-    parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each row, rounds of --switch [5]")
-    parser.add_argument("--switch", action="store_true", help="measure alternating against grouped levels instead")
-    parser.add_argument("--switch_packs", type=int, default=4, help="packs of each level in a round of --switch [4]")
+    parser.add_argument("--optimizer_step", action="store_true", help="include AdamW in every micro-batch")
+    parser.add_argument("--repeats", type=int, default=5, help="timed micro-batches per row, rounds of --switch [5]")
+    parser.add_argument("--switch", action="store_true", help="measure level switches instead")
+    parser.add_argument("--switch_packs", type=int, default=4, help="packs per level in a round of --switch [4]")
     parser.add_argument("--json", type=Path, help="write every measurement there")
     options, overrides = parser.parse_known_args(argv)
     if options.repeats < 1 or options.switch_packs < 1:
         raise ValueError(f"--repeats {options.repeats}, --switch_packs {options.switch_packs}: at least 1 each")
     config = load_config(overrides)
     if config.lora.rank:
-        raise ValueError(f"lora.rank = {config.lora.rank}: FLOPs are counted of whole weights; leave it at 0")
+        raise ValueError(f"lora.rank = {config.lora.rank}: not supported here, FLOPs are of full training; set it to 0")
     return options, config
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what the command line asks for; rank 0 prints and writes."""
+    """Measure every model; rank 0 prints and writes."""
     options, config = parse(argv)
     world = init_world(config.parallelism.init_timeout_seconds)
     try:
         report: dict[str, Any] = {**describe(config, world), "command": " ".join(sys.argv)}
-        say(world, "\n".join(f"{key}: {value}" for key, value in report.items()))
+        log(world, "\n".join(f"{key}: {value}" for key, value in report.items()))
         if not options.switch:
-            say(world, "\n" + header())
+            log(world, "\n" + header())
         report["measurements"] = []
         for flavor in options.flavors.split(","):
             for enable in {"off": (False,), "on": (True,), "both": (False, True)}[options.compile]:
@@ -98,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def bench(options: argparse.Namespace, config: JobConfig, world: World, flavor: str) -> list[dict[str, Any]]:
-    """The table of one model."""
+    """Print the table of one model."""
     args = get_flavor(flavor)
     settings = Settings(
         lengths=parse_levels(options.lengths),
@@ -112,7 +107,7 @@ def bench(options: argparse.Namespace, config: JobConfig, world: World, flavor: 
     check_heads(settings.lengths, args.num_heads, args.num_kv_heads)
     found = []
     for group in Bench(config, args, world, settings).run():
-        say(world, "\n".join(rows(group, peak_flops(world.device))))
+        log(world, "\n".join(rows(group, peak_flops(world.device))))
         found += group
     return [dataclasses.asdict(measurement) for measurement in found]
 
@@ -122,9 +117,9 @@ def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor:
     args = get_flavor(flavor)
     layers = parse_layers(options.layers, args.num_layers)
     if not layers:
-        raise ValueError("--layers auto does not go with --switch: name a number")
+        raise ValueError("--layers auto cannot be combined with --switch; use a number")
     if options.optimizer_step:
-        raise ValueError("--optimizer_step does not go with --switch: a swap lies between forward and backward passes")
+        raise ValueError("--optimizer_step cannot be combined with --switch, which is within an optimizer step")
     args = dataclasses.replace(args, num_layers=layers)
     lengths = parse_levels(options.lengths)
     check_levels(lengths, world.size)
@@ -134,25 +129,25 @@ def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor:
     found = []
     for documents in parse_documents(options.documents):
         cost = measure_switch(config, args, world, levels, documents, options.switch_packs, options.repeats)
-        say(world, f"{flavor}, compile {'on' if config.compile.enable else 'off'}, documents {documents}: {cost}")
+        log(world, f"{flavor}, compile {'on' if config.compile.enable else 'off'}, documents {documents}: {cost}")
         setting = {"model": flavor, "layers": layers, "compile": config.compile.enable, "documents": str(documents)}
         found.append({**setting, **dataclasses.asdict(cost)})
     return found
 
 
 def parse_layers(text: str, num_layers: int) -> int:
-    """The number of layers; 0 for "auto"."""
+    """Return the number of layers, 0 for "auto"."""
     if text in ("all", "auto"):
         return num_layers if text == "all" else 0
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--layers {text!r} is neither all, auto nor a number of at least 1")
+        raise ValueError(f"--layers {text!r} must be all, auto or a number of at least 1")
     return int(text)
 
 
 def describe(config: JobConfig, world: World) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the environment of the measurements."""
     on_gpu = world.device.type == "cuda"
-    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank"
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else cpu,
         "ranks": world.size,
@@ -163,7 +158,7 @@ def describe(config: JobConfig, world: World) -> dict[str, Any]:
     }
 
 
-def say(world: World, text: str) -> None:
+def log(world: World, text: str) -> None:
     if world.rank == 0:
         print(text, flush=True)
 

@@ -1,6 +1,6 @@
-"""Check that what pyproject.toml asks for is installed: `python scripts/check_env.py run|dev`.
+"""Check that the requirements of pyproject.toml are installed: `python scripts/check_env.py run|dev`.
 
-Prints one line that names every missing or unfitting package and exits 1 when there is one.
+Prints one line with every missing or incompatible package and exits with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ else:
 
 
 def unmet(requirements: list[str]) -> list[str]:
-    """The requirements that the running interpreter does not meet."""
-    # pip is in every .venv, and brings the parser that it uses itself.
+    """Return the requirements that the running interpreter does not meet."""
+    # pip is in every .venv, and has a copy of the parser.
     from pip._vendor.packaging.requirements import Requirement
 
     missing = []
@@ -38,7 +38,7 @@ def unmet(requirements: list[str]) -> list[str]:
 
 
 def _extra(project: dict[str, Any], name: str) -> list[str]:
-    """What an extra asks for, and the extras of this project that it names."""
+    """Return the requirements of an extra, including those of the extras of this project that it names."""
     requirements: list[str] = []
     for text in project["optional-dependencies"][name]:
         own = re.fullmatch(re.escape(project["name"]) + r"\[([\w,]+)\]", text)

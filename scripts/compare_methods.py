@@ -1,17 +1,16 @@
-"""Train the same samples by several packing methods and compare epoch time, idle share and loss, in one run.
+"""Train the same samples with several packing methods; compare epoch time, idle share and loss.
 
     torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file train_configs/debug_model.toml
     torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file X.toml --select
     torchrun --nproc_per_node 2 scripts/compare_methods.py --job.config_file X.toml \\
         --runs "isf@8192:1;flat_sorted@8192:1;hbp_paper@1024:1,8192:2;hbp@1024:1,8192:2" --repeats 3 --json out.json
 
-Each run trains one epoch from the same weights; speed-ups are over the first run of the same round, as their median
-with the least and the greatest. Without --runs: ISF and flat + sort at the configuration's largest level, HBP as
-printed and ours on its levels; with --select all four at what a profile of this machine finds best for them (kept in
-the run folder, as scripts/select_levels.py does). Every key of the configuration can be given too: data.max_samples
-shortens the epoch, and training.global_batch_tokens gives methods with large iterations and small ones the same
-steps. Validation samples (validation.enable) give the loss after the epoch. --json keeps every iteration, for
-scripts/simulate.py --validate.
+Each run trains one epoch from the same weights; speed-ups are relative to the first run of the same round, as median
+(min-max). Without --runs: ISF and flat + sort at the configuration's largest level, hbp_paper and hbp on its levels;
+with --select all four on the levels that a profile of this machine finds best for them (kept in the run folder, as by
+scripts/select_levels.py). Further arguments are configuration overrides: data.max_samples shortens the epoch, and
+training.global_batch_tokens gives all methods the same optimizer steps. Validation samples (validation.enable) give the
+loss after the epoch. --json writes every micro-batch, for scripts/simulate.py --validate.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ METHODS = ("isf", "flat_sorted", "hbp_paper", "hbp")
 
 
 def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
-    """Each of METHODS on the levels that measurement finds best for it; those of HBP as printed are ours."""
+    """Return each of METHODS on its best levels by measurement; hbp_paper gets those of hbp."""
     config.clear_levels()
     args = model_args(config)
     check_device(config, world.device)
@@ -47,25 +46,25 @@ def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     def choose() -> tuple[Run, ...]:
         workload = Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
         levels = select_search(profile.candidates, workload).levels
-        flat = {name: rival.levels for name, rival in baselines(profile.candidates, workload).items()}
+        flat = {name: selection.levels for name, selection in baselines(profile.candidates, workload).items()}
         return tuple(Run(method, flat.get(method, levels)) for method in METHODS)
 
     return from_rank_0(world, choose)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, train every run, print the table on rank 0."""
+    """Train every run; rank 0 prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", default="", help="method@levels, several by semicolons; the first is the base")
-    parser.add_argument("--select", action="store_true", help="choose the levels of each method by measurement first")
+    parser.add_argument("--runs", default="", help="method@levels, separated by semicolons; the first is the reference")
+    parser.add_argument("--select", action="store_true", help="select the levels of each method by measurement first")
     parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
     parser.add_argument("--json", type=Path, help="write every outcome there")
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     if options.repeats < 1 or (options.runs and options.select):
-        raise ValueError(f"--repeats {options.repeats}: at least 1; --runs and --select do not go together")
+        raise ValueError(f"--repeats {options.repeats}: must be at least 1; --runs and --select cannot be combined")
     levels = tuple(config.levels)
     runs = parse_runs(options.runs) if options.runs else tuple(Run(method, levels) for method in METHODS)
     world = init_world(config.parallelism.init_timeout_seconds)

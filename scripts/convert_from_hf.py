@@ -1,9 +1,9 @@
-"""Make a checkpoint from an HF folder.
+"""Convert an HF folder to a checkpoint.
 
     python scripts/convert_from_hf.py HF_DIR OUT
 
-OUT is a checkpoint of the model alone, in fp32, that [checkpoint] initial_load_path takes: each rank then reads only
-its own shards. initial_load_path takes HF_DIR itself as well; convert once what is loaded often.
+OUT is an fp32 checkpoint with only the model, for checkpoint.initial_load_path: each rank reads only its own shards.
+initial_load_path also accepts HF_DIR itself; converting pays off for what is loaded often.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hbp_titan.models.hf_config import args_from_hf, token_ids_from_hf
 
 
 def convert(hf_folder: Path, out: Path) -> int:
-    """Write the weights of `hf_folder` into the checkpoint `out`; returns the number of tensors."""
+    """Write the weights of `hf_folder` to the checkpoint `out`; return the number of tensors."""
     args = args_from_hf(hf_folder)
     found = HFTensors(hf_folder, args)
     with torch.device("meta"):
@@ -35,7 +35,6 @@ def convert(hf_folder: Path, out: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_folder", type=Path)
     parser.add_argument("out", type=Path)

@@ -1,9 +1,9 @@
-"""Write a checkpoint as an HF folder.
+"""Convert a checkpoint to an HF folder.
 
     python scripts/convert_to_hf.py CHECKPOINT OUT [--dtype bfloat16]
 
-CHECKPOINT is a step-N folder, or a run folder (its newest checkpoint is taken). OUT gets config.json, safetensors and
-the tokenizer's files; transformers, vLLM and SGLang load it. LoRA adapters are merged into the base they belong to.
+CHECKPOINT is a step-N folder, or a run folder (its newest checkpoint). OUT gets config.json, safetensors and the
+tokenizer files, for transformers, vLLM and SGLang. LoRA adapters are merged into their base.
 """
 
 from __future__ import annotations
@@ -23,31 +23,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` means. Raises ValueError where there is none."""
+    """Return the step folder of `path`; ValueError if there is none."""
     if (path / "state.json").is_file():
         return path
     found = completed_checkpoints(path / "checkpoint") or completed_checkpoints(path)
     if not found:
-        raise ValueError(f"{path}: neither a complete checkpoint (step-N) nor a run folder that holds one")
+        raise ValueError(f"{path}: not a complete checkpoint (step-N) or a run folder with one")
     return found[-1]
 
 
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
-    """Write `checkpoint` into `out`; returns the step folder that was read."""
+    """Write `checkpoint` to `out`; return the step folder that was read."""
     step_folder = find_checkpoint(checkpoint)
     state = read_state(step_folder)
     args = ModelArgs.from_dict(state["model"])
     tensors = whole_tensors(step_folder, state, args)
     tokenizer_path = Path(state["tokenizer_path"])
     if not tokenizer_path.is_dir():
-        raise ValueError(f"{tokenizer_path}: the run's tokenizer folder is gone; restore it")
+        raise ValueError(f"{tokenizer_path}: the tokenizer folder of the run does not exist; restore it")
     ids = state["token_ids"]
     save_hf_folder(args, tensors, out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids)
     return step_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)

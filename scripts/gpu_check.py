@@ -1,9 +1,9 @@
-"""Check everything that needs a GPU, in one command of at most 8 minutes; writes a Markdown report and JSON.
+"""Run all checks that need a GPU, in at most 8 minutes; write a Markdown report and JSON.
 
     python scripts/gpu_check.py --out gpu_check
     python scripts/gpu_check.py --device cpu --tiny --out gpu_check
 
-The steps and the options are hbp_titan/testing/gpu_check/runner.py's.
+Steps and options: hbp_titan/testing/gpu_check/runner.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Plan the packing of a data set without training: how full, how balanced, how much communication, by which method.
+"""Plan the packing of a data set without training: padding, balance and communication, by method.
 
     python scripts/plan_packing.py --lengths L.npy --world_size 32 --compare --json plan.json --html plan.html
     python scripts/plan_packing.py --store .data/cache/FOLDER --world_size 32
     python scripts/plan_packing.py --job.config_file train_configs/X.toml --world_size 32 [--section.key value]
 
-From lengths alone it needs no model, tokenizer or GPU. From a token store folder it also takes the loss tokens; from
-a TOML file the data (prepared where it is not there yet), levels, packing settings and the model's cost.
+--lengths needs no model, tokenizer or GPU. A token store (--store) also has the loss tokens; a TOML file gives the data
+(prepared if necessary), levels, packing settings and the model's cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hbp_titan.report.plan_page import html_report
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own options, and the words that are configuration overrides."""
+    """Return the options of this command and the configuration overrides."""
     methods = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -47,33 +47,33 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seed", type=int, help="seed [0, or packing.seed]")
     parser.add_argument("--epoch", type=int, default=0, help="epoch [0]")
     parser.add_argument("--level_order", help="alternate or interleave [alternate, or packing.level_order]")
-    parser.add_argument("--global_batch_tokens", type=int, help="tokens of an optimizer step [0: one iteration]")
-    parser.add_argument("--curriculum_steps", type=float, help="steps of the lowest level first [0]")
-    parser.add_argument("--beta", type=float, help="cost of a squared token, a token being 1 [2e-5, or the model's]")
+    parser.add_argument("--global_batch_tokens", type=int, help="tokens of an optimizer step [0: one micro-batch]")
+    parser.add_argument("--curriculum_steps", type=float, help="first steps on only the lowest level [0]")
+    parser.add_argument("--beta", type=float, help="cost of a squared token relative to a token [2e-5, or the model's]")
     parser.add_argument("--json", type=Path, help="write the metrics there")
-    parser.add_argument("--html", type=Path, help="write a page with charts there; it needs no network")
-    parser.add_argument("--save_plan", type=Path, help="write the plan of the method there (safetensors)")
+    parser.add_argument("--html", type=Path, help="write a page with charts there")
+    parser.add_argument("--save_plan", type=Path, help="write the plan there (safetensors)")
     return parser.parse_known_args(argv)
 
 
 def load_lengths(path: Path) -> np.ndarray:
-    """An integer array from an NPY file, int64 [n]; ValueError for anything else."""
+    """Return an integer array from an NPY file as int64 [n]; ValueError for anything else."""
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError):
         raise ValueError(f"{path}: not an NPY file of numbers") from None
     if not isinstance(values, np.ndarray) or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{path}: expected one-dimensional integers, the tokens of each sample")
+        raise ValueError(f"{path}: must be one-dimensional integers, the tokens of each sample")
     return values.astype(np.int64)
 
 
 def default_levels(world_size: int) -> str:
-    """The paper's two levels, with a context-parallel degree that divides the world size."""
+    """Return the paper's two levels, with a context-parallel degree that divides the world size."""
     return f"16384:1,131072:{math.gcd(8, max(world_size, 1))}"
 
 
 def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Lengths int64 [num_samples] and the keyword arguments of build_plan, from arrays or from a configuration."""
+    """Return lengths int64 [num_samples] and keyword arguments of build_plan, from files or a configuration."""
     settings: dict[str, Any] = {"levels": parse_levels(options.levels or default_levels(options.world_size))}
     if options.lengths or options.store:
         if overrides:
@@ -91,17 +91,17 @@ def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarra
     if options.overlong == "truncate":
         lengths = np.minimum(lengths, settings["levels"][-1].max_tokens)
         if "loss_tokens" in settings:
-            # Where the loss lies in a sample is not known here: at most what is left bears loss.
+            # The positions of the loss tokens are not known here; at most all remaining tokens are trained.
             settings["loss_tokens"] = np.minimum(settings["loss_tokens"], lengths)
     settings["overlong"] = "skip" if options.overlong == "skip" else "error"
     return lengths, {**settings, "world_size": options.world_size, "epoch": options.epoch}
 
 
 def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """What a training run of this configuration would plan from."""
+    """Return what a training run of this configuration plans from."""
     if not any(word.startswith("--job.config_file") for word in overrides):
-        raise ValueError("no data is named: give --lengths, --store or --job.config_file")
-    # The rooms above are needed for a configuration alone.
+        raise ValueError("no data; pass --lengths, --store or --job.config_file")
+    # Imported here: planning from lengths works without torch.
     from hbp_titan.data.prepare import prepare
     from hbp_titan.preflight import cost_model, model_args
 
@@ -120,7 +120,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
 
 
 def as_json(plan: Plan, compared: dict[str, Metrics], seconds: dict[str, float]) -> dict[str, Any]:
-    """The metrics of every method as plain values."""
+    """Return the metrics of every method as plain values."""
     return {
         "world_size": plan.world_size,
         "levels": [{"max_tokens": level.max_tokens, "cp_degree": level.cp_degree} for level in plan.levels],
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         f"world size {chosen_plan.world_size}; levels {levels}"
     )
     if len(chosen_plan.skipped):
-        print(f"skipped, being longer than the largest level: {len(chosen_plan.skipped):,} samples")
+        print(f"skipped (longer than the largest level): {len(chosen_plan.skipped):,} samples")
     print(comparison_table(compared))
     print(f"{chosen}: {chosen_plan.num_steps:,} optimizer steps, planned in {seconds[chosen]:.2f} s")
     for path, text in (

@@ -1,12 +1,12 @@
-"""Choose the packing levels of a run: measured on the machines it will use, or estimated without a GPU.
+"""Select the packing levels of a run, measured on its machines or estimated without a GPU.
 
     torchrun --nproc-per-node 8 scripts/select_levels.py --job.config_file train_configs/X.toml --output levels.toml
     python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32
 
-Measures (or estimates) time and memory of an iteration for candidates of length, context parallelism and activation
-checkpointing, predicts the whole epoch of this data for sets of them, and prints the best set, that of the paper's two
-stages, and flat packing. The levels of the TOML file, if any, are not used. Further arguments override the TOML:
---section.key value.
+Measures (or estimates) time and memory of a micro-batch for candidates of length, context parallelism and activation
+checkpointing, predicts the epoch of this data for sets of them, and prints the best set, that of the paper's two
+stages, and packing to one length. The levels of the TOML file are ignored. Further arguments are configuration
+overrides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hbp_titan.tuning.time_model import estimate_candidates
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own options, and the words that are configuration overrides."""
+    """Return the options of this command and the configuration overrides."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,18 +47,20 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--method",
         choices=("search", "paper"),
         default="search",
-        help="what is written: the least predicted time, or the paper's two stages [search]",
+        help="selection to write: lowest predicted time, or the paper's two stages [search]",
     )
-    parser.add_argument("--estimate", metavar="HARDWARE", help=f"do not measure: one of {', '.join(HARDWARE)}")
-    parser.add_argument("--world_size", type=int, help="ranks of the run; with --estimate only")
-    parser.add_argument("--candidates", help="max_tokens:cp_degree,...: only these, each with every AC policy")
-    parser.add_argument("--output", type=Path, help="write the TOML file with the chosen [[levels]] there [print them]")
-    parser.add_argument("--profile_cache", type=Path, help="where measurements are kept [run folder/profile.json]")
+    parser.add_argument(
+        "--estimate", metavar="HARDWARE", help=f"estimate, do not measure: one of {', '.join(HARDWARE)}"
+    )
+    parser.add_argument("--world_size", type=int, help="ranks of the run; only with --estimate")
+    parser.add_argument("--candidates", help="max_tokens:cp_degree,... to consider, each with every AC policy")
+    parser.add_argument("--output", type=Path, help="write the TOML file with its new [[levels]] there [print them]")
+    parser.add_argument("--profile_cache", type=Path, help="file of the measurements [run folder/profile.json]")
     return parser.parse_known_args(argv)
 
 
 def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list[Level]:
-    """A level with each AC policy for every max_tokens:cp_degree of `text`; none without a text."""
+    """Return a level with each AC policy for every max_tokens:cp_degree in `text`."""
     levels = []
     for named in parse_levels(text) if text else ():
         check_levels([named], world_size)
@@ -69,7 +71,7 @@ def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list
 
 
 def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -> tuple[list[Candidate], Workload]:
-    """Candidates and workload without a GPU."""
+    """Return candidates and workload, estimated."""
     validate(config, options.world_size)
     hardware = get_hardware(options.estimate)
     stores = open_stores(config, max_sample_tokens(config, args))
@@ -82,7 +84,7 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
 def measured_here(
     options: argparse.Namespace, config: JobConfig, args: ModelArgs, world: World
 ) -> tuple[Sequence[Candidate], Workload]:
-    """Candidates and workload of this world."""
+    """Return candidates and workload, measured on this world."""
     validate(config, world.size)
     check_device(config, world.device)
     limit = max_sample_tokens(config, args)
@@ -99,10 +101,10 @@ def measured_here(
 
 
 def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[Candidate], workload: Workload) -> None:
-    """Print both selections beside the baselines; write or print the blocks of the one that was asked for."""
+    """Print both selections and the baselines; write or print the blocks of the requested one."""
     selections, text = select_all(candidates, workload)
     print(
-        f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest of "
+        f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest has "
         f"{workload.max_sample_tokens:,}; world size {workload.world_size}\n{text}\n"
     )
     levels = selections[options.method].levels
@@ -119,7 +121,7 @@ def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[
 def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     if (options.estimate is None) != (options.world_size is None):
-        raise ValueError("--estimate HARDWARE and --world_size N go together; torchrun says how many ranks measure")
+        raise ValueError("--estimate HARDWARE needs --world_size N; without it torchrun sets the number of ranks")
     config = load_config(overrides)
     config.clear_levels()
     args = model_args(config)
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     world = init_world(config.parallelism.init_timeout_seconds)
     try:
         candidates, workload = measured_here(options, config, args, world)
-        # The others wait, and end with the same message where nothing can be chosen.
+        # All ranks end with the same message if no level can be selected.
         from_rank_0(world, lambda: report(options, config, candidates, workload))
     finally:
         close_world()

@@ -6,12 +6,12 @@
     python scripts/simulate.py --validate compared.json --profile profile.json | --fit "isf@8192:1;hbp@1024:1,8192:2"
     python scripts/simulate.py --paper | --scale | --speed
 
-Nothing that it prints is measured but what --calibrate reads and the seconds of --speed. Without --lengths the data is
-a synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
+Only the input of --calibrate and --validate and the seconds of --speed are measured. Without --lengths the data is a
+synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
 1024, "cp_degree": 1}], "step_seconds": 0.1, "iterations": [{"level": 0, "seconds": 0.8, "loads": [[1, trained tokens,
-squared tokens, documents], one for each data-parallel rank]}]}. --validate takes the epochs that
-scripts/compare_methods.py --json measured, and foretells them from the profile.json of scripts/select_levels.py or from
-the iterations of some of the runs.
+squared tokens, documents], one row per data-parallel rank]}]}. --validate reads the epochs that
+scripts/compare_methods.py --json measured, and predicts them from the profile.json of scripts/select_levels.py or from
+the micro-batches of some of the runs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PAPER_SAMPLES = 941_344
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own options, and the words that are configuration overrides."""
+    """Return the options of this command and the configuration overrides."""
     named = {**{name: method.summary for name, method in METHODS.items()}, **EXTRA_METHODS}
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -73,24 +73,24 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--estimate", metavar="MACHINE", help=f"memory and time of each level on {', '.join(HARDWARE)}")
-    parser.add_argument("--hardware", default="h100-80gb", help="machine of the other forms [h100-80gb]")
+    parser.add_argument("--hardware", default="h100-80gb", help="machine of the other modes [h100-80gb]")
     parser.add_argument("--world_size", type=int, default=32, help="ranks [32]")
     parser.add_argument("--flavor", help="model [llama3_1_8b, or the TOML's]")
     parser.add_argument("--levels", help="max_tokens:cp_degree, ascending [16384:1,131072:8, or the TOML's]")
     parser.add_argument(
-        "--ac_policy", default="full", help="recomputation of --levels: none, full, keep_attention [full]"
+        "--ac_policy", default="full", help="checkpointing of --levels: none, full, keep_attention [full]"
     )
-    parser.add_argument("--ac_layers", type=int, help="layers recomputed [the fewest that fit into memory]")
+    parser.add_argument("--ac_layers", type=int, help="recomputed layers [the fewest that fit in memory]")
     parser.add_argument("--config", help="a TOML file, as --job.config_file")
     parser.add_argument("--methods", help=f"comma-separated [{','.join(DEFAULT_METHODS)}]")
     parser.add_argument("--lengths", type=Path, help="NPY file: tokens of each sample, integers [num_samples]")
     parser.add_argument("--num_samples", type=int, default=PAPER_SAMPLES, help=f"synthetic samples [{PAPER_SAMPLES}]")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and plans [0]")
-    parser.add_argument("--calibrate", type=Path, help="fit to measured iterations; prints every residual")
-    parser.add_argument("--validate", type=Path, help="measured epochs beside predicted ones")
+    parser.add_argument("--calibrate", type=Path, help="fit to measured micro-batches; print every residual")
+    parser.add_argument("--validate", type=Path, help="compare measured epochs with predicted ones")
     parser.add_argument("--profile", type=Path, help="with --validate: predict from this profile.json")
-    parser.add_argument("--fit", default="", help="with --validate: predict from these runs, by semicolons")
-    parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, predict its comparison")
+    parser.add_argument("--fit", default="", help="with --validate: predict from these runs, separated by semicolons")
+    parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, and predict its comparison")
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
     parser.add_argument("--speed", action="store_true", help="time planner and simulator: 10M samples, 4096 ranks")
@@ -98,34 +98,34 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def load_lengths(options: argparse.Namespace) -> np.ndarray:
-    """int64 [num_samples]: of the file, else synthetic."""
+    """Return the lengths of the file, else synthetic ones, int64 [num_samples]."""
     if options.lengths is None:
         return tulu3_longcite_like(options.num_samples, options.seed)
     values = np.load(options.lengths, allow_pickle=False)
     if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{options.lengths}: expected one-dimensional integers, the tokens of each sample")
+        raise ValueError(f"{options.lengths}: must be one-dimensional integers, the tokens of each sample")
     return values.astype(np.int64)
 
 
 def configuration(options: argparse.Namespace, overrides: list[str]) -> JobConfig:
-    """Of the TOML file where one is named; --flavor and --levels replace what it says."""
+    """Return the configuration of the TOML file, if any; --flavor and --levels override it."""
     words = [*(("--job.config_file", options.config) if options.config else ()), *overrides]
     config = load_config(words)
     if options.flavor or not words:
         config.model.hf_path, config.model.flavor = "", options.flavor or "llama3_1_8b"
     if options.levels or not config.levels:
-        asked = parse_levels(options.levels or "16384:1,131072:8")
+        levels = parse_levels(options.levels or "16384:1,131072:8")
         config.levels = [
             dataclasses.replace(
                 level, ac_policy=options.ac_policy, ac_layers=None if options.ac_policy == "none" else options.ac_layers
             )
-            for level in asked
+            for level in levels
         ]
     return config
 
 
 def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Level], TimeModel]:
-    """Print what each level takes; the levels that fit, with their recomputation, and the model of time."""
+    """Print time and memory of each level; return the levels that fit, with their recomputation, and the time model."""
     args, hardware = model_args(config), get_hardware(machine)
     check_levels(config.levels, world_size)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
@@ -133,8 +133,8 @@ def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Le
     candidates = estimate_candidates(args, config, hardware, world_size, config.levels)
     print(
         f"{args.name} on {world_size} x {hardware.name} (estimated, not measured); memory "
-        f"{hardware.memory_bytes / 2**30:.1f} GiB less {MEMORY_MARGIN:.0%}; seconds of an iteration with documents of "
-        "1000 tokens, and with one of full length"
+        f"{hardware.memory_bytes / 2**30:.1f} GiB less {MEMORY_MARGIN:.0%}; seconds of a micro-batch with documents of "
+        "1000 tokens (short), and with one document (long)"
     )
     print(f"{'level':<18}{'recomputed':<22}{'peak GiB':>9}{'fits':>6}{'short':>9}{'long':>9}{'tokens/s/GPU':>14}")
     for candidate in candidates:
@@ -153,7 +153,7 @@ def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Le
 
 
 def compare(options: argparse.Namespace, config: JobConfig, levels: list[Level], model: TimeModel) -> None:
-    """Replay the methods."""
+    """Simulate the methods and print the table."""
     names = options.methods.split(",") if options.methods else list(DEFAULT_METHODS)
     check_methods(names)
     lengths = load_lengths(options)
@@ -162,15 +162,15 @@ def compare(options: argparse.Namespace, config: JobConfig, levels: list[Level],
 
 
 def report_calibration(options: argparse.Namespace) -> None:
-    """Coefficients, every residual, the verdict; with --lengths the methods' epochs by these coefficients."""
+    """Print coefficients, residuals and verdict of a fit; with --lengths also the epochs of the methods."""
     measured = load_measured(options.calibrate)
     result = calibrate(measured)
     for level, fitted in zip(measured.levels, result.times, strict=True):
         print(
-            f"level {level.max_tokens}:{level.cp_degree}: {fitted.base:.4g} s + {fitted.per_loss_token:.3g} a trained "
-            f"token + {fitted.per_square:.3g} a squared token + {fitted.per_document:.3g} a document"
+            f"level {level.max_tokens}:{level.cp_degree}: {fitted.base:.4g} s + {fitted.per_loss_token:.3g} per "
+            f"trained token + {fitted.per_square:.3g} per squared token + {fitted.per_document:.3g} per document"
         )
-    print(f"{'iteration':<12}{'level':>8}{'measured s':>12}{'predicted s':>13}{'residual':>10}")
+    print(f"{'micro-batch':<12}{'level':>8}{'measured s':>12}{'predicted s':>13}{'residual':>10}")
     for number, row in enumerate(measured.micro_batches):
         note = "  held out" if result.held_out[number] else ""
         print(
@@ -183,13 +183,13 @@ def report_calibration(options: argparse.Namespace) -> None:
         for name in (options.methods or "isf,flat_sorted,hbp_paper,hbp").split(","):
             plan = build_plan(lengths, measured.levels, options.world_size, name, options.seed)
             epoch = predict_epoch(plan, result.times, measured.step_seconds)
-            print(f"{name:<16}{epoch.seconds:>12.1f} s an epoch, idle {epoch.idle:.1%}")
+            print(f"{name:<16}{epoch.seconds:>12.1f} s per epoch, idle {epoch.idle:.1%}")
 
 
 def report_validation(options: argparse.Namespace) -> None:
-    """Each measured epoch beside its prediction."""
+    """Print each measured epoch and its prediction."""
     if (options.profile is None) == (not options.fit):
-        raise ValueError("--validate needs either --profile profile.json or --fit with some of its runs")
+        raise ValueError("--validate needs either --profile profile.json or --fit RUNS")
     outcomes = load_outcomes(options.validate)
     if options.fit:
         checks = check_fit(outcomes, [run.strip() for run in options.fit.split(";")])
@@ -199,7 +199,7 @@ def report_validation(options: argparse.Namespace) -> None:
 
 
 def report_paper(options: argparse.Namespace) -> None:
-    """The fit to the trade-off and the prediction of the comparison, in Markdown, with every residual."""
+    """Print the fit to the trade-off and the prediction of the comparison with every residual."""
     lengths = load_lengths(options)
     fit = fit_trade_offs(lengths)
     print(fit_table(fit), end="\n\n")
@@ -216,7 +216,7 @@ def report_scale(options: argparse.Namespace) -> None:
 
 
 def report_speed(options: argparse.Namespace) -> None:
-    """Seconds that planner and simulator themselves take."""
+    """Print the seconds that planner and simulator take."""
     lengths = tulu3_longcite_like(10_000_000, options.seed)
     config = configuration(options, [])
     model = time_model(get_flavor(config.model.flavor), config, get_hardware(options.hardware), 4096)
@@ -225,7 +225,7 @@ def report_speed(options: argparse.Namespace) -> None:
         plan = build_plan(lengths, config.levels, 4096, name, options.seed)
         planned = time.perf_counter()
         replay(plan, model)
-        print(f"{name:<12} planned in {planned - start:.1f} s, replayed in {time.perf_counter() - planned:.1f} s")
+        print(f"{name:<12} planned in {planned - start:.1f} s, simulated in {time.perf_counter() - planned:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     config = configuration(options, overrides)
     levels, model = estimated(config, options.estimate or options.hardware, options.world_size)
     if len(levels) < len(config.levels):
-        raise ValueError("not every level fits: raise the world size or the cp_degree, or recompute more layers")
+        raise ValueError("not every level fits; use a larger world size or cp_degree, or recompute more layers")
     if options.methods or options.lengths or not options.estimate:
         compare(options, config, levels, model)
     return None

@@ -1,4 +1,4 @@
-"""Prove that packing and every parallel form leave loss and gradients right, on your own configuration and data.
+"""Verify that packing and parallelism do not change loss and gradients, on your own configuration and data.
 
     python scripts/verify_equivalence.py --job.config_file train_configs/debug_model.toml [--section.key value]
 
@@ -23,7 +23,7 @@ from hbp_titan.testing.equivalence import HEADER, build_cases, choose_samples, r
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, run the cases, print the table; returns the exit code."""
+    """Run the cases and print the table; return 0 if every verdict is right."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     on_gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="[cuda if there]"
+        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="[cuda if available]"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation [bfloat16 on cuda]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype [bfloat16 on cuda]")
     parser.add_argument("--num_samples", type=int, default=24, help="samples to run [24]")
     parser.add_argument("--max_tokens", type=int, default=1024, help="scale the largest level to this; 0: keep [1024]")
-    parser.add_argument("--shrink", action="store_true", help="two layers and narrow heads instead of the whole model")
-    parser.add_argument("--only", default="", help="only the cases whose name holds this text")
+    parser.add_argument("--shrink", action="store_true", help="use two layers and narrow heads, not the whole model")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     world_sizes = parse_world_sizes(options.world_sizes, options.device)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     samples = choose_samples(store, options.num_samples, levels[-1].max_tokens)
     cases = [case for case in build_cases(levels, world_sizes, args) if options.only in case.name]
     print(
-        f"{args.name}: {len(samples.lengths)} samples, {samples.lengths.sum():,} tokens, the longest of "
+        f"{args.name}: {len(samples.lengths)} samples, {samples.lengths.sum():,} tokens, the longest has "
         f"{samples.lengths.max():,}; {len(cases)} cases on {options.device} in {dtype}\n{HEADER}"
     )
     wrong = 0
@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_world_sizes(text: str, device_type: str) -> list[int]:
-    """The numbers of ranks to try, ascending; by default 1, 2 and 4, on GPUs no more than there are."""
+    """Return the numbers of ranks to try, ascending; by default 1, 2 and 4, at most the number of GPUs."""
     gpus = torch.cuda.device_count()
     if device_type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no usable GPU here; use --device cpu")
+        raise ValueError("--device cuda: torch finds no usable GPU; use --device cpu")
     if not text:
         return [size for size in (1, 2, 4) if device_type == "cpu" or size <= gpus]
     if not all(word.strip().isdecimal() and int(word) for word in text.split(",")):
-        raise ValueError(f"--world_sizes {text!r}: must be positive numbers with commas between them, as 1,2,4")
+        raise ValueError(f"--world_sizes {text!r}: must be comma-separated positive numbers, such as 1,2,4")
     sizes = sorted(int(word) for word in text.split(","))
     if device_type == "cuda" and sizes[-1] > gpus:
         raise ValueError(f"--world_sizes {text}: {sizes[-1]} ranks need as many GPUs, this machine has {gpus}")

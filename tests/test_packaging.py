@@ -1,6 +1,6 @@
-"""What an installation holds and does: the wheel's files, the command hbp-titan, presets by name, types.
+"""Installation: files of the wheel, the command hbp-titan, presets by name, types, checkouts without a package index.
 
-A wheel of pure Python is installed by unpacking it, so most tests do that; the slow ones let pip do it.
+A pure Python wheel is installed by unpacking it, which most tests do; the slow ones use pip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.__main__ import NOT_COMMANDS, commands, presets, with_presets
+from hbp_titan.__main__ import NOT_COMMANDS, commands, main, presets, with_presets
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def _call(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a wheel of the repository holds."""
+    """Return a folder with the content of a wheel of the repository."""
     root = _copy_repository(tmp_path_factory.mktemp("repository"))
     code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     built = _call(sys.executable, "-c", code, cwd=root)
@@ -58,7 +58,7 @@ def _hbp_titan(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedP
     return _call(sys.executable, "-m", "hbp_titan", *words, cwd=cwd, PYTHONPATH=str(installed))
 
 
-def test_the_wheel_holds_every_file_of_the_package_the_scripts_and_the_presets(installed: Path) -> None:
+def test_wheel_has_the_package_the_scripts_and_the_presets(installed: Path) -> None:
     def files(folder: Path) -> set[str]:
         paths = [path for path in folder.rglob("*") if path.is_file()]
         # The pages on experiments and their pictures are for readers of the repository.
@@ -77,19 +77,9 @@ def test_help_lists_each_script_without_importing_torch(installed: Path, tmp_pat
     assert listed.returncode == 0, listed.stderr
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", *NOT_COMMANDS}
     assert {"train", "dry_run", "presets", *scripts} == set(re.findall(r"^  (\w+)  ", listed.stdout, re.MULTILINE))
-    assert "  evaluate            Evaluate an exported HF folder: perplexity," in listed.stdout
 
 
-def test_versions(installed: Path, tmp_path: Path) -> None:
-    import torch
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    assert _hbp_titan(installed, tmp_path, "--version").stdout == (
-        f"hbp_titan 0.1.0, torch {torch.__version__}, Python {python}\n"
-    )
-
-
-def test_a_script_of_an_installation_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+def test_installed_script_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     lengths = np.array([100, 200, 300, 400])
     np.save(tmp_path / "lengths.npy", lengths)
     words = ["--lengths", "lengths.npy", "--world_size", "1", "--levels", "1024:1", "--json", "plan.json"]
@@ -97,24 +87,34 @@ def test_a_script_of_an_installation_runs_from_an_empty_folder(installed: Path, 
     assert result.returncode == 0, result.stderr
     # One pack of 1000 tokens.
     assert json.loads((tmp_path / "plan.json").read_text())["methods"]["hbp"]["ave_tokens"] == 1000
-    assert _hbp_titan(installed, tmp_path, "plan_packing", "--help").stdout.startswith("usage: hbp-titan plan_packing ")
 
 
-def test_exit_codes_and_errors_are_the_scripts_own(installed: Path, tmp_path: Path) -> None:
-    missing = _hbp_titan(installed, tmp_path, "plan_packing", "--lengths", "nowhere.npy", "--world_size", "1")
-    assert (missing.returncode, missing.stderr) == (1, "error: nowhere.npy: No such file or directory\n")
-    assert _hbp_titan(installed, tmp_path, "plan_packing").returncode == 2
+def test_checkout_runs_its_own_scripts_without_installation(tmp_path: Path) -> None:
+    root = _copy_repository(tmp_path)
+    script = root / "scripts" / "report.py"
+    script.write_text(script.read_text().replace('"outputs", nargs="+"', '"changed", nargs="+"'))
+    # -S hides an installed hbp_titan.
+    numpy = str(Path(np.__file__).resolve().parents[1])
+    shown = _call(sys.executable, "-S", "-m", "hbp_titan", "report", "--help", cwd=root, PYTHONPATH=numpy)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("usage: report.py")
+    assert "changed" in shown.stdout
 
 
-def test_an_unknown_command_names_the_nearest(installed: Path, tmp_path: Path) -> None:
-    result = _hbp_titan(installed, tmp_path, "evalute", "--help")
-    assert (result.returncode, result.stderr) == (
-        1,
-        "error: unknown command 'evalute'; did you mean evaluate? (hbp-titan --help lists them)\n",
-    )
+def test_exit_codes_and_errors_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["hbp-titan"])  # restored afterwards
+    for words, code, error in (
+        (["plan_packing", "--lengths", "nowhere.npy", "--world_size", "1"], 1, "error: nowhere.npy: No such file"),
+        (["plan-packing"], 2, "usage: hbp-titan plan_packing"),
+        (["evalute", "--help"], 1, "error: unknown command 'evalute'; did you mean evaluate?"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == code
+        assert capsys.readouterr().err.startswith(error)
 
 
-def test_a_preset_is_found_by_name_and_a_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preset_is_found_by_name_after_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = str(ROOT / "train_configs" / "debug_model.toml")
     assert with_presets(["--job.config_file", "debug_model", "--data.seed", "1"]) == [
@@ -126,13 +126,14 @@ def test_a_preset_is_found_by_name_and_a_file_before_it(tmp_path: Path, monkeypa
     assert with_presets(["--job.config_file", "sub/debug_model"]) == ["--job.config_file", "sub/debug_model"]
     (tmp_path / "debug_model").write_text("")
     assert with_presets(["--job.config_file", "debug_model"]) == ["--job.config_file", "debug_model"]
-    with pytest.raises(ValueError, match="llama3_1_8b is neither a file nor a preset; did you mean llama3_1_8b_"):
+    with pytest.raises(ValueError, match="did you mean llama3_1_8b_"):
         with_presets(["--job.config_file", "llama3_1_8b"])
 
 
-def test_every_preset_says_what_hardware_it_is_for(installed: Path, tmp_path: Path) -> None:
-    lines = _hbp_titan(installed, tmp_path, "presets").stdout.splitlines()
-    assert lines[::2] == [str(installed / "hbp_titan" / "train_configs" / f"{name}.toml") for name in presets()]
+def test_every_preset_names_its_hardware(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["presets"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [str(path) for path in presets().values()]
     assert all("Hardware: " in line for line in lines[1::2])
 
 
@@ -143,10 +144,10 @@ def test_scripts_leave_the_import_path_alone() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A fresh virtual environment that sees the packages of this one, but not this project."""
+    """Return the bin folder of a new virtual environment with the packages of this one, but without this project."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (purelib,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    # A .pth file's folders are searched last, and .pth files in them are not read: no editable install comes along.
+    # .pth files in a folder that a .pth file adds are not read, so an editable install of this project stays hidden.
     (purelib / "base.pth").write_text(str(Path(np.__file__).resolve().parents[1]) + "\n")
     return tmp_path / "venv" / "bin"
 
@@ -167,7 +168,7 @@ def test_pip_install_trains_from_an_empty_folder(environment: Path, tmp_path: Pa
 
     (tmp_path / "run").mkdir()
     argv = write_tiny_run(tmp_path / "run", num_rows=30)
-    # Two processes: the ones that are started import the main module by its name.
+    # Two processes: a spawned one imports the main module by its name.
     prepared = _call(str(environment / "hbp-titan"), "prepare_data", *argv, "--data.num_proc=2", cwd=empty)
     assert prepared.returncode == 0, prepared.stderr
     launcher = [str(environment / "python"), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -180,7 +181,21 @@ def test_pip_install_trains_from_an_empty_folder(environment: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_users_file_is_typed_by_the_installed_wheel(installed: Path, environment: Path, tmp_path: Path) -> None:
+def test_checkout_is_importable_where_pip_has_no_index(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    root = _copy_repository(tmp_path / "repository")
+    shutil.move(environment.parent, root / ".venv")
+    setup = "source scripts/setup_env.sh run && echo $PY"
+    done = _call("bash", "-c", setup, cwd=root, PIP_NO_INDEX="1", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    python = done.stdout.splitlines()[-1]
+    where = _call(python, "-c", "import hbp_titan as h; print(h.__file__)", cwd=tmp_path)
+    assert where.stdout == f"{root / 'hbp_titan' / '__init__.py'}\n", where.stderr
+    assert _call(python, str(root / "scripts" / "report.py"), "--help", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_installed_wheel_has_types(installed: Path, environment: Path, tmp_path: Path) -> None:
     shutil.copytree(installed, next(environment.parent.glob("lib/python*/site-packages")), dirs_exist_ok=True)
     (tmp_path / "user.py").write_text(
         "import numpy as np\n"

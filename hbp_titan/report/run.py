@@ -318,7 +318,7 @@ def _read_starts(run: Run) -> None:
             values = json.loads(start.read_text(encoding="utf-8"))
             run.starts.append({key: int(values[key]) for key in ("first_step", "world_size")})
         except (ValueError, KeyError, TypeError):
-            continue  # a start that the page then does not know of, as it says above
+            continue  # unreadable, like run.json, which is noted above
 
 
 def _read_plans(run: Run) -> None:

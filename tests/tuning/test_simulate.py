@@ -134,7 +134,7 @@ def test_calibration_prints_every_row_and_the_verdict(tmp_path: Path, capsys: py
     assert len(re.findall(r"^\d+ +64 ", printed, re.MULTILINE)) == 10
     assert printed.count("held out\n") == 5
     assert "good enough to plan with" in printed
-    assert re.search(r"^hbp +[\d.]+ s an epoch, idle", printed, re.MULTILINE)
+    assert re.search(r"^hbp +[\d.]+ s per epoch, idle", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
