@@ -1,4 +1,4 @@
-"""The decoder against transformers: logits and every gradient, document by document; and its own seams."""
+"""The decoder against transformers (logits and every gradient, document by document), and its own interfaces."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hbp_titan.models.attention import VarlenAttention, varlen_attention
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, init_parameter
 from hbp_titan.models.documents import Documents, pack_documents
-from hbp_titan.models.hf import to_hf_name
-from hbp_titan.models.hf_config import args_to_hf_config
+from tests.models import deepseek_tiny
+from tests.models.deepseek_tiny import hf_model, in_hf_memory, random_model
 
 LENGTHS = (1, 23, 9, 40)
 LLAMA3_SCALING = {
@@ -25,11 +25,9 @@ LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # Small enough that the eight frequencies of a 16-wide head fall in all three bands.
+    # Small enough that the eight frequencies of a 16-wide head cover all three ranges.
     "original_max_position_embeddings": 64,
 }
-
-
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -56,133 +54,140 @@ def tiny_args(hf_model_type: str, heads: int, kv_heads: int, *, tied: bool, **ch
 
 
 def build_pair(args: ModelArgs, seed: int) -> tuple[Decoder, nn.Module]:
-    """Our model with every parameter random (norms and biases too) and the transformers model with the same weights."""
-    ours = Decoder(args)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    config = transformers.AutoConfig.for_model(**args_to_hf_config(args))
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    missing = theirs.load_state_dict({to_hf_name(k): v for k, v in ours.state_dict().items()}, strict=False)
-    assert missing.missing_keys == []
-    assert missing.unexpected_keys == []
-    return ours, theirs.eval()
+    """Return our model with every parameter random and the transformers model with the same weights."""
+    ours = random_model(args, seed)
+    return ours, hf_model(ours)
 
 
 def make_pack(args: ModelArgs, seed: int, first_position: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed + 1)
-    num_tokens = sum(LENGTHS)
-    return {
-        "input_ids_T": torch.randint(args.vocab_size, (num_tokens,), generator=generator),
-        "position_ids_T": torch.cat([torch.arange(n) for n in LENGTHS]) + first_position,
-        "documents": pack_documents(LENGTHS),
-    }
+    return deepseek_tiny.make_pack(args, LENGTHS, seed, first_position)
 
 
 def hf_logits(theirs: nn.Module, pack: dict[str, Any]) -> Tensor:
-    """transformers, one document at a time: it never sees a pack."""
+    """Return the logits of transformers, run one document at a time."""
     documents = zip(pack["input_ids_T"].split(LENGTHS), pack["position_ids_T"].split(LENGTHS), strict=True)
     return torch.cat([theirs(input_ids=ids[None], position_ids=at[None]).logits[0] for ids, at in documents])
 
 
 def largest_difference(ours: Decoder, theirs: nn.Module, pack: dict[str, Any]) -> float:
-    """The largest relative error (2-norm) over the logits and the gradient of each parameter."""
+    """Return the largest relative error (2-norm) over the logits and the gradient of each parameter."""
     logits, expected = ours(**pack), hf_logits(theirs, pack)
     targets = pack["input_ids_T"].roll(-1)
     for model, scores in ((ours, logits), (theirs, expected)):
         model.zero_grad()
         F.cross_entropy(scores, targets).backward()
-    pairs = [(logits, expected)]
-    hf_parameters = dict(theirs.named_parameters())
-    for fqn, parameter in ours.named_parameters():
-        assert parameter.grad is not None
-        pairs.append((parameter.grad, hf_parameters[to_hf_name(fqn)].grad))
-    assert len(pairs) == 1 + len(hf_parameters)
-    return max(((found - wanted).norm() / wanted.norm()).item() for found, wanted in pairs)
+    wanted = {"logits": expected.detach(), **_grads(theirs)}
+    found = {"logits": logits.detach(), **in_hf_memory(_grads(ours))}
+    assert found.keys() == wanted.keys()
+    return max(((found[name] - grad).norm() / grad.norm()).item() for name, grad in wanted.items())
 
 
-LAYOUTS = [("llama", 3, 1), ("llama", 6, 2), ("llama", 3, 3), ("qwen2", 6, 3), ("qwen2", 3, 1), ("qwen3", 4, 2)]
+def _grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("hf_model_type", "heads", "kv_heads"), LAYOUTS)
-def test_logits_and_gradients_equal_transformers_per_document(
-    hf_model_type: str, heads: int, kv_heads: int, tied: bool
-) -> None:
-    args = tiny_args(hf_model_type, heads, kv_heads, tied=tied)
+deepseek = deepseek_tiny.tiny_args
+GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+LAYOUTS = {
+    "llama mqa": tiny_args("llama", 3, 1, tied=False),
+    "llama gqa tied": tiny_args("llama", 6, 2, tied=True),
+    "llama mha": tiny_args("llama", 3, 3, tied=False),
+    "qwen2 gqa": tiny_args("qwen2", 6, 3, tied=False),
+    "qwen2 mqa tied": tiny_args("qwen2", 3, 1, tied=True),
+    "qwen3": tiny_args("qwen3", 4, 2, tied=False),
+    "qwen3 tied": tiny_args("qwen3", 4, 2, tied=True),
+    "deepseek": deepseek(),
+    "one group of four": deepseek(moe={"topk_group": 1, "num_experts_per_tok": 2}),
+    "greedy, queries without latent": deepseek(4, mla={"q_lora_rank": None}, moe=GREEDY),
+    "one expert per token": deepseek(moe=GREEDY | {"num_experts_per_tok": 1, "routed_scaling_factor": 16.0}),
+    "every expert": deepseek(moe=GREEDY | {"num_experts_per_tok": 8}),
+    "two dense layers, tied": deepseek(moe={"first_k_dense_replace": 2}, tie_embeddings=True),
+    "no dense layer, one shared expert": deepseek(moe={"first_k_dense_replace": 0, "n_shared_experts": 1}),
+    "values as wide as keys": deepseek(2, mla={"v_head_dim": 24}),
+    "one head, plain rope": deepseek(1, rope_scaling=None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_gradients_equal_transformers_per_document(layout: str) -> None:
     for seed in (0, 1):
-        ours, theirs = build_pair(args, seed)
-        assert largest_difference(ours, theirs, make_pack(args, seed)) < 1e-5
+        assert largest_difference(*build_pair(LAYOUTS[layout], seed), make_pack(LAYOUTS[layout], seed)) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("hf_model_type", "scaling"),
+    "args",
     [
-        ("llama", LLAMA3_SCALING),
-        ("llama", None),
-        ("qwen2", YARN),
-        ("qwen2", YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 2.0}),
-        ("qwen3", YARN | {"attention_factor": 1.3}),
-        ("qwen3", YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}),
+        *(tiny_args("llama", 3, 1, tied=False, rope_scaling=scaling) for scaling in (LLAMA3_SCALING, None)),
+        tiny_args("qwen2", 3, 1, tied=False, rope_scaling=YARN),
+        tiny_args(
+            "qwen2", 3, 1, tied=False, rope_scaling=YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 2.0}
+        ),
+        tiny_args("qwen3", 4, 2, tied=False, rope_scaling=YARN | {"attention_factor": 1.3}),
+        tiny_args("qwen3", 4, 2, tied=False, rope_scaling=YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}),
+        deepseek(),
+        deepseek(rope_scaling=deepseek_tiny.YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+        deepseek(rope_scaling=YARN | {"factor": 40.0}),
+        deepseek(rope_scaling=None),
+    ],
+    ids=str,
+)
+def test_distant_positions_rotate_as_in_transformers(args: ModelArgs) -> None:
+    args = dataclasses.replace(args, max_position_embeddings=131072)
+    assert largest_difference(*build_pair(args, 5), make_pack(args, 5, first_position=130000)) < 1e-5
+
+
+LLAMA, DEEPSEEK = tiny_args("llama", 3, 1, tied=False), deepseek()
+
+
+@pytest.mark.parametrize(
+    ("args", "other"),
+    [
+        (LLAMA, dataclasses.replace(LLAMA, rope_scaling=None)),
+        (tiny_args("qwen2", 3, 1, tied=False, rope_scaling=YARN), tiny_args("qwen2", 3, 1, tied=False)),
+        (DEEPSEEK, deepseek(rope_scaling=None)),
+        (DEEPSEEK, deepseek(rope_scaling=deepseek_tiny.YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})),
+        (DEEPSEEK, deepseek(moe={"topk_group": 3})),
+        (DEEPSEEK, deepseek(moe={"routed_scaling_factor": 1.0})),
     ],
 )
-def test_positions_far_out_rotate_as_in_transformers(hf_model_type: str, scaling: dict[str, Any] | None) -> None:
-    heads, kv_heads = (4, 2) if hf_model_type == "qwen3" else (3, 1)
-    args = tiny_args(hf_model_type, heads, kv_heads, tied=False, rope_scaling=scaling, max_position_embeddings=131072)
-    ours, theirs = build_pair(args, 5)
-    assert largest_difference(ours, theirs, make_pack(args, 5, first_position=130000)) < 1e-5
+def test_the_comparison_detects_another_architecture_with_the_same_weights(args: ModelArgs, other: ModelArgs) -> None:
+    theirs = hf_model(random_model(args, 0))
+    assert largest_difference(random_model(other, 0), theirs, make_pack(args, 0)) > 1e-4
 
 
-def test_a_mask_that_lets_documents_see_each_other_is_caught() -> None:
-    args = tiny_args("llama", 3, 1, tied=False)
-    ours, theirs = build_pair(args, 0)
-    pack = make_pack(args, 0)
-    pack["documents"] = pack_documents([sum(LENGTHS)])
-    assert largest_difference(ours, theirs, pack) > 1e-2
+def test_the_comparison_detects_attention_across_documents() -> None:
+    pack = make_pack(LLAMA, 0) | {"documents": pack_documents([sum(LENGTHS)])}
+    assert largest_difference(*build_pair(LLAMA, 0), pack) > 1e-2
 
 
-@pytest.mark.parametrize(("hf_model_type", "scaling"), [("llama", LLAMA3_SCALING), ("qwen2", YARN)])
-def test_rope_scaling_left_out_is_caught(hf_model_type: str, scaling: dict[str, Any]) -> None:
-    ours, _ = build_pair(tiny_args(hf_model_type, 3, 1, tied=False, rope_scaling=None), 0)
-    _, theirs = build_pair(tiny_args(hf_model_type, 3, 1, tied=False, rope_scaling=scaling), 0)
-    assert largest_difference(ours, theirs, make_pack(ours.args, 0)) > 1e-4
-
-
-def test_a_document_is_blind_to_its_neighbours() -> None:
-    args = tiny_args("qwen3", 4, 2, tied=True)
-    model = Decoder(args)
-    model.init_weights(0)
+@pytest.mark.parametrize("layout", ["qwen3 tied", "deepseek"])
+def test_a_document_does_not_depend_on_its_neighbors(layout: str) -> None:
+    args = LAYOUTS[layout]
+    model = random_model(args, 0)
     pack = make_pack(args, 0)
     before = model(**pack)
-    pack["input_ids_T"] = pack["input_ids_T"].clone()
-    pack["input_ids_T"][1:24] = (pack["input_ids_T"][1:24] + 1) % args.vocab_size  # the second document
-    after = model(**pack)
-    assert torch.equal(before[:1], after[:1])
-    assert torch.equal(before[24:], after[24:])
-    assert not torch.equal(before[1:24], after[1:24])
+    ids = pack["input_ids_T"].clone()
+    ids[1:24] = (ids[1:24] + 1) % args.vocab_size  # the second document
+    after = model(**pack | {"input_ids_T": ids})
+    torch.testing.assert_close(before[:1], after[:1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(before[24:], after[24:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before[1:24], after[1:24])
 
 
-def test_head_fn_gets_the_normalized_states_and_the_output_matrix() -> None:
+def test_head_fn_receives_normalized_states_and_the_output_matrix() -> None:
     args = tiny_args("llama", 3, 1, tied=True)
-    model = Decoder(args)
-    model.init_weights(0)
+    model = random_model(args, 0)
     pack = make_pack(args, 0)
     total, weight = model(**pack, head_fn=lambda hidden, weight: (F.linear(hidden, weight).sum(), weight))
     torch.testing.assert_close(total, model(**pack).sum())
     assert weight is model.tok_embeddings.weight
 
 
-class _HalfCheckpointed(nn.Module):
-    """A forward as activation checkpointing will set it: the halves recomputed, attention kept."""
-
-    @staticmethod
-    def forward(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        from torch.utils.checkpoint import checkpoint
-
-        q, k, v = checkpoint(block.pre_attention, x, cos, sin, use_reentrant=False)
-        o = block.inner_attention(q, k, v, documents)
-        return checkpoint(block.post_attention, x, o, use_reentrant=False)
+def _half_checkpointed(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    """A forward as activation checkpointing sets it: the halves recomputed, attention kept."""
+    q, k, v = checkpoint(block.pre_attention, x, cos, sin, use_reentrant=False)
+    o = block.inner_attention(q, k, v, documents)
+    return checkpoint(block.post_attention, x, o, use_reentrant=False)
 
 
 def test_replacing_block_forward_and_inner_attention_from_outside_changes_nothing() -> None:
@@ -199,7 +204,7 @@ def test_replacing_block_forward_and_inner_attention_from_outside_changes_nothin
 
     for block in wrapped.layers:
         block.inner_attention = Counting()
-        block.forward = lambda *inputs, block=block: _HalfCheckpointed.forward(block, *inputs)
+        block.forward = lambda *inputs, block=block: _half_checkpointed(block, *inputs)
     pack = make_pack(args, 0)
     for model in (plain, wrapped):
         model(**pack).square().mean().backward()
@@ -210,11 +215,10 @@ def test_replacing_block_forward_and_inner_attention_from_outside_changes_nothin
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_regions_before_and_behind_attention_compile_in_one_graph_each_for_all_packs() -> None:
-    args = tiny_args("qwen3", 4, 2, tied=True)
-    eager = Decoder(args)
-    eager.init_weights(0)
-    compiled = copy.deepcopy(eager)
+def test_regions_around_attention_compile_in_one_graph_each_for_all_packs() -> None:
+    # Dense and sparse layers are two kinds of post_attention, each with its own graph.
+    args = deepseek(moe={"aux_loss_alpha": 0.1})
+    models = random_model(args, 0), random_model(args, 0)
     graphs = []
 
     def counting_backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
@@ -222,17 +226,24 @@ def test_regions_before_and_behind_attention_compile_in_one_graph_each_for_all_p
         return module.forward
 
     torch._dynamo.reset()
-    for block in compiled.layers:
+    for block in models[1].layers:
         for region in ("pre_attention", "post_attention"):
             whole = torch.compile(getattr(block, region), fullgraph=True, dynamic=False, backend=counting_backend)
             setattr(block, region, whole)
-    for seed, lengths in ((0, LENGTHS), (1, (50, 10, 13))):
-        pack = make_pack(args, seed) | {"documents": pack_documents(lengths)}
-        torch.testing.assert_close(compiled(**pack), eager(**pack))
-    assert len(graphs) == 2
+    for seed, lengths in ((0, LENGTHS), (1, (50, 10, 12, 1))):
+        pack = deepseek_tiny.make_pack(args, lengths, seed)
+        documents = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+        for model in models:
+            model.zero_grad()
+            model.balance.set_documents(documents, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+            model(**pack).square().mean().backward()
+        for eager, compiled in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-4, atol=1e-6)
+        assert torch.equal(*[torch.stack(list(model.tokens_per_expert().values())) for model in models])
+    assert len(graphs) == 1 + 2
 
 
-def test_parts_of_the_regions_are_the_regions() -> None:
+def test_the_parts_of_a_region_equal_the_region() -> None:
     block = Decoder(tiny_args("qwen3", 4, 2, tied=True)).layers[0]
     x, o = torch.randn(5, block.input_layernorm.weight.numel()), torch.randn(5, 4, 16)
     cos, sin = torch.randn(5, 16), torch.randn(5, 16)
@@ -261,7 +272,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(up, init_parameter(args, "layers.0.mlp.up_proj.weight", up.shape, 8))
 
 
-def test_a_model_built_on_the_meta_device_runs_once_it_has_weights() -> None:
+def test_a_model_built_on_the_meta_device_equals_one_built_directly() -> None:
     args = tiny_args("llama", 3, 1, tied=True)
     direct = Decoder(args)
     direct.init_weights(0)
@@ -277,14 +288,14 @@ def test_a_model_built_on_the_meta_device_runs_once_it_has_weights() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_kv_heads": 4}, "num_kv_heads=4 does not divide num_heads=6"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"num_kv_heads": 4}, "num_kv_heads=4"),
+        ({"head_dim": 7}, "head_dim=7"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no original_max_position_embeddings"),
         ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "has low_freq_factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor"),
     ],
 )
-def test_architectures_that_cannot_be_built_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_architectures_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_args("llama", 6, 2, tied=False, **changes)
