@@ -1,7 +1,4 @@
-"""A tiny DeepSeek-V2, ours and transformers', with the same weights.
-
-Owns the conversion to what transformers holds in memory, where gate and up projections of all experts are one tensor.
-"""
+"""A tiny DeepSeek-V2, and pairs of our models and transformers' with the same weights, of any family."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ MOE = MoEArgs(
 def tiny_args(
     heads: int = 3, *, mla: Mapping[str, Any] | None = None, moe: Mapping[str, Any] | None = None, **changes: Any
 ) -> ModelArgs:
-    """Three layers, the first dense; `mla` and `moe` change the fields of both records."""
+    """Return an architecture of three layers, the first dense. mla, moe: changes of MLAArgs and MoEArgs."""
     latent = dataclasses.replace(MLA, **(mla or {}))
     args = ModelArgs(
         name="tiny",
@@ -68,7 +65,7 @@ def tiny_args(
 
 
 def random_model(args: ModelArgs, seed: int) -> Decoder:
-    """Every parameter random, norms too."""
+    """Return a model with random parameters, including norms and biases."""
     model = Decoder(args)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -78,7 +75,7 @@ def random_model(args: ModelArgs, seed: int) -> Decoder:
 
 
 def hf_model(model: Decoder) -> nn.Module:
-    """transformers' model with the weights of ours."""
+    """Return transformers' model with the weights of ours."""
     config = transformers.AutoConfig.for_model(**args_to_hf_config(model.args))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     keys = theirs.load_state_dict(in_hf_memory(model.state_dict()), strict=False)
@@ -88,7 +85,8 @@ def hf_model(model: Decoder) -> nn.Module:
 
 
 def in_hf_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights or gradients by our names -> by those of transformers' parameters."""
+    """Return weights or gradients by the names of transformers' parameters, given ours."""
+    # In memory, transformers keeps the gate and up projections of all experts in one tensor.
     result = {}
     for name, tensor in tensors.items():
         layer, fused, projection = name.rpartition(".experts.")
@@ -101,7 +99,7 @@ def in_hf_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_pack(args: ModelArgs, lengths: tuple[int, ...], seed: int, first_position: int = 0) -> dict[str, Any]:
-    """Random documents as the arguments of Decoder.forward."""
+    """Return random documents as the arguments of Decoder.forward."""
     generator = torch.Generator().manual_seed(seed + 1)
     total = sum(lengths)
     return {

@@ -1,4 +1,4 @@
-"""Varlen attention: every backend against plain mathematics, its gradients, compilation and its errors."""
+"""Varlen attention: every backend and its gradients against plain mathematics, the choice of backend, and errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def documents_of(boundaries: list[int], boundaries_k: list[int] | None = None, d
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], scale: float) -> Tensor:
-    """The whole T x T score matrix with the block-diagonal causal mask written out: another way than any backend."""
+    """Return attention from the whole T x T score matrix with an explicit block-diagonal causal mask."""
     group = q.shape[1] // k.shape[1]
     document = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
     for boundary in boundaries[1:-1]:
@@ -89,7 +89,7 @@ KEY_TOKENS = [*range(9), *range(13, 30)]
 
 
 def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradients of the chunks by varlen_attention, and of the same tokens in the plain whole."""
+    """Return output and gradients of the chunks by varlen_attention, and of the same tokens by plain attention."""
     q, k, v = make_inputs(40, heads, kv_heads, 16, dtype, device)
 
     def chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,9 +105,7 @@ def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_queries_at_the_end_of_longer_keys_equal_the_same_tokens_of_the_whole(
-    backend: str, heads: int, kv_heads: int
-) -> None:
+def test_queries_at_the_end_of_longer_keys_equal_whole_documents(backend: str, heads: int, kv_heads: int) -> None:
     set_backend(backend)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         for found, wanted in zip(*_chunks_and_whole("cpu", dtype, heads, kv_heads), strict=True):
@@ -116,7 +114,7 @@ def test_queries_at_the_end_of_longer_keys_equal_the_same_tokens_of_the_whole(
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_last_query_sees_the_last_key(backend: str) -> None:
+def test_the_last_query_attends_to_the_last_key(backend: str) -> None:
     set_backend(backend)
     # Queries of zero weigh every visible value alike: two queries over values 1, 3, 5, 7 see three and four of them.
     v = torch.tensor([1.0, 3.0, 5.0, 7.0])[:, None, None]
@@ -124,18 +122,26 @@ def test_last_query_sees_the_last_key(backend: str) -> None:
     torch.testing.assert_close(o.flatten(), torch.tensor([3.0, 4.0]))
 
 
-def test_cpu_kernel_with_longer_keys_passes_gradcheck_in_float64() -> None:
-    documents = documents_of([0, 2, 5], [0, 5, 10])
+@pytest.mark.parametrize(
+    """Return output and gradients of the chunks by varlen_attention and of the same tokens by plain attention."""[
+        ([0, 1, 5, 8], [0, 1, 5, 8]), ([0, 2, 5], [0, 5, 10])
+    ],
+    ids=["equal", "longer keys"],
+)
+def test_cpu_kernel_passes_gradcheck_in_float64(boundaries: list[int], boundaries_k: list[int]) -> None:
+    documents = documents_of(boundaries, boundaries_k)
     generator = torch.Generator().manual_seed(0)
-    shapes = ((5, 4, 4), (10, 2, 4), (10, 2, 4))
+    shapes = ((boundaries[-1], 4, 4), (boundaries_k[-1], 2, 4), (boundaries_k[-1], 2, 4))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents), inputs)
 
 
-def test_documents_that_are_empty_or_have_fewer_keys_than_queries_are_refused() -> None:
-    for boundaries, boundaries_k in (([0, 5, 8], [0, 4, 8]), ([0, 5, 5, 8], None)):
-        with pytest.raises(ValueError, match="at least one query, and a key for each"):
-            documents_of(boundaries, boundaries_k)
+@pytest.mark.parametrize(("boundaries", "boundaries_k"), [([0, 5, 8], [0, 4, 8]), ([0, 5, 5, 8], None)])
+def test_empty_documents_and_fewer_keys_than_queries_raise(
+    boundaries: list[int], boundaries_k: list[int] | None
+) -> None:
+    with pytest.raises(ValueError, match="at least one query"):
+        documents_of(boundaries, boundaries_k)
 
 
 def test_scale_multiplies_the_logits() -> None:
@@ -144,19 +150,13 @@ def test_scale_multiplies_the_logits() -> None:
     torch.testing.assert_close(varlen_attention(*inputs, documents_of([0, 4, 9]), scale=0.7), expected)
 
 
-def test_cpu_kernel_passes_gradcheck_in_float64() -> None:
-    inputs = make_inputs(8, 4, 2, 4, torch.float64)
-    documents = documents_of([0, 1, 5, 8])
-    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents), inputs)
-
-
-def test_cpu_kernel_obeys_the_custom_op_rules() -> None:
+def test_cpu_kernel_passes_opcheck() -> None:
     cu_seqlens = torch.tensor([0, 3, 8, 8], dtype=torch.int32)
     inputs = make_inputs(8, 4, 2, 4, torch.float32)
     torch.library.opcheck(torch.ops.hbp_titan.varlen_attention_cpu.default, (*inputs, cu_seqlens, cu_seqlens, 0.5))
 
 
-def test_strided_views_of_one_projection_are_read_rightly() -> None:
+def test_strided_views_of_one_projection_are_read_correctly() -> None:
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(10, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(10, 4, 8, generator=generator, dtype=torch.float64)
@@ -167,7 +167,7 @@ def test_strided_views_of_one_projection_are_read_rightly() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_one_call_for_each_group_of_similar_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_group_of_similar_lengths_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -192,31 +192,31 @@ def test_backward_keeps_no_score_matrix() -> None:
 
 
 @pytest.mark.parametrize("tokens", [4, 9])
-def test_documents_that_do_not_cover_the_pack_are_refused(tokens: int) -> None:
+def test_documents_that_do_not_cover_the_pack_raise(tokens: int) -> None:
     with pytest.raises(ValueError, match="documents"):
         varlen_attention(*make_inputs(8, 2, 2, 4, torch.float32), documents_of([0, tokens]))
 
 
-def test_head_counts_that_do_not_divide_are_refused() -> None:
+def test_head_counts_that_do_not_divide_raise() -> None:
     inputs = make_inputs(8, 4, 3, 4, torch.float32)
     with pytest.raises(ValueError, match="num_kv_heads"):
         varlen_attention(*inputs, documents_of([0, 8]))
 
 
 @pytest.mark.parametrize("backend", ["torch", "fa2"])
-def test_gpu_kernels_refuse_float32_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_kernels_reject_float32(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "flash_attn", type("M", (), {"flash_attn_varlen_func": None}))
     set_backend(backend)
     inputs = make_inputs(8, 2, 2, 4, torch.float32)
-    with pytest.raises(ValueError, match=rf"attention backend '{backend}' computes in float16 or bfloat16"):
+    with pytest.raises(ValueError, match="float16"):
         varlen_attention(*inputs, documents_of([0, 8]))
     _fake_packages(monkeypatch, {"fa2"}, (8, 0))
-    with pytest.raises(ValueError, match=rf"attention backend '{backend}' computes in float16 or bfloat16"):
+    with pytest.raises(ValueError, match="float16"):
         choose_backend(backend, torch.device("cuda", 0), 64, torch.float32)
 
 
 @pytest.mark.parametrize("has_gqa", [True, False])
-def test_torch_kernel_is_called_causally_with_the_heads_it_can_serve(
+def test_torch_kernel_is_called_with_a_causal_window_and_few_kv_heads(
     has_gqa: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -254,7 +254,7 @@ def _fake_packages(monkeypatch: pytest.MonkeyPatch, installed: set[str], capabil
         ((12, 0), {"fa3", "fa4"}, 128, "torch"),
     ],
 )
-def test_fastest_installed_kernel_is_chosen_by_capability_and_head_width(
+def test_auto_chooses_the_fastest_installed_kernel_by_capability_and_head_width(
     capability: tuple[int, int],
     installed: set[str],
     head_dim: int,
@@ -266,22 +266,22 @@ def test_fastest_installed_kernel_is_chosen_by_capability_and_head_width(
     assert selected_backend("cuda") == expected
 
 
-def test_a_requested_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_kernel_that_cannot_run_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_packages(monkeypatch, {"fa3", "fa4"}, (9, 0))
     cuda = torch.device("cuda", 0)
     assert choose_backend("fa4", cuda, 128) == "fa4"
-    with pytest.raises(ValueError, match=r"attention_backend.*heads of at most 128, not 192"):
+    with pytest.raises(ValueError, match="at most 128"):
         choose_backend("fa4", cuda, 192)
-    with pytest.raises(ValueError, match=r"attention_backend.*'fa2' cannot be used here: not installed"):
+    with pytest.raises(ValueError, match="not installed"):
         choose_backend("fa2", cuda, 128)
-    with pytest.raises(ValueError, match=r"attention_backend.*needs a CUDA device"):
+    with pytest.raises(ValueError, match="CUDA device"):
         choose_backend("fa3", torch.device("cpu"), 128)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(ValueError, match=r"attention_backend.*compute capability 8.6"):
+    with pytest.raises(ValueError, match="compute capability"):
         choose_backend("fa3", cuda, 128)
 
 
-def test_backend_follows_the_device_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_depends_on_the_device_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selected_backend("cpu") == "cpu"
     monkeypatch.setattr(attention, "missing", lambda name: "not installed")
     assert selected_backend(torch.device("cuda", 0)) == "torch"
@@ -289,11 +289,11 @@ def test_backend_follows_the_device_unless_forced(monkeypatch: pytest.MonkeyPatc
     assert selected_backend(torch.device("cuda", 0)) == "fa2"
     set_backend("reference")
     assert selected_backend("cuda") == "reference"
-    with pytest.raises(ValueError, match="attention backend 'fast' must be one of"):
+    with pytest.raises(ValueError, match="'fast'"):
         set_backend("fast")
 
 
-def test_the_configuration_admits_every_backend() -> None:
+def test_the_configuration_accepts_every_backend() -> None:
     for backend in ("auto", *attention.BACKENDS):
         assert load_config([f"--model.attention_backend={backend}"]).model.attention_backend == backend
 

@@ -29,29 +29,28 @@ from tests.models.deepseek_tiny import MOE, make_pack, random_model, tiny_args
 GREEDY = dataclasses.replace(MOE, topk_method="greedy")
 
 
-def test_greedy_takes_the_best_experts() -> None:
-    scores = torch.tensor([[0.05, 0.3, 0.1, 0.05, 0.2, 0.15, 0.1, 0.05]])
-    weights, experts = route(scores, GREEDY)
-    assert {int(e): float(w) for e, w in zip(experts[0], weights[0], strict=True)} == pytest.approx(
-        {1: 0.75, 4: 0.5, 5: 0.375}  # times 2.5
-    )
+@pytest.mark.parametrize(
+    ("scores", "moe", "expected"),
+    [
+        # The best, times routed_scaling_factor = 2.5.
+        ([0.05, 0.3, 0.1, 0.05, 0.2, 0.15, 0.1, 0.05], GREEDY, {1: 0.75, 4: 0.5, 5: 0.375}),
+        # Groups (0 1) (2 3) (4 5) (6 7) with maxima 0.3, 0.25, 0.2, 0.05: the third group's 0.2 loses to 0.03.
+        ([0.3, 0.02, 0.25, 0.03, 0.2, 0.12, 0.05, 0.03], MOE, {0: 0.75, 2: 0.625, 3: 0.075}),
+        # Normalized weights sum to one and are not scaled.
+        (
+            [0.4, 0.1, 0.1, 0.05, 0.2, 0.05, 0.05, 0.05],
+            dataclasses.replace(GREEDY, num_experts_per_tok=2, norm_topk_prob=True),
+            {0: 2 / 3, 4: 1 / 3},
+        ),
+    ],
+    ids=["greedy", "group limited", "normalized"],
+)
+def test_route_equals_hand_made_choices(scores: list[float], moe: MoEArgs, expected: dict[int, float]) -> None:
+    weights, experts = route(torch.tensor([scores]), moe)
+    assert dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx(expected)
 
 
-def test_group_limited_takes_them_from_the_groups_with_the_best() -> None:
-    # Groups (0 1) (2 3) (4 5) (6 7) with bests 0.3, 0.25, 0.2, 0.05: the third group's 0.2 loses to 0.02 and 0.03.
-    scores = torch.tensor([[0.3, 0.02, 0.25, 0.03, 0.2, 0.12, 0.05, 0.03]])
-    _, experts = route(scores, dataclasses.replace(MOE, num_experts_per_tok=3))
-    assert set(experts[0].tolist()) == {0, 2, 3}
-
-
-def test_normalized_weights_add_up_to_one_and_are_not_scaled() -> None:
-    scores = torch.tensor([[0.4, 0.1, 0.1, 0.05, 0.2, 0.05, 0.05, 0.05]])
-    moe = dataclasses.replace(GREEDY, num_experts_per_tok=2, norm_topk_prob=True)
-    weights, experts = route(scores, moe)
-    assert dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True)) == pytest.approx({0: 2 / 3, 4: 1 / 3})
-
-
-def test_dispatch_orders_copies_by_expert_and_combine_brings_them_back() -> None:
+def test_dispatch_orders_copies_by_expert_and_combine_sums_them() -> None:
     experts = torch.tensor([[2, 0], [0, 3], [2, 3]])
     order, counts = sort_by_expert(experts, 5)
     # Copies 0 1 | 2 3 | 4 5 go to experts 2 0 | 0 3 | 2 3.
@@ -77,7 +76,7 @@ def test_grouped_mm_equals_a_product_per_group(dtype: torch.dtype) -> None:
     assert not grads[0][1][0].any()  # an expert without rows
 
 
-def test_grouped_mm_obeys_the_custom_op_rules() -> None:
+def test_grouped_mm_passes_opcheck_and_gradcheck() -> None:
     x, weight = torch.randn(6, 3, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
     inputs = (x, weight, torch.tensor([2, 6], dtype=torch.int32))
     torch.library.opcheck(torch.ops.hbp_titan.grouped_mm_cpu.default, inputs)
@@ -117,7 +116,7 @@ def test_mixture_equals_a_loop_over_tokens(changes: dict[str, Any]) -> None:
 
 
 def paper_losses(scores: Tensor, experts: Tensor, moe: MoEArgs) -> Tensor:
-    """The formulas of arXiv 2405.04434, section 2.2.3, of one document, token by token."""
+    """Return the losses of arXiv 2405.04434, section 2.2.3, of one document, token by token."""
     tokens, size = len(scores), moe.n_routed_experts // moe.n_group
     sent = [sum(int(i in row) for row in experts.tolist()) for i in range(moe.n_routed_experts)]
     f = [moe.n_routed_experts / (moe.num_experts_per_tok * tokens) * count for count in sent]
@@ -138,9 +137,9 @@ ALPHAS = {"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.5, "comm_aux_loss_al
 
 
 @pytest.mark.parametrize("alphas", [{key: value} for key, value in ALPHAS.items()] + [ALPHAS])
-def test_balance_losses_are_the_papers_of_each_document_by_its_share(alphas: dict[str, float]) -> None:
+def test_balance_losses_equal_the_papers_per_document_by_share(alphas: dict[str, float]) -> None:
     moe = dataclasses.replace(MOE, **alphas)
-    lengths, shares = (5, 1, 12, 3), torch.tensor([0.25, 0.5, 0.25, 0.0])  # the last one trains nothing
+    lengths, shares = (5, 1, 12, 3), torch.tensor([0.25, 0.5, 0.25, 0.0])  # the last one has no loss
     logits = torch.randn(21, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     scores = logits.softmax(dim=-1)
     experts = route(scores, moe)[1]
@@ -154,7 +153,7 @@ def test_balance_losses_are_the_papers_of_each_document_by_its_share(alphas: dic
     assert not grads[0][18:].any()
 
 
-def test_expert_loss_of_one_document_is_deepseeks_own_seq_aux() -> None:
+def test_the_expert_loss_of_one_document_equals_deepseeks_seq_aux() -> None:
     moe = dataclasses.replace(MOE, aux_loss_alpha=0.1)
     scores = torch.randn(30, 8, generator=torch.Generator().manual_seed(2)).softmax(dim=-1)
     experts = route(scores, moe)[1]
@@ -165,7 +164,7 @@ def test_expert_loss_of_one_document_is_deepseeks_own_seq_aux() -> None:
 
 
 def _gradients(model: Decoder, packs: list[tuple[tuple[int, ...], Tensor]], documents: list[Tensor]) -> list[Tensor]:
-    """Gradients of a sum of losses over packs of `documents`, with the balance losses; padding documents at the end."""
+    """Return the gradients of losses and balance losses over packs of `documents`, each with a padding document."""
     model.zero_grad()
     for which, shares in packs:
         ids = torch.cat([*(documents[i] for i in which), torch.zeros(4, dtype=torch.int64)])
@@ -191,7 +190,7 @@ def test_gradients_do_not_depend_on_how_documents_are_packed() -> None:
             assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     plain = _gradients(random_model(tiny_args(), 0), [((0, 1, 2, 3), shares)], documents)
     gates = [i for i, (name, _) in enumerate(model.named_parameters()) if name.endswith("gate.weight")]
-    # The losses are there at all.
+    # Control: the losses have an effect.
     assert all((plain[i] - alone[i]).norm() > 1e-3 * alone[i].norm() for i in gates)
 
 
@@ -206,7 +205,7 @@ def test_without_gradients_or_documents_there_is_no_balance_loss() -> None:
         assert torch.equal(found.grad, wanted.grad)  # type: ignore[arg-type]
 
 
-def test_load_is_that_of_the_last_forward_by_layer() -> None:
+def test_tokens_per_expert_are_those_of_the_last_forward_by_layer() -> None:
     args = tiny_args()
     model = random_model(args, 0)
     assert model.tokens_per_expert() == {}
@@ -221,13 +220,13 @@ def test_load_is_that_of_the_last_forward_by_layer() -> None:
     ("changes", "message"),
     [
         ({"topk_method": "noaux_tc"}, "noaux_tc"),
-        ({"n_group": 3}, "n_group=3 must divide n_routed_experts=8"),
-        ({"topk_group": 5}, "n_group=4 must divide n_routed_experts=8 and be at least topk_group=5"),
+        ({"n_group": 3}, "n_group=3"),
+        ({"topk_group": 5}, "topk_group=5"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
         ({"aux_loss_alpha": 0.1, "seq_aux": False}, "seq_aux"),
     ],
 )
-def test_mixtures_that_cannot_be_built_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_mixtures_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(MOE, **changes)
 
@@ -238,15 +237,15 @@ def test_mixtures_that_cannot_be_built_are_refused(changes: dict[str, Any], mess
         ({"num_kv_heads": 1}, "num_kv_heads=1"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"mla": {"v_head_dim": 32}}, "v_head_dim=32"),
-        ({"mla": {"qk_rope_head_dim": 7}}, "qk_rope_head_dim=7 is odd"),
+        ({"mla": {"qk_rope_head_dim": 7}}, "qk_rope_head_dim=7"),
     ],
 )
-def test_latent_attention_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_latent_attention_raises(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_args(**changes)
 
 
-def test_experts_come_every_second_layer_where_the_configuration_says_so() -> None:
+def test_moe_layer_freq_gives_experts_to_every_second_layer() -> None:
     # transformers has no such key; in DeepSeek's own code layer i has experts where i >= first and i % freq == 0.
     model = Decoder(tiny_args(num_layers=6, moe={"first_k_dense_replace": 1, "moe_layer_freq": 2}))
     assert [i for i, block in enumerate(model.blocks()) if isinstance(block.mlp, MixtureOfExperts)] == [2, 4]
@@ -259,7 +258,7 @@ def test_experts_come_every_second_layer_where_the_configuration_says_so() -> No
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_of_dispatch_are_sums_in_float32_and_always_the_same(compiled: bool) -> None:
+def test_gradients_of_dispatch_are_deterministic_sums_in_float32(compiled: bool) -> None:
     tokens, chosen, width = 64, 6, 32
     generator = torch.Generator().manual_seed(0)
     experts = torch.stack([torch.randperm(8, generator=generator)[:chosen] for _ in range(tokens)])
@@ -276,7 +275,7 @@ def test_gradients_of_dispatch_are_sums_in_float32_and_always_the_same(compiled:
 
     run = torch.compile(dispatch, backend="aot_eager", fullgraph=True) if compiled else dispatch
     found, again = (gradient(lambda x: run(x, weights, order)[0]) for _ in range(2))
-    # As a GPU's bfloat16 atomics add, in one of their orders.
+    # As a GPU's bfloat16 atomics add, in one of many orders.
     in_place = torch.zeros(tokens, width, dtype=torch.bfloat16)
     for row, token in enumerate((order // chosen).tolist()):
         in_place[token] += grad[row]
