@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -51,16 +50,6 @@ STUCK_SECONDS, STUCK_FACTOR = 10.0, 3.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class _MicroBatch:
-    """What this rank trained in one micro-batch. losses: per sample, still on the device."""
-
-    index: int
-    level: int
-    sample_ids: NDArray[np.int64]
-    losses: Tensor
-
-
 class NonFiniteGuard:
     """Stops the run, or skips the step, when a loss or gradient is not finite, and records the samples.
 
@@ -76,11 +65,12 @@ class NonFiniteGuard:
         self.where = where  # sample id -> "file:line" of its row
         self.steps = 0
         self.samples = 0
-        self._observed: list[_MicroBatch] = []
+        # Per micro-batch: index in the plan, level, sample ids, losses per sample (still on the device).
+        self._observed: list[tuple[int, int, NDArray[np.int64], Tensor]] = []
 
     def observe(self, micro_batch: int, batch: PackedBatch, losses: Tensor) -> None:
         """Keep what `handle` would need of this micro-batch, without synchronizing with the device."""
-        self._observed.append(_MicroBatch(micro_batch, batch.level, batch.sample_ids, losses))
+        self._observed.append((micro_batch, batch.level, batch.sample_ids, losses))
 
     def reset(self) -> None:
         """Forget the micro-batches of the step."""
@@ -116,7 +106,6 @@ class NonFiniteGuard:
             raise UserError([f"{message}{self._advice()}"])
         self.steps += 1
         self.samples += len(samples)
-        self.reset()
         return (
             f"{message}: step skipped, {len(samples):,} samples not trained; skipped step {self.steps} of at most "
             f"{self.config.max_nonfinite_steps}"
@@ -135,9 +124,9 @@ class NonFiniteGuard:
     def _nonfinite_packs(self, plan: Plan) -> list[dict[str, Any]]:
         """Return the packs of the step whose loss is not finite on some rank, each with all such ranks."""
         mine = [
-            (seen.index, seen.level, self.world.rank // plan.levels[seen.level].cp_degree, seen.sample_ids.tolist())
-            for seen in self._observed
-            if not math.isfinite(seen.losses.sum().item())
+            (index, level, self.world.rank // plan.levels[level].cp_degree, sample_ids.tolist())
+            for index, level, sample_ids, losses in self._observed
+            if not math.isfinite(losses.sum().item())
         ]
         packs: dict[tuple[int, int], dict[str, Any]] = {}
         for rank, found in enumerate(gather_values(mine)):
