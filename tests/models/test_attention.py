@@ -89,7 +89,7 @@ KEY_TOKENS = [*range(9), *range(13, 30)]
 
 
 def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return output and gradients of the chunks by varlen_attention, and of the same tokens by plain attention."""
+    """Return output and gradients of the chunks by varlen_attention and of the same tokens by plain attention."""
     q, k, v = make_inputs(40, heads, kv_heads, 16, dtype, device)
 
     def chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def test_the_last_query_attends_to_the_last_key(backend: str) -> None:
 @pytest.mark.parametrize(
     """Return output and gradients of the chunks by varlen_attention and of the same tokens by plain attention."""[
         ([0, 1, 5, 8], [0, 1, 5, 8]), ([0, 2, 5], [0, 5, 10])
-    ],
+    ("boundaries", "boundaries_k"),
     ids=["equal", "longer keys"],
 )
 def test_cpu_kernel_passes_gradcheck_in_float64(boundaries: list[int], boundaries_k: list[int]) -> None:
