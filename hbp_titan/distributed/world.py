@@ -48,11 +48,6 @@ class World:
     size: int
     device: torch.device
 
-    @property
-    def control(self) -> dist.ProcessGroup:
-        """The control group; see `control_group`."""
-        return control_group()
-
 
 def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
     """Start the process groups from torchrun's environment (a world of one rank without it).

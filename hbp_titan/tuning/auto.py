@@ -59,6 +59,7 @@ def resolve_levels(
     Raises ValueError on every rank if nothing fits.
     """
     folder = config.dump_folder
+    # Only rank 0 reads the run folder: nodes may see its files at different times.
     levels: Sequence[Level] | None = from_rank_0(world, lambda: _levels_of_checkpoint(config))
     if levels is None:
         profile = measured_profile(config, args, world, stores, folder / "profile.json", log)
@@ -103,12 +104,14 @@ def measured_profile(
     """Return the profile of `levels` (by default `candidate_levels`) on this world, from `path` if valid there."""
     lengths, loss_tokens = stores[0].lengths, stores[0].loss_tokens
     longest = max(int(store.lengths.max()) for store in stores)
+    # Candidates must also hold the longest held-out sample.
     levels = levels or candidate_levels(lengths, longest, world.size, args)
 
     def stored() -> Profile | None:
         key = profile_key(config, args, world, lengths, loss_tokens, candidates=levels, **PROFILE_SETTINGS)
         return load_profile(path, key)
 
+    # Measuring is a collective, so all ranks must agree on whether a stored profile is valid.
     profile = from_rank_0(world, stored)
     if profile is None:
         log(f"measuring {len(levels)} candidate levels; the profile will be in {path}")
@@ -187,6 +190,7 @@ def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
             in_levels, in_packing = bool(_LEVELS_HEADER.match(line)), bool(_PACKING_HEADER.match(line))
             pending = []
             if in_levels:
+                # The new blocks go where the first old one was.
                 place = len(kept) if place is None else place
                 continue
         if not in_levels:
@@ -203,6 +207,7 @@ def replace_levels(text: str, levels: Sequence[Level], name: str) -> str:
     if place == len(kept) and before:
         before = before.rstrip("\n") + "\n\n"
     result = before + levels_block(levels) + after
+    # Strings, inline tables and dotted keys can hold levels in ways that the line scan does not understand.
     _check(text, result, levels, name)
     return result
 

@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(HARDWARE)} [{DEFAULT_GPU}]")
     options, overrides = parser.parse_known_args(argv)
     found = dry_run(load_config(overrides), options.world_size, get_hardware(options.gpu))
+    # Before the check, so that the report is there to explain its error.
     print(describe(found), flush=True)
     found.check_memory()
 
@@ -80,10 +81,12 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         )
     gpu = torch.device("cuda")
     args = model_args(config)
+    # A fake world of GPUs on the CPU: checks and dtypes must be those of a GPU.
     check(config, world_size, gpu, args)
     samples = samples_of(config, args)
     with fake_world(world_size, gpu) as world:
         model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
+        # Every level switch must work, as in a start.
         for index in range(len(config.levels)):
             runtime.activate(index)
         state, count = rank_state(model), sum(parameter.numel() for parameter in model.parameters())
@@ -157,6 +160,7 @@ class DryRun:
 
     def peak_bytes(self, estimate: MemoryEstimate) -> int:
         """Return the peak per rank in a micro-batch: the exact state plus the estimated rest."""
+        # The estimate's state ignores the padding of uneven shards.
         return self.rank_state.total_bytes + estimate.saved_bytes + estimate.transient_bytes
 
     def fits(self, estimate: MemoryEstimate) -> bool:
@@ -261,6 +265,7 @@ def samples_of(config: JobConfig, args: ModelArgs) -> Samples:
 
     Raises what a start would raise for the data, their tokenizer and held-out data.
     """
+    # Any existing source means that the data are supposed to be here, so that a missing one is an error.
     paths = [*config.data.train_files, *(source.path for source in config.data.sources)]
     if any(Path(path).expanduser().exists() for path in paths):
         store = open_stores(config, max_sample_tokens(config, args))[0]

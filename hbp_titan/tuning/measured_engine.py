@@ -100,6 +100,7 @@ class MeasuredEngine:
         return self.levels.index(level)
 
     def _add_levels(self, runtime: LevelRuntime) -> None:
+        # Meshes depend only on the cp shape, so no group is made here.
         shapes = [level.cp_shape(self.args.num_kv_heads) for level in runtime.levels]
         for level in self.levels[len(runtime.levels) :]:
             runtime.levels = (*runtime.levels, level)
@@ -111,6 +112,7 @@ class MeasuredEngine:
         if not self.accumulate:
             if self._optimizer is not None:
                 self._optimizer.step()
+            # To None, so that the next micro-batch allocates its gradients as the first one did.
             self.engine.model.zero_grad()
 
     def seconds(self, batches: Sequence[PackedBatch]) -> float | None:
@@ -128,6 +130,7 @@ class MeasuredEngine:
             self._synchronize()
             return time.perf_counter() - started
 
+        # The reduction is outside of the attempt: a rank out of memory would not take part in it.
         seconds = self.attempt(timed)
         return None if seconds is None else all_reduce_values([seconds], "max", self.world.device)[0]
 
@@ -168,6 +171,7 @@ class MeasuredEngine:
         parameters = list(self.engine.model.parameters())
         if self.world.device.type == "cuda":
             return torch.cuda.memory_allocated(self.world.device)
+        # On the CPU no allocator keeps statistics, so tensors are counted.
         states = [] if self._optimizer is None else list(self._optimizer.state.values())
         held: list[Tensor] = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         held += [value for state in states for value in state.values()]

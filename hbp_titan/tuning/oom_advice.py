@@ -67,6 +67,7 @@ def advice(
     usable = device_memory(device, local_ranks)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else usable
     hardware = hardware_like(device, total, local_ranks)
+    # Other processes may hold a part of the device.
     limit = min(usable_bytes(hardware), usable)
     context = OOMContext(config, args, world.size, hardware, device.type, limit, plan)
     lines = context.lines(error, measures_levels)
@@ -141,6 +142,7 @@ class OOMContext:
         evaluating = error.work == VALIDATION
         estimated = self.estimate(level, evaluating).peak_bytes
         requested = figures.allocated + figures.tried if figures.allocated else 0
+        # What torch held and requested is a lower bound of the true peak.
         bias = max(0, requested - estimated)
         missing = max(estimated + bias - self.limit, figures.tried, 1)
         below = [other.max_tokens for other in self.config.levels if other.max_tokens < level.max_tokens]
@@ -284,6 +286,7 @@ class ChangeSearch:
 
     def more_ranks(self) -> Change | None:
         """Return the smallest power-of-two multiple of the ranks that fits; None up to MAX_RANKS_FACTOR."""
+        # A single copy of the parameters has the smallest state per rank.
         config = _with_value(self.config, "parallelism.dp_replicate", 1)
         factor = 2
         while factor <= MAX_RANKS_FACTOR:

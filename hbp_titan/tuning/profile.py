@@ -127,6 +127,7 @@ class _ProfileRun:
         """Return `level` with the fewest checkpointed layers that fit, and its peak bytes; {} if all are not enough."""
         every = self.args.num_layers
         complete = replace(level, ac_layers=every)
+        # All layers first: if that does not fit, no depth does.
         peak_all = self._peak_within_limit(complete)
         if peak_all is None:
             self._add_too_large(complete)

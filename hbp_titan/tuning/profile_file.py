@@ -110,6 +110,7 @@ def profile_key(
         "versions": {"torch": torch.__version__, "hbp_titan": __version__, "format": FORMAT_VERSION},
         "settings": settings,
     }
+    # Through JSON, so that the key compares equal to one read from a file.
     return json.loads(json.dumps(key, default=dataclasses.asdict))
 
 
@@ -128,6 +129,7 @@ def load_profile(path: Path, key: dict[str, Any], report: Callable[[str], None] 
         return None
     values = _read(path)
     stored = values["key"]
+    # Missing and additional names differ too: they come from another version.
     differing = [name for name in (*key, *(stored.keys() - key.keys())) if stored.get(name) != key.get(name)]
     if differing:
         report(f"{path}: measured with a different {', '.join(differing)}; measuring again")
@@ -190,6 +192,7 @@ def fit_level_time(loads: FloatArray, seconds: FloatArray) -> tuple[LevelTimeMod
     loads, seconds = np.asarray(loads, np.float64), np.asarray(seconds, np.float64)
     assert loads.shape == (len(seconds), 4), loads.shape
     fits = _nonnegative_fits(loads, seconds)
+    # Without it a perfect fit would beat every other at any number of columns.
     rounding = (1e-9 * float(np.linalg.norm(seconds))) ** 2
 
     def score(fit: tuple[FloatArray, float]) -> float:
@@ -220,6 +223,7 @@ def _nonnegative_fits(columns: FloatArray, values: FloatArray) -> list[tuple[Flo
         for chosen in map(list, itertools.combinations(range(count), size)):
             part = columns[:, chosen] / scale[chosen]
             solution, _, rank, _ = np.linalg.lstsq(part, values, rcond=1e-10)
+            # Collinear columns have no unique solution; a smaller set of them does.
             if rank < size or solution.min() < 0:
                 continue
             coefficients = np.zeros(count)

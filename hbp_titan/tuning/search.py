@@ -125,6 +125,7 @@ class Workload:
     def sampled(self, num_samples: int) -> Workload:
         """Return a workload of about `num_samples` with the same distribution of lengths and the same longest."""
         stride = -(-len(self.lengths) // num_samples)
+        # From the middle of each stride, so that the mean length stays unbiased.
         kept = np.sort(np.argsort(self.lengths, kind="stable")[stride // 2 :: stride])
         return dataclasses.replace(
             self, lengths=self.lengths[kept], loss_tokens=self.loss_tokens[kept], longest=self.max_sample_tokens
@@ -165,6 +166,7 @@ def slowest_sums(loads: FloatArray, starts: IntArray, candidates: Sequence[Candi
     """
     if not len(starts):
         return np.zeros(len(candidates))
+    # All ranks of a micro-batch wait for its slowest pack.
     weights = np.array([dataclasses.astuple(candidate.time) for candidate in candidates if candidate.time])
     return np.maximum.reduceat(loads @ weights.T, starts, axis=0).sum(axis=0)
 
@@ -194,6 +196,7 @@ def baselines(candidates: Sequence[Candidate], workload: Workload) -> dict[str, 
             plan = workload.plan([Level(length, cp_degree)], method)
             fastest = same_cp[int(level_seconds(plan, 0, same_cp).argmin())]
             found = selected([fastest], plan, workload)
+            # The best cp degree for each method, so that the comparison does not favor our choice.
             if method not in best or found.predicted.seconds < best[method].predicted.seconds:
                 best[method] = found
     return best
@@ -234,6 +237,7 @@ def select_search(candidates: Sequence[Candidate], workload: Workload) -> Select
     Raises ValueError if no candidate that fits in memory holds the longest sample.
     """
     shortest_holding(candidates, workload.max_sample_tokens)
+    # Planning every set on all data would take minutes.
     sampled = len(workload.lengths) > SEARCH_SAMPLES
     search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload)
     shapes = search.shapes()
@@ -272,6 +276,7 @@ class _Search:
         """Return the best sets of every size, each with its best cp degrees, by predicted seconds."""
         max_sample_tokens = self.workload.max_sample_tokens
         shorter = [length for length in self.options if length < max_sample_tokens]
+        # The start must hold every sample, so that any growth of the set is a valid choice too.
         front = [self.choose_cp_degrees((length,)) for length in self.options if length >= max_sample_tokens]
         best = self._ranked(front)
         for _ in range(MAX_LEVELS - 1):
@@ -330,6 +335,7 @@ class _Search:
         suggested = []
         for k, (length, _) in enumerate(shape):
             mine = np.flatnonzero((plan.pack_levels == k) & (loads[:, 3] > 0))
+            # In the order of their cost, as the planner puts packs side by side.
             sorted_loads = loads[mine[np.argsort(-costs[mine], kind="stable")]]
 
             def fastest(cp_degree: int, length: int = length, sorted_loads: np.ndarray = sorted_loads) -> float:
@@ -374,6 +380,7 @@ def select_paper(candidates: Sequence[Candidate], workload: Workload) -> Selecti
         length: fastest([c for c in fitting if c.level.max_tokens == length])
         for length in sorted({c.level.max_tokens for c in fitting})
     }
+    # l_best and l_max of the paper.
     best, largest = fastest(list(stage1.values())), stage1[longest]
     chosen = {c.level.max_tokens: c for c in (best, largest)}
     notes = []
@@ -398,6 +405,7 @@ def _seconds_per_token(candidate: Candidate, workload: Workload) -> float:
     """Return the seconds per token of the whole world of a micro-batch on full packs of average content."""
     assert candidate.time is not None
     capacity = candidate.level.max_tokens
+    # The paper packs each length with the samples that it can hold.
     held = workload.lengths <= capacity
     lengths = workload.lengths[held].astype(np.float64)
     sums = np.array([workload.loss_tokens[held].sum(), (lengths**2).sum(), len(lengths)]) / max(lengths.sum(), 1)

@@ -127,6 +127,7 @@ class TimeModel:
         if tokens is None:
             tokens = np.full(len(loads), float(level.max_tokens))
         trained, squares = loads[:, 1], self._launched_squares(loads, tokens)
+        # Positions per rank: cp ranks share a pack evenly (head-tail shards).
         own = tokens / level.cp_degree
         plain, full = self._flops("none", None), self._flops(level.ac_policy, level.ac_layers)
         head = 6 * self.dims.head_params * trained / level.cp_degree / self._linear_rate
@@ -169,6 +170,7 @@ class TimeModel:
         queries = self._scatter_seconds(self.query_bytes_per_token(), scatter) / rate
         keys_values = self._scatter_seconds(self.kv_bytes_per_token(scatter), scatter) / rate
         forward = backward = queries
+        # Seconds of q's projection per token in forward; backward takes twice as long.
         projection = 2 * d.hidden_size * d.num_heads * d.head_dim / self._linear_rate if self.overlaps else 0.0
         if gather == 1:
             forward += max(0.0, keys_values - projection)
@@ -300,12 +302,14 @@ class TimeModel:
 
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
     """Return the TimeModel of a run of this configuration."""
+    # The configured kernel may be slower than the machine's best one.
     hardware = hardware.with_attention(config.model.attention_backend)
     return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
 
 
 def sharding(config: JobConfig) -> Sharding:
     """Return the sharding of a run of this configuration."""
+    # "auto" is bfloat16 on the GPUs that are modeled here.
     bytes_of = {"float32": 4, "bfloat16": 2, "auto": 2}
     return Sharding(
         dp_replicate=config.parallelism.dp_replicate,

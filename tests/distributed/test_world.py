@@ -160,10 +160,10 @@ def test_flight_recorder_keeps_the_users_settings(tmp_path: Path, monkeypatch: p
 
 def _control(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {"gathered": gather_values(world.rank), "broadcast": broadcast_value(world.rank + 7)}
-    found["own"] = world.control is control_group() is not dist.group.WORLD
+    found["own"] = control_group() is not dist.group.WORLD
     found["any"] = [any_rank(world.rank == 1), any_rank(False)]
     barrier()
-    timeouts = [world.control, dist.group.WORLD, new_group(backend="gloo")]
+    timeouts = [control_group(), dist.group.WORLD, new_group(backend="gloo")]
     found["timeouts"] = [_timeout(group) for group in timeouts]
     set_timeouts(40)
     found["timeouts after"] = [_timeout(group) for group in timeouts]
@@ -198,7 +198,7 @@ def _alone(world: World) -> float:
         time.sleep(3)
     taken = time.monotonic() - started
     # It is unusable now; the test ends in the default group.
-    dist.destroy_process_group(world.control)
+    dist.destroy_process_group(control_group())
     return taken
 
 

@@ -18,7 +18,7 @@ from hbp_titan.components.timing import LEVEL_TIMES, LevelTimeModel, load_level_
 from hbp_titan.config import load_config
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.world import World, all_reduce_values
+from hbp_titan.distributed.world import World, all_reduce_values, control_group
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.testing.local_ranks import run_distributed
@@ -155,7 +155,7 @@ def _measure_alone(world: World, argv: list[str]) -> tuple[Any, str, float]:
     except RuntimeError:
         # Rank 0, when rank 1 has given up the agreement.
         total = 3.0
-    dist.destroy_process_group(world.control)
+    dist.destroy_process_group(control_group())
     return both, alone, total
 
 
