@@ -35,6 +35,7 @@ def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.i
         _check_batch(batch, f"{name}:{start + 1}")
     if batches and len(set(batches[0].schema.names)) < len(batches[0].schema.names):
         raise ValueError(f"{name}:1: two columns have the same name: {', '.join(batches[0].schema.names)}")
+    # The mean of the batch: exact sizes of nested values would cost a pass over all of them.
     sizes = [np.full(len(batch), max(1, batch.nbytes // max(1, len(batch)))) for batch in batches]
     rows = np.arange(ends[-1])
     return rows, np.concatenate([np.zeros(0, np.int64), *sizes]), rows + 1
@@ -71,6 +72,7 @@ def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> 
     """Yield the records of the rows at these positions; a ValueError in the place of a malformed one."""
     batches, ends = _open(file, file.stat().st_mtime_ns)
     numbers = np.searchsorted(ends, positions, side="right") - 1
+    # Neighbouring rows are converted in one call: a call per row would dominate the time.
     new_run = (np.diff(positions) != 1) | (np.diff(numbers) != 0)
     for run in np.split(np.arange(len(positions)), np.flatnonzero(new_run) + 1):
         for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)):

@@ -102,6 +102,7 @@ def make_batch(
     capacity = level.max_tokens
     ids = np.array(sample_ids, dtype=np.int64)
     samples = [store.sample(index) for index in ids.tolist()]
+    # Stable: samples of equal length keep the plan's order.
     order = np.argsort([-len(tokens) for tokens, _ in samples], kind="stable").astype(np.int64)
     ids, samples = ids[order], [samples[place] for place in order]
     lengths = np.array([len(tokens) for tokens, _ in samples], dtype=np.int64)
@@ -116,6 +117,7 @@ def make_batch(
     input_ids = np.zeros(capacity + 1, dtype=np.int64)
     trained = np.zeros(capacity + 1, dtype=np.bool_)
     weights = np.zeros(capacity, dtype=np.float32)
+    # Into preallocated arrays of the capacity: padding costs no second copy.
     if samples:
         np.concatenate([tokens for tokens, _ in samples], out=input_ids[:num_tokens])
         np.concatenate([mask for _, mask in samples], out=trained[:num_tokens], casting="unsafe")
@@ -153,6 +155,7 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
     """
     if cp_degree == 1:
         return batch
+    # `documents` stays that of the whole pack: attention runs after the exchange between the cp ranks.
     tokens, documents = torch.arange(len(batch.input_ids)), batch.documents
     group, part = divmod(cp_rank, cp_degree // gather_degree)
     if gather_degree > 1:

@@ -52,6 +52,7 @@ def build_set(
     """
     unpacked = folder.with_name(f"unpacked-{digest[:16]}")
     stores = _source_stores(request, found, unpacked, workers, progress)
+    # Only now: the build of a source store ends on all ranks together, so no rank still reads the copies.
     if workers.rank == 0:
         shutil.rmtree(unpacked, ignore_errors=True)
     meta = {"fingerprint": digest, "settings": request.settings()}
@@ -81,6 +82,7 @@ def _source_stores(
             )
             digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
             folder = Path(data.cache_folder) / f"source-{digest[:16]}"
+            # All ranks must take the same branch: building is collective.
             if not all(workers.gather(folder.is_dir())):
                 chosen = _choose_rows(indexes[number], limits[number], request.config.seed_of("data"))
                 build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
@@ -131,6 +133,7 @@ def _choose_rows(indexes: list[RowIndex], count: int, seed: int) -> list[RowInde
     counts = [len(index) for index in indexes]
     if count == sum(counts):
         return indexes
+    # Sorted: rows keep the order of the files and are read forwards.
     chosen = np.sort(np.random.default_rng(seed).choice(sum(counts), size=count, replace=False))
     ends = np.cumsum(counts)
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
@@ -144,6 +147,7 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
     config = request.config
     kept = [np.arange(len(store), dtype=np.int64) for store in stores]
     dropped = [np.zeros((0, 3), dtype=np.int64)]
+    # Before shares and weights, which count distinct samples.
     if config.data.duplicates == "skip":
         for number, first in enumerate(first_of_each([store.samples["digest"] for store in stores])):
             dropped.append(_dropped(number, kept[number][~first], DUPLICATE))
@@ -156,6 +160,7 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
     if request.holds_out:
         counts = share_out(config.validation.max_samples or sum(available), available)
     drawn = []
+    # A generator per source: how much one source draws does not shift the random numbers of the next.
     for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
         drawn.append(draw(part, count, (config.seed_of("data"), number)))
         dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
@@ -176,6 +181,7 @@ def _own_side(
     share, seed = request.config.validation.share, request.config.seed_of("data")
     parts = []
     for number, (store, part) in enumerate(zip(stores, kept, strict=True)):
+        # A unique number per row: all pieces of a split row must be on the same side.
         rows = (store.samples["file"].astype(np.int64) << 40) + store.samples["line"]
         own = held_out(store.samples["digest"], rows, share, seed)[part] == request.holds_out
         dropped.append(_dropped(number, part[~own], NOT_HELD_OUT if request.holds_out else HELD_OUT))
@@ -290,6 +296,7 @@ def write_set(
             f"more than {MAX_SOURCE_NAMES} different `source` values; give data.sources a name, or map no column"
         )
     totals = _totals(stores, drawn, dropped)
+    # Renamed when complete: no reader ever sees half a set.
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     for name, parts in columns.items():

@@ -161,6 +161,7 @@ def _write_index(
         "shard_tokens": [int(part["length"].sum()) for part in samples],
     }
     assert whole + outcomes[TRUNCATED] + outcomes[SPLIT] == int((all_placed["part"] == 0).sum()), "a row was lost"
+    # Last: a folder without it is not a store.
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
@@ -210,9 +211,11 @@ class ShardReport(NamedTuple):
 def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
     """Return the rows of a source's files as shards of about equal bytes, in their order."""
     total = sum(int(index.sizes.sum()) for index in indexes)
+    # Large sources get larger shards instead of more files.
     shard_bytes = max(SHARD_BYTES, -(-total // MAX_SHARDS))
     shards: list[Shard] = []
     for file_number, index in enumerate(indexes):
+        # By the bytes up to the end of each row, so that the cut does not depend on processes or ranks.
         shard_of_row = (np.cumsum(index.sizes) - 1) // shard_bytes
         boundaries = [0, *(np.flatnonzero(np.diff(shard_of_row)) + 1).tolist(), len(index)]
         for start, stop in itertools.pairwise(boundaries):
@@ -333,6 +336,7 @@ class _ShardWriter:
             token_bytes, mask_bytes = tokens.astype("<u4", copy=False).tobytes(), loss_mask.tobytes()
             self.tokens_file.write(token_bytes)
             self.mask_file.write(mask_bytes)
+            # Of the content only: equal samples are duplicates in any file and source.
             digest = hashlib.blake2b(token_bytes + mask_bytes, digest_size=16).digest()
             trained = int(loss_mask[1:].sum())
             self.samples.append((len(tokens), trained, line, self.shard.file_number, part, source, digest))
@@ -379,6 +383,7 @@ class RowTokenizer:
             reason = _nothing_to_train(conversation, settings.train_on)
             return _excluded(reason) if reason else self._encode(conversation)
         except RecursionError:
+            # From any recursion over the row, for example in its template.
             return _excluded(MALFORMED, detail="nested too deeply")
         except ValueError as error:
             return _excluded(MALFORMED, detail=" ".join(str(error).split()))
@@ -400,7 +405,7 @@ class RowTokenizer:
                 if not samples:
                     return _excluded(reason, length, "no exchange fits")
                 detail = f"{dropped} exchanges of {dropped_tokens} tokens fit nowhere" if dropped else ""
-        # Nothing predicts the first token of a sample.
+        # Nothing predicts the first token of a sample, so it does not count as trained.
         trained = [sample for sample in samples if sample[1][1:].any()]
         if not trained:
             return _excluded(NO_TRAINED_TOKEN, length)

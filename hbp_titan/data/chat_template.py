@@ -157,6 +157,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(body, nodes.For) and body.test is not None:
                 body.test = nodes.And(_call("charge", cost), body.test, lineno=body.lineno)
             body.body.insert(0, nodes.ExprStmt(_call("charge", cost), lineno=body.lineno))
+        # ~ has no hook either; charging its parts before they are joined bounds the result.
         for concat in template.find_all(nodes.Concat):
             concat.nodes = [_call("charge_value", item) for item in concat.nodes]
         template.set_environment(self)

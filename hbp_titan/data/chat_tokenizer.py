@@ -66,6 +66,7 @@ class ControlTokens:
                 pieces.append(tokenizer.encode(piece.replace(marker, ""), add_special_tokens=False))
                 checks.append(tokenizer.encode(piece, add_special_tokens=False))
             position = end
+        # Some tokenizers treat the start of a text differently: pieces must add up to the whole.
         if Encoding.merge(checks, growing_offsets=True).ids != whole.ids:
             raise ValueError("a message spells a control token, and this tokenizer cannot encode it as plain text")
         return Encoding.merge(pieces, growing_offsets=True)
@@ -75,6 +76,7 @@ class ControlTokens:
         values = json.loads(self._tokenizer.to_str())
         for token in values["added_tokens"]:
             token["special"] = token["id"] in self._ids
+        # encode_special_tokens makes special tokens plain text: hence all control tokens were marked as special.
         literal = Tokenizer.from_str(json.dumps(values))
         literal.encode_special_tokens = True
         return literal
@@ -192,6 +194,7 @@ class ChatTokenizer:
         self, messages: list[Message], tools: Tools, turns: Sequence[int]
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         texts = list(strings([messages, tools]))
+        # Characters that no text contains can be found and removed again without doubt.
         marker, opening, closing = unused_characters(texts, 3)
         if any(map(self._control.pattern.search, texts)):
             text, spans = self._locate_escaped(messages, tools, turns, marker, (opening, closing))
@@ -204,6 +207,7 @@ class ChatTokenizer:
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the messages whose place must be known: the trained ones or, with "all", the others."""
+        # Each turn that must be located may cost a render: only those that matter.
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last":
             assistants = assistants[-1:]
@@ -217,6 +221,7 @@ class ChatTokenizer:
         `turns` in the text without markers."""
         escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
         marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels)
+        # A template that, say, trims or splits at the token would behave differently with the marker inside.
         if marked.replace(marker, "") != self._template.render(messages, tools):
             raise ValueError("a message spells a control token and the chat template rewrites it; remove it")
         return marked, [

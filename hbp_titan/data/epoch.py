@@ -235,6 +235,7 @@ class EpochState:
         if not 0 <= self.step_in_plan <= self.plan.num_steps:
             raise ValueError(f"step {self.step} is not one of the {self.plan.num_steps} steps of its plan")
         before, now = self.plan, self.plans
+        # A changed seed or method does not replan: resume_invariants refuses those.
         same = before.world_size == now.world_size and before.costs == now.costs
         if self.finished or (same and _plan_inputs(before.levels) == _plan_inputs(now.levels)):
             return ""

@@ -58,6 +58,7 @@ def source_files(source: DataSource, key: str) -> list[Path]:
 
 
 def _folder_files(folder: Path, source: DataSource, key: str) -> list[Path]:
+    # One saved split has state.json; several have dataset_dict.json above a folder for each.
     saved = [name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()]
     if saved and source.config:
         raise ValueError(f"{key}.config = {source.config}: {folder} is a saved data set, which has no config")
@@ -110,6 +111,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _check_file(file: Path, key: str) -> None:
     if not file.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{key}: {file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
+    # A repository cloned without git-lfs has small text files in the place of the data.
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{key}: {file} is a Git LFS pointer, not the data; run `git lfs pull` in its repository")
@@ -165,6 +167,7 @@ def _read_configs(readme: Path) -> dict[str, dict[str, Any]]:
     """Return the configurations in the front matter of README.md by name; may be empty."""
     if not readme.is_file():
         return {}
+    # Only the front matter matters: a card in another encoding must not fail.
     lines = readme.read_text(encoding="utf-8", errors="replace").removeprefix("\ufeff").splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return {}
@@ -226,6 +229,7 @@ def _listed(names: Sequence[str], patterns: Sequence[str], where: str) -> list[s
         if not found and not re.search(r"[*?\[]", pattern):
             raise ValueError(f"{where}: no such data file: {pattern}")
         listed += found
+    # A file that two patterns match counts once.
     return list(dict.fromkeys(listed))
 
 
@@ -252,6 +256,7 @@ def _patterns(data_files: Any, where: str) -> dict[str, list[str]]:
 
 def _relative_path(name: Any, where: str) -> str:
     """Return `name`, a path relative to a folder; raises ValueError "`where`: ..." if it leaves the folder."""
+    # The name comes with the data: it must not reach other files of this machine.
     if not isinstance(name, str) or ".." in PurePath(name).parts or PurePath(name).is_absolute():
         raise ValueError(f"{where}: {name!a} is not a path inside the folder")
     return name.removeprefix("./")
@@ -265,6 +270,7 @@ def _splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
             sharded.setdefault(match["split"], []).append(name)
     if sharded:
         return sharded
+    # Folder names before file names, as in `datasets`; the first kind that finds a split decides for all.
     for patterns in (_IN_FOLDER_NAME, _IN_FILE_NAME):
         splits = {}
         for split, keywords in _KEYWORDS.items():
@@ -283,6 +289,7 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
 
 def _glob_expression(pattern: str) -> str:
     """Return the regular expression of a glob: ** matches any folders, * and ? characters of one name."""
+    # Not fnmatch, whose * also matches "/".
     parts = pattern.split("/")
     result = ""
     for number, part in enumerate(parts):

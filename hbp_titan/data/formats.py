@@ -59,9 +59,11 @@ def check_message(message: Any, number: int, keys: dict[str, str], roles: dict[s
     if tool_calls:
         tool_calls = _tool_calls(tool_calls, role, where)
     checked: dict[str, Any] = {"role": role}
+    # Content may be missing only next to tool calls; _text reports it otherwise.
     if content is not None or not tool_calls:
         checked["content"] = _text(content, keys["content"], where)
     trained = _is_trained(message.get(keys["train"]), message.get(keys["weight"]), where)
+    # Under either name: a mapped key must not reach the template a second time.
     named = {*keys.values(), "role", "content", "train", "weight", "tool_calls"}
     checked |= {key: value for key, value in message.items() if value is not None and key not in named}
     check_json(checked, where)
@@ -142,6 +144,7 @@ def check_tools(tools: Any, name: str) -> list[dict[str, Any]] | None:
             tools = parse_json(tools)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    # An empty list would make templates write the header of a tool section.
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -188,6 +191,7 @@ def check_mapping(format: str, columns: Mapping[str, str], roles: Mapping[str, s
 
 def detect_format(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Return the first of FORMATS whose columns the record has; raises ValueError if there is none."""
+    # A column that is null in this row does not count: Arrow gives every row all columns.
     for format, required in _REQUIRED.items():
         if all(record.get(columns.get(name, name)) is not None for name in required):
             return format
@@ -274,6 +278,7 @@ def _parse_sharegpt(row: _Record) -> Conversation:
     for number, value in enumerate(values, start=1):
         keys = own
         if isinstance(value, dict):
+            # Many data sets use the column `conversations` with OpenAI's keys.
             keys = openai if own["role"] not in value and openai["role"] in value else own
             if value.get(keys["role"]) == "function_call" and "function_call" not in row.roles:
                 value = _function_call(value, keys, number)

@@ -41,6 +41,7 @@ class TurnLocator:
         def render(messages: Sequence[Message], **options: Any) -> str:
             return self._template.render(messages, tools, **options)
 
+        # Nothing to locate, so a template whose turns cannot be located is still usable.
         if not turns:
             return render(messages), []
         if self._template.has_generation_blocks:
@@ -62,6 +63,7 @@ class TurnLocator:
         A turn's blocks begin after the text of the messages before it, and before the next assistant turn.
         """
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        # Usual case: all turns are wanted, so blocks need not be matched with turns, at a render per turn.
         if len(turns) == len(assistants):
             return blocks
         wanted = set(turns)
@@ -70,6 +72,7 @@ class TurnLocator:
             if index not in wanted:
                 continue
             for boundary in (index, following):
+                # Neither the start (0) nor the end (None) of the text needs a render.
                 if boundary and boundary not in boundaries:
                     before = render(messages[:boundary])
                     if not text.startswith(before):
@@ -104,6 +107,7 @@ class TurnLocator:
                     f"reasoning, for example), {_USE_BLOCKS} or train the last turn only"
                 )
         turn_text = answered[len(prompt) :]
+        # A template without support for tool calls drops them silently: the turn would train an empty answer.
         lost = [name for name in _called(messages[index]) if name not in turn_text]
         if lost:
             raise ValueError(
@@ -127,6 +131,7 @@ class TurnLocator:
         if not added or not twice.startswith(once) or not once.endswith(added):
             return None
         answered = once[: -len(added)]
+        # What the cut removed must not contain text of the assistant.
         before = render(messages[:index])
         texts = [messages[index].get(field) for field in ("content", "reasoning_content")]
         if any(isinstance(text, str) and text.strip() not in answered[len(before) :] for text in texts):
@@ -160,6 +165,7 @@ def cut_sentinels(rendered: str, sentinels: tuple[str, str]) -> tuple[str, list[
         inside, *after = piece.split(closing)
         text += [inside, *after]
         length += len(inside)
+        # Blocks may be nested: each closing sentinel ends the block that was opened last.
         for part in after:
             if not starts:
                 raise ValueError(_CUT_BLOCKS)

@@ -47,6 +47,7 @@ def prepare(
     Raises UserError for malformed rows, and ValueError for a longer sample if data.max_length_policy is "error".
     """
     workers = workers or WorkerGroup()
+    # One rank builds it, and all wait: the others would read half-written files.
     if config.data.embedded:
         workers.run_on_all(lambda: _ensure_corpus(Path(config.data.embedded_folder)) if workers.rank == 0 else None)
     if max_sample_tokens is None:
@@ -137,6 +138,7 @@ def _find_or_build(request: SetRequest, workers: WorkerGroup, progress: bool) ->
     folder = Path(request.config.data.cache_folder) / f"set-{digest[:16]}"
     # All ranks must agree: a shared file system may show a new folder to some of them only.
     if not all(workers.gather(folder.is_dir())):
+        # Imported here: a run with finished stores needs no readers, templates or tokenizers.
         from hbp_titan.data.build_set import build_set
 
         build_set(request, found, folder, digest, workers, progress)
@@ -145,6 +147,7 @@ def _find_or_build(request: SetRequest, workers: WorkerGroup, progress: bool) ->
 
 
 def _check_mappings(request: SetRequest) -> None:
+    # Before any file is read: hashing large files only to report a wrong key would take minutes.
     from hbp_titan.data.formats import check_mapping
 
     for key, source in request.sources:
@@ -206,6 +209,7 @@ def _cached_digest(file: Path, cache: Path) -> str:
         digest = cached.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         digest = ""
+    # Anything else is a file that a full disk has cut.
     if len(digest) != 64:
         digest = sha256_file(file)
         cache.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ def index_rows(file: Path, unpacked: Path) -> RowIndex:
     name = file.name.lower()
     if not name.endswith(SUFFIXES):
         raise ValueError(f"{file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
+    # Compressed files have no offsets to read rows from, and several processes read each file.
     stored = file
     if name.endswith(".parquet"):
         stored = _copy(file, unpacked, ".arrow", _write_arrow)

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.epoch import PlanSegment, load_segments, planned_samples
+from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import Level
 from hbp_titan.utils import first_n
 
@@ -88,6 +89,7 @@ class SampleLog:
     def add(self, micro_batch: int, batch: PackedBatch) -> None:
         """Note that `batch` was trained in `micro_batch` of the plan; kept in memory until `commit`."""
         dp_rank, cp_rank = divmod(self.rank, self.levels[batch.level].cp_degree)
+        # The ranks of a cp group hold shards of the same pack: one record is enough.
         if cp_rank == 0:
             samples = batch.sample_ids.tolist()
             pack = {"micro_batch": micro_batch, "level": batch.level, "dp_rank": dp_rank, "samples": samples}
@@ -182,6 +184,7 @@ def read_starts(run_folder: Path, steps_done: int) -> list[RunStart]:
             starts.append(RunStart(folder, first, last_step, epoch, segments, world_size, values["data"], store))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: damaged; move it away") from None
+        # Steps from the first one of a later start on were trained again.
         last_step = min(last_step, first - 1)
     return starts[::-1]
 
@@ -211,6 +214,7 @@ def _read_rank(start: RunStart, rank: int, is_last: bool, problems: list[str]) -
     """Yield the records of one file that count. They must be consecutive, except for what a kill leaves behind."""
     path = start.folder / f"rank-{rank}.jsonl"
     expected = start.first_step
+    # As bytes: a node that died may leave half a character, which must not stop the reading.
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
@@ -249,18 +253,8 @@ def _parse(raw: bytes, rank: int, where: str) -> StepRecord | None:
             numbers += [pack["micro_batch"], pack["level"], pack["dp_rank"], *pack["samples"]]
     except (ValueError, KeyError, TypeError):
         return None
+    # Not isinstance, which accepts true for 1; larger numbers would overflow the arrays of the audit.
     return record if all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) else None
-
-
-class AuditedStore(Protocol):
-    """What an audit needs of a token store."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def where(self, index: int) -> str:
-        """Return the row that a sample comes from, as file:line."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +289,7 @@ class _Found:
     skipped: list[NDArray[np.int64]] = field(default_factory=lambda: [np.zeros(0, np.int64)])
 
 
-def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: AuditedStore) -> str:
+def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: TokenStore) -> str:
     """Return a line about a finished epoch; raises RuntimeError if the log differs from the plans."""
     plan, last_step = segments[-1].plan, segments[-1].end - 1
     starts = read_starts(run_folder, last_step)
@@ -311,7 +305,7 @@ def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: Audite
 
 
 def audit_run(
-    run_folder: Path, steps_done: int, starts: Sequence[RunStart], store: AuditedStore, only: int | None = None
+    run_folder: Path, steps_done: int, starts: Sequence[RunStart], store: TokenStore, only: int | None = None
 ) -> tuple[list[EpochAudit], list[str]]:
     """Audit every epoch that the run has reached in `steps_done` steps, or epoch `only`.
 
@@ -338,15 +332,16 @@ def audit_run(
 
 
 def _segments_of(
-    run_folder: Path, starts: Sequence[RunStart], epoch: int, first_step: int, store: AuditedStore
+    run_folder: Path, starts: Sequence[RunStart], epoch: int, first_step: int, store: TokenStore
 ) -> list[PlanSegment]:
     """Load the segments of an epoch: those of the last start within it, or the plan of all its samples."""
+    # The last start within an epoch knows all of its segments so far; earlier ones know fewer.
     started = [start.segments for start in starts if start.epoch == epoch and start.counts]
     described = started[-1] if started else [{"first_step": first_step}]
     return load_segments(run_folder, epoch, described, store.fingerprint)
 
 
-def check_data(starts: Sequence[RunStart], store: AuditedStore) -> list[str]:
+def check_data(starts: Sequence[RunStart], store: TokenStore) -> list[str]:
     """Return one line per start that counts and trained other data than `store`."""
     return [
         f"{start.folder}: trained the data {start.data[:16]}, but this store is {store.fingerprint[:16]}"
@@ -356,7 +351,7 @@ def check_data(starts: Sequence[RunStart], store: AuditedStore) -> list[str]:
 
 
 def audit_epoch(
-    records: Sequence[StepRecord], segments: Sequence[PlanSegment], steps_done: int, store: AuditedStore
+    records: Sequence[StepRecord], segments: Sequence[PlanSegment], steps_done: int, store: TokenStore
 ) -> EpochAudit:
     """Compare the log with the plans of an epoch's segments. steps_done: the last step that the run has done."""
     plan, end = segments[-1].plan, min(steps_done + 1, segments[-1].end)
@@ -371,13 +366,14 @@ def audit_epoch(
         micro_batches += last
     trained, skipped = np.concatenate(found.trained), np.concatenate(found.skipped)
     found.problems += _count_samples(np.concatenate([trained, skipped]), segments, steps_done, store)
+    # Unknown samples are problems already; their lengths do not exist.
     known = trained[trained < plan.num_samples]
     sums = int(plan.lengths[known].sum()), int(plan.loss_tokens[known].sum())
     done, num_steps = end - segments[0].first_step, segments[-1].end - segments[0].first_step
     return EpochAudit(plan.epoch, done, num_steps, micro_batches, len(trained), len(skipped), *sums, found.problems)
 
 
-def _check_segments(segments: Sequence[PlanSegment], store: AuditedStore) -> Iterator[str]:
+def _check_segments(segments: Sequence[PlanSegment], store: TokenStore) -> Iterator[str]:
     """Check that every segment but the first plans exactly what the earlier ones left."""
     epoch = segments[-1].plan.epoch
     for segment, after in itertools.pairwise(segments):
@@ -414,6 +410,7 @@ def _audit_segment(segment: PlanSegment, last: int, records: Sequence[StepRecord
             key = (pack["micro_batch"], pack["dp_rank"])
             if problem is None and key in packs:
                 problem = f"was trained before, {packs[key]}"
+            # The first record stays, so that a third one names it too.
             packs.setdefault(key, record.where)
             if problem is not None:
                 found.problems.append(f"{record.where}: micro-batch {key[0]}, dp rank {key[1]}: {problem}")
@@ -456,7 +453,7 @@ def _missing_packs(segment: PlanSegment, last: int, packs: Mapping[tuple[int, in
 
 
 def _count_samples(
-    ids: NDArray[np.int64], segments: Sequence[PlanSegment], steps_done: int, store: AuditedStore
+    ids: NDArray[np.int64], segments: Sequence[PlanSegment], steps_done: int, store: TokenStore
 ) -> Iterator[str]:
     """Compare the logged samples with the expected ones: the whole store, or the plans' up to `steps_done`."""
     total, epoch = len(store), segments[-1].plan.epoch
@@ -475,7 +472,7 @@ def _count_samples(
         yield f"epoch {epoch}: {len(repeated):,} samples were trained more than once: {_rows(repeated, store)}"
 
 
-def _rows(ids: NDArray[np.int64], store: AuditedStore) -> str:
+def _rows(ids: NDArray[np.int64], store: TokenStore) -> str:
     # Rows are looked up for the listed samples only: each opens a store's memory maps.
     listed = [f"{store.where(int(index))} (sample {index})" for index in ids[:MAX_LISTED]]
     return first_n([*listed, *ids[MAX_LISTED:]], MAX_LISTED)

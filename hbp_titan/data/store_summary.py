@@ -24,6 +24,7 @@ def summary(store: TokenStore) -> str:
     top = int(np.log2(lengths.max())) + 1
     lines = [f"{columns}  2^0..2^{top} tokens"]
     counts = np.bincount(store.sources, minlength=len(store.source_names))
+    # The largest first; many data sets have thousands of small sources.
     for source in np.argsort(-counts, kind="stable")[:MAX_SOURCES_SHOWN]:
         lines.append(_source_line(store.source_names[source], store, store.sources == source, top))
     if len(counts) > MAX_SOURCES_SHOWN:

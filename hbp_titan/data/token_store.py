@@ -206,6 +206,7 @@ class TokenStore:
 
 def check_fits(store: TokenStore, max_tokens: int, limit: str = "the largest level, levels.max_tokens") -> None:
     """Raise ValueError if a sample is longer than `max_tokens`, which the message calls `limit`."""
+    # Reported with its row: the plan would fail later, with a sample number only.
     longest = int(store.lengths.argmax())
     if store.lengths[longest] <= max_tokens:
         return

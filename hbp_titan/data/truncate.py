@@ -40,6 +40,7 @@ def truncate(ids: NDArray[np.uint32], loss_mask: NDArray[np.bool_], max_tokens: 
     start, end = _last_span(loss_mask)
     if end <= max_tokens:
         return ids[:max_tokens], loss_mask[:max_tokens]
+    # Tokens before the span that can stay.
     context = max(max_tokens - (end - start), 0) if end - start <= max_tokens else min(start, max_tokens // 2)
     if context == start:
         return ids[:max_tokens], loss_mask[:max_tokens]
@@ -68,6 +69,7 @@ def split_conversation(conversation: Conversation, encode: Encode, max_tokens: i
             turns = [message for exchange in exchanges[start : start + count] for message in exchange]
             return encode([*system, *turns], conversation.tools)
 
+        # An exchange that does not fit alone is dropped, never cut: half an answer must not be trained.
         first = sample(1)
         if len(first[0]) > max_tokens:
             dropped, dropped_tokens = dropped + 1, dropped_tokens + len(first[0])
