@@ -123,9 +123,8 @@ def test_the_last_query_attends_to_the_last_key(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    """Return output and gradients of the chunks by varlen_attention and of the same tokens by plain attention."""[
-        ([0, 1, 5, 8], [0, 1, 5, 8]), ([0, 2, 5], [0, 5, 10])
     ("boundaries", "boundaries_k"),
+    [([0, 1, 5, 8], [0, 1, 5, 8]), ([0, 2, 5], [0, 5, 10])],
     ids=["equal", "longer keys"],
 )
 def test_cpu_kernel_passes_gradcheck_in_float64(boundaries: list[int], boundaries_k: list[int]) -> None:
