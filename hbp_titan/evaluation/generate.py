@@ -152,6 +152,7 @@ class Generator:
         lengths = [len(prompt) for prompt in prompts]
         state = CacheState(lengths, max(lengths) + max(limits), self.device)
         answers: list[list[int]] = [[] for _ in prompts]
+        # Rows that still generate; the batch continues until the last one is done.
         open_rows = {row for row, limit in enumerate(limits) if limit}
         with cached(self.model, state):
             input_ids_T = torch.cat([torch.tensor(prompt, dtype=torch.int64) for prompt in prompts])
@@ -256,6 +257,7 @@ class CachedAttention(nn.Module):
         self.values_BKCD[state.rows_B, :, state.positions_B] = v_BKD
         keys_BKSD, values_BKSD = self.keys_BKCD[:, :, : state.in_use], self.values_BKCD[:, :, : state.in_use]
         q_BKGD = q_BND.unflatten(1, (keys_BKSD.shape[1], -1))
+        # Softmax in fp32, as in the training kernels; both products are in the model's dtype.
         scores_BKGS = (q_BKGD @ keys_BKSD.transpose(-1, -2)).float() * self.scale
         unused_BS = torch.arange(state.in_use, device=q_BND.device) > state.positions_B[:, None]
         weights_BKGS = scores_BKGS.masked_fill(unused_BS[:, None, None], -torch.inf).softmax(dim=-1)

@@ -61,6 +61,7 @@ class HarnessRun:
         if self.num_fewshot is not None:
             words += ["--num_fewshot", str(self.num_fewshot)]
         if self.chat:
+            # Examples as turns of a conversation, because the model was tuned on those.
             words += ["--apply_chat_template", "--fewshot_as_multiturn"]
         if self.metadata:
             words += ["--metadata", json.dumps(self.metadata)]

@@ -75,6 +75,7 @@ def evaluate(
             f"{model.args.vocab_size}; prepare the data with the model's own tokenizer"
         )
     device = next(model.parameters()).device
+    # Not more than all tokens: a small data set should not be padded to the full pack.
     level = Level(max_tokens=min(max(pack_tokens, int(store.lengths.max())), int(store.lengths.sum())))
     plan = build_plan(store.lengths, [level], 1, method="flat_sorted", loss_tokens=store.loss_tokens)
     means: Means = {kind: defaultdict(lambda: (0.0, 0)) for kind in ("all", "length", "position", "source")}
@@ -141,4 +142,5 @@ def as_json(means: Means) -> dict[str, Any]:
 def perplexity(total: float, count: int) -> float:
     """Return exp of the mean loss, infinity on overflow."""
     mean = total / count
+    # exp overflows a float above 709.
     return math.exp(mean) if mean < 700 else math.inf

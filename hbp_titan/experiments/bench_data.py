@@ -57,6 +57,7 @@ def loader_speeds(
     """
     dataset = PlanDataset(plan, store, 0, shapes)
     tokens = [int(plan.lengths[plan.pack(i, 0)].sum()) for i in range(plan.num_iterations)]
+    # At most half of the plan, so that the timed part is not empty.
     ready = {count: min(count * PREFETCH_FACTOR, plan.num_iterations // 2) for count in workers}
 
     def copy() -> float:

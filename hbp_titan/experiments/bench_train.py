@@ -241,6 +241,7 @@ class Bench:
         lengths = documents.lengths(level.max_tokens, seed=0)
         (batch,) = random_batches([lengths], self.args, level, first, self.world.rank)
         if self.world.device.type == "cuda":
+            # As the trainer's loader does, or the copy to the GPU would block.
             batch = batch.pin_memory()
         return [dataclasses.replace(batch, level=first + k) for k in range(len(self.settings.policies))]
 
@@ -295,6 +296,7 @@ class Bench:
         seconds: dict[int, list[float]] = {batch.level: [] for batch in batches}
         for number in range(self.settings.repeats + 1):
             timed = [batch for batch in batches if batch.level in seconds]
+            # Another policy is first in each round: the first one may find a cooler or a busier machine.
             start = number % max(len(timed), 1)
             for batch in timed[start:] + timed[:start]:
                 taken = self.measured.seconds([batch])
@@ -338,6 +340,7 @@ def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         objective, _ = engine.forward(batch)
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    # Release the tensors before backward, which would otherwise run with them held.
     saved.clear()
     objective.backward()
     engine.model.zero_grad()
@@ -455,9 +458,11 @@ def measure_switch(
     alternating = list(itertools.chain.from_iterable(zip(*by_level, strict=True)))
     orders = {"grouped": grouped, "alternating": alternating, "again": grouped}
     seconds: dict[str, list[float]] = {name: [] for name in orders}
+    # Builds the engine: its process groups exist before the count.
     measured.attempt(lambda engine: None)
     groups = len(distributed_c10d._world.pg_map)
     for number in range(repeats + 1):
+        # Rotate the orders, so that drift of the machine does not favor one of them.
         names = list(orders)[number % 3 :] + list(orders)[: number % 3]
         for name in names:
             taken = measured.seconds(orders[name])

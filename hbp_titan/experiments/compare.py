@@ -96,6 +96,7 @@ class TimedTrainer(Trainer):
 
     def __init__(self, config: JobConfig, world: World) -> None:
         super().__init__(config, world)
+        # Several runs in one process would print their summaries into the table.
         self.is_log_rank = False
         self.log = _TimerLog(ComputeTimer(self.model, world.device))
         self.timing = self.log  # type: ignore[assignment]
@@ -137,6 +138,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     config = copy.deepcopy(config)
     config.packing.method, config.packing.auto_levels, config.levels = run.method, False, list(run.levels)
     config.training.epochs, config.training.steps = 1, 0
+    # Their time would be part of the epoch.
     config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
     # Only at the last step.
     config.validation.interval = 1 << 40

@@ -222,6 +222,7 @@ def build_stdlib_corpus(folder: Path, seed: int = 0, stdlib: Path | None = None)
 
     stdlib: folder of the modules [the running Python's standard library]. Raises ValueError if it has no module.
     """
+    # Next to the target, so that the rename stays on one file system.
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -238,6 +239,7 @@ def _write_corpus(folder: Path, stdlib: Path, seed: int) -> None:
         (folder / "validation.jsonl").open("w", encoding="utf-8", newline="\n") as validation_file,
     ):
         for module, text in _modules(stdlib):
+            # By hash, so that a module stays on its side when others are added.
             held_out = _hash(f"{seed}:{module}") % VALIDATION_EVERY == 0
             for row in _rows(module, text, seed):
                 line = json.dumps(row, ensure_ascii=False) + "\n"
@@ -257,6 +259,7 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
         if not SKIPPED_FOLDERS.intersection(parts[:-1]) and all(part.isidentifier() for part in parts):
             name = ".".join(parts)
             files[name.removesuffix(".__init__")] = file
+    # Sorted, because the order of rglob depends on the file system.
     for name in sorted(files):
         try:
             with tokenize.open(files[name]) as stream:
@@ -268,6 +271,7 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, str]]:
 def _rows(module: str, text: str, seed: int) -> list[dict[str, Any]]:
     try:
         with warnings.catch_warnings():
+            # Some test data of the library has invalid escapes on purpose.
             warnings.simplefilter("ignore", SyntaxWarning)
             return list(module_conversations(module, text, Random(f"{seed}:{module}")))
     except SyntaxError:
@@ -276,6 +280,7 @@ def _rows(module: str, text: str, seed: int) -> list[dict[str, Any]]:
 
 def _tokenizer_text(texts: list[str], seed: int) -> list[str]:
     """Return modules in random order, up to TOKENIZER_CHARACTERS."""
+    # Random order, so that the tokenizer's text is not only the first modules by name.
     shuffled = Random(seed).sample(texts, len(texts))
     ends = itertools.accumulate(map(len, shuffled))
     return [text for text, end in zip(shuffled, ends, strict=True) if end <= TOKENIZER_CHARACTERS] or shuffled[:1]

@@ -270,6 +270,7 @@ class SupervisedRun:
     def _running(self) -> bool:
         assert self.process is not None, "start comes first"
         code = self.process.poll()
+        # Not one of our kills: _kill waits for what it killed and starts the command again.
         if code:
             raise RuntimeError(f"the run failed with exit code {code} without a kill; see {self.log.name}")
         return code is None
@@ -356,6 +357,7 @@ def soak(settings: Settings, kills: Callable[[random.Random], Iterable[Kill]], s
             raise ValueError(f"{folder} already exists; use another --folder")
     settings.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    # One generator for moments and victims: a seed repeats the whole test.
     generator = random.Random(seed)
     report: dict[str, Any] = {"seed": seed, "ranks": settings.ranks, "argv": list(settings.argv)}
     end = started + settings.seconds
@@ -410,6 +412,7 @@ def differences(whole: Path, disturbed: Path, step: int) -> list[str]:
     first, second = (_steps(folder)[:step] for folder in (whole, disturbed))
     if len(first) < step or len(second) < step:
         found.append(f"{whole} has {len(first)} and {disturbed} {len(second)} of {step} steps")
+    # The first difference is enough: all later steps differ as well.
     for one, other in zip(first, second, strict=False):
         keys = [key for key in COMPARED if one[key] != other[key]]
         if keys:

@@ -108,6 +108,7 @@ def _level_shares(run: Run) -> Floats:
         weights[index] = np.where(np.isfinite(recorded), recorded, weights[index])
     columns = min(LANE_COLUMNS, len(log))
     starts = np.arange(columns) * len(log) // columns
+    # Sums, not samples: a column of many steps shows the share of each level in all of them.
     sums = np.add.reduceat(weights, starts, axis=1)
     return sums / np.maximum(sums.sum(0), 1e-9)
 
@@ -137,8 +138,10 @@ def _stacked(shares: Floats, log: StepLog) -> str:
 def _events(run: Run) -> list[tuple[str, list[int], list[str], int]]:
     """Return (name, steps, a tooltip per step, color) of each lane of marks."""
     log, steps, epoch = run.log, run.log.steps, run.log.column("epoch")
+    # The first recorded step begins no new epoch.
     epoch_starts = (np.flatnonzero(np.diff(epoch) > 0) + 1).tolist()
     saved = steps[np.isfinite(log.column("checkpoint_blocked_seconds"))].tolist()
+    # Also checkpoints on disk whose time was not recorded, such as the one of a preempted run.
     saved = sorted({*saved, *(step for step in run.checkpoints if steps[0] <= step <= steps[-1])})
     losses = log.column("validation", "loss")
     validated = np.flatnonzero(np.isfinite(losses)).tolist()
@@ -187,6 +190,7 @@ def _lane(name: str, marks: str, kind: str) -> str:
 def _axis(first: int, last: int) -> str:
     """Return the step numbers below the lanes."""
     labels = []
+    # At least 4 apart: ticks would be fractions of a step.
     for step in ticks(first, max(last, first + 4)):
         if step <= last and step == int(step):
             left = 100 * (step - first + 0.5) / (last - first + 1)
@@ -280,6 +284,7 @@ def _work(seconds: Floats, checks: int) -> str:
         tip = f"rank {rank}: {seconds[rank]:.2f} s, {ratios[rank]:.3f}x the mean"
         chart.bar(group[0] + gap, group[-1] + 1 - gap, 0, float(seconds[rank]), 1 if rank == slowest else 0, tip)
     if len(seconds) <= 16:
+        # Every bar has its rank below; with more ranks round numbers are enough.
         chart.x_ticks = [(rank + 0.5, str(rank)) for rank in range(len(seconds))]
     chart.curve(np.array(chart.x), np.array([average] * 2), 5, "mean", 'stroke-width="1.4" stroke-dasharray="5 4"')
     for name, color in (("rank", 0), (f"slowest: rank {slowest}", 1), ("mean", 5)):
@@ -288,6 +293,7 @@ def _work(seconds: Floats, checks: int) -> str:
         f"Slowest: rank {slowest}, {ratios[slowest]:.3f}x the mean of {len(seconds)} ranks, over {checks} timing check"
         f"{'s' * (checks > 1)}. These are sums: waiting within a micro-batch cancels out in them; see idle share."
     )
+    # Stable: equal ranks keep their order.
     order = np.argsort(-seconds, kind="stable").tolist()
     rows = [[str(rank), f"{seconds[rank]:.2f}", f"{ratios[rank]:.4f}"] for rank in order]
     heads = ("rank", "seconds of work", "of the mean")
@@ -355,6 +361,7 @@ def _measured_table(run: Run) -> str:
     rows = []
     for name, steps in {**combinations(log), "all": np.ones(len(log), bool)}.items():
         of, planned = totals(whole_steps(log, steps)), plans.get(name, (None, None, None))
+        # Weighted by time: a long step with little waiting counts more than a short one.
         waited = mean((log.column("data_wait_seconds") / seconds)[steps], seconds[steps])
         abr = mean(log.column("abr")[steps], counts[steps])
         imbalance = mean(log.column("time_imbalance")[steps], seconds[steps])

@@ -78,7 +78,9 @@ class Chart:
         name: with it the page's script shows the values below the pointer (data-x, data-y).
         stroke: SVG attributes of the line.
         """
+        # More points than pixels make the page large and draw the same picture.
         points = thinned(x, y, self.x, math.ceil((WIDTH - RIGHT - self.left) / BUCKET))
+        # A polyline of one point is invisible.
         if len(points) == 1:
             self.dot(*points[0], color, f"{name}: {points[0][1]:.5g}")
             return
@@ -154,6 +156,7 @@ class Chart:
         right = WIDTH - RIGHT
         for text, color in reversed(self.names):
             parts.append(f'<text x="{right}" y="16" text-anchor="end">{html.escape(text)}</text>')
+            # An estimate of the width, because SVG text cannot be measured here.
             right -= 7 * len(text) + 8
             parts.append(f'<rect x="{right - 6}" y="7" width="10" height="10" fill="var(--c{color})"/>')
             right -= 16
@@ -184,6 +187,7 @@ def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> li
         bucket = np.clip((x - span[0]) / (span[1] - span[0]) * buckets, 0, buckets - 1).astype(np.int64)
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         stretches = zip(starts.tolist(), [*starts[1:].tolist(), len(x)], strict=True)
+        # Extremes, not means: a spike of one step must stay visible. Every kept point is one of the data.
         extremes = {0, len(x) - 1}
         for start, end in stretches:
             extremes |= {start + int(y[start:end].argmin()), start + int(y[start:end].argmax())}
@@ -196,6 +200,7 @@ def ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 4))
     while (high - low) / step > 8:
         step *= 2 if round(step / 10 ** math.floor(math.log10(step) + 1e-9)) != 2 else 2.5
+    # The tolerance keeps ticks that rounding puts just outside.
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -267,6 +272,7 @@ class Plot:
             self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(full, raw),
             y_log=self.log, bare=True,
         )  # fmt: skip
+        # All raw curves first, so that they are behind the smoothed ones.
         if smoothed:
             for curve in curves:
                 chart.curve(self._x_of(curve), curve.y, curve.color % NUM_COLORS, stroke=RAW)
@@ -300,6 +306,7 @@ class Plot:
     def _x_span(self, curves: Sequence[Curve]) -> tuple[float, float]:
         ends = [end for curve in curves for end in (float(self._x_of(curve)[0]), float(self._x_of(curve)[-1]))]
         low, high = min(ends), max(ends)
+        # A single step has no span.
         margin = max(1.0, abs(high) / 1000)
         return (low, high) if high > low else (low - margin, high + margin)
 
@@ -307,11 +314,13 @@ class Plot:
         """Return the range of the values; single spikes of raw curves are clipped."""
         low, high = np.inf, -np.inf
         planned = [np.array([value]) for _, value, _ in self.planned]
+        # One spike of a raw curve would flatten all others, so raw curves are clipped to percentiles.
         for values, cut in [*((y, (0, 100)) for y in [*full, *planned]), *((y, (0.5, 99.5)) for y in raw)]:
             known = values[np.isfinite(values) & ((values > 0) | (not self.log))]
             if len(known):
                 bounds = np.percentile(known, cut if len(known) >= 100 else (0, 100))
                 low, high = min(low, float(bounds[0])), max(high, float(bounds[1]))
+        # Nothing to draw on a logarithmic axis, such as only zeros: any range.
         if not np.isfinite(low):
             return (0.1, 1.0)
         if self.log:

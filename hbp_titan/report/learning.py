@@ -38,6 +38,7 @@ def loss_section(run: Run) -> str:
     trained = log.column("trained_tokens")
     steps = log.steps.astype(float)
     loss = np.where(applied(log), log.column("loss"), np.nan)
+    # In the same plot as the training loss, to show overfitting.
     held_out = [Curve("validation", log.column("validation", "loss"), 2)]
     whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
     by_level = [
@@ -108,6 +109,7 @@ def groups_section(run: Run) -> str:
 
 def _band_colors(log: StepLog) -> dict[str, int]:
     """Return the color of each length band, the same in training and in validation."""
+    # Validation may have bands that training has not seen, and vice versa.
     bands = bands_in_order(list({*log.names("loss_by_length"), *log.names("validation", "by_length")}))
     return {band: color for color, band in enumerate(bands)}
 
@@ -213,6 +215,7 @@ def _experts_by_layer(log: StepLog) -> str:
     loads = {name: sorted(counts, reverse=True) for name, counts in layers.items() if sum(counts) > 0}
     if not loads:
         return ""
+    # The y axis is shared by all layers.
     most = max(max(counts) * len(counts) / sum(counts) for counts in loads.values())
     size = max(map(len, loads.values()))
     chart = Chart(

@@ -97,6 +97,7 @@ def _page(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         links = "".join(f'<a href="#run-{index}">{text(run.name)}</a>' for index, run in enumerate(runs))
         body.insert(0, f"<h1>{len(runs)} runs</h1><nav>{links}</nav>{comparison(runs)}")
+    # Even text of a run that was not escaped could not run as a script.
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     return (
@@ -145,6 +146,7 @@ def _planned_steps(run: Run) -> int | None:
     if isinstance(steps, int) and steps > 0:
         return steps
     whole = [part.plan.num_steps for part in run.plans if not part.is_remainder]
+    # Steps of an epoch depend on the ranks: with several plans they cannot be extrapolated.
     same_ranks = len({part.plan.world_size for part in run.plans}) == 1 and len(run.plans) == len(whole)
     return whole[0] * epochs if same_ranks and whole and epochs == len(whole) == 1 else None
 
@@ -292,6 +294,7 @@ def comparison(runs: Sequence[Run]) -> str:
             rows.append([text("time in steps" if name == "seconds" else name), *_cells(values, formatted)])
     trained = {of["tokens"] for of in figures if of["tokens"]}
     if len(trained) > 1:
+        # Runs of different length compare at the tokens that all of them have trained.
         fewest = min(filter(None, trained))
         losses = [loss_at(run.log, fewest) for run in runs]
         rows.append([f"loss at {number(fewest)} tokens", *_cells(losses, FORMATS["loss"])])
@@ -324,6 +327,7 @@ def _cells(values: Sequence[float | None], formatted: Callable[[float], str]) ->
 
 def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
     """Return the unit of time for the longest run, in seconds, and its name."""
+    # One unit for all runs, so that their curves share an axis.
     longest = max((float(np.nansum(run.log.column("step_seconds"))) for run in runs), default=0.0)
     sizes = ((3600.0, "hours in steps"), (60.0, "minutes in steps"), (1.0, "seconds in steps"))
     return next(unit for unit in sizes if longest >= 2 * unit[0] or unit[0] == 1)
@@ -343,6 +347,7 @@ def _seconds(factor: float) -> Callable[[StepLog], Floats]:
 
 def _color(run: Run, index: int) -> int:
     """Return the color of a run, different from those of the levels."""
+    # After the levels' colors, so that the same color never stands for a level and a run.
     return len(run.log.palette) + index
 
 
@@ -357,6 +362,7 @@ def _plot(
     log: bool = False,
 ) -> str:
     """Plot the runs over tokens or `over`. zero: for rates and shares of time, which are smoothed over time."""
+    # A rate is averaged over time, a loss over trained tokens.
     weight = "step_seconds" if zero else "trained_tokens"
     curves = [
         Curve(run.name, values(run.log), _color(run, index), run.log.column(weight), over(run.log))

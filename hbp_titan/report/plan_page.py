@@ -84,6 +84,7 @@ def _lengths(plan: Plan, by_tokens: bool) -> str:
     lengths = plan.lengths[plan.packs.ids]
     largest = plan.levels[-1].max_tokens
     first, last = np.floor(np.log2(lengths.min())), np.ceil(np.log2(largest + 1))
+    # Half powers of two: even bars on the logarithmic axis, with edges at the usual capacities.
     edges = 2 ** np.arange(first, last + 0.5, 0.5)
     counts, _ = np.histogram(lengths, edges, weights=lengths if by_tokens else None)
     share = counts / counts.sum()
@@ -106,6 +107,7 @@ def _balance(plan: Plan, level: int) -> list[str]:
     """Return two charts of min, mean and max cost over the packs of a micro-batch: shuffled, and as planned."""
     planned = plan.pack_costs(plan.costs)[plan.pack_levels == level]
     dp = int(plan.dp_degrees[level])
+    # The same packs shuffled: what balancing gains, without a second plan.
     random = planned[shuffled(len(planned), plan.seed, plan.epoch, level)]
     top = float(planned.max()) * 1.08
     charts = []
@@ -142,6 +144,7 @@ def _fill(plan: Plan, level: int) -> str:
 def _epoch(plan: Plan, used: list[int]) -> str:
     """Return the share of each level in the micro-batches along the epoch."""
     bins = min(EPOCH_BINS, plan.num_iterations)
+    # Bins of nearly equal size; the last ones are not shorter.
     bin_of = np.arange(plan.num_iterations) * bins // plan.num_iterations
     size = np.bincount(bin_of, minlength=bins)
     chart = Chart("Levels over the epoch", "micro-batch", "share of micro-batches", (0, plan.num_iterations), (0, 1))
@@ -165,6 +168,7 @@ def _steps(plan: Plan) -> str:
     title = f"Tokens of the optimizer steps: {tokens.mean():,.0f} +- {tokens.std():,.0f}"
     chart = Chart(title, "optimizer step", "real tokens", (0, len(tokens)), (0, float(tokens.max()) * 1.1))
     ends = np.append(starts[1:], len(tokens))
+    # A bar of equal lowest and highest value would have no height.
     thickness = float(tokens.max()) * 0.004
     for start, end, lowest, highest in zip(starts.tolist(), ends.tolist(), low.tolist(), high.tolist(), strict=True):
         chart.bar(start, end, lowest - thickness, highest + thickness, 2)

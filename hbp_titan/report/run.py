@@ -119,6 +119,7 @@ def read_steps(path: Path) -> StepLog:
     names: list[str] = []
     if not path.exists():
         return log
+    # As bytes: the last line of a killed run may end within a character.
     with path.open("rb") as file:
         for raw in file:
             values = _parse(raw)
@@ -139,6 +140,7 @@ def read_steps(path: Path) -> StepLog:
     for key, (lines, found) in columns.items():
         rows = row_of[np.array(lines)]
         log.columns[key] = (rows[rows >= 0], np.array(found)[rows >= 0])
+    # Through a dict: of a repeated step the last check counts.
     log.work_by_rank = sorted(dict(log.work_by_rank).items())
     return log
 
@@ -146,8 +148,10 @@ def read_steps(path: Path) -> StepLog:
 def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(raw)
+    # RecursionError: a corrupt line may be thousands of brackets.
     except (ValueError, RecursionError):
         return None
+    # type(), not isinstance(): true is an int.
     is_step = isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] < 1 << 62
     return values if is_step else None
 
@@ -156,6 +160,7 @@ def _read_events(log: StepLog, values: dict[str, Any]) -> None:
     """Move from a line into the log what does not belong in a column."""
     step = values["step"]
     reason = values.pop("skipped", None)
+    # A repeated step may have been skipped the first time only.
     log.skipped.pop(step, None)
     if reason:
         log.skipped[step] = str(reason)
@@ -174,10 +179,12 @@ def _add(columns: Columns, line: int, values: dict[str, Any], above: Key = ()) -
     for name, value in values.items():
         kind = type(value)
         if kind is dict:
+            # Deeper than any key that the trainer writes: bounds the work on a corrupt file.
             if len(above) < 4:
                 _add(columns, line, value, (*above, name))
             continue
         if kind is float or kind is int:
+            # Infinity and NaN, which json accepts, and numbers whose sums overflow; the negation catches NaN.
             if not abs(value) < 1e300:
                 continue
         elif value is None:
@@ -263,6 +270,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
         raise ValueError(f"{twice} is given twice; pass each run folder once")
     depth = 1
+    # As many parent folders as make the names unique.
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -311,6 +319,7 @@ def _read_starts(run: Run) -> None:
             run.missing.append("run.json is corrupt: settings, versions and starts of the run are not known.")
     else:
         run.missing.append("run.json does not exist: settings, versions and starts of the run are not known.")
+    # Without run.json the sample log still has the first step and the ranks of each start.
     if run.starts:
         return
     for start in sorted((run.folder / "sample_log").glob("start-*/start.json")):
@@ -331,9 +340,11 @@ def _read_plans(run: Run) -> None:
             continue
         epoch = int(match[1])
         of_epoch = run.log.steps[epochs == epoch]
+        # A remainder has its step in its name; a whole epoch begins with its first recorded step.
         first = int(match[2]) if match[2] else int(of_epoch[0]) if len(of_epoch) else None
         try:
             plan = load_plan(path)
+        # A plan that is being written, or was when the run was killed.
         except (ValueError, OSError):
             run.missing.append(f"plan/{path.name} is corrupt: no planned metrics of it.")
             continue

@@ -37,6 +37,7 @@ def smooth(values: Floats, weights: Floats, window: int) -> Floats:
     if not weight.all():
         # Tiny instead of 0: a window of zeros would divide by zero.
         weight = np.maximum(weight, weight.max() * 1e-9) if weight.any() else np.ones(len(known))
+    # Differences of cumulative sums: linear time for any window.
     sums = np.cumsum(np.append(0.0, weight * values[known]))
     totals = np.cumsum(np.append(0.0, weight))
     last = np.arange(1, len(known) + 1)
@@ -76,6 +77,7 @@ def seconds_so_far(log: StepLog) -> Floats:
 
 def loss_at(log: StepLog, tokens: float) -> float | None:
     """Return the smoothed loss of the last step that ends within `tokens` tokens, None if there is none."""
+    # The loss of a skipped step may be the spike for which it was skipped.
     loss = np.where(applied(log), log.column("loss"), np.nan)
     curve = smooth(loss, log.column("trained_tokens"), window_of(len(log)))
     return last(curve[tokens_so_far(log) <= tokens])
@@ -177,6 +179,7 @@ def edge_means(values: Floats, weights: Floats) -> tuple[float, float] | None:
     if not len(known):
         return None
     size = min(len(known), max(3, len(known) // 10))
+    # Weights that are all 0 fall back to a plain mean.
     means = [mean(values[part], weights[part]) or mean(values[part]) for part in (known[:size], known[-size:])]
     return (float(means[0] or 0.0), float(means[1] or 0.0))
 
@@ -189,6 +192,7 @@ def validation_series(log: StepLog, kind: str) -> dict[str, Floats]:
 
 def bands_in_order(names: list[str]) -> list[str]:
     """Return the names of length bands, "1024", "2048", ..., shortest first."""
+    # A name of 16 digits or more is not a length, and its int() may take long.
     return sorted((name for name in names if name.isdecimal() and len(name) < 16), key=int)
 
 
@@ -196,6 +200,7 @@ def total_seconds_by_rank(log: StepLog) -> list[float]:
     """Return each rank's seconds of work, summed over the timing checks with the newest number of ranks."""
     if not log.work_by_rank:
         return []
+    # Work on different numbers of ranks cannot be added up.
     ranks = len(log.work_by_rank[-1][1])
     return np.sum([work for _, work in log.work_by_rank if len(work) == ranks], axis=0).tolist()
 

@@ -109,6 +109,7 @@ def fit_trade_offs(lengths: IntArray) -> PaperFit:
     seconds = np.array([row.seconds for row in TRADE_OFFS])
     series = np.array([row.series for row in TRADE_OFFS])
     best: tuple[float, FloatArray, float] = (np.inf, np.zeros(3), 1.0)
+    # The scale enters the fit nonlinearly: search it, solve the rest exactly.
     for scale in np.arange(0.5, 3.0, 0.005).tolist():
         target = np.where(series == 1, seconds / scale, seconds)
         x = relative_fit(columns, target)
@@ -122,6 +123,7 @@ def fit_trade_offs(lengths: IntArray) -> PaperFit:
         name="h100-80gb, fitted",
         linear_efficiency=hardware.linear_efficiency / x[0],
         attention_efficiency=hardware.attention_efficiency / x[0],
+        # A fitted cost of 0 is an infinitely fast exchange.
         exchange_efficiency=hardware.exchange_efficiency / x[1] if x[1] else np.inf,
     )
     model = dataclasses.replace(assumed, hardware=fitted, fixed_seconds=float(x[2]))
@@ -238,9 +240,7 @@ PAPER_MODELS = (
     PaperModel("qwen2_5_32b", 1.33, 32, ASSUMED_LEVELS),
     PaperModel("llama3_1_70b", 1.42, 32, ASSUMED_LEVELS),
     PaperModel("qwen2_5_72b", 1.40, 32, ASSUMED_LEVELS),
-    PaperModel(
-        "deepseek_v2_236b", 2.4, 256, (paper_level(8192, 1, None), paper_level(32768, 8, None)), expert_parallel=8
-    ),
+    PaperModel("deepseek_v2_236b", 2.4, 256, DEEPSEEK_LEVELS, expert_parallel=8),
 )
 
 

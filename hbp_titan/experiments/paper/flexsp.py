@@ -125,6 +125,7 @@ class _Planner:
         steps = math.ceil(math.log(max(self.capacities)) / math.log(GRID)) + 1
         grid = np.floor(GRID ** np.arange(steps)).astype(np.int64)
         self.grid = np.unique(np.append(grid[grid <= max(self.capacities)], self.capacities))
+        # Rounded up, so that a grouping that fits on the grid fits in reality.
         self.bucket_of = np.searchsorted(self.grid, lengths)
         # Of one sample of each grid length at each degree, [degrees][grid].
         self.seconds = [sample_seconds(model, level, self.grid).tolist() for level in levels]
@@ -135,6 +136,7 @@ class _Planner:
 
     def add_batch(self, samples: IntArray) -> None:
         """Sort by length, cut into the fewest micro-batches of equal tokens that can be placed, and place them."""
+        # Micro-batches of similar lengths, as in FlexSP.
         samples = samples[np.argsort(-self.lengths[samples], kind="stable")]
         running = np.cumsum(self.lengths[samples])
         num = max(1, math.ceil(int(running[-1]) / (self.model.world_size * max(self._capacity_per_rank()))))
@@ -144,6 +146,7 @@ class _Planner:
             placed = [self._place(chunk) for chunk in chunks]
             if all(groups is not None for groups in placed):
                 break
+            # First-fit may fail on a full micro-batch that an optimal grouping would hold.
             num += 1
         for chunk, groups in zip(chunks, placed, strict=True):
             self._keep(chunk, groups or [])
@@ -158,6 +161,7 @@ class _Planner:
         if best is None:
             return None
         cheapest = [min(seconds[b] * d for seconds, d in zip(self.seconds, self.degrees, strict=True)) for b in buckets]
+        # A lower bound: all work at its cheapest degree, spread over all ranks.
         low = sum(map(float.__mul__, cheapest, map(float, counts))) / self.model.world_size
         high = max(sum(self.seconds[k][b] * n for b, n in taken) for k, taken in best)
         while high > low * (1 + TOLERANCE):

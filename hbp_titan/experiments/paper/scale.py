@@ -54,6 +54,7 @@ def replay_methods(
     flexsp: FlexSPPlan | None = None
     for name in names:
         if name.startswith("flexsp"):
+            # Planned once for both of its forms: it is the slowest planner.
             flexsp = flexsp or plan_flexsp(lengths, flexsp_levels(levels[-1]), model, seed)
             replays[name] = replay_concurrent(flexsp, model) if name == "flexsp" else replay(flexsp.as_plan(), model)
             continue
@@ -139,6 +140,7 @@ def scale_lengths(context: int, world_size: int) -> IntArray:
     lengths = tulu3_longcite_like(num)
     # No sample of the short part is longer.
     long = lengths > 32_768
+    # Minus a constant, so that no sample exceeds the context.
     lengths[long] = lengths[long] * (context // BASE_CONTEXT) - (context // BASE_CONTEXT - 1)
     return lengths
 

@@ -107,6 +107,7 @@ def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
         raise ValueError("a study compares runs on the same levels; set [[levels]] or --levels")
     config.validation.enable = True
     config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False
+    # Again, because validation was switched on after load_config checked.
     check_values(config)
     return config
 
@@ -211,6 +212,7 @@ def difference(
 ) -> Difference | None:
     """Return the difference of a variant to `base` over their common seeds, None for fewer than two."""
     own, other = values_of(study, variant, value), values_of(study, base, value)
+    # Paired by seed: the difference then excludes what the seeds share, such as the initial weights.
     seeds = [seed for seed in own if seed in other]
     return paired_difference([own[s] for s in seeds], [other[s] for s in seeds]) if len(seeds) > 1 else None
 

@@ -175,6 +175,7 @@ class Run:
         described = self.folder / "run.toml"
         described.write_text(self.description, encoding="utf-8")
         root = str(Path(hbp_titan.__file__).resolve().parents[1])
+        # The run uses this checkout, also where another one is installed.
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}
         log = self.folder / "log.txt"
@@ -236,6 +237,7 @@ def make_runs(
     seeds: Sequence[int],
 ) -> list[Run]:
     """Return all runs, seed by seed: a study that is stopped has all variants of its finished seeds."""
+    # Before any run starts: levels that do not fit would fail in every one.
     check_levels(base.levels, launch.ranks)
     runs = []
     for seed in seeds:
@@ -281,6 +283,7 @@ def train_all(runs: Sequence[Run], parallel: int, report: Report) -> list[dict[s
             outcomes[index] = outcome
     waiting = [index for index in range(len(runs)) if index not in outcomes]
     report(f"{len(runs)} runs, {len(outcomes)} already finished; {parallel} at a time")
+    # Runs in parallel share the cores; otherwise each would start a thread per core.
     threads = max(1, (os.cpu_count() or 1) // parallel)
     with ThreadPoolExecutor(parallel) as pool:
         training = {pool.submit(runs[index].train, threads): index for index in waiting}
