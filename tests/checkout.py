@@ -1,7 +1,4 @@
-"""A checkout whose environment is the tests' own: run_train.sh and the scripts, without an installation.
-
-Owns that folder; nothing here checks anything.
-"""
+"""A copy of the repository for run_train.sh and the scripts, which uses the environment of the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_checkout(root: Path) -> Path:
-    """Make it at `root`; returns that. tiny.toml in it is a configuration without a key."""
+    """Copy the repository to `root` and return it; tiny.toml in it is an empty configuration."""
     for name in ("hbp_titan", "train_configs", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run_train.sh", root)

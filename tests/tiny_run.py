@@ -1,7 +1,4 @@
-"""A run small enough for tests: some rows of text, a tokenizer trained on them, a Llama of two layers.
-
-Owns the files of that run and the arguments that train it; nothing here checks anything.
-"""
+"""A run small enough for tests: some rows of text, a tokenizer trained on them, a Llama of two layers."""
 
 from __future__ import annotations
 
@@ -46,9 +43,9 @@ def _row(generator: np.random.Generator, num_words: int) -> dict[str, object]:
 
 
 def write_tiny_run(folder: Path, num_rows: int = 60, seed: int = 0) -> list[str]:
-    """Data, tokenizer and model configuration in `folder`; returns the command-line arguments of a run on them.
+    """Write data, tokenizer and model configuration into `folder`; return the command-line arguments of a run.
 
-    Of 15 rows nine have a few words, five 50 to 80 and one 260 to 340; a word takes one to two tokens.
+    Of 15 rows, nine have a few words, five 50 to 80 and one 260 to 340; a word takes one to two tokens.
     """
     generator = np.random.default_rng(seed)
     shapes = {0: (260, 340), **dict.fromkeys((3, 5, 8, 11, 14), (50, 80))}

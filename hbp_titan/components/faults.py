@@ -118,7 +118,7 @@ class NonFiniteGuard:
     def _advice(self) -> str:
         listed = f"{self.path} lists every sample id"
         if self.config.on_nonfinite == "stop":
-            return f"; {listed}; fix these rows, lower optimizer.lr, or set training.on_nonfinite = skip"
+            return f'; {listed}; fix these rows, lower optimizer.lr, or set training.on_nonfinite = "skip"'
         return f"; {self.steps} steps already skipped, as many as training.max_nonfinite_steps allows; {listed}"
 
     def _nonfinite_packs(self, plan: Plan) -> list[dict[str, Any]]:
