@@ -27,13 +27,9 @@ from typing import Any
 from hbp_titan.config import load_config
 from hbp_titan.data.sample_log import read_starts
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
+from hbp_titan.report.charts import Chart, side_by_side
 
 NAMES = {"whole": "without interruption", "elastic": "stopped and resumed"}
-_STYLE = (
-    "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;"
-    "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
-)
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
@@ -98,7 +94,7 @@ def draw(folder: Path) -> str:
     total = sum(step["tokens"] for step in runs[0])
     curves = {"training": [smoothed(steps, total / 12) for steps in runs], "validation": [*map(validated, runs)]}
     charts = []
-    for number, (kind, pair) in enumerate(curves.items()):
+    for kind, pair in curves.items():
         losses = [loss for curve in pair for _, loss in curve] or [0.0, 1.0]
         low, high = math.floor(min(losses) * 5) / 5, math.ceil(max(losses) * 5) / 5
         chart = Chart(f"{kind} loss", "tokens trained", "loss", (0, total), (low, high))
@@ -109,16 +105,11 @@ def draw(folder: Path) -> str:
             if start.counts:
                 end = sum(step["tokens"] for step in runs[1][: start.last_step])
                 chart.boundary(end, f"{start.world_size} rank{'s' if start.world_size > 1 else ''}")
-        position = f'<svg x="{number * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
-        charts.append(chart.svg().replace("<svg ", position, 1))
+        charts.append(chart)
     for number, name in enumerate(NAMES):
         ends = ", ".join(f"{kind} loss {pair[number][-1][1]:.4f}" for kind, pair in curves.items() if pair[number])
         print(f"{name}: {len(runs[number])} steps, {ends}")
-    width = WIDTH * len(curves)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
-        f'{_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(charts)}</svg>\n'
-    )
+    return side_by_side(charts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,10 @@ WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 46
 BUCKET = 1.5
 """Pixels along x for which a curve shows its lowest and its highest value; more would be drawn over each other."""
+DOCUMENT_STYLE = (
+    "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;--c2:#3a9a6b;--c3:#b0508e;"
+    "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
+)
 DEFAULT_STROKE = 'stroke-width="1.8"'
 MAX_DOTS = 60
 RAW = 'stroke-width="1" stroke-opacity="0.32"'
@@ -173,6 +177,19 @@ class Chart:
         if self.y_log:
             low, high, value = math.log2(low), math.log2(high), math.log2(max(value, low))
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - self.top) * min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+def side_by_side(charts: Sequence[Chart]) -> str:
+    """Return one SVG document with these charts, which needs no page around it."""
+    parts = []
+    for index, chart in enumerate(charts):
+        position = f'<svg x="{index * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
+        parts.append(chart.svg().replace("<svg ", position, 1))
+    width = WIDTH * len(charts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
+        f'{DOCUMENT_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
 
 
 def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> list[tuple[float, float]]:

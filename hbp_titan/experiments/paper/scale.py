@@ -19,7 +19,7 @@ from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS as PLAN_METHODS
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
 from hbp_titan.packing.ragged import IntArray, shuffled
-from hbp_titan.report.charts import HEIGHT, WIDTH, Chart
+from hbp_titan.report.charts import Chart, side_by_side
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
 from hbp_titan.tuning.time_model import ModelDims, Sharding, TimeModel, estimate_candidates, get_dims
@@ -201,12 +201,6 @@ def scale_table(scenarios: Sequence[Scenario]) -> str:
     return "\n".join(lines)
 
 
-_STYLE = (
-    "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;--c2:#3a9a6b;--c3:#b0508e;"
-    "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
-)
-
-
 def scale_svg(scenarios: Sequence[Scenario]) -> str:
     """Return one chart per model: speed-up of our plans over ISF by GPUs, one line per context."""
     names = list(dict.fromkeys(s.dims.name for s in scenarios))
@@ -214,17 +208,12 @@ def scale_svg(scenarios: Sequence[Scenario]) -> str:
     worlds = [s.world_size for s in scenarios]
     top = math.ceil(max((s.speed_up("hbp") for s in run), default=1.0))
     charts = []
-    for i, name in enumerate(names):
+    for name in names:
         x = (min(worlds), max(max(worlds), 2 * min(worlds)))
         chart = Chart(f"{name} (simulated)", "GPUs", "speed-up over ISF", x, (1.0, max(2.0, top)), x_log=True)
         for color, context in enumerate(sorted({s.context for s in scenarios})):
             own = sorted((s for s in run if s.dims.name == name and s.context == context), key=lambda s: s.world_size)
             chart.line([(s.world_size, s.speed_up("hbp")) for s in own], color % 4)
             chart.name(human_count(context, 1024), color % 4)
-        place = f'<svg x="{i * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
-        charts.append(chart.svg().replace("<svg ", place, 1))
-    width = WIDTH * len(names)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
-        f'{_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(charts)}</svg>\n'
-    )
+        charts.append(chart)
+    return side_by_side(charts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.preflight import max_sample_tokens, model_args
+from hbp_titan.report.charts import ticks
 
 _COMMON = (
     "--job.config_file=train_configs/debug_model.toml",
@@ -352,9 +352,11 @@ def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
 
     bottom = height - _BOTTOM
     parts = [f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>']
-    for tick in _ticks(low, high):
+    for tick in ticks(low, high):
         parts.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_signed(tick)}</text>')
+        parts.append(
+            f'<text x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{f"{tick:+.3g}" if tick else 0}</text>'
+        )
     parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{bottom}"/>')
     for number, row in enumerate(rows):
         y = _TOP + _ROW * (number + 0.5)
@@ -368,15 +370,3 @@ def _panel(title: str, rows: Sequence[Row], height: int) -> list[str]:
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     key = "worse to the right; bar: mean, line: 95% interval, dots: seeds"
     return [*parts, f'<text x="{middle:.1f}" y="{height - 8}" text-anchor="middle">{key}</text>']
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}" if value else "0"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return three to seven round numbers between low and high."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    while (high - low) / step > 7:
-        step *= 2 if (high - low) / step <= 14 else 5
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
