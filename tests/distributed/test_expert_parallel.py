@@ -1,8 +1,9 @@
-"""Expert-parallel gradients equal one process; the exchanges of a layer."""
+"""Experts: DeepSeek-V2 on two ranks against transformers on one, expert parallelism, and the exchanges of a layer."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
 
 from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PlanDataset
@@ -17,53 +19,115 @@ from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_p
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import BalanceState, MixtureOfExperts, sort_by_expert
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
 from hbp_titan.testing.local_ranks import run_distributed
-from tests.distributed.test_deepseek import RandomSamples
-from tests.models.deepseek_tiny import tiny_args
+from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
 
 SEED = 3
-ARGS = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
+PLAIN = tiny_args(4)
+BALANCED = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
+# 9 experts are not divisible by 2 ranks, so each rank has a half of every expert.
+ODD = tiny_args(4, moe={"n_routed_experts": 9, "n_group": 3})
+UPPER = Level(256, 2, ac_policy="full")
+GATHER = dataclasses.replace(UPPER, cp_style="allgather", ac_policy="keep_attention")
 LEVELS = (
     Level(64, 1),
     Level(128, 2, ac_policy="full"),
     Level(256, 4, cp_style="hybrid", ac_policy="keep_attention", ac_layers=2),
 )
-# test_fsdp.py has the same model without expert parallelism, with ep 2, and with ep 2 and two copies; test_deepseek.py
-# has it compiled.
+# test_fsdp.py has the same model on 4 ranks without expert parallelism, with ep 2, and with ep 2 and two copies.
 CASES = [
-    Case("ep 4", 4, LEVELS, expert_parallel=4),
-    Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2),
+    (PLAIN, Case("ulysses, full", 2, (Level(64, 1), UPPER))),
+    (PLAIN, Case("allgather, keep_attention", 2, (Level(64, 2), GATHER))),
+    (BALANCED, Case("ulysses, full, balance losses", 2, (Level(64, 1), UPPER))),
+    (BALANCED, Case("allgather, several steps", 2, (Level(64, 1), GATHER), global_batch_tokens=300)),
+    (BALANCED, Case("compiled, balance losses", 2, (Level(64, 1), UPPER), compile=True)),
+    (BALANCED, Case("compiled, ep 2", 2, (Level(64, 1), UPPER), compile=True, expert_parallel=2)),
+    (ODD, Case("9 experts", 2, (Level(64, 1), UPPER))),
+    (BALANCED, Case("ep 4", 4, LEVELS, expert_parallel=4)),
+    (BALANCED, Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2)),
 ]
 
 
-def _run(world: World, cases: list[Case]) -> list[Outcome]:
+class RandomSamples:
+    """Rows of random tokens; the second half of each is trained."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        sizes = [5, 40, 12, 200, 33, 7, 60, 110, 21, 3]
+        self.rows = [(generator.integers(0, 97, n), np.arange(n) >= n // 2) for n in sizes]
+        self.lengths = np.array(sizes)
+        self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[index]
+
+
+def _run(world: World, cases: list[tuple[ModelArgs, Case]]) -> list[Outcome]:
     config = load_config(["--compile.backend=aot_eager", f"--training.seed={SEED}"])
-    return [run_case(world, config, ARGS, case, RandomSamples()) for case in cases]  # type: ignore[arg-type]
+    return [run_case(world, config, args, case, RandomSamples()) for args, case in cases]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Outcome]:
-    return run_distributed(_run, 4, CASES)[0]
+def found() -> dict[str, Outcome]:
+    outcomes = {}
+    for world_size in (2, 4):
+        cases = [(args, case) for args, case in CASES if case.world_size == world_size]
+        results = run_distributed(_run, world_size, cases)[0]
+        outcomes |= {case.name: result for (_, case), result in zip(cases, results, strict=True)}
+    return outcomes
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
-def test_gradients_equal_one_process(found: list[Outcome], index: int) -> None:
-    samples: Any = RandomSamples()
-    difference = compare(reference(ARGS, SEED, samples, torch.device("cpu"))[1], found[index])
+def _transformers() -> Outcome:
+    ours = Decoder(PLAIN)
+    ours.init_weights(SEED)
+    theirs, samples = hf_model(ours), RandomSamples()
+    losses = []
+    for tokens, mask in samples.rows:
+        ids = torch.from_numpy(tokens)
+        kept = torch.from_numpy(mask[1:])
+        losses.append(F.cross_entropy(theirs(ids[None]).logits[0, :-1][kept], ids[1:][kept], reduction="sum"))
+    loss = torch.stack(losses).sum() / int(samples.loss_tokens.sum())
+    loss.backward()
+    return Outcome(loss.item(), {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+
+
+def _reference(args: ModelArgs) -> Outcome:
+    return reference(args, SEED, RandomSamples(), torch.device("cpu"))[1]  # type: ignore[arg-type]
+
+
+def _assert_equal(expected: Outcome, found: Outcome) -> None:
+    difference = compare(expected, found)
     assert difference.loss < 1e-6
     assert max(difference.grads.values()) < 1e-5, difference.grads
+
+
+@pytest.mark.parametrize("name", [case.name for args, case in CASES if args is PLAIN])
+def test_gradients_equal_transformers(found: dict[str, Outcome], name: str) -> None:
+    _assert_equal(_transformers(), Outcome(found[name].loss, in_hf_memory(found[name].grads)))
+
+
+@pytest.mark.parametrize(("args", "case"), [pytest.param(a, c, id=c.name) for a, c in CASES if a is not PLAIN])
+def test_gradients_equal_one_process(found: dict[str, Outcome], args: ModelArgs, case: Case) -> None:
+    _assert_equal(_reference(args), found[case.name])
+
+
+def test_missing_balance_losses_are_detected(found: dict[str, Outcome]) -> None:
+    difference = compare(_reference(PLAIN), found["ulysses, full, balance losses"])
+    assert math.isclose(difference.loss, 0, abs_tol=1e-6)
+    assert max(difference.grads.values()) > 1e-2
 
 
 def _send_all_to_one(world: World) -> list[float]:
     """Route all rows to the second rank; return the differences of output and gradients from unsharded experts."""
     torch.manual_seed(0)
-    moe = dataclasses.replace(ARGS.moe, num_experts_per_tok=2)
-    together, sharded = (MixtureOfExperts(ARGS.hidden_size, moe, BalanceState()) for _ in range(2))
+    moe = dataclasses.replace(BALANCED.moe, num_experts_per_tok=2)
+    together, sharded = (MixtureOfExperts(BALANCED.hidden_size, moe, BalanceState()) for _ in range(2))
     for parameter in together.parameters():
         torch.nn.init.normal_(parameter)
     sharded.load_state_dict(together.state_dict())
@@ -73,7 +137,7 @@ def _send_all_to_one(world: World) -> list[float]:
     )
     # Two copies of each of 4 tokens, for experts 5 and 7.
     order_S, counts_E = sort_by_expert(torch.tensor([[5, 7]] * 4), 8)
-    x_TH, weights_TK = torch.randn(2, 4, ARGS.hidden_size)[world.rank], torch.rand(4, 2)
+    x_TH, weights_TK = torch.randn(2, 4, BALANCED.hidden_size)[world.rank], torch.rand(4, 2)
     found = []
     for mixture in (together, sharded):
         inputs = [x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()]
@@ -98,16 +162,16 @@ def test_rows_are_sorted_by_expert_then_sender() -> None:
     ("args", "degree", "shards", "message"),
     [
         (get_flavor("debug"), 2, 4, "no experts"),
-        (ARGS, 3, 4, "4 ranks of one copy"),
-        (ARGS, 16, 16, "8 experts"),
-        (ARGS, 2, 64, "moe_intermediate_size"),
+        (BALANCED, 3, 4, "4 ranks of one copy"),
+        (BALANCED, 16, 16, "8 experts"),
+        (BALANCED, 2, 64, "moe_intermediate_size"),
     ],
 )
 def test_degree_that_does_not_fit(args: ModelArgs, degree: int, shards: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_experts(args, degree, shards)
-    check_experts(ARGS, 8, 8)
-    check_experts(dataclasses.replace(ARGS, moe=None), 1, 4)
+    check_experts(BALANCED, 8, 8)
+    check_experts(dataclasses.replace(BALANCED, moe=None), 1, 4)
 
 
 def _count_exchanges(world: World) -> dict[str, tuple[list[str], list[str]]]:
@@ -118,10 +182,10 @@ def _count_with(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
     """Return the exchanges of a forward and of its backward."""
     config = load_config(["--parallelism.expert_parallel_degree=2", f"--training.seed={SEED}"])
     config.levels = [Level(64, 1, ac_policy=ac_policy)]
-    engine = Engine(config, ARGS, world)
+    engine = Engine(config, BALANCED, world)
     plan = build_plan(np.array([64, 60]), config.levels, world.size, loss_tokens=np.array([34, 30]))
     samples = SimpleNamespace(sample=lambda i: (np.arange(64)[: [64, 60][i]] % 97, np.arange([64, 60][i]) > 29))
-    batch = PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, ARGS.num_kv_heads))[0]  # type: ignore[arg-type]
+    batch = PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, BALANCED.num_kv_heads))[0]  # type: ignore[arg-type]
     calls: list[str] = []
     exchange, count = ExpertExchange.exchange, ExpertExchange.count
 
@@ -143,7 +207,7 @@ def _count_with(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
 
 
 def test_exchanges_of_a_layer() -> None:
-    sparse = sum(ARGS.is_sparse(layer) for layer in range(ARGS.num_layers))
+    sparse = sum(BALANCED.is_sparse(layer) for layer in range(BALANCED.num_layers))
     for policy, (forward, backward) in run_distributed(_count_exchanges, 2)[0].items():
         assert forward == ["count", "rows", "rows"] * sparse
         # Gradients of both; a recomputation sends the rows to the experts again and stops before the outputs.

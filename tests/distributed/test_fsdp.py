@@ -22,7 +22,7 @@ from hbp_titan.engine import Engine
 from hbp_titan.packing import Level
 from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
 from hbp_titan.testing.local_ranks import run_distributed
-from tests.distributed.test_deepseek import RandomSamples
+from tests.distributed.test_expert_parallel import RandomSamples
 from tests.models.deepseek_tiny import tiny_args
 
 SEED = 3

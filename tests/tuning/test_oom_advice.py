@@ -133,20 +133,25 @@ def test_change_saves_more_than_was_missing_if_the_estimate_is_low() -> None:
     assert (search.limit, bias) == (estimated - 6 * GIB, 0)
 
 
-def test_parameters_kept_after_forward_are_freed() -> None:
-    # bfloat16 parameters of all layers are 13 GiB.
-    context = _context(8, 32.0, ("--levels=8192:8:ulysses:full", "--parallelism.reshard_after_forward=false"))
+@pytest.mark.parametrize(
+    ("world_size", "gib", "words", "setting"),
+    [
+        # bfloat16 parameters of all layers are 13 GiB.
+        (
+            *(8, 32.0, ("--levels=8192:8:ulysses:full", "--parallelism.reshard_after_forward=false")),
+            "parallelism.reshard_after_forward = true",
+        ),
+        (
+            *(1, 75.0, ("--model.flavor=llama3_2_1b", "--levels=65536:1:ulysses:full")),
+            "training.loss_chunk_tokens = 256",
+        ),
+    ],
+)
+def test_advice_outside_of_the_level(world_size: int, gib: float, words: tuple[str, ...], setting: str) -> None:
+    context = _context(world_size, gib, (*words, "--training.loss_chunk_tokens=65536"))
     _, change = context.lines(_error(context, 0))
-    assert " set parallelism.reshard_after_forward = true; as overrides: " in change
-    assert " --parallelism.reshard_after_forward=true (" in change
-
-
-def test_fewer_logits_at_a_time_if_they_are_the_cause() -> None:
-    words = ("--model.flavor=llama3_2_1b", "--levels=65536:1:ulysses:full", "--training.loss_chunk_tokens=65536")
-    context = _context(1, 75.0, words)
-    _, change = context.lines(_error(context, 0))
-    assert "set training.loss_chunk_tokens = 256; as overrides: " in change
-    assert " --training.loss_chunk_tokens=256 (" in change
+    assert f"set {setting}" in change
+    assert f" --{setting.replace(' ', '')}" in change
 
 
 def test_state_that_does_not_fit() -> None:
