@@ -1,4 +1,4 @@
-"""The layout of a pack by literals: labels, positions, borders, padding and shards."""
+"""The layout of a pack by literals: labels, positions, boundaries, padding and shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = IGNORE_INDEX
 
 
 class Samples:
-    """Two samples: a user token and trained tokens (1), as a token store hands them out."""
+    """Two samples: a user token and trained tokens (1), as a token store returns them."""
 
     rows: tuple[tuple[Any, Any], ...] = (([11, 12, 13], [0, 1, 1]), ([21, 22], [1, 1]), ([31], [1]))
 

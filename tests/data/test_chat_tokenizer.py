@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def reference(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def trained_text(tokenizer: ChatTokenizer, messages: list[dict[str, Any]]) -> str:
-    ids, mask = tokenizer.encode(messages)
+def trained_text(tokenizer: ChatTokenizer, messages: list[dict[str, Any]], tools: Any = None) -> str:
+    ids, mask = tokenizer.encode(messages, tools)
     return tokenizer.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
 
 
@@ -398,10 +399,11 @@ def test_ids_equal_transformers_and_rejections_are_errors(
     assert mask.all()
 
 
+loaded = functools.cache(ChatTokenizer)
+
+
 def trained(folder: Path, messages: list[dict[str, Any]], train_on: str = "assistant", tools: Any = None) -> str:
-    tokenizer = ChatTokenizer(folder, train_on)
-    ids, mask = tokenizer.encode(messages, tools)
-    return tokenizer.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
+    return trained_text(loaded(folder, train_on), messages, tools)
 
 
 # What each family writes for an answer "<text>" after the prompt that asks for it.
@@ -512,8 +514,8 @@ def test_the_day_does_not_enter_the_text(folders: dict[str, Path], tmp_path: Pat
     template = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}"
     folder = make_family("llama3_1", tmp_path)
     (folder / "chat_template.jinja").write_text(template)
-    assert trained(folder, chat("a"), "all") == "26 Jul 2024"
+    assert trained_text(ChatTokenizer(folder, "all"), chat("a")) == "26 Jul 2024"
     assert "Today Date: 26 Jul 2024\n\n" in trained(folders["llama3_1"], chat("a"), "all")
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
     with pytest.raises(ValueError, match="'strftime_now' is undefined"):
-        trained(folder, chat("a"), "all")
+        trained_text(ChatTokenizer(folder, "all"), chat("a"))

@@ -49,7 +49,7 @@ def test_a_cut_keeps_the_last_trained_span_where_it_can(
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30), max_tokens=st.integers(1, 32))
-@examples(200)
+@examples(120)
 def test_a_cut_is_the_head_and_one_later_part_of_the_sample(mask: list[bool], max_tokens: int) -> None:
     size = len(mask)
     ids, trained = truncate(np.arange(size, dtype=np.uint32), np.array(mask), max_tokens)
@@ -123,7 +123,7 @@ def test_each_piece_has_the_tools() -> None:
     system=st.integers(0, 3),
     max_tokens=st.integers(1, 25),
 )
-@examples(150)
+@examples(100)
 def test_pieces_are_the_longest_that_fit_as_a_search_one_by_one_finds_them(
     sizes: list[int], system: int, max_tokens: int
 ) -> None:
