@@ -206,13 +206,7 @@ def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scal
 
     _check_half_precision("fa2", q_TND.dtype)
     return flash_attn_varlen_func(
-        q_TND,
-        k_SKD,
-        v_SKD,
-        group.cu_seqlens_q,
-        group.cu_seqlens_k,
-        group.max_seqlen_q,
-        group.max_seqlen_k,
+        *(q_TND, k_SKD, v_SKD, *_lengths(group)),
         softmax_scale=scale,
         causal=True,
         # Its backward sums in a varying order by default; torch's own kernel follows the global switch.
@@ -226,16 +220,7 @@ def _torch(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, sc
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if _TORCH_HAS_GQA:
         options["enable_gqa"] = True
-    o_TND = varlen_attn(
-        q_TND,
-        k_SKD,
-        v_SKD,
-        group.cu_seqlens_q,
-        group.cu_seqlens_k,
-        group.max_seqlen_q,
-        group.max_seqlen_k,
-        **options,
-    )
+    o_TND = varlen_attn(q_TND, k_SKD, v_SKD, *_lengths(group), **options)
     assert isinstance(o_TND, Tensor)
     return o_TND
 
@@ -252,6 +237,10 @@ def _reference(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup
         weights_NLM = scores_NLM.masked_fill(future_LM, -torch.inf).softmax(dim=-1)
         outputs.append(torch.einsum("nqk,knd->qnd", weights_NLM, v_MKD.repeat_interleave(repeats, dim=1)))
     return torch.cat(outputs)
+
+
+def _lengths(group: DocumentGroup) -> tuple[Tensor, Tensor, int, int]:
+    return group.cu_seqlens_q, group.cu_seqlens_k, group.max_seqlen_q, group.max_seqlen_k
 
 
 def _check_half_precision(backend: str, dtype: torch.dtype) -> None:

@@ -64,29 +64,11 @@ _DEEPSEEK_V2: dict[str, Any] = {
         "mscale_all_dim": 0.707,
     },
 }
+_DIMS = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
-def _flavor(
-    family: dict[str, Any],
-    name: str,
-    hidden: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    **other: Any,
-) -> ModelArgs:
-    return ModelArgs(
-        name=name,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        **{**family, **other},
-    )
+def _flavor(family: dict[str, Any], name: str, *dims: int, **other: Any) -> ModelArgs:
+    return ModelArgs(name=name, **{**family, **dict(zip(_DIMS, dims, strict=True)), **other})
 
 
 def _to_128k(args: ModelArgs) -> ModelArgs:
@@ -142,15 +124,16 @@ _LONG_QWEN2_5 = (
     _flavor(_QWEN2_5, "qwen2_5_72b", 8192, 29568, 80, 64, 8, 128),
 )
 _SHORT = {"vocab_size": 151936, "max_position_embeddings": 32768, "norm_eps": 1e-6, "tie_embeddings": True}
-_EXPERTS_236B = {
-    "n_routed_experts": 160,
-    "moe_intermediate_size": 1536,
-    "topk_method": "group_limited_greedy",
-    "n_group": 8,
-    "topk_group": 3,
-    "routed_scaling_factor": 16.0,
-}
-_EXPERTS_16B = {"n_routed_experts": 64, "moe_intermediate_size": 1408}
+_EXPERTS_236B = _deepseek_experts(
+    1536,
+    n_routed_experts=160,
+    moe_intermediate_size=1536,
+    topk_method="group_limited_greedy",
+    n_group=8,
+    topk_group=3,
+    routed_scaling_factor=16.0,
+)
+_EXPERTS_16B = _deepseek_experts(None, n_routed_experts=64, moe_intermediate_size=1408)
 
 FLAVORS: dict[str, ModelArgs] = {
     args.name: args
@@ -169,14 +152,8 @@ FLAVORS: dict[str, ModelArgs] = {
         _flavor(_QWEN3, "qwen3_4b", 2560, 9728, 36, 32, 8, 128, tie_embeddings=True),
         _flavor(_QWEN3, "qwen3_8b", 4096, 12288, 36, 32, 8, 128),
         _flavor(_QWEN3, "qwen3_32b", 5120, 25600, 64, 64, 8, 128),
-        _flavor(
-            *(_DEEPSEEK_V2, "deepseek_v2_236b", 5120, 12288, 60, 128, 128, 192),
-            **_deepseek_experts(1536, **_EXPERTS_236B),
-        ),
-        _flavor(
-            *(_DEEPSEEK_V2, "deepseek_v2_lite_16b", 2048, 10944, 27, 16, 16, 192),
-            **_deepseek_experts(None, **_EXPERTS_16B),
-        ),
+        _flavor(_DEEPSEEK_V2, "deepseek_v2_236b", 5120, 12288, 60, 128, 128, 192, **_EXPERTS_236B),
+        _flavor(_DEEPSEEK_V2, "deepseek_v2_lite_16b", 2048, 10944, 27, 16, 16, 192, **_EXPERTS_16B),
     )
 }
 

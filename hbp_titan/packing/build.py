@@ -43,15 +43,13 @@ PACK_STREAM, BALANCE_STREAM, SCHEDULE_STREAM = 0, 1, 2
 
 # (lengths, levels, world_size, stream) -> packs of positions in `lengths` per level, in any number.
 LevelPacker = Callable[[IntArray, Sequence[Level], int, Stream], list[Ragged]]
-# (tokens, sum_sq, cost, stream) -> order of the packs; tokens, sum_sq: int64 [num_packs].
-Balancer = Callable[[IntArray, IntArray, CostModel, Stream], IntArray]
 
 
 class Method(NamedTuple):
-    """How packs are made and ordered. summary: one line for tables and help."""
+    """How packs are made and ordered. balance: as in _balanced_order. summary: one line for tables and help."""
 
     pack: LevelPacker
-    balance: Balancer
+    balance: str
     summary: str
 
 
@@ -67,35 +65,13 @@ def _flat(packer: str, lengths: IntArray, levels: Sequence[Level], world_size: i
     return [EMPTY] * (len(levels) - 1) + [PACKERS[packer].pack(lengths, levels[-1].max_tokens, stream)]
 
 
-def _by_cost(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
-    return np.argsort(-cost.cost(tokens, sum_sq), kind="stable")
-
-
-def _by_attention(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
-    return np.argsort(-sum_sq, kind="stable")
-
-
-def _in_random_order(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
-    return shuffled(len(tokens), *stream)
-
-
-def _as_packed(tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
-    return np.arange(len(tokens))
-
-
 METHODS: dict[str, Method] = {
-    "hbp": Method(_hbp, _by_cost, "levels, even packs, largest-first fill, balanced by modelled time"),
-    "hbp_paper": Method(
-        _hbp_paper, _by_attention, "levels as the paper prints it: ISF, greedy fill, sort by sum(len^2)"
-    ),
-    "flat_sorted": Method(
-        partial(_flat, "bfd"), _by_cost, "one length, best-fit decreasing, balanced by modelled time"
-    ),
+    "hbp": Method(_hbp, "cost", "levels, even packs, largest-first fill, balanced by modelled time"),
+    "hbp_paper": Method(_hbp_paper, "attention", "levels as the paper prints it: ISF, greedy fill, sort by sum(len^2)"),
+    "flat_sorted": Method(partial(_flat, "bfd"), "cost", "one length, best-fit decreasing, balanced by modelled time"),
     **{
         # "sorted" puts similar packs into one iteration; a shuffle would undo it.
-        name: Method(
-            partial(_flat, name), _as_packed if name == "sorted" else _in_random_order, f"one length: {packer.source}"
-        )
+        name: Method(partial(_flat, name), "kept" if name == "sorted" else "shuffled", f"one length: {packer.source}")
         for name, packer in PACKERS.items()
     },
 }
@@ -240,10 +216,9 @@ def _pack_and_schedule(template: Plan, sample_ids: IntArray | None = None) -> Pl
 
     balanced = []
     for level, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
-        order = method.balance(
-            tokens[start:end], sum_sq[start:end], template.costs[level], (*stream, BALANCE_STREAM, level)
-        )
-        balanced.append(start + order)
+        of_level, level_stream = slice(start, end), (*stream, BALANCE_STREAM, level)
+        cost = template.costs[level]
+        balanced.append(start + _balanced_order(method.balance, tokens[of_level], sum_sq[of_level], cost, level_stream))
     level_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds) // template.dp_degrees)
     iterations = Ragged(np.concatenate(balanced), offsets_of(template.dp_degrees[level_of]))
 
@@ -262,6 +237,15 @@ def _pack_and_schedule(template: Plan, sample_ids: IntArray | None = None) -> Pl
         level_of_iteration=level_of[steps.ids],
         step_offsets=steps.offsets,
     )
+
+
+def _balanced_order(by: str, tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
+    """Return the order of a level's packs by descending "cost" or "attention", "shuffled", or "kept" as packed."""
+    if by == "cost":
+        return np.argsort(-cost.cost(tokens, sum_sq), kind="stable")
+    if by == "attention":
+        return np.argsort(-sum_sq, kind="stable")
+    return shuffled(len(tokens), *stream) if by == "shuffled" else np.arange(len(tokens))
 
 
 def _whole_iterations(packs: Ragged, dp_degree: int) -> Ragged:

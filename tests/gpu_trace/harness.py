@@ -1,17 +1,13 @@
-"""The real engine on tensors without data: what a rank of a GPU job would run, recorded operator by operator.
+"""The real engine on fake tensors: what a rank of a GPU job would run, recorded operator by operator.
 
-`TracedEngine` builds a preset's model (real widths and head counts, few layers), applies every parallel form to it in a
-fake world, and runs micro-batches under torch's FakeTensorMode with a CUDA attention backend forced. Nothing is
-computed and nothing allocated, so 128K tokens of a 70B shape take a second. What is real: the configuration, the
-engine, FSDP2, context and expert parallelism, checkpointing, torch.compile with dynamo and AOTAutograd, and the
-documents' lengths. What is not: kernels (their fake implementations give shapes) and other ranks.
+`TracedEngine` builds a preset's model (real widths, few layers), parallelizes it in a fake world and runs micro-batches
+under FakeTensorMode with a forced CUDA attention backend, so 128K tokens of a 70B shape take a second. Real: the
+configuration, the engine, FSDP2, context and expert parallelism, checkpointing, dynamo and AOTAutograd, the documents'
+lengths. Not real: kernels (their fake implementations give shapes) and other ranks. A value that the host reads from
+the device (`.item()`, `.tolist()`, a branch on a tensor) raises DataDependentOutputException.
 
-A value that the host reads from the device (`.item()`, `.tolist()`, a branch on a tensor) raises
-DataDependentOutputException, because a fake tensor has no value.
-
-Device: a CPU build of torch has no device guard for CUDA, so tensors lie on "cpu" and the backend is forced.
-HBP_TRACE_DEVICE=cuda puts them on "cuda" where a CUDA build of torch is installed; without a GPU autograd still refuses
-that device ("hasPrimaryContext"), and only forward runs.
+A CPU build of torch has no device guard for CUDA, so tensors are on "cpu". HBP_TRACE_DEVICE=cuda puts them on "cuda"
+with a CUDA build; without a GPU autograd rejects that device ("hasPrimaryContext"), and only forward runs.
 """
 
 from __future__ import annotations
@@ -57,14 +53,14 @@ DEVICE = os.environ.get("HBP_TRACE_DEVICE", "cpu")
 CAN_DIFFERENTIATE = DEVICE == "cpu" or torch.cuda.is_available()
 
 MAX_DOCUMENTS = 64
-"""Documents of the fullest pack of a plan; the balance loss of experts has an entry for each, used or not."""
+"""Maximum documents of a pack; the balance loss of experts has an entry for each, used or not."""
 
 Operator = torch._ops.OpOverload
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One operator call: its arguments by name, tensors as they were handed over."""
+    """One operator call with its arguments by name."""
 
     name: str
     arguments: dict[str, Any]
@@ -77,14 +73,14 @@ class Recorder(TorchDispatchMode):
     still be writing it; on the CPU and with fake tensors nothing else would show.
     """
 
-    # Operators that take graphs appear in compiled regions only, and are not of interest.
+    # Operators that take graphs appear only in compiled regions and are not recorded.
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.races: list[str] = []
-        # Held with their tensors: the address of a freed storage may come again.
+        # Kept with their tensors, because the address of a freed storage may be reused.
         self._unfinished: dict[int, Tensor] = {}
 
     @classmethod
@@ -109,7 +105,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def products(self, without: int) -> int:
-        """Matrix products executed, but for those with a dimension of size `without` (the head's vocabulary)."""
+        """Return the number of matrix products without a dimension of size `without` (the head's vocabulary)."""
         sizes = (
             [size for x in call.arguments.values() if isinstance(x, Tensor) for size in x.shape]
             for call in self.calls
@@ -118,12 +114,12 @@ class Recorder(TorchDispatchMode):
         return sum(without not in shape for shape in sizes)
 
     def collectives(self) -> Counter[str]:
-        """Collectives of context and expert parallelism, by kind."""
+        """Return the number of collectives of context and expert parallelism by kind."""
         kinds = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
         return Counter(kind for call in self.calls for kind in kinds if call.name == f"_c10d_functional::{kind}")
 
     def fsdp_collectives(self) -> dict[str, list[int]]:
-        """Elements of the whole parameters that FSDP2 gathered and of the gradients that it reduced, in order."""
+        """Return the unsharded elements that FSDP2 gathered and reduced, in order."""
         return {
             "gathered": [call.arguments["output_tensor"].numel() for call in self.named("_allgather_base_")],
             "reduced": [call.arguments["input_tensor"].numel() for call in self.named("_reduce_scatter_base_")],
@@ -131,11 +127,11 @@ class Recorder(TorchDispatchMode):
 
     @property
     def unfinished(self) -> int:
-        """Collectives that nothing has waited for."""
+        """Number of collectives without a wait."""
         return len(self._unfinished)
 
     def named(self, *words: str) -> list[Call]:
-        """The calls whose operator's name contains one of `words`."""
+        """Return the calls whose operator's name contains one of `words`."""
         return [call for call in self.calls if any(word in call.name for word in words)]
 
     def count(self, *words: str) -> int:
@@ -144,7 +140,7 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def _defaults(operator: Operator) -> dict[str, Any]:
-    """Its arguments in order, with their defaults."""
+    """Return an operator's arguments in order, with their defaults."""
     return {argument.name: argument.default_value for argument in operator._schema.arguments}
 
 
@@ -179,13 +175,13 @@ class RecordingBackend:
         return compile_graph
 
     def operators(self) -> Counter[str]:
-        """Names of the operators of all graphs, with their number."""
+        """Return the number of each operator in all graphs."""
         nodes = (node for _, graph in self.graphs for node in graph.graph.nodes if node.op == "call_function")
         return Counter(str(node.target) for node in nodes)
 
 
 class TokenCounts:
-    """A token store of samples of known lengths, every token trained."""
+    """A token store of samples of given lengths, every token with a loss."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
@@ -195,10 +191,9 @@ class TokenCounts:
 
 
 class TracedEngine:
-    """A preset's engine on rank 0 of a fake world; use it as a context manager.
+    """A preset's engine on rank 0 of a fake world, as a context manager.
 
-    preset: a file of train_configs. argv: further settings. levels: in place of the preset's. layers: how many.
-    backend: of attention, as model.attention_backend names it.
+    preset: a file of train_configs. argv: overrides. levels: replace the preset's. backend: model.attention_backend.
     """
 
     def __init__(
@@ -238,7 +233,7 @@ class TracedEngine:
             stack.enter_context(mock.patch.object(ExpertExchange, "__call__", _even_exchange(ExpertExchange.__call__)))
             stack.enter_context(_without_streams())
             world = stack.enter_context(fake_world(self.world_size, torch.device(DEVICE)))
-            # TOML and the command line have no name for a backend that is an object.
+            # A backend object cannot be given in TOML or on the command line.
             self.config.compile.backend = self.backend  # type: ignore[assignment]
             with mock.patch.object(fsdp, "fully_shard", self._fake_on_cuda(fsdp.fully_shard)):
                 model, runtime = parallelized_on_meta(self.config, self.args, world, torch.device(DEVICE))
@@ -253,7 +248,7 @@ class TracedEngine:
         return self
 
     def _fake_on_cuda(self, shard: Callable[..., Any]) -> Callable[..., Any]:
-        """FSDP2 makes tensors of its own on its device; meshes read the values of theirs, which therefore stay real."""
+        """Return fully_shard with FSDP2's own tensors fake; meshes read values of theirs, which stay real."""
         place = DeviceMesh._compute_coordinate_on_dim
 
         def place_without_fakes(device_mesh: DeviceMesh) -> Any:
@@ -271,7 +266,7 @@ class TracedEngine:
         torch._dynamo.reset()
 
     def batch(self, level: int, lengths: Sequence[int]) -> PackedBatch:
-        """This rank's share of a pack of documents of `lengths`, its tensors without values."""
+        """Return this rank's shard of a pack of documents of `lengths`, as fake tensors."""
         shape = self.config.levels[level]
         whole = make_batch(TokenCounts(lengths), range(len(lengths)), shape, level, MAX_DOCUMENTS)
         shard = shard_batch(whole, 0, shape.cp_degree, shape.cp_shape(self.args.num_kv_heads)[0])
@@ -279,7 +274,7 @@ class TracedEngine:
         return PackedBatch(**tree_map_only(Tensor, self._fake, fields))
 
     def _fake(self, real: Tensor) -> Tensor:
-        # Both are kept: the address of a freed tensor may come again.
+        # Both are kept, because the id of a freed tensor may be reused.
         if id(real) not in self._fakes:
             with self.mode:
                 fake = torch.empty(real.shape, dtype=real.dtype, device=DEVICE)
@@ -288,11 +283,11 @@ class TracedEngine:
         return self._fakes[id(real)]
 
     def value(self, fake: Tensor) -> Tensor:
-        """What a tensor of a batch would hold."""
+        """Return the real tensor of a batch's fake tensor."""
         return self._reals[id(fake)]
 
     def kernel_calls(self, recorder: Recorder) -> list[KernelCall]:
-        """The calls of attention kernels, in their order."""
+        """Return the calls of attention kernels in order."""
         return [self._kernel_call(call) for call in recorder.calls if call.name in _KERNELS]
 
     def _kernel_call(self, call: Call) -> KernelCall:
@@ -314,15 +309,14 @@ class TracedEngine:
         )
 
     def graphs_of(self, *functions: Callable[..., Any]) -> int:
-        """How many graphs torch.compile has made of these functions."""
+        """Return the number of graphs that torch.compile has made of these functions."""
         return sum(len(_debug_get_cache_entry_list(function.__code__)) for function in functions)
 
     def run(self, level: int, lengths: Sequence[int], grad: bool = True) -> Recorder:
-        """One micro-batch, forward and backward; without `grad` validation's forward."""
+        """Run one micro-batch, forward and backward; without `grad`, validation's forward."""
         return self.run_batch(self.batch(level, lengths), grad)
 
     def run_batch(self, batch: PackedBatch, grad: bool = True) -> Recorder:
-        """As `run`."""
         with self.mode, Recorder() as recorder:
             if grad and CAN_DIFFERENTIATE:
                 self.engine.forward_backward(batch)
@@ -333,7 +327,7 @@ class TracedEngine:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """What an attention kernel was called with. lengths: queries and keys of each document, from cu_seqlens."""
+    """The arguments of an attention kernel. lengths: queries and keys of each document, from cu_seqlens."""
 
     backward: bool
     tensors: tuple[Tensor, ...]
@@ -345,7 +339,7 @@ class KernelCall:
     scale: float
 
     def check(self, scale: float) -> None:
-        """Assert what every flash kernel takes for granted, and that the call launches no block without need."""
+        """Assert the preconditions of every flash kernel, and that max_seqlen is no larger than needed."""
         q_TND, k_SKD, v_SKD = self.tensors
         assert min(self.lengths_q) > 0, "a document without a query reached a kernel"
         assert all(queries <= keys for queries, keys in zip(self.lengths_q, self.lengths_k, strict=True))
@@ -359,7 +353,7 @@ class KernelCall:
         assert k_SKD.shape == v_SKD.shape
         for tensor in self.tensors:
             assert tensor.dtype == torch.bfloat16
-            # Heads lie dense, rows anywhere that 16-byte loads reach.
+            # Heads are contiguous; rows may be strided as long as 16-byte loads are aligned.
             assert tensor.stride(2) == 1
             assert tensor.stride(1) == tensor.shape[2]
             assert tensor.stride(0) % 8 == 0
@@ -384,12 +378,12 @@ _KERNELS = {
     "flash_attn::_flash_attn_varlen_forward": _FLASH_NAMES,
     "flash_attn::_flash_attn_varlen_backward": _FLASH_NAMES,
 }
-"""Operators of kernels, and what they call the arguments."""
+"""Operators of kernels, with their names of the arguments."""
 
 
 @contextmanager
 def _attention_backend(name: str) -> Iterator[None]:
-    """Select a backend whether its package is installed or not: fake implementations need no kernel."""
+    """Select a backend even if its package is not installed: fake implementations need no kernel."""
     with mock.patch.object(attention, "missing", return_value=""), kernels.installed(name):
         attention.set_backend(name)
         try:
@@ -400,7 +394,7 @@ def _attention_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def _without_streams() -> Iterator[None]:
-    """For fake tensors on "cuda" without a GPU: FSDP2 gets the streams and events of torch.cpu, which do nothing."""
+    """For fake tensors on "cuda" without a GPU, give FSDP2 the streams and events of torch.cpu, which do nothing."""
     if DEVICE == "cpu" or torch.cuda.is_available():
         yield
         return
@@ -411,7 +405,7 @@ def _without_streams() -> Iterator[None]:
         getattr(package, name) for name in ("_fsdp_collectives", "_fsdp_init", "_fsdp_param_group", "_fsdp_state")
     ]
     with ExitStack() as stack:
-        # The first collective of each group is run with real tensors.
+        # The first collective of each group uses real tensors.
         stack.enter_context(mock.patch.object(mesh, "_connect"))
         for module in modules:
             stack.enter_context(mock.patch.object(module, "_get_device_handle", return_value=handle))
@@ -419,7 +413,7 @@ def _without_streams() -> Iterator[None]:
 
 
 def _even_exchange(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An expert exchange whose host need not read the counts: every rank sends each rank the same number of rows."""
+    """Return an expert exchange with even row counts, which the host then need not read from the device."""
 
     def exchange_rows(
         exchange: ExpertExchange, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor

@@ -1,8 +1,8 @@
-"""The CUDA kernels' places taken by reference attention on the CPU, behind the packages' and torch's real interfaces.
+"""Reference attention on the CPU in place of CUDA kernels, behind the real interfaces of torch and the packages.
 
-`installed(name)` makes a backend of models/attention.py callable on this machine: its package is one of stubs/, torch's
-registry and the code between it and the package is torch's own. What reaches a kernel with wrong arguments (a lost
-causal mask, swapped lengths, a document without a query) is then found by comparing results.
+`installed(name)` makes a backend of models/attention.py callable without a GPU: its package is one of stubs/, while
+torch's registry and glue code are torch's own. Wrong arguments (a lost causal mask, swapped lengths, a document without
+a query) then show in the results.
 
 Shape suffixes: T queries, S keys, N query heads, K key/value heads, D head width, L and M queries and keys of one
 document.
@@ -25,7 +25,7 @@ from hbp_titan.models import attention
 
 STUBS = Path(__file__).parent / "stubs"
 CALLS: list[dict[str, Any]] = []
-"""Arguments of the kernels' calls: max_seqlen of queries and keys where they take it; in backward deterministic."""
+"""Arguments of the kernels' calls: max_seqlen of queries and keys if they take it; in backward deterministic."""
 _PACKAGES = ("flash_attn", "flash_attn_interface")
 _LOADED: dict[str, dict[str, Any]] = {}
 
@@ -33,7 +33,7 @@ _LOADED: dict[str, dict[str, Any]] = {}
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each document, aligned at the bottom right: o_TND and the float32 logsumexp_NT."""
+    """Return o_TND and the float32 logsumexp_NT of causal attention per document, aligned at the bottom right."""
     outputs, sums = [], []
     for q_NLD, k_NMD, v_NMD in _documents(q, k, v, cu_seqlens_q, cu_seqlens_k):
         scores_NLM = _scores(q_NLD, k_NMD, scale)
@@ -45,7 +45,7 @@ def forward(
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """dq, dk and dv of `forward`; by hand, because operators run below autograd."""
+    """Return dq, dk and dv of `forward`, written out because operators run below autograd."""
     parts: tuple[list[Tensor], ...] = ([], [], [])
     lengths = cu_seqlens_q.diff().tolist()
     documents = _documents(q, k, v, cu_seqlens_q, cu_seqlens_k)
@@ -53,8 +53,8 @@ def backward(
         dout_NLD = dout_LND.transpose(0, 1)
         weights_NLM = _scores(q_NLD, k_NMD, scale).softmax(-1)
         dweights_NLM = dout_NLD @ v_NMD.transpose(1, 2)
-        centre_NL1 = (dweights_NLM * weights_NLM).sum(-1, keepdim=True)
-        dscores_NLM = weights_NLM * (dweights_NLM - centre_NL1) * scale
+        center_NL1 = (dweights_NLM * weights_NLM).sum(-1, keepdim=True)
+        dscores_NLM = weights_NLM * (dweights_NLM - center_NL1) * scale
         parts[0].append(dscores_NLM @ k_NMD)
         parts[1].append(dscores_NLM.transpose(1, 2) @ q_NLD)
         parts[2].append(weights_NLM.transpose(1, 2) @ dout_NLD)
@@ -67,14 +67,14 @@ def backward(
 def _documents(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """q_NLD, k_NMD and v_NMD of each document in float32, after a check of what a kernel takes for granted."""
+    """Yield q_NLD, k_NMD and v_NMD of each document in float32, after a check of the kernels' preconditions."""
     for cu_seqlens, rows in ((cu_seqlens_q, q), (cu_seqlens_k, k)):
         assert cu_seqlens.dtype == torch.int32
         assert cu_seqlens.is_contiguous()
-        assert (int(cu_seqlens[0]), int(cu_seqlens[-1])) == (0, len(rows)), "a kernel would leave its tensors"
+        assert (int(cu_seqlens[0]), int(cu_seqlens[-1])) == (0, len(rows)), "a kernel would read out of bounds"
     assert all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
     queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    # Kernels disagree on documents without a query or with more queries than keys: they must not get any.
+    # Kernels differ on documents without a query or with more queries than keys, so none may arrive.
     assert all(0 < length <= width for length, width in zip(queries, keys, strict=True)), (queries, keys)
     repeats = q.shape[1] // k.shape[1]
     for q_LND, k_MKD, v_MKD in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
@@ -90,7 +90,7 @@ def _scores(q_NLD: Tensor, k_NMD: Tensor, scale: float) -> Tensor:
 
 
 def check_causal(causal: bool, left: int | None, right: int | None) -> None:
-    """Causal, and no other window: as flag, or as a right bound of 0."""
+    """Assert a causal mask, as a flag or a right bound of 0, and no other window."""
     assert causal or right == 0, "the causal mask is lost"
     assert left in (None, -1)
     assert right in (None, -1, 0)
@@ -98,12 +98,12 @@ def check_causal(causal: bool, left: int | None, right: int | None) -> None:
 
 @contextmanager
 def installed(name: str) -> Iterator[None]:
-    """Let `import` find the stub of backend `name` alone, and torch's kernels run on the CPU. "none": no package."""
+    """Let `import` find only the stub of backend `name`, and run torch's kernels on the CPU. "none": no package."""
     before = _take_packages()
-    # Whether a package can be imported is asked once a process.
-    ask_again = getattr(attention.missing, "cache_clear", lambda: None)
-    ask_again()
-    # Once a process: their operators cannot be defined twice.
+    # `missing` is cached per process.
+    clear_cache = getattr(attention.missing, "cache_clear", lambda: None)
+    clear_cache()
+    # Loaded once per process, because operators cannot be defined twice.
     sys.modules.update(_LOADED.get(name, {}))
     with ExitStack() as stack:
         others = [folder for folder in sys.path if not folder.startswith(str(STUBS))]
@@ -118,7 +118,7 @@ def installed(name: str) -> Iterator[None]:
         finally:
             _LOADED[name] = _take_packages()
             sys.modules.update(before)
-            ask_again()
+            clear_cache()
 
 
 def _take_packages() -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _take_packages() -> dict[str, Any]:
 
 
 class _CpuLibrary(torch.library.Library):
-    """In place of the library that torch registers an implementation in: for CPU tensors, varlen operators alone."""
+    """Replacement of the library in which torch registers an implementation: CPU tensors, varlen operators only."""
 
     def __init__(self, namespace: str, kind: str, _: str = "") -> None:
         super().__init__(namespace, kind, "CPU")
@@ -139,7 +139,7 @@ class _CpuLibrary(torch.library.Library):
 
 
 def _on_cpu(name: str) -> list[Any]:
-    """Patches of torch's module between `aten` and the package: CPU tensors and no capability to ask for."""
+    """Return patches of torch's glue module that allow CPU tensors and skip the check of the capability."""
     module = importlib.import_module(f"torch.nn.attention._{name}")
     major = {"fa3": 9, "fa4": 10}[name]
     return [
@@ -150,7 +150,7 @@ def _on_cpu(name: str) -> list[Any]:
 
 
 def _torch_kernels() -> torch.library.Library:
-    """torch's own varlen kernels on the CPU."""
+    """Register torch's own varlen kernels on the CPU."""
     library = torch.library.Library("aten", "IMPL", "CPU")
     library.impl("_flash_attention_forward", _torch_forward)
     library.impl("_flash_attention_backward", _torch_backward)

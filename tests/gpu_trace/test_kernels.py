@@ -1,4 +1,4 @@
-"""Each CUDA backend down to its kernel, with numbers: what reaches a kernel gives the reference's results."""
+"""Each CUDA backend down to its kernel: the arguments that reach a kernel give the reference's results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ backends = pytest.mark.parametrize("backend", ["torch", "fa2", "fa3", "fa4"])
 
 
 def inputs(queries: int, keys: int) -> list[Tensor]:
-    """q, k and v of 6 query and 2 key/value heads, of rows that lie apart, as behind a fused exchange."""
+    """Return q, k and v of 6 query and 2 key/value heads, k and v strided as after a fused exchange."""
     generator = torch.Generator().manual_seed(queries)
     q_T6D = torch.randn(queries, 6, 16, generator=generator).bfloat16()
     kv_S4D = torch.randn(keys, 4, 16, generator=generator).bfloat16()
@@ -30,7 +30,7 @@ def inputs(queries: int, keys: int) -> list[Tensor]:
 
 
 def attend(documents: Documents, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs(documents.whole.num_queries, documents.whole.num_keys)]
     o_TND = varlen_attention(*leaves, documents, scale=0.3)
     o_TND.backward(torch.linspace(-1, 1, o_TND.numel()).view(o_TND.shape).to(dtype))
@@ -49,7 +49,7 @@ def assert_close(found: list[Tensor], right: list[Tensor]) -> None:
     assert len(found) == len(right) == 4
     for one, other in zip(found, right, strict=True):
         assert one.dtype == torch.bfloat16
-        # Of 8 bits of a mantissa, in a sum of a few dozen terms.
+        # bfloat16 has 8 bits of mantissa; each element sums a few dozen terms.
         assert (one.float() - other).norm() < 0.01 * other.norm() + 1e-6
 
 
@@ -66,17 +66,17 @@ def run(backend: str, documents: Documents) -> list[Tensor]:
 
 
 @backends
-def test_each_kernel_gets_arguments_that_give_the_references_results(backend: str) -> None:
+def test_each_kernel_equals_the_reference(backend: str) -> None:
     documents = pack_documents(LENGTHS)
     assert len(documents.groups) == 1
     assert_close(run(backend, documents), expected(documents))
     assert len(kernels.CALLS) == 2
-    # FlashAttention-4's backward is called without.
+    # FlashAttention-4's backward takes no max_seqlen.
     assert [call.get("max_seqlen", (70, 70)) for call in kernels.CALLS] == [(70, 70), (70, 70)]
 
 
 @backends
-def test_groups_of_documents_are_a_kernel_call_each(backend: str) -> None:
+def test_each_group_of_documents_is_one_kernel_call(backend: str) -> None:
     lengths = [300, *[20] * 8]
     documents = pack_documents(lengths)
     assert [group.max_seqlen_q for group in documents.groups] == [300, 20]
@@ -85,8 +85,8 @@ def test_groups_of_documents_are_a_kernel_call_each(backend: str) -> None:
 
 
 @backends
-def test_gathered_keys_reach_each_kernel_without_documents_that_have_no_query(backend: str) -> None:
-    # Documents shorter than there are chunks have no query in most passes, which a kernel asserts (kernels.py).
+def test_no_document_without_queries_reaches_a_kernel(backend: str) -> None:
+    # Documents shorter than the number of chunks have no query in most passes; kernels.py asserts that none arrives.
     for lengths in ([3, 1, 2, 1, 1], [70, 33, 20, 5, 1, 1, 2], [132]):
         for rank in (0, 3):
             _, shard = head_tail_shard(np.array(lengths), rank, 4)
@@ -105,7 +105,7 @@ def test_deterministic_mode_reaches_each_kernels_backward(backend: str) -> None:
         assert [call["deterministic"] for call in kernels.CALLS if "deterministic" in call] == [deterministic]
 
 
-def test_one_registered_kernel_takes_the_place_of_another_and_is_taken_back() -> None:
+def test_registered_kernels_replace_each_other_and_are_restored() -> None:
     for backend, active in (("fa3", "FA3"), ("fa4", "FA4"))[: 1 if TORCH < (2, 12) else 2]:
         with kernels.installed(backend):
             attention.set_backend(backend)
@@ -115,11 +115,11 @@ def test_one_registered_kernel_takes_the_place_of_another_and_is_taken_back() ->
     attention.set_backend("auto")
 
 
-def test_a_flash_attention_4_that_torch_cannot_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incompatible_flash_attention_4_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(q: Tensor) -> Any:
         raise NotImplementedError
 
-    # As a module has it that does not postpone annotations.
+    # As in a module without postponed annotations.
     newer.__annotations__["return"] = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     with kernels.installed("fa4"):
         monkeypatch.setattr(importlib.import_module("flash_attn.cute.interface"), "_flash_attn_fwd", newer)
@@ -128,6 +128,6 @@ def test_a_flash_attention_4_that_torch_cannot_call_is_refused(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3", "fa4"])
-def test_a_missing_package_is_an_error_of_one_line(backend: str) -> None:
+def test_a_missing_package_raises(backend: str) -> None:
     with kernels.installed("none"), pytest.raises(ValueError, match="flash_attn"):
         attention.set_backend(backend)

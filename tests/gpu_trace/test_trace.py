@@ -1,6 +1,6 @@
-"""What a GPU rank runs, traced without a GPU: whole graphs, none of them made again, and kernels called as they must.
+"""What a GPU rank runs, traced without a GPU: full graphs without recompilation, and correct kernel calls.
 
-docs/benchmarks.md says how to run these with other versions of torch and on CUDA tensors.
+docs/benchmarks.md explains how to run these with other versions of torch and on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def graphs_by_region(engine: TracedEngine) -> dict[str, int]:
 
 
 def run_all_levels(engine: TracedEngine, packs: Sequence[Sequence[int]] = PACKS) -> list[Recorder]:
-    """Each level with each pack, level by level switched; checks what holds for any; returns the last round."""
+    """Run each level with each pack, switching levels, check what always holds, and return the last round."""
     rounds: list[list[Recorder]] = []
     for lengths in packs:
         graphs = len(engine.backend.graphs)
         rounds.append([engine.run(level, lengths) for level in range(len(engine.config.levels))])
-        assert len(rounds) == 1 or len(engine.backend.graphs) == graphs, "new documents or a level switch recompiled"
+        assert len(rounds) == 1 or len(engine.backend.graphs) == graphs, (
+            "new documents or a level switch caused a recompilation"
+        )
     assert not counters["graph_break"]
     scale = engine.args.softmax_scale or engine.args.head_dim**-0.5
     for recorder in rounds[-1]:
@@ -58,10 +60,10 @@ def run_all_levels(engine: TracedEngine, packs: Sequence[Sequence[int]] = PACKS)
 
 
 def check_regions(engine: TracedEngine) -> None:
-    """Assert that no graph holds a kernel or an exchange."""
+    """Assert that no graph contains a kernel or an exchange."""
     foreign = {name for name in engine.backend.operators() if "attn" in name or "flash" in name or "c10d" in name}
     if engine.args.moe is not None:
-        # Tokens per document and expert, over cp ranks, for the balance losses: part of the routing's region.
+        # The balance losses sum tokens per document and expert over cp ranks, inside the region of the router.
         foreign -= {"_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"}
     assert not foreign, "kernels and exchanges belong between the compiled regions"
 
@@ -73,30 +75,29 @@ ALL_FORMS = (
     Level(16384, 1, "ulysses", "keep_attention"),
     Level(131072, 8, "ulysses", "full"),
     Level(131072, 8, "allgather", "keep_attention"),
-    # 8 kv heads: two groups that gather from each other, of 8 ranks each.
+    # 8 kv heads: two groups of 8 ranks gather from each other.
     Level(262144, 16, "hybrid", "full"),
 )
 
 
-def test_all_policies_and_cp_styles_share_one_graph_for_each_region() -> None:
+def test_all_policies_and_cp_styles_share_one_graph_per_region() -> None:
     with TracedEngine("llama3_1_8b_hbp", levels=ALL_FORMS, backend="fa2", layers=1) as engine:
         recorders = run_all_levels(engine)
         assert graphs_by_region(engine) == dict.fromkeys(REGIONS, 1)
         if not CAN_DIFFERENTIATE:
             return
 
-        # Without gradients there is one more of each region that validation runs.
+        # Validation runs without gradients, which adds one graph per region.
         for level in range(len(ALL_FORMS)):
             engine.run(level, PACKS[0], grad=False)
         assert graphs_by_region(engine) == dict.fromkeys(REGIONS, 2)
 
         none, full, keep, ulysses, allgather, hybrid = recorders
-        # Seven products a block in forward, twice as many in backward. Recomputation repeats all but the last: of the
-        # feed-forward network 11 in place of 12 (S4).
+        # Seven products per block in forward, twice as many in backward. Recomputation repeats all but the last one.
         vocabulary = engine.args.vocab_size
         assert [recorder.products(vocabulary) for recorder in recorders] == [21, *[21 + 6] * 5]
 
-        # Attention is repeated under `full` alone, and so are the exchanges around it.
+        # Only `full` repeats attention and the exchanges around it.
         for recorder, times in zip(recorders, (1, 2, 1, 2, 1, 2), strict=True):
             calls = engine.kernel_calls(recorder)
             backward = sum(call.backward for call in calls)
@@ -104,7 +105,7 @@ def test_all_policies_and_cp_styles_share_one_graph_for_each_region() -> None:
             assert backward <= (6 if recorder in (allgather, hybrid) else 3)
         for recorder in (none, full, keep):
             assert not recorder.collectives()
-        # Keys with values, queries, and the output; in backward the same.
+        # Keys with values, queries, and the output; the same in backward.
         assert ulysses.collectives() == {"all_to_all_single": 3 * 3}
         assert allgather.collectives() == {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
         assert hybrid.collectives() == {
@@ -117,40 +118,40 @@ def test_all_policies_and_cp_styles_share_one_graph_for_each_region() -> None:
 
 
 WORLD_SIZES = {"debug_model": 2, "deepseek_v2_236b_hbp": 256, "deepseek_v2_lite_hbp": 8}
-"""Ranks that the presets name in their headers, where not 32."""
+"""Number of ranks in the presets' headers, if not 32."""
 
 
 def traced(preset: str, *argv: str, **options: Any) -> TracedEngine:
     return TracedEngine(preset, argv, world_size=WORLD_SIZES.get(preset, 32), **options)
 
 
-def test_experts_spread_over_ranks_trace_with_their_exchanges() -> None:
+def test_expert_parallelism_traces_with_its_exchanges() -> None:
     with traced("deepseek_v2_236b_hbp", backend="torch") as engine:
         short, long = run_all_levels(engine)
         assert set(graphs_by_region(engine).values()) == {1}
         if not CAN_DIFFERENTIATE:
             return
-        # A dense layer and one with experts. Rows with their weights, and outputs, forward and backward; rows once more
-        # because the preset recomputes blocks. That of the numbers of rows is not traced.
+        # A dense layer and one with experts. Rows with their weights, and outputs, in forward and backward; rows again
+        # because the preset recomputes blocks. The exchange of the row counts is not traced.
         assert short.collectives() == {"all_to_all_single": 5}
         # Keys with values, queries, and the output of two layers; tokens per expert of one.
         assert long.collectives() == {"all_to_all_single": 5 + 2 * 9, "all_reduce": 2}
 
 
 @differentiates
-def test_adapters_trace_and_gather_no_gradient_of_the_base() -> None:
+def test_adapters_trace_and_reduce_no_gradient_of_the_base() -> None:
     with traced("qwen2_5_32b_hbp", "--lora.rank=8", backend="fa3", layers=1) as engine:
-        recorders = run_all_levels(engine)
+        recorders = run_all_levels(engine, PACKS[:1])
         assert set(graphs_by_region(engine).values()) == {1}
         trained = [p for p in engine.engine.model.parameters() if p.requires_grad]
-        # Whole rows are dealt out: 8 rows of a narrow matrix over 32 ranks are padded to 32.
+        # FSDP2 shards whole rows: 8 rows of a narrow matrix over 32 ranks are padded to 32.
         padded = sum(-(-len(p) // 32) * 32 * p.numel() // len(p) for p in trained)
         for recorder in recorders:
             assert recorder.fsdp_collectives()["reduced"] == [padded]
 
 
 @differentiates
-def test_fsdp_gathers_each_block_once_a_pass_and_reduces_each_group_once() -> None:
+def test_fsdp_gathers_each_block_once_per_pass_and_reduces_each_group_once() -> None:
     with traced("llama3_1_8b_hbp", backend="torch", layers=2) as engine:
         recorders = run_all_levels(engine, PACKS[:1])
         model = engine.engine.model
@@ -160,7 +161,7 @@ def test_fsdp_gathers_each_block_once_a_pass_and_reduces_each_group_once() -> No
         )
         for recorder in recorders:
             moved = recorder.fsdp_collectives()
-            # Forward, then backward: the head kept its parameters, and an embedding's backward needs none.
+            # Forward, then backward: the head keeps its parameters, and an embedding's backward needs none.
             assert moved["gathered"] == [embeddings, block, block, head, block, block]
             assert moved["reduced"] == [head, block, block, embeddings]
 
@@ -169,7 +170,7 @@ POLICIES = ("none", "full", "keep_attention")
 
 
 def all_forms(levels: Sequence[Level]) -> list[Level]:
-    """Each level under each policy; the longest in the other cp styles, too."""
+    """Return each level under each policy, the longest also in the other cp styles."""
     longest = levels[-1]
     styled = [replace(longest, cp_style=style) for style in ("allgather", "hybrid")] if longest.cp_degree > 1 else []
     return [replace(level, ac_policy=policy) for level in (*levels, *styled) for policy in POLICIES]
@@ -180,15 +181,14 @@ def all_forms(levels: Sequence[Level]) -> list[Level]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_traces_with_every_kernel_policy_and_cp_style(preset: str, backend: str) -> None:
     levels = traced(preset).config.levels
-    # A dense layer and one with experts, where there are both.
+    # A dense layer and one with experts, if the model has both.
     layers = 2 if traced(preset).args.moe else 1
     with traced(preset, levels=all_forms(levels), backend=backend, layers=layers) as engine:
         capacity = levels[0].max_tokens
         packs = [[length * capacity // 16384 + 1 for length in lengths] for lengths in PACKS]
         run_all_levels(engine, packs)
         shards = {level.max_tokens // level.cp_degree for level in levels}
-        # A model with experts has two kinds of blocks, and a graph of the routing for each set of cp ranks that count
-        # together.
+        # A model with experts has two kinds of blocks, and a graph of the router for each cp group that sums counts.
         cp_shapes = {level.cp_shape(engine.args.num_kv_heads) for level in engine.config.levels}
         kinds = 1 if engine.args.moe is None else 1 + len(cp_shapes)
         assert max(graphs_by_region(engine).values()) <= len(shards) * kinds
@@ -204,15 +204,15 @@ def test_every_preset_traces_with_adapters(preset: str) -> None:
 
 
 def _whole_block(engine: TracedEngine) -> None:
-    """Compile every block with its attention inside, as it was before attention left the regions."""
+    """Compile every block including its attention, as before attention was moved out of the compiled regions."""
     for block in engine.engine.model.blocks():
         compiled = torch.compile(DecoderBlock.forward, backend=engine.backend, fullgraph=True, dynamic=False)
         block.forward = partial(compiled, block)
 
 
 @differentiates
-def test_the_trace_finds_attention_inside_a_compiled_region() -> None:
-    """The controls: what failed on every GPU before attention ran between the regions (B1, B2) fails here."""
+def test_the_trace_detects_attention_inside_a_compiled_region() -> None:
+    """Negative control: what failed on every GPU before attention ran between the regions fails here too."""
     levels = (Level(16384, 1),)
     with traced("llama3_1_8b_hbp", "--compile.enable=false", levels=levels, backend="fa2", layers=1) as engine:
         _whole_block(engine)
@@ -220,7 +220,7 @@ def test_the_trace_finds_attention_inside_a_compiled_region() -> None:
             engine.run(0, PACKS[0])
         torch._dynamo.reset()
 
-        # One tensor for the lengths of queries and keys, as attention had it.
+        # One tensor for the lengths of queries and keys, as in the old attention.
         batch = engine.batch(0, PACKS[0])
         group = batch.documents.whole._replace(cu_seqlens_k=batch.documents.whole.cu_seqlens_q)
         batch = replace(batch, documents=Documents((group,), group))
