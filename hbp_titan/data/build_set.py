@@ -63,7 +63,7 @@ def _source_stores(
     request: SetRequest, found: SourceFiles, unpacked: Path, workers: WorkerGroup, progress: bool
 ) -> list[SourceStore]:
     """Return the store of each source, built if it does not exist."""
-    data = request.config.data
+    data, seed = request.config.data, request.config.seed_of("data")
     indexes = _index_files(found.files, unpacked, workers)
     counts = [sum(map(len, group)) for group in indexes]
     limits = [min(source.limit or count, count) for (_, source), count in zip(request.sources, counts, strict=True)]
@@ -77,14 +77,12 @@ def _source_stores(
             settings = _source_settings(request, source, indexes[number], key)
             plain = {**dataclasses.asdict(settings), "tokenizer_path": ""}
             # The seed decides which rows a limit leaves.
-            rows = (
-                [limits[number], request.config.seed_of("data")] if limits[number] < counts[number] else limits[number]
-            )
+            rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
             digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
             folder = Path(data.cache_folder) / f"source-{digest[:16]}"
             # All ranks must take the same branch: building is collective.
             if not all(workers.gather(folder.is_dir())):
-                chosen = _choose_rows(indexes[number], limits[number], request.config.seed_of("data"))
+                chosen = _choose_rows(indexes[number], limits[number], seed)
                 build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
             stores.append(SourceStore(folder))
     return stores
