@@ -13,9 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,67 +29,52 @@ from hbp_titan.packing.level import check_levels
 from hbp_titan.preflight import cost_model, model_args
 from hbp_titan.utils import atomic_write, did_you_mean
 
-CURRICULUM = 0.15
-"""Share of all steps that train only the lowest level."""
-
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant. change: (config, mean trained tokens of a step) -> None, edits the default settings."""
+    """One variant: the keys that it sets, and the keys that it multiplies with a factor or with "step_tokens".
+
+    step_tokens: mean trained tokens of an optimizer step.
+    """
 
     name: str
     description: str
-    change: Callable[[JobConfig, float], None] = lambda config, step_tokens: None
+    settings: Mapping[str, str | float] = field(default_factory=dict)
+    factors: Mapping[str, str | float] = field(default_factory=dict)
 
-
-def _method(name: str) -> Callable[[JobConfig, float], None]:
-    def change(config: JobConfig, step_tokens: float) -> None:
-        config.packing.method = name
-
-    return change
-
-
-def _normalization(name: str) -> Callable[[JobConfig, float], None]:
-    def change(config: JobConfig, step_tokens: float) -> None:
-        config.training.loss_normalization = name
-
-    return change
-
-
-def _sum(config: JobConfig, step_tokens: float) -> None:
-    # AdamW's update does not depend on the gradients' scale if clipping norm and epsilon are scaled too. The learning
-    # rate stays; what remains is the effect of `sum`: steps with more trained tokens weigh more.
-    config.training.loss_normalization = "sum"
-    config.training.max_norm *= step_tokens
-    config.optimizer.eps *= step_tokens
-
-
-def _curriculum(config: JobConfig, step_tokens: float) -> None:
-    config.packing.curriculum_steps = CURRICULUM
-
-
-def _interleave(config: JobConfig, step_tokens: float) -> None:
-    config.packing.level_order = "interleave"
-
-
-def _half_rate(config: JobConfig, step_tokens: float) -> None:
-    config.optimizer.lr /= 2
+    def apply(self, config: JobConfig, step_tokens: float) -> None:
+        """Change the default settings to those of the variant."""
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            setattr(getattr(config, section), name, value)
+        for key, factor in self.factors.items():
+            section, _, name = key.partition(".")
+            scale = step_tokens if factor == "step_tokens" else factor
+            setattr(getattr(config, section), name, getattr(getattr(config, section), name) * scale)
 
 
 DEFAULT = "hbp"
+NORMALIZATION = "training.loss_normalization"
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant(DEFAULT, "the default: levels, alternate, no curriculum, ave_token"),
-        Variant("hbp_paper", "packing as the paper prints it", _method("hbp_paper")),
-        Variant("flat_sorted", "one length, packs sorted by cost", _method("flat_sorted")),
-        Variant("isf", "one length, packs in random order", _method("isf")),
-        Variant("curriculum", f"the first {CURRICULUM:.0%} of the steps train the lowest level", _curriculum),
-        Variant("interleave", "every step trains its share of every level", _interleave),
-        Variant("token_mean", "loss normalization", _normalization("token_mean")),
-        Variant("sample_mean", "loss normalization", _normalization("sample_mean")),
-        Variant("sum", "loss normalization; clipping norm and epsilon times the mean trained tokens per step", _sum),
-        Variant("half_rate", "reference: half the learning rate", _half_rate),
+        Variant("hbp_paper", "packing as the paper prints it", {"packing.method": "hbp_paper"}),
+        Variant("flat_sorted", "one length, packs sorted by cost", {"packing.method": "flat_sorted"}),
+        Variant("isf", "one length, packs in random order", {"packing.method": "isf"}),
+        Variant("curriculum", "first 15% of the steps: lowest level only", {"packing.curriculum_steps": 0.15}),
+        Variant("interleave", "every step trains its share of every level", {"packing.level_order": "interleave"}),
+        Variant("token_mean", "loss normalization", {NORMALIZATION: "token_mean"}),
+        Variant("sample_mean", "loss normalization", {NORMALIZATION: "sample_mean"}),
+        # AdamW's update does not depend on the gradients' scale if clipping norm and epsilon are scaled too. The
+        # learning rate stays; what remains is the effect of `sum`: steps with more trained tokens weigh more.
+        Variant(
+            "sum",
+            "loss normalization; clipping norm and epsilon times the mean trained tokens per step",
+            {NORMALIZATION: "sum"},
+            {"training.max_norm": "step_tokens", "optimizer.eps": "step_tokens"},
+        ),
+        Variant("half_rate", "reference: half the learning rate", factors={"optimizer.lr": 0.5}),
     )
 }
 
@@ -249,7 +234,7 @@ def make_runs(
             config.packing.method, config.packing.level_order, config.packing.curriculum_steps = "hbp", "alternate", 0.0
             config.training.loss_normalization = "ave_token"
             step_tokens = float(plan_of(config, launch.ranks, store).step_loss_tokens.mean())
-            variant.change(config, step_tokens)
+            variant.apply(config, step_tokens)
             config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))
             config.job.dump_folder = str(folder / variant.name / f"seed-{seed}")
             runs.append(Run(variant, seed, config, launch))
