@@ -170,6 +170,7 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
         position_ids=batch.position_ids[tokens],
         labels=labels,
         loss_weights=batch.loss_weights[tokens],
+        # Positions in the shard, not in the pack.
         loss_index=torch.nonzero(labels != IGNORE_INDEX).flatten(),
         document_ids=batch.document_ids[tokens],
         documents=documents,

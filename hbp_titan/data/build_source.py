@@ -171,6 +171,7 @@ def _place(samples: NDArray[Any], shard: int, report: ShardReport, names: dict[s
     for column in SAMPLE.names or ():
         placed[column] = samples[column]
     ids = np.array([names.setdefault(name, len(names)) for name in report.source_names], dtype=np.uint32)
+    # A shard without samples has no names to index.
     placed["source"] = ids[samples["source"]] if len(samples) else 0
     placed["shard"] = shard
     placed["start"] = np.cumsum(samples["length"]) - samples["length"]

@@ -179,6 +179,7 @@ class ChatTokenizer:
             raise ValueError(
                 "the tokenizer folder has another template for tools (tool_use); save that one as chat_template.jinja"
             )
+        # Before plain_messages removes the key `train`.
         turns = self._turns(messages)
         messages = plain_messages(messages)
         try:

@@ -113,6 +113,7 @@ class PackLoader:
             warnings.filterwarnings("ignore", message=".*set_vital.*")
             self._loader = StatefulDataLoader(
                 dataset,
+                # An item of the data set is a whole pack already.
                 batch_size=None,
                 sampler=range(first_micro_batch, plan.num_iterations),
                 num_workers=num_workers,

@@ -457,6 +457,7 @@ def _count_samples(
 ) -> Iterator[str]:
     """Compare the logged samples with the expected ones: the whole store, or the plans' up to `steps_done`."""
     total, epoch = len(store), segments[-1].plan.epoch
+    # bincount allocates up to the largest id; unknown ids are reported below.
     counts = np.bincount(ids[ids < total], minlength=total)
     expected = np.arange(total)
     if steps_done + 1 < segments[-1].end:
