@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -111,30 +111,17 @@ def build_plan(
     """
     levels = tuple(levels)
     check_levels(levels, world_size)
-    if method not in METHODS:
-        close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(method, METHODS, n=1))
-        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}{close}")
-    for name, choice, choices in (("level_order", level_order, LEVEL_ORDERS), ("overlong", overlong, OVERLONG)):
-        if choice not in choices:
-            raise ValueError(f"{name}={choice!r} must be one of {', '.join(choices)}")
-    for name, value in (
-        ("seed", seed),
-        ("epoch", epoch),
-        ("global_batch_tokens", global_batch_tokens),
-        ("curriculum_steps", curriculum_steps),
-    ):
-        if value < 0:
-            raise ValueError(f"{name}={value} must not be negative")
+    _check_choice("method", method, METHODS)
+    _check_choice("level_order", level_order, LEVEL_ORDERS)
+    _check_choice("overlong", overlong, OVERLONG)
+    _check_not_negative(
+        seed=seed, epoch=epoch, global_batch_tokens=global_batch_tokens, curriculum_steps=curriculum_steps
+    )
     lengths = _int_array("lengths", lengths, 1)
     loss_tokens = lengths - 1 if loss_tokens is None else _int_array("loss_tokens", loss_tokens, 0)
     _check_loss_tokens(lengths, loss_tokens)
-    sample_ids = None
     if overlong == "error":
         _check_fit(lengths, None, levels[-1])
-    elif np.any(lengths > levels[-1].max_tokens):
-        sample_ids = np.flatnonzero(lengths <= levels[-1].max_tokens)
-        if not len(sample_ids):
-            raise ValueError(f"every sample is longer than max_tokens={levels[-1].max_tokens}; raise levels.max_tokens")
     template = Plan(
         levels=levels,
         world_size=world_size,
@@ -151,7 +138,7 @@ def build_plan(
         level_of_iteration=EMPTY.ids,
         step_offsets=EMPTY.offsets,
     )
-    return _pack_and_schedule(template, sample_ids)
+    return _pack_and_schedule(template, _ids_that_fit(lengths, levels[-1].max_tokens))
 
 
 def replan(
@@ -254,6 +241,18 @@ def _whole_iterations(packs: Ragged, dp_degree: int) -> Ragged:
     return Ragged(packs.ids, np.append(packs.offsets, np.full(missing, packs.offsets[-1])))
 
 
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        close = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(value, choices, n=1))
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}{close}")
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+
+
 def _int_array(name: str, values: ArrayLike, lowest: int) -> IntArray:
     """Return values as int64 [n]; ValueError for another shape, a fraction or a value below `lowest`."""
     array = np.asarray(values)
@@ -274,6 +273,16 @@ def _check_loss_tokens(lengths: IntArray, loss_tokens: IntArray) -> None:
     if np.any(loss_tokens > lengths):
         at = int(np.argmax(loss_tokens > lengths))
         raise ValueError(f"sample {at} has {loss_tokens[at]} loss_tokens but only {lengths[at]} tokens")
+
+
+def _ids_that_fit(lengths: IntArray, max_tokens: int) -> IntArray | None:
+    """Return the ids of samples of at most `max_tokens` tokens, None if these are all. ValueError if there are none."""
+    if lengths.max() <= max_tokens:
+        return None
+    ids = np.flatnonzero(lengths <= max_tokens)
+    if not len(ids):
+        raise ValueError(f"every sample is longer than max_tokens={max_tokens}; raise levels.max_tokens")
+    return ids
 
 
 def _check_fit(lengths: IntArray, sample_ids: IntArray | None, largest: Level) -> None:
