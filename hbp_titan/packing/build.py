@@ -97,15 +97,13 @@ def build_plan(
     lengths: tokens of each sample, ints [num_samples], at least 1. loss_tokens: how many of them have a loss, default
         all but the first.
     levels: ascending in max_tokens; methods other than hbp and hbp_paper use only the largest.
-    world_size: number of ranks; an iteration of level i holds world_size / cp_degree_i packs, some empty if the samples
-        run out.
+    world_size: ranks; an iteration of level i holds world_size / cp_degree_i packs, some perhaps empty.
     method: a key of METHODS. seed, epoch: select the random numbers; each epoch is packed and ordered differently.
     cost: balances the packs of an iteration, one model or one per level; default CostModel().
     global_batch_tokens: target real tokens of an optimizer step; 0 makes each iteration a step.
     level_order: "alternate" (each step one level, in random order) or "interleave" (each step a share of each level).
     curriculum_steps: steps of the lowest level that come first, in epoch 0 only; below 1 a share of all steps.
-    overlong: what to do with a sample longer than the largest level: "error", or "skip" it and list it in
-        plan.skipped.
+    overlong: a sample longer than the largest level is an "error", or "skip" lists it in plan.skipped.
 
     Raises ValueError for a sample longer than the largest level and for values outside these domains.
     """
