@@ -54,8 +54,10 @@ def human_count(value: float, thousand: int = 1000) -> str:
 
 
 def human_bytes(num_bytes: float) -> str:
-    """Return a size in memory or on disk: 512 MiB, 1.5 GiB."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
+    """Return a size in memory or on disk: 64 KiB, 512 MiB, 1.5 GiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.0f} KiB"
 
 
 def human_seconds(seconds: float) -> str:
