@@ -134,7 +134,8 @@ def test_base_in_bfloat16_trains_the_same_adapters_as_in_float32(tmp_path: Path)
 
 
 # With four ranks two replicas, each sharded over two ranks.
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, 1), (4, 2)])
 def test_compiled_run_that_keeps_attention_equals_peft_with_one_graph_per_level(
     tmp_path: Path, world_size: int, replicas: int
 ) -> None:

@@ -197,32 +197,32 @@ def select_rows(x_TH: Tensor, index_L: Tensor) -> Tensor:
     return _SelectRows.apply(x_TH, index_L)
 
 
-# Loss normalizers: (plan, iteration, sample ids of one pack, int64 [n]) -> weight of each trained token of each sample,
+# Loss normalizers: (plan, micro_batch, sample ids of a pack, int64 [n]) -> weight of each trained token of each sample,
 # float64 [n], 0 for a sample that trains nothing. With T trained tokens in the step, T_p of them in a pack (one
 # data-parallel rank of one micro-batch), t_i in a sample, P packs and S samples with trained tokens:
 
 
-def ave_token(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def ave_token(plan: Plan, micro_batch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 / T: every token counts the same, however it is packed."""
-    step = int(plan.step_of_iteration[iteration])
+    step = int(plan.step_of_iteration[micro_batch])
     return _where_trained(plan, sample_ids, 1.0 / max(int(plan.step_loss_tokens[step]), 1))
 
 
-def token_mean(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def token_mean(plan: Plan, micro_batch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 / (T_p * P): mean within each pack, then over packs; a token of a sparse pack counts more."""
-    trained = _trained_by_pack(plan, *_iterations_of_step(plan, iteration))
+    trained = _trained_by_pack(plan, *_micro_batches_of_step(plan, micro_batch))
     in_pack = int(plan.loss_tokens[sample_ids].sum())
     return _where_trained(plan, sample_ids, 1.0 / max(in_pack * int((trained > 0).sum()), 1))
 
 
-def sample_mean(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def sample_mean(plan: Plan, micro_batch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 / (t_i * S): mean within each sample, then over samples; a token of a short answer counts more."""
-    samples = int((plan.loss_tokens[plan.samples_of(*_iterations_of_step(plan, iteration))] > 0).sum())
+    samples = int((plan.loss_tokens[plan.samples_of(*_micro_batches_of_step(plan, micro_batch))] > 0).sum())
     trained = plan.loss_tokens[sample_ids]
     return np.where(trained > 0, 1.0 / np.maximum(trained * samples, 1), 0.0)
 
 
-def loss_sum(plan: Plan, iteration: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+def loss_sum(plan: Plan, micro_batch: int, sample_ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """1: the objective grows with the tokens of the step."""
     return _where_trained(plan, sample_ids, 1.0)
 
@@ -253,14 +253,14 @@ def weight_range(normalizer: SampleWeights, plan: Plan, step: int) -> tuple[floa
 
 
 def _trained_by_pack(plan: Plan, first: int, last: int) -> NDArray[np.int64]:
-    """Return the trained tokens of each pack of iterations first to last - 1."""
+    """Return the trained tokens of each pack of micro-batches first to last - 1."""
     offsets = plan.packs.offsets[plan.pack_offsets[first] : plan.pack_offsets[last] + 1]
     running = np.concatenate([[0], np.cumsum(plan.loss_tokens[plan.samples_of(first, last)])])
     return np.diff(running[offsets - offsets[0]])
 
 
-def _iterations_of_step(plan: Plan, iteration: int) -> tuple[int, int]:
-    step = int(plan.step_of_iteration[iteration])
+def _micro_batches_of_step(plan: Plan, micro_batch: int) -> tuple[int, int]:
+    step = int(plan.step_of_iteration[micro_batch])
     return int(plan.step_offsets[step]), int(plan.step_offsets[step + 1])
 
 

@@ -79,8 +79,8 @@ def evaluate(
     level = Level(max_tokens=min(max(pack_tokens, int(store.lengths.max())), int(store.lengths.sum())))
     plan = build_plan(store.lengths, [level], 1, method="flat_sorted", loss_tokens=store.loss_tokens)
     means: Means = {kind: defaultdict(lambda: (0.0, 0)) for kind in ("all", "length", "position", "source")}
-    for iteration in range(plan.num_iterations):
-        ids = plan.pack(iteration, 0)
+    for micro_batch in range(plan.num_iterations):
+        ids = plan.pack(micro_batch, 0)
         batch = make_batch(store, ids, level, 0, len(ids))
         ids = batch.sample_ids  # make_batch sorts the documents
         losses = token_losses(model, batch.to(device)).double().cpu().numpy()
@@ -90,7 +90,7 @@ def evaluate(
         # Position of the label's token, counted from 1: one after the input's, which is counted from 0.
         _add(means["position"], length_bucket(batch.position_ids[batch.loss_index].numpy() + 2), losses)
         _add(means["source"], np.array(store.source_names)[store.sources[ids][documents]], losses)
-        report(f"pack {iteration + 1} of {plan.num_iterations}: {batch.num_loss_tokens} trained tokens")
+        report(f"pack {micro_batch + 1} of {plan.num_iterations}: {batch.num_loss_tokens} trained tokens")
     if not means["all"]:
         raise ValueError(f"{store.folder}: no token is trained, so there is no loss; check the loss mask of the data")
     return {kind: dict(groups) for kind, groups in means.items()}

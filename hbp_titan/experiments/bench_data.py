@@ -62,16 +62,16 @@ def loader_speeds(
 
     def copy() -> float:
         start = time.perf_counter()
-        for iteration in range(plan.num_iterations):
-            for index in plan.pack(iteration, 0).tolist():
+        for micro_batch in range(plan.num_iterations):
+            for index in plan.pack(micro_batch, 0).tolist():
                 for array in store.sample(index):
                     np.array(array)
         return time.perf_counter() - start
 
     def batches() -> float:
         start = time.perf_counter()
-        for iteration in range(plan.num_iterations):
-            dataset[iteration]
+        for micro_batch in range(plan.num_iterations):
+            dataset[micro_batch]
         return time.perf_counter() - start
 
     def load(count: int) -> float:

@@ -327,8 +327,8 @@ def run_case(
     loss_sum = 0.0
     for step in range(plan.num_steps):
         end = int(plan.step_offsets[step + 1])
-        for iteration in range(int(plan.step_offsets[step]), end):
-            losses_S = engine.forward_backward(breakage(batches[iteration]), last=iteration + 1 == end)
+        for micro_batch in range(int(plan.step_offsets[step]), end):
+            losses_S = engine.forward_backward(breakage(batches[micro_batch]), last=micro_batch + 1 == end)
             loss_sum += losses_S.sum().item()
         share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
         for name, parameter in engine.model.named_parameters():

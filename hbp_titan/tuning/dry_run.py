@@ -349,12 +349,12 @@ def _time(found: DryRun) -> str:
             lines.append(f"{level_name(level):<12}{0:>15}")
             continue
         lines.append(
-            f"{level_name(level):<12}{row.iterations:>15,}{steps:>8,}{row.tokens:>16,}"
-            f"{row.seconds / row.iterations:>10.3g}{row.idle / row.seconds:>9.2%}{human_seconds(row.seconds):>14}"
+            f"{level_name(level):<12}{row.micro_batches:>15,}{steps:>8,}{row.tokens:>16,}"
+            f"{row.seconds / row.micro_batches:>10.3g}{row.idle / row.seconds:>9.2%}{human_seconds(row.seconds):>14}"
         )
-    mean = dataclasses.replace(whole, steps=0.0).seconds / whole.iterations
+    mean = dataclasses.replace(whole, steps=0.0).seconds / whole.micro_batches
     lines.append(
-        f"{'all':<12}{whole.iterations:>15,}{plan.num_steps:>8,}{whole.tokens:>16,}{mean:>10.3g}"
+        f"{'all':<12}{whole.micro_batches:>15,}{plan.num_steps:>8,}{whole.tokens:>16,}{mean:>10.3g}"
         f"{whole.idle / whole.seconds:>9.2%}{human_seconds(whole.seconds):>14}"
     )
     lines.append(

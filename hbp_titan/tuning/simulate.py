@@ -31,7 +31,7 @@ class Replay:
     """
 
     world_size: int
-    iterations: int
+    micro_batches: int
     tokens: int
     cr: float
     parts: Mapping[str, float]
@@ -77,7 +77,7 @@ def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -
         num_tokens = int(tokens[chosen].sum())
         return Replay(
             world_size=plan.world_size,
-            iterations=int(np.count_nonzero(chosen)),
+            micro_batches=int(np.count_nonzero(chosen)),
             tokens=num_tokens,
             cr=int(tokens[chosen & (cp > 1)].sum()) / num_tokens,
             parts=parts,
@@ -126,7 +126,7 @@ def _line(name: str, r: Replay, speed_up: str) -> str:
     return (
         f"{name:<18}{r.gpu_days:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
         f"{r.share('recompute'):>9.1%}{r.share('fsdp'):>8.1%}{r.share('experts'):>9.1%}{r.share('fixed'):>8.1%}"
-        f"{r.cr:>7.3f}{r.iterations:>15,}"
+        f"{r.cr:>7.3f}{r.micro_batches:>15,}"
     )
 
 

@@ -108,7 +108,7 @@ def test_as_plan_separates_the_levels() -> None:
     # Half of the ranks idle: two empty packs next to 8 and 8, one next to 16.
     assert plan.pack_tokens.tolist() == [8, 8, 0, 0, 16, 0]
     assert measure(plan).pr == 0.5
-    assert replay(plan, MODEL).iterations == 2
+    assert replay(plan, MODEL).micro_batches == 2
 
 
 def test_sample_above_the_largest_level_raises() -> None:

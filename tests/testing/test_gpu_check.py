@@ -36,6 +36,7 @@ def _check(out: Path, *words: str) -> tuple[int, dict[str, dict], str]:
     return result.returncode, {step["name"]: step for step in steps}, (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_reported_and_the_others_run(tmp_path: Path) -> None:
     code, steps, report = _check(tmp_path, "--steps=environment,synchronizations,gpu_tests", "--fail=synchronizations")
     assert code == 1

@@ -230,7 +230,7 @@ def _start(world: World, argv: list[str]) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bytes_and_plan_equal_a_real_start(tmp_path: Path, experts: bool) -> None:
     flavor = ["--model.hf_path=", f"--model.tokenizer_path={tmp_path / 'model'}", "--model.flavor=debug"]
     argv = [

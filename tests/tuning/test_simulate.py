@@ -56,7 +56,7 @@ def test_parts_add_up_to_the_prediction_from_level_times() -> None:
     assert low is not None
     assert high is not None
     assert low.seconds + high.seconds + result.steps == pytest.approx(result.seconds)
-    assert low.iterations + high.iterations == plan.num_iterations
+    assert low.micro_batches + high.micro_batches == plan.num_iterations
     assert (low.cr, high.cr, result.cr) == (0.0, 1.0, pytest.approx(measure(plan).cr))
     assert low.parts["sp"] == 0 < high.parts["sp"]
     assert sum(result.share(part) for part in (*result.parts, "idle", "steps")) == pytest.approx(1)

@@ -260,7 +260,7 @@ def replay_concurrent(plan: FlexSPPlan, model: TimeModel) -> Replay:
     np.maximum.at(slowest, plan.micro_batch_of_group, seconds)
     return Replay(
         world_size=plan.world_size,
-        iterations=plan.micro_batches,
+        micro_batches=plan.micro_batches,
         tokens=int(tokens.sum()),
         cr=float(tokens[degrees > 1].sum() / tokens.sum()),
         parts=parts,
