@@ -66,7 +66,7 @@ def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, s
         assert re.search(rf"^{name} +{done} ", end, re.MULTILINE)
 
 
-def test_lived_figures_are_shares_that_add_up(run: tuple[Path, str, str]) -> None:
+def test_measured_shares_add_up(run: tuple[Path, str, str]) -> None:
     steps = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     for step in steps:
         assert 0 <= step["time_imbalance"] < 1
@@ -131,9 +131,7 @@ def test_a_rank_that_is_not_there_cannot_speak(monkeypatch: pytest.MonkeyPatch) 
             log_rank(3)
 
 
-def test_weights_and_biases_without_a_login_is_said_before_the_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_wandb_login_is_an_error_before_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_wandb()
     monkeypatch.delenv("WANDB_MODE")
