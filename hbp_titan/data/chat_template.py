@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -261,20 +261,25 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         sentinels: tuple[str, str] = ("", ""),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of `messages`, as from `plain_messages`; `sentinels` enclose each generation block.
 
+        variables: further names for the template, such as enable_thinking.
         Raises ValueError if the template rejects the conversation or exceeds its budget.
         """
         self._environment.start_render()
         try:
             return self._compiled.render(
-                **self.special_tokens,
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                generation_sentinels=sentinels,
+                {
+                    **self.special_tokens,
+                    "documents": None,
+                    **(variables or {}),
+                    "messages": messages,
+                    "tools": tools,
+                    "add_generation_prompt": add_generation_prompt,
+                    "generation_sentinels": sentinels,
+                }
             )
         except RecursionError:
             raise ValueError("the chat template recurses endlessly") from None

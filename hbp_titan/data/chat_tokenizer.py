@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,13 @@ class ChatTokenizer:
         text = self._template.special_tokens.get(name)
         return None if text is None else self.tokenizer.token_to_id(text)
 
-    def encode(self, messages: Sequence[Message], tools: Tools = None) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    def encode(
+        self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Return token ids [L] uint32 and loss mask [L] bool of one conversation.
 
         messages: dicts with a `role`; `train: False` excludes a message from training. tools: JSON schemas, as
-            apply_chat_template takes them.
+            apply_chat_template takes them. variables: further names for the template.
         Raises ValueError if the template rejects the conversation or leaves unclear where the assistant's text lies.
         """
         if not messages:
@@ -183,26 +185,26 @@ class ChatTokenizer:
         turns = self._turns(messages)
         messages = plain_messages(messages)
         try:
-            return self._encode(messages, tools, turns)
+            return self._encode(messages, tools, turns, variables)
         except ValueError:
             # OpenAI omits the content of a tool call; templates that append to it (Qwen3's) fail then.
             filled = [{"content": "", **message} if "tool_calls" in message else message for message in messages]
             if filled == messages:
                 raise
-        return self._encode(filled, tools, turns)
+        return self._encode(filled, tools, turns, variables)
 
     def _encode(
-        self, messages: list[Message], tools: Tools, turns: Sequence[int]
+        self, messages: list[Message], tools: Tools, turns: Sequence[int], variables: Mapping[str, Any] | None
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         texts = list(strings([messages, tools]))
         # Characters that no text contains can be found and removed again without doubt.
         marker, opening, closing = unused_characters(texts, 3)
         if any(map(self._control.pattern.search, texts)):
-            text, spans = self._locate_escaped(messages, tools, turns, marker, (opening, closing))
+            text, spans = self._locate_escaped(messages, tools, turns, variables, marker, (opening, closing))
             encoding = self._control.encode_escaped(text, marker)
             ids, mask = np.array(encoding.ids, dtype=np.uint32), mask_spans(encoding, spans)
         else:
-            text, spans = self._locator.locate(messages, tools, turns, (opening, closing))
+            text, spans = self._locator.locate(messages, tools, turns, (opening, closing), variables)
             ids, mask = self._encoder.encode(text, spans)
         return ids, ~mask if self.train_on == "all" else mask
 
@@ -216,14 +218,20 @@ class ChatTokenizer:
         return [index for index in assistants if (messages[index].get("train", True) is not False) == trained]
 
     def _locate_escaped(
-        self, messages: list[Message], tools: Tools, turns: Sequence[int], marker: str, sentinels: tuple[str, str]
+        self,
+        messages: list[Message],
+        tools: Tools,
+        turns: Sequence[int],
+        variables: Mapping[str, Any] | None,
+        marker: str,
+        sentinels: tuple[str, str],
     ) -> tuple[str, list[Span]]:
         """Return the conversation's text with a `marker` in the control tokens that messages spell, and the spans of
         `turns` in the text without markers."""
         escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
-        marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels)
+        marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels, variables)
         # A template that, say, trims or splits at the token would behave differently with the marker inside.
-        if marked.replace(marker, "") != self._template.render(messages, tools):
+        if marked.replace(marker, "") != self._template.render(messages, tools, variables=variables):
             raise ValueError("a message spells a control token and the chat template rewrites it; remove it")
         return marked, [
             (start - marked.count(marker, 0, start), end - marked.count(marker, 0, end)) for start, end in spans

@@ -8,7 +8,7 @@ certain is an error, never a guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hbp_titan.data.chat_template import ChatTemplate, Message
@@ -31,7 +31,12 @@ class TurnLocator:
         self._control_pattern = control_pattern
 
     def locate(
-        self, messages: Sequence[Message], tools: Tools, turns: Sequence[int], sentinels: tuple[str, str]
+        self,
+        messages: Sequence[Message],
+        tools: Tools,
+        turns: Sequence[int],
+        sentinels: tuple[str, str],
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """Return the conversation's text and the character spans of `turns`, indices of assistant messages.
 
@@ -39,7 +44,7 @@ class TurnLocator:
         """
 
         def render(messages: Sequence[Message], **options: Any) -> str:
-            return self._template.render(messages, tools, **options)
+            return self._template.render(messages, tools, variables=variables, **options)
 
         # Nothing to locate, so a template whose turns cannot be located is still usable.
         if not turns:
