@@ -21,6 +21,8 @@ JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson")
 ARROW_SUFFIXES = (".arrow", ".parquet")
 SUFFIXES = JSON_SUFFIXES + ARROW_SUFFIXES
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# The templates of data.chat_template that need no path, each a file in data/templates/.
+READY_TEMPLATES = ("chatml", "deepseek_v3", "llama3", "qwen2_5", "qwen3", "r1_distill")
 
 _KEYWORDS = {
     "train": ("train", "training"),

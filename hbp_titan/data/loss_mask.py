@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hbp_titan.data.chat_template import ChatTemplate, Message
+from hbp_titan.data.files import READY_TEMPLATES
 from hbp_titan.data.tokenizer import Span
 
 Tools = Sequence[dict[str, Any]] | None
@@ -20,7 +21,10 @@ _CUT_BLOCKS = (
     "the chat template cuts its {% generation %} blocks apart, so the loss mask is unknown; put each around a whole "
     "answer"
 )
-_USE_BLOCKS = "so the loss mask is unknown; use a template with {% generation %} blocks"
+_USE_BLOCKS = (
+    f"so the loss mask is unknown; set data.chat_template to a ready template ({', '.join(READY_TEMPLATES)}) or to your "
+    "own with {% generation %} blocks,"
+)
 
 
 class TurnLocator:
@@ -103,7 +107,7 @@ class TurnLocator:
             raise ValueError(f"{turn} has no prompt before it, so the loss mask is unknown: {error}") from None
         answered = text if index + 1 == len(messages) else render(messages[: index + 1])
         if not answered.startswith(prompt):
-            raise ValueError(f"the chat template renders {turn} differently from its prompt, {_USE_BLOCKS}")
+            raise ValueError(f"the chat template renders {turn} differently from its prompt, {_USE_BLOCKS.rstrip(',')}")
         if not text.startswith(answered):
             answered = self._answered_earlier(messages, index, render) or ""
             if not answered.startswith(prompt) or not text.startswith(answered):
