@@ -22,8 +22,8 @@ _CUT_BLOCKS = (
     "answer"
 )
 _USE_BLOCKS = (
-    f"so the loss mask is unknown; set data.chat_template to a ready template ({', '.join(READY_TEMPLATES)}) or to your "
-    "own with {% generation %} blocks,"
+    f"so the loss mask is unknown; set data.chat_template to a ready template ({', '.join(READY_TEMPLATES)}) or to "
+    "your own with {% generation %} blocks"
 )
 
 
@@ -107,13 +107,13 @@ class TurnLocator:
             raise ValueError(f"{turn} has no prompt before it, so the loss mask is unknown: {error}") from None
         answered = text if index + 1 == len(messages) else render(messages[: index + 1])
         if not answered.startswith(prompt):
-            raise ValueError(f"the chat template renders {turn} differently from its prompt, {_USE_BLOCKS.rstrip(',')}")
+            raise ValueError(f"the chat template renders {turn} differently from its prompt, {_USE_BLOCKS}")
         if not text.startswith(answered):
             answered = self._answered_earlier(messages, index, render) or ""
             if not answered.startswith(prompt) or not text.startswith(answered):
                 raise ValueError(
                     f"the chat template changes {turn} when later messages follow (it drops earlier "
-                    f"reasoning, for example), {_USE_BLOCKS} or train the last turn only"
+                    f"reasoning, for example), {_USE_BLOCKS}, or train the last turn only"
                 )
         turn_text = answered[len(prompt) :]
         # A template without support for tool calls drops them silently: the turn would train an empty answer.
