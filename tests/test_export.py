@@ -18,6 +18,7 @@ from hbp_titan.distributed.world import World
 from hbp_titan.models.documents import pack_documents
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
+from scripts import convert_to_hf
 from tests.programs import run_python
 from tests.tiny_run import ARGS, write_tiny_run
 
@@ -103,8 +104,6 @@ def test_checkpoint_of_another_model_is_rejected_by_tensor_before_the_start(run:
         check_load_path(path, dataclasses.replace(ARGS, num_layers=1))
 
 
-def test_conversion_of_a_folder_without_checkpoint_is_a_user_error(tmp_path: Path) -> None:
-    result = run_python("scripts/convert_to_hf.py", tmp_path, tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
+def test_conversion_of_a_folder_without_checkpoint_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint"):
+        convert_to_hf.main([str(tmp_path), str(tmp_path / "out")])

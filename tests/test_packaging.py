@@ -137,9 +137,11 @@ def test_every_preset_names_its_hardware(capsys: pytest.CaptureFixture[str]) -> 
     assert all("Hardware: " in line for line in lines[1::2])
 
 
-def test_scripts_leave_the_import_path_alone() -> None:
+def test_scripts_print_errors_on_one_line_and_leave_the_import_path_alone() -> None:
     for path in commands().values():
-        assert "sys.path" not in path.read_text(), path.name
+        text = path.read_text()
+        assert "sys.path" not in text, path.name
+        assert "exit_on_user_error(" in text, path.name
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from hbp_titan.config import load_config
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch
@@ -38,11 +37,10 @@ from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.packing.level import parse_levels
 from hbp_titan.testing.local_ranks import run_distributed
-from hbp_titan.train import Trainer
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from scripts import bench_train
 from tests.programs import run_python
-from tests.tiny_run import ARGS, write_tiny_run
+from tests.tiny_run import ARGS
 
 
 def test_documents_fill_a_pack_with_the_given_median() -> None:
@@ -56,12 +54,16 @@ def test_documents_fill_a_pack_with_the_given_median() -> None:
     assert Documents(600).lengths(5000, seed=1).tolist() != Documents(600).lengths(5000, seed=2).tolist()
 
 
-def test_parse_documents() -> None:
+def test_documents_and_policies_are_parsed() -> None:
     assert parse_documents("one, 600") == (Documents(0), Documents(600))
-    assert [str(documents) for documents in parse_documents("one,600")] == ["one", "median 600"]
-    for word in ("0", "-1", "x", ""):
-        with pytest.raises(ValueError, match="--documents"):
-            parse_documents(f"one,{word}")
+    assert parse_policies("none, full:8") == (("none", None), ("full", 8))
+    for parse, texts in (
+        (parse_documents, ("one,0", "-1", "x", "")),
+        (parse_policies, ("none,all", "full:", "full:x", "")),
+    ):
+        for text in texts:
+            with pytest.raises(ValueError, match=r"--(documents|policies)"):
+                parse(text)
 
 
 def test_cp_shards_join_to_the_pack_and_dp_ranks_differ_only_in_tokens() -> None:
@@ -204,37 +206,6 @@ def test_auto_halves_the_layers_until_every_policy_fits(world: World, monkeypatc
     assert [m.fits for m in rows] == [True] * 9 + [False, True, True]
 
 
-@pytest.mark.usefixtures("without_saved_bytes")
-def test_policy_that_fails_while_timed_is_dropped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Warm-up, peak, a warm-up round and a timed one; then it fails.
-    calls = iter(range(100))
-    _run_out_of_memory(monkeypatch, lambda policy, tokens, layers: policy == "full" and next(calls) == 4)
-    none, full, keep_attention = _measure_all(_bench(world, "64", repeats=3))
-    assert (full.seconds, full.peak_bytes) == ([], None)
-    assert len(none.seconds) == len(keep_attention.seconds) == 3
-
-
-@pytest.mark.usefixtures("without_saved_bytes")
-def test_policies_rotate_in_order(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[int] = []
-
-    def seconds(_: MeasuredEngine, batches: list[PackedBatch]) -> float:
-        order.extend(batch.level for batch in batches)
-        return 1.0
-
-    monkeypatch.setattr(MeasuredEngine, "seconds", seconds)
-    rows = _measure_all(_bench(world, "64", repeats=3))
-    assert order == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]
-    assert [m.seconds for m in rows] == [[1.0] * 3] * 3
-
-
-def test_parse_policies() -> None:
-    assert parse_policies("none, full:8,keep_attention") == (("none", None), ("full", 8), ("keep_attention", None))
-    for text in ("none,all", "full:", "full:x", ""):
-        with pytest.raises(ValueError, match="--policies"):
-            parse_policies(text)
-
-
 NONE = Measurement(
     model="debug",
     layers=4,
@@ -322,40 +293,10 @@ def test_level_switches_are_timed_and_create_no_process_group() -> None:
 
 
 def test_ratios_are_per_round() -> None:
-    cost = SwitchCost(
-        alternating=[2.0, 3.3, 1.0],
-        grouped=[2.0, 3.0, 2.0],
-        again=[2.0, 2.4, 2.0],
-        micro_batches=8,
-        switches=7,
-        new_groups=0,
-    )
+    cost = SwitchCost([2.0, 3.3, 1.0], [2.0, 3.0, 2.0], [2.0, 2.4, 2.0], micro_batches=8, switches=7, new_groups=0)
     assert cost.ratios() == pytest.approx([1.0, 1.1, 0.5])
     assert cost.ratios(control=True) == pytest.approx([1.0, 0.8, 1.0])
     assert "alternating / grouped 1.000 (0.500-1.100), grouped / grouped 1.000 (0.800-1.000)" in str(cost)
-
-
-def _groups_during_training(world: World, argv: list[str], broken: bool) -> tuple[int, int, set[int | None]]:
-    """Return the process groups before the first and after the last step, and the active levels."""
-    if broken:
-        LevelRuntime.activate = _activate_with_a_new_group  # type: ignore[method-assign]
-    trainer = Trainer(load_config(argv), world)
-    before = len(distributed_c10d._world.pg_map)
-    levels = set()
-    trainer.model.register_forward_pre_hook(lambda *_: levels.add(trainer.engine.runtime.active))
-    trainer.train()
-    return before, len(distributed_c10d._world.pg_map), levels
-
-
-@pytest.mark.slow
-def test_training_creates_no_process_group_after_its_start(tmp_path: Path) -> None:
-    argv = [*write_tiny_run(tmp_path), "--training.epochs=2"]
-    for before, after, levels in run_distributed(_groups_during_training, 2, argv, False):
-        assert levels == {0, 1}
-        assert before == after
-    argv.append(f"--job.dump_folder={tmp_path / 'broken'}")
-    for before, after, _ in run_distributed(_groups_during_training, 2, argv, True):
-        assert after > before
 
 
 def _report(path: Path, *words: str, ranks: int = 0, gpu: str = "") -> tuple[str, dict[str, Any]]:

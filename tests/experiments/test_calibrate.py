@@ -51,20 +51,13 @@ def test_fit_finds_the_true_coefficients() -> None:
             atol=1e-12,
         )
     assert np.abs(result.residuals).max() < 1e-9
-    # 30 rows per level: every second one is held out.
+    # 30 rows per level: every second one is held out; of few rows none.
     assert result.held_out.sum() == 30
     assert "good enough" in result.verdict()
-
-
-def test_few_rows_are_all_fitted() -> None:
     assert "none was held out" in calibrate(measured(rows=12)).verdict()
-
-
-def test_poor_fit_is_reported() -> None:
-    result = calibrate(measured(noise=0.5, rows=60))
-    assert np.abs(result.residuals).max() > 0.1
-    assert "POOR FIT" in result.verdict()
-    assert f"{np.abs(result.residuals).max():.1%}" in result.verdict()
+    poor = calibrate(measured(noise=0.5, rows=60))
+    assert "POOR FIT" in poor.verdict()
+    assert f"{np.abs(poor.residuals).max():.1%}" in poor.verdict()
 
 
 def test_coefficients_are_not_negative() -> None:

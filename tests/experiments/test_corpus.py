@@ -110,13 +110,6 @@ def test_questions_do_not_contain_their_answers(rows: list[dict[str, Any]]) -> N
             assert "counter.get(key, 0) + by" not in question
 
 
-def test_long_kinds_begin_with_the_whole_module(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["source"] in ("find_function", "outline", "module_questions"):
-            questions = [message["content"] for message in row["messages"][::2]]
-            assert [MODULE.rstrip() in question for question in questions] == [True] + [False] * (len(questions) - 1)
-
-
 def small_library(folder: Path) -> Path:
     for index in range(40):
         file = folder / "pack" / f"m{index}.py"

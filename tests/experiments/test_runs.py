@@ -114,9 +114,8 @@ def test_run_with_other_settings_raises(tmp_path: Path) -> None:
     runs = make_runs(config, tmp_path, FakeLaunch("single_process", 4), STORE, parse_variants("isf"), (1,))
     with pytest.raises(ValueError, match=r"'lr = 0\.004', now 'lr = 0\.001'"):
         train_all(runs, 1, lambda line: None)
-    runs = make_runs(
-        load_config(SETTINGS), tmp_path, FakeLaunch("single_process", 2), STORE, parse_variants("isf"), (1,)
-    )
+    two_ranks = FakeLaunch("single_process", 2)
+    runs = make_runs(load_config(SETTINGS), tmp_path, two_ranks, STORE, parse_variants("isf"), (1,))
     with pytest.raises(ValueError, match="4 ranks"):
         train_all(runs, 1, lambda line: None)
 
@@ -160,15 +159,3 @@ def test_unknown_choices_raise() -> None:
         parse_variants("interleaved")
     with pytest.raises(ValueError, match="--ranks 0"):
         Launch("single_process", 0)
-
-
-def test_commands_of_both_launches() -> None:
-    assert Launch("single_process", 8).command(Path("run.toml"))[1:] == [
-        "-m",
-        "hbp_titan.experiments.study.single_process",
-        "--ranks=8",
-        "--job.config_file=run.toml",
-    ]
-    words = Launch("torchrun", 8).command(Path("run.toml"))[1:]
-    assert words[:3] == ["-m", "torch.distributed.run", "--nproc-per-node=8"]
-    assert words[-3:] == ["-m", "hbp_titan.train", "--job.config_file=run.toml"]

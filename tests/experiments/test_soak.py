@@ -98,17 +98,6 @@ def test_killed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_debug_model_killed_twenty_times_equals_the_undisturbed_one(tmp_path: Path) -> None:
-    settings = Settings([*DEBUG, "--checkpoint.interval=5"], tmp_path / "soak")
-    report = soak(settings, lambda generator: stepped_kills(generator, 20, 115), seed=0)
-    assert report["faults"] == []
-    assert len(report["kills"]) == 20
-    # The text, and so the number of steps, depends on the Python version.
-    assert report["steps"] > 115
-    assert report["complete"]
-
-
-@pytest.mark.slow
 def test_debug_model_soaks_for_an_hour(tmp_path: Path) -> None:
     # Both levels from the start: memory grows when the second one begins.
     argv = [*DEBUG, "--checkpoint.interval=10", "--training.epochs=40", "--packing.curriculum_steps=0"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree
 
 import numpy as np
@@ -39,13 +38,6 @@ def test_curve_of_a_million_points_shows_its_spike_in_30_kilobytes() -> None:
     assert float(line.attrib["data-x"].split()[values.index(4.0)]) == 543210
 
 
-def test_curve_of_one_point_is_a_dot() -> None:
-    chart = Chart("t", "x", "y", (0, 2), (0, 2))
-    chart.curve(np.array([0.0, 1.0]), np.array([np.nan, 1.5]), 3, "v")
-    assert _lines(chart) == []
-    assert re.search(r'<circle [^>]*fill="var\(--c3\)"><title>v: 1.5</title>', chart.svg())
-
-
 def test_name_is_escaped_in_its_attribute() -> None:
     chart = Chart("t", "x", "y", (0, 2), (0, 2))
     chart.curve(np.array([0.0, 1.0]), np.array([0.0, 1.0]), 0, '"/><script>x</script>')
@@ -72,11 +64,3 @@ def test_tick_labels_differ_and_ticks_are_round() -> None:
     assert "7.1025" in texts
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 1_500) == [200 * i for i in range(8)]
-
-
-def test_bare_chart_has_no_title_unit_and_legend() -> None:
-    chart = Chart("Title", "step", "unit", (0, 1), (0, 1), bare=True)
-    chart.name("first", 0)
-    texts = [text.text for text in xml.etree.ElementTree.fromstring(chart.svg()).findall("text")]
-    assert not {"Title", "unit", "first"} & set(texts)
-    assert "step" in texts

@@ -5,16 +5,16 @@ from __future__ import annotations
 import html
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from hbp_titan.packing import build_plan, load_plan, measure, save_plan
+from hbp_titan.packing import load_plan, measure
 from hbp_titan.report import read_runs, report_page
 from scripts import report
-from tests.report.sample_run import LEVELS, levels_of, start_of, step_of, write_run, write_usual_run
+from tests.report.sample_run import levels_of, start_of, step_of, write_run, write_usual_run
 
 NOT_ALWAYS_RECORDED = (
     *("per_level", "loss_by_length", "abr", "time_imbalance", "idle_share", "memory_by_level", "timing_check"),
@@ -73,20 +73,6 @@ def test_planned_metrics_are_those_of_the_plan(tmp_path: Path) -> None:
     ]
 
 
-def test_several_plans_are_averaged_by_their_iterations(tmp_path: Path) -> None:
-    run = write_usual_run(tmp_path, 20)
-    lengths = np.full(50, 1000)
-    other = build_plan(lengths, LEVELS, world_size=4, method="hbp", epoch=1)
-    save_plan(other, run / "plan" / "epoch-1.safetensors")
-    plans = [measure(load_plan(run / "plan" / f"epoch-{epoch}.safetensors")) for epoch in (0, 1)]
-    assert plans[0].pr != plans[1].pr
-    mean = sum(of.pr * of.iterations for of in plans) / sum(of.iterations for of in plans)
-    page = _page(run)
-    measured = next(part for part in page.split("<table>") if "mean of the plans" in part)
-    assert _rows("<table>" + measured, "level")[-1][4] == f"20.00% ({mean:.2%})"
-    assert [row[0] for row in _rows(page, "plan") if row[0].startswith("epoch")] == ["epoch 0: hbp", "epoch 1: hbp"]
-
-
 def test_timeline_shows_the_curriculum_and_the_events(tmp_path: Path) -> None:
     lines = [step_of(step, level) for step, level in enumerate([0] * 10 + [1, 0] * 10, start=1)]
     lines[4] |= {"skipped": "the loss is not finite", "loss": None, "trained_tokens": 0}
@@ -113,15 +99,6 @@ def test_missing_values_are_noted(tmp_path: Path) -> None:
     notes = _sentences(_page(write_run(tmp_path, lines)))
     for word in ("Loss by length", "Loss by source", "No validation", "MFU", "No timing check", "Memory by level"):
         assert word in notes, word
-
-
-def test_mixed_step_is_divided_by_micro_batches(tmp_path: Path) -> None:
-    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "micro_batches": 5}
-    mixed["loss_by_level"] = {"1K/cp1": 2.0, "8K/cp2": 3.0}
-    part = mixed["per_level"]["1K/cp1"]
-    mixed["per_level"] = {"1K/cp1": {**part, "micro_batches": 4}, "8K/cp2": {**part, "micro_batches": 1}}
-    lane = _page(write_run(tmp_path, [mixed])).split('class="lane tall"')[1].split("</svg>")[0]
-    assert re.findall(r'height="([\d.]+)" fill="var\(--c\d\)"', lane) == ["80.0", "20.0"]
 
 
 def test_bare_run_still_has_a_page(tmp_path: Path) -> None:
@@ -159,6 +136,26 @@ def test_any_key_can_be_missing(tmp_path: Path, key: str) -> None:
     assert "Curriculum" in _page(run)
 
 
+def test_page_has_every_plot_requests_nothing_and_keeps_hostile_names_as_text(tmp_path: Path) -> None:
+    hostile = "</script><script>hacked()</script><img src=x onerror=hacked()>\"' onload=hacked()"
+    runs = [write_usual_run(tmp_path / "a"), write_usual_run(tmp_path / "b", 60, sources=(hostile, "books"))]
+    page = _page(*runs)
+    tags: list[tuple[str, dict[str, str | None]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))  # type: ignore[method-assign]
+    parser.feed(page)
+    assert [tag for tag, _ in tags].count("script") == 1
+    assert not {"img", "link", "iframe"} & {tag for tag, _ in tags}
+    assert {str(attributes[name])[:1] for _, attributes in tags for name in ("src", "href") if name in attributes} == {
+        "#"
+    }
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert hostile in html.unescape(page)
+    # Seven of the comparison; per run four of loss, two of groups, three of validation, four of speed, one of ranks,
+    # two of timing checks, three of balance, two of memory.
+    assert sum(attributes.get("class") == "chart" for _, attributes in tags) == 7 + 2 * 21
+
+
 def test_new_run_and_corrupt_files_are_noted(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -171,16 +168,6 @@ def test_new_run_and_corrupt_files_are_noted(tmp_path: Path) -> None:
     notes = _sentences(_page(damaged))
     for word in ("run.json is corrupt", "epoch-0.safetensors is corrupt", "1 lines of metrics.jsonl"):
         assert word in notes, word
-
-
-def test_starts_come_from_the_sample_log_without_run_json(tmp_path: Path) -> None:
-    run = write_usual_run(tmp_path, 40)
-    (run / "run.json").unlink()
-    for count, first in enumerate((1, 21), start=1):
-        start = run / "sample_log" / f"start-{count:04}"
-        start.mkdir(parents=True)
-        (start / "start.json").write_text(json.dumps({"first_step": first, "world_size": 4}))
-    assert "resumed with step 21 on 4 ranks" in _page(run)
 
 
 def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
@@ -199,18 +186,6 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     assert page.count("<article") == 2
     over_tokens = page.split('aria-label="Loss over tokens"')[1].split("</svg>")[0]
     assert re.findall('data-name="([^"]*)"', over_tokens) == ["one", "two"]
-
-
-def test_runs_with_the_same_name_get_their_parent_folder(tmp_path: Path) -> None:
-    runs = [write_usual_run(tmp_path / name / "run", 5) for name in ("left", "right")]
-    assert [run.name for run in read_runs(runs)] == ["left/run", "right/run"]
-
-
-def test_all_of_many_sources_are_listed(tmp_path: Path) -> None:
-    names = tuple(f"source {number}" for number in range(60))
-    page = _page(write_usual_run(tmp_path, 30, sources=names))
-    assert "20 more" in page
-    assert all(f'<th scope="row">{name}</th>' in page for name in names)
 
 
 def test_page_of_30_000_steps_stays_small(tmp_path: Path) -> None:
@@ -258,16 +233,6 @@ def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
         report.main([str(tmp_path)])
 
 
-def test_colors_of_levels_are_shared_and_differ_from_those_of_runs(tmp_path: Path) -> None:
-    both = write_run(tmp_path / "both", [step_of(1, 0), step_of(2, 1)])
-    upper = write_run(tmp_path / "upper", [step_of(1, 1), step_of(2, 1)])
-    page = _page(both, upper)
-    lane = page.split('class="lane tall"')[2].split("</svg>")[0]
-    assert re.findall(r'fill="var\(--c(\d)\)"', lane) == ["1"]
-    over_tokens = page.split('aria-label="Loss over tokens"')[1].split("</svg>")[0]
-    assert re.findall(r'stroke="var\(--c(\d)\)"[^/]*data-name', over_tokens) == ["2", "3"]
-
-
 def test_expert_section_only_with_experts(tmp_path: Path) -> None:
     plain = [step_of(step, 0) for step in range(1, 31)]
     assert ">Experts</h3>" not in _page(write_run(tmp_path / "dense", plain))
@@ -282,12 +247,3 @@ def test_expert_section_only_with_experts(tmp_path: Path) -> None:
         ("layer 0", "1.5 1 1 0.5"),
         ("layer 1", "4 0 0 0"),
     ]
-
-
-def test_slowest_of_many_ranks_is_drawn_and_listed_first(tmp_path: Path) -> None:
-    page = _page(write_run(tmp_path, [step_of(20, 0, ranks=3000), step_of(40, 0, ranks=3000)]))
-    chart = page.split('aria-label="Work of each rank"')[1].split("</svg>")[0]
-    assert chart.count("<rect") == 512
-    assert "<title>rank 2999: 20.00 s" in chart
-    assert _rows(page, "rank")[0][:2] == ["2999", "20.00"]
-    assert "2,984 more" in page

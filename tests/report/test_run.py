@@ -83,7 +83,3 @@ def test_work_of_ranks_and_newest_expert_counts_are_kept(tmp_path: Path) -> None
     )
     assert log.work_by_rank == [(1, [1.0, 2.0]), (2, [3.0, 4.5])]
     assert log.experts == (2, {"0": [5, 6]})
-
-
-def test_missing_file_has_no_steps(tmp_path: Path) -> None:
-    assert len(read_steps(tmp_path / "metrics.jsonl")) == 0

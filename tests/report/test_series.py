@@ -73,12 +73,6 @@ def test_level_steps_are_those_of_per_level(tmp_path: Path) -> None:
     assert (second.steps, second.micro_batches, second.seconds, second.memory_gib) == (1, 1, 1.0, 7.0)
 
 
-def test_totals_without_keys_are_none(tmp_path: Path) -> None:
-    found = totals(whole_steps(_log(tmp_path, {"step": 1, "tokens": 5})))
-    assert (found.mfu, found.padding, found.idle, found.memory_gib) == (None,) * 4
-    assert found.tokens_per_second is None
-
-
 def test_edge_means_use_a_tenth_and_at_least_three_values() -> None:
     values = np.arange(1.0, 41.0)
     assert edge_means(values, np.ones(40)) == (2.5, 38.5)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from hbp_titan.tuning import auto, measured_engine
 from hbp_titan.tuning.auto import candidate_levels, replace_levels, save_level_times
 from hbp_titan.tuning.profile_file import Profile, profile_key
 from hbp_titan.tuning.search import Candidate, Workload, selected
+from scripts import select_levels
 from tests.programs import run_python
 from tests.tiny_run import ARGS, write_tiny_run
 
@@ -244,8 +243,6 @@ def test_other_notations_are_rejected(text: str) -> None:
 
 # scripts/select_levels.py
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(ROOT / "scripts" / "select_levels.py")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -273,17 +270,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("select_levels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _main(folder: Path, *words: object) -> None:
-    _script().main(["--job.config_file", str(folder / "run.toml"), *map(str, words)])
+    select_levels.main(["--job.config_file", str(folder / "run.toml"), *map(str, words)])
 
 
 ESTIMATE = ("--estimate", "h100-80gb", "--world_size", "8")
@@ -309,7 +297,7 @@ def test_script_writes_the_users_file_with_levels_that_hold_the_data(folder: Pat
 def test_script_measures_on_two_ranks_and_prints_once(folder: Path) -> None:
     output, cache = folder / "measured.toml", folder / "profile.json"
     words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2", "--profile_cache", cache]
-    result = run_python(SCRIPT, *words, "--output", output, ranks=2)
+    result = run_python("scripts/select_levels.py", *words, "--output", output, ranks=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("candidates fit in memory") == 1
     assert load_config(["--job.config_file", str(output)]).levels[-1].max_tokens == 1024
@@ -338,9 +326,3 @@ def test_default_candidates_are_at_most_as_long_as_the_model_allows() -> None:
 def test_script_reports_mistakes(folder: Path, words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _main(folder, *words)
-
-
-def test_script_ends_with_one_error_line(folder: Path) -> None:
-    result = run_python(SCRIPT, "--estimate", "h100-80gb")
-    assert result.returncode == 1
-    assert re.fullmatch("error: --estimate HARDWARE .*\n", result.stderr)

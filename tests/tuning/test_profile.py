@@ -125,12 +125,6 @@ def test_fewest_layers_are_checkpointed_if_memory_is_short(tmp_path: Path) -> No
     assert len(measured) >= 2
 
 
-def test_profile_in_which_nothing_fits(tmp_path: Path) -> None:
-    profile = _run(tmp_path, [SHORT], memory_limit=1000)
-    assert [candidate.fits for candidate in profile.candidates] == [False]
-    assert profile.resident_bytes > 1000
-
-
 def _made_up(key: dict[str, Any]) -> Profile:
     level = Level(512, 2, "hybrid", "full", 3)
     rows = [
@@ -225,10 +219,6 @@ def test_fit_is_the_constrained_optimum(seed: int, rows: int) -> None:
     np.testing.assert_allclose(gradient[x > 0], 0, atol=1e-9)
 
 
-def test_fit_drops_columns_that_only_hurt() -> None:
-    assert nonnegative_least_squares(np.array([[1.0], [1.0]]), np.array([-1.0, -2.0])).tolist() == [0.0]
-
-
 def test_fit_recovers_the_coefficients() -> None:
     # 1, trained tokens, squared tokens, documents
     loads = np.array(
@@ -255,9 +245,3 @@ def test_fit_of_collinear_columns_is_not_wild() -> None:
     assert found.base == pytest.approx(1.0)
     assert found.seconds(loads) == pytest.approx([1.1, 1.2, 1.3, 1.4, 1.5])
     assert min(found.per_loss_token, found.per_document) == 0.0
-
-
-def test_fit_never_decreases_with_content() -> None:
-    loads = np.array([[1, 10, 100, 1], [1, 20, 100, 1], [1, 30, 100, 1.0]])
-    found, _ = fit_level_time(loads, np.array([3.0, 2.0, 1.0]))
-    assert found == LevelTimeModel(base=pytest.approx(2.0))

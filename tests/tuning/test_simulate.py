@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from hbp_titan.components.timing import predict_epoch
 from hbp_titan.errors import format_error
-from hbp_titan.experiments.paper.scale import without_balance
 from hbp_titan.packing import Level, build_plan, measure
 from hbp_titan.tuning.hardware import get_hardware
-from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
+from hbp_titan.tuning.simulate import replay, tulu3_longcite_like
 from hbp_titan.tuning.time_model import TimeModel, get_dims
-from tests.programs import run_python
+from scripts import simulate
 from tests.tuning.toy import MACHINE, TOY
 
 LEVELS = [Level(16384, 1, ac_policy="full", ac_layers=28), Level(131072, 8, ac_policy="full", ac_layers=28)]
@@ -72,42 +68,9 @@ def test_without_packing_a_sample_takes_the_time_of_its_tokens() -> None:
     assert padded["linear"] == pytest.approx(2 * 6 * 100 * 32 / 1000)
 
 
-def test_methods_are_in_the_order_of_the_paper() -> None:
-    lengths = tulu3_longcite_like(100_000)
-    days = {
-        name: replay(build_plan(lengths, LEVELS, 32, name), H100).gpu_days
-        for name in ("nopack", "random", "isf", "hbp_paper", "hbp")
-    }
-    unbalanced = replay(without_balance(build_plan(lengths, LEVELS, 32, "hbp_paper")), H100).gpu_days
-    assert days["nopack"] > 5 * days["isf"]
-    assert days["random"] > days["isf"] > unbalanced > days["hbp_paper"] > days["hbp"]
-    assert 1.3 < days["isf"] / days["hbp_paper"] < 1.6
-
-
-def test_table_has_one_line_per_method_and_level() -> None:
-    lengths = tulu3_longcite_like(5000)
-    table = replay_table({name: replay(build_plan(lengths, LEVELS, 32, name), H100) for name in ("isf", "hbp")})
-    assert [line.split()[0] for line in table.splitlines()] == ["method", "isf", "hbp", "level", "level"]
-    assert all(len(line) <= 112 for line in table.splitlines())
-
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "simulate.py"
-
-
-@functools.cache
-def script() -> ModuleType:
-    """Return the script as a module: a process per test would mostly import torch."""
-    spec = importlib.util.spec_from_file_location("simulate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_estimate_prints_memory_and_time_per_level(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--estimate h100-80gb --world_size 32 --flavor llama3_1_8b --levels 16384:1,131072:8"
-    script().main(words.split())
+    simulate.main(words.split())
     printed = capsys.readouterr().out
     assert "estimated, not measured" in printed
     for level in ("16384:1", "131072:8"):
@@ -116,7 +79,7 @@ def test_estimate_prints_memory_and_time_per_level(capsys: pytest.CaptureFixture
 
 def test_replay_of_methods_on_given_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "l.npy", tulu3_longcite_like(3000))
-    script().main(["--lengths", str(tmp_path / "l.npy"), "--methods", "isf,flexsp,hbp", "--ac_layers", "28"])
+    simulate.main(["--lengths", str(tmp_path / "l.npy"), "--methods", "isf,flexsp,hbp", "--ac_layers", "28"])
     printed = capsys.readouterr().out
     rows = [line.split()[0] for line in printed[printed.index("method") :].splitlines() if not line.startswith(" ")]
     assert rows == ["method", "isf", "flexsp", "hbp"]
@@ -129,7 +92,7 @@ def test_calibration_prints_every_row_and_the_verdict(tmp_path: Path, capsys: py
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"levels": [{"max_tokens": 64}], "iterations": rows}))
     np.save(tmp_path / "l.npy", np.arange(1, 60))
-    script().main(["--calibrate", str(path), "--lengths", str(tmp_path / "l.npy"), "--world_size", "2"])
+    simulate.main(["--calibrate", str(path), "--lengths", str(tmp_path / "l.npy"), "--world_size", "2"])
     printed = capsys.readouterr().out
     assert len(re.findall(r"^\d+ +64 ", printed, re.MULTILINE)) == 10
     assert printed.count("held out\n") == 5
@@ -150,12 +113,5 @@ def test_calibration_prints_every_row_and_the_verdict(tmp_path: Path, capsys: py
 )
 def test_script_reports_mistakes(words: str, message: str) -> None:
     with pytest.raises((ValueError, OSError)) as raised:
-        script().main(words.split())
+        simulate.main(words.split())
     assert message in format_error(raised.value)
-
-
-def test_script_ends_with_one_error_line() -> None:
-    result = run_python(SCRIPT, "--estimate", "h100")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: hardware 'h100'")
-    assert len(result.stderr.splitlines()) == 1

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from hbp_titan.components.step_stats import peak_flops
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor, training_flops
 from hbp_titan.packing import Level
-from hbp_titan.tuning.hardware import get_hardware
+from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, estimate_candidates, get_dims, time_model
 from tests.tuning.toy import MACHINE, TOY
 
@@ -162,6 +164,26 @@ def test_published_parameter_counts() -> None:
     assert get_dims("llama3_1_8b").params == 8_030_261_248
     with pytest.raises(ValueError, match="did you mean llama3_1_8b"):
         get_dims("llama3_1_8")
+
+
+def test_lookup_ignores_case_and_suggests_names() -> None:
+    assert get_hardware(" H100-80GB").peak_flops == 989e12
+    assert peak_flops(torch.device("cpu")) is None
+    with pytest.raises(ValueError, match="did you mean h100-80gb"):
+        get_hardware("h100-80")
+
+
+def test_memory_is_slightly_below_the_nominal_size() -> None:
+    for name, hardware in HARDWARE.items():
+        named = int(name.split("-")[1].removesuffix("gb"))
+        assert 0.98 * named < hardware.memory_bytes / 2**30 < named
+
+
+def test_ring_across_nodes_is_limited_by_the_adapters() -> None:
+    h100 = get_hardware("h100-80gb")
+    assert h100.bus_bandwidth(8, 8) == 450e9
+    assert h100.bus_bandwidth(32, 8) == 400e9
+    assert h100.bus_bandwidth(4, 1) == 50e9
 
 
 ARGS = get_flavor("llama3_1_8b")

@@ -18,152 +18,82 @@ from tests.gpu_trace import kernels
 __version__ = "2.8.3"
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    block_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels.CALLS.append({"max_seqlen": (max_seqlen_q, max_seqlen_k)})
-    kernels.check_causal(causal, window_size_left, window_size_right)
-    out, lse = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+@torch.library.custom_op(
+    "flash_attn::_flash_attn_varlen_forward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left = -1, "
+    "SymInt window_size_right = -1, float softcap = 0.0, Tensor? alibi_slopes = None, bool return_softmax = False, "
+    "Tensor? block_table = None, Tensor? leftpad_k = None, Tensor? seqused_k = None, bool zero_tensors = False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, _, scale, causal, *rest = args
+    # The dispatcher leaves out defaults at the end.
+    left, right = [*rest, -1, -1][:2]
+    kernels.CALLS.append({"max_seqlen": (max_q, max_k)})
+    kernels.check_causal(causal, left, right)
+    out, lse = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64, device=q.device)
 
 
 @_forward.register_fake
-def _(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     return torch.empty_like(q), lse, q.new_empty(0), torch.empty(2, dtype=torch.int64, device=q.device)
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> Tensor:
-    assert dq is not None
-    assert dk is not None
-    assert dv is not None
-    kernels.CALLS.append({"max_seqlen": (max_seqlen_q, max_seqlen_k), "deterministic": deterministic})
-    kernels.check_causal(causal, window_size_left, window_size_right)
-    grads = kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+@torch.library.custom_op(
+    "flash_attn::_flash_attn_varlen_backward",
+    mutates_args=("dq", "dk", "dv"),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a6!)? dq, "
+    "Tensor(a7!)? dk, Tensor(a8!)? dv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal, SymInt window_size_left, "
+    "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state = None, "
+    "bool zero_tensors = False) -> Tensor",
+)
+def _backward(*args: Any) -> Tensor:
+    dout, q, k, v, _, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, _, scale, causal, *rest = args
+    left, right, _, _, deterministic = rest[:5]
+    kernels.CALLS.append({"max_seqlen": (max_q, max_k), "deterministic": deterministic})
+    kernels.check_causal(causal, left, right)
+    grads = kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad)
-    return torch.empty_like(softmax_lse)
+    return torch.empty_like(lse)
 
 
 @_backward.register_fake
-def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    return torch.empty_like(softmax_lse)
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(lse)
 
 
 class FlashAttnVarlenFunc(torch.autograd.Function):
+    """As in the package, its arguments are positional: the inputs, then the options of the function."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float,
-        softmax_scale: float | None,
-        causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
-        alibi_slopes: Tensor | None,
-        deterministic: bool,
-        return_softmax: bool,
-        block_table: Tensor | None,
-        is_grad_enabled: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, softmax_scale, causal, window_size, *rest = args
+        softcap, alibi_slopes, deterministic, return_softmax, block_table, is_grad_enabled = rest
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, scale)
+        options = {"causal": causal, "softcap": softcap, "alibi_slopes": alibi_slopes, "block_table": block_table}
         out, lse, _, rng_state = torch.ops.flash_attn._flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            scale,
-            causal=causal,
-            window_size_left=window_size[0],
-            window_size_right=window_size[1],
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            return_softmax=return_softmax and dropout_p > 0,
-            block_table=block_table,
-        )
+            *inputs, window_size_left=window_size[0], window_size_right=window_size[1],
+            return_softmax=return_softmax and dropout_p > 0, **options,
+        )  # fmt: skip
         if is_grad_enabled and any(x.requires_grad for x in (q, k, v)):
             ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rng_state)
-            ctx.options = (max_seqlen_q, max_seqlen_k, dropout_p, scale, causal, *window_size, softcap, alibi_slopes)
-            ctx.deterministic = deterministic
+            ctx.options = (max_q, max_k, dropout_p, scale, causal, *window_size, softcap, alibi_slopes, deterministic)
         return out[..., : q.shape[2]]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, rng_state = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        torch.ops.flash_attn._flash_attn_varlen_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dq,
-            dk,
-            dv,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            *ctx.options,
-            ctx.deterministic,
-            rng_state=rng_state,
-        )
-        return dq, dk, dv, *(None for _ in range(14))
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        inputs = (dout, q, k, v, out, lse, *grads, cu_seqlens_q, cu_seqlens_k)
+        torch.ops.flash_attn._flash_attn_varlen_backward(*inputs, *ctx.options, rng_state=rng_state)
+        return *grads, *(None for _ in range(14))
 
 
 def flash_attn_varlen_func(
@@ -184,22 +114,6 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    return FlashAttnVarlenFunc.apply(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_table,
-        torch.is_grad_enabled(),
-    )
+    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return FlashAttnVarlenFunc.apply(*inputs, *options, block_table, torch.is_grad_enabled())
