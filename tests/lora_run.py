@@ -35,7 +35,7 @@ ac_policy = "{policy}"
 
 def write_lora_run(folder: Path, policy: str = "full", tied: bool = True) -> list[str]:
     """Write data, model and an HF base into `folder`; return the arguments of a run of two levels, cp 1 and 2."""
-    argv = [word for word in write_tiny_run(folder) if not word.startswith("--levels")]
+    argv = write_tiny_run(folder, levels="")
     (folder / "run.toml").write_text(LEVELS.format(policy=policy))
     args = dataclasses.replace(ARGS, tie_embeddings=tied)
     (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")

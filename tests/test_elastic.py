@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Arguments, folder, and the result of rank 0 of each start; `again` is a copy of `run` after the first."""
     folder = tmp_path_factory.mktemp("elastic")
     argv = [
-        *(word for word in write_tiny_run(folder, num_rows=110) if not word.startswith("--levels")),
+        *write_tiny_run(folder, num_rows=110, levels=""),
         "--training.epochs=2",
         "--checkpoint.interval=2",
         "--checkpoint.export_hf=false",

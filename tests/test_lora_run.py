@@ -14,7 +14,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from hbp_titan.components.checkpoint import save_model_tensors
 from hbp_titan.components.optimizer import lr_factor
@@ -29,6 +28,7 @@ from hbp_titan.preflight import check, cost_model
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.lora_run import train_each, write_lora_run
 from tests.programs import run_python
+from tests.reference import train_one_by_one
 from tests.runs import equal
 from tests.tiny_run import ARGS
 
@@ -72,23 +72,9 @@ def _reference(config: JobConfig, fqns: list[str], world_size: int) -> Tensors:
         for fqn in fqns:
             parameter = parameters[_peft_name(fqn)]
             parameter.copy_(init_lora_parameter(fqn, parameter.shape, config.training.seed))
-    trained = [p for p in parameters.values() if p.requires_grad]
-    assert len(trained) == len(fqns)
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.01)
-    factor = lr_factor(config.lr_scheduler, config.training.steps)
-    for step in range(config.training.steps):
-        losses = []
-        for sample_id in plan.samples_of(*plan.step_offsets[step : step + 2].tolist()).tolist():
-            tokens, mask = store.sample(sample_id)
-            ids = torch.tensor(tokens.astype("int64"))
-            kept = torch.tensor(mask[1:])
-            losses.append(F.cross_entropy(model(ids[None]).logits[0, :-1][kept], ids[1:][kept], reduction="none"))
-        torch.cat(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * factor(step)
-        optimizer.step()
-        optimizer.zero_grad()
+    assert sum(p.requires_grad for p in parameters.values()) == len(fqns)
+    steps = config.training.steps
+    train_one_by_one(model, store, plan, steps, lr_factor(config.lr_scheduler, steps))
     return {fqn: parameters[_peft_name(fqn)].detach() for fqn in fqns}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from hbp_titan.config import load_config
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.distributed.world import World
 from hbp_titan.testing.local_ranks import run_distributed
-from hbp_titan.train import Trainer
+from tests.reference import token_losses
+from tests.runs import read_metrics, train
 from tests.tiny_run import write_tiny_run
 
 RANKS = (1, 4)
-
-
-def _train(world: World, argv: list[str]) -> None:
-    Trainer(load_config(argv), world).train()
 
 
 def _argv(folder: Path, ranks: int) -> list[str]:
@@ -47,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Folder with the run folders run1 and run4, and the arguments of the first."""
     folder = tmp_path_factory.mktemp("validation")
     for ranks in RANKS:
-        run_distributed(_train, ranks, _argv(folder, ranks))
+        run_distributed(train, ranks, _argv(folder, ranks))
     return folder, _argv(folder, 1)
 
 
@@ -56,27 +51,20 @@ def _groups(store: Any, model: Any) -> dict[str, dict[str, tuple[float, int]]]:
     groups: dict[str, dict[str, tuple[float, int]]] = {"by_length": {}, "by_source": {}}
     for index in range(len(store)):
         tokens, mask = store.sample(index)
-        ids = torch.from_numpy(tokens.astype("int64"))
-        labels = torch.where(torch.from_numpy(mask.astype(bool)), ids, -100)
-        count = int((labels[1:] != -100).sum())
         with torch.no_grad():
-            loss = float(model(input_ids=ids[None], labels=labels[None]).loss) * count if count else 0.0
+            losses = token_losses(model, tokens, mask)
         band = str(max(256, 1 << (len(tokens) - 1).bit_length()))
         for kind, name in (("by_length", band), ("by_source", store.source_names[store.sources[index]])):
             total, number = groups[kind].get(name, (0.0, 0))
-            groups[kind][name] = total + loss, number + count
+            groups[kind][name] = total + float(losses.sum()), number + len(losses)
     return groups
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_validation_means_are_those_of_transformers(runs: tuple[Path, list[str]], ranks: int) -> None:
     folder, argv = runs
     model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
-    means = _lines(folder / f"run{ranks}")[-1]["validation"]
+    means = read_metrics(folder / f"run{ranks}")[-1]["validation"]
     store = open_stores(load_config(argv), 512)[1]
     for kind, expected in _groups(store, model).items():
         found = {
@@ -100,7 +88,7 @@ def test_an_epochs_losses_by_band_and_source_are_those_of_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
     store = open_stores(load_config(argv), 512)[0]
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for line in _lines(folder / f"run{ranks}"):
+    for line in read_metrics(folder / f"run{ranks}"):
         for kind, groups in (("by_length", line["loss_by_length"]), ("by_source", line["sources"])):
             for name, mean in groups.items():
                 sums[kind, name][0] += mean["loss"] * mean["trained_tokens"]

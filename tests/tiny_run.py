@@ -42,10 +42,13 @@ def _row(generator: np.random.Generator, num_words: int) -> dict[str, object]:
     }
 
 
-def write_tiny_run(folder: Path, num_rows: int = 60, seed: int = 0) -> list[str]:
+def write_tiny_run(
+    folder: Path, num_rows: int = 60, seed: int = 0, levels: str = "128:1,512:2", saves: bool = True
+) -> list[str]:
     """Write data, tokenizer and model configuration into `folder`; return the command-line arguments of a run.
 
-    Of 15 rows, nine have a few words, five 50 to 80 and one 260 to 340; a word takes one to two tokens.
+    Of 15 rows, nine have a few words, five 50 to 80 and one 260 to 340; a word takes one to two tokens. levels: ""
+    leaves them to the caller. saves: write checkpoints and the export.
     """
     generator = np.random.default_rng(seed)
     shapes = {0: (260, 340), **dict.fromkeys((3, 5, 8, 11, 14), (50, 80))}
@@ -66,5 +69,6 @@ def write_tiny_run(folder: Path, num_rows: int = 60, seed: int = 0) -> list[str]
         "--metrics.progress_bar=false",
         "--packing.print_comparison=false",
         "--optimizer.lr=1e-2",
-        "--levels=128:1,512:2",
+        *([f"--levels={levels}"] if levels else []),
+        *([] if saves else ["--checkpoint.enable=false", "--checkpoint.export_hf=false"]),
     ]

@@ -98,8 +98,8 @@ def _watched(world: World, argv: list[str]) -> tuple[list[str], list[bool], list
 
 
 def test_step_synchronizes_once_and_writes_its_metrics_during_the_next_step(tmp_path: Path) -> None:
-    off = ["--metrics.timing_check_interval=0", "--checkpoint.enable=false", "--checkpoint.export_hf=false"]
-    argv = [*write_tiny_run(tmp_path), *off, "--training.gc_interval=3", "--training.steps=8"]
+    argv = write_tiny_run(tmp_path, saves=False)
+    argv += ["--metrics.timing_check_interval=0", "--training.gc_interval=3", "--training.steps=8"]
     events, written, collections = run_distributed(_watched, 2, argv)[0]
     # One sum before the update, which nobody reads; one gather after it; one copy to the host.
     assert events[:2] == ["all_reduce", "update"], events

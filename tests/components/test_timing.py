@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from hbp_titan.tuning.hardware import hardware_of
 from hbp_titan.tuning.time_model import time_model
+from tests.runs import read_metrics
 from tests.tiny_run import write_tiny_run
 
 
@@ -98,16 +98,10 @@ def _train(world: World, argv: list[str]) -> None:
 
 
 def test_straggler_is_found_during_training(tmp_path: Path) -> None:
-    arguments = [
-        *write_tiny_run(tmp_path),
-        "--levels=64:1,512:2",
-        "--metrics.timing_check_interval=3",
-        "--checkpoint.enable=false",
-        "--checkpoint.export_hf=false",
-        f"--job.dump_folder={tmp_path}/run",
-    ]
+    arguments = write_tiny_run(tmp_path, levels="64:1,512:2", saves=False)
+    arguments.append("--metrics.timing_check_interval=3")
     run_distributed(_train, 2, arguments)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(tmp_path / "run")
     checked = [record["step"] for record in records if "timing_check" in record]
     assert checked == [step for step in range(1, len(records) + 1) if step % 3 == 0 or step == len(records)]
     found = [record["timing_check"] for record in records if "timing_check" in record]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import functional as F
 
 from hbp_titan.config import load_config
 from hbp_titan.data.loader import BatchShapes, PlanDataset
@@ -27,6 +26,7 @@ from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
+from tests.reference import token_losses
 
 SEED = 3
 PLAIN = tiny_args(4)
@@ -87,12 +87,7 @@ def _transformers() -> Outcome:
     ours = Decoder(PLAIN)
     ours.init_weights(SEED)
     theirs, samples = hf_model(ours), RandomSamples()
-    losses = []
-    for tokens, mask in samples.rows:
-        ids = torch.from_numpy(tokens)
-        kept = torch.from_numpy(mask[1:])
-        losses.append(F.cross_entropy(theirs(ids[None]).logits[0, :-1][kept], ids[1:][kept], reduction="sum"))
-    loss = torch.stack(losses).sum() / int(samples.loss_tokens.sum())
+    loss = torch.cat([token_losses(theirs, *row) for row in samples.rows]).sum() / int(samples.loss_tokens.sum())
     loss.backward()
     return Outcome(loss.item(), {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
 

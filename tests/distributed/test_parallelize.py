@@ -39,13 +39,8 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
     ],
 )
 def test_compiled_run_equals_the_eager_run(style: str, cp: int, policy: str, graphs: int, tmp_path: Path) -> None:
-    argv = [word for word in write_tiny_run(tmp_path) if not word.startswith("--levels")]
-    argv += [
-        f"--levels=128:1,512:{cp}:{style}:{policy}",
-        "--checkpoint.enable=false",
-        "--checkpoint.export_hf=false",
-        "--optimizer.eps=1e-4",
-    ]
+    argv = write_tiny_run(tmp_path, levels=f"128:1,512:{cp}:{style}:{policy}", saves=False)
+    argv.append("--optimizer.eps=1e-4")
     expected, _ = run_distributed(_train, cp, argv)[0]
     found, seen = run_distributed(_train, cp, [*argv, "--compile.enable=true", "--compile.backend=aot_eager"])[0]
     assert seen == {"graphs": graphs, "breaks": 0}
@@ -80,17 +75,14 @@ def _train_without_recompiling(world: World, argv: list[str]) -> tuple[int, int,
 
 @pytest.mark.slow
 def test_no_recompilation_in_200_steps_two_epochs_and_validation(tmp_path: Path) -> None:
-    argv = [word for word in write_tiny_run(tmp_path, num_rows=700) if not word.startswith("--levels")]
+    argv = write_tiny_run(tmp_path, 700, levels="128:1,512:2:ulysses:full", saves=False)
     held_out = "".join((tmp_path / "train.jsonl").read_text().splitlines(keepends=True)[:40])
     (tmp_path / "validation.jsonl").write_text(held_out)
     argv += [
-        "--levels=128:1,512:2:ulysses:full",
         f"--data.validation_files={tmp_path / 'validation.jsonl'}",
         "--validation.enable=true",
         "--validation.interval=50",
         "--training.epochs=2",
-        "--checkpoint.enable=false",
-        "--checkpoint.export_hf=false",
         "--compile.enable=true",
         "--compile.backend=aot_eager",
     ]

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.evaluation.perplexity import as_json, evaluate, length_bucket, open_data, perplexity_table
 from hbp_titan.models.decoder import Decoder
 from tests.data.preparing import byte_tokenizer, line, write
 from tests.models.test_decoder import build_pair, tiny_args
+from tests.reference import token_losses
 
 ROWS = [("q" * 5, "a" * 5), ("what" * 20, "so" * 18), ("x" * 280, "yz"), ("", "w" * 499), ("long " * 250, "end " * 62)]
 
@@ -31,12 +31,10 @@ def one_by_one(theirs: torch.nn.Module, store: TokenStore) -> list[tuple[int, in
     found = []
     for index in range(len(store)):
         ids, mask = store.sample(index)
-        tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
-            losses = F.cross_entropy(theirs(input_ids=tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
-        for at in np.flatnonzero(mask):
-            if at:
-                found.append((index, len(ids), int(at) + 1, float(losses[at - 1])))
+            losses = token_losses(theirs, ids, mask)
+        positions = np.flatnonzero(mask[1:]) + 2
+        found += [(index, len(ids), int(at), float(loss)) for at, loss in zip(positions, losses, strict=True)]
     return found
 
 

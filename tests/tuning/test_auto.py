@@ -33,7 +33,7 @@ SHORT, LONG, LONG_ALONE = Level(128), Level(1024, 2, ac_policy="full"), Level(10
 
 
 def _auto_run(folder: Path) -> list[str]:
-    named = [word for word in write_tiny_run(folder, num_rows=30) if not word.startswith("--levels")]
+    named = write_tiny_run(folder, num_rows=30, levels="")
     return [*named, "--packing.auto_levels=true", "--training.epochs=2", "--checkpoint.interval=2"]
 
 
