@@ -1,33 +1,24 @@
-"""Raw records -> conversations: the formats of chat data, and the checks of a message.
-
-Owns the formats and their columns:
+"""Raw records -> conversations: the formats of chat data and their columns.
 
     messages           messages: [{role, content}, ...]
-    sharegpt           conversations: [{from, value}, ...] (or with role and content), system
-    alpaca             instruction, output, input, system, history: [[instruction, output], ...]
+    sharegpt           conversations: [{from, value}, ...] (or with role and content)
+    alpaca             instruction, output, input, history: [[instruction, output], ...]
     prompt_completion  prompt, completion: strings, or lists of messages; only the completion is trained
 
-each with `tools` and `source` (the row's origin). Only the columns of _REQUIRED must exist. `columns` maps other names
-of columns and message keys. The result has the message form of OpenAI and TRL. Errors begin with the message's number.
+each with `system`, `tools` and `source` (the row's origin). Only the columns of _REQUIRED must exist. `columns` maps
+other names of columns and message keys. The result has the message form of OpenAI and TRL. Owns what is refused because
+it only looks like these formats: rows with preferred and rejected answers.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hbp_titan.data.jsonl import check_json, parse_json, shown
-
-ROLES = ("system", "user", "assistant", "tool")
-# Names in use for the four roles; `roles` of a source takes precedence.
-ROLE_NAMES = {
-    **{role: role for role in ROLES},
-    "developer": "system",
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
-    **dict.fromkeys(("function", "function_response", "observation", "ipython"), "tool"),
-}
+from hbp_titan.data.jsonl import check_json, shown
+from hbp_titan.data.messages import ROLES, check_message, check_tools, json_items, parse_text
 
 
 @dataclass(frozen=True)
@@ -44,129 +35,24 @@ class Conversation:
     source: str | None = None
 
 
-def check_message(message: Any, number: int, keys: dict[str, str], roles: dict[str, str]) -> dict[str, Any]:
-    """Return a message of the data in the form of a Conversation; raises ValueError "message `number` ...".
-
-    keys: the data's names of `role`, `content`, `train` and `weight`. roles: the data's role -> one of ROLES.
-    """
-    if not isinstance(message, dict):
-        raise ValueError(
-            f"message {number} is {shown(message)}, not an object with {keys['role']} and {keys['content']}"
-        )
-    role = _role(message.get(keys["role"]), number, roles)
-    where = f"message {number} ({role})"
-    content, tool_calls = message.get(keys["content"]), message.get("tool_calls")
-    if tool_calls:
-        tool_calls = _tool_calls(tool_calls, role, where)
-    checked: dict[str, Any] = {"role": role}
-    # Content may be missing only next to tool calls; _text reports it otherwise.
-    if content is not None or not tool_calls:
-        checked["content"] = _text(content, keys["content"], where)
-    trained = _is_trained(message.get(keys["train"]), message.get(keys["weight"]), where)
-    # Under either name: a mapped key must not reach the template a second time.
-    named = {*keys.values(), "role", "content", "train", "weight", "tool_calls"}
-    checked |= {key: value for key, value in message.items() if value is not None and key not in named}
-    check_json(checked, where)
-    if tool_calls:
-        checked["tool_calls"] = tool_calls
-    if role == "assistant" and not trained:
-        checked["train"] = False
-    return checked
-
-
-def _role(name: Any, number: int, roles: dict[str, str]) -> str:
-    role = roles.get(name) or ROLE_NAMES.get(name) if isinstance(name, str) else None
-    if role not in ROLES:
-        expected = ", ".join([*ROLES, *roles])
-        raise ValueError(f"message {number} has the unknown role {shown(name)}: must be one of {expected}")
-    return role
-
-
-def _text(content: Any, key: str, where: str) -> str:
-    """Return the text of a message; a list of text parts is joined."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ValueError(f"{where}: {key} is {shown(content)}, not a string")
-    for number, part in enumerate(content, start=1):
-        if part.get("type") != "text":
-            raise ValueError(f"{where}: part {number} of {key} is of type {shown(part.get('type'))}, which is not text")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}: part {number} of {key}: text is {shown(part.get('text'))}, not a string")
-    return "".join(part["text"] for part in content)
-
-
-def _is_trained(train: Any, weight: Any, where: str) -> bool:
-    if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where}: train is {shown(train)}, not true or false")
-    if weight is None:
-        return train is not False
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight not in (0, 1):
-        raise ValueError(f"{where}: weight is {shown(weight)}, not 0 or 1; other weights are not supported")
-    if train is not None and train != bool(weight):
-        raise ValueError(f"{where}: train is {shown(train)} and weight is {shown(weight)}; remove one of them")
-    return bool(weight)
-
-
-def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Return tool calls with objects as arguments, as templates expect them; OpenAI writes arguments as JSON text."""
-    if role != "assistant":
-        raise ValueError(f"{where}: only an assistant message can have tool_calls")
-    if not isinstance(calls, list):
-        raise ValueError(f"{where}: tool_calls is {shown(calls)}, not a list")
-    check_json(calls, where)
-    return [_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)]
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} is {shown(call)}, not an object with the name of a function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments)
-            check_json(arguments, "arguments")
-        except ValueError as error:
-            raise ValueError(f"{where}: arguments: {error}") from None
-    if arguments is not None and not isinstance(arguments, dict):
-        raise ValueError(f"{where}: arguments is {shown(arguments)}, not an object")
-    function = {key: value for key, value in function.items() if value is not None}
-    if arguments is not None:
-        function["arguments"] = arguments
-    return {**call, "function": function} if "function" in call else function
-
-
-def check_tools(tools: Any, name: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, given as a list of objects or as its JSON text; None if there are none."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = parse_json(tools)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    # An empty list would make templates write the header of a tool section.
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{name} is {shown(tools)}, not a list of objects, nor the JSON text of one")
-    check_json(tools, name)
-    return tools
-
-
 _MESSAGE_KEYS = ("role", "content", "train", "weight")
-# The columns by which a format is detected, in the order of the search; and the other columns that it reads.
+_SHAREGPT_KEYS = ("from", "value", *_MESSAGE_KEYS)
+# The columns by which a format is detected, in the order of the search; the other columns that it reads; and the keys
+# of its messages, which `columns` maps as well.
 _REQUIRED = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
 }
-_OPTIONAL = {
-    "messages": ("tools", "source", *_MESSAGE_KEYS),
-    "sharegpt": ("tools", "source", "system", "from", "value", *_MESSAGE_KEYS),
-    "alpaca": ("tools", "source", "input", "system", "history"),
-    "prompt_completion": ("tools", "source", *_MESSAGE_KEYS),
-}
+_SHARED = ("system", "tools", "source")
+_OPTIONAL = dict.fromkeys(_REQUIRED, _SHARED) | {"alpaca": (*_SHARED, "input", "history")}
+_KEYS = dict.fromkeys(_REQUIRED, _MESSAGE_KEYS) | {"sharegpt": _SHAREGPT_KEYS, "alpaca": ()}
+# Columns that are read as `tools` under names of their own; their functions may be bare: OpenAI's older
+# `functions`, `tool_defs` of the verifiers environments.
+_TOOL_COLUMNS = ("functions", "tool_defs", "available_tools")
+# KTO's mark of an answer as desired (TRL, LLaMA-Factory).
+_DESIRED = ("label", "kto_tag")
 FORMATS = tuple(_REQUIRED)
 
 
@@ -175,7 +61,7 @@ def check_mapping(format: str, columns: Mapping[str, str], roles: Mapping[str, s
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"{key}.format = {shown(format)}: must be auto or one of {', '.join(FORMATS)}")
     formats = FORMATS if format == "auto" else (format,)
-    known = sorted({name for one in formats for name in _REQUIRED[one] + _OPTIONAL[one]})
+    known = sorted({name for one in formats for name in _REQUIRED[one] + _OPTIONAL[one] + _KEYS[one]})
     for name, column in columns.items():
         if name not in known:
             raise ValueError(
@@ -189,8 +75,15 @@ def check_mapping(format: str, columns: Mapping[str, str], roles: Mapping[str, s
             raise ValueError(f"{key}.roles: {shown(name)} is {shown(role)}; must be one of {', '.join(ROLES)}")
 
 
+def read_columns(format: str, columns: Mapping[str, str]) -> frozenset[str]:
+    """Return the data's names of the columns that a format reads."""
+    names = {columns.get(name, name) for name in _REQUIRED[format] + _OPTIONAL[format]}
+    return frozenset(names if "tools" in columns else {*names, *_TOOL_COLUMNS})
+
+
 def detect_format(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Return the first of FORMATS whose columns the record has; raises ValueError if there is none."""
+    _check_preferences(record, columns)
     # A column that is null in this row does not count: Arrow gives every row all columns.
     for format, required in _REQUIRED.items():
         if all(record.get(columns.get(name, name)) is not None for name in required):
@@ -208,7 +101,62 @@ def parse_record(
     columns: the format's name of a column or of a message key -> the data's name. roles: the data's role -> one of
     ROLES. Raises ValueError, without file and line, for a malformed record.
     """
-    return _PARSERS[format](_Record(record, columns, roles))
+    _check_desired(record, columns)
+    try:
+        return _PARSERS[format](_Record(record, columns, roles))
+    except ValueError:
+        # If that is the reason, it is what the user must know.
+        _check_preferences(record, columns)
+        raise
+
+
+def _check_desired(record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise ValueError for a KTO row, whose answer may be one that must not be trained."""
+    for name in _DESIRED:
+        value = record.get(name)
+        if value is None or name in columns.values():
+            continue
+        # A CSV file has the words; any other label is just a column that is not read.
+        if isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false")):
+            raise ValueError(
+                f"a KTO row: {name} is {shown(value)}, and answers with false are not to be trained; "
+                f"write the rows with true to a file without the column {name}"
+            )
+
+
+def _check_preferences(record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise ValueError for a preference row whose `chosen` or `rejected` no setting takes, with that setting."""
+    _check_desired(record, columns)
+    chosen, rejected = (
+        next((name for name in record if name.startswith(word) and isinstance(record[name], (str, list, dict))), None)
+        for word in ("chosen", "rejected")
+    )
+    # A row that also has whole conversations is one to train; the other columns are listed as not read.
+    if not (chosen and rejected) or record.get(columns.get("messages", "messages")) is not None:
+        return
+    if {chosen, rejected} & set(columns.values()):
+        return
+    raise ValueError(
+        f"a preference row: {chosen} and {rejected}; to train the preferred answers, {_preferred(record, chosen)}"
+    )
+
+
+def _preferred(record: Mapping[str, Any], chosen: str) -> str:
+    """Return the setting by which the preferred answers of a preference row are trained."""
+    answer, prompt = record[chosen], record.get("prompt")
+    if isinstance(answer, dict) or record.get("conversations") is not None:
+        return f"append the turn of {chosen} to the conversation of each row"
+    if record.get("instruction") is not None:
+        return f'set columns = {{ output = "{chosen}" }}'
+    if isinstance(answer, list) or answer.lstrip().startswith("[{"):
+        first = answer[0] if isinstance(answer, list) and answer else None
+        role = first.get("role", first.get("from")) if isinstance(first, dict) else None
+        # TRL's explicit prompt: only then does the answer begin with its own turn.
+        column = "completion" if prompt is not None and role in ("assistant", "gpt") else "messages"
+        return f'set columns = {{ {column} = "{chosen}" }}'
+    if prompt is not None:
+        return f'set columns = {{ completion = "{chosen}" }}'
+    return f'name the column of the question: columns = {{ prompt = "...", completion = "{chosen}" }}'
 
 
 class _Record:
@@ -244,23 +192,48 @@ class _Record:
         }
 
     def turns(self, column: str, keys: str) -> list[Any]:
-        """Return the list of a column, which may be given as JSON text."""
+        """Return the list of a column, which may be given as JSON text, as may its elements."""
         value, name = self.get(column), self.name(column)
         if isinstance(value, str):
-            try:
-                value = parse_json(value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            value = parse_text(value, name)
         if not isinstance(value, list):
             raise ValueError(f"no `{name}` list; expected an object with `{name}`, a list of {{{keys}}}")
-        return value
+        return json_items(value, name)
 
     def conversation(self, messages: list[dict[str, Any]]) -> Conversation:
-        """Return `messages` with the tools and the origin of the record."""
-        source = self.get("source")
-        if source is not None:
-            source = self.text("source")
-        return Conversation(messages, check_tools(self.get("tools"), self.name("tools")), source)
+        """Return `messages` with the system prompt, the tools and the origin of the record."""
+        system, name = self.optional_text("system"), self.name("system")
+        if system and messages and messages[0]["role"] == "system":
+            if messages[0]["content"] != system:
+                raise ValueError(
+                    f"both the column {name} and message 1 have a system prompt; remove one of them, "
+                    'or set columns = { system = "none" }'
+                )
+        elif system:
+            messages = [{"role": "system", "content": system}, *messages]
+        return Conversation(messages, self._tools(), self._source())
+
+    def _tools(self) -> list[dict[str, Any]] | None:
+        name = self.name("tools")
+        found = check_tools(self.record.get(name), name, wrap=name in _TOOL_COLUMNS)
+        # A mapped column is the only one.
+        for other in () if "tools" in self.columns else _TOOL_COLUMNS:
+            if tools := check_tools(self.record.get(other), other, wrap=True):
+                if found and found != tools:
+                    raise ValueError(
+                        f"both {name} and {other} have tools; set columns = {{ tools = ... }} to one of them"
+                    )
+                found, name = tools, other
+        return found
+
+    def _source(self) -> str | None:
+        """Return the origin of the row: a string as it is, another value as its JSON text."""
+        value, name = self.get("source"), self.name("source")
+        if value is None or isinstance(value, str):
+            check_json(value, name)
+            return value
+        check_json(value, name)
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _parse_messages(row: _Record) -> Conversation:
@@ -276,46 +249,27 @@ def _parse_sharegpt(row: _Record) -> Conversation:
     values = row.turns("conversations", f"{own['role']}, {own['content']}")
     messages = []
     for number, value in enumerate(values, start=1):
-        keys = own
-        if isinstance(value, dict):
-            # Many data sets use the column `conversations` with OpenAI's keys.
-            keys = openai if own["role"] not in value and openai["role"] in value else own
-            if value.get(keys["role"]) == "function_call" and "function_call" not in row.roles:
-                value = _function_call(value, keys, number)
-        messages.append(check_message(value, number, keys, row.roles))
-    system = row.optional_text("system")
-    if system and messages and messages[0]["role"] == "system":
-        raise ValueError(f"both the column {row.name('system')} and message 1 have a system prompt; remove one of them")
-    return row.conversation([{"role": "system", "content": system}, *messages] if system else messages)
-
-
-def _function_call(message: dict[str, Any], keys: dict[str, str], number: int) -> dict[str, Any]:
-    """Return ShareGPT's turn of role function_call, whose value is the JSON text of calls, as tool calls."""
-    text = message.get(keys["content"])
-    if not isinstance(text, str):
-        raise ValueError(f"message {number} (function_call): {keys['content']} is {shown(text)}, not a string")
-    try:
-        calls = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"message {number} (function_call): {error}") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    wrapped = [{"type": "function", "function": call} for call in calls]
-    return {**message, keys["role"]: "assistant", keys["content"]: None, "tool_calls": wrapped}
+        # Many data sets use the column `conversations` with OpenAI's keys.
+        is_openai = isinstance(value, dict) and own["role"] not in value and openai["role"] in value
+        messages.append(check_message(value, number, openai if is_openai else own, row.roles))
+    return row.conversation(messages)
 
 
 def _parse_alpaca(row: _Record) -> Conversation:
-    system, history = row.optional_text("system"), row.get("history")
-    turns = _history(history, row.name("history"))
+    turns = _history(row.get("history"), row.name("history"))
     # Joined as LLaMA-Factory joins them.
     prompt = "\n".join(text for text in (row.text("instruction"), row.optional_text("input")) if text)
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = []
     for question, answer in [*turns, (prompt, row.text("output"))]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return row.conversation(messages)
 
 
 def _history(history: Any, name: str) -> list[tuple[str, str]]:
-    if history is None:
+    if isinstance(history, str) and history.strip():
+        history = parse_text(history, name)
+    # A CSV file has "" for no value.
+    if history is None or history == "":
         return []
     is_list = isinstance(history, list)
     if not is_list or not all(
@@ -335,10 +289,12 @@ def _parse_prompt_completion(row: _Record) -> Conversation:
 
 
 def _turns(row: _Record, column: str, role: str, first: int) -> list[dict[str, Any]]:
-    if not isinstance(row.get(column), list):
+    value = row.get(column)
+    if not isinstance(value, list):
         return [{"role": role, "content": row.text(column)}]
     keys = row.keys()
-    return [check_message(message, number, keys, row.roles) for number, message in enumerate(row.get(column), first)]
+    items = json_items(value, row.name(column))
+    return [check_message(message, number, keys, row.roles) for number, message in enumerate(items, first)]
 
 
 _PARSERS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.data.formats import Conversation, check_mapping, detect_format, parse_record
+from hbp_titan.data.formats import Conversation, check_mapping, detect_format, parse_record, read_columns
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 TEXT = {"type": "text", "text": "a"}
@@ -89,8 +89,62 @@ def test_tool_calls_have_objects_as_arguments_and_need_no_content() -> None:
         {"role": "assistant", "content": "Let me see", "tool_calls": [parsed]}
     ]
     assert messages({"role": "assistant", "tool_calls": [{"name": "now", "arguments": None}]}) == [
-        {"role": "assistant", "tool_calls": [{"name": "now"}]}
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
     ]
+
+
+CITY = {"type": "function", "function": {"name": "f", "arguments": {"city": "Oslo", "unit": None}}}
+CITY_TEXT = '{"city": "Oslo", "unit": null}'
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": CITY_TEXT}}]}, CITY),
+        ({"tool_calls": [json.dumps(CITY)]}, CITY),
+        ({"tool_calls": json.dumps([CITY])}, CITY),
+        ({"tool_calls": [{"id": "c", "name": "f", "arguments": {"a": 1}}]},
+         {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}),
+        ({"tool_calls": [{"function": {"name": "f", "parameters": {"a": 1}}}]},
+         {"function": {"name": "f", "arguments": {"a": 1}}}),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, {"function": {"name": "f", "arguments": {}}}),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": " \n"}}]},
+         {"function": {"name": "f", "arguments": {}}}),
+        ({"function_call": {"name": "f", "arguments": CITY_TEXT}}, CITY),
+        ({"function_call": {"name": "f", "arguments": ""}},
+         {"type": "function", "function": {"name": "f", "arguments": {}}}),
+        ({"function_call": json.dumps(CITY["function"]), "tool_calls": []}, CITY),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "Let me see."}])
+def test_calls_of_every_form_have_nested_functions_and_objects(
+    call: dict[str, Any], expected: dict[str, Any], content: dict[str, Any]
+) -> None:
+    text = {key: value for key, value in content.items() if value is not None}
+    assert messages({"role": "assistant", **content, **call}) == [
+        {"role": "assistant", **text, "tool_calls": [expected]}
+    ]
+
+
+def test_the_older_form_of_function_calls_is_read_as_tools_calls_and_results() -> None:
+    function = {"name": "f", "parameters": {}}
+    record = {
+        "messages": [
+            {"role": "user", "content": "w?"},
+            {"role": "assistant", "content": "Let me see.", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "f", "content": "1"},
+            {"role": "assistant", "content": "one", "function_call": None},
+        ],
+        "functions": [function],
+    }
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    expected = [
+        {"role": "user", "content": "w?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "content": "1", "name": "f"},
+        {"role": "assistant", "content": "one"},
+    ]
+    assert parse(record) == Conversation(expected, [{"type": "function", "function": function}], None)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +199,13 @@ MALFORMED: list[tuple[Any, str]] = [
     ([call("{}"), call('{"a": 1')], "message 2 (assistant): tool call 1: arguments: not JSON"),
     ([call('{"a": 1, "a": 2}')], 'message 1 (assistant): tool call 1: arguments: an object has the key "a" twice'),
     ([call("[1]")], "message 1 (assistant): tool call 1: arguments is [1]"),
+    ([{**call("{}"), "function_call": {"name": "f"}}], "message 1 (assistant) has both function_call and tool_calls"),
+    ([{**USER, "function_call": {"name": "f"}}], "message 1 (user): only an assistant message"),
+    ([{**ASSISTANT, "function_call": "f"}], "message 1 (assistant): function_call: not JSON"),
+    ([{**ASSISTANT, "function_call": {"arguments": ""}}], "message 1 (assistant): tool call 1 is"),
+    ([{"role": "function_call", "content": "[]"}], 'message 1 (function_call): content is "[]", which has no call'),
+    ([{"role": "tool_call", "content": "{}", "tool_calls": [1]}], "message 1 (function_call) has both this role"),
+    (['{"role": "user", "content"}'], "messages: element 1: not JSON"),
 ]
 
 
@@ -161,7 +222,7 @@ def test_deep_nesting_is_an_error() -> None:
     assert "content is [[[" in complaint({"messages": [{"role": "user", "content": value}]})
 
 
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
 def test_tools_are_a_list_or_its_text(tools: Any) -> None:
     for record in (
         {"messages": [USER]},
@@ -187,10 +248,123 @@ def test_malformed_tools_are_an_error(tools: Any, start: str) -> None:
     assert complaint({"messages": [USER], "tools": tools}).startswith(start)
 
 
-def test_the_origin_of_a_row_is_text() -> None:
-    assert complaint({"messages": [], "source": 3}) == "source is 3, not a string"
-    assert parse({"messages": [], "source": None}).source is None
-    assert parse({"messages": [], "dataset": "x"}, {"source": "dataset"}).source == "x"
+@pytest.mark.parametrize("column", ["functions", "tool_defs", "available_tools"])
+def test_tools_of_other_columns_are_wrapped_and_merged_with_nothing(column: str) -> None:
+    bare, row = TOOL["function"], {"messages": [USER]}
+    for tools in ([bare], [TOOL], [{"type": "function", **bare}], [json.dumps(bare)], json.dumps([bare])):
+        assert parse({**row, column: tools, "tools": None}).tools == [TOOL]
+    assert parse({**row, column: [bare], "tools": [TOOL]}).tools == [TOOL]
+    assert f"both tools and {column}" in complaint({**row, column: [{"name": "other"}], "tools": [TOOL]})
+    assert parse({**row, column: [{"name": "other"}], "mine": [TOOL]}, {"tools": "mine"}).tools == [TOOL]
+    assert column in read_columns("messages", {})
+    assert column not in read_columns("messages", {"tools": "mine"})
+
+
+def test_elements_of_lists_may_be_the_json_text_of_objects() -> None:
+    texts = [json.dumps(USER), json.dumps(ASSISTANT)]
+    shared = {"role": "user", "content": "Hi"}
+    turns = ['{"from": "human", "value": "Hi"}', '{"from": "gpt", "value": "Yo"}']
+    for record in ({"messages": texts}, {"messages": [shared, texts[1]]}, {"conversations": turns},
+                   {"prompt": texts[:1], "completion": texts[1:]}):  # fmt: skip
+        assert parse(record).messages == [USER, ASSISTANT]
+    assert parse({"prompt": texts[0], "completion": "Yo"}).messages[0]["content"] == texts[0], "a prompt is text"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (None, None),
+        ("x", "x"),
+        (3, "3"),
+        (1.5, "1.5"),
+        (True, "true"),
+        (["b", "\u00e4"], '["b", "\u00e4"]'),
+        ({"b": 1, "a": None}, '{"a": null, "b": 1}'),
+    ],
+)
+def test_the_origin_of_a_row_becomes_text(source: Any, text: str | None) -> None:
+    assert parse({"messages": [], "source": source}).source == text
+    assert parse({"messages": [], "dataset": source}, {"source": "dataset"}).source == text
+
+
+def test_an_origin_that_json_cannot_have_is_an_error() -> None:
+    assert "source contains a value of type bytes" in complaint({"messages": [], "source": b"x"})
+    assert "source contains half a surrogate" in complaint({"messages": [], "source": "\ud800"})
+
+
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        (("User", "Assistant"), ("user", "assistant")),
+        (("HUMAN", "GPT"), ("user", "assistant")),
+        ((" user ", "ChatGPT"), ("user", "assistant")),
+        (("System", "Prompter"), ("system", "user")),
+        (("Tool", "Observation"), ("tool", "tool")),
+    ],
+)
+def test_roles_are_known_in_any_capitalization(names: tuple[str, str], roles: tuple[str, str]) -> None:
+    assert messages(*({"role": name, "content": "x"} for name in names)) == [
+        {"role": role, "content": "x"} for role in roles
+    ]
+
+
+KTO = {"prompt": "q", "completion": "No", "label": False}
+CHOSEN, REJECTED = [USER, ASSISTANT], [USER, {**ASSISTANT, "content": "No"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        KTO,
+        {**KTO, "label": True},
+        {**KTO, "label": "False"},
+        {"messages": CHOSEN, "label": False},
+        {"messages": CHOSEN, "kto_tag": True},
+    ],
+)
+def test_kto_rows_are_refused_by_name(record: dict[str, Any]) -> None:
+    assert "KTO" in complaint(record)
+    assert parse({**record, "label": None, "kto_tag": None}).messages
+
+
+def test_a_label_that_is_no_mark_of_answers_is_another_column() -> None:
+    assert parse({**KTO, "label": 0}).messages == [{"role": "user", "content": "q"}, {**ASSISTANT, "content": "No"}]
+    record = {"prompt": "Is it?", "label": "true"}
+    assert parse(record, {"completion": "label"}).messages[1] == {"role": "assistant", "content": "true"}
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({"chosen": CHOSEN, "rejected": REJECTED}, {"messages": "chosen"}),
+        ({"prompt": "Hi", "chosen": CHOSEN, "rejected": REJECTED}, {"messages": "chosen"}),
+        ({"prompt": [USER], "chosen": CHOSEN[1:], "rejected": REJECTED[1:]}, {"completion": "chosen"}),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, {"completion": "chosen"}),
+        ({"prompt": "Hi", "chosen_response": "Yo", "rejected_response": "No"}, {"completion": "chosen_response"}),
+        ({"instruction": "Hi", "chosen": "Yo", "rejected": "No"}, {"output": "chosen"}),
+        ({"chosen": json.dumps(CHOSEN), "rejected": json.dumps(REJECTED)}, {"messages": "chosen"}),
+    ],
+)
+def test_preference_rows_are_refused_with_the_setting_that_takes_the_preferred_answer(
+    record: dict[str, Any], columns: dict[str, str]
+) -> None:
+    message = complaint(record)
+    ((name, column),) = columns.items()
+    assert message.startswith("a preference row: ")
+    assert f'columns = {{ {name} = "{column}" }}' in message
+    assert parse(record, columns).messages == [USER, ASSISTANT]
+    # Also where the format is set, so that nothing is detected.
+    with pytest.raises(ValueError, match="preference"):
+        parse_record(record, "sharegpt", {}, {})
+
+
+def test_other_preference_rows_are_refused_and_whole_conversations_are_read() -> None:
+    turn = {"from": "gpt", "value": "Yo"}
+    assert "append" in complaint({"conversations": [turn], "chosen": turn, "rejected": turn})
+    assert 'prompt = "..."' in complaint({"question": "Hi", "chosen": "Yo", "rejected": "No"})
+    record = {"messages": CHOSEN, "chosen": CHOSEN, "rejected": REJECTED, "score_chosen": 3.5}
+    assert parse(record).messages == CHOSEN
+    assert read_columns("messages", {}).isdisjoint({"chosen", "rejected"})
 
 
 def test_sharegpt_turns_have_other_names() -> None:
@@ -239,6 +413,26 @@ def test_a_malformed_sharegpt_row_is_an_error(record: dict[str, Any], start: str
     assert complaint(record).startswith(start)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": "Hi", "completion": "Yo"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"instruction": "Hi", "output": "Yo"},
+        {"messages": [{"role": "system", "content": "S"}, USER, ASSISTANT]},
+    ],
+)
+def test_every_format_reads_the_column_system_once(record: dict[str, Any]) -> None:
+    assert parse({**record, "system": "S"}).messages == [{"role": "system", "content": "S"}, USER, ASSISTANT]
+
+
+def test_two_system_prompts_are_an_error_that_names_the_way_out() -> None:
+    record = {"messages": [{"role": "system", "content": "a"}], "system": "b"}
+    assert 'columns = { system = "none" }' in complaint(record)
+    assert parse(record, {"system": "none"}).messages == record["messages"]
+
+
 def test_alpaca_is_one_exchange_after_its_history() -> None:
     record = {"instruction": "Add", "input": "2 2", "output": "4", "system": "s", "history": [["a", "b"]]}
     assert parse(record).messages == [
@@ -248,7 +442,8 @@ def test_alpaca_is_one_exchange_after_its_history() -> None:
         {"role": "user", "content": "Add\n2 2"},
         {"role": "assistant", "content": "4"},
     ]
-    assert parse({"instruction": "Hi", "input": "", "output": "Yo"}).messages == [USER, ASSISTANT]
+    assert parse({**record, "history": '[["a", "b"]]'}) == parse(record)
+    assert parse({"instruction": "Hi", "input": "", "output": "Yo", "history": ""}).messages == [USER, ASSISTANT]
     assert complaint({"instruction": "x", "output": 4}) == "output is 4, not a string"
     assert complaint({"instruction": "x", "output": ValueError("broken cell")}) == "output is broken cell, not a string"
     assert complaint({"instruction": "x", "output": "y", "history": [["a"]]}) == (
@@ -273,8 +468,8 @@ def test_columns_and_roles_may_have_other_names() -> None:
     roles = {"A": "user", "B": "assistant"}
     assert parse(record, columns, roles).messages == [USER, {**ASSISTANT, "train": False}]
     message = complaint({"dialog": [{"speaker": "C"}]}, columns=columns, roles=roles)
-    assert 'unknown role "C"' in message
-    assert message.endswith("tool, A, B")
+    assert 'unknown role "C"; map it with roles = { "C" = "assistant" }' in message
+    assert message.endswith("tool_call, A, B")
     # A mapping may give a known name another meaning.
     assert parse({"messages": [USER]}, {}, {"user": "assistant"}).messages == [{**ASSISTANT, "content": "Hi"}]
     record = {"chat": [{"who": "human", "says": "Hi"}], "persona": "p"}

@@ -26,7 +26,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan.data.formats import FORMATS, ROLES, Conversation, detect_format, parse_record
+from hbp_titan.data.formats import FORMATS, Conversation, detect_format, parse_record
+from hbp_titan.data.messages import ROLES
 from hbp_titan.data.rows import RowIndex, index_rows, read_records
 from tests.properties import examples
 
