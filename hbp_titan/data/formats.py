@@ -218,12 +218,11 @@ class _Record:
         found = check_tools(self.record.get(name), name, wrap=name in _TOOL_COLUMNS)
         # A mapped column is the only one.
         for other in () if "tools" in self.columns else _TOOL_COLUMNS:
-            if tools := check_tools(self.record.get(other), other, wrap=True):
-                if found and found != tools:
-                    raise ValueError(
-                        f"both {name} and {other} have tools; set columns = {{ tools = ... }} to one of them"
-                    )
-                found, name = tools, other
+            if self.record.get(other) is None or not (tools := check_tools(self.record[other], other, wrap=True)):
+                continue
+            if found and found != tools:
+                raise ValueError(f"both {name} and {other} have tools; set columns = {{ tools = ... }} to one of them")
+            found, name = tools, other
         return found
 
     def _source(self) -> str | None:
