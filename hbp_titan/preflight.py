@@ -7,7 +7,6 @@ torchrun can be called without it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,9 @@ from hbp_titan.packing import CostModel
 
 def model_args(config: JobConfig) -> ModelArgs:
     """Return the architecture: of model.hf_path's config.json, else of model.flavor."""
-    return args_from_hf(Path(config.model.hf_path)) if config.model.hf_path else get_flavor(config.model.flavor)
+    if config.model.hf_path:
+        return args_from_hf(config.model.hf_path, "model.hf_path")
+    return get_flavor(config.model.flavor)
 
 
 def token_ids(config: JobConfig, store: TokenStore) -> dict[str, Any]:
@@ -102,9 +103,14 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
 
 
 def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:
-    """Raise ValueError if the tokenizer has more entries than the model's vocabulary."""
+    """Raise ValueError if the model's embedding has no row for a token. tokenizer_size: largest token id + 1."""
     if tokenizer_size > args.vocab_size:
+        # Not at the top: a run with finished stores needs no tokenizer.
+        from hbp_titan.data.tokenizer import read_tokenizer_folder
+
+        last = tokenizer_size - 1
+        token = read_tokenizer_folder(config.tokenizer_path).load().id_to_token(last)
         raise ValueError(
-            f"the tokenizer {config.tokenizer_path} has {tokenizer_size} entries, the model {args.name} "
-            f"{args.vocab_size}; change model.tokenizer_path or the model"
+            f"the tokenizer {config.tokenizer_path} has token ids up to {last} ({token!r}), but the model "
+            f"{args.name} has {args.vocab_size} embeddings; change model.tokenizer_path or the model"
         )

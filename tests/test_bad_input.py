@@ -48,7 +48,10 @@ def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[
         (["--model.hf_path=", "--model.flavor=debugg", "--model.tokenizer_path={folder}/model"], "did you mean debug?"),
         (["--model.tokenizer_path=nowhere"], "nowhere"),
         (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend"),
-        (["--checkpoint.initial_load_path=nowhere"], "config.json"),
+        (["--checkpoint.initial_load_path=nowhere"], "checkpoint.initial_load_path = 'nowhere'"),
+        (["--checkpoint.initial_load_path=org/base"], "hf download org/base --local-dir base"),
+        (["--model.hf_path=org/base"], "set model.hf_path to base"),
+        (["--model.tokenizer_path=org/base"], "set model.tokenizer_path to base"),
     ],
 )
 def test_user_error_is_one_line(

@@ -28,9 +28,9 @@ import hbp_titan
 from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
-from hbp_titan.data.files import TOKENIZER_FILES
 from hbp_titan.data.sample_log import SAMPLE_LOG, start_folders
 from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.hf_files import tokenizer_files
 from hbp_titan.packing.plan import PLANNER_VERSION
 from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
@@ -141,8 +141,8 @@ def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], pa
 
 
 def _tokenizer_digest(tokenizer_path: Path) -> str:
-    files = [tokenizer_path / name for name in TOKENIZER_FILES if (tokenizer_path / name).is_file()]
-    return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in files))
+    names = tokenizer_files(tokenizer_path)
+    return sha256_text("\n".join(f"{name} {sha256_file(tokenizer_path / name)}" for name in names))
 
 
 def _format(value: Any) -> str:

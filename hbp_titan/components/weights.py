@@ -30,6 +30,7 @@ from hbp_titan.distributed.world import barrier
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, init_parameter
 from hbp_titan.models.hf import HFTensors, save_hf_folder
+from hbp_titan.models.hf_files import require_folder
 from hbp_titan.models.lora import ALL_LINEAR, apply_lora, init_lora_parameter, is_adapter, merged, save_adapter_folder
 
 Slices = tuple[slice, ...]
@@ -40,6 +41,7 @@ def check_load_path(path: str, args: ModelArgs) -> None:
     folder = Path(path)
     if not path:
         return
+    require_folder(folder, "checkpoint.initial_load_path")
     if _is_checkpoint(path):
         if "lora" in read_state(folder):
             raise ValueError(

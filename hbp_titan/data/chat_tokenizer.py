@@ -158,8 +158,9 @@ class ChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+        """The largest token id + 1, added tokens included: the rows of an embedding that they need."""
+        # Not the number of tokens: ids may have gaps, and two tokens may share one.
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def token_id(self, name: str) -> int | None:
         """Return the id of a named special token such as "eos_token", None if the folder has none."""

@@ -16,11 +16,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hbp_titan.job_config import DataSource
+from hbp_titan.models.hf_files import check_not_pointer
 
 JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
 ARROW_SUFFIXES = (".arrow", ".parquet")
 SUFFIXES = JSON_SUFFIXES + ARROW_SUFFIXES
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # The templates of data.chat_template that need no path, each a file in data/templates/.
 READY_TEMPLATES = ("chatml", "deepseek_v3", "llama3", "qwen2_5", "qwen3", "r1_distill")
 
@@ -32,7 +32,6 @@ _KEYWORDS = {
 _SEPARATORS = "-._ 0-9"
 _IN_FOLDER_NAME = ("**/{0}/**", "**/{0}[{1}]*/**", "**/*[{1}]{0}/**", "**/*[{1}]{0}[{1}]*/**")
 _IN_FILE_NAME = ("**/{0}[{1}]*", "**/*[{1}]{0}[{1}]*")
-_LFS_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"data/(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
@@ -113,10 +112,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _check_file(file: Path, key: str) -> None:
     if not file.name.lower().endswith(SUFFIXES):
         raise ValueError(f"{key}: {file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
-    # A repository cloned without git-lfs has small text files in the place of the data.
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{key}: {file} is a Git LFS pointer, not the data; run `git lfs pull` in its repository")
+    check_not_pointer(file, key)
 
 
 def repository_files(folder: Path, config: str, split: str) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.files import TOKENIZER_FILES, source_files
+from hbp_titan.data.files import source_files
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
     TokenizeConfig,
@@ -26,6 +26,7 @@ from hbp_titan.data.token_store import (
 )
 from hbp_titan.errors import WorkerGroup
 from hbp_titan.job_config import DataSource
+from hbp_titan.models.hf_files import check_tokenizer_folder, tokenizer_files
 from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
 
@@ -156,13 +157,15 @@ def _check_mappings(request: SetRequest) -> None:
 
 def _source_files(request: SetRequest, workers: WorkerGroup) -> SourceFiles:
     files = [source_files(source, key) for key, source in request.sources]
-    tokenizer_path = request.config.tokenizer_path
-    tokenizer_files = [file for name in TOKENIZER_FILES if (file := tokenizer_path / name).is_file()]
-    all_files = [*tokenizer_files, *(file for group in files for file in group)]
+    tokenizer = request.config.tokenizer_path
+    # Before large files are read for their digests.
+    check_tokenizer_folder(tokenizer, f"model.{'tokenizer_path' if request.config.model.tokenizer_path else 'hf_path'}")
+    names = tokenizer_files(tokenizer)
+    all_files = [*(tokenizer / name for name in names), *(file for group in files for file in group)]
     cache = Path(request.config.data.cache_folder)
     digests = dict(zip(all_files, file_digests(all_files, cache / "digests", workers), strict=True))
     base = {
-        "tokenizer": [[file.name, digests[file]] for file in tokenizer_files],
+        "tokenizer": [[name, digests[tokenizer / name]] for name in names],
         "settings": {**dataclasses.asdict(request.tokenize_config()), "tokenizer_path": ""},
         "format": FORMAT_VERSION,
     }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
+from hbp_titan.data.tokenizer import read_tokenizer_folder
 
 MAX_SOURCES_SHOWN = 30
 _SHADES = " .:-=+*#%@"
@@ -69,7 +69,7 @@ def check_totals(totals: Mapping[str, int], samples: int) -> tuple[list[str], li
 
 def show_samples(store: TokenStore, count: int, tokenizer_path: Path) -> str:
     """Return the first `count` samples as text with their trained tokens in green."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+    tokenizer = read_tokenizer_folder(tokenizer_path).load()
     blocks = []
     for index in range(min(count, len(store))):
         tokens, loss_mask = store.sample(index)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.errors import UserError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 SAMPLE = np.dtype(
     [
         ("length", "<i8"),
@@ -141,7 +141,8 @@ class TokenStore:
     """A set of samples, opened for reading; its arrays are memory maps, so opening costs nothing per sample.
 
     lengths, loss_tokens: int64 [N]; sources: uint16 [N] into source_names; fingerprint: hex SHA-256;
-    meta: meta.json, which also holds vocab_size, pad_token_id and eos_token_id (None if the tokenizer has none).
+    meta: meta.json, which also holds vocab_size (the tokenizer's largest id + 1), pad_token_id and eos_token_id (None
+    if the tokenizer has none).
     """
 
     def __init__(self, folder: Path) -> None:

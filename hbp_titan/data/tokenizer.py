@@ -1,9 +1,9 @@
 """Tokenizer folders in the HF layout: reading any of them, training the embedded byte-level BPE, text -> token ids.
 
-Owns what is read from tokenizer.json, tokenizer_config.json and chat_template.jinja; only data is read, no code
-that a folder names is imported or run. Owns how tokens are matched with spans of the text: by counting bytes for
-byte-level tokenizers, whose token names spell their bytes; else by the offsets of the tokenizers library, which take a
-fifth of its time.
+Owns what is read from tokenizer.json, tokenizer_config.json, added_tokens.json and chat_template.jinja; only data is
+read, no code that a folder names is imported or run. Owns how tokens are matched with spans of the text: by counting
+bytes for byte-level tokenizers, whose token names spell their bytes; else by the offsets of the tokenizers library,
+which take a fifth of its time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ from __future__ import annotations
 import json
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+
+from hbp_titan.models.hf_files import check_tokenizer_folder
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 4096
+
+# In the order in which transformers adds those that no file lists.
+_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 CHATML_TEMPLATE = """\
 {%- for message in messages %}
@@ -53,9 +59,9 @@ _SPLIT = (
 class TokenizerFolder:
     """The content of a tokenizer folder.
 
-    config: tokenizer_config.json, completed by the entries of special_tokens_map.json. chat_template: the template's
-    source, "" if there is none. other_for_tools: whether conversations with tools have another template, which is not
-    read.
+    config: tokenizer_config.json, with special_tokens_map.json where transformers reads that. chat_template: the
+    template's source, "" if there is none. other_for_tools: whether conversations with tools have another template,
+    which is not read.
     """
 
     path: Path
@@ -73,26 +79,93 @@ class TokenizerFolder:
                 tokens[name] = text
         return tokens
 
-    def load(self) -> Tokenizer:
-        """Load tokenizer.json; raises ValueError if it is not a tokenizer."""
+    def load(self, post_processor: bool = False) -> Tokenizer:
+        """Load tokenizer.json with the tokens that the other files add, as transformers.AutoTokenizer has them.
+
+        post_processor: keep the one of the file, which adds a prefix.
+        Raises ValueError if it is not a tokenizer, or a file gives a token another id than the tokenizer has.
+        """
         file = self.path / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(f"{file}: not a tokenizer: {error}") from None
+        listed = {token["content"]: token["id"] for token in _read_json(file).get("added_tokens") or ()}
+        _check_ids(tokenizer, listed, file)
+        self._add_tokens(tokenizer)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if post_processor:
+            return tokenizer
         # The folder's own post-processor would add a prefix, which the template writes already, and trim blanks off the
         # offsets, which the loss mask needs to cover every character.
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         return tokenizer
+
+    def _add_tokens(self, tokenizer: Tokenizer) -> None:
+        """Add the tokens that the folder's other files have, in the order in which transformers (5.24) does."""
+        present = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+        before = {index: name for name, index in tokenizer.get_vocab(with_added_tokens=True).items()}
+        file, listed = self._listed_tokens()
+        # added_tokens.json has no flags: there, those of tokenizer.json win. Other flags update a token.
+        keeps_flags = file.name == "added_tokens.json"
+        added = [
+            token
+            for _, token in sorted(listed.items())
+            if not (token.content in present if keeps_flags else present.get(token.content) == repr(token))
+        ]
+        named = set(self.special_tokens.values())
+        for token in added:
+            token.special = token.special or token.content in named
+        # Special tokens that are only named get the next free id.
+        known = {*present, *(token.content for token in listed.values())}
+        unlisted = {token.content: token for token in self._special_tokens() if token.content not in known}
+        tokenizer.add_tokens([*added, *unlisted.values()])
+        _check_ids(tokenizer, {token.content: index for index, token in listed.items()}, file, before)
+        ids = {name: tokenizer.token_to_id(name) for name in unlisted}
+        _check_ids(tokenizer, ids, self.path / "tokenizer_config.json", before)
+
+    def _listed_tokens(self) -> tuple[Path, dict[int, AddedToken]]:
+        """Return the file that lists added tokens, and the tokens by id."""
+        file = self.path / "tokenizer_config.json"
+        if "added_tokens_decoder" not in self.config:
+            file = self.path / "added_tokens.json"
+            special = {token.content for token in self._special_tokens()}
+            entries: dict[Any, Any] = {
+                index: {"content": name, "normalized": name not in special, "special": name in special}
+                for name, index in _read_json(file).items()
+            }
+        else:
+            entries = self.config["added_tokens_decoder"]
+        try:
+            return file, {int(index): AddedToken(**token) for index, token in entries.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: added tokens are not a token for each id: {error}") from None
+
+    def _special_tokens(self) -> list[AddedToken]:
+        """Return the special tokens that the folder names, with their flags, in the order of transformers."""
+        own = [key for key in self.config if key.endswith("_token") and key not in _SPECIAL_KEYS]
+        own.sort(key=lambda key: isinstance(self.config[key], str))
+        values = [self.config.get(key) for key in (*_SPECIAL_KEYS, *own)]
+        extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
+        values += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+        tokens = []
+        for value in values:
+            if isinstance(value, str):
+                tokens.append(AddedToken(value, special=True))
+            elif isinstance(value, dict) and isinstance(value.get("content"), str):
+                flags = {flag: bool(value[flag]) for flag in _TOKEN_FLAGS if flag in value}
+                tokens.append(AddedToken(value["content"], special=True, **flags))
+        return tokens
 
 
 def read_tokenizer_folder(path: Path) -> TokenizerFolder:
     """Read the tokenizer folder at `path`; raises ValueError for a missing or broken file."""
-    if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"model.tokenizer_path: {path} has no tokenizer.json")
-    config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+    check_tokenizer_folder(path)
+    config = _read_json(path / "tokenizer_config.json")
+    # As transformers has it: the older file wins, unless a newer version has written the configuration.
+    if "added_tokens_decoder" not in config:
+        config |= _read_json(path / "special_tokens_map.json")
     template_file = path / "chat_template.jinja"
     if template_file.is_file():
         return TokenizerFolder(path, config, template_file.read_text(encoding="utf-8"))
@@ -139,6 +212,30 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_ids(
+    tokenizer: Tokenizer, listed: Mapping[str, int | None], file: Path, before: Mapping[int, str] | None = None
+) -> None:
+    """Raise ValueError unless each token has the id that `file` lists, which no other token has.
+
+    before: the tokens of tokenizer.json by id, if `file` is another one.
+    """
+    names = set((before or {}).values())
+    for name, index in listed.items():
+        found = tokenizer.token_to_id(name)
+        other = name if before is None or index is None else before.get(index, name)
+        if found == index and other == name:
+            continue
+        if other != name:
+            reason = f"tokenizer.json gives that id to {other!r}"
+        elif before is None or name in names:
+            reason = f"the tokenizer gives it {found}"
+        else:
+            reason = f"tokenizer.json lacks it, and the next free id is {found}"
+        raise ValueError(
+            f"{file}: the token {name!r} has the id {index}, but {reason}; make the tokenizer's files agree"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from hbp_titan.data.chat_template import ChatTemplate
 from hbp_titan.data.tokenizer import read_tokenizer_folder
@@ -278,9 +277,8 @@ class PromptFormatter:
         tokenizer_folder = read_tokenizer_folder(folder)
         self.template = ChatTemplate(tokenizer_folder) if tokenizer_folder.chat_template else None
         self.stop_ids = stop_ids(folder)
-        # `load` removes the prefix that the file's tokenizer adds: with a template it would come twice.
-        whole = None if self.template else Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer = whole or tokenizer_folder.load()
+        # With a template, the prefix that the tokenizer adds would come twice.
+        self.tokenizer = tokenizer_folder.load(post_processor=self.template is None)
 
     def ids(self, question: str, answer_start: str = "") -> list[int]:
         """Return the token ids of a prompt whose answer begins with `answer_start`."""

@@ -71,8 +71,8 @@ def evaluate(
     """
     if store.meta["vocab_size"] > model.args.vocab_size:
         raise ValueError(
-            f"{store.folder}: prepared with a tokenizer of {store.meta['vocab_size']} ids, but the model has "
-            f"{model.args.vocab_size}; prepare the data with the model's own tokenizer"
+            f"{store.folder}: prepared with a tokenizer of ids up to {store.meta['vocab_size'] - 1}, but the model has "
+            f"{model.args.vocab_size} embeddings; prepare the data with the model's own tokenizer"
         )
     device = next(model.parameters()).device
     # Not more than all tokens: a small data set should not be padded to the full pack.

@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import SampleSource
 from hbp_titan.data.loader import BatchShapes, PackLoader, PlanDataset
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.tokenizer import read_tokenizer_folder
 from hbp_titan.packing import Plan
 
 TEXTS_AT_A_TIME = 1000
@@ -123,7 +123,7 @@ def preparation_speeds(config: JobConfig, cores: int, rounds: int) -> list[Speed
 def _encode_texts(store_folder: Path, tokenizer_path: Path, cores: int, rounds: int) -> Speed:
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    tokenizer = Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
+    tokenizer = read_tokenizer_folder(tokenizer_path).load()
     store = TokenStore.open(store_folder)
     texts = [
         tokenizer.decode(store.sample(index)[0].tolist(), skip_special_tokens=False) for index in range(len(store))

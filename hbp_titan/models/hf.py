@@ -23,12 +23,12 @@ from torch import Tensor
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf_config import TOKEN_ID_KEYS, args_from_hf, args_to_hf_config, read_json
+from hbp_titan.models.hf_files import check_not_pointer, tokenizer_files
 from hbp_titan.utils import first_n
 
 _TIED_OUTPUT = "head.output.weight"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _GENERATION_FILE = "generation_config.json"
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_LISTED = 20  # names in a message
@@ -179,6 +179,10 @@ def save_hf_folder(
         raise ValueError(f"token_ids has {', '.join(sorted(unknown))}; use {', '.join(TOKEN_ID_KEYS)}")
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not empty; pass another folder or remove it")
+    source = None if tokenizer_path is None else Path(tokenizer_path)
+    carried = {name: source / name for name in tokenizer_files(source, carried=True)} if source else {}
+    for file in carried.values():
+        check_not_pointer(file)
     dtype_name = str(dtype).removeprefix("torch.")
     # transformers before 4.56 and vLLM read torch_dtype, later versions dtype.
     config = {**args_to_hf_config(args), **(token_ids or {}), "dtype": dtype_name, "torch_dtype": dtype_name}
@@ -188,10 +192,9 @@ def save_hf_folder(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / _GENERATION_FILE, _generation_config(tokenizer_path, config))
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
-        if tokenizer_path is not None:
-            for name in _TOKENIZER_FILES:
-                if (Path(tokenizer_path) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_path) / name, temporary / name)
+        for name, file in carried.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / name)
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -278,6 +281,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
+    check_not_pointer(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:

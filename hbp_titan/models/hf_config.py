@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
+from hbp_titan.models.hf_files import check_not_pointer, require_folder
 from hbp_titan.models.layers import ROPE_TYPES, check_scaling
 
 
@@ -66,11 +67,13 @@ _ONLY_SUPPORTED = {
 _DEFAULT_THETA = 10000.0
 
 
-def args_from_hf(folder: str | Path) -> ModelArgs:
+def args_from_hf(folder: str | Path, key: str = "folder") -> ModelArgs:
     """Return the architecture in `folder`/config.json, as written by transformers 4.x or 5.x.
 
-    Raises ValueError with the file and the key for a model type, feature or value that is not supported.
+    key: what `folder` is the value of. Raises ValueError with it if there is no such folder, and with the file and its
+    key for a model type, feature or value that is not supported.
     """
+    require_folder(Path(folder), key)
     path = Path(folder) / "config.json"
     values = read_json(path)
     model_type = values.get("model_type")
@@ -177,6 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        check_not_pointer(path)
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object")

@@ -93,9 +93,12 @@ def test_each_input_that_shapes_the_samples_changes_the_fingerprint(tmp_path: Pa
     seen.append(build())
     template.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
     seen.append(build())
-    assert len(set(seen)) == 9
+    added = write(tmp_path / "tokenizer" / "added_tokens.json", '{"<t>": 260}')
+    seen.append(build())
+    assert len(set(seen)) == 10
     write(file, *many(8))
     template.unlink()
+    added.unlink()
     assert build() == seen[0]
     # Samples of any length are kept: the levels do not matter.
     assert build(levels="2048:1") == seen[0]

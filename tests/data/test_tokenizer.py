@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.tokenizer import TextEncoder, read_tokenizer_folder, train_tokenizer
 from tests.properties import examples
 
@@ -62,18 +63,188 @@ def test_the_default_of_several_named_templates_is_taken(tmp_path: Path) -> None
     assert (folder.chat_template, folder.other_for_tools) == ("D", True)
 
 
-def test_special_tokens_are_read_as_text_or_as_objects(tmp_path: Path) -> None:
+def test_special_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     train_tokenizer(FOLDER_TEXTS, tmp_path, vocab_size=260)
-    config = {"eos_token": {"content": "<|im_end|>", "lstrip": False}, "bos_token": "<s>", "add_bos_token": False}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>", "bos_token": "older"}))
-    expected = {"eos_token": "<|im_end|>", "bos_token": "<s>", "pad_token": "<|pad|>"}
-    assert read_tokenizer_folder(tmp_path).special_tokens == expected
+    eos = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    config = {"eos_token": eos, "bos_token": "<|pad|>", "add_bos_token": False}
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": {"content": "<|pad|>", "lstrip": False}, "bos_token": "<|im_start|>"})
+    )
+    older = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "pad_token": "<|pad|>"}
+    newer = {"eos_token": "<|im_end|>", "bos_token": "<|pad|>"}
+    for more, expected in ({}, older), ({"added_tokens_decoder": {}}, newer):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+        assert read_tokenizer_folder(tmp_path).special_tokens == expected
+        assert AutoTokenizer.from_pretrained(tmp_path).special_tokens_map == expected
 
 
-def test_a_folder_without_tokenizer_is_named_with_its_key(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.tokenizer_path: .*/nothing has no tokenizer.json"):
-        read_tokenizer_folder(tmp_path / "nothing")
+# Added tokens, compared with transformers.AutoTokenizer.
+
+START = "<|im_start|>"
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+
+
+def token(content: str, *flags: str) -> dict[str, Any]:
+    return {"content": content, **{flag: flag in flags for flag in FLAGS}}
+
+
+def folder_with(
+    folder: Path, added: dict[str, Any] | None = None, without: tuple[str, ...] = (), **config: Any
+) -> Path:
+    """Write a byte-level tokenizer of ids 0 to 259, with changed added tokens and configuration.
+
+    added: added_tokens.json. without: tokens that tokenizer.json does not have.
+    """
+    train_tokenizer(["text"], folder, vocab_size=260)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["added_tokens"] = [entry for entry in values["added_tokens"] if entry["content"] not in without]
+    for name in without:
+        del values["model"]["vocab"][name]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
+def ids(folder: Path, text: str) -> list[int]:
+    return read_tokenizer_folder(folder).load().encode(text, add_special_tokens=False).ids
+
+
+def transformers_ids(folder: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
+def test_tokens_of_the_configuration_alone_are_whole(tmp_path: Path) -> None:
+    turns = {"260": token("<|turn|>", "special"), "261": token("<|end|>", "special")}
+    folder = folder_with(tmp_path, added_tokens_decoder=turns, eos_token="<|end|>")
+    assert ids(folder, "<|turn|>ab<|end|>") == [260, 68, 69, 261] == transformers_ids(folder, "<|turn|>ab<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "largest"),
+    [
+        ({"added_tokens_decoder": {"260": token("<t>", "lstrip", "rstrip")}}, None, 260),
+        ({"added_tokens_decoder": {"260": token("<t>", "single_word", "special"), "261": token("ww")}}, None, 261),
+        # With this table, special_tokens_map.json and added_tokens.json are not read.
+        ({"added_tokens_decoder": {"260": token("<t>")}}, {"<u>": 260}, 260),
+        ({}, {"<t>": 260, "<u>": 261}, 261),
+        ({"additional_special_tokens": ["<t>"]}, {"<t>": 260}, 260),
+        # Named only: the next free ids.
+        ({"pad_token": "<t>", "unk_token": "<u>"}, None, 261),
+        ({"extra_special_tokens": ["<t>"], "mask_token": "<u>"}, None, 261),
+        # Flags that differ from those of tokenizer.json.
+        ({"added_tokens_decoder": {"2": token("<|im_start|>", "lstrip", "rstrip", "special")}}, None, 259),
+        ({"added_tokens_decoder": {"260": token("aB", "normalized"), "261": token("ab")}}, None, 261),
+    ],
+)
+def test_added_tokens_are_those_of_transformers(
+    tmp_path: Path, config: dict[str, Any], added: dict[str, Any] | None, largest: int
+) -> None:
+    folder = folder_with(tmp_path, added, **config)
+    text = "a <t> b <u><t>w w.w\n<|im_start|> x<t>x aB ab <|im_end|> ww xww"
+    assert ids(folder, text) == transformers_ids(folder, text)
+    assert max(read_tokenizer_folder(folder).load().get_vocab().values()) == largest
+
+
+added_tokens = st.lists(
+    st.tuples(st.sampled_from(["<t>", "<u>", " s ", "W", "w", "<|im_end|>"]), st.sets(st.sampled_from(FLAGS))),
+    unique_by=lambda entry: entry[0],
+    max_size=4,
+)
+
+
+@given(
+    added_tokens=added_tokens,
+    named=st.dictionaries(st.sampled_from(["pad_token", "cls_token", "x_token"]), st.sampled_from(["<t>", "<p>", "W"])),
+    in_config=st.booleans(),
+    text=st.lists(st.sampled_from(["<t>", "<u>", " s ", "W", "w", "<p>", " ", "x", "<|im_end|>"])).map("".join),
+)
+@examples(25)
+def test_random_added_tokens_are_those_of_transformers(
+    tmp_path_factory: pytest.TempPathFactory,
+    added_tokens: list[tuple[str, set[str]]],
+    named: dict[str, str],
+    in_config: bool,
+    text: str,
+) -> None:
+    folder, free, listed = tmp_path_factory.mktemp("random"), 260, {}
+    for name, flags in added_tokens:
+        index = {"<|im_end|>": 3, "W": 58, "w": 90}.get(name, free)
+        free += index == free
+        listed[index] = token(name, *flags)
+    if in_config:
+        folder_with(folder, added_tokens_decoder={str(index): value for index, value in listed.items()}, **named)
+    else:
+        folder_with(folder, {value["content"]: index for index, value in listed.items()}, **named)
+    assert ids(folder, text) == transformers_ids(folder, text)
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "message"),
+    [
+        # transformers would give it 260, or the id of another token, without a word.
+        ({"added_tokens_decoder": {"3": token("<t>")}}, None, r"config.json: .*'<t>' has the id 3, .*'<\|im_end\|>'"),
+        ({}, {"<t>": 3}, r"added_tokens.json: .*'<t>' has the id 3, .*'<\|im_end\|>'"),
+        ({"added_tokens_decoder": {"300": token("<t>")}}, None, r"'<t>' has the id 300, but .* 260"),
+        ({"added_tokens_decoder": {"261": token("<|im_end|>")}}, None, r"has the id 261, but .* 3"),
+        ({"added_tokens_decoder": {"2": token(START)}, "without": (START,)}, None, "json lacks it, .* 259"),
+        ({"added_tokens_decoder": ["<t>"]}, None, "tokenizer_config.json: added tokens"),
+        ({"added_tokens_decoder": {"260": {"content": 5}}}, None, "tokenizer_config.json: added"),
+    ],
+)
+def test_ids_on_which_the_files_do_not_agree_are_refused(
+    tmp_path: Path, config: dict[str, Any], added: dict[str, Any] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer_folder(folder_with(tmp_path, added, **config)).load()
+
+
+def test_an_id_that_the_library_would_change_is_refused(tmp_path: Path) -> None:
+    path = folder_with(tmp_path) / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"].append({"id": 300, **token("<t>")})
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"tokenizer.json: .*'<t>' has the id 300, but .* 260"):
+        read_tokenizer_folder(tmp_path).load()
+
+
+def test_the_bound_of_token_ids_is_the_largest_not_the_count(tmp_path: Path) -> None:
+    path = folder_with(tmp_path / "gap") / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["ab"] = 400
+    path.write_text(json.dumps(values))
+    assert ChatTokenizer(tmp_path / "gap").vocab_size == 401
+    values["model"]["vocab"]["ab"] = values["model"]["vocab"]["cd"] = 259
+    path.write_text(json.dumps(values))
+    assert len(read_tokenizer_folder(tmp_path / "gap").load().get_vocab()) == 262
+    assert ChatTokenizer(tmp_path / "gap").vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("{tmp}", "model.tokenizer_path: .* has no tokenizer.json"),
+        ("{tmp}/nothing", "model.tokenizer_path = '.*/nothing': no such folder"),
+        ("org/nothing-1.5B", "hf download org/nothing-1.5B --local-dir nothing-1.5B"),
+    ],
+)
+def test_a_folder_without_tokenizer_is_named_with_its_key(tmp_path: Path, folder: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer_folder(Path(folder.format(tmp=tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "tokenizer.model", "vocab.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    train_tokenizer(FOLDER_TEXTS, tmp_path, vocab_size=260)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"/{name} is a Git LFS pointer"):
+        read_tokenizer_folder(tmp_path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -128,17 +128,19 @@ def test_folder_has_token_ids_tokenizer_files_and_pt_metadata(tmp_path: Path) ->
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "notes.txt").write_text("not copied")
+    (source / "additional_chat_templates").mkdir()
+    others = ["added_tokens.json", "additional_chat_templates/tool_use.jinja", "chat_template.json", "merges.txt"]
+    others += ["special_tokens_map.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
+    for name in others:
+        (source / name).write_text(name)
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 7, "pad_token_id": 5}
     (source / "generation_config.json").write_text(json.dumps(sampling))
     token_ids = {"bos_token_id": 0, "eos_token_id": [1, 2]}
     write_folder(tmp_path / "out", tiny_args(), tokenizer_path=source, token_ids=token_ids, dtype=torch.bfloat16)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    own = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(map(str, files)) == sorted([*own, *others])
+    assert (tmp_path / "out" / others[1]).read_text() == "additional_chat_templates/tool_use.jinja"
     assert token_ids_from_hf(tmp_path / "out") == {**token_ids, "pad_token_id": 5}
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 2], None)
@@ -337,6 +339,21 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path: Path, name: str) -> 
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match="not the name"):
         HFTensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, tiny_args(), max_shard_bytes=20000 if "index" in name else 1e9, overwrite=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"/{name} is a Git LFS pointer"):
+        HFTensors(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+    with pytest.raises(ValueError, match=r"tokenizer.model is a Git LFS pointer"):
+        write_folder(tmp_path / "out", tiny_args(), tokenizer_path=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_corrupt_folders_raise_with_the_file_name(tmp_path: Path) -> None:

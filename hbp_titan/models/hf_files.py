@@ -1,0 +1,58 @@
+"""The files of an HF folder, and the two mistakes of a download: Git LFS pointers, a hub id instead of a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_READ = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+# Other tokenizer libraries, older versions and servers read these. Code is copied, but never run here.
+_CARRIED = ("chat_template.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
+_LFS_POINTER = b"version https://git-lfs"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
+    """Return the names, relative to `folder`, of the tokenizer files in it that decide token ids and chat templates.
+
+    carried: the files that only other programs read as well, for a copy of the tokenizer.
+    """
+    patterns = _READ + (_CARRIED if carried else ())
+    return [file.relative_to(folder).as_posix() for p in patterns for file in sorted(folder.glob(p)) if file.is_file()]
+
+
+def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> None:
+    """Raise ValueError unless `folder`, the value of `key`, has a tokenizer.json and no Git LFS pointer."""
+    require_folder(folder, key)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{key}: {folder} has no tokenizer.json")
+    for name in tokenizer_files(folder, carried=True):
+        check_not_pointer(folder / name)
+
+
+def require_folder(folder: Path, key: str) -> None:
+    """Raise ValueError unless `folder`, the value of `key`, exists; for a hub id, with the command that downloads."""
+    if folder.is_dir():
+        return
+    if _HUB_ID.fullmatch(str(folder)):
+        name = folder.name
+        raise ValueError(
+            f"{key} = {str(folder)!r}: no such folder; nothing is downloaded here, so run "
+            f"`hf download {folder} --local-dir {name}` and set {key} to {name}"
+        )
+    raise ValueError(f"{key} = {str(folder)!r}: no such folder; set it to a folder in the HF layout")
+
+
+def check_not_pointer(file: Path, key: str = "") -> None:
+    """Raise ValueError "`key`: ..." if `file` is what a clone without git-lfs has in place of a large file."""
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            where = f"{key}: {file}" if key else f"{file}"
+            raise ValueError(f"{where} is a Git LFS pointer, not the file; run `git lfs pull` in its repository")
