@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import inspect
 import json
 import math
+import re
 import sys
 import textwrap
 import types
@@ -94,7 +96,9 @@ def to_toml(config: JobConfig) -> str:
     def value(item: Any) -> str:
         if isinstance(item, dict):
             return "{" + ", ".join(f"{json.dumps(key)} = {value(entry)}" for key, entry in item.items()) + "}"
-        # JSON's strings, numbers, booleans and flat arrays are TOML's.
+        if isinstance(item, list):
+            return "[" + ", ".join(map(value, item)) + "]"
+        # JSON's strings, numbers and booleans are TOML's.
         return json.dumps(item)
 
     def tables(header: str, values: Any) -> list[str]:
@@ -246,6 +250,9 @@ def _override(config: JobConfig, key: str, text: str) -> None:
 
 def _set(config: JobConfig, key: str, value: Any, where: str) -> None:
     expected = _type_of(key, where)
+    # TOML has dates without quotes.
+    if expected is str and isinstance(value, datetime.date):
+        value = value.isoformat()
     if expected == list[DataSource]:
         if where == "command line" and value != []:
             raise ValueError(
@@ -277,7 +284,8 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
         (item,) = get_args(expected)
         fits = isinstance(value, list) and all(isinstance(entry, item) for entry in value)
     elif origin is dict:
-        fits = isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
+        _, item = get_args(expected)
+        fits = isinstance(value, dict) and (item is Any or all(isinstance(entry, item) for entry in value.values()))
     elif origin in (typing.Union, types.UnionType):
         fits = isinstance(value, get_args(expected)) and (bool in get_args(expected) or not isinstance(value, bool))
     elif expected is float:
@@ -328,6 +336,8 @@ def check_values(config: JobConfig) -> None:
             f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} are not a "
             "range of optimizer steps; steps count from 1"
         )
+    if not _is_date(config.data.template_date):
+        raise ValueError(f"data.template_date = {config.data.template_date!r} must be a day, such as 2024-07-26")
     if (config.data.max_length_policy, config.data.train_on) == ("split", "last"):
         raise ValueError(
             'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
@@ -338,6 +348,15 @@ def check_values(config: JobConfig) -> None:
             f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "
             "redistribution breaks the graph of a block; reset one of the two"
         )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    # Python 3.11 reads more forms than 3.10.
+    return re.fullmatch(r"[1-9]\d{3}-\d{2}-\d{2}", text) is not None
 
 
 def _check_validation(config: JobConfig) -> None:

@@ -90,6 +90,12 @@ class Data:
     """Where the embedded corpus lives: train.jsonl, validation.jsonl, tokenizer/."""
     train_on: str = "assistant"
     """Turns that are trained: "assistant", "last" (the last assistant turn only) or "all" (every token)."""
+    chat_template: str = ""
+    """Template of the conversations: a ready one by name (docs/data.md) or a .jinja file; "": the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the template, as {enable_thinking = false}; those of a row's own chat_template_kwargs win."""
+    template_date: str = "2024-07-26"
+    """Day that templates get from strftime_now: a fixed one, because tokens must not depend on today's."""
     max_length_policy: str = "error"
     """Samples longer than the largest level: "error", "skip", "truncate" or "split" (at turn boundaries); listed."""
     malformed: str = "error"

@@ -52,6 +52,12 @@ def test_levels_in_short_form_on_the_command_line() -> None:
     assert load_config(["--levels", "16384:1,131072:8"]).levels == [Level(16384, 1), Level(131072, 8)]
 
 
+def test_template_variables_and_date_come_from_toml(tmp_path: Path) -> None:
+    text = "[data]\ntemplate_date = 2025-01-31\n[data.chat_template_kwargs]\nenable_thinking = false\n"
+    data = load_config(_write(tmp_path, text)).data
+    assert (data.template_date, data.chat_template_kwargs) == ("2025-01-31", {"enable_thinking": False})
+
+
 def test_written_toml_reads_back_equal(tmp_path: Path) -> None:
     config = load_config([*_write(tmp_path, TOML), "--data.train_files", "a.jsonl,b.jsonl"])
     again = load_config(_write(tmp_path, to_toml(config)))
@@ -111,6 +117,10 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
         ),
         ("[data]\nsources = ['a']", r"data.sources must be \[\[data.sources\]\] blocks"),
         ("[data]\nmax_length_policy = 'split'\ntrain_on = 'last'", "would train the last turn of every piece"),
+        ("[data]\ntemplate_date = 2024-02-30", "not valid TOML"),
+        ("[data]\ntemplate_date = '2024-02-30'", "data.template_date = '2024-02-30' must be a day"),
+        ("[data]\ntemplate_date = '20240226'", "data.template_date = '20240226' must be a day"),
+        ("[data]\nchat_template_kwargs = 1", "data.chat_template_kwargs = 1 must be of type"),
         ("steps = 1", r"unknown section \[steps\]"),
         ("[training\n", "not valid TOML"),
     ],
@@ -227,13 +237,23 @@ def _other(section: str, key: str, default: Any) -> Any:
         return 7
     if isinstance(default, bool):
         return not default
+    if key == "template_date":
+        return "2025-01-31"
     if isinstance(default, str):
         return "other"
+    if isinstance(default, dict):
+        return {"other": [1.5, False]}
     if isinstance(default, list):
         return ["other"]
     if isinstance(default, float) or key == "share":
         return 0.5 * (default or 1)
     return default + 3
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 NEEDS = {"validation.enable": ("validation.share", 0.1), "profiling.enable_profiling": ("profiling.last_step", 99)}
@@ -300,7 +320,7 @@ def test_every_key_has_an_effect_from_toml_and_the_command_line(
     pairs = [NEEDS[f"{section}.{key}"]] if f"{section}.{key}" in NEEDS else []
     pairs.append((f"{section}.{key}", value))
     words = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in pairs]
-    text = "\n".join([f"[{section}]", *(f"{name.partition('.')[2]} = {json.dumps(v)}" for name, v in pairs)])
+    text = "\n".join([f"[{section}]", *(f"{name.partition('.')[2]} = {_toml(v)}" for name, v in pairs)])
     for config in (load_config(words), load_config(_write(tmp_path, text))):
         assert getattr(getattr(config, section), key) == value
         again = load_config(_write(tmp_path, to_toml(config)))

@@ -75,10 +75,11 @@ def _source_stores(
     with tqdm(total=sum(limits) // workers.size, unit="row", desc="tokenizing", disable=hidden) as bar:
         for number, (key, source) in enumerate(request.sources):
             settings = _source_settings(request, source, indexes[number], key)
-            plain = {**dataclasses.asdict(settings), "tokenizer_path": ""}
             # The seed decides which rows a limit leaves.
             rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
-            digest = fingerprint({**found.base, "settings": plain, "source": found.contents[number], "rows": rows})
+            digest = fingerprint(
+                {**found.base, "settings": settings.values(), "source": found.contents[number], "rows": rows}
+            )
             folder = Path(data.cache_folder) / f"source-{digest[:16]}"
             # All ranks must take the same branch: building is collective.
             if not all(workers.gather(folder.is_dir())):
@@ -162,7 +163,7 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
     for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
         drawn.append(draw(part, count, (config.seed_of("data"), number)))
         dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
-    tokenizer = ChatTokenizer(config.tokenizer_path)
+    tokenizer = ChatTokenizer(config.tokenizer_path, chat_template=request.tokenize_config().chat_template)
     meta |= {
         "tokenizer_path": str(config.tokenizer_path),
         "vocab_size": tokenizer.vocab_size,

@@ -12,6 +12,7 @@ name and renamed when complete, so that a killed build resumes with the shards t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -372,7 +373,9 @@ class RowTokenizer:
 
     def __init__(self, settings: TokenizeConfig) -> None:
         self.settings = settings
-        self._chat_tokenizer = ChatTokenizer(settings.tokenizer_path, settings.train_on)
+        self._chat_tokenizer = ChatTokenizer(
+            settings.tokenizer_path, settings.train_on, settings.chat_template, settings.template_date
+        )
 
     def tokenize(self, record: dict[str, Any] | ValueError) -> TokenizedRow:
         """Return the samples of a record; a ValueError in its place is excluded as malformed."""
@@ -390,7 +393,9 @@ class RowTokenizer:
             return _excluded(MALFORMED, detail=" ".join(str(error).split()))
 
     def _encode(self, conversation: Conversation) -> TokenizedRow:
-        settings, encode = self.settings, self._chat_tokenizer.encode
+        settings = self.settings
+        variables = {**settings.chat_template_kwargs, **conversation.variables}
+        encode = functools.partial(self._chat_tokenizer.encode, variables=variables)
         tokens, loss_mask = encode(conversation.messages, conversation.tools)
         length, outcome, reason, detail = len(tokens), WHOLE, "", ""
         samples = [(tokens, loss_mask)]

@@ -9,6 +9,7 @@ they exist. This stops runaway templates, not those that are made to be slow.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import re
@@ -23,6 +24,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hbp_titan.data.tokenizer import TokenizerFolder
+from hbp_titan.job_config import Data
 
 # One to five seconds of loop passes, or 2 GB of text: 40 operators over a message of 50 MB.
 BUDGET = 2_000_000
@@ -237,12 +239,16 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """A chat template in Jinja's immutable sandbox, with the names that transformers gives to templates.
 
-    `strftime_now` is missing on purpose: tokens must not depend on the day. Templates with a fixed date then use that.
+    date: the day (ISO) that `strftime_now` gives, at midnight: tokens must not depend on today's.
+    Raises ValueError if the folder has no template, or it does not compile.
     """
 
-    def __init__(self, folder: TokenizerFolder) -> None:
+    def __init__(self, folder: TokenizerFolder, date: str = Data.template_date) -> None:
         if not folder.chat_template:
-            raise ValueError(f"model.tokenizer_path: {folder.path} has no chat template; add chat_template.jinja")
+            raise ValueError(
+                f"model.tokenizer_path: {folder.path} has no chat template; add chat_template.jinja, or set "
+                "data.chat_template"
+            )
         self.special_tokens = folder.special_tokens
         self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", folder.chat_template) is not None
         self._environment = BudgetedEnvironment(
@@ -250,10 +256,12 @@ class ChatTemplate:
         )
         self._environment.filters["tojson"] = self._environment.charged_filter("tojson", _to_json)
         self._environment.globals.update(raise_exception=_raise_exception, dict=_TemplateDict(), namespace=_Namespace)
+        self._environment.globals["strftime_now"] = _StrftimeNow(date, self._environment.charge)
         try:
             self._compiled = self._environment.from_string(folder.chat_template)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            raise ValueError(f"model.tokenizer_path: the chat template of {folder.path} is broken: {error}") from None
+            where = f"{folder.path} ({folder.template_name})"
+            raise ValueError(f"model.tokenizer_path: the chat template of {where} is broken: {error}") from None
 
     def render(
         self,
@@ -359,6 +367,49 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_DATE_CODE = re.compile("%(-?)(.?)", re.DOTALL)
+# Each of those before it.
+_COMPOSED_CODES = {"D": "%m/%d/%y", "T": "%H:%M:%S", "F": "%Y-%m-%d", "r": "%I:%M:%S %p", "R": "%H:%M"}
+_COMPOSED_CODES |= {"x": "%D", "X": "%T", "c": "%a %b %e %T %Y"}
+
+
+class _StrftimeNow:
+    """`strftime_now` on a fixed day, at midnight, as datetime.strftime writes it in the C locale.
+
+    Not strftime itself: its names depend on the locale, its other codes on the platform, and a width can fill memory.
+    """
+
+    def __init__(self, date: str, charge: Callable[[int], Any]) -> None:
+        day = datetime.datetime.fromisoformat(date)
+        self._charge = charge
+        self._numbers = {code: day.strftime(f"%{code}") for code in "dmyYjHIMSfUWVGuw"} | {"e": f"{day.day:2}"}
+        name, month = _DAYS[day.weekday()], _MONTHS[day.month - 1]
+        self._words = {"a": name[:3], "A": name, "b": month[:3], "h": month[:3], "B": month, "p": "AM"}
+        self._words |= {"Z": "", "z": "", "%": "%", "n": "\n", "t": "\t"}
+        for code, format in _COMPOSED_CODES.items():
+            self._words[code] = _DATE_CODE.sub(self._write, format)
+
+    def __call__(self, format: str) -> str:
+        if not isinstance(format, str):
+            raise jinja2.TemplateError("strftime_now takes a text, such as '%d %b %Y'")
+        # %c writes twelve times its own length.
+        self._charge(12 * len(format) >> 10)
+        return _DATE_CODE.sub(self._write, format)
+
+    def _write(self, match: re.Match[str]) -> str:
+        dash, code = match.groups()
+        if code in self._numbers:
+            return self._numbers[code].lstrip("0 ") or "0" if dash else self._numbers[code]
+        if dash or code not in self._words:
+            raise jinja2.TemplateError(f"strftime_now: unknown code {match[0]!r}")
+        return self._words[code]
 
 
 def _raise_exception(message: str) -> None:

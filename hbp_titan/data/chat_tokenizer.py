@@ -9,6 +9,7 @@ that spells a control token stays text. Otherwise ids equal those of transformer
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 from hbp_titan.data.chat_template import ChatTemplate, Message, plain_messages
 from hbp_titan.data.loss_mask import Tools, TurnLocator
 from hbp_titan.data.tokenizer import Span, TextEncoder, mask_spans, read_tokenizer_folder
+from hbp_titan.job_config import Data
 
 
 class ControlTokens:
@@ -141,18 +143,31 @@ class ChatTokenizer:
 
     train_on: "assistant" trains every assistant turn, "last" only the conversation's last one, "all" every token. In
         each, a message with `train: False` is not trained.
+    chat_template: a file in place of the folder's templates. date: the day of the template's strftime_now. for_tools:
+        whether to use the folder's template for conversations with tools; `encode` does so by itself.
     Raises ValueError if the folder lacks a file or a template, or the template does not compile.
     """
 
-    def __init__(self, path: Path, train_on: str = "assistant") -> None:
+    def __init__(
+        self,
+        path: Path,
+        train_on: str = "assistant",
+        chat_template: Path | None = None,
+        date: str = Data.template_date,
+        for_tools: bool = False,
+    ) -> None:
         if train_on not in TRAIN_ON:
             raise ValueError(f"train_on = {train_on!r}: must be one of {', '.join(TRAIN_ON)}")
-        folder = read_tokenizer_folder(path)
+        folder = read_tokenizer_folder(path, chat_template)
+        self._for_tools: ChatTokenizer | None = None
+        if for_tools:
+            folder = dataclasses.replace(folder, chat_template=folder.tool_template, template_name="tool_use")
+        elif folder.tool_template:
+            self._for_tools = ChatTokenizer(path, train_on, chat_template, date, for_tools=True)
         self.tokenizer = folder.load()
         self.train_on = train_on
-        self._other_for_tools = folder.other_for_tools
         self._encoder = TextEncoder(self.tokenizer)
-        self._template = ChatTemplate(folder)
+        self._template = ChatTemplate(folder, date)
         self._control = ControlTokens(self.tokenizer, self._template)
         self._locator = TurnLocator(self._template, self._control.pattern)
 
@@ -178,10 +193,9 @@ class ChatTokenizer:
         """
         if not messages:
             raise ValueError("the conversation has no message")
-        if tools and self._other_for_tools:
-            raise ValueError(
-                "the tokenizer folder has another template for tools (tool_use); save that one as chat_template.jinja"
-            )
+        # As transformers chooses.
+        if tools is not None and self._for_tools:
+            return self._for_tools.encode(messages, tools, variables)
         # Before plain_messages removes the key `train`.
         turns = self._turns(messages)
         messages = plain_messages(messages)
@@ -197,7 +211,7 @@ class ChatTokenizer:
     def _encode(
         self, messages: list[Message], tools: Tools, turns: Sequence[int], variables: Mapping[str, Any] | None
     ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        texts = list(strings([messages, tools]))
+        texts = list(strings([messages, tools, dict(variables or {})]))
         # Characters that no text contains can be found and removed again without doubt.
         marker, opening, closing = unused_characters(texts, 3)
         if any(map(self._control.pattern.search, texts)):

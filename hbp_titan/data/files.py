@@ -17,6 +17,7 @@ from typing import Any
 
 from hbp_titan.job_config import DataSource
 from hbp_titan.models.hf_files import check_not_pointer
+from hbp_titan.utils import did_you_mean
 
 JSON_SUFFIXES = tuple(f".{name}{packed}" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst"))
 ARROW_SUFFIXES = (".arrow", ".parquet")
@@ -34,6 +35,19 @@ _IN_FOLDER_NAME = ("**/{0}/**", "**/{0}[{1}]*/**", "**/*[{1}]{0}/**", "**/*[{1}]
 _IN_FILE_NAME = ("**/{0}[{1}]*", "**/*[{1}]{0}[{1}]*")
 _SHARD = re.compile(r"data/(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+
+
+def chat_template_file(setting: str) -> Path | None:
+    """Return the file of data.chat_template; None if it is empty. Raises ValueError if there is no such template."""
+    if setting in READY_TEMPLATES:
+        return Path(__file__).parent / "templates" / f"{setting}.jinja"
+    path = Path(setting).expanduser()
+    if setting and not path.is_file():
+        raise ValueError(
+            f"data.chat_template = {setting!r}: must be one of {', '.join(READY_TEMPLATES)} or a file, which does not "
+            f"exist{did_you_mean(setting, READY_TEMPLATES)}"
+        )
+    return path if setting else None
 
 
 def source_files(source: DataSource, key: str) -> list[Path]:

@@ -5,16 +5,17 @@
     alpaca             instruction, output, input, history: [[instruction, output], ...]
     prompt_completion  prompt, completion: strings, or lists of messages; only the completion is trained
 
-each with `system`, `tools` and `source` (the row's origin). Only the columns of _REQUIRED must exist. `columns` maps
-other names of columns and message keys. The result has the message form of OpenAI and TRL. Owns what is refused because
-it only looks like these formats: rows with preferred and rejected answers.
+each with `system`, `tools`, `chat_template_kwargs` (variables for the template) and `source` (the row's origin). Only
+the columns of _REQUIRED must exist. `columns` maps other names of columns and message keys. The result has the message
+form of OpenAI and TRL. Owns what is refused because it only looks like these formats: rows with preferred and rejected
+answers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hbp_titan.data.jsonl import check_json, shown
@@ -27,12 +28,44 @@ class Conversation:
 
     messages: dicts with a `role` of ROLES and a `content` string (optional with `tool_calls`). An untrained assistant
     message has `train: False`; no other message has `train`, and none has `weight`. Other keys go to the template.
-    tools: the functions that the model may call, or None. source: the row's own `source`, or None.
+    tools: the functions that the model may call, or None. source: the row's own `source`, or None. variables: the row's
+    own variables for the template.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     source: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+# What a template gets from us (data/chat_template.py), and arguments of apply_chat_template that are no variables.
+_NOT_VARIABLES = (
+    *("messages", "tools", "add_generation_prompt", "generation_sentinels", "raise_exception", "strftime_now"),
+    *("namespace", "dict", "range", "joiner", "cycler", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("sep_token", "cls_token", "mask_token", "conversation", "chat_template", "continue_final_message", "tokenize"),
+    "return_assistant_tokens_mask",
+)
+
+
+def check_variables(variables: Any, name: str) -> dict[str, Any]:
+    """Return the variables for a template, given as an object or as its JSON text; null entries count as absent.
+
+    name: of the column or configuration key, with which every ValueError begins.
+    """
+    if isinstance(variables, str) and variables.strip():
+        variables = parse_text(variables, name)
+    if not variables:
+        return {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"{name} is {shown(variables)}, not an object with the template's variables")
+    for key in variables:
+        if key in _NOT_VARIABLES:
+            raise ValueError(f"{name}.{key}: a template variable must not replace {key}; remove it")
+        if not key.isidentifier():
+            raise ValueError(f"{name}: {shown(key)} is not a name that a template can use")
+    check_json(variables, name)
+    # Arrow gives every row the entries of all rows.
+    return {key: value for key, value in variables.items() if value is not None}
 
 
 _MESSAGE_KEYS = ("role", "content", "train", "weight")
@@ -45,7 +78,7 @@ _REQUIRED = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
 }
-_SHARED = ("system", "tools", "source")
+_SHARED = ("system", "tools", "source", "chat_template_kwargs")
 _OPTIONAL = dict.fromkeys(_REQUIRED, _SHARED) | {"alpaca": (*_SHARED, "input", "history")}
 _KEYS = dict.fromkeys(_REQUIRED, _MESSAGE_KEYS) | {"sharegpt": _SHAREGPT_KEYS, "alpaca": ()}
 # Columns that are read as `tools` under names of their own; their functions may be bare: OpenAI's older
@@ -211,7 +244,8 @@ class _Record:
                 )
         elif system:
             messages = [{"role": "system", "content": system}, *messages]
-        return Conversation(messages, self._tools(), self._source())
+        variables = check_variables(self.get("chat_template_kwargs"), self.name("chat_template_kwargs"))
+        return Conversation(messages, self._tools(), self._source(), variables)
 
     def _tools(self) -> list[dict[str, Any]] | None:
         name = self.name("tools")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.files import source_files
+from hbp_titan.data.files import chat_template_file, source_files
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
     TokenizeConfig,
@@ -100,7 +100,14 @@ class SetRequest:
     def tokenize_config(self) -> TokenizeConfig:
         """Return the tokenization settings that all sources share."""
         data = self.config.data
-        settings = TokenizeConfig(self.config.tokenizer_path, data.train_on, max_row_bytes=data.max_row_bytes)
+        settings = TokenizeConfig(
+            self.config.tokenizer_path,
+            data.train_on,
+            max_row_bytes=data.max_row_bytes,
+            chat_template=chat_template_file(data.chat_template),
+            chat_template_kwargs=data.chat_template_kwargs,
+            template_date=data.template_date,
+        )
         if data.max_length_policy == "error":
             return settings
         return dataclasses.replace(
@@ -149,8 +156,9 @@ def _find_or_build(request: SetRequest, workers: WorkerGroup, progress: bool) ->
 
 def _check_mappings(request: SetRequest) -> None:
     # Before any file is read: hashing large files only to report a wrong key would take minutes.
-    from hbp_titan.data.formats import check_mapping
+    from hbp_titan.data.formats import check_mapping, check_variables
 
+    check_variables(request.config.data.chat_template_kwargs, "data.chat_template_kwargs")
     for key, source in request.sources:
         check_mapping(source.format, source.columns, source.roles, key)
 
@@ -160,13 +168,16 @@ def _source_files(request: SetRequest, workers: WorkerGroup) -> SourceFiles:
     tokenizer = request.config.tokenizer_path
     # Before large files are read for their digests.
     check_tokenizer_folder(tokenizer, f"model.{'tokenizer_path' if request.config.model.tokenizer_path else 'hf_path'}")
-    names = tokenizer_files(tokenizer)
-    all_files = [*(tokenizer / name for name in names), *(file for group in files for file in group)]
+    settings = request.tokenize_config()
+    named = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
+    if settings.chat_template:
+        named["data.chat_template"] = settings.chat_template
+    all_files = [*named.values(), *(file for group in files for file in group)]
     cache = Path(request.config.data.cache_folder)
     digests = dict(zip(all_files, file_digests(all_files, cache / "digests", workers), strict=True))
     base = {
-        "tokenizer": [[name, digests[tokenizer / name]] for name in names],
-        "settings": {**dataclasses.asdict(request.tokenize_config()), "tokenizer_path": ""},
+        "tokenizer": [[name, digests[file]] for name, file in named.items()],
+        "settings": settings.values(),
         "format": FORMAT_VERSION,
     }
     # The name of a file counts without its folder, because it names the source of its rows.

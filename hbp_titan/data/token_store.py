@@ -12,6 +12,7 @@ samples of one epoch, copies counted, and only points into source stores. A set 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.errors import UserError
+from hbp_titan.job_config import Data
 
 FORMAT_VERSION = 6
 SAMPLE = np.dtype(
@@ -54,7 +56,8 @@ class TokenizeConfig:
     """Everything that the samples of a source depend on in addition to its rows (job_config.Data and DataSource).
 
     name: name of the source; "" takes each row's own, or else its file's. max_tokens: longest sample; 0 keeps any
-    length. max_length_policy: truncate, split or skip; unused if max_tokens is 0.
+    length. max_length_policy: truncate, split or skip; unused if max_tokens is 0. chat_template: file of the template;
+    None for that of the tokenizer folder.
     """
 
     tokenizer_path: Path
@@ -66,6 +69,13 @@ class TokenizeConfig:
     roles: dict[str, str] = field(default_factory=dict)
     name: str = ""
     max_row_bytes: int = 1 << 25
+    chat_template: Path | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_date: str = Data.template_date
+
+    def values(self) -> dict[str, Any]:
+        """Return the settings as JSON values, without paths, whose files count by content (data/prepare.py)."""
+        return {**dataclasses.asdict(self), "tokenizer_path": "", "chat_template": ""}
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from hbp_titan.models.hf_files import check_tokenizer_folder
+from hbp_titan.models.hf_files import check_tokenizer_folder, tokenizer_files
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 4096
@@ -60,14 +60,15 @@ class TokenizerFolder:
     """The content of a tokenizer folder.
 
     config: tokenizer_config.json, with special_tokens_map.json where transformers reads that. chat_template: the
-    template's source, "" if there is none. other_for_tools: whether conversations with tools have another template,
-    which is not read.
+    template's source, "" if there is none. tool_template: that of conversations with tools where they have another,
+    else "". template_name: where chat_template comes from, for messages.
     """
 
     path: Path
     config: dict[str, Any]
     chat_template: str
-    other_for_tools: bool = False
+    tool_template: str = ""
+    template_name: str = "chat_template.jinja"
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -159,25 +160,53 @@ class TokenizerFolder:
         return tokens
 
 
-def read_tokenizer_folder(path: Path) -> TokenizerFolder:
-    """Read the tokenizer folder at `path`; raises ValueError for a missing or broken file."""
+def read_tokenizer_folder(path: Path, chat_template: Path | None = None) -> TokenizerFolder:
+    """Read the tokenizer folder at `path`; raises ValueError for a missing or broken file.
+
+    chat_template: a file that replaces the folder's own templates, also for conversations with tools.
+    """
     check_tokenizer_folder(path)
     config = _read_json(path / "tokenizer_config.json")
     # As transformers has it: the older file wins, unless a newer version has written the configuration.
     if "added_tokens_decoder" not in config:
         config |= _read_json(path / "special_tokens_map.json")
-    template_file = path / "chat_template.jinja"
-    if template_file.is_file():
-        return TokenizerFolder(path, config, template_file.read_text(encoding="utf-8"))
-    template = config.get("chat_template", "")
-    other_for_tools = False
-    if isinstance(template, list):
+    if chat_template is not None:
+        return TokenizerFolder(path, config, _read_text(chat_template), template_name=str(chat_template))
+    templates = _template_files(path) or _listed_templates(path, config)
+    if templates and "default" not in templates:
+        raise ValueError(
+            f"{path}: has the chat templates {', '.join(templates)}, but none named default; save one as "
+            "chat_template.jinja, or set data.chat_template"
+        )
+    (template, name), (tool_template, _) = (templates.get(key, ("", "")) for key in ("default", "tool_use"))
+    return TokenizerFolder(path, config, template, tool_template, name)
+
+
+def _template_files(path: Path) -> dict[str, tuple[str, str]]:
+    """Return source and file of the templates that a folder has as files, by name."""
+    files = [name for name in tokenizer_files(path) if name.endswith(".jinja")]
+    names = ["default" if file == "chat_template.jinja" else Path(file).stem for file in files]
+    return {name: (_read_text(path / file), file) for name, file in zip(names, files, strict=True)}
+
+
+def _listed_templates(path: Path, config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return source and file of the templates in tokenizer_config.json, by name; files take precedence over these."""
+    found, name = config.get("chat_template") or {}, "tokenizer_config.json"
+    if isinstance(found, str):
+        found = {"default": found}
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
         # Older folders list several templates by name.
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template, other_for_tools = named.get("default", ""), "tool_use" in named
-    if not isinstance(template, str):
-        raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template is not a string")
-    return TokenizerFolder(path, config, template, other_for_tools)
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for item in found.items() for text in item):
+        raise ValueError(f"{path / name}: chat_template is neither a string nor a list of named templates")
+    return {key: (template, name) for key, template in found.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8: {error}") from None
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:

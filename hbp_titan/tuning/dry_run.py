@@ -27,6 +27,7 @@ from hbp_titan.components.timing import pack_loads
 from hbp_titan.config import JobConfig, help_text, load_config
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.epoch import EpochPlans
+from hbp_titan.data.files import chat_template_file
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.mesh import cross_node_warnings
 from hbp_titan.distributed.parallelize import compute_dtype
@@ -274,7 +275,8 @@ def samples_of(config: JobConfig, args: ModelArgs) -> Samples:
     # The tokenizer of the embedded corpus is made together with the corpus, so it may not exist yet.
     configured = bool(config.model.tokenizer_path or config.model.hf_path)
     if configured and (not config.data.embedded or config.tokenizer_path.exists()):
-        check_vocabulary(config, args, ChatTokenizer(config.tokenizer_path).vocab_size)
+        template = chat_template_file(config.data.chat_template)
+        check_vocabulary(config, args, ChatTokenizer(config.tokenizer_path, chat_template=template).vocab_size)
     return _synthetic(max_sample_tokens(config, args), paths[0])
 
 

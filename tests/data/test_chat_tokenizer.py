@@ -173,17 +173,6 @@ def test_a_missing_or_broken_template_is_named(tmp_path: Path) -> None:
         ChatTokenizer(make_folder(tmp_path, "{% for %}"))
 
 
-def test_tools_with_a_template_of_their_own_are_refused(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, "")
-    named = [{"name": "default", "template": CHATML_PLAIN}, {"name": "tool_use", "template": "T"}]
-    values = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": named}))
-    tokenizer = ChatTokenizer(folder)
-    assert len(tokenizer.encode(chat("a", "b"))[0])
-    with pytest.raises(ValueError, match=r"another template for tools"):
-        tokenizer.encode(chat("a", "b"), [{"type": "function", "function": {"name": "f"}}])
-
-
 TOOL_BLOCKS = """\
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}
@@ -507,15 +496,3 @@ def test_tool_calls_that_a_template_drops_are_an_error(folders: dict[str, Path])
         with pytest.raises(ValueError, match=r"drops the call of 'f0' in message 2"):
             trained(folders[family], USES_TOOL)
         assert "Two" in trained(folders[family], USES_TOOL, "last")
-
-
-def test_the_day_does_not_enter_the_text(folders: dict[str, Path], tmp_path: Path) -> None:
-    # Llama 3.2 asks for the day where it can and falls back to a fixed date.
-    template = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}"
-    folder = make_family("llama3_1", tmp_path)
-    (folder / "chat_template.jinja").write_text(template)
-    assert trained_text(ChatTokenizer(folder, "all"), chat("a")) == "26 Jul 2024"
-    assert "Today Date: 26 Jul 2024\n\n" in trained(folders["llama3_1"], chat("a"), "all")
-    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
-    with pytest.raises(ValueError, match="'strftime_now' is undefined"):
-        trained_text(ChatTokenizer(folder, "all"), chat("a"))

@@ -60,7 +60,26 @@ def test_the_default_of_several_named_templates_is_taken(tmp_path: Path) -> None
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     folder = read_tokenizer_folder(tmp_path)
-    assert (folder.chat_template, folder.other_for_tools) == ("D", True)
+    assert (folder.chat_template, folder.tool_template) == ("D", "T")
+    # Files take the place of the list, as in transformers.
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("U")
+    with pytest.raises(ValueError, match="templates tool_use, but none named default"):
+        read_tokenizer_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("E")
+    folder = read_tokenizer_folder(tmp_path)
+    assert (folder.chat_template, folder.tool_template) == ("E", "U")
+    (tmp_path / "own.jinja").write_text("F")
+    folder = read_tokenizer_folder(tmp_path, tmp_path / "own.jinja")
+    assert (folder.chat_template, folder.tool_template) == ("F", "")
+
+
+@pytest.mark.parametrize("value", [3, [1], ["a"], [{"name": "default"}], {"default": 1}])
+def test_a_template_that_is_not_text_is_named(tmp_path: Path, value: Any) -> None:
+    train_tokenizer(FOLDER_TEXTS, tmp_path, vocab_size=260)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: chat_template is neither"):
+        read_tokenizer_folder(tmp_path)
 
 
 def test_special_tokens_are_those_of_transformers(tmp_path: Path) -> None:
