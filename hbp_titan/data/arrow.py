@@ -1,15 +1,16 @@
 """Arrow files: their rows as records, through a memory map.
 
-Owns the conversion to what a JSON file would contain: null fields are dropped (a column of Arrow gives every object the
-fields of all objects), dates become ISO text. Other values that JSON does not have (bytes, decimals) stay as they are;
-only reading the field fails. Reads the stream format (written by HF `datasets`) and the file format; record batches
-are memory-mapped unless they are compressed.
+Owns the conversion to what a JSON file would contain, by the types of the columns: null fields of a struct are dropped
+(it gives every object the fields of all objects, so a null of the row's own cannot be told from these), JSON text of
+the extension type arrow.json becomes its value, whose nulls stay, dates become ISO text, maps objects. Other values
+that JSON does not have (bytes, decimals) stay as they are; only reading the field fails. Reads the stream format
+(written by HF `datasets`) and the file format; record batches are memory-mapped unless they are compressed.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.data.files import require
-from hbp_titan.data.jsonl import too_large
+from hbp_titan.data.jsonl import parse_json, too_large
 
 # Rows that are converted to Python objects at a time.
 _ROWS_AT_ONCE = 64
+_LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+
+Reader = Callable[[Any], Any]
 
 
 def index_arrow(file: Path, name: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -71,6 +75,7 @@ def _open(file: Path, mtime_ns: int) -> tuple[list[Any], NDArray[np.int64]]:
 def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
     """Yield the records of the rows at these positions; a ValueError in the place of a malformed one."""
     batches, ends = _open(file, file.stat().st_mtime_ns)
+    read = _object_reader(require("pyarrow", file), batches[0].schema) if batches else dict
     numbers = np.searchsorted(ends, positions, side="right") - 1
     # Neighbouring rows are converted in one call: a call per row would dominate the time.
     new_run = (np.diff(positions) != 1) | (np.diff(numbers) != 0)
@@ -78,19 +83,20 @@ def read_arrow(file: Path, positions: NDArray[np.int64], max_row_bytes: int) -> 
         for part in np.split(run, range(_ROWS_AT_ONCE, len(run), _ROWS_AT_ONCE)):
             if len(part):
                 number = int(numbers[part[0]])
-                yield from _records(batches[number].slice(positions[part[0]] - ends[number], len(part)), max_row_bytes)
+                batch = batches[number].slice(positions[part[0]] - ends[number], len(part))
+                yield from _records(batch, read, max_row_bytes)
 
 
-def _records(batch: Any, max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
+def _records(batch: Any, read: Reader, max_row_bytes: int) -> Iterator[dict[str, Any] | ValueError]:
     if batch.nbytes <= max_row_bytes:
         try:
-            yield from [_plain(record) for record in batch.to_pylist()]
+            yield from [read(record) for record in batch.to_pylist()]
             return
         except (ValueError, TypeError, OverflowError, ArithmeticError):
             pass  # Row by row below: only the rows with such a value are malformed.
     for number in range(len(batch)):
         row = batch.slice(number, 1)
-        yield too_large(row.nbytes, max_row_bytes) if row.nbytes > max_row_bytes else _plain(_values(row))
+        yield too_large(row.nbytes, max_row_bytes) if row.nbytes > max_row_bytes else read(_values(row))
 
 
 def _values(row: Any) -> dict[str, Any]:
@@ -104,14 +110,50 @@ def _values(row: Any) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, (datetime.date, datetime.time)):
-        return value.isoformat()
-    return value
+def _object_reader(arrow: Any, fields: Any) -> Reader:
+    """Return the conversion of a record (a schema's fields) or of a struct's value."""
+    readers = {field.name: reader for field in fields if (reader := _reader(arrow, field))}
+
+    def read(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: readers[name](value) if name in readers and not isinstance(value, ValueError) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    return read
+
+
+def _reader(arrow: Any, field: Any) -> Reader | None:
+    """Return the conversion of a field's values that are not null; None keeps them as they are."""
+    types, kind = arrow.types, field.type
+    # Of an extension that this version of pyarrow does not know, the metadata is left.
+    name = getattr(kind, "extension_name", None) or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if name == "arrow.json":
+        return _json_value
+    if types.is_struct(kind):
+        return _object_reader(arrow, [kind.field(number) for number in range(kind.num_fields)])
+    if types.is_map(kind):
+        inner = _reader(arrow, kind.item_field)
+        return lambda pairs: {key: inner(value) if inner and value is not None else value for key, value in pairs}
+    is_list = (getattr(types, f"is_{name}", None) for name in _LISTS)
+    if any(check and check(kind) for check in is_list):
+        inner = _reader(arrow, kind.value_field)
+        return inner and (lambda values: [inner(value) if value is not None else None for value in values])
+    if types.is_temporal(kind):
+        return _iso_text
+    return None
+
+
+def _json_value(text: Any) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        return ValueError(f"not readable: {error}")
+
+
+def _iso_text(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else value
 
 
 def first_line(error: Exception) -> str:

@@ -332,6 +332,62 @@ def test_dates_become_text_and_values_unknown_to_json_stay(tmp_path: Path) -> No
     assert read_table(file) == [(1, {**row, "day": "2024-02-29"})]
 
 
+CALL = {"name": "f", "arguments": {"city": "Oslo", "unit": None}}
+JSON_ROW = {
+    "messages": [
+        {"role": "user", "content": "w?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": [1, {}]}}}],
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow", "a.jsonl"])
+@pytest.mark.parametrize("known", [True, False])
+def test_json_columns_are_the_objects_that_they_spell_with_their_nulls(tmp_path: Path, name: str, known: bool) -> None:
+    columns = {key: [list(map(json.dumps, values))] for key, values in JSON_ROW.items()}
+    expected = parse_record(JSON_ROW, "messages", {}, {})
+    assert expected.messages[1]["tool_calls"][0]["function"] == CALL
+    if name == "a.jsonl":
+        file = write(tmp_path / name, json.dumps({key: column[0] for key, column in columns.items()}).encode())
+    else:
+        texts = pa.table({key: pa.array(column, pa.list_(pa.string())) for key, column in columns.items()})
+        types = [pa.list_(pa.json_() if known else pa.string())] * 2
+        file = write_table(tmp_path / name, texts.cast(pa.schema(list(zip(columns, types, strict=True)))), 1)
+    ((line, record),) = read_table(file)
+    if known and name != "a.jsonl":
+        assert record == JSON_ROW
+    assert (line, parse_record(record, "messages", {}, {})) == (1, expected)
+
+
+def test_json_columns_that_datasets_writes_are_read(tmp_path: Path) -> None:
+    features = datasets.Features({"messages": datasets.List(datasets.Json()), "meta": datasets.Json()})
+    rows = [{"messages": JSON_ROW["messages"], "meta": {"a": [None, 1]}}, {"messages": [], "meta": None}]
+    data = datasets.Dataset.from_list(rows, features=features)
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for file in (tmp_path / "a.parquet", tmp_path / "saved" / "data-00000-of-00001.arrow"):
+        assert read_table(file) == [(1, rows[0]), (2, {"messages": []})]
+
+
+def test_broken_json_text_is_an_error_in_its_cell_and_maps_are_objects(tmp_path: Path) -> None:
+    broken = pa.array(["{", '{"a": null}']).cast(pa.json_())
+    inner = pa.map_(pa.string(), pa.struct([("day", pa.date32()), ("x", pa.int64())]))
+    pairs = pa.array([[("k", {"day": datetime.date(2024, 2, 29)})], []], inner)
+    rows = read_table(write_table(tmp_path / "a.parquet", pa.table({"j": broken, "m": pairs}), 2))
+    assert rows[0][1]["m"] == {"k": {"day": "2024-02-29"}}
+    assert "not JSON" in str(rows[0][1]["j"])
+    assert rows[1] == (2, {"j": {"a": None}, "m": {}})
+
+
+def test_nulls_that_a_struct_fills_in_are_dropped(tmp_path: Path) -> None:
+    rows = [{"arguments": {"a": None, "b": 2}}, {"arguments": {"c": "x"}}]
+    file = write_table(tmp_path / "a.parquet", pa.Table.from_pylist(rows), 2)
+    assert read_table(file) == [(1, {"arguments": {"b": 2}}), (2, {"arguments": {"c": "x"}})]
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
 def test_a_bad_cell_or_large_row_is_an_error_in_its_place(tmp_path: Path, name: str) -> None:
     text = pa.array([b"ok", b"\xff", b"ok"]).cast(pa.binary()).view(pa.string())
