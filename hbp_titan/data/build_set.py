@@ -11,6 +11,7 @@ import dataclasses
 import json
 import secrets
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +23,26 @@ from tqdm import tqdm
 
 from hbp_titan.data.build_source import build_source_store, commit_dir
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
+from hbp_titan.data.files import NO_SPLIT
 from hbp_titan.data.formats import detect_format
 from hbp_titan.data.prepare import SetRequest, SourceFiles, fingerprint
-from hbp_titan.data.rows import RowIndex, index_rows, read_records
+from hbp_titan.data.rows import RowIndex, count_rows, index_rows, read_records
 from hbp_titan.data.token_store import (
     DROPPED,
     DUPLICATE,
     FORMAT_VERSION,
     HELD_OUT,
+    INCOMPLETE_ROWS,
     NOT_DRAWN,
     NOT_HELD_OUT,
     SourceStore,
     TokenizeConfig,
+    TokenStore,
+    read_meta,
 )
 from hbp_titan.errors import WorkerGroup
 from hbp_titan.job_config import DataSource
+from hbp_titan.utils import atomic_write, first_n
 
 # Rows that are searched for the format of a source.
 FORMAT_ROWS = 100
@@ -64,8 +70,11 @@ def _source_stores(
 ) -> list[SourceStore]:
     """Return the store of each source, built if it does not exist."""
     data, seed = request.config.data, request.config.seed_of("data")
-    indexes = _index_files(found.files, unpacked, workers)
+    indexes = _index_files([source.files for source in found.sources], unpacked, workers)
     counts = [sum(map(len, group)) for group in indexes]
+    for (key, _), files, count in zip(request.sources, found.sources, counts, strict=True):
+        if not count:
+            raise ValueError(f"{key}: no rows: empty are {first_n(files.files, 5)}")
     limits = [min(source.limit or count, count) for (_, source), count in zip(request.sources, counts, strict=True)]
     if request.max_samples:
         limits = share_out(request.max_samples, limits)
@@ -75,6 +84,7 @@ def _source_stores(
     with tqdm(total=sum(limits) // workers.size, unit="row", desc="tokenizing", disable=hidden) as bar:
         for number, (key, source) in enumerate(request.sources):
             settings = _source_settings(request, source, indexes[number], key)
+            settings = dataclasses.replace(settings, folder=found.sources[number].name)
             # The seed decides which rows a limit leaves.
             rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
             digest = fingerprint(
@@ -85,7 +95,7 @@ def _source_stores(
             if not all(workers.gather(folder.is_dir())):
                 chosen = _choose_rows(indexes[number], limits[number], seed)
                 build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
-            stores.append(SourceStore(folder))
+            stores.append(SourceStore(folder, [str(file) for file in found.sources[number].files]))
     return stores
 
 
@@ -123,7 +133,7 @@ def _detect_format(indexes: list[RowIndex], columns: dict[str, str], max_row_byt
                 return detect_format(record, columns)
             except ValueError as error:
                 first_error = first_error or ValueError(f"{index.file}:{line}: {error} ({key})")
-    assert first_error is not None, "index_rows refuses files without rows"
+    assert first_error is not None, "a source without rows is refused"
     raise first_error
 
 
@@ -189,6 +199,23 @@ def _own_side(
         use, fix = ("hold out", "raise") if request.holds_out else ("train on", "lower")
         raise ValueError(f"validation.share = {share} leaves no sample to {use} of {sum(map(len, kept))}; {fix} it")
     return parts
+
+
+def record_places(folder: Path, places: list[dict[str, Any]]) -> None:
+    """Write `places` into a set's meta.json (data/token_store.py), and the number of rows of each file in no split.
+
+    Also writes the list of incomplete rows with these paths, if the source stores were built from other ones.
+    """
+    unread = [entry["file"] for place in places for entry in place["unread_files"] if entry["reason"] == NO_SPLIT]
+    with tempfile.TemporaryDirectory(prefix=".count-", dir=folder.parent) as unpacked:
+        rows = {file: count_rows(Path(file), Path(unpacked)) for file in unread}
+    meta = {**read_meta(folder), "places": places, "unread_rows": rows}
+    # In one step: another run may open the set at this moment.
+    atomic_write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    stores = TokenStore.open(folder).stores
+    if any(store.files != store.meta["files"] for store in stores):
+        lines = [json.dumps(row) + "\n" for store in stores for row in store.incomplete_rows()]
+        atomic_write(folder / INCOMPLETE_ROWS, "".join(lines))
 
 
 def _dropped(store: int, samples: NDArray[np.int64], reason: str) -> NDArray[np.int64]:
@@ -276,7 +303,7 @@ def write_set(
     Raises ValueError if no sample is left, or the sources have too many names.
     """
     if not sum(map(len, drawn)):
-        found = "; ".join(f"{store.meta['files'][0]}: {_reasons(store)}" for store in stores)
+        found = "; ".join(f"{store.files[0]}: {_reasons(store)}" for store in stores)
         raise ValueError(f"no sample is left to train on: {found}; fix the rows, or change [data]")
     names: dict[str, int] = {}
     columns: dict[str, list[NDArray[Any]]] = {

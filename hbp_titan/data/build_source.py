@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import secrets
 import shutil
 from collections import Counter, deque
@@ -33,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
-from hbp_titan.data.formats import Conversation, parse_record
+from hbp_titan.data.files import SUFFIXES
+from hbp_titan.data.formats import Conversation, parse_record, read_columns
 from hbp_titan.data.rows import RowIndex, read_records
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
@@ -60,6 +62,8 @@ SHARD_BYTES = 1 << 20
 MAX_SHARDS = 1024
 # A process takes about a second to start: it needs enough work to be worth that.
 BYTES_PER_PROCESS = 2 << 20
+# Rows may use names of columns as data.
+MAX_UNREAD_COLUMNS, OTHER_COLUMNS = 1000, "(others)"
 
 
 def build_source_store(
@@ -86,9 +90,9 @@ def build_source_store(
         own = [shards[number] for number in workers.share(len(shards))]
         with _ignore_if_exists(folder):
             reports = write_shards(partial, own, settings, data.num_proc or cores_per_rank(), data.max_errors_shown)
-            for report in reports:
+            for shard, report in zip(own, reports, strict=True):
                 if report.malformed and data.malformed != "skip":
-                    raise malformed_rows(report.errors, report.malformed)
+                    raise malformed_rows([f"{shard.rows.file}:{error}" for error in report.errors], report.malformed)
                 progress(report.rows)
 
     workers.run_on_all(write_own)
@@ -135,6 +139,9 @@ def _write_index(
     all_placed = np.concatenate(placed or [np.zeros(0, PLACED)])
     np.save(folder / "samples.npy", all_placed)
     np.save(folder / "not_chosen.npy", _not_chosen(indexes, chosen))
+    unread: Counter[str] = Counter()
+    for report in reports:
+        unread.update(report.unread_columns)
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     with (folder / INCOMPLETE_ROWS).open("w", encoding="utf-8") as stream:
@@ -144,13 +151,16 @@ def _write_index(
                 outcomes[entry["outcome"]] += 1
                 if entry["outcome"] == EXCLUDED:
                     reasons[entry["reason"]] += 1
-                stream.write(line)
+                # A shard of an earlier, killed call may have another path of the same data.
+                stream.write(json.dumps({**entry, "file": str(shard.rows.file)}) + "\n")
     rows, tokenized = sum(map(len, indexes)), sum(map(len, chosen))
     whole = tokenized - outcomes.total()
     meta = {
         "format_version": FORMAT_VERSION,
         "fingerprint": digest,
         "files": [str(index.file) for index in indexes],
+        "empty_files": [number for number, index in enumerate(indexes) if not len(index)],
+        "unread_columns": dict(sorted(unread.items(), key=lambda item: (-item[1], item[0]))),
         "source_names": list(names),
         "rows": rows,
         "not_chosen": rows - tokenized,
@@ -202,12 +212,16 @@ class Shard:
 
 
 class ShardReport(NamedTuple):
-    """malformed: number of malformed rows; errors: the first of them as "file:line: what is wrong"."""
+    """malformed: number of malformed rows; errors: the first of them as "line: what is wrong".
+
+    unread_columns: the columns that the format does not read, with the number of rows that have a value there.
+    """
 
     rows: int
     source_names: list[str]
     malformed: int
     errors: list[str]
+    unread_columns: dict[str, int]
 
 
 def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
@@ -305,6 +319,9 @@ class _ShardWriter:
         self.source_ids: dict[str, int] = {}
         self.malformed = 0
         self.errors: list[str] = []
+        settings = tokenizer.settings
+        self.read_columns = read_columns(settings.format, settings.columns)
+        self.unread_columns: Counter[str] = Counter()
 
     def write(self) -> ShardReport:
         rows = self.shard.rows
@@ -313,11 +330,20 @@ class _ShardWriter:
             self.mask_file = stack.enter_context((self.folder / "loss_mask.bin").open("wb"))
             self.incomplete = stack.enter_context((self.folder / INCOMPLETE_ROWS).open("w", encoding="utf-8"))
             for line, record in read_records(rows, self.tokenizer.settings.max_row_bytes):
+                if not isinstance(record, ValueError):
+                    self._count_unread(record)
                 self._add(line, self.tokenizer.tokenize(record))
         np.save(self.folder / "samples.npy", np.array(self.samples, dtype=SAMPLE))
-        report = ShardReport(len(rows), list(self.source_ids), self.malformed, self.errors)
+        report = ShardReport(len(rows), list(self.source_ids), self.malformed, self.errors, dict(self.unread_columns))
         (self.folder / "shard.json").write_text(json.dumps(report._asdict()), encoding="utf-8")
         return report
+
+    def _count_unread(self, record: dict[str, Any]) -> None:
+        for name in record.keys() - self.read_columns:
+            # Arrow gives every row all columns.
+            if record[name] is not None:
+                known = name in self.unread_columns or len(self.unread_columns) < MAX_UNREAD_COLUMNS
+                self.unread_columns[name if known else OTHER_COLUMNS] += 1
 
     def _add(self, line: int, row: TokenizedRow) -> None:
         file = self.shard.rows.file
@@ -328,11 +354,12 @@ class _ShardWriter:
         if row.reason == MALFORMED:
             self.malformed += 1
             if len(self.errors) < self.max_errors:
-                self.errors.append(f"{file}:{line}: {row.detail}")
+                self.errors.append(f"{line}: {row.detail}")
         if not row.samples:
             # No sample, no source: a set lists only the sources that it trains.
             return
-        name = self.tokenizer.settings.name or row.source or source_name(file)
+        settings = self.tokenizer.settings
+        name = settings.name or row.source or settings.folder or source_name(file)
         source = self.source_ids.setdefault(name, len(self.source_ids))
         for part, (tokens, loss_mask) in enumerate(row.samples):
             token_bytes, mask_bytes = tokens.astype("<u4", copy=False).tobytes(), loss_mask.tobytes()
@@ -345,11 +372,10 @@ class _ShardWriter:
 
 
 def source_name(file: Path) -> str:
-    """Return the name of a source that has no other: its file's, without the suffixes of compression and format."""
-    name = file.name
-    for suffix in (".gz", ".zst", ".jsonl", ".json", ".parquet", ".arrow"):
-        name = name.removesuffix(suffix)
-    return name or file.name
+    """Return the name of a source that has no other: its file's, without suffixes and the number of a shard."""
+    suffix = max((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), key=len, default="")
+    name = file.name[: len(file.name) - len(suffix)]
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name) or file.name
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """JSON of unknown origin: where the rows of a file lie, and their values.
 
-Owns two kinds of files. JSON lines: a row is a line that is not blank; lines end in \\n or \\r\\n. JSON arrays: a row
-is an element. Both are scanned once, a block at a time, without parsing: a row is parsed only where it is used. Every
-error in a row is a ValueError of one short line: bytes that are not UTF-8, a key twice in an object (which value is
-meant is unknown), half surrogates, values that JSON does not have, and nesting deeper than MAX_DEPTH.
+Owns three kinds of files. JSON lines: a row is a line that is not blank; lines end in \\n or \\r\\n. JSON arrays, alone
+or as the one list of rows in an object ({"data": [...]}): a row is an element. One object over several lines: the only
+row. Files are scanned once, a block at a time, without parsing: a row is parsed only where it is used. Every error in a
+row is a ValueError of one short line: bytes that are not UTF-8, a key twice in an object (which value is meant is
+unknown), half surrogates, values that JSON does not have, and nesting deeper than MAX_DEPTH.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 1 << 20
+# Enough for the first lines of most files.
+_HEAD_BYTES = 1 << 20
+# Of an object that spans lines, or of one that holds a list of rows up to its first row.
+_OBJECT_BYTES = 1 << 26
+# Columns of the formats: an object that has one is a row.
+_ROW_COLUMNS = frozenset(
+    ("messages", "conversations", "instruction", "output", "prompt", "completion", "chosen", "rejected")
+)
 # Far above any tool's schema, far below Python's recursion limit, which templates share.
 MAX_DEPTH = 64
 _NEWLINE, _RETURN, _SPACE = b"\n\r "
@@ -76,29 +85,148 @@ def _is_blank(stream: IO[bytes], start: int, size: int) -> bool:
     return True
 
 
-def is_array(file: Path) -> bool:
-    """Return whether the text begins with an opening bracket."""
+def index_json(file: Path, name: Path) -> Rows:
+    """Return where the rows of a .json file of any kind are; `name` is the file's name in messages.
+
+    Raises ValueError "name:number: ..." for an array or an object that is broken between its rows.
+    """
+    head = _read_head(file, _HEAD_BYTES)
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"["):
+        return index_array(file, name, len(head) - len(text))
+    first_line, newline, rest = text.partition(b"\n")
+    if not text.startswith(b"{") or (newline and rest.strip() and not _is_unfinished(first_line)):
+        return index_lines(file)
+    head = _read_head(file, _OBJECT_BYTES)
+    start = len(head) - len(head.removeprefix(codecs.BOM_UTF8).lstrip())
+    if (places := _index_wrapped(file, name, head, start)) is not None:
+        return places
+    return _index_object(file, name, head, start) if _is_unfinished(first_line) else index_lines(file)
+
+
+def _read_head(file: Path, size: int) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        return stream.read(size)
 
 
-def index_array(file: Path, name: Path) -> Rows:
+def _is_unfinished(line: bytes) -> bool:
+    """Return whether a line is the beginning of JSON that goes on in the next line."""
+    text = line.decode("utf-8", errors="replace").rstrip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _index_object(file: Path, name: Path, head: bytes, start: int) -> Rows:
+    """Return the one row of a file with one object over several lines."""
+    text = head[start:].decode("utf-8", errors="replace")
+    line = 1 + head[:start].count(b"\n")
+    if file.stat().st_size > len(head):
+        raise ValueError(f"{name}:{line}: an object of more than {_OBJECT_BYTES} bytes; write one object per line")
+    try:
+        json.loads(text)
+    except RecursionError:
+        pass  # An error of the row.
+    except ValueError as error:
+        following = [part for part in text.split("\n")[1:] if part.strip()]
+        if following and all(part.lstrip().startswith("{") for part in following):
+            return index_lines(file)  # JSON lines, the first of which is cut.
+        raise ValueError(
+            f"{name}:{line + getattr(error, 'lineno', 1) - 1}: not JSON: {getattr(error, 'msg', error)}; "
+            "a file has one object per line, one array or one object"
+        ) from None
+    return np.array([start]), np.array([len(head) - start]), np.array([line])
+
+
+def _index_wrapped(file: Path, name: Path, head: bytes, start: int) -> Rows | None:
+    """Return the elements of the list of rows in an object, as {"data": [...]}; None if the object is a row itself."""
+    text = head[start:].decode("utf-8", errors="replace")
+    found = _first_list(text)
+    if found is None:
+        return None
+    key, position = found
+    # Counted in bytes: replaced ones are as long as their replacement only by chance.
+    offset = start + len(text[:position].encode("utf-8", errors="replace"))
+    if not head.startswith(b"[", offset):
+        return None
+    *places, end = _scan_array(file, name, offset, wrapped=True)
+    with file.open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read().decode("utf-8", errors="replace")
+    try:
+        others = json.loads('{"":0' + rest)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name}:{len(places[0]) + 1}: the object breaks after its list {shown(key)}") from None
+    if others.keys() & _ROW_COLUMNS:
+        return None
+    if second := next((other for other, value in others.items() if _is_rows(other, value)), None):
+        raise ValueError(f"{name}:1: has two lists of rows, {shown(key)} and {shown(second)}; write a file of each")
+    return places[0], places[1], places[2]
+
+
+def _first_list(text: str) -> tuple[str, int] | None:
+    """Return key and position of the first list of rows in the object that a text begins with; None if it is a row."""
+    decoder = json.JSONDecoder()
+    try:
+        position = _next(text, 1)
+        while text[position] == '"':
+            key, position = decoder.raw_decode(text, position)
+            position = _next(text, position)
+            if text[position] == "[":
+                inner = _next(text, position + 1)
+                first = [] if text[inner] == "]" else [decoder.raw_decode(text, inner)[0]]
+                if _is_rows(key, first) or not (first or key in _ROW_COLUMNS):
+                    return key, position
+            if key in _ROW_COLUMNS:
+                return None
+            position = _next(text, decoder.raw_decode(text, position)[1])
+    except (ValueError, IndexError, RecursionError):
+        pass
+    return None
+
+
+def _next(text: str, position: int) -> int:
+    """Return the position of the next key or value."""
+    while text[position] in " \t\r\n,:":
+        position += 1
+    return position
+
+
+def _is_rows(key: str, values: Any) -> bool:
+    """Return whether the value of a key is a list of rows: objects, but not the messages of one row."""
+    if not isinstance(values, list) or not values or not isinstance(values[0], dict):
+        return False
+    keys = values[0].keys()
+    return bool(keys & _ROW_COLUMNS) or not (key in _ROW_COLUMNS or keys & {"role", "from"})
+
+
+def index_array(file: Path, name: Path, offset: int = 0) -> Rows:
     """Return where the elements of a JSON array are. Errors inside an element are left to `read_lines`.
 
-    name: the file's name in messages. Raises ValueError "name:number: ..." unless the array has only objects, commas
-    between them, and an end.
+    name: the file's name in messages; offset: of the array. Raises ValueError "name:number: ..." unless the array has
+    only objects, commas between them, and an end.
     """
+    return _scan_array(file, name, offset)[:3]
+
+
+def _scan_array(
+    file: Path, name: Path, offset: int, wrapped: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
+    """Return the rows of an array, and the offset of its end; wrapped: whether other text follows it."""
     with file.open("rb") as stream:
-        offset = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
         stream.seek(offset)
-        scan = _ArrayScan(offset)
-        while not scan.error and (block := stream.read(BLOCK_BYTES)):
+        scan = _ArrayScan(offset, wrapped)
+        while not (scan.error or (wrapped and scan.ended)) and (block := stream.read(BLOCK_BYTES)):
             scan.add(block)
     if scan.error or not scan.ended:
         number, error = scan.error or (scan.count + 1, "the array has no end")
         raise ValueError(f"{name}:{number}: the JSON array breaks at this element: {error}")
     starts, ends = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (scan.starts, scan.ends))
-    return starts, ends - starts, np.arange(1, len(starts) + 1)
+    return starts, ends - starts, np.arange(1, len(starts) + 1), scan.end
 
 
 class _ArrayScan:
@@ -107,19 +235,20 @@ class _ArrayScan:
     A parser would find them as well, but takes twice as long, in one process, and its values cannot be kept for the
     processes that tokenize the rows.
 
-    starts, ends: byte offsets of the elements, one array per block. count: elements that have ended. error: number of
-    the element at which the array is broken, and why.
+    offset: of the array. wrapped: whether other text may follow it. starts, ends: byte offsets of the elements, one
+    array per block. end: byte offset of the array's end. count: elements that have ended. error: number of the element
+    at which the array is broken, and why.
     """
 
-    def __init__(self, offset: int) -> None:
+    def __init__(self, offset: int, wrapped: bool) -> None:
         self.starts: list[NDArray[np.int64]] = []
         self.ends: list[NDArray[np.int64]] = []
-        self.count = 0
+        self.count = self.end = 0
         self.ended = False
         self.error: tuple[int, str] | None = None
         # Bytes between "[" and "]" but outside the elements, without whitespace; an element counts as its "{".
         self._outside = 0
-        self._offset, self._depth = offset, 0
+        self._offset, self._depth, self._wrapped = offset, 0, wrapped
         self._in_string = self._escaping = self._opened = False
 
     def add(self, block: bytes) -> None:
@@ -157,11 +286,12 @@ class _ArrayScan:
         self.starts.append(starts + self._offset)
         self.ends.append(ends + self._offset)
         self.count += len(ends)
+        self.end = self._offset + int(places[-1]) + 1 if last else 0
         self._offset += len(block)
         self._depth = int(depth[-1]) if len(places) else self._depth
         if last and self._outside and self._outside % 2 == 0:
             self.error = self.error or (self.count + 1, "expected an object after the comma")
-        if last:
+        if last and not self._wrapped:
             self._check_end(block[int(places[-1]) + 1 :])
 
     def _escaped(self, data: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -196,19 +326,24 @@ class _ArrayScan:
 
 
 def read_lines(
-    file: Path, starts: NDArray[np.int64], sizes: NDArray[np.int64], max_row_bytes: int
+    file: Path,
+    starts: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    max_row_bytes: int,
+    parse: Callable[[bytes], dict[str, Any] | ValueError],
 ) -> Iterator[dict[str, Any] | ValueError]:
-    """Yield the objects of the rows at these places; a ValueError in the place of one that is malformed."""
+    """Yield what `parse` makes of the rows at these places; a ValueError in the place of one that is malformed."""
     with file.open("rb") as stream:
         for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
             if size > max_row_bytes:
                 yield too_large(size, max_row_bytes)
                 continue
             stream.seek(start)
-            yield _parse_row(stream.read(size))
+            yield parse(stream.read(size))
 
 
-def _parse_row(raw: bytes) -> dict[str, Any] | ValueError:
+def parse_row(raw: bytes) -> dict[str, Any] | ValueError:
+    """Return the object of a row of JSON, or what is wrong with it."""
     try:
         value = parse_json(raw)
     except ValueError as error:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.files import chat_template_file, source_files
+from hbp_titan.data.files import DataFiles, chat_template_file, source_files
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
     TokenizeConfig,
@@ -23,6 +24,7 @@ from hbp_titan.data.token_store import (
     check_fits,
     check_malformed,
     check_strict,
+    read_meta,
 )
 from hbp_titan.errors import WorkerGroup
 from hbp_titan.job_config import DataSource
@@ -128,20 +130,37 @@ class SetRequest:
 class SourceFiles:
     """The data files of each source of a set, and what identifies their content.
 
-    contents: name and digest of each file of each source. base: what the fingerprints of all sources share.
+    sources: the files of each. contents: name and digest of each file of each source. base: what the fingerprints of
+    all sources share.
     """
 
-    files: list[list[Path]]
+    sources: list[DataFiles]
     contents: list[list[list[str]]]
     base: dict[str, Any]
+
+    def places(self) -> list[dict[str, Any]]:
+        """Return where the files of each source are, as JSON values: what a set knows of this run alone."""
+        return [
+            {
+                "files": [str(file) for file in source.files],
+                "unread_files": [
+                    {"file": str(file), "bytes": file.stat().st_size, "reason": reason}
+                    for file, reason in source.unread.items()
+                ],
+            }
+            for source in self.sources
+        ]
 
 
 def _find_or_build(request: SetRequest, workers: WorkerGroup, progress: bool) -> Path:
     """Return the folder of the set, built if it does not exist, after the checks that the configuration asks for."""
     _check_mappings(request)
     found = _source_files(request, workers)
-    # Paths are left out: moved data keeps its stores.
-    blocks = [{**dataclasses.asdict(source), "path": ""} for _, source in request.sources]
+    # Paths are left out: moved data keeps its stores. A folder's name stays: it names rows.
+    blocks = [
+        {**dataclasses.asdict(source), "path": "", "folder": files.name}
+        for (_, source), files in zip(request.sources, found.sources, strict=True)
+    ]
     digest = fingerprint({**found.base, "sources": found.contents, "blocks": blocks, **request.settings()})
     folder = Path(request.config.data.cache_folder) / f"set-{digest[:16]}"
     # All ranks must agree: a shared file system may show a new folder to some of them only.
@@ -150,8 +169,18 @@ def _find_or_build(request: SetRequest, workers: WorkerGroup, progress: bool) ->
         from hbp_titan.data.build_set import build_set
 
         build_set(request, found, folder, digest, workers, progress)
+    workers.run_on_all(lambda: _record_places(folder, found.places()) if workers.rank == 0 else None)
     workers.run_on_all(lambda: _check(request, TokenStore.open(folder)))
     return folder
+
+
+def _record_places(folder: Path, places: list[dict[str, Any]]) -> None:
+    """Record where this run's data is: another run may have built the set from a copy elsewhere."""
+    # A shared cache may belong to another user.
+    if read_meta(folder).get("places") != places and os.access(folder, os.W_OK):
+        from hbp_titan.data.build_set import record_places
+
+        record_places(folder, places)
 
 
 def _check_mappings(request: SetRequest) -> None:
@@ -164,7 +193,7 @@ def _check_mappings(request: SetRequest) -> None:
 
 
 def _source_files(request: SetRequest, workers: WorkerGroup) -> SourceFiles:
-    files = [source_files(source, key) for key, source in request.sources]
+    sources = [source_files(source, key) for key, source in request.sources]
     tokenizer = request.config.tokenizer_path
     # Before large files are read for their digests.
     check_tokenizer_folder(tokenizer, f"model.{'tokenizer_path' if request.config.model.tokenizer_path else 'hf_path'}")
@@ -172,7 +201,7 @@ def _source_files(request: SetRequest, workers: WorkerGroup) -> SourceFiles:
     named = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
     if settings.chat_template:
         named["data.chat_template"] = settings.chat_template
-    all_files = [*named.values(), *(file for group in files for file in group)]
+    all_files = [*named.values(), *(file for source in sources for file in source.files)]
     cache = Path(request.config.data.cache_folder)
     digests = dict(zip(all_files, file_digests(all_files, cache / "digests", workers), strict=True))
     base = {
@@ -181,8 +210,8 @@ def _source_files(request: SetRequest, workers: WorkerGroup) -> SourceFiles:
         "format": FORMAT_VERSION,
     }
     # The name of a file counts without its folder, because it names the source of its rows.
-    contents = [[[file.name, digests[file]] for file in group] for group in files]
-    return SourceFiles(files, contents, base)
+    contents = [[[file.name, digests[file]] for file in source.files] for source in sources]
+    return SourceFiles(sources, contents, base)
 
 
 def _check(request: SetRequest, store: TokenStore) -> None:

@@ -1,15 +1,17 @@
 """The rows of a data file, by index: how many a file has, and any of them at any time.
 
-Owns the file types behind one index: JSON lines and JSON arrays, plain or compressed, Parquet, Arrow. A row is named by
-its line, or by its number in files without lines (arrays, Parquet, Arrow). Files that cannot be read in place get a
-copy: .gz and .zst are decompressed, Parquet becomes an Arrow file, both by streaming. A malformed row is a ValueError
-in its place, without file and line, which the caller knows; a broken file raises.
+Owns the file types behind one index: JSON and CSV, plain or compressed, Parquet, Arrow. A row is named by its line, or
+by its number in files without lines (arrays, Parquet, Arrow). Files that cannot be read in place get a copy: .gz and
+.zst are decompressed, CSV becomes JSON lines and Parquet an Arrow file, all by streaming. A malformed row is a
+ValueError in its place, without file and line, which the caller knows; a broken file raises.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import json
 import os
 import secrets
 import zlib
@@ -22,13 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.data.arrow import first_line, index_arrow, read_arrow
-from hbp_titan.data.files import ARROW_SUFFIXES, SUFFIXES, require
-from hbp_titan.data.jsonl import index_array, index_lines, is_array, read_lines
+from hbp_titan.data.files import ARROW_SUFFIXES, CSV_SUFFIXES, SUFFIXES, require
+from hbp_titan.data.jsonl import index_json, index_lines, parse_row, read_lines, shown
+from hbp_titan.models.hf_files import check_not_pointer
 
 _BLOCK_BYTES = 1 << 20
 # A block of zstd can decompress to 30,000 times its size.
 _ZSTD_BLOCK_BYTES = 1 << 13
 _ROWS_PER_BATCH = 256
+# A quote that is never closed must not take the rest of a large file into memory.
+_CSV_CELL_CHARACTERS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -55,30 +60,45 @@ class RowIndex:
 
 
 def index_rows(file: Path, unpacked: Path) -> RowIndex:
-    """Find the rows of `file` in one pass, without parsing them.
+    """Find the rows of `file` in one pass, without parsing them; there may be none.
 
-    unpacked: folder for the copies of compressed and Parquet files; existing copies are used again.
-    Raises ValueError "file:line: ..." if the file has no rows or is broken.
+    unpacked: folder for the copies of compressed, CSV and Parquet files; existing copies are used again.
+    Raises ValueError "file:line: ..." if the file is broken.
     """
     name = file.name.lower()
     if not name.endswith(SUFFIXES):
         raise ValueError(f"{file}: unsupported file type; must be one of {', '.join(SUFFIXES)}")
+    if not file.stat().st_size:
+        # Of any type: not even a Parquet file's footer was written.
+        return RowIndex(file, file, *(np.zeros(0, np.int64) for _ in range(3)))
     # Compressed files have no offsets to read rows from, and several processes read each file.
     stored = file
     if name.endswith(".parquet"):
         stored = _copy(file, unpacked, ".arrow", _write_arrow)
     elif name.endswith((".gz", ".zst")):
         stored = _copy(file, unpacked, "", _write_decompressed)
+    if name.endswith(CSV_SUFFIXES):
+        stored = _copy(stored, unpacked, ".jsonl", lambda plain, target: _write_csv_rows(plain, target, file))
     if _is_arrow(file):
         places = index_arrow(stored, file)
-    elif name.endswith((".json", ".json.gz", ".json.zst")) and is_array(stored):
-        places = index_array(stored, file)
+    elif name.endswith((".json", ".json.gz", ".json.zst")):
+        places = index_json(stored, file)
     else:
         places = index_lines(stored)
-    index = RowIndex(file, stored, *places)
-    if not len(index):
-        raise ValueError(f"{file}:1: the file has no rows")
-    return index
+    return RowIndex(file, stored, *places)
+
+
+def count_rows(file: Path, unpacked: Path) -> int | None:
+    """Return the number of rows of a file, None if it cannot be read; `unpacked` as for `index_rows`."""
+    try:
+        check_not_pointer(file)
+        if file.name.lower().endswith(".parquet"):
+            # The footer has it: no copy is needed.
+            require("pyarrow.parquet", file)
+            return int(require("pyarrow", file).parquet.read_metadata(file).num_rows)
+        return len(index_rows(file, unpacked))
+    except (ValueError, OSError):
+        return None
 
 
 def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -86,7 +106,8 @@ def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dic
     if _is_arrow(index.file):
         records = read_arrow(index.stored, index.starts, max_row_bytes)
     else:
-        records = read_lines(index.stored, index.starts, index.sizes, max_row_bytes)
+        parse = _parse_csv_row if index.file.name.lower().endswith(CSV_SUFFIXES) else parse_row
+        records = read_lines(index.stored, index.starts, index.sizes, max_row_bytes, parse)
     return zip(index.lines.tolist(), records, strict=True)
 
 
@@ -158,6 +179,60 @@ def _zstd_blocks(file: Path) -> Iterator[bytes]:
                 block = frame.unused_data if frame.eof else b""
     if frame is not None and not frame.eof:
         raise _BrokenStream("the last zstd frame has no end")
+
+
+def _write_csv_rows(file: Path, target: Path, name: Path) -> None:
+    """Write the rows of a CSV file as JSON lines, each on the line where it begins; `name` is the file, in messages.
+
+    The first row has the names of the columns. A malformed row becomes a string, which is its error.
+    """
+    csv.field_size_limit(_CSV_CELL_CHARACTERS)
+    columns: list[str] = []
+    written = 1
+    # Bytes that are not UTF-8 become half surrogates, so that only their row is malformed.
+    with (
+        file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as source,
+        target.open("w", encoding="utf-8", newline="\n") as stream,
+    ):
+        rows = csv.reader(source)
+        line = 1
+        try:
+            for cells in rows:
+                begin, line = line, rows.line_num + 1
+                if not cells:
+                    continue
+                if not columns:
+                    columns = _csv_columns(cells, f"{name}:{begin}")
+                    continue
+                stream.write("\n" * (begin - written) + json.dumps(_csv_row(columns, cells)) + "\n")
+                written = begin + 1
+        except csv.Error as error:
+            raise ValueError(f"{name}:{line}: not CSV: {error}") from None
+
+
+def _csv_columns(cells: list[str], where: str) -> list[str]:
+    # Tables of pandas have an index without a name.
+    columns = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{where}: two columns have the name {shown(twice)}")
+    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
+        raise ValueError(f"{where}: the header is one column, {shown(columns[0])}; separate columns by commas")
+    return columns
+
+
+def _csv_row(columns: list[str], cells: list[str]) -> dict[str, str] | str:
+    if len(cells) != len(columns):
+        return f"the row has {len(cells)} cells, but the header has {len(columns)}"
+    for column, cell in zip(columns, cells, strict=True):
+        if not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell):
+            return f"{shown(column)} is not UTF-8"
+    return dict(zip(columns, cells, strict=True))
+
+
+def _parse_csv_row(raw: bytes) -> dict[str, Any] | ValueError:
+    value = json.loads(raw)
+    return ValueError(value) if isinstance(value, str) else value
 
 
 def _write_arrow(file: Path, target: Path) -> None:

