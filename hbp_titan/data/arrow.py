@@ -1,7 +1,7 @@
 """Arrow files: their rows as records, through a memory map.
 
 Owns the conversion to what a JSON file would contain, by the types of the columns: null fields of a struct are dropped
-(it gives every object the fields of all objects, so a null of the row's own cannot be told from these), JSON text of
+(it gives every object the fields of all objects, so a null that the row itself has looks the same), JSON text of
 the extension type arrow.json becomes its value, whose nulls stay, dates become ISO text, maps objects. Other values
 that JSON does not have (bytes, decimals) stay as they are; only reading the field fails. Reads the stream format
 (written by HF `datasets`) and the file format; record batches are memory-mapped unless they are compressed.

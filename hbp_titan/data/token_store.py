@@ -82,7 +82,7 @@ class TokenizeConfig:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return meta.json of a set or a source store; raises ValueError if there is none of this format."""
+    """Return meta.json of a set or a source store; raises ValueError unless it exists in this format."""
     file = folder / "meta.json"
     if not file.is_file():
         raise ValueError(f"{folder}: not a token store; run scripts/prepare_data.py")
