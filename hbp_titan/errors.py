@@ -138,12 +138,14 @@ def _gather_one(value: Any) -> list[Any]:
 class WorkerGroup:
     """`size` processes that prepare data together on a shared file system, of which this is `rank`.
 
-    gather: value -> the values of all ranks in rank order; a collective.
+    gather: value -> the values of all ranks in rank order; a collective. report: called with what this rank is about to
+    do, for the ranks that wait for it.
     """
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Any], list[Any]] = _gather_one
+    report: Callable[[str], None] = lambda work: None
 
     def share(self, count: int) -> range:
         """Return the indices, of `count` pieces of work, that are this rank's: every size-th."""

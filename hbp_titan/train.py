@@ -70,8 +70,8 @@ class Trainer:
     def _open_data(self) -> None:
         """Open the token stores. Ranks share the work of making those that are missing, on a shared file system."""
         config, world = self.config, self.world
-        group = errors.WorkerGroup(world.rank, world.size, distributed.gather_values)
-        self.store, *self.held_out = open_stores(config, preflight.max_sample_tokens(config, self.args), group)
+        limit = preflight.max_sample_tokens(config, self.args)
+        self.store, *self.held_out = open_stores(config, limit, distributed.worker_group(world))
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
 

@@ -23,8 +23,8 @@ import torch
 
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.distributed.world import World, close_world, gather_values, init_world
-from hbp_titan.errors import WorkerGroup, exit_on_user_error
+from hbp_titan.distributed.world import World, close_world, init_world, worker_group
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.experiments.compare import Run, compare, parse_runs, table
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.auto import from_rank_0, measured_profile
@@ -39,7 +39,7 @@ def select_runs(config: JobConfig, world: World) -> tuple[Run, ...]:
     args = model_args(config)
     check_device(config, world.device)
     limit = max_sample_tokens(config, args)
-    stores = open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
+    stores = open_stores(config, limit, worker_group(world))
     path = config.dump_folder / "profile.json"
     profile = measured_profile(config, args, world, stores, path, lambda text: print(text) if world.rank == 0 else None)
 

@@ -17,12 +17,9 @@ from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.store_summary import show_samples, summary
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.distributed.world import close_world, gather_values, init_world, local_device
-from hbp_titan.errors import WorkerGroup, exit_on_user_error
+from hbp_titan.distributed.world import close_world, init_world, local_device, worker_group
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.preflight import check, check_vocabulary, max_sample_tokens, model_args
-
-# Ranks wait for each other at the end of their shares.
-TIMEOUT_SECONDS = 24 * 3600
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
 def _prepare(config: JobConfig, limit: int) -> list[TokenStore]:
     if "RANK" not in os.environ:
         return open_stores(config, limit)
-    world = init_world(TIMEOUT_SECONDS)
+    world = init_world(config.parallelism.init_timeout_seconds)
     try:
-        return open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
+        return open_stores(config, limit, worker_group(world))
     finally:
         close_world()
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.distributed.world import World, close_world, gather_values, init_world
-from hbp_titan.errors import WorkerGroup, exit_on_user_error
+from hbp_titan.distributed.world import World, close_world, init_world, worker_group
+from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
@@ -88,7 +88,7 @@ def measured_here(
     validate(config, world.size)
     check_device(config, world.device)
     limit = max_sample_tokens(config, args)
-    stores = open_stores(config, limit, WorkerGroup(world.rank, world.size, gather_values))
+    stores = open_stores(config, limit, worker_group(world))
     levels = named_candidates(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
 

@@ -62,6 +62,7 @@ def build_set(
     if workers.rank == 0:
         shutil.rmtree(unpacked, ignore_errors=True)
     meta = {"fingerprint": digest, "settings": request.settings()}
+    workers.report(f"drawing the samples of {folder}")
     workers.run_on_all(lambda: _mix(request, stores, folder, meta) if workers.rank == 0 else None)
 
 
@@ -104,7 +105,11 @@ def _index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) 
     flat = [file for group in files for file in group]
 
     def read_own() -> dict[int, RowIndex]:
-        return {number: index_rows(flat[number], unpacked) for number in workers.share(len(flat))}
+        own = {}
+        for number in workers.share(len(flat)):
+            workers.report(f"looking for the rows of {flat[number]}")
+            own[number] = index_rows(flat[number], unpacked)
+        return own
 
     found: dict[int, RowIndex] = {}
     for part in workers.run_on_all(read_own):

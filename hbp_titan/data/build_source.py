@@ -22,10 +22,10 @@ import re
 import secrets
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,14 +88,21 @@ def build_source_store(
 
     def write_own() -> None:
         own = [shards[number] for number in workers.share(len(shards))]
-        with _ignore_if_exists(folder):
-            reports = write_shards(partial, own, settings, data.num_proc or cores_per_rank(), data.max_errors_shown)
-            for shard, report in zip(own, reports, strict=True):
+        num_proc = data.num_proc or cores_per_rank()
+        with (
+            _ignore_if_exists(folder),
+            closing(write_shards(partial, own, settings, num_proc, data.max_errors_shown)) as reports,
+        ):
+            for shard in own:
+                # A row may take minutes: the other ranks wait for this one then.
+                workers.report(f"tokenizing {shard.rows.file}")
+                report = next(reports)
                 if report.malformed and data.malformed != "skip":
                     raise malformed_rows([f"{shard.rows.file}:{error}" for error in report.errors], report.malformed)
                 progress(report.rows)
 
     workers.run_on_all(write_own)
+    workers.report(f"writing the index of {folder}")
 
     def finish() -> None:
         with _ignore_if_exists(folder):
@@ -242,7 +249,7 @@ def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
 
 def write_shards(
     folder: Path, shards: Sequence[Shard], settings: TokenizeConfig, num_proc: int, max_errors: int
-) -> Iterator[ShardReport]:
+) -> Generator[ShardReport, None, None]:
     """Write the shards that `folder` lacks; yields the report of every shard, in order."""
     missing = [shard for shard in shards if not (folder / shard.name).is_dir()]
     total = sum(int(shard.rows.sizes.sum()) for shard in missing)

@@ -52,6 +52,7 @@ def prepare(
     workers = workers or WorkerGroup()
     # One rank builds it, and all wait: the others would read half-written files.
     if config.data.embedded:
+        workers.report(f"building the corpus in {config.data.embedded_folder}")
         workers.run_on_all(lambda: _ensure_corpus(Path(config.data.embedded_folder)) if workers.rank == 0 else None)
     if max_sample_tokens is None:
         if not config.levels:
@@ -236,7 +237,11 @@ def file_digests(files: Sequence[Path], cache: Path, workers: WorkerGroup) -> li
     """
 
     def read_own() -> dict[int, str]:
-        return {number: _cached_digest(files[number], cache) for number in workers.share(len(files))}
+        own = {}
+        for number in workers.share(len(files)):
+            workers.report(f"hashing {files[number]}")
+            own[number] = _cached_digest(files[number], cache)
+        return own
 
     merged: dict[int, str] = {}
     for found in workers.run_on_all(read_own):

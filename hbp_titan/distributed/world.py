@@ -11,6 +11,7 @@ collective of the model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -28,13 +29,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from hbp_titan.errors import exit_on_user_error, format_error
-from hbp_titan.utils import first_n
+from hbp_titan.errors import WorkerGroup, default_store, exit_on_user_error, format_error
+from hbp_titan.utils import first_n, human_seconds
 
 DEFAULT_CPU_RANKS = 2
 """Ranks on a machine without a GPU."""
 SLOW_WORK_SECONDS = 3600
 """Timeout of waits for a slow disk (checkpoint, export, audit), in the control group."""
+PREPARE_SECONDS = 24 * 3600
+"""How long ranks wait for a rank that prepares data: each may have hours of rows."""
 _CONTROL = "control"
 _POLL_SECONDS = 0.05
 _RENDEZVOUS_FIX = "check that all nodes are started with the same RDZV_ENDPOINT, RDZV_ID and NNODES and reach the port"
@@ -276,6 +279,74 @@ def all_reduce_values(values: list[float], op: str, device: torch.device) -> lis
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return tensor.tolist()
+
+
+# Preparation of data
+
+
+class _Workers:
+    """Ranks that wait for each other in the store, without a collective, until all have done their share.
+
+    In a collective the group's timeout would end the wait, and nobody would know for whom. The store's key of a rank
+    holds the number of waits that it has begun and what it is doing.
+    """
+
+    _groups = itertools.count()
+
+    def __init__(self, world: World, timeout_seconds: float, log_seconds: float) -> None:
+        self.rank, self.size = world.rank, world.size
+        self.timeout_seconds, self.log_seconds = timeout_seconds, log_seconds
+        # Ranks make their groups in the same order.
+        self.store = dist.PrefixStore(f"hbp_titan/workers/{next(self._groups)}", default_store())
+        self.waits = 0
+
+    def report(self, work: str) -> None:
+        self.store.set(str(self.rank), f"{self.waits} {work}")
+
+    def gather(self, value: Any) -> list[Any]:
+        self.waits += 1
+        self.report("waiting")
+        everyone = f"all/{self.waits}"
+        if self.store.add(f"count/{self.waits}", 1) == self.size:
+            self.store.set(everyone, "")
+        start = logged = time.monotonic()
+        pause = 0.001
+        # Not store.wait: it would lock the store for this process's other threads (watchdog, NCCL's monitor).
+        while not self.store.check([everyone]):
+            now = time.monotonic()
+            if now - logged >= self.log_seconds:
+                logged = now
+                self._log(now - start)
+            if now - start > self.timeout_seconds:
+                raise TimeoutError(f"rank {self.rank} waited {human_seconds(now - start)} for {self._behind()}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        return gather_values(value)
+
+    def _log(self, seconds: float) -> None:
+        # One rank is enough: the first that waits.
+        if all(self._doing(rank) for rank in range(self.rank)):
+            print(f"waiting for {self._behind()} ({human_seconds(seconds)} so far)", file=sys.stderr, flush=True)
+
+    def _behind(self) -> str:
+        doing = {rank: work for rank in range(self.size) if (work := self._doing(rank))}
+        return first_n([f"rank {rank}: {work}" for rank, work in doing.items()], 8, "; ")
+
+    def _doing(self, rank: int) -> str:
+        """Return what a rank does that this one waits for, "" for a rank that waits as well."""
+        key = str(rank)
+        text = self.store.get(key).decode() if self.store.check([key]) else "0 starting"
+        waits, _, work = text.partition(" ")
+        return work if int(waits) < self.waits else ""
+
+
+def worker_group(world: World, timeout_seconds: float = PREPARE_SECONDS, log_seconds: float = 60) -> WorkerGroup:
+    """Return the ranks as a group that prepares data together, whatever the timeouts of the process groups are.
+
+    timeout_seconds: of each wait; TimeoutError afterwards. log_seconds: between lines of a rank that waits.
+    """
+    workers = _Workers(world, timeout_seconds, log_seconds)
+    return WorkerGroup(world.rank, world.size, workers.gather, workers.report)
 
 
 # Devices of this machine

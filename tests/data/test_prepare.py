@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hbp_titan import train
 from hbp_titan.config import JobConfig, load_config
+from hbp_titan.data import build_source
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.store_summary import show_samples, summary
 from hbp_titan.data.token_store import TokenStore, check_fits
+from hbp_titan.distributed.world import World, control_group, set_timeout, worker_group
 from hbp_titan.experiments import corpus
+from hbp_titan.models.registry import get_flavor
+from hbp_titan.testing.local_ranks import run_distributed
 from tests.data.preparing import PROMPT_TOKENS, SCRIPT, byte_tokenizer, job, line, many, prepared, run_script, write
 from tests.programs import run_python
 
@@ -289,6 +299,46 @@ def test_ranks_under_torchrun_leave_the_same_bytes_and_report_errors_once(config
     result = run_python(SCRIPT, "--job.config_file", config_file, ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("train.jsonl:2: not JSON") == 1
+
+
+def _open_data_slowly(world: World, config: JobConfig, release: Path) -> str:
+    """Prepare as a run does, on rank 1 only after `release` exists; return what the rank printed."""
+    seconds = 3
+    set_timeout(control_group(), seconds)
+    printed = io.StringIO()
+
+    def release_late() -> None:
+        # After the groups' timeout, so that a wait in a collective would have failed.
+        time.sleep(seconds + 1)
+        while "waiting" not in printed.getvalue():
+            time.sleep(0.01)
+        release.touch()
+
+    def write_late(*arguments: Any) -> Any:
+        while not release.exists():
+            time.sleep(0.01)
+        return write_shard(*arguments)
+
+    write_shard = build_source._write_shard
+    build_source.SHARD_BYTES = 100  # each rank has some of the shards
+    if world.rank == 1:
+        build_source._write_shard = write_late
+    else:
+        threading.Thread(target=release_late, daemon=True).start()
+    train.distributed.worker_group = partial(worker_group, log_seconds=0.1)
+    trainer = train.Trainer.__new__(train.Trainer)
+    trainer.config, trainer.world, trainer.args = config, world, get_flavor("debug")
+    with contextlib.redirect_stderr(printed):
+        trainer._open_data()
+    assert len(trainer.store) == 7
+    return printed.getvalue()
+
+
+def test_ranks_wait_longer_than_a_collective_for_one_that_tokenizes(tmp_path: Path) -> None:
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *many(7)))])
+    lines, none = run_distributed(_open_data_slowly, 2, config, tmp_path / "release")
+    assert f"waiting for rank 1: tokenizing {tmp_path}/a.jsonl (" in lines
+    assert none == ""
 
 
 # Broken and hostile input: one line each with file and line, never a traceback.

@@ -27,6 +27,7 @@ from hbp_titan.distributed.world import (
     new_group,
     set_flight_recorder,
     set_timeouts,
+    worker_group,
 )
 from hbp_titan.testing.local_ranks import run_distributed
 
@@ -204,3 +205,21 @@ def _alone(world: World) -> float:
 
 def test_any_rank_times_out() -> None:
     assert 0.5 < run_distributed(_alone, 2)[0] < 2.9
+
+
+def _gives_up(world: World) -> str:
+    workers = worker_group(world, timeout_seconds=0.2)
+    assert workers.gather(world.rank) == [0, 1, 2]
+    workers.report("tokenizing a.jsonl")
+    barrier()
+    if world.rank == 2:
+        return ""
+    with pytest.raises(TimeoutError) as raised:
+        workers.gather(None)
+    return str(raised.value)
+
+
+def test_a_worker_names_the_rank_that_it_waited_for_in_vain() -> None:
+    for rank, message in enumerate(run_distributed(_gives_up, 3)[:2]):
+        assert message.startswith(f"rank {rank} waited")
+        assert message.endswith("rank 2: tokenizing a.jsonl")
