@@ -47,6 +47,8 @@ CHOICES = {
     "data.embedded": ("", "stdlib"),
     "data.train_on": ("assistant", "last", "all"),
     "data.max_length_policy": ("error", "skip", "truncate", "split"),
+    "data.reasoning": ("error", "split", "drop"),
+    "data.empty_answers": ("skip", "train"),
     "data.malformed": ("error", "skip"),
     "data.duplicates": ("keep", "skip"),
 }

@@ -354,7 +354,9 @@ def _totals(
 ) -> dict[str, int]:
     """Return TokenStore.totals. Each count is taken where it arises, and the sums must agree."""
     metas = [store.meta for store in stores]
-    rows = {key: sum(meta[key] for meta in metas) for key in ("rows", "whole", "truncated", "split", "not_chosen")}
+    rows = {
+        key: sum(meta[key] for meta in metas) for key in ("rows", "whole", "partly", "truncated", "split", "not_chosen")
+    }
     excluded: Counter[str] = Counter()
     for meta in metas:
         excluded.update(meta["excluded"])
@@ -362,7 +364,7 @@ def _totals(
     samples = sum(map(len, drawn))
     reasons = np.bincount(dropped[:, 2], minlength=len(DROPPED)).tolist()
     made = sum(map(len, stores))
-    counted = rows["whole"] + rows["truncated"] + rows["split"] + rows["not_chosen"] + excluded.total()
+    counted = sum(rows.values()) - rows["rows"] + excluded.total()
     assert rows["rows"] == counted, "a row was lost"
     assert made == trained + sum(reasons), "a sample was lost"
     return {

@@ -12,7 +12,6 @@ name and renamed when complete, so that a killed build resumes with the shards t
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -33,9 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.files import SUFFIXES
-from hbp_titan.data.formats import Conversation, parse_record, read_columns
+from hbp_titan.data.formats import read_columns
 from hbp_titan.data.rows import RowIndex, read_records
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
@@ -46,15 +44,9 @@ from hbp_titan.data.token_store import (
     TokenizeConfig,
     malformed_rows,
 )
-from hbp_titan.data.truncate import Sample, split_conversation, truncate
+from hbp_titan.data.tokenize_row import EXCLUDED, PARTLY, SPLIT, TRUNCATED, WHOLE, RowTokenizer, TokenizedRow
 from hbp_titan.errors import WorkerGroup, cores_per_rank
 from hbp_titan.job_config import Data
-
-WHOLE, TRUNCATED, SPLIT, EXCLUDED = "whole", "truncated", "split", "excluded"
-EMPTY = "empty"
-NO_ASSISTANT_TURN = "no assistant turn"
-NO_TRAINED_TOKEN = "no trained token"
-OVER_MAX_TOKENS = "over max_tokens"
 
 # Small enough to balance the processes and to lose little work in a kill.
 SHARD_BYTES = 1 << 20
@@ -151,11 +143,17 @@ def _write_index(
         unread.update(report.unread_columns)
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
+    turn_ends: Counter[str] = Counter()
+    for report in reports:
+        turn_ends.update(report.turn_ends)
     with (folder / INCOMPLETE_ROWS).open("w", encoding="utf-8") as stream:
         for shard in shards:
             for line in (folder / shard.name / INCOMPLETE_ROWS).open(encoding="utf-8"):
                 entry = json.loads(line)
-                outcomes[entry["outcome"]] += 1
+                notes.update(entry["notes"])
+                if entry["outcome"] != WHOLE:
+                    outcomes[entry["outcome"]] += 1
                 if entry["outcome"] == EXCLUDED:
                     reasons[entry["reason"]] += 1
                 # A shard of an earlier, killed call may have another path of the same data.
@@ -172,13 +170,17 @@ def _write_index(
         "rows": rows,
         "not_chosen": rows - tokenized,
         "excluded": dict(sorted(reasons.items())),
+        "partly": outcomes[PARTLY],
         "truncated": outcomes[TRUNCATED],
         "split": outcomes[SPLIT],
         "whole": whole,
         "samples": len(all_placed),
+        "notes": dict(sorted(notes.items())),
+        "turn_ends": dict(sorted(turn_ends.items())),
         "shard_tokens": [int(part["length"].sum()) for part in samples],
     }
-    assert whole + outcomes[TRUNCATED] + outcomes[SPLIT] == int((all_placed["part"] == 0).sum()), "a row was lost"
+    used = whole + sum(outcomes[outcome] for outcome in (PARTLY, TRUNCATED, SPLIT))
+    assert used == int((all_placed["part"] == 0).sum()), "a row was lost"
     # Last: a folder without it is not a store.
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
@@ -222,6 +224,7 @@ class ShardReport(NamedTuple):
     """malformed: number of malformed rows; errors: the first of them as "line: what is wrong".
 
     unread_columns: the columns that the format does not read, with the number of rows that have a value there.
+    turn_ends: token id (as text, for JSON) -> trained turns that end with it; -1: without a control token.
     """
 
     rows: int
@@ -229,6 +232,7 @@ class ShardReport(NamedTuple):
     malformed: int
     errors: list[str]
     unread_columns: dict[str, int]
+    turn_ends: dict[str, int]
 
 
 def cut_shards(indexes: Sequence[RowIndex]) -> list[Shard]:
@@ -329,6 +333,7 @@ class _ShardWriter:
         settings = tokenizer.settings
         self.read_columns = read_columns(settings.format, settings.columns)
         self.unread_columns: Counter[str] = Counter()
+        self.turn_ends: Counter[str] = Counter()
 
     def write(self) -> ShardReport:
         rows = self.shard.rows
@@ -341,7 +346,14 @@ class _ShardWriter:
                     self._count_unread(record)
                 self._add(line, self.tokenizer.tokenize(record))
         np.save(self.folder / "samples.npy", np.array(self.samples, dtype=SAMPLE))
-        report = ShardReport(len(rows), list(self.source_ids), self.malformed, self.errors, dict(self.unread_columns))
+        report = ShardReport(
+            len(rows),
+            list(self.source_ids),
+            self.malformed,
+            self.errors,
+            dict(self.unread_columns),
+            dict(self.turn_ends),
+        )
         (self.folder / "shard.json").write_text(json.dumps(report._asdict()), encoding="utf-8")
         return report
 
@@ -354,9 +366,11 @@ class _ShardWriter:
 
     def _add(self, line: int, row: TokenizedRow) -> None:
         file = self.shard.rows.file
-        if row.outcome != WHOLE:
+        self.turn_ends.update(map(str, row.ends))
+        if row.outcome != WHOLE or row.notes:
             entry = {"file": str(file), "line": line, "outcome": row.outcome, "reason": row.reason}
             entry |= {"tokens": row.tokens, "samples": len(row.samples), "detail": row.detail}
+            entry["notes"] = list(row.notes)
             self.incomplete.write(json.dumps(entry) + "\n")
         if row.reason == MALFORMED:
             self.malformed += 1
@@ -383,83 +397,3 @@ def source_name(file: Path) -> str:
     suffix = max((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), key=len, default="")
     name = file.name[: len(file.name) - len(suffix)]
     return re.sub(r"-\d{5}-of-\d{5}$", "", name) or file.name
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """The samples of a row, and its outcome: whole, truncated, split or excluded.
-
-    tokens: before any cut; 0 if the row was not tokenized. reason: of the outcome. detail: what is wrong with a
-    malformed row; which exchanges of a split row were dropped.
-    """
-
-    outcome: str
-    samples: list[Sample]
-    source: str | None = None
-    tokens: int = 0
-    reason: str = ""
-    detail: str = ""
-
-
-class RowTokenizer:
-    """Tokenizes rows; never raises for a row. Raises ValueError for a tokenizer folder that cannot be used."""
-
-    def __init__(self, settings: TokenizeConfig) -> None:
-        self.settings = settings
-        self._chat_tokenizer = ChatTokenizer(
-            settings.tokenizer_path, settings.train_on, settings.chat_template, settings.template_date
-        )
-
-    def tokenize(self, record: dict[str, Any] | ValueError) -> TokenizedRow:
-        """Return the samples of a record; a ValueError in its place is excluded as malformed."""
-        settings = self.settings
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            conversation = parse_record(record, settings.format, settings.columns, settings.roles)
-            reason = _nothing_to_train(conversation, settings.train_on)
-            return _excluded(reason) if reason else self._encode(conversation)
-        except RecursionError:
-            # From any recursion over the row, for example in its template.
-            return _excluded(MALFORMED, detail="nested too deeply")
-        except ValueError as error:
-            return _excluded(MALFORMED, detail=" ".join(str(error).split()))
-
-    def _encode(self, conversation: Conversation) -> TokenizedRow:
-        settings = self.settings
-        variables = {**settings.chat_template_kwargs, **conversation.variables}
-        encode = functools.partial(self._chat_tokenizer.encode, variables=variables)
-        tokens, loss_mask = encode(conversation.messages, conversation.tools)
-        length, outcome, reason, detail = len(tokens), WHOLE, "", ""
-        samples = [(tokens, loss_mask)]
-        if settings.max_tokens and length > settings.max_tokens:
-            reason = OVER_MAX_TOKENS
-            if settings.max_length_policy == "skip":
-                return _excluded(reason, length)
-            if settings.max_length_policy == "truncate":
-                outcome, samples = TRUNCATED, [truncate(tokens, loss_mask, settings.max_tokens)]
-            else:
-                outcome = SPLIT
-                samples, dropped, dropped_tokens = split_conversation(conversation, encode, settings.max_tokens)
-                if not samples:
-                    return _excluded(reason, length, "no exchange fits")
-                detail = f"{dropped} exchanges of {dropped_tokens} tokens fit nowhere" if dropped else ""
-        # Nothing predicts the first token of a sample, so it does not count as trained.
-        trained = [sample for sample in samples if sample[1][1:].any()]
-        if not trained:
-            return _excluded(NO_TRAINED_TOKEN, length)
-        return TokenizedRow(outcome, trained, conversation.source, length, reason, detail)
-
-
-def _nothing_to_train(conversation: Conversation, train_on: str) -> str:
-    """Return the reason why the conversation has nothing to train, "" if it has."""
-    messages = conversation.messages
-    if not any(message.get("content") or message.get("tool_calls") for message in messages):
-        return EMPTY
-    if train_on != "all" and not any(message["role"] == "assistant" for message in messages):
-        return NO_ASSISTANT_TURN
-    return ""
-
-
-def _excluded(reason: str, tokens: int = 0, detail: str = "") -> TokenizedRow:
-    return TokenizedRow(EXCLUDED, [], tokens=tokens, reason=reason, detail=detail)

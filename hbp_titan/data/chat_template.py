@@ -233,7 +233,7 @@ def _call(name: str, argument: nodes.Expr) -> nodes.Call:
 Message = dict[str, Any]
 
 # transformers.utils.chat_template_utils: reasoning is passed under several names, the first being the standard one.
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -249,6 +249,7 @@ class ChatTemplate:
                 f"model.tokenizer_path: {folder.path} has no chat template; add chat_template.jinja, or set "
                 "data.chat_template"
             )
+        self.name = str(folder.path / folder.template_name)
         self.special_tokens = folder.special_tokens
         self.has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", folder.chat_template) is not None
         self._environment = BudgetedEnvironment(
@@ -262,6 +263,14 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             where = f"{folder.path} ({folder.template_name})"
             raise ValueError(f"model.tokenizer_path: the chat template of {where} is broken: {error}") from None
+        self.literals = self._literals(folder.chat_template)
+
+    def _literals(self, source: str) -> list[str]:
+        """Return the texts, such as "</think>", that the template may look for in a message."""
+        constants = {node.value for node in self._environment.parse(source).find_all(nodes.Const)}
+        stripped = {value.strip() for value in constants if isinstance(value, str)}
+        # Plain words are roles and keys; long texts are instructions.
+        return sorted(text for text in stripped if 3 <= len(text) <= 64 and not text.replace("_", "").isalnum())
 
     def render(
         self,
@@ -306,7 +315,7 @@ def plain_messages(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         # Templates test for presence: a null field must be absent.
         message = {key: value for key, value in message.items() if value is not None and key != "train"}
-        reasoning = next((message[field] for field in _REASONING_FIELDS if field in message), None)
+        reasoning = next((message[field] for field in REASONING_FIELDS if field in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         plain.append(message)

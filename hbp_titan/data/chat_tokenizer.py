@@ -12,17 +12,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from hbp_titan.data.call_forms import call_forms
 from hbp_titan.data.chat_template import ChatTemplate, Message, plain_messages
-from hbp_titan.data.loss_mask import Tools, TurnLocator
-from hbp_titan.data.tokenizer import Span, TextEncoder, mask_spans, read_tokenizer_folder
+from hbp_titan.data.loss_mask import Located, LostPartError, TurnLocator
+from hbp_titan.data.sentinels import CALL, Tools
+from hbp_titan.data.tokenizer import TextEncoder, read_tokenizer_folder, token_ranges
 from hbp_titan.job_config import Data
 
 
@@ -30,29 +32,25 @@ class ControlTokens:
     """The control tokens of a tokenizer and its template.
 
     They are the special tokens, and the other added tokens that open or close turns (DeepSeek-V3 has such). pattern:
-    matches the text of any of them.
+    matches the text of any of them. ids: of all; openers: of those that open turns.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         boundaries = _turn_ids(tokenizer, template)
+        at_boundaries = boundaries[0] | boundaries[1]
         control = {
             index: token.content
             for index, token in added.items()
-            if (token.special or index in boundaries) and not token.content.isspace() and len(token.content) > 1
+            if (token.special or index in at_boundaries) and not token.content.isspace() and len(token.content) > 1
         }
-        self._ids = set(control)
+        self.ids = set(control)
+        self.openers = boundaries[0] & self.ids
         # The longest first: an alternation takes the first branch that matches.
         texts = sorted(control.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
         self._literal = self._literal_tokenizer()
-
-    def escape(self, value: Any, marker: str) -> Any:
-        """Return the JSON value with `marker` inserted into each control token that its strings spell."""
-        return map_strings(
-            value, lambda text: self.pattern.sub(lambda match: match[0][0] + marker + match[0][1:], text)
-        )
 
     def encode_escaped(self, marked: str, marker: str) -> Encoding:
         """Return the encoding of a text without its markers, in which marked control tokens are plain text.
@@ -61,7 +59,7 @@ class ControlTokens:
         Raises ValueError if the tokenizer encodes the pieces differently from the whole.
         """
         whole = self._tokenizer.encode(marked, add_special_tokens=False)
-        control = [span for index, span in zip(whole.ids, whole.offsets, strict=True) if index in self._ids]
+        control = [span for index, span in zip(whole.ids, whole.offsets, strict=True) if index in self.ids]
         pieces, checks, position = [], [], 0
         for start, end in [*control, (len(marked), len(marked))]:
             for piece, tokenizer in ((marked[position:start], self._literal), (marked[start:end], self._tokenizer)):
@@ -77,15 +75,16 @@ class ControlTokens:
         """Return the same tokenizer, but with control tokens as plain text."""
         values = json.loads(self._tokenizer.to_str())
         for token in values["added_tokens"]:
-            token["special"] = token["id"] in self._ids
+            token["special"] = token["id"] in self.ids
         # encode_special_tokens makes special tokens plain text: hence all control tokens were marked as special.
         literal = Tokenizer.from_str(json.dumps(values))
         literal.encode_special_tokens = True
         return literal
 
 
-def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
-    """Return the ids with which turns begin and end in a trivial conversation; empty if the template rejects it.
+def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[set[int], set[int]]:
+    """Return the ids with which turns begin and those with which they end, in a trivial conversation; empty if the
+    template rejects it.
 
     Ids inside of turns do not count: a template may write </think>, which messages may contain as well.
     """
@@ -93,49 +92,31 @@ def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
     try:
         texts = [template.render(probe[:count]) for count in (1, 2, 3)]
     except ValueError:
-        return set()
+        return set(), set()
     turns = [text.removeprefix(before) for before, text in zip(["", *texts], texts, strict=False)]
     ids = [tokenizer.encode(turn, add_special_tokens=False).ids for turn in turns]
-    return {index for turn in ids for index in (*turn[:1], *turn[-1:])}
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Yield every string in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings(item)
-
-
-def map_strings(value: Any, function: Any) -> Any:
-    """Return the JSON value with `function` applied to every string in it, keys included."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, dict):
-        return {function(key): map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, list):
-        return [map_strings(item, function) for item in value]
-    return value
-
-
-def unused_characters(texts: list[str], count: int) -> list[str]:
-    """Return characters of the private use plane that no text contains."""
-    texts = [text for text in texts if not text.isascii()]
-    unused: list[str] = []
-    candidate = 0x100000
-    while len(unused) < count:
-        if not any(chr(candidate) in text for text in texts):
-            unused.append(chr(candidate))
-        candidate += 1
-    return unused
+    return {turn[0] for turn in ids if turn}, {turn[-1] for turn in ids if turn}
 
 
 TRAIN_ON = ("assistant", "last", "all")
+NO_END_TOKEN, END_OUTSIDE, HEADER = "no end token", "end token outside the turn", "header is trained"
+"""What can be odd about the trained turns of a conversation."""
+
+
+class Encoded(NamedTuple):
+    """A conversation as tokens.
+
+    ids: uint32 [L]; loss_mask: bool [L]. turns: int64 [n, 2], first token and end of each trained turn; questions:
+    int64 [m], the first token of the text of each user message. ends: the control token that ends each trained turn,
+    -1 where there is none. notes: what is odd about the turns. With train_on = "all", turns, ends, notes are empty.
+    """
+
+    ids: NDArray[np.uint32]
+    loss_mask: NDArray[np.bool_]
+    turns: NDArray[np.int64]
+    questions: NDArray[np.int64]
+    ends: tuple[int, ...]
+    notes: tuple[str, ...]
 
 
 class ChatTokenizer:
@@ -170,6 +151,7 @@ class ChatTokenizer:
         self._template = ChatTemplate(folder, date)
         self._control = ControlTokens(self.tokenizer, self._template)
         self._locator = TurnLocator(self._template, self._control.pattern)
+        self.call_forms = call_forms(self._template)
 
     @property
     def vocab_size(self) -> int:
@@ -184,12 +166,13 @@ class ChatTokenizer:
 
     def encode(
         self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Return token ids [L] uint32 and loss mask [L] bool of one conversation.
+    ) -> Encoded:
+        """Return tokens and loss mask of one conversation.
 
         messages: dicts with a `role`; `train: False` excludes a message from training. tools: JSON schemas, as
             apply_chat_template takes them. variables: further names for the template.
-        Raises ValueError if the template rejects the conversation or leaves unclear where the assistant's text lies.
+        Raises LostPartError if the template leaves a part of the conversation out, and ValueError if it rejects the
+        conversation or leaves unclear where the assistant's text lies.
         """
         if not messages:
             raise ValueError("the conversation has no message")
@@ -198,30 +181,63 @@ class ChatTokenizer:
             return self._for_tools.encode(messages, tools, variables)
         # Before plain_messages removes the key `train`.
         turns = self._turns(messages)
+        trained = {k for k, m in enumerate(messages) if m["role"] == "assistant"}
+        trained = trained - set(turns) if self.train_on == "all" else set(turns)
         messages = plain_messages(messages)
-        try:
-            return self._encode(messages, tools, turns, variables)
-        except ValueError:
-            # OpenAI omits the content of a tool call; templates that append to it (Qwen3's) fail then.
-            filled = [{"content": "", **message} if "tool_calls" in message else message for message in messages]
-            if filled == messages:
-                raise
-        return self._encode(filled, tools, turns, variables)
+        if not any(message.get("tool_calls") for message in messages):
+            return self._encode(messages, tools, turns, trained, variables)
+        first_error: ValueError | None = None
+        # The same order for every row, so that a row's tokens do not depend on the rows before it.
+        for form in self.call_forms:
+            try:
+                return self._encode(form.apply(messages), tools, turns, trained, variables)
+            except ValueError as error:
+                first_error = first_error or error
+                if isinstance(error, LostPartError) and error.parts[0].field != CALL:
+                    break
+        assert first_error is not None
+        raise first_error
 
     def _encode(
-        self, messages: list[Message], tools: Tools, turns: Sequence[int], variables: Mapping[str, Any] | None
-    ) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        texts = list(strings([messages, tools, dict(variables or {})]))
-        # Characters that no text contains can be found and removed again without doubt.
-        marker, opening, closing = unused_characters(texts, 3)
-        if any(map(self._control.pattern.search, texts)):
-            text, spans = self._locate_escaped(messages, tools, turns, variables, marker, (opening, closing))
-            encoding = self._control.encode_escaped(text, marker)
-            ids, mask = np.array(encoding.ids, dtype=np.uint32), mask_spans(encoding, spans)
+        self,
+        messages: list[Message],
+        tools: Tools,
+        turns: Sequence[int],
+        trained: set[int],
+        variables: Mapping[str, Any] | None,
+    ) -> Encoded:
+        located = self._locator.locate(messages, tools, turns, trained, variables)
+        spans = [span for turn in located.turns for span in turn]
+        questions = [(place, place + 1) for place in located.questions]
+        if located.escape in located.escaped:
+            encoding = self._control.encode_escaped(located.escaped, located.escape)
+            ids, ranges = np.array(encoding.ids, dtype=np.uint32), token_ranges(encoding, [*spans, *questions])
         else:
-            text, spans = self._locator.locate(messages, tools, turns, (opening, closing), variables)
-            ids, mask = self._encoder.encode(text, spans)
-        return ids, ~mask if self.train_on == "all" else mask
+            ids, ranges = self._encoder.encode(located.text, [*spans, *questions])
+        mask = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in ranges[: len(spans)].tolist():
+            mask[start:end] = True
+        if self.train_on == "all":
+            return Encoded(ids, ~mask, np.zeros((0, 2), np.int64), ranges[len(spans) :, 0], (), ())
+        return self._with_turns(located, ids, mask, ranges)
+
+    def _with_turns(
+        self, located: Located, ids: NDArray[np.uint32], mask: NDArray[np.bool_], ranges: NDArray[np.int64]
+    ) -> Encoded:
+        """Add where the turns lie and how they end. ranges: tokens of all spans, then of the questions."""
+        last = np.cumsum([len(turn) for turn in located.turns], dtype=np.int64)
+        turns = np.stack([ranges[np.r_[0, last[:-1]][: len(last)], 0], ranges[last - 1, 1]], axis=1)
+        count = int(last[-1]) if len(last) else 0
+        ends, notes = [], set()
+        for (start, end), header in zip(turns.tolist(), located.headers, strict=True):
+            final = int(ids[end - 1]) if end > start else -1
+            ends.append(final if final in self._control.ids else -1)
+            if ends[-1] < 0:
+                outside = end < len(ids) and int(ids[end]) in self._control.ids - self._control.openers
+                notes.add(END_OUTSIDE if outside else NO_END_TOKEN)
+            if header or (end > start and int(ids[start]) in self._control.openers):
+                notes.add(HEADER)
+        return Encoded(ids, mask, turns, ranges[count:, 0], tuple(ends), tuple(sorted(notes)))
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the messages whose place must be known: the trained ones or, with "all", the others."""
@@ -231,23 +247,3 @@ class ChatTokenizer:
             assistants = assistants[-1:]
         trained = self.train_on != "all"
         return [index for index in assistants if (messages[index].get("train", True) is not False) == trained]
-
-    def _locate_escaped(
-        self,
-        messages: list[Message],
-        tools: Tools,
-        turns: Sequence[int],
-        variables: Mapping[str, Any] | None,
-        marker: str,
-        sentinels: tuple[str, str],
-    ) -> tuple[str, list[Span]]:
-        """Return the conversation's text with a `marker` in the control tokens that messages spell, and the spans of
-        `turns` in the text without markers."""
-        escaped_messages, escaped_tools = self._control.escape([messages, tools], marker)
-        marked, spans = self._locator.locate(escaped_messages, escaped_tools, turns, sentinels, variables)
-        # A template that, say, trims or splits at the token would behave differently with the marker inside.
-        if marked.replace(marker, "") != self._template.render(messages, tools, variables=variables):
-            raise ValueError("a message spells a control token and the chat template rewrites it; remove it")
-        return marked, [
-            (start - marked.count(marker, 0, start), end - marked.count(marker, 0, end)) for start, end in spans
-        ]

@@ -110,6 +110,8 @@ class SetRequest:
             chat_template=chat_template_file(data.chat_template),
             chat_template_kwargs=data.chat_template_kwargs,
             template_date=data.template_date,
+            reasoning=data.reasoning,
+            empty_answers=data.empty_answers,
         )
         if data.max_length_policy == "error":
             return settings

@@ -81,7 +81,7 @@ def check_totals(totals: Mapping[str, int], samples: int) -> tuple[list[str], li
     """
     outcomes = [key for key in totals if key.startswith("excluded: ")]
     sums = {
-        "rows": ["whole", "truncated", "split", *outcomes, "not_chosen"],
+        "rows": ["whole", "partly", "truncated", "split", *outcomes, "not_chosen"],
         "samples_made": [*DROPPED, "trained"],
         "samples": ["trained", "copies"],
     }

@@ -72,6 +72,8 @@ class TokenizeConfig:
     name: str = ""
     folder: str = ""
     max_row_bytes: int = 1 << 25
+    reasoning: str = "error"
+    empty_answers: str = "skip"
     chat_template: Path | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     template_date: str = Data.template_date
@@ -134,7 +136,7 @@ class SourceStore:
         return f"{self.files[int(place['file'])]}:{int(place['line'])}"
 
     def incomplete_rows(self) -> list[dict[str, Any]]:
-        """Return the rows not trained whole: file, line, outcome, reason, tokens, samples, detail."""
+        """Return the rows not trained whole: file, line, outcome, reason, tokens, samples, detail, notes."""
         text = (self.folder / INCOMPLETE_ROWS).read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.split("\n") if line]
         found = dict(zip(self.meta["files"], self.files, strict=True))
@@ -217,13 +219,13 @@ class TokenStore:
             file, line = store.where(place).rsplit(":", 1)
             tokens = int(store.samples[place]["length"])
             yield {"file": file, "line": int(line), "outcome": why, "reason": why, "tokens": tokens, "samples": 0,
-                   "detail": ""}  # fmt: skip
+                   "detail": "", "notes": []}  # fmt: skip
 
     def totals(self) -> dict[str, int]:
         """Return the counts of rows by outcome and of samples, which were checked to add up when the set was made:
 
-        rows = not_chosen + excluded: each reason + whole + truncated + split
-        samples_made (of the last three) = duplicate + not drawn + held out + not held out + trained
+        rows = not_chosen + excluded: each reason + whole + partly + truncated + split
+        samples_made (of the last four) = duplicate + not drawn + held out + not held out + trained
         samples (of an epoch) = trained + copies
         """
         return dict(self.meta["totals"])

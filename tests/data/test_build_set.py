@@ -70,13 +70,13 @@ def test_the_store_has_what_can_be_counted_by_hand(tmp_path: Path) -> None:
 
 def test_loss_tokens_count_positions_after_the_shift(tmp_path: Path) -> None:
     # Only a template that begins with the answer trains position 0, which nothing predicts.
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    template = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
     byte_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
-    answer = '{"messages": [{"role": "assistant", "content": "%s"}]}\n'
+    answer = '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "%s"}]}\n'
     store = prepared(job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", answer % "abcd", answer % "x"))]))
     assert store.loss_tokens.tolist() == [3]
-    assert incomplete(store, "line", "reason", "tokens") == [(2, "no trained token", 1)]
+    assert incomplete(store, "line", "reason", "tokens") == [(1, "", 4), (2, "no trained token", 1)]
 
 
 def turns(*exchanges: tuple[int, int]) -> str:

@@ -434,13 +434,13 @@ def test_segments_of_lost_steps_do_not_count_and_missing_plans_are_refused(elast
 
 
 def test_totals_that_do_not_add_up_are_reported() -> None:
-    totals = {"rows": 9, "whole": 5, "truncated": 1, "split": 1, "excluded: empty": 2, "not_chosen": 0}
+    totals = {"rows": 9, "whole": 4, "partly": 1, "truncated": 1, "split": 1, "excluded: empty": 2, "not_chosen": 0}
     totals |= {"samples_made": 8, "duplicate": 1, "not drawn": 0, "held out": 0, "not held out": 0}
     totals |= {"trained": 7, "copies": 7, "samples": 14}
     lines, problems = check_totals(totals, 14)
-    assert "9 rows = 5 whole + 1 truncated + 1 split + 2 excluded: empty" in lines[0]
+    assert "9 rows = 4 whole + 1 partly + 1 truncated + 1 split + 2 excluded: empty" in lines[0]
     assert "14 samples = 7 trained + 7 copies" in lines[2]
     assert problems == []
-    wrong_rows, wrong_samples = check_totals({**totals, "whole": 4}, 13)[1]
-    assert "9 rows != 4 whole + 1 truncated" in wrong_rows
+    wrong_rows, wrong_samples = check_totals({**totals, "whole": 3}, 13)[1]
+    assert "9 rows != 3 whole + 1 partly + 1 truncated" in wrong_rows
     assert "14 samples" in wrong_samples

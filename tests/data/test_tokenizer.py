@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -327,7 +328,10 @@ def test_ids_and_masks_are_those_of_the_offsets(
 ) -> None:
     boundaries = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
     spans = list(zip(boundaries[::2], boundaries[1::2], strict=False))
-    ids, mask = TextEncoder(tokenizers[kind]).encode(text, spans)
+    ids, ranges = TextEncoder(tokenizers[kind]).encode(text, spans)
+    mask = np.zeros(len(ids), dtype=bool)
+    for first, last in ranges.tolist():
+        mask[first:last] = True
     encoding = tokenizers[kind].encode(text, add_special_tokens=False)
     assert ids.tolist() == encoding.ids
     shared = [any(first < end and start < last for start, end in spans) for first, last in encoding.offsets]
@@ -340,11 +344,11 @@ def test_offsets_are_computed_only_where_bytes_cannot_tell(
 ) -> None:
     encoded: list[str] = []
 
-    def mask_spans(encoding: Any, spans: Any) -> Any:
+    def token_ranges(encoding: Any, spans: Any) -> Any:
         encoded.append("offsets")
         return []
 
-    monkeypatch.setattr("hbp_titan.data.tokenizer.mask_spans", mask_spans)
+    monkeypatch.setattr("hbp_titan.data.tokenizer.token_ranges", token_ranges)
     for kind, text, counted in [
         ("bytes", "the \u4e2d<s>\n", True),
         ("composed", "\u00e9", True),

@@ -9,15 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hbp_titan.data.chat_tokenizer import Encoded
 from hbp_titan.data.formats import Conversation
 from hbp_titan.data.truncate import SplitConversation, split_conversation, truncate
 from tests.properties import examples
 
 
+def sample(mask: list[bool], ids: list[int] | None = None) -> Encoded:
+    """A sample in which each run of trained tokens is a turn, and each run of others the question before it."""
+    trained = np.array(mask, dtype=np.bool_)
+    edges = np.flatnonzero(np.diff(np.r_[False, trained, False]))
+    questions = np.flatnonzero(np.diff(np.r_[False, ~trained, False]))[::2]
+    tokens = np.array(ids if ids is not None else range(len(mask)), dtype=np.uint32)
+    return Encoded(tokens, trained, edges.reshape(-1, 2), questions, (), ())
+
+
 def cut(text: str, mask: str, max_tokens: int) -> tuple[str, str]:
     """`truncate` of a sample of one token per letter; the mask's "1" are trained."""
-    ids = np.array([ord(letter) for letter in text], dtype=np.uint32)
-    kept, trained = truncate(ids, np.array([letter == "1" for letter in mask], dtype=np.bool_), max_tokens)
+    whole = sample([letter == "1" for letter in mask], [ord(letter) for letter in text])
+    kept, trained = truncate(whole, max_tokens)
     assert kept.dtype == np.uint32
     assert trained.dtype == np.bool_
     return "".join(map(chr, kept)), "".join("01"[int(bit)] for bit in trained)
@@ -32,8 +42,11 @@ def cut(text: str, mask: str, max_tokens: int) -> tuple[str, str]:
         ("abcdefgh", "00000000", 3, ("abc", "000")),
         # Five places for "abcdefgh": two for its head, three for its end.
         ("abcdefghIJKx", "000000001110", 8, ("abfghIJK", "00000111")),
-        # An earlier answer after the seam: its first token followed what is gone.
-        ("abcdefghIJK", "00111110111", 8, ("abfghIJK", "00010111")),
+        # An earlier answer that is cut into, whose question is cut into, and whose question is whole.
+        ("abcdefghIJK", "00111110111", 8, ("abfghIJK", "00000111")),
+        ("aBcdEfGHI", "010010111", 7, ("aBEfGHI", "0100111")),
+        ("abcdEfGHI", "000010111", 8, ("abdEfGHI", "00000111")),
+        ("aBcDeFGHI", "010101111", 8, ("aBDeFGHI", "01001111")),
         # No room for anything but the answer.
         ("abcdEFGH", "00001111", 4, ("EFGH", "0111")),
         # The answer alone does not fit: half of the places for what comes before it.
@@ -42,17 +55,20 @@ def cut(text: str, mask: str, max_tokens: int) -> tuple[str, str]:
         ("ABCDEFGH", "11111111", 3, ("ABC", "111")),
     ],
 )
-def test_a_cut_keeps_the_last_trained_span_where_it_can(
+def test_a_cut_keeps_the_last_turn_where_it_can(
     text: str, mask: str, max_tokens: int, expected: tuple[str, str]
 ) -> None:
     assert cut(text, mask, max_tokens) == expected
 
 
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=30), max_tokens=st.integers(1, 32))
-@examples(120)
-def test_a_cut_is_the_head_and_one_later_part_of_the_sample(mask: list[bool], max_tokens: int) -> None:
+@examples(300)
+def test_a_cut_keeps_a_head_and_a_later_part_and_trains_whole_answers_to_whole_questions(
+    mask: list[bool], max_tokens: int
+) -> None:
     size = len(mask)
-    ids, trained = truncate(np.arange(size, dtype=np.uint32), np.array(mask), max_tokens)
+    whole = sample(mask)
+    ids, trained = truncate(whole, max_tokens)
     kept = ids.tolist()
     # Every way to keep a head and one later part in min(size, max_tokens) places.
     ways = [
@@ -61,29 +77,33 @@ def test_a_cut_is_the_head_and_one_later_part_of_the_sample(mask: list[bool], ma
         for tail in range(head, size - min(size, max_tokens) + head + 1)
     ]
     assert kept in ways
-    seams = [place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1]
-    lost = [place for place, index in enumerate(kept) if trained[place] != mask[index]]
-    assert lost == [place for place in seams if mask[kept[place]]] or (not seams and lost in ([], [0]))
-    if any(mask):
-        end = max(index for index in range(size) if mask[index]) + 1
-        start = max([index + 1 for index in range(end) if not mask[index]], default=0)
-        span = list(range(start, end))
-        if any(set(span) <= set(way) for way in ways):
-            assert set(span) <= set(kept)
+    seams = {place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1} or {0}
+    turns = whole.turns.tolist()
+    for number, (start, end) in enumerate(turns):
+        places = [place for place, index in enumerate(kept) if start <= index < end]
+        question = range(turns[number - 1][1] if number else 0, start)
+        if number == len(turns) - 1:
+            # The last one is kept by rule, but for a token whose context is gone.
+            assert all(trained[place] for place in places if place not in seams)
+            fits = any(set(range(start, end)) <= set(way) for way in ways)
+            assert len(places) == end - start if fits else max_tokens - len(places) <= max_tokens // 2
         else:
-            assert kept[-1] in span
-            assert max_tokens - sum(index in span for index in kept) <= max_tokens // 2
+            complete = len(places) == end - start and set(question) <= set(kept) and len(question) > 0
+            expected = complete or (number == 0 and start == 0 and len(places) == end)
+            assert [bool(trained[place]) for place in places] == [
+                expected and place not in seams - {0} for place in places
+            ]
+    assert not any(trained[place] for place, index in enumerate(kept) if not mask[index])
 
 
 def message(role: str, size: int) -> dict[str, Any]:
     return {"role": role, "content": role[0] * size}
 
 
-def letters(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Any, Any]:
+def letters(conversation: Conversation) -> Encoded:
     """One token per letter, trained for the assistant; one more token per tool."""
-    text = "".join(item["content"] for item in messages) + "t" * len(tools or [])
-    ids = np.array([ord(letter) for letter in text], dtype=np.uint32)
-    return ids, ids == ord("a")
+    text = "".join(item["content"] for item in conversation.messages) + "t" * len(conversation.tools or [])
+    return sample([letter == "a" for letter in text], [ord(letter) for letter in text])
 
 
 def split(roles: str, max_tokens: int, tools: list[dict[str, Any]] | None = None) -> tuple[list[str], int, int]:
@@ -151,9 +171,9 @@ def test_pieces_are_the_longest_that_fit_as_a_search_one_by_one_finds_them(
 def test_a_conversation_of_many_turns_is_split_in_few_encodings() -> None:
     encoded: list[int] = []
 
-    def counting(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[Any, Any]:
-        encoded.append(len(messages))
-        return letters(messages, tools)
+    def counting(conversation: Conversation) -> Encoded:
+        encoded.append(len(conversation.messages))
+        return letters(conversation)
 
     turns = [message(role, 5) for _ in range(1000) for role in ("user", "assistant")]
     result = split_conversation(Conversation(turns, None, None), counting, 1000)
