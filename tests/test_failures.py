@@ -35,14 +35,6 @@ def test_error_is_printed_by_the_rank_that_failed_only(tmp_path: Path) -> None:
     assert errors.count("RuntimeError: the third micro-batch went wrong") == 1
 
 
-def test_rank_that_runs_out_of_memory_gets_advice_and_ends_the_others(tmp_path: Path) -> None:
-    errors = _run(tmp_path, "runs out of memory")
-    (head, change) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
-    assert re.match(r"rank 1: out of memory in training at level \d+/cp1", head)
-    assert re.search(r"as overrides: --\S+=\S+ \(predicted peak ", change)
-    assert TRACEBACK not in errors
-
-
 def test_user_error_of_every_rank_is_one_line(tmp_path: Path) -> None:
     errors = _run(tmp_path, "raises", "--model.flavor=debug", "--model.hf_path=")
     assert errors.count("error: ") == errors.count("model.tokenizer_path") == 1

@@ -5,14 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hypothesis import settings
-
 TESTS = Path(__file__).parent
-
-
-def test_the_test_command_draws_fixed_examples_without_a_clock() -> None:
-    fixed = settings.get_profile("fixed")
-    assert (fixed.derandomize, fixed.deadline, fixed.database) == (True, None, None)
 
 
 def test_no_test_has_settings_of_its_own() -> None:

@@ -112,13 +112,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_whole_tensors_are_loaded_without_a_process_group(folder: Path) -> None:
-    found = load_model_tensors(folder, _model())
-    assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert found["bias"].tolist() == [0, 1]
-    assert load_file(folder / "rank-0.safetensors").keys() == {"model.weight", "model.bias"}
-
-
 class _Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hbp_titan.components.metrics import MetricsLogger, RunTotals, flow, scalars, step_line, truncate_after_step, wrap
+from hbp_titan.components.metrics import MetricsLogger, RunTotals, scalars, step_line, truncate_after_step
 from hbp_titan.components.step_stats import LossMeans, LossSums, Mean, attention_balance, count_sources
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
@@ -194,17 +194,3 @@ def test_short_line_has_every_part_and_prints_nan() -> None:
     assert step_line({**RECORD, **small}, 58, 61.0) == (
         " 7/58  8K/cp2  loss    nan  grad   nan  1.23M tok/s  idle 12%  7.1G  eta 0:01:01"
     )
-
-
-def test_long_lines_are_wrapped_and_indented() -> None:
-    text = "short\n" + "word " * 20 + "\n" + "x" * 90
-    lines = wrap(text).splitlines()
-    assert lines[0] == "short"
-    assert lines[2].startswith("    word")
-    assert lines[3] == "x" * 90
-    assert max(map(len, lines[:3])) <= 80
-
-
-def test_parts_flow_into_indented_lines() -> None:
-    assert flow(["a" * 40, "b" * 30, "c" * 10]) == ["    " + "a" * 40 + "   " + "b" * 30, "    " + "c" * 10]
-    assert flow([]) == []

@@ -85,6 +85,8 @@ def test_answers_do_not_depend_on_batches_and_limits() -> None:
     for cache_tokens in (1, 60, 10_000):
         found = Generator(ours, (), cache_tokens).answers(prompts, limits)
         assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
+    with pytest.raises(ValueError, match="prompt 2"):
+        Generator(ours, ()).answers([[1], []], [1, 1])
 
 
 def test_cache_without_the_first_token_changes_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +109,6 @@ def test_generation_restores_the_model() -> None:
     kernels = [block.inner_attention for block in ours.blocks()]
     Generator(ours, ()).answers([[1, 2, 3]], [4])
     assert [block.inner_attention for block in ours.blocks()] == kernels
-
-
-def test_empty_prompt_raises() -> None:
-    ours, _ = pair_of("llama")
-    with pytest.raises(ValueError, match="prompt 2"):
-        Generator(ours, ()).answers([[1], []], [1, 1])
 
 
 def test_batches_stay_within_the_limit_longest_first() -> None:
@@ -195,11 +191,8 @@ def test_server_gets_token_ids_and_answers_keep_their_order(server: str, suffix:
     assert backend(prompts, list(range(29))) == [f"{length} {length - 1}" for length in range(1, 30)]
     (asked,) = [values for values in Stub.asked if len(values["prompt"]) == 3]
     assert asked == {"model": "first", "prompt": [7, 7, 7], "max_tokens": 2, "temperature": 0.0}
-
-
-def test_server_model_can_be_named(server: str) -> None:
     ServerBackend(server, "second")([[1]], [1])
-    assert Stub.asked[0]["model"] == "second"
+    assert Stub.asked[-1]["model"] == "second"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.evaluation.perplexity import as_json, evaluate, length_bucket, open_data, perplexity_table
+from hbp_titan.evaluation.perplexity import as_json, evaluate, open_data, perplexity_table
 from hbp_titan.models.decoder import Decoder
 from tests.data.preparing import byte_tokenizer, line, write
 from tests.models.test_decoder import build_pair, tiny_args
@@ -55,11 +55,6 @@ def test_losses_equal_transformers_document_by_document(store: TokenStore, pack_
     assert set(means["length"]) == {256, 512, 1024, 2048}
     by_source = [sum(row[3] for row in expected if store.sources[row[0]] == number) for number in (0, 1)]
     assert [means["source"][name][0] for name in store.source_names] == pytest.approx(by_source, rel=1e-5)
-
-
-def test_band_includes_its_upper_bound() -> None:
-    counts = np.array([1, 256, 257, 512, 513, 131072, 131073])
-    assert length_bucket(counts).tolist() == [256, 256, 512, 512, 1024, 131072, 262144]
 
 
 def test_table_and_json_show_mean_and_perplexity() -> None:

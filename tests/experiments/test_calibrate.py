@@ -78,15 +78,14 @@ def test_measured_file_and_its_errors(tmp_path: Path) -> None:
     assert read.levels == (Level(64, 2),)
     assert read.micro_batches[0].loads.shape == (2, 4)
     assert read.step_seconds == 0.0
-    path.write_text(json.dumps({**values, "iterations": []}))
-    with pytest.raises(ValueError, match="level 0"):
-        load_measured(path)
-    path.write_text(json.dumps({**values, "iterations": [{"level": 1, "seconds": 1, "loads": [[1, 2, 3, 4]]}]}))
-    with pytest.raises(ValueError, match=r"iterations\[0\]"):
-        load_measured(path)
-    path.write_text(json.dumps({**values, "iterations": [{"level": 0, "loads": [[1, 2, 3]]}]}))
-    with pytest.raises(ValueError, match="not measured"):
-        load_measured(path)
+    for iterations, message in (
+        ([], "level 0"),
+        ([{"level": 1, "seconds": 1, "loads": [[1, 2, 3, 4]]}], r"iterations\[0\]"),
+        ([{"level": 0, "loads": [[1, 2, 3]]}], "not measured"),
+    ):
+        path.write_text(json.dumps({**values, "iterations": iterations}))
+        with pytest.raises(ValueError, match=message):
+            load_measured(path)
 
 
 def test_profile_is_read_as_one_pack_per_micro_batch(tmp_path: Path) -> None:
@@ -144,11 +143,8 @@ def test_predicted_epoch_is_its_slowest_ranks_and_steps(tmp_path: Path) -> None:
     assert "| hbp@4:1,8:1 | 12.5 (12.5) | 12.0 | -4.0% | predicted |" in text
     # A round of isf was faster than the only one of hbp: no order.
     assert "largest residual 4.0%, within 10%; 0 of 0 pairs" in text
-
-
-def test_poor_prediction_and_wrong_order_are_reported(tmp_path: Path) -> None:
-    text = check_table(check_profile(load_outcomes(_write(tmp_path, {"isf": [10.0], "hbp": [12.0]})), PROFILE))
-    assert "largest residual 30.0%, ABOVE 10%; 0 of 1 pairs" in text
+    poor = check_table(check_profile(load_outcomes(_write(tmp_path, {"isf": [10.0], "hbp": [12.0]})), PROFILE))
+    assert "largest residual 30.0%, ABOVE 10%; 0 of 1 pairs" in poor
 
 
 def test_unknown_level_and_wrong_file_raise(tmp_path: Path) -> None:

@@ -37,18 +37,6 @@ def test_a_pass_attends_to_the_keys_up_to_the_end_of_its_chunks() -> None:
     assert tails.key_rows.tolist() == [0, 1, 2, 8, 9, 12, 13, 4, 5, 3, 10, 11, 14, 15, 6, 7]
 
 
-def test_a_document_without_tokens_in_a_chunk_has_no_part_in_its_pass() -> None:
-    # Chunks of the documents of 1 and 2 tokens: 0 | - | - | - and - | 1 | 2 | -; the third has one in each.
-    heads, tails = head_tail_shard(np.array([1, 2, 5]), 1, 2)[1]
-    assert heads.documents.whole.cu_seqlens_q.tolist() == [0, 1, 2]
-    assert tails.documents.whole.cu_seqlens_k.tolist() == [0, 2, 5]
-
-
-def test_single_tokens_go_round_the_ranks() -> None:
-    shards = [head_tail_shard(np.ones(8, dtype=np.int64), rank, 2)[0].tolist() for rank in (0, 1)]
-    assert shards == [[0, 4, 3, 7], [1, 5, 2, 6]]
-
-
 def test_causal_pairs_of_one_even_document_are_equal() -> None:
     # Chunks of two tokens that see 1+2, 3+4, 5+6, 7+8 tokens: rank 0 has the first and the last.
     assert causal_pairs(np.array([8]), 2).tolist() == [3 + 15, 7 + 11]
@@ -84,14 +72,6 @@ def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple
                 # The keys are the document from its start to the last query; the queries are the last of them.
                 assert mine == seen[-len(mine) :]
                 assert seen == list(range(start[mine[0]], mine[-1] + 1))
-
-
-@examples(200)
-@given(packs())
-def test_largest_rank_exceeds_the_mean_by_less_than_two_pairs_a_token(pack: tuple[np.ndarray, int]) -> None:
-    lengths, degree = pack
-    pairs = causal_pairs(lengths, degree)
-    assert pairs.max() - pairs.mean() < 2 * sum(lengths)
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4, 8, 16])

@@ -41,20 +41,14 @@ def test_compare_writes_every_method(lengths_file, tmp_path, capsys):
         assert re.search(rf"^{name} ", printed, re.MULTILINE)
 
 
-def test_the_page_needs_no_other_file(lengths_file, tmp_path):
-    page = tmp_path / "page.html"
-    run("--lengths", lengths_file, "--world_size", 8, "--html", page)
-    text = page.read_text()
-    for word in ("http", "<script", "url("):
+@pytest.mark.parametrize("lengths", [LENGTHS, [5], [7] * 40, [131072]], ids=["usual", "one", "equal", "full"])
+def test_the_page_needs_no_other_file(tmp_path, lengths):
+    np.save(tmp_path / "l.npy", np.array(lengths))
+    run("--lengths", tmp_path / "l.npy", "--world_size", 2, "--levels", "16384:1,131072:2", "--html", tmp_path / "p")
+    text = (tmp_path / "p").read_text()
+    for word in ("http", "<script", "url(", "nan"):
         assert word not in text
     assert text.count("<svg") == text.count("</svg>") > 0
-
-
-@pytest.mark.parametrize("lengths", [[5], [7] * 40, [131072]])
-def test_the_page_of_tiny_data(tmp_path, lengths):
-    np.save(tmp_path / "l.npy", np.array(lengths))
-    run("--lengths", tmp_path / "l.npy", "--world_size", 2, "--html", tmp_path / "p.html")
-    assert "nan" not in (tmp_path / "p.html").read_text()
 
 
 def test_a_token_store_provides_loss_tokens(tmp_path):

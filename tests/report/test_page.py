@@ -50,13 +50,6 @@ def test_level_table_has_a_row_per_level_and_one_for_all(tmp_path: Path) -> None
     ]
 
 
-def test_slowest_rank_is_named(tmp_path: Path) -> None:
-    page = _page(write_usual_run(tmp_path))
-    # Six checks of 9, 9, 9 and 10 seconds: 60 against a mean of 55.5.
-    assert "Slowest: rank 3, 1.081x the mean of 4 ranks, over 6 timing checks." in page
-    assert _rows(page, "rank")[0] == ["3", "60.00", "1.0811"]
-
-
 def test_planned_metrics_are_those_of_the_plan(tmp_path: Path) -> None:
     page = _page(write_usual_run(tmp_path))
     planned = measure(load_plan(tmp_path / "plan" / "epoch-0.safetensors"))

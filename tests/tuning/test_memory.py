@@ -137,16 +137,6 @@ def test_many_loss_chunks_are_extrapolated_exactly() -> None:
     assert [few, many] == whole
 
 
-def test_state_is_sharded_over_the_ranks_of_a_copy() -> None:
-    args, config = get_flavor("llama3_1_8b"), JobConfig()
-    level = Level(1024, ac_policy="full")
-    # Parameter, gradient and two moments in float32.
-    whole = 16 * num_params(args)
-    assert estimate_memory(args, level, config, 8, device_type="cuda").resident_bytes == whole // 8
-    config.parallelism.dp_replicate = 2
-    assert estimate_memory(args, level, config, 8, device_type="cuda").resident_bytes == whole // 4
-
-
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     args, config = get_flavor("llama3_1_8b"), JobConfig()
     config.lora.rank, config.lora.target_modules = 16, ["q_proj"]

@@ -33,6 +33,9 @@ def test_computation_by_hand() -> None:
     # forward again: 2 x (100 - 20 of the last product) x 16 tokens = 2560, and 1600 in 2 layers
     assert parts["recompute"][0] == pytest.approx(2.56 + 3.2 / 0.75)
     assert parts["sp"][0] == parts["experts"][0] == parts["fsdp"][0] == parts["fixed"][0] == 0
+    # All but attention in one of the layers.
+    one = TimeModel(TOY, MACHINE, 1).parts(Level(16, 1, ac_policy="keep_attention", ac_layers=1), pack(0, 100))
+    assert one["recompute"][0] == pytest.approx(1.28)
 
 
 def test_attention_is_charged_by_whole_tiles() -> None:
@@ -45,11 +48,6 @@ def test_attention_is_charged_by_whole_tiles() -> None:
     blocks = -(-lengths // 4)
     launched, form = blocks * (blocks + 1) * 16, lengths**2 + 8 * lengths + 12
     assert form.mean() == pytest.approx(launched.mean(), rel=0.02)
-
-
-def test_recomputation_of_all_but_attention_in_one_layer() -> None:
-    parts = TimeModel(TOY, MACHINE, 1).parts(Level(16, 1, ac_policy="keep_attention", ac_layers=1), pack(0, 100))
-    assert parts["recompute"][0] == pytest.approx(1.28)
 
 
 def test_bytes_of_an_all_to_all() -> None:
@@ -242,9 +240,3 @@ def test_sharding_follows_the_configuration() -> None:
     config.training.mixed_precision_reduce = "bfloat16"
     sharding = time_model(ARGS, config, H100, 32).sharding
     assert (sharding.reshard_after_forward, sharding.param_bytes, sharding.reduce_bytes) == (False, 2, 2)
-
-
-def test_paper_levels_fit_32_h100_but_not_one() -> None:
-    levels = [Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="full")]
-    assert all(c.fits for c in estimate_candidates(ARGS, JobConfig(), H100, 32, levels))
-    assert not any(c.fits for c in estimate_candidates(ARGS, JobConfig(), H100, 1, levels[:1]))
