@@ -234,6 +234,14 @@ def test_without_verify_sizes_are_checked_but_not_the_content(world: World, tmp_
     assert _load(world, tmp_path, verify=False)[0] == 1
 
 
+def test_all_ranks_fall_back_together_if_the_file_of_one_is_corrupt(tmp_path: Path) -> None:
+    parameters = run_distributed(_save_steps_1_to_3, 2, tmp_path)[0]
+    _flip_a_bit(tmp_path / "step-3" / "rank-1.safetensors")
+    for step, found in run_distributed(_load, 2, tmp_path):
+        assert step == 2
+        assert _equal(found, parameters[1])
+
+
 def test_model_of_another_shape_is_a_user_error_and_not_corruption(world: World, tmp_path: Path) -> None:
     _save_steps_1_to_3(world, tmp_path)
     for model, word in (
