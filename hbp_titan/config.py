@@ -153,6 +153,7 @@ def _field_docs(section_type: type) -> dict[str, str]:
     class_def = tree.body[0]
     assert isinstance(class_def, ast.ClassDef)
     docs = {}
+    # The text of a field is the bare string after its annotation.
     for statement, following in zip(class_def.body, class_def.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             assert isinstance(statement.target, ast.Name)
@@ -178,6 +179,7 @@ def _parse_overrides(argv: Sequence[str]) -> dict[str, str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        # With errno and path, as open() raises it: such errors are printed in one form.
         raise FileNotFoundError(2, "no such config file", str(path))
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -197,6 +199,7 @@ def _from_toml(values: dict[str, Any], where: str) -> JobConfig:
             raise ValueError(f"{where}: {section} must be a table, not {content!r}")
         for key, value in content.items():
             _set(config, f"{section}.{key}", value, where)
+    # The default dump folder is named after it.
     config.job.config_file = where
     if "levels" in values:
         config.levels = _levels_from_toml(values["levels"], where)
@@ -265,6 +268,7 @@ def _set(config: JobConfig, key: str, value: Any, where: str) -> None:
     else:
         _check_type(key, value, expected, where)
     section, _, name = key.partition(".")
+    # TOML's 1 is an int; the config.toml that is written must not depend on how a number was typed.
     setattr(getattr(config, section), name, float(value) if expected is float else value)
 
 
@@ -289,6 +293,7 @@ def _check_type(key: str, value: Any, expected: Any, where: str) -> None:
         _, item = get_args(expected)
         fits = isinstance(value, dict) and (item is Any or all(isinstance(entry, item) for entry in value.values()))
     elif origin in (typing.Union, types.UnionType):
+        # bool is a subclass of int, so it counts only where the key allows it.
         fits = isinstance(value, get_args(expected)) and (bool in get_args(expected) or not isinstance(value, bool))
     elif expected is float:
         # A bool is an int in Python, but not a number in a configuration.
@@ -318,6 +323,7 @@ def check_values(config: JobConfig) -> None:
         for number, source in enumerate(getattr(config.data, key), start=1):
             _check_source(f"data.{key}[{number}]", source)
     for key, value in (
+        # Zero turns other keys off; for these it has no meaning.
         ("data.max_errors_shown", config.data.max_errors_shown),
         ("data.max_row_bytes", config.data.max_row_bytes),
         ("parallelism.dp_replicate", config.parallelism.dp_replicate),

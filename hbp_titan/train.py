@@ -38,18 +38,9 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """A training run: everything it needs, built in the order of its dependencies, and its loop.
+    """A training run: everything it needs, built in the order of its dependencies, and its loop."""
 
-    plans: makes the plans of (config, store, world size, cost model).
-    """
-
-    def __init__(
-        self,
-        config: JobConfig,
-        world: distributed.World,
-        watchdog: Watchdog | None = None,
-        plans: Callable[..., EpochPlans] = EpochPlans,
-    ) -> None:
+    def __init__(self, config: JobConfig, world: distributed.World, watchdog: Watchdog | None = None) -> None:
         self.config = config
         self.watchdog = watchdog
         self.world = world
@@ -61,7 +52,7 @@ class Trainer:
         preflight.check(config, world.size, self.device, self.args)
 
         self._open_data()
-        self._make_plans(plans)
+        self._make_plans()
         self._build_model()
         self._build_state()
         with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
@@ -75,7 +66,7 @@ class Trainer:
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
 
-    def _make_plans(self, plans: Callable[..., EpochPlans]) -> None:
+    def _make_plans(self) -> None:
         """Choose the levels if they are to be measured, and plan the first epoch and the validation pass."""
         config, world, held_out = self.config, self.world, self.held_out
         self.oom_advice = oom.OOMAdvice(config, self.args, world)
@@ -86,7 +77,7 @@ class Trainer:
 
             resolve_levels(config, self.args, world, cost, [self.store, *held_out], self._print)
             preflight.check(config, world.size, self.device, self.args)
-        self.plans = plans(config, self.store, world.size, cost)
+        self.plans = EpochPlans(config, self.store, world.size, cost)
         self.oom_advice.plan = self.plans.plan_for(0)
         self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads)
         self.validator = None

@@ -164,7 +164,7 @@ def set_determinism(seed: int, deterministic: bool) -> None:
 def record_start(config: JobConfig, step: int, world_size: int, device: torch.device) -> None:
     """Add this start to run.json; called on one rank. step: optimizer steps done before this start."""
     path = config.dump_folder / "run.json"
-    starts = read_starts(path)
+    starts = recorded_starts(path)
     starts.append(
         {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -190,7 +190,7 @@ def record_start(config: JobConfig, step: int, world_size: int, device: torch.de
     atomic_write(path, json.dumps({"starts": starts}, indent=1) + "\n")
 
 
-def read_starts(path: Path) -> list[dict[str, Any]]:
+def recorded_starts(path: Path) -> list[dict[str, Any]]:
     """Return the starts listed in run.json, [] if there is no such file; raise ValueError if it cannot be read."""
     if not path.exists():
         return []

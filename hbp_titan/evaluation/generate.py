@@ -34,7 +34,9 @@ from hbp_titan.models.hf_config import args_from_hf
 
 DEFAULT_CACHE_TOKENS = 131072
 """Cache slots of one batch: 17 GB for Llama-3.1-8B in bfloat16."""
+# The server batches concurrent requests itself.
 PARALLEL_REQUESTS = 16
+# Long prompts wait in the server's queue behind each other.
 TIMEOUT_SECONDS = 3600.0
 MAX_SHOWN_CHARACTERS = 300
 
@@ -75,6 +77,7 @@ class ServerBackend:
             return list(pool.map(self._answer, prompts, max_new_tokens))
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
+        # Not the chat endpoint, which would apply the server's own template once more.
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": max_new_tokens, "temperature": 0.0}
         return str(self._request("completions", body, "choices", 0, "text"))
 
@@ -91,6 +94,7 @@ class ServerBackend:
             raise ValueError(f"{address}: the server refused with status {error.code}: {text}") from None
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"{address}: no answer from the server: {getattr(error, 'reason', error)}") from None
+        # Of json.loads: an error page of a proxy, for example.
         except ValueError:
             raise ValueError(f"{address}: the server's answer is not JSON; is it OpenAI-compatible?") from None
         found = reply
@@ -110,6 +114,7 @@ def load_model(folder: Path, device: torch.device) -> Decoder:
     """
     args = args_from_hf(folder)
     tensors = HFTensors(folder, args)
+    # On meta first: random initial weights would be computed and thrown away.
     with torch.device("meta"):
         model = Decoder(args)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
@@ -161,6 +166,7 @@ class Generator:
             while True:
                 next_B = logits_BV.argmax(dim=-1)
                 for row, token in enumerate(next_B.tolist()):
+                    # A finished row still passes through the model; its tokens are dropped.
                     if row not in open_rows:
                         continue
                     if token not in self.stop_ids:
@@ -175,6 +181,7 @@ class Generator:
     def _forward(self, input_ids_T: Tensor, position_ids_T: Tensor, lengths: list[int]) -> Tensor:
         """Return logits_BV after the last token of each prompt."""
         ends_B = torch.tensor(lengths, device=self.device).cumsum(0)
+        # Logits of the last tokens only: those of every prompt token would take more memory than the cache.
         return self.model(
             input_ids_T,
             position_ids_T,
@@ -212,6 +219,7 @@ class CacheState:
         assert max(lengths) <= capacity
         self.lengths, self.capacity = list(lengths), capacity
         self.rows_B = torch.arange(len(self.lengths), device=device)
+        # Of the last prompt token; `advance` moves to the first new one.
         self.positions_B = torch.tensor(self.lengths, device=device) - 1
         self.in_use = max(self.lengths)
         self.decoding = False

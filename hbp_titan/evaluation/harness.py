@@ -55,6 +55,7 @@ class HarnessRun:
 
     def command(self, folder: Path, out: Path) -> list[str]:
         """Return the command as words; results go to a folder of the run's name in `out`."""
+        # Not the program lm_eval, which could belong to another environment.
         words = [sys.executable, "-m", "lm_eval", "--model", self.model]
         words += ["--model_args", ",".join(filter(None, (f"pretrained={folder}", self.model_args)))]
         words += ["--tasks", ",".join(self.tasks), "--batch_size", self.batch_size]
@@ -129,6 +130,7 @@ def run_harness(
     """
     for run in runs:
         report(run.shell_command(folder, out))
+    # lm_eval splits --model_args at commas and cannot quote one.
     if "," in str(folder):
         raise ValueError(f"{folder}: lm_eval does not accept a path with a comma; rename the folder")
     unsafe = [run.name for run in runs if run.runs_code and not run_code]

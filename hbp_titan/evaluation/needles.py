@@ -76,6 +76,7 @@ class NonsenseWords:
     """343,000 different lower-case words of six letters, such as "bakiro", in random order."""
 
     def __init__(self, rng: np.random.Generator) -> None:
+        # A permutation, because draws could repeat a word.
         self._order = rng.permutation(len(SYLLABLES) ** 3)
 
     def first(self, count: int) -> list[str]:
@@ -223,6 +224,7 @@ def common_words(rng: np.random.Generator, depth: float) -> TaskText:
         f"What are the {NUM_COMMON} most common words in the list above?",
         f" The {NUM_COMMON} words that appear most often in the list above are:",
         words.first(NUM_COMMON),
+        # A shorter list would have each common word fewer than four times.
         min_units=2 * NUM_COMMON * 4,
     )
 
@@ -286,6 +288,7 @@ class PromptFormatter:
             return self.tokenizer.encode(f"{question}{answer_start}").ids
         messages = [{"role": "user", "content": question}]
         text = self.template.render(messages, add_generation_prompt=True)
+        # After a header that ends in a line break no model writes a space first.
         start = answer_start.lstrip() if text[-1:].isspace() else answer_start
         return self.tokenizer.encode(f"{text}{start}", add_special_tokens=False).ids
 
@@ -373,6 +376,7 @@ def make_question(formatter: PromptFormatter, task: str, length: int, depth: flo
         may be one or two tokens short.
     Raises ValueError if the task does not fit in `length`.
     """
+    # crc32 instead of hash(), which differs from process to process.
     rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, round(depth * 1e6), sample])
     task_text = TASKS[task](rng, depth)
     max_new_tokens = 2 * formatter.count(", ".join(task_text.references)) + 32
@@ -382,6 +386,7 @@ def make_question(formatter: PromptFormatter, task: str, length: int, depth: flo
 
     target, name = length - max_new_tokens, f"{task} of length {length}"
     units = fit_units(lambda n: len(prompt(n)), target, task_text.min_units, name)
+    # A unit has several tokens; fillers of one token make up the rest.
     fillers = fit_units(lambda n: len(prompt(units, n)), target, 0, name)
     shown_depth = depth if task in TASKS_WITH_DEPTH else None
     references = task_text.references
@@ -415,6 +420,7 @@ def run_suite(
     for length in lengths:
         for task in tasks:
             coordinates = [(depth, sample) for depth in depths for sample in range(samples)]
+            # Prompts of one call have nearly the same length, so their batches have little padding.
             asked = [make_question(formatter, task, length, depth, sample, seed) for depth, sample in coordinates]
             answers = backend([q.prompt for q in asked], [q.max_new_tokens for q in asked])
             new = [

@@ -48,6 +48,7 @@ def open_data(
 
     Raises ValueError as scripts/prepare_data.py does.
     """
+    # The file of a prepared set; anything else is a source.
     if (data / "meta.json").is_file():
         return TokenStore.open(data)
     config = JobConfig()
@@ -83,6 +84,7 @@ def evaluate(
         ids = plan.pack(micro_batch, 0)
         batch = make_batch(store, ids, level, 0, len(ids))
         ids = batch.sample_ids  # make_batch sorts the documents
+        # Summed in float64, so that the mean does not depend on the packs.
         losses = token_losses(model, batch.to(device)).double().cpu().numpy()
         documents = batch.document_ids[batch.loss_index].numpy()
         _add(means["all"], np.full(len(losses), "all"), losses)

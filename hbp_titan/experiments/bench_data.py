@@ -65,6 +65,7 @@ def loader_speeds(
         for micro_batch in range(plan.num_iterations):
             for index in plan.pack(micro_batch, 0).tolist():
                 for array in store.sample(index):
+                    # A copy: the sample itself is a view of the memory map.
                     np.array(array)
         return time.perf_counter() - start
 
@@ -121,12 +122,15 @@ def preparation_speeds(config: JobConfig, cores: int, rounds: int) -> list[Speed
 
 
 def _encode_texts(store_folder: Path, tokenizer_path: Path, cores: int, rounds: int) -> Speed:
+    # The tokenizers library reads both at its first encoding.
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer = read_tokenizer_folder(tokenizer_path).load()
     store = TokenStore.open(store_folder)
     texts = [
-        tokenizer.decode(store.sample(index)[0].tolist(), skip_special_tokens=False) for index in range(len(store))
+        # The rendered texts are not stored, but their tokens decode to them.
+        tokenizer.decode(store.sample(index)[0].tolist(), skip_special_tokens=False)
+        for index in range(len(store))
     ]
     seconds = []
     for _ in range(rounds):

@@ -73,6 +73,7 @@ class Documents:
         lengths: list[int] = []
         remaining = max_tokens
         while remaining:
+            # A document of one token has nothing to predict.
             drawn = max(2, round(self.median * float(np.exp(SIGMA * rng.standard_normal()))))
             lengths.append(min(drawn, remaining))
             remaining -= lengths[-1]
@@ -112,6 +113,7 @@ def random_batches(
     max_documents = max(len(lengths) for lengths in packs)
     batches = []
     for number, lengths in enumerate(packs):
+        # Tokens differ between dp ranks; lengths must not, or a rank would wait for another's heavier pack.
         source = RandomSamples(lengths, args.vocab_size, seed=dp_rank * len(packs) + number)
         weights = np.full(len(lengths), 1.0 / max(int((lengths - 1).sum()), 1))
         batch = make_batch(source, range(len(lengths)), level, level_index, max_documents, weights)
@@ -280,6 +282,7 @@ class Bench:
 
     def _peak(self, batch: PackedBatch) -> int | None:
         level = self.levels[batch.level]
+        # Without the length: what did not fit at a shorter one does not fit now.
         key = (level.ac_policy, level.ac_layers, self.measured.args.num_layers)
         if key in self.out_of_memory:
             return None  # already at a shorter length

@@ -104,6 +104,7 @@ class TimedTrainer(Trainer):
 
     def train_step(self, plan: Plan, step: int, batches: Iterator[Any]) -> Callable[[], dict[str, Any]]:
         record = super().train_step(plan, step, batches)
+        # At once: the trainer itself computes a step's metrics during the next one.
         self.records.append(record())
         return record
 
@@ -143,6 +144,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     # Only at the last step.
     config.validation.interval = 1 << 40
     with tempfile.TemporaryDirectory() as folder:
+        # A folder for each rank and run, so that none resumes another.
         config.job.dump_folder = str(Path(folder) / "run")
         trainer = TimedTrainer(config, world)
         trainer.train()
@@ -183,6 +185,7 @@ def _gather(measured: Sequence[tuple[float, float]], world: World) -> np.ndarray
 def compare(config: JobConfig, world: World, runs: Sequence[Run], repeats: int) -> Iterator[Outcome]:
     """Train every run `repeats` times, each round in a different order."""
     for number in range(repeats):
+        # Another run is first in each round: the first one finds a cooler machine.
         first = number % len(runs)
         for run in (*runs[first:], *runs[:first]):
             yield train_once(config, world, run)
@@ -198,6 +201,7 @@ def table(outcomes: Sequence[Outcome], runs: Sequence[Run]) -> str:
     ]
     for run in runs:
         own = [o for o in outcomes if o.run == run]
+        # Within a round, which the machine's state of the hour affects less than the times themselves.
         ratios = [a / o.seconds for a, o in zip(base, own, strict=True)]
         seconds = median(o.seconds for o in own)
         idle = np.median([o.idle for o in own], axis=0)

@@ -105,6 +105,7 @@ def _long(
         question = f"Which {item.kind} of this module does the following: {item.summary}"
         yield "find_function", _turn(f"{source}\n\n{question}", _location(item))
     yield "outline", _turn(f"{source}\n\nOutline this module.", _outline(definitions))
+    # Without repetition: the answer would be in the turns before.
     asked = rng.sample(definitions, min(QUESTIONS_PER_MODULE, len(definitions)))
     messages: list[Message] = []
     for index, item in enumerate(asked):
@@ -163,6 +164,7 @@ def _definitions(tree: ast.Module | ast.ClassDef, lines: list[str], prefix: str 
 def _definition(
     node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lines: list[str], prefix: str
 ) -> Definition:
+    # A definition's own line comes after its decorators.
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
     end = node.end_lineno or node.lineno
     source = "".join(lines[first:end])
@@ -172,6 +174,7 @@ def _definition(
     # A docstring on the line of its `def` cannot be removed by lines.
     if docstring and opening.end_lineno and opening.lineno > node.lineno:
         stub = "".join(lines[first : opening.end_lineno])
+        # A body of nothing but its docstring would be empty without it.
         if len(node.body) > 1:
             bare = "".join(lines[first : opening.lineno - 1] + lines[opening.end_lineno : end])
     return Definition(
@@ -245,6 +248,7 @@ def _write_corpus(folder: Path, stdlib: Path, seed: int) -> None:
                 line = json.dumps(row, ensure_ascii=False) + "\n"
                 (validation_file if held_out else train_file).write(line)
             if not held_out:
+                # The tokenizer must not be trained on held-out text.
                 train.append(text)
     if not train:
         raise ValueError(f"{stdlib}: no Python module found for the embedded corpus")

@@ -76,6 +76,7 @@ def resident_bytes(pid: int) -> int:
     """Return the resident memory of a process without mapped files, 0 if it has exited."""
     with contextlib.suppress(OSError):
         lines = (PROC / str(pid) / "status").read_text().splitlines()
+        # Without mapped files: pages of the token store come and go with the page cache.
         kib = [int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
         return sum(kib) * 1024
     return 0
@@ -174,6 +175,7 @@ class Sampler:
             saved = completed_checkpoints(self.folder / "checkpoint")[-1:]
             for name, pid in {"torchrun": launcher, **{f"rank {r}": p for r, p in ranks_of(launcher).items()}}.items():
                 process = self.processes.setdefault(pid, ProcessSamples(name, pid))
+                # From the process's own first save on.
                 if saved != self._first_saved.setdefault(pid, saved):
                     memory, handles = resident_bytes(pid), open_handles(pid)
                     if memory and handles:
@@ -203,6 +205,7 @@ def timed_kills(generator: random.Random, every_seconds: float) -> Iterator[Kill
     """Yield kills forever, 0.5 to 1.5 times `every_seconds` apart; of three, one is in a save and one after a load."""
     while True:
         for moment in generator.sample(list(MOMENTS), 3):
+            # A load follows the kill before it, so it is not waited for.
             seconds = 0 if moment == "load" else every_seconds * generator.uniform(0.5, 1.5)
             yield Kill(moment, generator.random() < 0.5, seconds=seconds, delay=generator.uniform(0, 0.3))
 
@@ -287,6 +290,7 @@ class SupervisedRun:
         while self._running() and not self._over():
             early = time.monotonic() < since + kill.seconds or steps_done(self.folder) < kill.step
             if not early and self._is_moment(kill.moment, seen):
+                # A save may be over after a delay.
                 time.sleep(0 if kill.moment == "save" else kill.delay)
                 return self._running()
             time.sleep(POLL_SECONDS)
@@ -296,6 +300,7 @@ class SupervisedRun:
         if moment == "save":
             return any((self.folder / "checkpoint").glob(f"step-*{PARTIAL}"))
         if moment == "load":
+            # A start writes its folder of the sample log right before its first step.
             return len(start_folders(self.folder / SAMPLE_LOG)) > seen
         return True
 
@@ -392,6 +397,7 @@ def _watched(
 def _last_regular(folder: Path, interval: int, complete: bool) -> int:
     """Return the step of the newest checkpoint that an undisturbed run saves as well."""
     steps = [int(path.name.removeprefix("step-")) for path in completed_checkpoints(folder / "checkpoint")]
+    # A run that is stopped by a signal also saves where it stands.
     regular = [step for step in steps if step % interval == 0 or (complete and step == steps[-1])]
     if not regular:
         raise ValueError(f"{folder} has no checkpoint; use more --minutes or a smaller checkpoint.interval")
@@ -430,6 +436,7 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def _tensors_sha256(checkpoint: Path) -> dict[str, str]:
+    # The checksums of the manifest stand for the content of gigabytes.
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 

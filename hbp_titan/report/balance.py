@@ -49,7 +49,7 @@ MAX_TIPS = 3
 
 
 def timeline_section(run: Run) -> str:
-    """Which levels the steps trained, and at which steps something happened."""
+    """Return the section with the level of each step, and the steps at which something happened."""
     log = run.log
     if not log.levels:
         return section("Curriculum", "", missing("metrics.jsonl does not contain the level that each step trained."))
@@ -100,10 +100,12 @@ def _level_order(run: Run) -> str:
 def _level_shares(run: Run) -> Floats:
     """Return the share of each level in the micro-batches of each column, float64 [levels, columns]."""
     log = run.log
+    # `present`, because a level without trained tokens has null as its loss.
     member = np.stack([log.present("loss_by_level", name) for name in log.levels]).astype(float)
     # A step without counts per level is divided evenly between its levels.
     weights = member / np.maximum(member.sum(0), 1) * np.nan_to_num(log.column("micro_batches"), nan=1.0)
     for index, name in enumerate(log.levels):
+        # Runs of older versions have no counts per level.
         recorded = log.column("per_level", name, "micro_batches")
         weights[index] = np.where(np.isfinite(recorded), recorded, weights[index])
     columns = min(LANE_COLUMNS, len(log))
@@ -167,6 +169,7 @@ def _marks(steps: Sequence[int], tips: Sequence[str], first: int, last: int, col
     """Return one mark per column that has an event, with the tooltips of its first events."""
     columns: dict[int, list[str]] = {}
     for step, tip in zip(steps, tips, strict=True):
+        # In the middle of the step's share of the width.
         position = (step - first + 0.5) / (last - first + 1)
         columns.setdefault(min(int(position * LANE_COLUMNS), LANE_COLUMNS - 1), []).append(tip)
     marks = []
@@ -200,12 +203,13 @@ def _axis(first: int, last: int) -> str:
 
 
 def speed_section(run: Run) -> str:
-    """Throughput, MFU, and where the time went."""
+    """Return the section on throughput, MFU, and where the time went."""
     log = run.log
     if not log.has("step_seconds"):
         return section("Throughput", "", missing("metrics.jsonl has no step times."))
     steps, seconds = log.steps.astype(float), log.column("step_seconds")
     levels = level_steps(log)
+    # Weighted by time when smoothed: the mean of rates is otherwise that of the short steps.
     speeds = [Curve(name, of.tokens / of.seconds, log.color(name), of.seconds) for name, of in levels.items()]
     rates = [Curve(name, of.mfu, log.color(name), of.seconds) for name, of in levels.items()]
     waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
@@ -257,7 +261,7 @@ def _checkpoints(log: StepLog) -> str:
 
 
 def ranks_section(run: Run) -> str:
-    """Work of each rank, and how far measured time and waiting are from the model."""
+    """Return the section on the work of each rank, and on measured time and waiting against the model."""
     log = run.log
     work = total_seconds_by_rank(log)
     no_check = "No timing check was recorded: [metrics] timing_check_interval sets how often they run."
@@ -280,6 +284,7 @@ def _work(seconds: Floats, checks: int) -> str:
     groups = np.array_split(np.arange(len(seconds)), min(len(seconds), MAX_CHART_RANKS))
     for group in groups:
         rank = int(group[seconds[group].argmax()])
+        # Gaps between bars of a few pixels would be most of the picture.
         gap = 0.1 if len(groups) <= 64 else 0.0
         tip = f"rank {rank}: {seconds[rank]:.2f} s, {ratios[rank]:.3f}x the mean"
         chart.bar(group[0] + gap, group[-1] + 1 - gap, 0, float(seconds[rank]), 1 if rank == slowest else 0, tip)
@@ -324,10 +329,11 @@ def _timing_checks(log: StepLog) -> str:
 
 
 def plan_section(run: Run) -> str:
-    """The plan's metrics, and those measured next to them."""
+    """Return the section with the plan's metrics, and those measured next to them."""
     rows: list[list[str]] = []
     marked: list[int] = []
     for part in run.plans:
+        # The row of the whole plan stands out above those of its levels.
         marked.append(len(rows))
         rows.append(_plan_cells(text(f"{part.name}: {part.plan.method}"), part.metrics))
         levels = zip(part.level_names, part.metrics.per_level, strict=True)
@@ -359,6 +365,7 @@ def _measured_table(run: Run) -> str:
     seconds, counts = log.column("step_seconds"), log.column("micro_batches")
     plans = _planned_by_name(run)
     rows = []
+    # By combination and not by level: these metrics are recorded for whole steps only.
     for name, steps in {**combinations(log), "all": np.ones(len(log), bool)}.items():
         of, planned = totals(whole_steps(log, steps)), plans.get(name, (None, None, None))
         # Weighted by time: a long step with little waiting counts more than a short one.
@@ -417,7 +424,7 @@ def _measured_plots(run: Run) -> str:
 
 
 def memory_section(run: Run) -> str:
-    """Peak memory by level, and over the steps."""
+    """Return the section on peak memory, by level and over the steps."""
     log = run.log
     curves = [Curve(name, log.column("memory_by_level", name), log.color(name)) for name in log.levels]
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]

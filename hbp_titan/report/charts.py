@@ -158,6 +158,7 @@ class Chart:
     def _legend(self) -> list[str]:
         parts = []
         right = WIDTH - RIGHT
+        # From the right edge to the left.
         for text, color in reversed(self.names):
             parts.append(f'<text x="{right}" y="16" text-anchor="end">{html.escape(text)}</text>')
             # An estimate of the width, because SVG text cannot be measured here.
@@ -183,6 +184,7 @@ def side_by_side(charts: Sequence[Chart]) -> str:
     """Return one SVG document with these charts, which needs no page around it."""
     parts = []
     for index, chart in enumerate(charts):
+        # A nested <svg> has a coordinate system of its own.
         position = f'<svg x="{index * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}" '
         parts.append(chart.svg().replace("<svg ", position, 1))
     width = WIDTH * len(charts)
@@ -214,6 +216,7 @@ def thinned(x: Floats, y: Floats, span: tuple[float, float], buckets: int) -> li
 
 def ticks(low: float, high: float) -> list[float]:
     """Return four to eight round numbers from low to high."""
+    # Steps of 1, 2 and 5 times a power of ten: the smallest that gives no more than eight ticks.
     step = 10 ** math.floor(math.log10((high - low) / 4))
     while (high - low) / step > 8:
         step *= 2 if round(step / 10 ** math.floor(math.log10(step) + 1e-9)) != 2 else 2.5
@@ -230,6 +233,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times powers of ten, or only the powers if there are more than eight."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     several = [digit * 10.0**e for e in exponents for digit in (1, 2, 5) if low <= digit * 10.0**e <= high]
+    # A range within one digit has no such ticks.
     if len(several) < 2:
         return ticks(low, high)
     return several if len(several) <= 8 else [10.0**e for e in exponents if low <= 10.0**e <= high]
@@ -308,6 +312,7 @@ class Plot:
         x = self._x_of(curve)
         chart.curve(x, curve.y, curve.color % NUM_COLORS, curve.name)
         known = np.flatnonzero(np.isfinite(curve.y))
+        # Dots of many values would hide the line.
         if len(known) <= MAX_DOTS:
             for index in known.tolist():
                 chart.dot(float(x[index]), float(curve.y[index]), curve.color % NUM_COLORS)

@@ -31,7 +31,7 @@ MAX_TABLE_ROWS = 40
 
 
 def loss_section(run: Run) -> str:
-    """Loss and gradient norm, overall and by level."""
+    """Return the section on loss and gradient norm, overall and by level."""
     log = run.log
     if not log.has("loss"):
         return section("Loss", "", missing("metrics.jsonl has no loss yet."))
@@ -45,6 +45,7 @@ def loss_section(run: Run) -> str:
         Curve(name, np.where(applied(log), log.column("loss_by_level", name), np.nan), log.color(name), trained)
         for name in log.levels
     ]
+    # Tenths, because the loss of a single step is mostly noise.
     rows = [_edges(curve.name, curve.y, trained) for curve in [Curve("all", loss, 0), *by_level]]
     return section(
         "Loss",
@@ -81,7 +82,7 @@ def _edges(name: str, values: Floats, weights: Floats) -> list[str]:
 
 
 def groups_section(run: Run) -> str:
-    """Loss by length band and by source."""
+    """Return the section on the loss by length band and by source."""
     log = run.log
     steps = log.steps.astype(float)
     bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
@@ -132,6 +133,7 @@ def _sources(log: StepLog, steps: Floats) -> str:
     curves = [
         Curve(name, columns[name][3], color, columns[name][2])
         for color, name in enumerate(names[:MAX_CHART_SOURCES])
+        # The loss by source can be absent while its counts are there.
         if np.isfinite(columns[name][3]).any()
     ]
     more = len(names) > MAX_CHART_SOURCES
@@ -149,7 +151,7 @@ def _sources(log: StepLog, steps: Floats) -> str:
 
 
 def validation_section(run: Run) -> str:
-    """Loss of the held-out samples, overall and by level, length and source."""
+    """Return the section on the loss of held-out samples, overall and by level, length and source."""
     log = run.log
     if not log.has("validation", "loss"):
         state = "Validation is off" if run.setting("validation", "enable") is False else "No validation has run"
@@ -161,6 +163,7 @@ def validation_section(run: Run) -> str:
     kinds.append(("length", {bucket_name(int(band)): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
     colors = {bucket_name(int(band)): color for band, color in _band_colors(log).items()}
+    # As in the plots of training above.
     colors |= {name: color for color, name in enumerate(_sources_in_order(log))}
     figures = []
     for kind, series in kinds:
@@ -188,7 +191,7 @@ def _validation_cells(log: StepLog, values: Floats) -> Sequence[str]:
 
 
 def expert_section(run: Run) -> str:
-    """How evenly tokens are spread over experts; empty for a model without experts."""
+    """Return the section on how evenly tokens are spread over experts, "" for a model without experts."""
     log = run.log
     if not log.has("expert_load", "worst"):
         return ""
@@ -212,6 +215,7 @@ def _experts_by_layer(log: StepLog) -> str:
     if log.experts is None:
         return ""
     step, layers = log.experts
+    # Sorted: which expert is the most loaded differs by layer, how uneven they are can be compared.
     loads = {name: sorted(counts, reverse=True) for name, counts in layers.items() if sum(counts) > 0}
     if not loads:
         return ""

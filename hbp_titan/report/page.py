@@ -55,6 +55,7 @@ from hbp_titan.utils import first_n, human_count, human_seconds
 
 MAX_STARTS = 5
 MAX_SOURCES = 4
+# In the order of the page: what was trained and learned, then what it cost.
 SECTIONS = (
     timeline_section,
     loss_section,
@@ -111,6 +112,7 @@ def _page(runs: Sequence[Run]) -> str:
 
 def _article(run: Run) -> str:
     if not len(run.log):
+        # Without steps only the settings and the plan are known.
         return header(run) + plan_section(run)
     return header(run) + "".join(of(run) for of in SECTIONS)
 
@@ -128,6 +130,7 @@ def _state(run: Run) -> str:
         return "The run has not finished a step yet."
     steps = [f"{len(run.log):,} steps, up to step {int(run.log.steps[-1]):,}"]
     total = _planned_steps(run)
+    # A run whose settings were changed may be beyond them.
     if total and total >= int(run.log.steps[-1]):
         steps.append(f"of {total:,} planned")
     state = " ".join(steps)
@@ -290,6 +293,7 @@ def comparison(runs: Sequence[Run]) -> str:
     rows = []
     for name, formatted in FORMATS.items():
         values = [of[name] for of in figures]
+        # A figure that no run recorded, or that is 0 for all, gets no row.
         if any(values):
             rows.append([text("time in steps" if name == "seconds" else name), *_cells(values, formatted)])
     trained = {of["tokens"] for of in figures if of["tokens"]}

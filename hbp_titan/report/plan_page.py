@@ -44,6 +44,7 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
         f"levels: {levels}; seed {plan.seed}, epoch {plan.epoch}; {plan.num_iterations:,} micro-batches in "
         f"{plan.num_steps:,} optimizer steps. Plan {plan.fingerprint[:16]}."
     )
+    # A level without packs has no charts.
     used = [k for k in range(len(plan.levels)) if np.any(plan.level_of_iteration == k)]
     sections = [
         f"<h1>Packing plan: {html.escape(plan.method)}</h1><p>{html.escape(facts)}</p>",
@@ -112,6 +113,7 @@ def _balance(plan: Plan, level: int) -> list[str]:
     top = float(planned.max()) * 1.08
     charts = []
     for name, costs in (("before", random.reshape(-1, dp)), ("after", planned.reshape(-1, dp))):
+        # Weighted by the time of each micro-batch, like time_imbalance.
         idle = 1 - costs.mean(axis=1).sum() / costs.max(axis=1).sum()
         by_cost = np.argsort(-costs.max(axis=1), kind="stable")
         shown = by_cost[np.linspace(0, len(by_cost) - 1, min(MAX_MICRO_BATCHES, len(by_cost))).astype(int)]

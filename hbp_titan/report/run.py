@@ -92,6 +92,7 @@ class StepLog:
         known = self.palette or self.levels
         if level in known:
             return known.index(level)
+        # Combinations of levels come after the levels, so that adding one changes no level's color.
         others = sorted({*self.level_names, level} - set(known))
         return len(known) + others.index(level)
 
@@ -114,6 +115,7 @@ def _level_key(level: str) -> tuple[int, int, str]:
 def read_steps(path: Path) -> StepLog:
     """Return the log in metrics.jsonl at `path`, without steps if there is no such file."""
     log = StepLog(np.zeros(0, np.int64))
+    # By key, not by line: dicts of 100,000 steps would take gigabytes.
     columns: Columns = {}
     steps: list[int] = []
     names: list[str] = []
@@ -135,6 +137,7 @@ def read_steps(path: Path) -> StepLog:
     last_line = {step: line for line, step in enumerate(steps)}
     log.steps = np.array(sorted(last_line), np.int64)
     log.level_names = [names[last_line[step]] for step in log.steps.tolist()]
+    # -1 drops lines whose step was repeated later.
     row_of = np.full(len(steps), -1, np.int64)
     row_of[[last_line[step] for step in log.steps.tolist()]] = np.arange(len(log))
     for key, (lines, found) in columns.items():
@@ -295,6 +298,7 @@ def read_run(folder: Path, name: str) -> Run:
     elif not len(run.log):
         run.missing.append("metrics.jsonl has no step yet.")
     else:
+        # Shows whether a run that has no export is still going.
         run.written = datetime.fromtimestamp(metrics.stat().st_mtime, timezone.utc)
     if run.log.cut:
         run.missing.append(

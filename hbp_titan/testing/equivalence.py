@@ -154,6 +154,7 @@ def choose_samples(store: TokenStore, count: int, max_tokens: int, seed: int = 0
     if not len(fitting):
         raise ValueError(f"no sample has at most {max_tokens} tokens; increase --max_tokens")
     longest = int(fitting[store.lengths[fitting].argmax()])
+    # The longest is always among them: it needs the largest level.
     drawn = np.random.default_rng(seed).permutation(fitting[fitting != longest])[: count - 1]
     return Samples(store, [longest, *drawn.tolist()])
 
@@ -172,12 +173,14 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     largest = levels[-1].max_tokens
     cases = []
     for world in world_sizes:
+        # The configured cp degrees may need more ranks than this machine has.
         fitted = tuple(dataclasses.replace(k, cp_degree=_fitting_cp(k, world, args)) for k in levels)
         cases.append(Case(f"one level, {world} ranks", world, (Level(largest),)))
         shared = [Level(largest, cp, style) for style in CP_STYLES for cp in (2, 4, 8)]
         cases += [
             Case(f"one level, {world} ranks, {level.cp_style} cp {level.cp_degree}", world, (level,))
             for level in shared
+            # Other degrees would repeat the case of the degree that fits.
             if level.cp_degree == _fitting_cp(level, world, args)
         ]
         cases.append(Case(f"configured levels, {world} ranks", world, fitted))
@@ -188,6 +191,7 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
         ]
         if world % 2 == 0:
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
+    # What follows does not depend on the number of ranks, so it is checked at the largest only.
     world = world_sizes[-1]
     for policy in ("full", "keep_attention"):
         for layers in (None, 1):
@@ -214,6 +218,7 @@ def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:
 
 def _merge_documents(batch: PackedBatch) -> PackedBatch:
     def merged(documents: Documents) -> Documents:
+        # One document with all queries and keys: causal, but across the documents of the pack.
         return pack_documents([documents.whole.num_queries], [documents.whole.num_keys])
 
     if isinstance(batch.documents, HeadTailShard):
@@ -223,6 +228,8 @@ def _merge_documents(batch: PackedBatch) -> PackedBatch:
 
 
 def _continue_positions(batch: PackedBatch) -> PackedBatch:
+    # Rotary attention sees distances alone: positions that only went on counting would change nothing inside a
+    # document.
     return dataclasses.replace(batch, position_ids=torch.arange(len(batch.position_ids)) * 3)
 
 
@@ -271,6 +278,7 @@ def reference(
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
         share = torch.tensor([int(mask[1:].sum()) / total], device=device)
+        # The balance losses of experts are means per document, weighted like its tokens.
         model.balance.set_documents(torch.zeros_like(ids), share)
         logits = model(ids, torch.arange(len(ids), device=device), pack_documents([len(ids)]))
         kept = torch.from_numpy(mask[1:].astype(bool)).to(device)
@@ -278,6 +286,7 @@ def reference(
         (loss / total).backward()
         losses.append(loss.item())
         for name, parameter in model.named_parameters():
+            # In float32: sums in bfloat16 would lose the gradients of short samples.
             grads[name] += _grad(parameter)
         model.zero_grad()
     losses_S = torch.tensor(losses, dtype=torch.float64)
@@ -301,6 +310,7 @@ def run_case(
     world: World, config: JobConfig, args: ModelArgs, case: Case, samples: Samples, dtype: str = "float32"
 ) -> Outcome:
     """Return mean loss and gradients of one case; all its ranks call it. dtype: training.mixed_precision_param."""
+    # The next case starts from the user's configuration again.
     config = copy.deepcopy(config)
     config.levels = list(case.levels)
     config.compile.enable = case.compile
@@ -309,6 +319,7 @@ def run_case(
     config.parallelism.dp_replicate = case.dp_replicate
     # Every gradient is compared, including those that LoRA does not compute.
     config.lora.rank = 0
+    # Parameters and gradients are compared in float32, also where the computation is in bfloat16.
     config.training.dtype = "float32"
     config.training.mixed_precision_param = dtype
     engine = Engine(config, args, world)
@@ -330,6 +341,7 @@ def run_case(
         for micro_batch in range(int(plan.step_offsets[step]), end):
             losses_S = engine.forward_backward(breakage(batches[micro_batch]), last=micro_batch + 1 == end)
             loss_sum += losses_S.sum().item()
+        # A step's gradient is that of its own mean; the reference's is that of the mean over all samples.
         share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
         for name, parameter in engine.model.named_parameters():
             joined[name] += share * _grad(parameter)
@@ -351,12 +363,14 @@ def run_cases(
 
     expected_path: file with the reference's (loss, gradients), which are too large to send to the ranks.
     """
+    # As large as the model, so one rank compares, and reads the file as needed.
     loss, grads = torch.load(expected_path, mmap=True) if world.rank == 0 else (1.0, {})
     found = []
     for case in cases:
         # Graphs of an earlier case would count towards the compiler's limit.
         torch._dynamo.reset()
         found.append(compare(Outcome(loss, grads), run_case(world, config, args, case, samples, dtype)))
+        # An engine is part of reference cycles, and the next case needs its memory.
         gc.collect()
     return [(difference.loss, difference.grads) for difference in found]
 
@@ -370,6 +384,7 @@ def _grad(parameter: Tensor) -> Tensor:
 def compare(expected: Outcome, found: Outcome) -> Difference:
     """Return the relative differences of `found` for each expected gradient."""
     grads = {
+        # An expert without tokens has a gradient of zero.
         name: float((found.grads[name] - grad).norm() / grad.norm().clamp(min=1e-30))
         for name, grad in expected.grads.items()
     }
@@ -403,6 +418,7 @@ def verify(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "expected")
         torch.save((expected.loss, expected.grads), path)
+        # Starting the ranks takes longer than a small case.
         for world_size, group in itertools.groupby(cases, key=lambda case: case.world_size):
             same_size = list(group)
             inputs = (config, args, same_size, samples, dtype, path)
@@ -428,6 +444,7 @@ def row(result: Result) -> str:
 
 def shrunk(args: ModelArgs) -> ModelArgs:
     """Return the architecture with 2 layers and heads of width 16, and the same heads, experts and vocabulary."""
+    # The numbers of heads and experts stay: cp styles and expert parallelism depend on them.
     hidden = 16 * args.num_heads
     mla, moe = args.mla, args.moe
     if mla is not None:

@@ -100,19 +100,23 @@ def _rank_main(
     device_type: str,
     args: tuple[Any, ...],
 ) -> None:
+    # The ranks share the machine's cores.
     torch.set_num_threads(1)
     # The fork server's children inherit the environment of its start, not ours.
     os.environ.update(environment)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     os.environ["LOCAL_RANK"] = str(rank)
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    # A file, because a free port could be taken by another process before it is used.
     store = dist.FileStore(f"{folder}/rendezvous", world_size)
     try:
         world = start_groups(store, rank, world_size, device, timedelta(seconds=120))
         result = function(world, *args)
         torch.save(result, Path(folder, f"result_{rank}"))
+        # A rank that leaves earlier would close connections that another still uses.
         barrier()
     except BaseException:
         Path(folder, f"error_{rank}").write_text(traceback.format_exc())
+        # Without destroying process groups, which could wait for the ranks that still run.
         os._exit(1)
     close_world()

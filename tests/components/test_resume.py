@@ -17,8 +17,8 @@ from hbp_titan.components.resume import (
     check_resume_compatible,
     code_version,
     package_versions,
-    read_starts,
     record_start,
+    recorded_starts,
     resume_invariants,
     set_determinism,
 )
@@ -75,7 +75,7 @@ def test_each_start_is_added_to_run_json(tmp_path: Path) -> None:
     config = load_config([f"--job.dump_folder={tmp_path / 'run'}", "--levels=128", *words])
     record_start(config, 0, 2, torch.device("cpu"))
     record_start(config, 7, 4, torch.device("cpu"))
-    first, second = read_starts(tmp_path / "run" / "run.json")
+    first, second = recorded_starts(tmp_path / "run" / "run.json")
     assert (first["first_step"], first["world_size"]) == (1, 2)
     assert (second["first_step"], second["world_size"]) == (8, 4)
     assert first["seeds"] == seeds
@@ -91,7 +91,7 @@ def test_corrupt_run_json_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
-        read_starts(path)
+        recorded_starts(path)
 
 
 def test_generators_start_from_the_seed_and_kernels_are_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:

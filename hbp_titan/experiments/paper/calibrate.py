@@ -117,10 +117,12 @@ def calibrate(measured: Measured) -> Calibration:
     times = []
     for level in range(len(measured.levels)):
         own = [n for n, row in enumerate(measured.micro_batches) if row.level == level]
+        # Every second one, not the last half: the machine may drift during the measurement.
         fitted = own if len(own) < HOLD_OUT_FROM else own[::2]
         held_out[[n for n in own if n not in set(fitted)]] = True
         rows = [measured.micro_batches[n] for n in fitted]
         seconds = np.array([row.seconds for row in rows])
+        # By squared tokens, which dominate long packs; the fit corrects the guess.
         slowest = [int(np.argmax(row.loads[:, 2])) for row in rows]
         times.append(LevelTimeModel(*fit_slowest([row.loads for row in rows], seconds, slowest)))
         for n in own:
@@ -229,6 +231,7 @@ def check_profile(outcomes: Sequence[dict[str, Any]], profile: Profile) -> list[
     """
     times = {candidate.level: candidate.time for candidate in profile.candidates if candidate.time is not None}
     for outcome in outcomes:
+        # Levels without a micro-batch need no time.
         unknown = [outcome["levels"][k] for k in _used_levels(outcome) if outcome["levels"][k] not in times]
         if unknown:
             raise ValueError(f"{outcome['run']}: {unknown[0]} is not in the profile; profile it with --candidates")
@@ -247,6 +250,7 @@ def check_fit(outcomes: Sequence[dict[str, Any]], runs: Sequence[str]) -> list[E
         [loads for o in used for loads in o["loads"]],
         np.concatenate([o["iteration_seconds"] for o in used]),
     )
+    # What is left of the epoch: clipping, update, logging.
     step_seconds = median((o["seconds"] - float(o["iteration_seconds"].sum())) / o["steps"] for o in used)
     return _check(outcomes, machine.level_time, step_seconds, runs)
 
@@ -296,6 +300,7 @@ def check_table(checks: Sequence[EpochCheck]) -> str:
         )
     worst = max((abs(check.residual) for check in checks if not check.fitted), default=0.0)
     judgement = "within" if worst <= MAX_RESIDUAL else "ABOVE"
+    # Runs whose rounds overlap have no measured order.
     pairs = [(a, b) for a in checks for b in checks if max(a.rounds) < min(b.rounds)]
     right = sum(a.predicted < b.predicted for a, b in pairs)
     order = f"{right} of {len(pairs)} pairs of runs whose rounds do not overlap are predicted in their order"

@@ -134,6 +134,7 @@ def fit_trade_offs(lengths: IntArray) -> PaperFit:
 def _columns(model: TimeModel, level: Level, lengths: IntArray) -> list[float]:
     """Return seconds of computation and of SP, and the number of micro-batches, for TOKENS_PER_GPU per GPU."""
     short = lengths[lengths <= min(level.max_tokens, SHORT_MAX_TOKENS)].astype(float)
+    # The mean over tokens, because a pack holds tokens of the mixture, not samples.
     squares = float((short**2).sum() / short.sum()) * level.max_tokens
     parts = model.parts(level, np.array([[1.0, level.max_tokens, squares, 1]]))
     micro_batches = TOKENS_PER_GPU * level.cp_degree / level.max_tokens

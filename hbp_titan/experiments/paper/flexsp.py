@@ -91,8 +91,10 @@ def plan_flexsp(lengths: ArrayLike, levels: Sequence[Level], model: TimeModel, s
     check_levels(levels, model.world_size)
     if lengths.max() > levels[-1].max_tokens:
         raise ValueError(f"a sample has {lengths.max()} tokens, more than max_tokens={levels[-1].max_tokens}")
+    # Global batches are random; only a batch is sorted by length.
     order = shuffled(len(lengths), seed, 0)
     capacity = max(level.max_tokens * level.dp_degree(model.world_size) for level in levels)
+    # Not quite full, because no packing fills every rank.
     batch_of = (np.cumsum(lengths[order]) - 1) // int(FILL * MICRO_BATCHES * capacity)
     planner = _Planner(lengths, levels, model)
     for start, end in zip(*_bounds(batch_of), strict=True):

@@ -127,6 +127,7 @@ def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:
     """
     levels = []
     for max_tokens in sorted({TOKENS_PER_RANK, BASE_CONTEXT, context}):
+        # With fewer ranks each holds more tokens.
         cp = min(max_tokens // TOKENS_PER_RANK, world_size)
         style = "ulysses" if dims.num_kv_heads % cp == 0 and dims.num_heads % cp == 0 else "hybrid"
         levels.append(Level(max_tokens, cp, style, ac_policy="full"))
@@ -136,6 +137,7 @@ def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:
 def scale_lengths(context: int, world_size: int) -> IntArray:
     """Return lengths like the paper's mixture, with long samples scaled to the context and more for larger worlds."""
     per_micro_batch = max(world_size * TOKENS_PER_RANK, context)
+    # The mixture has about 900 tokens a sample.
     num = int(np.clip(MICRO_BATCHES * per_micro_batch / 900, 200_000, MAX_SAMPLES))
     lengths = tulu3_longcite_like(num)
     # No sample of the short part is longer.

@@ -84,6 +84,7 @@ def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: in
     for seed in seeds:
         config = load_config([*BASE, f"--model.hf_path={folder / 'model'}"])
         config.packing.seed = config.training.seed = seed
+        # One level has no curriculum.
         config.packing.curriculum_steps = 0.0
         config.packing.print_comparison = config.metrics.progress_bar = False
         config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
@@ -134,6 +135,7 @@ def run_study(
         "samples": len(store),
         "config": to_toml(config),
         "variants": {variant.name: variant.description for variant in variants},
+        # The first runs are those of the first seed, one per variant.
         "plans": {run.variant.name: plan_metrics(run, store) for run in runs[: len(variants)]},
         "runs": train_all(runs, parallel, report),
     }
@@ -193,6 +195,7 @@ def _angles(degrees: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
     With this substitution the density of T is proportional to cos(angle)^(degrees - 1).
     """
+    # Over the angle the domain is finite, so no tail is cut off.
     angles = np.linspace(0, np.pi / 2, _INTERVALS + 1)
     density = np.cos(angles) ** (degrees - 1)
     cumulated = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])

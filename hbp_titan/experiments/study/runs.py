@@ -172,6 +172,7 @@ class Run:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{self.folder} failed with exit code {status}: {lines[-1] if lines else ''} ({log})")
         outcome = read_outcome(self.folder)
+        # Last and atomically: its existence means that the run is finished.
         atomic_write(self.folder / "outcome.json", json.dumps(outcome) + "\n")
         return outcome
 
@@ -231,6 +232,7 @@ def make_runs(
             # The samples are the same for all seeds; data.seed would otherwise follow training.seed.
             config.data.seed = base.seed_of("data")
             config.packing.seed = config.training.seed = seed
+            # The default variant, whatever the configuration file sets.
             config.packing.method, config.packing.level_order, config.packing.curriculum_steps = "hbp", "alternate", 0.0
             config.training.loss_normalization = "ave_token"
             step_tokens = float(plan_of(config, launch.ranks, store).step_loss_tokens.mean())
@@ -278,6 +280,7 @@ def train_all(runs: Sequence[Run], parallel: int, report: Report) -> list[dict[s
                 outcomes[index] = done.result()
                 report(f"{number}/{len(waiting)}  {runs[index].folder}: loss {outcomes[index]['loss']:.4f}")
         except BaseException:
+            # Runs that have not started would fail in the same way.
             pool.shutdown(cancel_futures=True)
             raise
     return [{"variant": run.variant.name, "seed": run.seed, **outcomes[index]} for index, run in enumerate(runs)]

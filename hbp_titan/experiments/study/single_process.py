@@ -19,10 +19,9 @@ import numpy as np
 
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.epoch import EpochPlans
-from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World, close_world, init_world
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.packing import CostModel, Level, Plan
+from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import check_levels
 from hbp_titan.train import Trainer
 
@@ -61,15 +60,20 @@ class SingleProcessTrainer(Trainer):
 
     def __init__(self, config: JobConfig, world: World, ranks: int) -> None:
         check_levels(config.levels, ranks)
+        self.ranks, self.ranks_config = ranks, config
         single = copy.deepcopy(config)
         single.levels = list(_without_cp(tuple(config.levels)))
         # The comparison of methods is meaningless without ranks to balance.
         single.packing.print_comparison = False
+        super().__init__(single, world)
 
-        def plans(one: JobConfig, store: TokenStore, _: int, cost: CostModel) -> EpochPlans:
-            return SingleProcessPlans(EpochPlans(config, store, ranks, cost), one)
-
-        super().__init__(single, world, plans=plans)
+    def _make_plans(self) -> None:
+        super()._make_plans()
+        # The cost model depends on the architecture alone; levels and world size are those of the ranks.
+        plans = EpochPlans(self.ranks_config, self.store, self.ranks, self.plans.cost)
+        self.plans = SingleProcessPlans(plans, self.config)
+        self.oom_advice.plan = self.plans.plan_for(0)
+        self.shapes = self.shapes.enlarged_for(self.plans.plan_for(0))
 
 
 def main(argv: list[str]) -> None:

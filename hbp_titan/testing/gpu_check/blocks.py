@@ -96,6 +96,7 @@ def compiled_blocks(settings: Settings) -> Found:
     """Compare a compiled block with an eager fp32 block, per kernel and policy: forward, backward and no_grad."""
     device = torch.device(settings.device_type)
     flavor, tokens = ("debug", 128) if settings.tiny else ("llama3_2_1b", 4096)
+    # One block is compared; a whole vocabulary would only take memory.
     args = dataclasses.replace(get_flavor(flavor), num_layers=1, vocab_size=256)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Short documents, because the reference materializes the scores of a whole document.
@@ -118,10 +119,12 @@ def compiled_blocks(settings: Settings) -> Found:
     apply_activation_checkpoint(rounded, state)
     rows, problems = [], []
     for name in usable:
+        # The expected values are its own.
         if name == "reference" and device.type == "cuda":
             continue
         set_backend(name)
         for policy in AC_POLICIES:
+            # As a level switch does it: an assignment, without compiling again.
             state.policy, state.layers = policy, 1
             row, wrong = _compare_block(next(rounded.blocks()), inputs, expected, tolerance)
             rows.append([name, policy, *row, str(_graphs())])
@@ -150,6 +153,7 @@ def _inputs(args: ModelArgs, lengths: Sequence[int], device: torch.device) -> _I
     """Return random hidden states of documents with these lengths."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
+    # For its rotary frequencies alone.
     model = Decoder(dataclasses.replace(args, num_layers=0, vocab_size=1))
     cos_TD, sin_TD = rope_cos_sin(model.inverse_frequencies, positions, attention_factor(args.rope_scaling))
     x_TH = torch.randn(len(positions), args.hidden_size, generator=generator).to(device)
@@ -215,6 +219,7 @@ def _batches(args: ModelArgs, config: JobConfig, device: torch.device) -> list[P
     for index, level in enumerate(config.levels):
         lengths = DocumentLengths(level.max_tokens // 10).lengths(level.max_tokens, seed=index)
         batches += random_batches([lengths], args, level, index, 0)
+    # A copy from pageable memory would be a synchronization of its own.
     return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
 
 
@@ -222,6 +227,7 @@ def _step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[Pa
     """Run an optimizer step over `batches`; return the losses and the norm, still on the device."""
     losses = [engine.forward_backward(batch) for batch in batches]
     norm = clip_grad_norm(engine.model, 1.0)
+    # As in training: whether the update is skipped is decided on the device.
     step_unless(optimizer, torch.zeros((), device=norm.device))
     optimizer.zero_grad()
     return [*losses, norm]
@@ -234,6 +240,7 @@ def synchronizations(settings: Settings) -> Found:
         engine = Engine(config, args, world)
         optimizer = build_optimizer(engine.model, config.optimizer)
         batches = _batches(args, config, world.device)
+        # Compilation, first allocations and the creation of AdamW's state synchronize, once.
         for _ in range(2):
             _step(engine, optimizer, batches)
         if settings.device_type != "cuda":
@@ -257,11 +264,13 @@ def _recorded_synchronizations() -> Iterator[list[str]]:
     def record(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         if "synchroniz" not in str(message):
             return
+        # Without this function.
         frames = traceback.extract_stack()[:-1]
         own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.filename != __file__]
         ours = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno} > " if own else ""
         places.append(f"{ours}{'/'.join(Path(filename).parts[-3:])}:{lineno}")
 
+    # Nothing of earlier steps is left for the body to wait for.
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -295,5 +304,6 @@ def _train(args: ModelArgs, config: JobConfig, world: World) -> dict[str, Tensor
     values: dict[str, Tensor] = {}
     for step in range(3):
         values |= {f"step {step}, {i}": value.cpu() for i, value in enumerate(_step(engine, optimizer, batches))}
+    # On one rank the shard is the whole parameter.
     local = {name: getattr(p, "_local_tensor", p).detach().cpu() for name, p in engine.model.named_parameters()}
     return {**values, **local}

@@ -111,6 +111,7 @@ def gpu_tests(settings: Settings) -> Found:
     folder = ROOT / "tests"
     if not folder.is_dir() or importlib.util.find_spec("pytest") is None:
         return Found(skipped="needs a checkout with tests/, and pytest")
+    # Importing every test file would take longer than the tests.
     files = [str(path) for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     report = settings.folder / "gpu_tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -248,6 +249,7 @@ def _training_command(folder: Path, args: ModelArgs, shape: _Shape, ranks: int, 
         "job.dump_folder": folder / "run",
         "levels": ",".join(
             f"{length}:{degree}:ulysses:keep_attention"
+            # Powers of two divide the heads of these models.
             for length, degree in ((low, 1), (high, min(ranks, 8) if ranks & (ranks - 1) == 0 else 1))
         ),
         "compile.enable": str(on_gpu).lower(),
@@ -274,6 +276,7 @@ def _wait_for(done: Any, process: subprocess.Popen[bytes], deadline: float) -> b
         if done():
             return True
         if process.poll() is not None:
+            # It may have become true just before the process ended.
             return bool(done())
         time.sleep(0.02)
     return False
@@ -282,6 +285,7 @@ def _wait_for(done: Any, process: subprocess.Popen[bytes], deadline: float) -> b
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "run" / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A killed run may leave half a line.
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -300,6 +304,7 @@ def _judge_run(folder: Path, args: ModelArgs, killed_at: int) -> Found:
     levels = sorted({str(row["level"]) for row in rows.values()})
     resumed = "resumed" in (folder / "second.log").read_text(encoding="utf-8", errors="replace")
     with safe_open(next((folder / "run" / "hf").glob("*.safetensors")), framework="pt") as weights:
+        # The smallest tensor, and its initial values are ones.
         norm = weights.get_tensor("model.norm.weight")
     problems = [
         message

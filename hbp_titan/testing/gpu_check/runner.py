@@ -127,6 +127,7 @@ class Result:
 def run_step(step: Step, settings: Settings, fails: bool = False) -> Result:
     """Run one step in a separate process; a crash or a timeout becomes a Found with that problem."""
     log, out = settings.folder / f"{step.name}.log", settings.folder / f"{step.name}.json"
+    # A crash must not leave an earlier check's result in place.
     out.unlink(missing_ok=True)
     words = ["--step", step.name, "--json", str(out), "--device", settings.device_type, "--out", str(settings.folder)]
     words += ["--seconds", str(settings.seconds), *["--tiny"] * settings.tiny, *["--fail", step.name] * fails]
@@ -214,8 +215,10 @@ def run_steps(
         if left < MIN_STEP_SECONDS:
             result = Result(step, Found(skipped=f"no time left in {minutes:g} minutes"), 0.0)
         else:
+            # A step plans its measurements by this time, so it gets no more than is left of the whole check.
             limit = min(step.limit_seconds, left)
             result = run_step(step, dataclasses.replace(settings, seconds=limit), step.name == failing)
+        # Steps of a phase run concurrently and write one report.
         with lock:
             results[step.name] = result
             say(f"{result.found.verdict:4}  {result.seconds:6.1f} s  {step.name}: {_words(result.found)}")
@@ -314,6 +317,7 @@ def _named(name: str) -> Step:
 def _run_here(step: Step, settings: Settings, out: Path, fails: bool) -> int:
     """Run one step in this process and write its result; exceptions end the process."""
     if fails:
+        # Before the imports, so that it fails at once.
         raise RuntimeError(f"{step.name} was made to fail (--fail)")
     module, _, name = step.function.partition(":")
     found: Found = getattr(importlib.import_module(f"hbp_titan.testing.gpu_check.{module}"), name)(settings)

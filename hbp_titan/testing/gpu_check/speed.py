@@ -63,12 +63,14 @@ def varlen(settings: Settings) -> Found:
     rows, problems, details = [], [], {}
     usable, _ = usable_backends(device, width)
     for backend in usable:
+        # Whole score matrices would not fit in memory, and its time means nothing.
         if backend == "reference":
             continue
         set_backend(backend)
         outputs: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
         for name, documents in calls.items():
+            # Also the warm-up of the timed calls.
             outputs[name] = _attend(qkv, documents)
             seconds[name] = median(_timed(partial(_attend, qkv, documents), device) for _ in range(repeats))
         for name, documents in calls.items():
@@ -190,6 +192,7 @@ def throughput(settings: Settings) -> Found:
         rows = throughput_rows(settings.tiny)
         while rows:
             engine = (rows[0].flavor, rows[0].compiled)
+            # A new engine costs START_SECONDS and its compilation, so its rows are measured together.
             group = [row for row in rows[:GROUP_WINDOW] if (row.flavor, row.compiled) == engine]
             rows = [row for row in rows if row not in group]
             measured, no_time = _measure_group(group, layers[engine[0]], settings, world, deadline)
@@ -226,6 +229,7 @@ def estimated_peak(args: ModelArgs, level: Level, settings: Settings, compiled: 
     """Return the bytes of a micro-batch without AdamW's state, which these measurements do not hold."""
     config = base_config(settings, compiled=compiled)
     peak = estimate_memory(args, level, config, 1, device_type=settings.device_type).peak_bytes
+    # Two float32 moments per parameter.
     return peak - 2 * 4 * num_params(args)
 
 
@@ -251,12 +255,14 @@ def _measure_group(
         cost += COMPILE_SECONDS if row.compiled and row.max_tokens not in seen else 0
         if not settings.tiny and time.monotonic() + cost > deadline:
             skipped.append(_name(row))
+            # The next row does not pay for this one; the start of the engine is paid by the first that is measured.
             cost = 0.0 if seen else START_SECONDS
             continue
         found.append((row, bench.measure(index, row.documents, repeats)))
         seen.add(row.max_tokens)
         cost = 0.0
         print(*_cells(*found[-1], peak_flops(world.device)), flush=True)
+    # The next engine needs the memory.
     bench.measured.clear()
     return found, skipped
 
@@ -265,6 +271,7 @@ def predicted_seconds(
     args: ModelArgs, level: Level, documents: DocumentLengths, settings: Settings, world: World
 ) -> float:
     """Return the time of a micro-batch by the time model, on this hardware or, if unknown, on an H100."""
+    # Only the time budget depends on it then.
     hardware = hardware_of(world.device) or HARDWARE["h100-80gb"]
     lengths = documents.lengths(level.max_tokens, seed=0).astype(float)
     loads = np.array([[1.0, float((lengths - 1).sum()), float((lengths**2).sum()), float(len(lengths))]])
@@ -370,6 +377,7 @@ def side_by_side(settings: Settings) -> Found:
     own = min((row for row in rows if not row[0].startswith("transformers")), key=lambda row: row[1])
     cells = [[name, f"{tokens / s:,.0f}", f"{s:.4g}", f"{best[1] / s:.2f}", f"{loss:.5f}"] for name, s, loss in rows]
     columns = ["what", "tokens/s", "seconds", "times the best of transformers", "loss"]
+    # Two implementations round differently; a wrong mask or position changes the loss by far more.
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
     problems = [
         f"{name}: loss {loss:.5f} instead of {best[2]:.5f}"
@@ -390,6 +398,7 @@ def _transformers_rows(
         torch.manual_seed(0)
         hf_config = transformers.AutoConfig.for_model(**config)
         model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype).train()
+    # Our engine loads the same weights.
     model.save_pretrained(folder)
     forms = [("sdpa", "one document at a time"), ("sdpa", "packed by position_ids")]
     if transformers.utils.is_flash_attn_2_available() and batch.input_ids.is_cuda:
@@ -405,6 +414,7 @@ def _transformers_rows(
             print(f"transformers, {attention}, {form}: out of memory", flush=True)
             continue
         rows.append((f"transformers, {attention}, {form}", seconds, loss))
+    # `run` holds the model too, and our engine needs the memory.
     del model, run
     gc.collect()
     if batch.input_ids.is_cuda:
@@ -452,6 +462,7 @@ def _own_row(
         return loss
 
     loss = measured.attempt(first)
+    # The first one compiles.
     taken = [measured.seconds([batch]) for _ in range(REPEATS + 1)][1:]
     measured.clear()
     name = f"hbp_titan, {'compiled' if compiled else 'eager'}"
