@@ -75,7 +75,7 @@ def _source_stores(
     counts = [sum(map(len, group)) for group in indexes]
     for (key, _), files, count in zip(request.sources, found.sources, counts, strict=True):
         if not count:
-            raise ValueError(f"{key}: no rows: empty are {first_n(files.files, 5)}")
+            raise ValueError(f"{key}: no file has rows: {first_n(files.files, 5)}")
     limits = [min(source.limit or count, count) for (_, source), count in zip(request.sources, counts, strict=True)]
     if request.max_samples:
         limits = share_out(request.max_samples, limits)
@@ -137,7 +137,8 @@ def _detect_format(indexes: list[RowIndex], columns: dict[str, str], max_row_byt
                     raise record
                 return detect_format(record, columns)
             except ValueError as error:
-                first_error = first_error or ValueError(f"{index.file}:{line}: {error} ({key})")
+                where = key if key.endswith("]") else f"{key}; a [[data.sources]] block takes these settings"
+                first_error = first_error or ValueError(f"{index.file}:{line}: {error} ({where})")
     assert first_error is not None, "a source without rows is refused"
     raise first_error
 
@@ -221,6 +222,8 @@ def record_places(folder: Path, places: list[dict[str, Any]]) -> None:
     if any(store.files != store.meta["files"] for store in stores):
         lines = [json.dumps(row) + "\n" for store in stores for row in store.incomplete_rows()]
         atomic_write(folder / INCOMPLETE_ROWS, "".join(lines))
+    else:
+        (folder / INCOMPLETE_ROWS).unlink(missing_ok=True)
 
 
 def _dropped(store: int, samples: NDArray[np.int64], reason: str) -> NDArray[np.int64]:

@@ -229,6 +229,11 @@ class _Record:
         value, name = self.get(column), self.name(column)
         if isinstance(value, str):
             value = parse_text(value, name)
+        if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+            # The type Sequence of older versions of `datasets`: an object of lists in place of a list of objects.
+            columns = list(value.values())
+            if len({len(column) for column in columns}) == 1:
+                value = [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
         if not isinstance(value, list):
             raise ValueError(f"no `{name}` list; expected an object with `{name}`, a list of {{{keys}}}")
         return json_items(value, name)

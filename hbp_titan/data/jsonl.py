@@ -85,23 +85,33 @@ def _is_blank(stream: IO[bytes], start: int, size: int) -> bool:
     return True
 
 
-def index_json(file: Path, name: Path) -> Rows:
-    """Return where the rows of a .json file of any kind are; `name` is the file's name in messages.
+def index_json(file: Path, name: Path, lines: bool) -> Rows:
+    """Return where the rows of a JSON file of any kind are.
+
+    name: the file's name in messages. lines: whether the name promises JSON lines, as .jsonl does: then a file is
+    something else only if its first line cannot be a row.
 
     Raises ValueError "name:number: ..." for an array or an object that is broken between its rows.
     """
-    head = _read_head(file, _HEAD_BYTES)
-    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if text.startswith(b"["):
-        return index_array(file, name, len(head) - len(text))
-    first_line, newline, rest = text.partition(b"\n")
-    if not text.startswith(b"{") or (newline and rest.strip() and not _is_unfinished(first_line)):
+    for size in (_HEAD_BYTES, _OBJECT_BYTES):
+        head = _read_head(file, size)
+        text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        first_line, newline, rest = text.partition(b"\n")
+        # A longer first line is a row, or all rows in an array or object.
+        if newline or len(head) < size or lines:
+            break
+    is_unfinished = bool(newline) and _is_unfinished(first_line)
+    is_alone = len(head) < size and not rest.strip()
+    start = len(head) - len(text)
+    if text.startswith(b"[") and (not lines or is_unfinished or is_alone):
+        return index_array(file, name, start)
+    if not text.startswith(b"{") or (lines and not newline and not is_alone) or not (is_unfinished or not rest.strip()):
         return index_lines(file)
-    head = _read_head(file, _OBJECT_BYTES)
-    start = len(head) - len(head.removeprefix(codecs.BOM_UTF8).lstrip())
+    if is_unfinished:
+        head = _read_head(file, _OBJECT_BYTES)
     if (places := _index_wrapped(file, name, head, start)) is not None:
         return places
-    return _index_object(file, name, head, start) if _is_unfinished(first_line) else index_lines(file)
+    return _index_object(file, name, head, start) if is_unfinished else index_lines(file)
 
 
 def _read_head(file: Path, size: int) -> bytes:
@@ -126,7 +136,7 @@ def _index_object(file: Path, name: Path, head: bytes, start: int) -> Rows:
     text = head[start:].decode("utf-8", errors="replace")
     line = 1 + head[:start].count(b"\n")
     if file.stat().st_size > len(head):
-        raise ValueError(f"{name}:{line}: an object of more than {_OBJECT_BYTES} bytes; write one object per line")
+        raise ValueError(f"{name}:{line}: an object of more than {len(head)} bytes; write one object per line")
     try:
         json.loads(text)
     except RecursionError:

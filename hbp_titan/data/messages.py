@@ -88,7 +88,7 @@ def _role(name: Any, number: int, roles: dict[str, str]) -> str:
             return role
     fix = "name its role"
     if isinstance(name, str):
-        fix = f'map it with roles = {{ {shown(name)} = "assistant" }} or to another of {", ".join(ROLES)}'
+        fix = f'set roles = {{ {shown(name)} = "assistant" }} (or {", ".join(ROLES)}) in its [[data.sources]] block'
     names = ", ".join([*ROLE_NAMES, *roles])
     raise ValueError(f"message {number} has the unknown role {shown(name)}; {fix}; known are {names}")
 

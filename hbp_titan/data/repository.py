@@ -144,6 +144,8 @@ def _repository_files(folder: Path, names: Sequence[str], config: str, split: st
         if scripts:
             raise ValueError(f"{folder}: has only a loading script ({scripts[0]}), which is never run; add data files")
         raise ValueError(f"{folder}: no data files ({', '.join(SUFFIXES)})")
+    if saved := [name.rpartition("/")[0] for name in names if name.endswith("/state.json")]:
+        raise ValueError(f"{folder}: has saved data sets, {first_n(saved, 5)}; set path to one of them")
     configs = _read_configs(folder / "README.md")
     unread = dict.fromkeys(names, NO_SPLIT)
     if configs:

@@ -81,10 +81,10 @@ def index_rows(file: Path, unpacked: Path) -> RowIndex:
         stored = _copy(stored, unpacked, ".jsonl", lambda plain, target: _write_csv_rows(plain, target, file))
     if _is_arrow(file):
         places = index_arrow(stored, file)
-    elif name.endswith((".json", ".json.gz", ".json.zst")):
-        places = index_json(stored, file)
-    else:
+    elif name.endswith(CSV_SUFFIXES):
         places = index_lines(stored)
+    else:
+        places = index_json(stored, file, lines=not name.endswith((".json", ".json.gz", ".json.zst")))
     return RowIndex(file, stored, *places)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +26,7 @@ from hbp_titan.config import load_config
 from hbp_titan.data import build_source
 from hbp_titan.data.build_set import draw, epoch_counts, first_of_each, held_out, share_out
 from hbp_titan.data.prepare import open_stores, prepare
-from hbp_titan.data.store_summary import check_totals
+from hbp_titan.data.store_summary import check_totals, summary, unread
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import UserError, WorkerGroup
 from tests.data.preparing import PROMPT_TOKENS, byte_tokenizer, job, line, many, prepared, write
@@ -152,6 +157,137 @@ def test_no_sample_left_is_an_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", line("q", None))
     with pytest.raises(ValueError, match=r"no sample is left .*a.jsonl: 1 no assistant turn"):
         prepare(job(tmp_path, train_files=[str(file)]))
+
+
+# What is not read.
+
+
+def folder_of(path: Path, **files: list[str]) -> Path:
+    path.mkdir(parents=True)
+    for name, lines in files.items():
+        write(path / f"{name}.jsonl", *lines)
+    return path
+
+
+def test_empty_files_among_others_are_listed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", a=[line("q", "a")], b=[], c=["\n \n"], d=[line("q", "b")])
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(b""))
+    write(folder / "f.json", "[]")
+    write(folder / "g.json", '{"data": []}')
+    store = prepared(job(tmp_path, train_files=[str(folder)]))
+    assert (len(store), store.totals()["rows"]) == (2, 2)
+    empty = [str(folder / name) for name in ("b.jsonl", "c.jsonl", "e.jsonl.gz", "f.json", "g.json")]
+    assert store.stores[0].empty_files() == empty
+    assert unread(store) == [f"not read: 5 files without rows: {', '.join(empty)}"]
+    with pytest.raises(ValueError, match=r"data.train_files: no file has rows: .*b.jsonl, .*c.jsonl"):
+        prepare(job(tmp_path, train_files=[str(folder / "[bc].jsonl")]))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_empty_tables_among_others_are_listed(tmp_path: Path, kind: str) -> None:
+    table = pa.Table.from_pylist([json.loads(line("q", "a"))])
+    (tmp_path / "data").mkdir()
+    for name, part in (("a", table), ("b", table[:0]), ("c", table)):
+        file = tmp_path / "data" / f"{name}.{kind}"
+        if kind == "parquet":
+            pq.write_table(part, file)
+        else:
+            with pa.ipc.new_stream(str(file), part.schema) as writer:
+                writer.write_table(part)
+    (tmp_path / "data" / f"d.{kind}").write_bytes(b"")
+    store = prepared(job(tmp_path, train_files=[str(tmp_path / "data")]))
+    assert len(store) == 2
+    assert store.stores[0].empty_files() == [str(tmp_path / "data" / f"{name}.{kind}") for name in "bd"]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_columns_that_no_format_reads_are_counted_once_per_source(tmp_path: Path) -> None:
+    rows = [line("q", "a", id=k, score=None if k % 2 else 0.5, source="s", system="") for k in range(40)]
+    file = write(tmp_path / "a.jsonl", *rows, "broken\n", line("q", "a", meta={}))
+    blocks = f'[[data.sources]]\npath = "{file}"\n[[data.sources]]\npath = "{file}"\ncolumns = {{ source = "id" }}\n'
+    store = prepared(job(tmp_path, blocks, malformed="skip"))
+    assert [source.meta["unread_columns"] for source in store.stores] == [
+        {"id": 40, "score": 20, "meta": 1},
+        {"source": 40, "score": 20, "meta": 1},
+    ]
+    assert unread(store)[0] == f"not read: {file}: columns 'id' (40 rows), 'score' (20 rows), 'meta' (1 rows)"
+    assert {"s", "a", "0", "39"} <= set(store.source_names)
+
+
+def test_names_of_columns_that_are_data_do_not_fill_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_source, "MAX_UNREAD_COLUMNS", 3)
+    file = write(tmp_path / "a.jsonl", *(line("q", "a", **{f"c{k}": 1}) for k in range(10)))
+    columns = prepared(job(tmp_path, train_files=[str(file)])).stores[0].meta["unread_columns"]
+    assert columns == {"(others)": 7, "c0": 1, "c1": 1, "c2": 1}
+
+
+def test_files_of_a_folder_in_no_split_are_listed_with_their_rows(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "f1", code_train=[line("q", "a")], math=many(400), my_test=many(3))
+    pq.write_table(pa.table({"x": [1, 2]}), folder / "table.parquet")
+    write(folder / "pointer.jsonl", "version https://git-lfs.github.com/spec/v1\n")
+    config = job(tmp_path, train_files=[str(folder)])
+    store = prepared(config)
+    assert (len(store), store.totals()["rows"]) == (1, 1)
+    math, pointer, table = (folder / name for name in ("math.jsonl", "pointer.jsonl", "table.parquet"))
+    in_no_split = f"{math} (400 rows), {pointer} (not readable), {table} (2 rows)"
+    other = f"not read: files of split test: {folder / 'my_test.jsonl'}"
+    assert unread(store) == [f"not read: files in no split: {in_no_split}", other]
+    # The set is found again, but knows of a new file.
+    write(folder / "new.jsonl", *many(5))
+    again = prepared(config)
+    assert again.folder == store.folder
+    assert f"{folder / 'new.jsonl'} (5 rows)" in unread(again)[0]
+    # A pattern reads all of a kind.
+    patterns = job(tmp_path, train_files=[f"{folder}/[cmn]*.jsonl"])
+    assert (prepared(patterns).totals()["rows"], unread(prepared(patterns))) == (409, [])
+
+
+# Names and places.
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("tulu", ["tulu"]),
+        ("tulu/*.jsonl", ["data", "train"]),
+        ("tulu/train-00000-of-00002.jsonl", ["train"]),
+        ("tulu/data.v1.csv.jsonl", ["data.v1.csv"]),
+    ],
+)
+def test_rows_without_a_source_are_named_by_their_folder_or_file(tmp_path: Path, path: str, names: list[str]) -> None:
+    folder = tmp_path / "tulu"
+    folder.mkdir()
+    shards = ("train-00000-of-00002", "train-00001-of-00002", "data-00000-of-00001")
+    for name in ("data.v1.csv",) if "csv" in path else shards:
+        write(folder / f"{name}.jsonl", line("q", name))
+    write(folder / "README.md", "---\nconfigs: [{config_name: a, data_files: '*.jsonl'}]\n---\n")
+    assert prepared(job(tmp_path, train_files=[str(tmp_path / path)])).source_names == names
+    assert prepared(job(tmp_path, f'[[data.sources]]\npath = "{tmp_path / path}"\nname = "n"\n')).source_names == ["n"]
+
+
+def test_a_copy_of_the_data_keeps_the_store_and_names_its_own_files(tmp_path: Path) -> None:
+    folders = [folder_of(tmp_path / at / "data", a=[line("q", "a"), line("q", None)], b=[]) for at in ("one", "two")]
+    stores = []
+    for folder in (*folders, folders[0]):
+        store = prepared(job(tmp_path, train_files=[str(folder)]))
+        stores.append((store.folder, store.stores[0].folder))
+        assert store.where(0) == f"{folder}/a.jsonl:1"
+        assert incomplete(store, "file", "line") == [(f"{folder}/a.jsonl", 2)]
+        assert unread(store) == [f"not read: 1 files without rows: {folder}/b.jsonl"]
+        (listed,) = (text.removeprefix("  listed in ") for text in summary(store).splitlines() if "listed in" in text)
+        assert json.loads(Path(listed).read_text())["file"] == f"{folder}/a.jsonl"
+        assert pickle.loads(pickle.dumps(store.stores[0])).where(0) == store.where(0)
+        with pytest.raises(UserError, match=f"^{re.escape(str(folder))}/a.jsonl:2: "):
+            prepare(job(tmp_path, train_files=[str(folder)], strict=True))
+    assert len(set(stores)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_store_of_another_user_is_opened(tmp_path: Path) -> None:
+    folders = [folder_of(tmp_path / at / "data", a=[line("q", "a")]) for at in ("one", "two")]
+    store = prepared(job(tmp_path, train_files=[str(folders[0])]))
+    store.folder.chmod(0o555)
+    assert prepared(job(tmp_path, train_files=[str(folders[1])])).where(0) == store.where(0)
 
 
 # Malformed rows.

@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from hbp_titan.data.files import source_files
-from hbp_titan.data.rows import index_rows, read_records
+from hbp_titan.data.rows import count_rows, index_rows, read_records
 from hbp_titan.job_config import DataSource
 
 
@@ -97,6 +97,95 @@ def test_a_repository_without_configurations_has_the_rows_that_datasets_finds(tm
         assert read(tmp_path, split=split) == expected[split].to_list()
     with pytest.raises(ValueError, match=f"no split nothing; .*{next(iter(expected))}"):
         read(tmp_path, split="nothing")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "unread"),
+    [
+        (["code_train.jsonl", "math.jsonl"], "train", {"math.jsonl": "in no split"}),
+        (
+            ["train.jsonl", "dev.jsonl", "a.jsonl"],
+            "train",
+            {"a.jsonl": "in no split", "dev.jsonl": "of split validation"},
+        ),
+        (["data/train-00000-of-00001.jsonl", "extra.jsonl"], "train", {"extra.jsonl": "in no split"}),
+        (["train/a.jsonl", "b.jsonl"], "train", {"b.jsonl": "in no split"}),
+        (["a.jsonl", "b.jsonl.xz", "README.md", "c.txt"], "train", {"b.jsonl.xz": "of a type that is not read"}),
+        (["train.jsonl", "test.jsonl"], "test", {"train.jsonl": "of split train"}),
+        (["a.jsonl", "b.jsonl", ".c.jsonl", "dataset_infos.json"], "train", {}),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_returned_with_the_reason(
+    tmp_path: Path, names: list[str], split: str, unread: dict[str, str]
+) -> None:
+    folder = make(tmp_path, names)
+    found = source_files(DataSource(path=str(folder), split=split), "key")
+    assert found.unread == {folder / name: reason for name, reason in unread.items()}
+
+
+def test_files_of_other_configurations_and_saved_splits_are_named(tmp_path: Path) -> None:
+    configs = "- {config_name: default, data_files: one/a.jsonl}\n- {config_name: b, data_files: one/b.jsonl}\n"
+    folder = make(tmp_path, ["one/a.jsonl", "one/b.jsonl", "c.jsonl"], f"---\nconfigs:\n{configs}---\n")
+    assert source_files(DataSource(path=str(folder)), "key").unread == {
+        folder / "one/b.jsonl": "of configuration b",
+        folder / "c.jsonl": "in no split",
+    }
+    saved = tmp_path / "saved"
+    splits = {name: datasets.Dataset.from_list([{"split": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(saved))
+    for name in ("cache-1f.arrow", "more.jsonl"):
+        (saved / "train" / name).write_text("{}")
+    (saved / "new.jsonl").write_text("{}")
+    assert source_files(DataSource(path=str(saved)), "key").unread == {
+        saved / "new.jsonl": "in no split",
+        saved / "test/data-00000-of-00001.arrow": "of split test",
+        saved / "train/more.jsonl": "of split train",
+    }
+    with pytest.raises(ValueError, match="has saved data sets, saved/test, saved/train"):
+        source_files(DataSource(path=str(tmp_path)), "key")
+
+
+def test_a_split_without_files_is_reported_with_the_files_and_what_to_write(tmp_path: Path) -> None:
+    folder = make(tmp_path, ["part-1.jsonl", "unit_test_questions.jsonl"])
+    message = (
+        r"no split train; it has test \(unit_test_questions.jsonl\); in no split: part-1.jsonl; .*data/\*.jsonl\"$"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+    assert len(read(tmp_path, path=f"{folder}/*.jsonl")) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jsonl", ["a.jsonl", "b.jsonl", "train.jsonl"]),
+        ("[ab].jsonl", ["a.jsonl", "b.jsonl"]),
+        ("**/c*.jsonl*", ["sub/c.jsonl.gz", "sub/deep/c2.jsonl"]),
+        ("[x].jsonl", ["[x].jsonl"]),
+    ],
+)
+def test_a_pattern_is_every_file_that_it_matches_in_order(tmp_path: Path, pattern: str, names: list[str]) -> None:
+    make(tmp_path, ["train.jsonl", "b.jsonl", "a.jsonl", "sub/c.jsonl.gz", "sub/deep/c2.jsonl"])
+    if pattern == "[x].jsonl":
+        make(tmp_path, ["[x].jsonl", "x.jsonl"])
+    rows = read(tmp_path, path=str(tmp_path / "data" / pattern))
+    assert rows == [{"file": name, "row": row} for name in names for row in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("org/my_data", "my_data"),
+        ("org/my_data/", "my_data"),
+        ("hub/datasets--org--my.data/snapshots/1a2b", "my.data"),
+        ("tulu3/data", "data"),
+    ],
+)
+def test_a_folder_names_its_rows(tmp_path: Path, path: str, name: str) -> None:
+    (tmp_path / path).mkdir(parents=True)
+    (tmp_path / path / "train-00000-of-00001.jsonl").write_text("{}\n")
+    assert source_files(DataSource(path=f"{tmp_path}/{path}"), "key").name == name
+    assert source_files(DataSource(path=f"{tmp_path}/{path}/*.jsonl"), "key").name == ""
 
 
 NAMES = ["one/b.jsonl", "one/a.jsonl", "one/deep/c.jsonl", "two/d.jsonl", "two/e1.jsonl", "two/e2.jsonl"]
@@ -230,10 +319,12 @@ def test_a_split_in_two_file_types_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
-    folder = make(tmp_path, ["train-00.jsonl", "train-01.jsonl"])
-    (folder / "train-01.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(ValueError, match=r"train-01.jsonl is a Git LFS pointer"):
-        read(tmp_path)
+    folder = make(tmp_path, ["train-00.csv", "train-01.csv"])
+    (folder / "train-01.csv").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for path in (folder, folder / "train-01.csv", folder / "*.csv"):
+        with pytest.raises(ValueError, match=r"train-01.csv is a Git LFS pointer"):
+            read(tmp_path, path=str(path))
+    assert count_rows(folder / "train-01.csv", tmp_path / "u") is None
 
 
 @pytest.mark.parametrize(
@@ -246,6 +337,14 @@ def test_a_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
         (DataSource(path="{0}/a.jsonl", config="b"), r"config = b: .*a.jsonl is not a folder"),
         (DataSource(path="{0}/sub"), r"/sub: no data files"),
         (DataSource(path="{0}", config="b"), r"no configuration b; README.md"),
+        (DataSource(path="{0}/*.csv"), r"the pattern .*/\*.csv matches no file"),
+        (DataSource(path="{0}/s*"), r"the pattern .*/s\* matches folders only"),
+        (DataSource(path="{0}/*.jsonl", split="test"), r"split = test: .* is not a folder"),
+        (DataSource(path="{0}/a.jsonnl"), r"no such file .*did you mean a.jsonl\?"),
+        (DataSource(path="org/some_data"), r"hf download org/some_data --repo-type dataset --local-dir data/some_data"),
+        (DataSource(path="hf://datasets/org/d/x.parquet"), r"hf download org/d --repo-type dataset"),
+        (DataSource(path="https://host/datasets/org/d"), r"hf download org/d --repo-type dataset"),
+        (DataSource(path="s3://bucket/x.jsonl"), r"a URL is not read"),
     ],
 )
 def test_an_unusable_source_is_reported_with_its_key(tmp_path: Path, source: DataSource, message: str) -> None:

@@ -260,6 +260,12 @@ def test_tools_of_other_columns_are_wrapped_and_merged_with_nothing(column: str)
     assert column not in read_columns("messages", {"tools": "mine"})
 
 
+def test_a_table_of_turns_is_read_as_the_list_of_its_rows() -> None:
+    # The type Sequence of older data sets of HF `datasets`.
+    assert parse({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Yo"]}}).messages == [USER, ASSISTANT]
+    assert "no `messages` list" in complaint({"messages": {"role": ["user"], "content": []}})
+
+
 def test_elements_of_lists_may_be_the_json_text_of_objects() -> None:
     texts = [json.dumps(USER), json.dumps(ASSISTANT)]
     shared = {"role": "user", "content": "Hi"}
@@ -468,7 +474,7 @@ def test_columns_and_roles_may_have_other_names() -> None:
     roles = {"A": "user", "B": "assistant"}
     assert parse(record, columns, roles).messages == [USER, {**ASSISTANT, "train": False}]
     message = complaint({"dialog": [{"speaker": "C"}]}, columns=columns, roles=roles)
-    assert 'unknown role "C"; map it with roles = { "C" = "assistant" }' in message
+    assert 'unknown role "C"; set roles = { "C" = "assistant" }' in message
     assert message.endswith("tool_call, A, B")
     # A mapping may give a known name another meaning.
     assert parse({"messages": [USER]}, {}, {"user": "assistant"}).messages == [{**ASSISTANT, "content": "Hi"}]

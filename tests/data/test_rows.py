@@ -182,6 +182,138 @@ def test_a_malformed_element_is_an_error_in_its_place(tmp_path: Path) -> None:
         assert word in error
 
 
+# Other JSON files: one object over several lines, a list of rows in an object.
+
+ROW = {"messages": [{"role": "user", "content": "a\u00e4]}"}], "x": [{"k": 1}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "b"}]}
+SPLIT = {"instruction": "q", "output": "a"}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("head_bytes", [1 << 20, 40])
+@pytest.mark.parametrize(
+    ("value", "rows"),
+    [
+        (ROW, [ROW]),
+        (SHAREGPT, [SHAREGPT]),
+        (SPLIT, [SPLIT]),
+        ({"dialog": [{"role": "user", "content": "a"}]}, [{"dialog": [{"role": "user", "content": "a"}]}]),
+        ({"meta": [{"k": 1}], "messages": ROW["messages"]}, [{"meta": [{"k": 1}], "messages": ROW["messages"]}]),
+        ({"data": [ROW, SPLIT, ROW]}, [ROW, SPLIT, ROW]),
+        ({"version": "1.1", "tags": ["a", "{"], "data": [ROW, SPLIT], "n": {"y": []}}, [ROW, SPLIT]),
+        ({"messages": [SHAREGPT, SHAREGPT]}, [SHAREGPT, SHAREGPT]),
+        ({"train": [{"question": "q", "answer": "a"}]}, [{"question": "q", "answer": "a"}]),
+        ({"data": []}, []),
+        ([ROW, SPLIT], [ROW, SPLIT]),
+    ],
+)
+def test_an_object_is_a_row_or_holds_the_list_of_rows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    indent: int | None,
+    head_bytes: int,
+    value: Any,
+    rows: Any,
+) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    content = f"\ufeff\n{text}\n".encode()
+    file = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    # Of JSON lines, a first row longer than the head is a row.
+    monkeypatch.setattr("hbp_titan.data.jsonl._HEAD_BYTES", 1 << 20 if name == "a.jsonl" else head_bytes)
+    records = [record for _, record in read(index_rows(file, tmp_path / "unpacked"))]
+    assert records == rows
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("head_bytes", [1 << 20, 10])
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b'{"data": [{"k": 1}]}\n{"data": []}\n', [(1, {"data": [{"k": 1}]}), (2, {"data": []})]),
+        (b'\n{"messages": []}\n\n{"messages": []}', [(2, {"messages": []}), (4, {"messages": []})]),
+        (b'{"messages": [\n{"a": 1}\n', [(1, "not JSON: Expecting value at character 16"), (2, {"a": 1})]),
+        (b'{"a": }\n{"a": 1}\n', [(1, "not JSON: Expecting value at character 7"), (2, {"a": 1})]),
+    ],
+)
+def test_json_lines_are_known_by_their_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head_bytes: int, content: bytes, rows: Any
+) -> None:
+    monkeypatch.setattr("hbp_titan.data.jsonl._HEAD_BYTES", head_bytes)
+    assert read(index_rows(write(tmp_path / name, content), tmp_path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{\n "messages": [],\n "x": }\n', "3: not JSON: .*one object per line"),
+        (b'{\n "a": 1\n}\n{\n "a": 2\n}\n', "4: not JSON: Extra data"),
+        (b'{"train": [{"k": 1}], "test": [{"k": 2}]}', '1: has two lists of rows, "train" and "test"'),
+        (b'{"data": [{"k": 1}], "n": }', '2: the object breaks after its list "data"'),
+        (b'{"data": [{"k": 1}, 7]}', "2: the JSON array breaks"),
+    ],
+)
+def test_a_broken_object_is_reported_with_its_place(tmp_path: Path, content: bytes, message: str) -> None:
+    file = write(tmp_path / "a.json", content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:{message}"):
+        index_rows(file, tmp_path)
+
+
+def test_an_object_of_several_lines_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hbp_titan.data.jsonl._OBJECT_BYTES", 50)
+    content = json.dumps(ROW, indent=1).encode()
+    with pytest.raises(ValueError, match="1: an object of more than 50 bytes"):
+        index_rows(write(tmp_path / "a.json", content), tmp_path)
+    # Only the first row of a list must fit.
+    wrapped = json.dumps({"data": [SPLIT] * 9}, indent=1).encode()
+    monkeypatch.setattr("hbp_titan.data.jsonl._OBJECT_BYTES", 70)
+    assert len(index_rows(write(tmp_path / "b.json", wrapped), tmp_path)) == 9
+
+
+# CSV.
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.CSV"])
+def test_rows_of_csv_are_named_by_the_line_where_they_begin(tmp_path: Path, name: str) -> None:
+    text = '\ufeffinstruction,output,history\r\n"Add\n2, 2",4,"[[""a"", ""b""]]"\r\n\r\n\u00e4,"5"" disk",\r\n'
+    file = write(tmp_path / name, gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    index = index_rows(file, tmp_path / "unpacked")
+    assert index.file == file
+    assert read(index) == [
+        (2, {"instruction": "Add\n2, 2", "output": "4", "history": '[["a", "b"]]'}),
+        (5, {"instruction": "\u00e4", "output": '5" disk', "history": ""}),
+    ]
+
+
+def test_malformed_rows_of_csv_are_errors_in_their_place(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", b',a\n0,x\n1\n2,"\n\xff"\n3,y,z\n4,w')
+    assert read(index_rows(file, tmp_path / "unpacked")) == [
+        (2, {"column 1": "0", "a": "x"}),
+        (3, "the row has 1 cells, but the header has 2"),
+        (4, '"a" is not UTF-8'),
+        (6, "the row has 3 cells, but the header has 2"),
+        (7, {"column 1": "4", "a": "w"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\na,b,a\n1,2,3", "2: two columns .*a"),
+        (b"a\tb\n1\t2", "1: the header"),
+        (b"a,b\n1,2\n1,xxxxxxxxx", "3: not CSV"),
+    ],
+)
+def test_a_broken_csv_file_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr("hbp_titan.data.rows._CSV_CELL_CHARACTERS", 8)
+    file = write(tmp_path / "a.csv", content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:{message}"):
+        index_rows(file, tmp_path / "unpacked")
+
+
 # Compressed files.
 
 ROWS = [{"n": number, "text": random.Random(number).randbytes(500).hex()} for number in range(2000)]
