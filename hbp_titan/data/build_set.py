@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from hbp_titan.data.build_source import build_source_store, commit_dir
+from hbp_titan.data.build_source import build_source_store, missing_rows
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
+from hbp_titan.data.disk import check_free_space, commit_dir, copy_bytes, naming_full_disk, store_bytes
 from hbp_titan.data.files import NO_SPLIT
 from hbp_titan.data.formats import detect_format
 from hbp_titan.data.prepare import SetRequest, SourceFiles, fingerprint
-from hbp_titan.data.rows import RowIndex, count_rows, index_rows, read_records
+from hbp_titan.data.rows import RowIndex, count_rows, has_copy, index_rows, read_records
 from hbp_titan.data.token_store import (
     DROPPED,
     DUPLICATE,
@@ -63,7 +64,12 @@ def build_set(
         shutil.rmtree(unpacked, ignore_errors=True)
     meta = {"fingerprint": digest, "settings": request.settings()}
     workers.report(f"drawing the samples of {folder}")
-    workers.run_on_all(lambda: _mix(request, stores, folder, meta) if workers.rank == 0 else None)
+
+    def mix() -> None:
+        with naming_full_disk(folder.parent):
+            _mix(request, stores, folder, meta)
+
+    workers.run_on_all(mix if workers.rank == 0 else lambda: None)
 
 
 def _source_stores(
@@ -79,37 +85,55 @@ def _source_stores(
     limits = [min(source.limit or count, count) for (_, source), count in zip(request.sources, counts, strict=True)]
     if request.max_samples:
         limits = share_out(request.max_samples, limits)
+    cache = Path(data.cache_folder)
+    builds = []
+    for number, (key, source) in enumerate(request.sources):
+        settings = _source_settings(request, source, indexes[number], key)
+        settings = dataclasses.replace(settings, folder=found.sources[number].name)
+        # The seed decides which rows a limit leaves.
+        rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
+        digest = fingerprint(
+            {**found.base, "settings": settings.values(), "source": found.contents[number], "rows": rows}
+        )
+        chosen = _choose_rows(indexes[number], limits[number], seed)
+        builds.append((cache / f"source-{digest[:16]}", digest, indexes[number], chosen, settings))
+
+    def check_disk() -> None:
+        # Of all sources, before any row is tokenized: hours later only the last one would not fit.
+        needed = {folder: store_bytes(missing_rows(folder, chosen)) for folder, _, _, chosen, _ in builds}
+        check_free_space(cache, sum(needed.values()), f"the tokens of {len(needed)} sources")
+
+    workers.run_on_all(check_disk if workers.rank == 0 else lambda: None)
     stores = []
     # None shows the bar on a terminal only.
     hidden = None if progress and workers.rank == 0 else True
     with tqdm(total=sum(limits) // workers.size, unit="row", desc="tokenizing", disable=hidden) as bar:
-        for number, (key, source) in enumerate(request.sources):
-            settings = _source_settings(request, source, indexes[number], key)
-            settings = dataclasses.replace(settings, folder=found.sources[number].name)
-            # The seed decides which rows a limit leaves.
-            rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
-            digest = fingerprint(
-                {**found.base, "settings": settings.values(), "source": found.contents[number], "rows": rows}
-            )
-            folder = Path(data.cache_folder) / f"source-{digest[:16]}"
+        for (folder, digest, index, chosen, settings), source_files in zip(builds, found.sources, strict=True):
             # All ranks must take the same branch: building is collective.
             if not all(workers.gather(folder.is_dir())):
-                chosen = _choose_rows(indexes[number], limits[number], seed)
-                build_source_store(folder, digest, indexes[number], chosen, settings, data, workers, bar.update)
-            stores.append(SourceStore(folder, [str(file) for file in found.sources[number].files]))
+                build_source_store(folder, digest, index, chosen, settings, data, workers, bar.update)
+            stores.append(SourceStore(folder, [str(file) for file in source_files.files]))
     return stores
 
 
 def _index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) -> list[list[RowIndex]]:
     """Return where the rows of each source's files are; each rank reads its share of the files."""
     flat = [file for group in files for file in group]
+    cache = unpacked.parent
+
+    def check_disk() -> None:
+        needed = sum(copy_bytes(file) for file in set(flat) if not has_copy(file, unpacked))
+        check_free_space(cache, needed, "copies of compressed, CSV and Parquet files")
 
     def read_own() -> dict[int, RowIndex]:
         own = {}
-        for number in workers.share(len(flat)):
-            workers.report(f"looking for the rows of {flat[number]}")
-            own[number] = index_rows(flat[number], unpacked)
+        with naming_full_disk(cache):
+            for number in workers.share(len(flat)):
+                workers.report(f"looking for the rows of {flat[number]}")
+                own[number] = index_rows(flat[number], unpacked)
         return own
+
+    workers.run_on_all(check_disk if workers.rank == 0 else lambda: None)
 
     found: dict[int, RowIndex] = {}
     for part in workers.run_on_all(read_own):
@@ -333,10 +357,6 @@ def write_set(
     # Renamed when complete: no reader ever sees half a set.
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
-    for name, parts in columns.items():
-        dtype = np.uint16 if name == "sources" else parts[0].dtype
-        np.save(temporary / f"{name}.npy", np.concatenate(parts).astype(dtype))
-    np.save(temporary / "dropped.npy", dropped)
     lengths = np.concatenate(columns["lengths"])
     meta = {
         "format_version": FORMAT_VERSION,
@@ -348,8 +368,15 @@ def write_set(
         "num_trained_tokens": int(sum(part.sum() for part in columns["loss_tokens"])),
         "totals": totals,
     }
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    commit_dir(temporary, folder)
+    try:
+        for name, parts in columns.items():
+            dtype = np.uint16 if name == "sources" else parts[0].dtype
+            np.save(temporary / f"{name}.npy", np.concatenate(parts).astype(dtype))
+        np.save(temporary / "dropped.npy", dropped)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        commit_dir(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _totals(

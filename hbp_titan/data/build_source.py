@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.data.disk import commit_dir, ignore_if_exists, naming_full_disk
 from hbp_titan.data.files import SUFFIXES
 from hbp_titan.data.formats import read_columns
 from hbp_titan.data.rows import RowIndex, read_records
@@ -74,7 +75,7 @@ def build_source_store(
     progress: called with the rows that this rank has finished.
     Raises UserError "file:line: ..." with the first malformed rows unless data.malformed is "skip".
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     partial.mkdir(parents=True, exist_ok=True)
     shards = cut_shards(chosen)
 
@@ -82,7 +83,8 @@ def build_source_store(
         own = [shards[number] for number in workers.share(len(shards))]
         num_proc = data.num_proc or cores_per_rank()
         with (
-            _ignore_if_exists(folder),
+            naming_full_disk(folder.parent),
+            ignore_if_exists(folder),
             closing(write_shards(partial, own, settings, num_proc, data.max_errors_shown)) as reports,
         ):
             for shard in own:
@@ -97,7 +99,7 @@ def build_source_store(
     workers.report(f"writing the index of {folder}")
 
     def finish() -> None:
-        with _ignore_if_exists(folder):
+        with naming_full_disk(folder.parent), ignore_if_exists(folder):
             _write_index(partial, digest, indexes, chosen, shards)
             commit_dir(partial, folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,24 +107,15 @@ def build_source_store(
     workers.run_on_all(finish if workers.rank == 0 else lambda: None)
 
 
-@contextmanager
-def _ignore_if_exists(folder: Path) -> Iterator[None]:
-    """Ignore missing files if `folder` exists: another job that builds the same store may finish first."""
-    try:
-        yield
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise
+def missing_rows(folder: Path, chosen: Sequence[RowIndex]) -> list[RowIndex]:
+    """Return the rows that building the store in `folder` would tokenize: those of shards that do not exist yet."""
+    if folder.is_dir():
+        return []
+    return [shard.rows for shard in cut_shards(chosen) if not (_partial(folder) / shard.name).is_dir()]
 
 
-def commit_dir(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder to its place, or delete it if another process has put the same one there."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
 
 
 def _write_index(

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,8 @@ def _cached_digest(file: Path, cache: Path) -> str:
     # Anything else is a file that a full disk has cut.
     if len(digest) != 64:
         digest = sha256_file(file)
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_write(cached, digest)
+        # Kept to save time only: a full or read-only disk need not end a run whose stores exist.
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            atomic_write(cached, digest)
     return digest

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.data.arrow import first_line, index_arrow, read_arrow
+from hbp_titan.data.disk import is_full
 from hbp_titan.data.files import ARROW_SUFFIXES, CSV_SUFFIXES, SUFFIXES, require
 from hbp_titan.data.jsonl import index_json, index_lines, parse_row, read_lines, shown
 from hbp_titan.models.hf_files import check_not_pointer
@@ -117,10 +118,7 @@ def _is_arrow(file: Path) -> bool:
 
 def _copy(file: Path, folder: Path, suffix: str, write: Callable[[Path, Path], None]) -> Path:
     """Return the copy of `file` in `folder`, written atomically (several processes may do it) if it does not exist."""
-    # Named after path, size and time: a changed file gets another copy.
-    stat = file.stat()
-    key = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    copy = folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}-{file.name[:150]}{suffix}"
+    copy = folder / f"{_copy_key(file)}-{file.name[:150]}{suffix}"
     if not copy.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{copy.name[:200]}-{secrets.token_hex(4)}"
@@ -130,6 +128,18 @@ def _copy(file: Path, folder: Path, suffix: str, write: Callable[[Path, Path], N
         finally:
             temporary.unlink(missing_ok=True)
     return copy
+
+
+def has_copy(file: Path, folder: Path) -> bool:
+    """Return whether `folder` has a copy of `file` as it is now."""
+    return any(folder.glob(f"{_copy_key(file)}-*"))
+
+
+def _copy_key(file: Path) -> str:
+    # Of path, size and time: a changed file gets another copy.
+    stat = file.stat()
+    key = f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
 
 
 class _BrokenStream(Exception):
@@ -247,4 +257,6 @@ def _write_arrow(file: Path, target: Path) -> None:
             for batch in table.iter_batches(_ROWS_PER_BATCH, use_threads=False):
                 writer.write_batch(batch)
     except (arrow.ArrowException, OSError) as error:
+        if is_full(error):
+            raise
         raise ValueError(f"{file}:1: not a readable Parquet file: {first_line(error)}") from None
