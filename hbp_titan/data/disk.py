@@ -99,8 +99,8 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         if not is_full(error):
             raise
         raise ValueError(
-            f"data.cache_folder = {str(folder)!r}: the disk is full ({human_bytes(_free_bytes(folder))} free); free "
-            "some space, or set it to a folder on another disk; the next call continues with what is finished"
+            f"data.cache_folder = {str(folder)!r}: the disk is full; free some space, or set it to a folder on another "
+            "disk; the next call continues with what is finished"
         ) from error
 
 
