@@ -65,6 +65,8 @@ class Trainer:
         self.store, *self.held_out = open_stores(config, limit, distributed.worker_group(world))
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
+        for line in preflight.turn_end_warnings(config, self.store):
+            self._print(wrap(f"warning: {line}"))
 
     def _make_plans(self) -> None:
         """Choose the levels if they are to be measured, and plan the first epoch and the validation pass."""

@@ -209,8 +209,20 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
         "vocab_size": tokenizer.vocab_size,
         "pad_token_id": tokenizer.token_id("pad_token"),
         "eos_token_id": tokenizer.token_id("eos_token"),
+        "turn_ends": _turn_ends(stores, tokenizer),
     }
     write_set(folder, stores, drawn, np.concatenate(dropped), meta)
+
+
+def _turn_ends(stores: Sequence[SourceStore], tokenizer: ChatTokenizer) -> list[list[Any]]:
+    """Return [id, text, trained turns that end with it] of each control token, the most frequent first; the id is -1
+    for turns that end without one."""
+    counts: Counter[int] = Counter()
+    for store in stores:
+        counts.update({int(index): count for index, count in store.meta["turn_ends"].items()})
+    return [
+        [index, tokenizer.tokenizer.id_to_token(index) if index >= 0 else "", n] for index, n in counts.most_common()
+    ]
 
 
 def _own_side(

@@ -38,11 +38,30 @@ def summary(store: TokenStore) -> str:
         lines.append(f"... and {len(counts) - MAX_SOURCES_SHOWN} smaller sources")
     lines.append(_source_line("all", store, np.ones(len(store), dtype=bool), top))
     accounting, _ = check_totals(store.totals(), len(store))
-    incomplete = [s.folder for s in store.stores if s.meta["truncated"] or s.meta["split"] or s.meta["excluded"]]
+    incomplete = [
+        source.folder
+        for source in store.stores
+        if any(source.meta[key] for key in ("partly", "truncated", "split", "excluded", "notes"))
+    ]
     if incomplete and (store.folder / INCOMPLETE_ROWS).is_file():
         incomplete = [store.folder]
     listed = [f"  listed in {folder / INCOMPLETE_ROWS}" for folder in incomplete]
-    return "\n".join([*lines, *unread(store), *accounting, *listed])
+    return "\n".join([*lines, *unread(store), *_turns(store), *accounting, *listed])
+
+
+def _turns(store: TokenStore) -> list[str]:
+    """Return what trained turns end with, and one line per source of what is odd about its rows."""
+    ends = [
+        f"{text} ({index}) {count:,}" if index >= 0 else f"none {count:,}" for index, text, count in store.turn_ends
+    ]
+    lines = [f"trained turns by end token: {', '.join(ends)}"] if ends else []
+    for source in store.stores:
+        if notes := source.meta["notes"]:
+            rows = [f"{count:,} rows: {note}" for note, count in notes.items()]
+            lines.append(
+                f"noted: {', '.join(source.meta['source_names'][:3]) or source.files[0]}: {first_n(rows, MAX_SHOWN)}"
+            )
+    return lines
 
 
 def unread(store: TokenStore) -> list[str]:

@@ -174,6 +174,7 @@ class TokenStore:
         self.meta = read_meta(folder)
         self.fingerprint: str = self.meta["fingerprint"]
         self.source_names: list[str] = self.meta["source_names"]
+        self.turn_ends: list[tuple[int, str, int]] = [tuple(end) for end in self.meta["turn_ends"]]
         self.lengths: NDArray[np.int64] = self._load("lengths")
         self.loss_tokens: NDArray[np.int64] = self._load("loss_tokens")
         self.sources: NDArray[np.uint16] = self._load("sources")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hbp_titan.data.chat_template import ChatTemplate, plain_messages
 from hbp_titan.data.files import READY_TEMPLATES, chat_template_file
-from hbp_titan.data.loss_mask import cut_sentinels
+from hbp_titan.data.sentinels import read_rendering, unused_alphabet
 from hbp_titan.data.tokenizer import TokenizerFolder
 from tests.data.test_chat_tokenizer import (
     BOS_TEXT,
@@ -35,6 +35,7 @@ OWN = {
     "deepseek_v3": "deepseek_v3",
     "r1_distill": "deepseek_r1",
 }
+MARKS = unused_alphabet([])
 SPECIAL = {"bos_token": BOS_TEXT, "eos_token": EOS_TEXT}
 
 
@@ -52,9 +53,8 @@ def text(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = No
 
 def trained(name: str, messages: list[dict[str, Any]], tools: Any = None, **variables: Any) -> list[str]:
     """The pieces of text that are trained."""
-    marked = text(READY[name], messages, tools, sentinels=("\x01", "\x02"), variables=variables)
-    whole, spans = cut_sentinels(marked, ("\x01", "\x02"))
-    return [whole[start:end] for start, end in spans]
+    found = read_rendering(text(READY[name], messages, tools, sentinels=MARKS.block, variables=variables), MARKS)
+    return [found.text[start:end] for start, end in found.blocks]
 
 
 def tool(content: str) -> dict[str, Any]:
@@ -150,9 +150,8 @@ def test_text_equals_deepseek_r1s_own_but_for_the_reasoning_of_the_last_exchange
     asks = FAMILY["r1_distill"].render(null_content(own[: asked + 1]), add_generation_prompt=True)
     if len(messages) > asked + 1:
         assert ready.startswith(asks)
-        marked = text(READY["r1_distill"], reasoned, sentinels=("\x01", "\x02"))
-        _, spans = cut_sentinels(marked, ("\x01", "\x02"))
-        assert len(asks) in [start for start, _ in spans]
+        found = read_rendering(text(READY["r1_distill"], reasoned, sentinels=MARKS.block), MARKS)
+        assert len(asks) in [start for start, _ in found.blocks]
 
 
 CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, OUTPUT_BEGIN, OUTPUT_END, OUTPUTS_BEGIN, OUTPUTS_END, SEP = (
