@@ -213,7 +213,8 @@ def test_the_summary_counts_each_source_and_the_rows(config_file: Path) -> None:
     assert lines[1].split()[:8] == ["wide", "9", "819", "549", "91", "133", "140", "141"]
     assert lines[2].split()[:4] == ["rare", "3", "333", "243"]
     assert lines[3].split()[:4] == ["all", "12", "1,152", "792"]
-    assert [text.partition(": ")[2] for text in lines[4:]] == [
+    assert lines[4] == "trained turns by end token: <|im_end|> (3) 12"
+    assert [text.partition(": ")[2] for text in lines[5:]] == [
         "12 rows = 12 whole",
         "12 samples_made = 12 trained",
         "12 samples = 12 trained",
