@@ -19,7 +19,14 @@ from typing import Any
 from hbp_titan.distributed.world import local_device
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.evaluation import needles, perplexity
-from hbp_titan.evaluation.generate import DEFAULT_CACHE_TOKENS, LocalBackend, ServerBackend, load_model
+from hbp_titan.evaluation.generate import (
+    DEFAULT_CACHE_TOKENS,
+    LocalBackend,
+    ServerBackend,
+    add_template_options,
+    load_model,
+    template_settings,
+)
 from hbp_titan.evaluation.harness import read_runs, run_harness
 from hbp_titan.evaluation.needles import TASKS, PromptFormatter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
@@ -42,7 +49,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _perplexity(options: argparse.Namespace, limit: int, out: Path) -> None:
     store = perplexity.open_data(
-        options.perplexity, options.folder, limit, options.cache_folder, options.max_samples, options.overlong
+        options.perplexity,
+        options.folder,
+        limit,
+        options.cache_folder,
+        options.max_samples,
+        options.overlong,
+        template_settings(options),
     )
     means = perplexity.evaluate(load_model(options.folder, local_device()), store, options.pack_tokens, _progress)
     print(perplexity.perplexity_table(means))
@@ -54,7 +67,7 @@ def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
     if options.depths < 1 or options.samples < 1:
         raise ValueError(f"--depths {options.depths} and --samples {options.samples} must be at least 1")
     depths = [0.5] if options.depths == 1 else [index / (options.depths - 1) for index in range(options.depths)]
-    formatter = PromptFormatter(options.folder)
+    formatter = PromptFormatter(options.folder, template_settings(options))
     backend: needles.Backend
     if options.server:
         backend = ServerBackend(options.server, options.server_model)
@@ -74,6 +87,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="HF folder: config.json, safetensors, tokenizer")
     parser.add_argument("--out", type=Path, help="where results are written [FOLDER/evaluation]")
+    add_template_options(parser)
     group = parser.add_argument_group("perplexity")
     group.add_argument("--perplexity", type=Path, metavar="DATA", help="data source (docs/data.md) or prepared set")
     group.add_argument("--max_samples", type=int, default=0, help="size of a seeded random subset of the rows [0: all]")

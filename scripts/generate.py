@@ -15,8 +15,9 @@ from pathlib import Path
 
 from hbp_titan.distributed.world import local_device
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.evaluation.generate import LocalBackend
+from hbp_titan.evaluation.generate import LocalBackend, add_template_options, template_settings
 from hbp_titan.evaluation.needles import PromptFormatter
+from hbp_titan.job_config import Data
 
 MAX_CHARACTERS = 400
 """Longer questions of --file are skipped."""
@@ -29,9 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--file", type=Path, default=Path(".data/stdlib/validation.jsonl"), help="[%(default)s]")
     parser.add_argument("--count", type=int, default=3, help="questions of --file [3]")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of an answer [64]")
+    add_template_options(parser)
     options = parser.parse_args(argv)
     asked = [(prompt, "") for prompt in options.prompt] or read_questions(options.file, options.count)
-    answers = answer(options.folder, [prompt for prompt, _ in asked], options.max_new_tokens)
+    prompts = [prompt for prompt, _ in asked]
+    answers = answer(options.folder, prompts, options.max_new_tokens, template_settings(options))
     for (prompt, reference), text in zip(asked, answers, strict=True):
         print(f"> {prompt}\n{text}\n" + (f"(reference: {reference})\n" if reference else ""))
 
@@ -49,9 +52,9 @@ def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
     return questions
 
 
-def answer(folder: Path, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Return the greedy answers of the model in `folder`."""
-    formatter = PromptFormatter(folder)
+def answer(folder: Path, prompts: list[str], max_new_tokens: int, data: Data | None = None) -> list[str]:
+    """Return the greedy answers of the model in `folder`. data: template settings [those of the folder]."""
+    formatter = PromptFormatter(folder, data)
     backend = LocalBackend(folder, formatter, local_device())
     return backend([formatter.ids(prompt) for prompt in prompts], [max_new_tokens] * len(prompts))
 

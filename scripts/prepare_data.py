@@ -15,7 +15,7 @@ import os
 
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.data.store_summary import show_samples, summary
+from hbp_titan.data.store_summary import show_samples, summary, template_line
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import close_world, init_world, local_device, worker_group
 from hbp_titan.errors import exit_on_user_error
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in turn_end_warnings(config, stores[0]):
         print(f"warning: {line}")
     if options.show:
+        print(template_line(config))
         print(show_samples(stores[0], options.show, config.tokenizer_path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.data.files import NO_SPLIT
+from hbp_titan.config import JobConfig
+from hbp_titan.data.files import NO_SPLIT, chat_template_file
 from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
 from hbp_titan.data.tokenizer import read_tokenizer_folder
 from hbp_titan.utils import first_n
@@ -113,6 +115,15 @@ def check_totals(totals: Mapping[str, int], samples: int) -> tuple[list[str], li
     if totals["samples"] != samples:
         errors.append(f"accounting: {totals['samples']:,} samples, but the store has {samples:,}")
     return lines, errors
+
+
+def template_line(config: JobConfig) -> str:
+    """Return which chat template the samples of a configuration are rendered with, its day and its variables."""
+    data = config.data
+    folder = read_tokenizer_folder(config.tokenizer_path, chat_template_file(data.chat_template))
+    tools = ", tool_use for rows with tools" if folder.tool_template else ""
+    variables = json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else "none but the rows' own"
+    return f"chat template: {folder.template_name}{tools}; strftime_now: {data.template_date}; variables: {variables}"
 
 
 def show_samples(store: TokenStore, count: int, tokenizer_path: Path) -> str:

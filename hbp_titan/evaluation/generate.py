@@ -12,6 +12,7 @@ K key/value heads, G = N / K, D head width, L tokens of one prompt.
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import urllib.error
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hbp_titan.config import load_config
 from hbp_titan.evaluation.needles import PromptFormatter
+from hbp_titan.job_config import Data
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.models.hf import HFTensors
@@ -283,3 +286,17 @@ def cached(model: Decoder, state: CacheState) -> Iterator[None]:
     finally:
         for block, inner in zip(model.blocks(), originals, strict=True):
             block.inner_attention = inner
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of a run's chat template, which prompts must share, to a command line."""
+    group = parser.add_argument_group("chat template, as data.* of the run")
+    group.add_argument("--chat_template", default="", metavar="NAME|PATH", help="[that of the folder]")
+    group.add_argument("--chat_template_kwargs", default="{}", metavar="JSON", help="its variables [%(default)s]")
+    group.add_argument("--template_date", default=Data.template_date, metavar="DAY", help="[%(default)s]")
+
+
+def template_settings(options: argparse.Namespace) -> Data:
+    """Return the parsed options of `add_template_options`; raises ValueError as for the keys of a configuration."""
+    keys = ("chat_template", "chat_template_kwargs", "template_date")
+    return load_config([f"--data.{key}={getattr(options, key)}" for key in keys]).data

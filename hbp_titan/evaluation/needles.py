@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 
 from hbp_titan.data.chat_template import ChatTemplate
+from hbp_titan.data.files import chat_template_file
+from hbp_titan.data.formats import check_variables
 from hbp_titan.data.tokenizer import read_tokenizer_folder
+from hbp_titan.job_config import Data
 from hbp_titan.models.hf_config import token_ids_from_hf
 from hbp_titan.utils import human_count
 
@@ -272,12 +275,16 @@ class PromptFormatter:
 
     With a chat template the prompt ends in the header of the assistant's turn; without one it is the bare text after
     the tokenizer's own prefix (such as a beginning-of-text token).
+    data: the template, its variables and its day, as in training [those of the folder].
     Raises ValueError if the folder has no tokenizer or its template does not compile.
     """
 
-    def __init__(self, folder: Path) -> None:
-        tokenizer_folder = read_tokenizer_folder(folder)
-        self.template = ChatTemplate(tokenizer_folder) if tokenizer_folder.chat_template else None
+    def __init__(self, folder: Path, data: Data | None = None) -> None:
+        data = data or Data()
+        tokenizer_folder = read_tokenizer_folder(folder, chat_template_file(data.chat_template))
+        has_template = bool(tokenizer_folder.chat_template)
+        self.template = ChatTemplate(tokenizer_folder, data.template_date) if has_template else None
+        self._variables = check_variables(data.chat_template_kwargs, "data.chat_template_kwargs")
         self.stop_ids = stop_ids(folder)
         # With a template, the prefix that the tokenizer adds would come twice.
         self.tokenizer = tokenizer_folder.load(post_processor=self.template is None)
@@ -287,7 +294,7 @@ class PromptFormatter:
         if self.template is None:
             return self.tokenizer.encode(f"{question}{answer_start}").ids
         messages = [{"role": "user", "content": question}]
-        text = self.template.render(messages, add_generation_prompt=True)
+        text = self.template.render(messages, add_generation_prompt=True, variables=self._variables)
         # After a header that ends in a line break no model writes a space first.
         start = answer_start.lstrip() if text[-1:].isspace() else answer_start
         return self.tokenizer.encode(f"{text}{start}", add_special_tokens=False).ids

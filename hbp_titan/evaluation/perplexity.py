@@ -23,7 +23,7 @@ from hbp_titan.components.loss import linear_cross_entropy_losses
 from hbp_titan.data.batch import PackedBatch, make_batch
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.token_store import TokenStore
-from hbp_titan.job_config import JobConfig
+from hbp_titan.job_config import Data, JobConfig
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.metrics import bucket_name, length_bucket
@@ -38,20 +38,27 @@ position are the upper bounds of length bands (packing.metrics.length_bucket), p
 
 
 def open_data(
-    data: Path, folder: Path, max_sample_tokens: int, cache: Path, max_samples: int, overlong: str
+    data: Path,
+    folder: Path,
+    max_sample_tokens: int,
+    cache: Path,
+    max_samples: int,
+    overlong: str,
+    settings: Data | None = None,
 ) -> TokenStore:
     """Return the samples of `data`, a prepared set or a data source, which is prepared with the tokenizer of `folder`.
 
     Args:
         max_sample_tokens, overlong: limit of a sample, and data.max_length_policy for longer ones.
         max_samples: size of a random subset [0: all].
+        settings: the template, its variables and its day, as in training [those of the folder].
 
     Raises ValueError as scripts/prepare_data.py does.
     """
     # The file of a prepared set; anything else is a source.
     if (data / "meta.json").is_file():
         return TokenStore.open(data)
-    config = JobConfig()
+    config = JobConfig(data=settings or Data())
     config.model.tokenizer_path = str(folder)
     config.data.train_files = [str(data)]
     config.data.cache_folder = str(cache)

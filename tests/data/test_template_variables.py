@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
+from hbp_titan.config import JobConfig
 from hbp_titan.data.chat_template import ChatTemplate
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.formats import check_variables, parse_record
 from hbp_titan.data.tokenizer import TokenizerFolder
-from tests.data.test_chat_tokenizer import CHATML_PLAIN, TOOLS, chat, make_folder, reference, trained_text
+from tests.data.preparing import byte_tokenizer, job, line, prepared, run_script, write
+from tests.data.test_chat_tokenizer import (
+    CHATML_PLAIN,
+    EOS_TEXT,
+    TOOLS,
+    chat,
+    make_family,
+    make_folder,
+    reference,
+    trained_text,
+)
 
 
 def render(template: str, date: str = "2024-07-26", **variables: Any) -> str:
@@ -103,3 +115,88 @@ def test_rows_with_tools_use_the_template_for_tools_as_transformers_does(tmp_pat
     (tmp_path / "own.jinja").write_text("{{- 'own' }}" + TOOL_USE)
     own = ChatTokenizer(folder, "all", tmp_path / "own.jinja")
     assert trained_text(own, chat("a", "b"), TOOLS) == "own" + listed + plain
+
+
+# From files to stores.
+
+
+def trained_pieces(config: JobConfig) -> list[str]:
+    """The trained text of each sample."""
+    store, tokenizer = prepared(config), Tokenizer.from_file(str(config.tokenizer_path / "tokenizer.json"))
+    samples = [store.sample(index) for index in range(len(store))]
+    return [tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False) for ids, mask in samples]
+
+
+def test_variables_of_the_row_win_over_those_of_the_configuration(tmp_path: Path) -> None:
+    make_family("qwen3", tmp_path / "tokenizer")
+    rows = [line("Hi", "Hello", chat_template_kwargs=value) for value in ({"enable_thinking": False}, None)]
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", *rows))])
+    thinks = "<think>\n\n</think>\n\nHello<|im_end|>"
+    assert trained_pieces(config) == ["Hello<|im_end|>", thinks]
+    config.data.chat_template_kwargs = {"enable_thinking": False}
+    assert trained_pieces(config) == ["Hello<|im_end|>"] * 2
+    write(tmp_path / "a.jsonl", line("Hi", "Hello", chat_template_kwargs={"enable_thinking": True}))
+    assert trained_pieces(config) == [thinks]
+    config.data.chat_template_kwargs = {"messages": []}
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.messages"):
+        prepared(config)
+
+
+def test_a_template_that_needs_the_day_has_it(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    dated = "{{- '<|im_start|>system\\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(dated + CHATML_PLAIN)
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("Hi", "Hello")))], train_on="all")
+    assert trained_pieces(config)[0].startswith("<|im_start|>system\nToday is 26 Jul 2024<|im_end|>\n")
+    config.data.template_date = "2025-01-31"
+    assert "Today is 31 Jan 2025<" in trained_pieces(config)[0]
+
+
+def test_r1_distill_trains_with_its_ready_template_alone(tmp_path: Path) -> None:
+    make_family("deepseek_r1", tmp_path / "tokenizer")
+    row = write(tmp_path / "a.jsonl", line("a", "<think>\nr\n</think>\n\nb"))
+    config = job(tmp_path, train_files=[str(row)])
+    with pytest.raises(ValueError, match="r1_distill"):
+        prepared(config)
+    config.data.chat_template = "r1_distill"
+    assert trained_pieces(config) == [f"r\n</think>\n\nb{EOS_TEXT}"]
+
+
+def test_all_that_shapes_the_text_changes_the_fingerprint(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("Hi", "Hello")))])
+    seen = [prepared(config).fingerprint]
+
+    def changed(**data: Any) -> None:
+        for key, value in data.items():
+            setattr(config.data, key, value)
+        seen.append(prepared(config).fingerprint)
+
+    changed(template_date="2025-01-31")
+    changed(chat_template_kwargs={"a": 1})
+    changed(chat_template_kwargs={"a": 2})
+    changed(chat_template="chatml")
+    own = write(tmp_path / "own.jinja", CHATML_PLAIN)
+    changed(chat_template=str(own))
+    write(own, CHATML_PLAIN + "{# other #}")
+    changed()
+    (tokenizer / "additional_chat_templates").mkdir()
+    tool_use = write(tokenizer / "additional_chat_templates" / "tool_use.jinja", CHATML_PLAIN)
+    write(tokenizer / "chat_template.jinja", CHATML_PLAIN)
+    changed(chat_template="")
+    write(tool_use, CHATML_PLAIN + "{# other #}")
+    changed()
+    assert len(set(seen)) == len(seen)
+
+
+def test_show_states_template_day_and_variables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("Hi", "Hello")))])
+    arguments = ["--job.config_file", str(tmp_path / "job.toml"), "--levels", "4096:1"]
+    options = ['--data.chat_template_kwargs={"a": 1}', "--data.template_date=2025-01-31"]
+    _, output, _ = run_script(capsys, *arguments, "--show", "1", *options)
+    assert 'tokenizer_config.json; strftime_now: 2025-01-31; variables: {"a": 1}' in output
+    _, output, _ = run_script(capsys, *arguments, "--show", "1", "--data.chat_template=chatml")
+    assert "templates/chatml.jinja; strftime_now: 2024-07-26; variables: none" in output
+    assert "\x1b[32mHello<|im_end|>\x1b[0m" in output
+    code, _, errors = run_script(capsys, *arguments, "--data.chat_template=qwen_3")
+    assert (code, "did you mean qwen3?" in errors, "r1_distill" in errors) == (1, True, True)

@@ -39,6 +39,18 @@ def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "out" / "needles.svg").read_text().startswith("<svg")
 
 
+def test_perplexity_takes_the_template_of_training(tmp_path: Path) -> None:
+    folder = exported(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}{{ 'asks' if add_generation_prompt }}")
+    data = write(tmp_path / "d.jsonl", line("q", "answer"))
+    options = (folder, "--out", tmp_path / "out", "--perplexity", data, "--cache_folder", tmp_path / "cache")
+    with pytest.raises(SystemExit):
+        evaluate(*options)
+    evaluate(*options, "--chat_template", "chatml", "--chat_template_kwargs", '{"unused": 1}')
+    trained = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert trained["all"][0]["trained_tokens"] == len("answer") + 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +61,8 @@ def test_perplexity_and_needles_in_one_call(tmp_path: Path, capsys: pytest.Captu
         (["--needles", "--lengths", "100"], "needs"),
         (["--perplexity", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tasks", "nowhere.toml"], "nowhere.toml"),
+        (["--needles", "--template_date", "today"], "data.template_date"),
+        (["--needles", "--chat_template", "qwen"], "did you mean qwen3"),
     ],
 )
 def test_mistakes_print_one_line(

@@ -29,6 +29,7 @@ from hbp_titan.evaluation.needles import (
     score,
     score_table,
 )
+from hbp_titan.job_config import Data
 
 DEPTHS = (0.0, 0.5, 1.0)
 
@@ -66,6 +67,22 @@ MAKERS = {"bpe": bpe_folder, "byte": byte_folder, "plain": plain_folder}
 @pytest.fixture(scope="module")
 def formatters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PromptFormatter]:
     return {name: PromptFormatter(make(tmp_path_factory.mktemp("t") / name)) for name, make in MAKERS.items()}
+
+
+def test_prompts_use_the_template_the_variables_and_the_day_of_training(tmp_path: Path) -> None:
+    folder = byte_folder(tmp_path)
+    template = "{{ strftime_now('%Y') }} {{ mode | default('none') }} {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    data = Data(chat_template_kwargs={"mode": "x"}, template_date="2025-01-31")
+    for settings, prompt in (
+        (None, "2024 none Hi"),
+        (data, "2025 x Hi"),
+        (Data(chat_template="chatml"), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+    ):
+        formatter = PromptFormatter(folder, settings)
+        assert formatter.tokenizer.decode(formatter.ids("Hi"), skip_special_tokens=False) == prompt
+    with pytest.raises(ValueError, match="must not replace tools"):
+        PromptFormatter(folder, Data(chat_template_kwargs={"tools": []}))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
