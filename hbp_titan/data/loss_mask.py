@@ -190,7 +190,7 @@ class TurnLocator:
 
     def _lost_leaves(self, row: _Row) -> list[Part]:
         """Return the numbers and booleans of calls that the template leaves out, tried once per shape of the calls."""
-        shape = repr([_shape(message.get("tool_calls")) for message in row.messages])
+        shape = repr([row.variables or {}, *(_shape(message.get("tool_calls")) for message in row.messages)])
         if shape in self._complete_shapes:
             return []
         try:
@@ -394,7 +394,9 @@ def _context(row: _Row, index: int) -> Any:
                 between = [text.replace(name, "\0" * len(name)) for text in between]
     message = row.messages[index]
     kind = bool(message.get("content")), "reasoning_content" in message, len(message.get("tool_calls") or ())
-    return (before < 0, after == len(row.messages), *(m["role"] for m in messages), kind, *between)
+    # The same text may continue another prompt: Qwen3's enable_thinking moves its empty reasoning into the prompt.
+    variables = repr(row.variables or {})
+    return (before < 0, after == len(row.messages), *(m["role"] for m in messages), kind, variables, *between)
 
 
 def _has_leaf(value: Any) -> bool:
