@@ -39,9 +39,9 @@ class DataSource:
     """One [[data.sources]] or [[data.validation_sources]] block."""
 
     path: str = ""
-    """JSONL (.gz, .zst), Parquet or Arrow file, HF `datasets` folder saved to disk, or local dataset repository."""
+    """File or pattern (JSON, CSV, .gz, .zst, Parquet, Arrow), HF `datasets` folder saved to disk, dataset repository."""
     name: str = ""
-    """The source's name in summaries and metrics; empty means each row's own `source`, else its file's name."""
+    """Name in summaries and metrics; empty means each row's own `source`, else the name of its folder or file."""
     split: str = "train"
     """Split of a folder."""
     config: str = ""
