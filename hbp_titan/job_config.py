@@ -39,7 +39,7 @@ class DataSource:
     """One [[data.sources]] or [[data.validation_sources]] block."""
 
     path: str = ""
-    """File or pattern (JSON, CSV, .gz, .zst, Parquet, Arrow), HF `datasets` folder saved to disk, dataset repository."""
+    """File or pattern (JSON, CSV, .gz, .zst, Parquet, Arrow), HF `datasets` folder saved to disk, or repository."""
     name: str = ""
     """Name in summaries and metrics; empty means each row's own `source`, else the name of its folder or file."""
     split: str = "train"
