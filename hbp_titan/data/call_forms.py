@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from hbp_titan.data.chat_template import ChatTemplate, Message
+from hbp_titan.data.messages import Arguments
 
 _ARGUMENTS = {"city": "Oslo", "days": 2}
 # Not the function that is called, whose name must come from the call.
@@ -53,8 +54,10 @@ class CallForm(NamedTuple):
     def _call(self, call: Any) -> Any:
         function = call.get("function", call)
         arguments = function.get("arguments", {})
-        if self.arguments == "text" and not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+        if isinstance(arguments, dict):
+            text = arguments.text if isinstance(arguments, Arguments) else json.dumps(arguments, ensure_ascii=False)
+            # A plain dict: a template reads `arguments.text` as the argument of that name.
+            arguments = text if self.arguments == "text" else dict(arguments)
         function = {**function, "arguments": arguments}
         return function if "function" not in call else {**call, "function": function}
 

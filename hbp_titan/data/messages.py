@@ -153,6 +153,12 @@ def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
     return [_tool_call(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)]
 
 
+class Arguments(dict[str, Any]):
+    """Arguments of a call that the row has as JSON text: templates that append the text must get it as it is."""
+
+    text = ""
+
+
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     """Return {"function": {"name", "arguments": object, ...}, ...} of a call, nested or flat."""
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -163,7 +169,11 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get(key)
     if isinstance(arguments, str):
         # Some servers write "" for a function without parameters.
-        arguments = parse_text(arguments, f"{where}: {key}") if arguments.strip() else None
+        text = arguments
+        arguments = parse_text(text, f"{where}: {key}") if text.strip() else None
+        if isinstance(arguments, dict):
+            arguments = Arguments(arguments)
+            arguments.text = text
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
