@@ -65,6 +65,7 @@ class Trainer:
         self.store, *self.held_out = open_stores(config, limit, distributed.worker_group(world))
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
         self.token_ids = preflight.token_ids(config, self.store)
+        self.chat_template: str = self.store.meta["served_template"]
         for line in preflight.turn_end_warnings(config, self.store):
             self._print(wrap(f"warning: {line}"))
 
@@ -328,6 +329,7 @@ class Trainer:
             "model": dataclasses.asdict(self.args),
             "tokenizer_path": str(self.config.tokenizer_path),
             "token_ids": self.token_ids,
+            "chat_template": self.chat_template,
             **({"lora": self.adapter} if self.adapter else {}),
         }
         return self.checkpointer.stage(self.step, state, last=self.step == self.total_steps)
@@ -361,7 +363,7 @@ class Trainer:
             # The other ranks wait for the one that writes.
             distributed.set_timeouts(distributed.SLOW_WORK_SECONDS)
             self._heartbeat("export", distributed.SLOW_WORK_SECONDS)
-            self._print(weights.export(self.model, self.args, self.config, self.token_ids))
+            self._print(weights.export(self.model, self.args, self.config, self.token_ids, self.chat_template))
 
     def _log_startup(self) -> None:
         """Print every derived number, on the log rank; write the resolved config.toml and run.json."""

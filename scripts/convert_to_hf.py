@@ -42,7 +42,11 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     if not tokenizer_path.is_dir():
         raise ValueError(f"{tokenizer_path}: the tokenizer folder of the run does not exist; restore it")
     ids = state["token_ids"]
-    save_hf_folder(args, tensors, out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids)
+    # Checkpoints before data.chat_template have none.
+    template = state.get("chat_template", "")
+    save_hf_folder(
+        args, tensors, out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids, chat_template=template
+    )
     return step_folder
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbp_titan.components.weights import check_load_path
 from hbp_titan.config import load_config
+from hbp_titan.data.tokenizer import CHATML_TEMPLATE
 from hbp_titan.distributed.world import World
 from hbp_titan.models.documents import pack_documents
 from hbp_titan.testing.local_ranks import run_distributed
@@ -23,6 +24,8 @@ from tests.programs import run_python
 from tests.tiny_run import ARGS, write_tiny_run
 
 PROMPT = torch.arange(5, 105)
+# Asks otherwise than the tokenizer's own.
+OWN_TEMPLATE = "{{- '<|endoftext|>' }}" + CHATML_TEMPLATE
 Run = tuple[list[str], Path, Tensor]
 
 
@@ -43,7 +46,8 @@ def _logits_each(world: World, runs: list[list[str]], train: bool) -> list[Tenso
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two ranks over 4 steps, resumed up to step 6: its arguments, folder and final logits."""
     folder = tmp_path_factory.mktemp("export")
-    argv = write_tiny_run(folder)
+    (folder / "own.jinja").write_text(OWN_TEMPLATE)
+    argv = [*write_tiny_run(folder), f"--data.chat_template={folder}/own.jinja"]
     shorter, longer = ([*argv, f"--training.steps={steps}"] for steps in (4, 6))
     before, after = run_distributed(_logits_each, 2, [shorter, longer], True)[0]
     assert (before - after).abs().max() > 0.01
@@ -70,6 +74,10 @@ def test_converted_checkpoint_is_the_exported_folder(run: Run, tmp_path: Path) -
     names = sorted(path.name for path in exported.iterdir())
     assert names == sorted(path.name for path in converted.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    asked = transformers.AutoTokenizer.from_pretrained(exported).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == "<|endoftext|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == 3  # <|im_end|>
     for name in names:
         assert (exported / name).read_bytes() == (converted / name).read_bytes(), name

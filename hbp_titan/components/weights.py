@@ -118,10 +118,11 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     return f"{load_path}, {names} on disk, held in {dtype}"
 
 
-def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict[str, Any]) -> str:
+def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict[str, Any], chat_template: str) -> str:
     """Write hf/ in the run folder, with LoRA hf_adapter/ as well; return the lines that name them. A collective.
 
-    Existing folders are replaced. Adapters are merged into their matrices on the CPU in fp32, before rounding.
+    chat_template: source of the one to serve with; "" for the tokenizer's own. Existing folders are replaced. Adapters
+    are merged into their matrices on the CPU in fp32, before rounding.
     """
     dtype, lora, folder = DTYPES[config.checkpoint.export_dtype], config.lora, config.dump_folder
     base_path = config.checkpoint.initial_load_path
@@ -137,6 +138,7 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict
             dtype=dtype,
             token_ids=token_ids,
             overwrite=True,
+            chat_template=chat_template,
         )
         if lora.rank:
             # Named one by one: PEFT may count other matrices as all-linear.
@@ -155,7 +157,8 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict
         for _ in tensors:
             pass
     barrier()
-    lines = [f"HF weights   {folder / 'hf'}", *([f"PEFT adapter {folder / 'hf_adapter'}"] if lora.rank else [])]
+    lines = [f"HF weights   {folder / 'hf'}" + (", with the chat template of training" if chat_template else "")]
+    lines += [*([f"PEFT adapter {folder / 'hf_adapter'}"] if lora.rank else [])]
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from hbp_titan.data.files import NO_SPLIT
 from hbp_titan.data.formats import detect_format
 from hbp_titan.data.prepare import SetRequest, SourceFiles, fingerprint
 from hbp_titan.data.rows import RowIndex, count_rows, has_copy, index_rows, read_records
+from hbp_titan.data.served_template import served_template
 from hbp_titan.data.token_store import (
     DROPPED,
     DUPLICATE,
@@ -203,13 +204,15 @@ def _mix(request: SetRequest, stores: list[SourceStore], folder: Path, meta: dic
     for number, (part, count) in enumerate(zip(kept, counts, strict=True)):
         drawn.append(draw(part, count, (config.seed_of("data"), number)))
         dropped.append(_dropped(number, np.setdiff1d(part, drawn[-1]), NOT_DRAWN))
-    tokenizer = ChatTokenizer(config.tokenizer_path, chat_template=request.tokenize_config().chat_template)
+    template = request.tokenize_config().chat_template
+    tokenizer = ChatTokenizer(config.tokenizer_path, chat_template=template)
     meta |= {
         "tokenizer_path": str(config.tokenizer_path),
         "vocab_size": tokenizer.vocab_size,
         "pad_token_id": tokenizer.token_id("pad_token"),
         "eos_token_id": tokenizer.token_id("eos_token"),
         "turn_ends": _turn_ends(stores, tokenizer),
+        "served_template": served_template(config.tokenizer_path, template, config.data),
     }
     write_set(folder, stores, drawn, np.concatenate(dropped), meta)
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from hbp_titan.errors import UserError
 from hbp_titan.job_config import Data
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 SAMPLE = np.dtype(
     [
         ("length", "<i8"),

@@ -161,6 +161,7 @@ def save_hf_folder(
     token_ids: Mapping[str, Any] | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
+    chat_template: str = "",
 ) -> None:
     """Write a folder that transformers and vLLM load, atomically: configs, weights, tokenizer files.
 
@@ -170,6 +171,7 @@ def save_hf_folder(
     token_ids: bos_token_id, eos_token_id, pad_token_id for config.json; null if absent.
     max_shard_bytes: maximum size of a weight file.
     overwrite: replace `out` if it exists and is not empty; otherwise that is a ValueError.
+    chat_template: source of the template to write in place of the tokenizer's own.
 
     Raises ValueError for unknown, repeated, missing or misshapen tensors and for unknown token_ids.
     """
@@ -193,8 +195,12 @@ def save_hf_folder(
         _write_json(temporary / _GENERATION_FILE, _generation_config(tokenizer_path, config))
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
         for name, file in carried.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, temporary / name)
+            # transformers would take a template in a file before the one in tokenizer_config.json.
+            if not (chat_template and (name.endswith(".jinja") or name == "chat_template.json")):
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / name)
+        if chat_template:
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

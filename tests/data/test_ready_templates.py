@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hbp_titan.data.chat_template import ChatTemplate, plain_messages
 from hbp_titan.data.files import READY_TEMPLATES, chat_template_file
 from hbp_titan.data.sentinels import read_rendering, unused_alphabet
+from hbp_titan.data.served_template import served_template
 from hbp_titan.data.tokenizer import TokenizerFolder
+from hbp_titan.job_config import Data
 from tests.data.test_chat_tokenizer import (
     BOS_TEXT,
     EOS_TEXT,
@@ -23,6 +25,7 @@ from tests.data.test_chat_tokenizer import (
     calls,
     chat,
     conversations,
+    make_family,
     texts,
 )
 from tests.properties import examples
@@ -275,6 +278,43 @@ def test_llama_writes_the_day_of_the_configuration() -> None:
     template = compiled((chat_template_file("llama3") or Path()).read_text(), "2025-01-31")
     assert "Today Date: 31 Jan 2025\n\n" in text(template, chat("a"))
     assert "Today Date: 1 May\n\n" in text(template, chat("a"), variables={"date_string": "1 May"})
+
+
+# What the exported folder serves with.
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "stays"),
+    [
+        ("chatml", "chatml", True),
+        ("llama3_1", "llama3", True),
+        ("qwen2_5", "qwen2_5", True),
+        ("qwen3", "qwen3", True),
+        # Their own templates garble a second turn of calls.
+        ("deepseek_v3", "deepseek_v3", False),
+        ("deepseek_r1", "r1_distill", False),
+        ("qwen3", "chatml", False),
+        ("qwen3", "", True),
+    ],
+)
+def test_the_own_template_is_exported_where_it_asks_as_in_training(
+    tmp_path: Path, own: str, name: str, stays: bool
+) -> None:
+    folder, file = make_family(own, tmp_path), chat_template_file(name)
+    served = served_template(folder, file, Data())
+    assert served == ("" if stays else (file or Path()).read_text())
+
+
+def test_the_training_template_is_exported_where_the_own_asks_otherwise(tmp_path: Path) -> None:
+    folder, file = make_family("llama3_1", tmp_path), chat_template_file("llama3")
+    assert "strftime_now" in served_template(folder, file, Data(template_date="2025-01-31"))
+    assert not served_template(folder, file, Data(chat_template_kwargs={"date_string": "1 May"}))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert "strftime_now" in served_template(folder, file, Data())
+    for broken in ("", "{% for %}"):
+        (folder / "chat_template.jinja").write_text(broken)
+        assert "strftime_now" in served_template(folder, file, Data())
 
 
 # Copies of the families' own templates in TRL's package, read as text; nothing of it is imported.
