@@ -52,6 +52,21 @@ CHOICES = {
     "data.malformed": ("error", "skip"),
     "data.duplicates": ("keep", "skip"),
 }
+# Zero turns other keys off; for these it has no meaning.
+AT_LEAST_ONE = (
+    "data.max_errors_shown",
+    "data.max_row_bytes",
+    "data.prefetch_factor",
+    "training.epochs",
+    "training.loss_chunk_tokens",
+    "parallelism.dp_replicate",
+    "parallelism.expert_parallel_degree",
+    "parallelism.init_timeout_seconds",
+    "parallelism.train_timeout_seconds",
+    "checkpoint.interval",
+    "validation.interval",
+    "metrics.log_interval",
+)
 
 
 def load_config(argv: Sequence[str]) -> JobConfig:
@@ -317,25 +332,16 @@ def check_values(config: JobConfig) -> None:
     # No key has a meaning for negative numbers, so one rule covers those that are added later.
     for section, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"{section}.{name} = {value} must not be negative")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{section}.{name} = {value} must not be negative, infinite or NaN")
     for key in ("sources", "validation_sources"):
         for number, source in enumerate(getattr(config.data, key), start=1):
             _check_source(f"data.{key}[{number}]", source)
-    for key, value in (
-        # Zero turns other keys off; for these it has no meaning.
-        ("data.max_errors_shown", config.data.max_errors_shown),
-        ("data.max_row_bytes", config.data.max_row_bytes),
-        ("parallelism.dp_replicate", config.parallelism.dp_replicate),
-        ("parallelism.expert_parallel_degree", config.parallelism.expert_parallel_degree),
-        ("checkpoint.interval", config.checkpoint.interval),
-        ("training.loss_chunk_tokens", config.training.loss_chunk_tokens),
-        ("metrics.log_interval", config.metrics.log_interval),
-        ("data.prefetch_factor", config.data.prefetch_factor),
-        ("validation.interval", config.validation.interval),
-    ):
-        if value < 1:
-            raise ValueError(f"{key} = {value} must be at least 1")
+    for key in AT_LEAST_ONE:
+        section, _, name = key.partition(".")
+        if (number := getattr(getattr(config, section), name)) < 1:
+            raise ValueError(f"{key} = {number} must be at least 1")
+    _check_optimizer(config)
     _check_lora(config)
     _check_validation(config)
     profiling = config.profiling
@@ -380,6 +386,15 @@ def _check_validation(config: JobConfig) -> None:
         raise ValueError(
             "validation.enable = true but nothing is held out; set data.validation_files or validation.share"
         )
+
+
+def _check_optimizer(config: JobConfig) -> None:
+    optimizer = config.optimizer
+    for name in ("beta1", "beta2"):
+        if (value := getattr(optimizer, name)) >= 1:
+            raise ValueError(f"optimizer.{name} = {value} must be below 1; it is the decay of a running mean")
+    if not optimizer.eps:
+        raise ValueError("optimizer.eps = 0 must be above 0; a parameter without gradient would become NaN")
 
 
 def _check_lora(config: JobConfig) -> None:
