@@ -59,10 +59,13 @@ def build_set(
     digest: fingerprint of the set. progress: whether rank 0 shows a progress bar.
     """
     unpacked = folder.with_name(f"unpacked-{digest[:16]}")
-    stores = _source_stores(request, found, unpacked, workers, progress)
-    # Only now: the build of a source store ends on all ranks together, so no rank still reads the copies.
-    if workers.rank == 0:
-        shutil.rmtree(unpacked, ignore_errors=True)
+    try:
+        stores = _source_stores(request, found, unpacked, workers, progress)
+    except FileNotFoundError:
+        # Another job that built the same set has removed the copies meanwhile.
+        if folder.is_dir():
+            return
+        raise
     meta = {"fingerprint": digest, "settings": request.settings()}
     workers.report(f"drawing the samples of {folder}")
 
@@ -71,6 +74,9 @@ def build_set(
             _mix(request, stores, folder, meta)
 
     workers.run_on_all(mix if workers.rank == 0 else lambda: None)
+    # Only now: no rank of this job still reads the copies, and other jobs find the set instead.
+    if workers.rank == 0:
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def _source_stores(

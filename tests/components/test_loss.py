@@ -245,6 +245,14 @@ def _objective(plan: Plan, name: str, step: int, losses: list[np.ndarray]) -> fl
     return total
 
 
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_a_step_without_a_trained_token_has_weights_of_zero(name: str) -> None:
+    plan = build_plan([4, 6], [Level(8)], 2, loss_tokens=np.array([0, 0]))
+    assert plan.num_steps == 1
+    assert NORMALIZERS[name](plan, 0, np.array([0, 1])).tolist() == [0, 0]
+    assert weight_range(NORMALIZERS[name], plan, 0) == (0, 0)
+
+
 def test_objectives_equal_the_means_of_their_definitions(plan: Plan) -> None:
     rng = np.random.default_rng(0)
     losses = [rng.random(count) for count in LOSS_TOKENS]

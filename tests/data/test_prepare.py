@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 
 from hbp_titan import train
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.data import build_source
+from hbp_titan.data import build_set, build_source
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.store_summary import show_samples, summary
 from hbp_titan.data.token_store import TokenStore, check_fits
@@ -300,6 +301,39 @@ def test_ranks_under_torchrun_leave_the_same_bytes_and_report_errors_once(config
     result = run_python(SCRIPT, "--job.config_file", config_file, ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("train.jsonl:2: not JSON") == 1
+
+
+def test_jobs_that_build_the_same_store_at_once_do_not_disturb_each_other(config_file: Path) -> None:
+    folder = config_file.parent
+    rows = "".join(line("q" * 500, "a" * (k % 89 + 1)) for k in range(1, 3000))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    arguments = [str(SCRIPT), "--job.config_file", str(config_file), "--levels", "1024:1", "--data.num_proc", "1"]
+    arguments += ["--data.train_files", f"{folder}/a.jsonl.gz"]
+    with ThreadPoolExecutor(4) as pool:
+        results = [*pool.map(lambda _: run_python(*arguments), range(4))]
+    assert [result.stderr for result in results if result.returncode] == []
+    assert len({result.stdout for result in results}) == 1
+    assert "2,999 rows = 2,999 whole" in results[0].stdout
+    left = {path.name.partition("-")[0] for path in (folder / "cache").iterdir()}
+    assert left == {"digests", "set", "source"}
+
+
+def test_a_job_whose_copies_another_one_has_removed_finds_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress("".join(many(20)).encode()))
+    config = job(tmp_path, train_files=[str(file)])
+
+    def index_rows(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        index = real(*arguments)
+        prepared(config)  # the other job
+        return index
+
+    real = build_set.index_rows
+    monkeypatch.setattr(build_set, "index_rows", index_rows)
+    assert len(prepared(config)) == 20
 
 
 def _open_data_slowly(world: World, config: JobConfig, release: Path) -> str:

@@ -56,6 +56,13 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_
     assert read(index.select(np.array([2, 0]))) == [(7, {"a": 3}), (1, {"a": 1})]
 
 
+def test_line_separators_of_unicode_end_no_row_and_a_cut_last_line_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"a": "b\u2028c\u0085d"}\n{"a": "e'.encode())
+    (first, row), (last, error) = read(index_rows(file, tmp_path))
+    assert (first, row, last) == (1, {"a": "b\u2028c\u0085d"}, 2)
+    assert "not JSON" in str(error)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 1000])
 def test_rows_do_not_depend_on_the_blocks_of_the_scan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int

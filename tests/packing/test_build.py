@@ -64,6 +64,14 @@ def test_each_sample_is_in_exactly_one_pack_that_fits(lengths, world_size, metho
         assert 0 <= value <= 1
 
 
+@pytest.mark.parametrize("level_order", ["alternate", "interleave"])
+@pytest.mark.parametrize("lengths", [[5], [5, 9], [4096], list(range(1, 8)), [300] * 100])
+def test_fewer_samples_than_a_global_batch_make_one_step(lengths, level_order):
+    levels = [Level(1024), Level(4096, 8)]
+    plan = build_plan(lengths, levels, 32, global_batch_tokens=10**8, level_order=level_order)
+    assert (plan.num_steps, plan.step_tokens.tolist()) == (1, [sum(lengths)])
+
+
 def test_a_small_plan_equals_one_made_by_hand():
     # Level 1 (capacity 8, two ranks a pack) holds 7 and, in its free room, 1; level 0 the rest, two packs of 4.
     plan = build_plan([7, 3, 3, 1, 1, 1], [Level(4), Level(8, 2)], world_size=2)
