@@ -157,7 +157,7 @@ def _write_index(
         "format_version": FORMAT_VERSION,
         "fingerprint": digest,
         "files": [str(index.file) for index in indexes],
-        "empty_files": [number for number, index in enumerate(indexes) if not len(index)],
+        "empty_files": [str(index.file) for index in indexes if not len(index)],
         "unread_columns": dict(sorted(unread.items(), key=lambda item: (-item[1], item[0]))),
         "source_names": list(names),
         "rows": rows,

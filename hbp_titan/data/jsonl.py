@@ -105,7 +105,8 @@ def index_json(file: Path, name: Path, lines: bool) -> Rows:
     start = len(head) - len(text)
     if text.startswith(b"[") and (not lines or is_unfinished or is_alone):
         return index_array(file, name, start)
-    if not text.startswith(b"{") or (lines and not newline and not is_alone) or not (is_unfinished or not rest.strip()):
+    # A single line of a .json file may be an object that holds all rows; of a .jsonl file, it is a row.
+    if not text.startswith(b"{") or not (is_unfinished or (not lines and not rest.strip())):
         return index_lines(file)
     if is_unfinished:
         head = _read_head(file, _OBJECT_BYTES)
@@ -180,7 +181,7 @@ def _index_wrapped(file: Path, name: Path, head: bytes, start: int) -> Rows | No
 
 def _first_list(text: str) -> tuple[str, int] | None:
     """Return key and position of the first list of rows in the object that a text begins with; None if it is a row."""
-    decoder = json.JSONDecoder()
+    decoder, empty = json.JSONDecoder(), None
     try:
         position = _next(text, 1)
         while text[position] == '"':
@@ -188,15 +189,17 @@ def _first_list(text: str) -> tuple[str, int] | None:
             position = _next(text, position)
             if text[position] == "[":
                 inner = _next(text, position + 1)
-                first = [] if text[inner] == "]" else [decoder.raw_decode(text, inner)[0]]
-                if _is_rows(key, first) or not (first or key in _ROW_COLUMNS):
+                if text[inner] == "]":
+                    empty = empty or (key, position)
+                # The first row alone: all of them may be more than the text has.
+                elif _is_rows(key, [decoder.raw_decode(text, inner)[0]]):
                     return key, position
             if key in _ROW_COLUMNS:
                 return None
             position = _next(text, decoder.raw_decode(text, position)[1])
     except (ValueError, IndexError, RecursionError):
-        pass
-    return None
+        return None
+    return empty
 
 
 def _next(text: str, position: int) -> int:
@@ -211,7 +214,11 @@ def _is_rows(key: str, values: Any) -> bool:
     if not isinstance(values, list) or not values or not isinstance(values[0], dict):
         return False
     keys = values[0].keys()
-    return bool(keys & _ROW_COLUMNS) or not (key in _ROW_COLUMNS or keys & {"role", "from"})
+    if keys & {"role", "from"}:
+        return False
+    return key not in _ROW_COLUMNS or any(
+        isinstance(values[0].get(name), list) for name in ("messages", "conversations")
+    )
 
 
 def index_array(file: Path, name: Path, offset: int = 0) -> Rows:

@@ -97,9 +97,23 @@ def count_rows(file: Path, unpacked: Path) -> int | None:
             # The footer has it: no copy is needed.
             require("pyarrow.parquet", file)
             return int(require("pyarrow", file).parquet.read_metadata(file).num_rows)
+        if file.name.lower().endswith((".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst")):
+            # Without a copy, which could fill the disk for a file that is not even used.
+            return _count_lines(_decompressed(file))
         return len(index_rows(file, unpacked))
-    except (ValueError, OSError):
+    except (ValueError, OSError, _BrokenStream):
         return None
+
+
+def _count_lines(blocks: Iterator[bytes]) -> int:
+    rows, begun = 0, False
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        begun = begun or bool(first.strip())
+        for line in others:
+            rows += begun
+            begun = bool(line.strip())
+    return rows + begun
 
 
 def read_records(index: RowIndex, max_row_bytes: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -147,17 +161,20 @@ class _BrokenStream(Exception):
 
 
 def _write_decompressed(file: Path, target: Path) -> None:
-    blocks = _gzip_blocks(file) if file.name.lower().endswith(".gz") else _zstd_blocks(file)
     line = 1
     with target.open("wb") as stream:
         try:
-            for block in blocks:
+            for block in _decompressed(file):
                 stream.write(block)
                 line += block.count(b"\n")
         except _BrokenStream as error:
             raise ValueError(
                 f"{file}:{line}: the compressed file breaks off in this line ({error}); copy it again"
             ) from None
+
+
+def _decompressed(file: Path) -> Iterator[bytes]:
+    return _gzip_blocks(file) if file.name.lower().endswith(".gz") else _zstd_blocks(file)
 
 
 def _gzip_blocks(file: Path) -> Iterator[bytes]:

@@ -113,6 +113,8 @@ class SourceStore:
         self.folder = folder
         self.meta = read_meta(folder)
         self.files: list[str] = list(files) or self.meta["files"]
+        # By the paths of the run that made the store.
+        self._found: dict[str, str] = dict(zip(self.meta["files"], self.files, strict=True))
         self.samples: NDArray[Any] = np.load(folder / "samples.npy", mmap_mode="r", allow_pickle=False)
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
@@ -139,12 +141,11 @@ class SourceStore:
         """Return the rows not trained whole: file, line, outcome, reason, tokens, samples, detail, notes."""
         text = (self.folder / INCOMPLETE_ROWS).read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.split("\n") if line]
-        found = dict(zip(self.meta["files"], self.files, strict=True))
-        return [{**row, "file": found[row["file"]]} for row in rows]
+        return [{**row, "file": self._found[row["file"]]} for row in rows]
 
     def empty_files(self) -> list[str]:
         """Return the files that have no rows."""
-        return [self.files[number] for number in self.meta["empty_files"]]
+        return [self._found[file] for file in self.meta["empty_files"]]
 
     def _open_shard(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
         folder, expected = self.folder / f"shard-{number:05d}", self.meta["shard_tokens"][number]

@@ -354,6 +354,16 @@ def test_an_unusable_source_is_reported_with_its_key(tmp_path: Path, source: Dat
         source_files(source, "data.sources[0]")
 
 
+@pytest.mark.parametrize("content", [b"", b"\n \n", b'{"a": 1}\n\n{"a": 2}', b'\n{"a": 1}\r\n \r\n{"a": 2}\n\n'])
+def test_rows_of_a_compressed_file_are_counted_without_a_copy(tmp_path: Path, content: bytes) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz", tmp_path / "b.json.gz"]
+    for file in files:
+        file.write_bytes(gzip.compress(content) if file.name.endswith("gz") else content)
+    assert [count_rows(file, tmp_path / "u") for file in files] == [content.count(b"a")] * 3
+    files[1].write_bytes(gzip.compress(content)[:-5])
+    assert count_rows(files[1], tmp_path / "u") is None
+
+
 def test_files_may_be_links_as_in_a_hub_cache(tmp_path: Path) -> None:
     folder = make(tmp_path, ["x"])
     (folder / "x").rename(tmp_path / "blob")

@@ -230,7 +230,8 @@ def test_an_object_is_a_row_or_holds_the_list_of_rows(
     # Of JSON lines, a first row longer than the head is a row.
     monkeypatch.setattr("hbp_titan.data.jsonl._HEAD_BYTES", 1 << 20 if name == "a.jsonl" else head_bytes)
     records = [record for _, record in read(index_rows(file, tmp_path / "unpacked"))]
-    assert records == rows
+    # A line of a .jsonl file is a row, whatever it holds.
+    assert records == ([value] if name == "a.jsonl" and indent is None and isinstance(value, dict) else rows)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
