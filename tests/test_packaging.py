@@ -194,22 +194,3 @@ def test_checkout_is_importable_where_pip_has_no_index(environment: Path, tmp_pa
     where = _call(python, "-c", "import hbp_titan as h; print(h.__file__)", cwd=tmp_path)
     assert where.stdout == f"{root / 'hbp_titan' / '__init__.py'}\n", where.stderr
     assert _call(python, str(root / "scripts" / "report.py"), "--help", cwd=tmp_path).returncode == 0
-
-
-@pytest.mark.slow
-def test_installed_wheel_has_types(installed: Path, environment: Path, tmp_path: Path) -> None:
-    shutil.copytree(installed, next(environment.parent.glob("lib/python*/site-packages")), dirs_exist_ok=True)
-    (tmp_path / "user.py").write_text(
-        "import numpy as np\n"
-        "from hbp_titan.packing import Level, build_plan, measure\n"
-        "plan = build_plan(np.array([10, 20]), [Level(max_tokens=64)], world_size=1)\n"
-        "reveal_type(plan)\n"
-        "reveal_type(measure(plan).abr)\n"
-        "Level(max_tokens='64')\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--python-executable", str(environment / "python"), "user.py"]
-    found = _call(*command, cwd=tmp_path).stdout
-    assert 'user.py:4: note: Revealed type is "hbp_titan.packing.plan.Plan"' in found
-    assert 'user.py:5: note: Revealed type is "float"' in found.replace("builtins.", "")
-    assert 'user.py:6: error: Argument "max_tokens" to "Level" has incompatible type "str"; expected "int"' in found
-    assert "Found 1 error in 1 file" in found

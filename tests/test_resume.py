@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import re
 import signal
 import time
@@ -119,23 +118,6 @@ def _check_finished_run(argv: list[str], folder: Path) -> None:
     result = run_python(*alone)
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: cannot resume: {folder / 'sample_log'}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_rows", "kills"), [(150, 3), (600, 12)])
-def test_run_killed_at_random_moments(tmp_path: Path, num_rows: int, kills: int) -> None:
-    argv = [*_write_run(tmp_path, num_rows), "--checkpoint.interval=1"]
-    folder, whole = tmp_path / "killed", tmp_path / "whole"
-    run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
-    argv.append(f"--job.dump_folder={folder}")
-    generator = random.Random(kills)
-    for number in range(kills):
-        ranks = generator.choice([(0,), (1,), (0, 1)])
-        train_until_killed(argv, Kill(ranks, seconds=generator.uniform(0, 2), loaded=number % 3 > 0))
-    # How far the run comes depends on the machine; that nothing saved is lost does not.
-    saved = _saved_steps(folder)
-    assert run_distributed(train, 2, argv)[0][0] == max(saved, default=0)
-    assert_same_run(whole, folder)
 
 
 def _train_until_the_third_save(world: World, argv: list[str]) -> tuple[str, int]:

@@ -181,16 +181,13 @@ RECORD: dict[str, Any] = {
 }
 
 
-def test_long_line_drops_its_least_important_parts() -> None:
+def test_line_of_a_step_prints_nan_and_drops_its_least_important_parts_if_it_is_long() -> None:
+    small = {"step": 7, "level_name": "8K/cp2", "loss": None, "grad_norm": None, "mfu": None, "peak_memory_gib": 7.12}
+    assert step_line({**RECORD, **small}, 58, 61.0) == (
+        " 7/58  8K/cp2  loss    nan  grad   nan  1.23M tok/s  idle 12%  7.1G  eta 0:01:01"
+    )
     assert step_line(RECORD, 99999, 43210.0) == (
         "12345/99999  128K/cp16  loss 1.2346  1.23M tok/s  mfu 41.3%  eta 12:00:10"
     )
     mixed = {**RECORD, "level_name": "16K/cp1+32K/cp2+128K/cp16", "expert_load": {"worst": 1.5}}
     assert len(step_line(mixed, 99999, 43210.0)) <= 80
-
-
-def test_short_line_has_every_part_and_prints_nan() -> None:
-    small = {"step": 7, "level_name": "8K/cp2", "loss": None, "grad_norm": None, "mfu": None, "peak_memory_gib": 7.12}
-    assert step_line({**RECORD, **small}, 58, 61.0) == (
-        " 7/58  8K/cp2  loss    nan  grad   nan  1.23M tok/s  idle 12%  7.1G  eta 0:01:01"
-    )

@@ -92,19 +92,16 @@ def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_gpu_with_a_cpu_build_is_an_error(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(ValueError, match="build without CUDA"):
-        world.require_usable_gpu(dev)
-
-
-def test_old_driver_is_an_error_with_torchs_reason(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "word"), [(None, "build without CUDA"), ("13.0", "too old")])
+def test_gpu_that_torch_cannot_use_is_an_error(
+    dev: Path, version: str | None, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
 
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "init", init)
-    with pytest.raises(ValueError, match="too old"):
+    with pytest.raises(ValueError, match=word):
         world.require_usable_gpu(dev)
 
 

@@ -78,6 +78,16 @@ def test_measured_file_and_its_errors(tmp_path: Path) -> None:
     assert read.levels == (Level(64, 2),)
     assert read.micro_batches[0].loads.shape == (2, 4)
     assert read.step_seconds == 0.0
+    # A profile: each pack is a micro-batch, and levels without a time are left out.
+    row = {"level": {"max_tokens": 64}, "peak_bytes": 1, "loads": [[1, 60, 900, 3], [1, 50, 800, 2]], "seconds": [2, 3]}
+    untimed = {"level": {"max_tokens": 32}, "peak_bytes": 1, "loads": [], "seconds": []}
+    path.write_text(json.dumps({"measurements": [untimed, row], "step_seconds": 0.25}))
+    read = load_measured(path)
+    assert (read.levels, read.step_seconds) == ((Level(64),), 0.25)
+    assert [(r.level, r.loads.tolist(), r.seconds) for r in read.micro_batches] == [
+        (0, [[1, 60, 900, 3]], 2.0),
+        (0, [[1, 50, 800, 2]], 3.0),
+    ]
     for iterations, message in (
         ([], "level 0"),
         ([{"level": 1, "seconds": 1, "loads": [[1, 2, 3, 4]]}], r"iterations\[0\]"),
@@ -86,20 +96,6 @@ def test_measured_file_and_its_errors(tmp_path: Path) -> None:
         path.write_text(json.dumps({**values, "iterations": iterations}))
         with pytest.raises(ValueError, match=message):
             load_measured(path)
-
-
-def test_profile_is_read_as_one_pack_per_micro_batch(tmp_path: Path) -> None:
-    row = {"level": {"max_tokens": 64}, "peak_bytes": 1, "loads": [[1, 60, 900, 3], [1, 50, 800, 2]], "seconds": [2, 3]}
-    untimed = {"level": {"max_tokens": 32}, "peak_bytes": 1, "loads": [], "seconds": []}
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps({"measurements": [untimed, row], "step_seconds": 0.25}))
-    read = load_measured(path)
-    assert read.levels == (Level(64),)
-    assert [(r.level, r.loads.tolist(), r.seconds) for r in read.micro_batches] == [
-        (0, [[1, 60, 900, 3]], 2.0),
-        (0, [[1, 50, 800, 2]], 3.0),
-    ]
-    assert read.step_seconds == 0.25
 
 
 RUNS = parse_runs("isf@8:1;hbp@4:1,8:1")

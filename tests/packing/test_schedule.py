@@ -16,12 +16,6 @@ def steps_of(plan):
     return [plan.level_of_iteration[a:b] for a, b in zip(plan.step_offsets[:-1], plan.step_offsets[1:], strict=True)]
 
 
-def test_without_a_target_each_iteration_is_a_step():
-    plan = build_plan(LENGTHS, LEVELS, 8)
-    assert plan.num_steps == plan.num_iterations
-    assert plan.step_of_iteration.tolist() == list(range(plan.num_iterations))
-
-
 def test_alternate_gives_each_step_one_level_in_mixed_order():
     plan = build_plan(LENGTHS, LEVELS, 8, global_batch_tokens=520_000)
     levels = [set(step.tolist()) for step in steps_of(plan)]
@@ -75,8 +69,9 @@ def test_curriculum_trains_the_lowest_level_first_in_the_first_epoch_only(level_
     assert any((step == 1).any() for step in steps_of(second)[:20])
 
 
-def test_a_curriculum_longer_than_the_lowest_level_takes_all_of_it():
+def test_defaults_are_a_step_per_iteration_and_a_long_curriculum_takes_all_of_the_lowest_level():
     plan = build_plan(LENGTHS, LEVELS, 8, curriculum_steps=10**6)
+    assert plan.step_of_iteration.tolist() == list(range(plan.num_iterations))
     assert (np.diff(plan.level_of_iteration) >= 0).all()
 
 

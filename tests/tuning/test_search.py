@@ -168,16 +168,20 @@ def test_expensive_communication_keeps_short_data_on_one_rank() -> None:
     assert selection.predicted.seconds < 0.77 * one_level
 
 
-def test_one_level_is_selected_without_a_gain() -> None:
-    # Communication is free, and a short pack costs as much as a long one.
-    candidates = [Candidate(Level(length, 4), LevelTimeModel(1.0)) for length in (4 * K, 16 * K, 64 * K)]
-    assert _shape(select_search(candidates, _workload(MIXED, 8)).levels) == [(64 * K, 4)]
-
-
-def test_one_length_above_the_longest_sample_can_win() -> None:
-    # Packs of 64K are twice as fast for each token as those of 4K, which the longest sample would fit.
-    candidates = [Candidate(Level(4 * K), LevelTimeModel(2.0)), Candidate(Level(64 * K), LevelTimeModel(16.0))]
-    assert _shape(select_search(candidates, _workload([500] * 9000, 8)).levels) == [(64 * K, 1)]
+@pytest.mark.parametrize(
+    ("candidates", "lengths", "selected"),
+    [
+        # Communication is free, and a short pack costs as much as a long one: no gain from a second level.
+        ([(4, 4, 1.0), (16, 4, 1.0), (64, 4, 1.0)], MIXED, [(64 * K, 4)]),
+        # Packs of 64K are twice as fast for each token as those of 4K, which the longest sample would fit.
+        ([(4, 1, 2.0), (64, 1, 16.0)], [500] * 9000, [(64 * K, 1)]),
+    ],
+)
+def test_one_level_can_win(
+    candidates: list[tuple[int, int, float]], lengths: list[int], selected: list[tuple[int, int]]
+) -> None:
+    made = [Candidate(Level(length * K, cp), LevelTimeModel(seconds)) for length, cp, seconds in candidates]
+    assert _shape(select_search(made, _workload(lengths, 8)).levels) == selected
 
 
 def test_held_out_data_can_require_a_longer_level() -> None:

@@ -202,36 +202,19 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("memory")
-def test_open_depth_becomes_the_fewest_layers_that_fit() -> None:
-    levels = [Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="keep_attention")]
-    for candidate, level in zip(estimate_candidates(ARGS, JobConfig(), H100, 32, levels), levels, strict=True):
-        assert candidate.fits
-        assert candidate.level == dataclasses.replace(level, ac_layers=16)
-        assert candidate.peak_bytes == 74 * 2**30
-        assert candidate.time == time_model(ARGS, JobConfig(), H100, 32).level_time(candidate.level)
-
-
-@pytest.mark.usefixtures("memory")
-def test_level_with_a_given_depth_is_unchanged() -> None:
-    levels = [
-        Level(16384),
-        Level(32768, 2, ac_policy="full", ac_layers=3),
-        Level(131072, 8, ac_policy="full", ac_layers=20),
-    ]
-    none, three, twenty = estimate_candidates(ARGS, JobConfig(), H100, 32, levels)
-    assert [c.level for c in (none, three, twenty)] == levels
-    assert (none.fits, three.fits, twenty.fits) == (False, False, True)
-    assert none.time is None
-    assert none.peak_bytes == 138 * 2**30
-
-
-@pytest.mark.usefixtures("memory")
-def test_level_that_fits_at_no_depth_checkpoints_all_layers() -> None:
+def test_open_depth_becomes_the_fewest_layers_that_fit_and_a_given_one_is_unchanged() -> None:
+    full, keep = Level(16384, 1, ac_policy="full"), Level(131072, 8, ac_policy="keep_attention")
+    given = [Level(16384), dataclasses.replace(full, ac_layers=3), dataclasses.replace(keep, ac_layers=20)]
+    found = estimate_candidates(ARGS, JobConfig(), H100, 32, [full, keep, *given])
+    assert [c.level for c in found] == [*(dataclasses.replace(level, ac_layers=16) for level in (full, keep)), *given]
+    assert [c.fits for c in found] == [True, True, False, False, True]
+    assert [c.peak_bytes for c in found[:3]] == [74 * 2**30, 74 * 2**30, 138 * 2**30]
+    assert found[0].time == time_model(ARGS, JobConfig(), H100, 32).level_time(found[0].level)
+    assert found[2].time is None
+    # No depth fits: all layers are checkpointed.
     tiny = dataclasses.replace(H100, memory_bytes=2**30)
-    (candidate,) = estimate_candidates(ARGS, JobConfig(), tiny, 32, [Level(16384, 1, ac_policy="full")])
-    assert not candidate.fits
-    assert candidate.level.ac_layers == 32
-    assert candidate.peak_bytes == 10 * 2**30
+    (candidate,) = estimate_candidates(ARGS, JobConfig(), tiny, 32, [full])
+    assert (candidate.fits, candidate.level.ac_layers, candidate.peak_bytes) == (False, 32, 10 * 2**30)
 
 
 def test_sharding_follows_the_configuration() -> None:
