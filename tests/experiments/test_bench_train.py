@@ -195,6 +195,16 @@ def test_out_of_memory_is_a_row_and_not_tried_again_at_greater_lengths(
     assert tried.count(("none", 256, 1)) == 0
 
 
+@pytest.mark.slow
+def test_auto_halves_the_layers_until_every_policy_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run_out_of_memory(monkeypatch, lambda policy, tokens, layers: policy == "none" and tokens * layers > 200)
+    rows = _measure_all(_bench(world, "32,64,128,256", layers=0))
+    # 3 layers of 64 tokens would fit.
+    assert [m.layers for m in rows] == [4] * 3 + [2] * 3 + [1] * 6
+    # At 256 tokens one layer cannot be halved.
+    assert [m.fits for m in rows] == [True] * 9 + [False, True, True]
+
+
 NONE = Measurement(
     model="debug",
     layers=4,
@@ -266,9 +276,11 @@ def test_ratios_are_per_round() -> None:
     assert "alternating / grouped 1.000 (0.500-1.100), grouped / grouped 1.000 (0.800-1.000)" in str(cost)
 
 
-def _report(path: Path, *words: str, gpu: str = "") -> tuple[str, dict[str, Any]]:
+def _report(path: Path, *words: str, ranks: int = 0, gpu: str = "") -> tuple[str, dict[str, Any]]:
     """Return what the command prints and writes. gpu: CUDA_VISIBLE_DEVICES."""
-    result = run_python("scripts/bench_train.py", *words, f"--json={path}", env={"CUDA_VISIBLE_DEVICES": gpu})
+    result = run_python(
+        "scripts/bench_train.py", *words, f"--json={path}", ranks=ranks, env={"CUDA_VISIBLE_DEVICES": gpu}
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(path.read_text())
 
@@ -288,6 +300,18 @@ def test_one_row_per_length_documents_and_policy(tmp_path: Path) -> None:
     assert report["measurements"][9]["flops"] < report["measurements"][6]["flops"]
     assert "CPU" in report["device"]
     assert f"command: {report['command']}" in printed
+
+
+def test_two_ranks_report_the_cost_of_a_level_switch(tmp_path: Path) -> None:
+    words = ("--switch", "--lengths=64:1,128:2", "--policies=none,full:1", "--documents=20", "--layers=2")
+    path = tmp_path / "out.json"
+    printed, report = _report(path, *words, "--switch_packs=1", "--repeats=2", ranks=2)
+    assert "alternating / grouped" in printed
+    assert printed.count("new process groups 0") == 1  # one rank prints
+    (found,) = report["measurements"]
+    assert report["ranks"] == 2
+    # Two lengths under two policies.
+    assert (found["micro_batches"], found["switches"], found["new_groups"], len(found["grouped"])) == (4, 3, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hbp_titan.experiments.study.quality import (
     draw,
     loss_table,
     paired_difference,
+    plan_table,
     study_config,
     t_probability,
     t_quantile,
@@ -104,6 +105,10 @@ def test_band_table_by_hand() -> None:
     assert rows[0] == "| variant | 1 to 256 tokens (1,000 trained) | 513 to 1K tokens (900 trained) |"
     assert rows[2] == "| hbp | 1.0000 +- 0.0000 | 2.0000 +- 0.0000 |"
     assert rows[3] == "| isf | +0.0000 (+0.0000 to +0.0000) | **+0.1000 (+0.1000 to +0.1000)** |"
+
+
+def test_plan_table_by_hand() -> None:
+    assert plan_table(STUDY).splitlines()[3] == "| isf | 0.250 | 1.000 | 0.000 | 4,000 +- 100 | 12.5% | 50.0% | 2 |"
 
 
 def test_chart_has_a_row_per_variant_with_an_interval() -> None:

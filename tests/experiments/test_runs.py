@@ -120,6 +120,13 @@ def test_run_with_other_settings_raises(tmp_path: Path) -> None:
         train_all(runs, 1, lambda line: None)
 
 
+def test_failed_run_raises_with_its_last_line(tmp_path: Path) -> None:
+    program = "print('started'); raise SystemExit('error: no such tokenizer')"
+    with pytest.raises(RuntimeError, match="exit code 1: error: no such tokenizer"):
+        train_all(_runs(tmp_path, "isf", (1,), program), 1, lambda line: None)
+    assert not list(tmp_path.glob("*/*/outcome.json"))
+
+
 def test_outcome_by_hand(tmp_path: Path) -> None:
     train_all(_runs(tmp_path, "isf", (1,)), 1, lambda line: None)
     outcome = read_outcome(tmp_path / "isf" / "seed-1")

@@ -14,6 +14,7 @@ from hbp_titan.experiments.paper.scale import (
     flexsp_levels,
     level_cost,
     replay_methods,
+    scale_lengths,
     scale_levels,
     scale_svg,
     scale_table,
@@ -81,6 +82,13 @@ def test_levels_have_16k_tokens_per_rank_if_there_are_ranks() -> None:
         (1 << 20, 64, "hybrid"),
     ]
     assert [level.cp_degree for level in scale_levels(LLAMA, 1 << 20, 8)] == [1, 8, 8]
+
+
+@pytest.mark.parametrize("context", [131_072, 1_048_576])
+def test_lengths_reach_the_context(context: int) -> None:
+    lengths = scale_lengths(context, 64)
+    assert 0.9 * context < lengths.max() <= context
+    assert lengths.min() >= 1
 
 
 @pytest.mark.slow

@@ -163,6 +163,30 @@ def test_new_run_and_corrupt_files_are_noted(tmp_path: Path) -> None:
         assert word in notes, word
 
 
+def test_starts_come_from_the_sample_log_without_run_json(tmp_path: Path) -> None:
+    run = write_usual_run(tmp_path, 40)
+    (run / "run.json").unlink()
+    for count, first in enumerate((1, 21), start=1):
+        start = run / "sample_log" / f"start-{count:04}"
+        start.mkdir(parents=True)
+        (start / "start.json").write_text(json.dumps({"first_step": first, "world_size": 4}))
+    assert "resumed with step 21 on 4 ranks" in _page(run)
+
+
+def test_runs_with_the_same_name_get_their_parent_folder(tmp_path: Path) -> None:
+    runs = [write_usual_run(tmp_path / name / "run", 5) for name in ("left", "right")]
+    assert [run.name for run in read_runs(runs)] == ["left/run", "right/run"]
+
+
+def test_mixed_step_is_divided_by_micro_batches(tmp_path: Path) -> None:
+    mixed = {**step_of(1, 0), "level": None, "level_name": "1K/cp1+8K/cp2", "micro_batches": 5}
+    mixed["loss_by_level"] = {"1K/cp1": 2.0, "8K/cp2": 3.0}
+    part = mixed["per_level"]["1K/cp1"]
+    mixed["per_level"] = {"1K/cp1": {**part, "micro_batches": 4}, "8K/cp2": {**part, "micro_batches": 1}}
+    lane = _page(write_run(tmp_path, [mixed])).split('class="lane tall"')[1].split("</svg>")[0]
+    assert re.findall(r'height="([\d.]+)" fill="var\(--c\d\)"', lane) == ["80.0", "20.0"]
+
+
 def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     def lines(factor: float) -> list[dict[str, Any]]:
         return [

@@ -127,6 +127,11 @@ def test_step_beyond_its_limit_leaves_no_process(tmp_path: Path) -> None:
         pytest.fail("the grandchild is alive")
 
 
+def test_unknown_step() -> None:
+    with pytest.raises(ValueError, match="speed"):
+        runner.parse(["--steps", "environment,speed"])
+
+
 def test_layers_are_limited_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "hardware_of", lambda device: HARDWARE["h100-80gb"])
     settings = Settings("cuda", False, Path(), 600)
