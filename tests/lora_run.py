@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import save_hf_folder
-from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.lora import is_adapter
 from hbp_titan.train import Trainer
 from tests.runs import before_step
@@ -35,10 +33,9 @@ ac_policy = "{policy}"
 
 def write_lora_run(folder: Path, policy: str = "full", tied: bool = True) -> list[str]:
     """Write data, model and an HF base into `folder`; return the arguments of a run of two levels, cp 1 and 2."""
-    argv = write_tiny_run(folder, levels="")
-    (folder / "run.toml").write_text(LEVELS.format(policy=policy))
     args = dataclasses.replace(ARGS, tie_embeddings=tied)
-    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
+    argv = write_tiny_run(folder, levels="", args=args)
+    (folder / "run.toml").write_text(LEVELS.format(policy=policy))
     base = Decoder(args)
     base.init_weights(7)
     save_hf_folder(args, base.named_parameters(), folder / "base", dtype=torch.float32)

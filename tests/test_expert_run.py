@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors, save_hf_folder
-from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
@@ -41,10 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _argv(folder: Path, name: str, degree: int, *more: str) -> list[str]:
-    argv = [word for word in write_tiny_run(folder) if not word.startswith(("--levels", "--job.dump_folder"))]
-    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(ARGS)), encoding="utf-8")
     return [
-        *argv,
+        *write_tiny_run(folder, levels="", args=ARGS),
         f"--job.dump_folder={folder / name}",
         f"--checkpoint.initial_load_path={folder / 'base'}",
         f"--parallelism.expert_parallel_degree={degree}",

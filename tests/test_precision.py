@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -14,12 +13,11 @@ import torch
 
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args
 from tests.runs import ROOT, read_metrics
-from tests.tiny_run import VOCAB_SIZE, write_tiny_run
+from tests.tiny_run import ARGS, VOCAB_SIZE, write_tiny_run
 
 
 def _losses(folder: Path) -> list[float]:
@@ -59,10 +57,8 @@ def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Pa
 @pytest.mark.parametrize("experts", [False, True])
 def test_gpu_run_follows_the_cpu_run(tmp_path: Path, experts: bool) -> None:
     assert torch.cuda.is_available()
-    argv = [*write_tiny_run(tmp_path), "--levels=128:1,512:1"]
-    if experts:
-        config = args_to_hf_config(dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE))
-        (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE) if experts else ARGS
+    argv = write_tiny_run(tmp_path, levels="128:1,512:1", args=args)
     for name, visible in (("cpu", ""), ("gpu", "0")):
         command = [sys.executable, "-m", "hbp_titan.train", *argv, f"--job.dump_folder={tmp_path / name}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}

@@ -13,6 +13,7 @@ import pytest
 
 from hbp_titan.components.metrics import check_wandb
 from hbp_titan.distributed.world import log_rank
+from tests.runs import read_metrics
 from tests.tiny_run import write_tiny_run
 
 
@@ -57,14 +58,14 @@ def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, s
     ):
         assert re.search(pattern, start, re.MULTILINE), pattern
     assert re.search(r"^level +batches +tokens +time +tok/s +mfu +padding +waiting$", end, re.MULTILINE)
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(folder)
     for name in ("128/cp1", "512/cp2"):
         done = sum(step["per_level"].get(name, {}).get("micro_batches", 0) for step in steps)
         assert re.search(rf"^{name} +{done} ", end, re.MULTILINE)
 
 
 def test_measured_shares_add_up(run: tuple[Path, str, str]) -> None:
-    steps = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(run[0])
     for step in steps:
         assert 0 <= step["time_imbalance"] < 1
         assert 0 <= step["idle_share"] < 1

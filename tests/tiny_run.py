@@ -43,7 +43,12 @@ def _row(generator: np.random.Generator, num_words: int) -> dict[str, object]:
 
 
 def write_tiny_run(
-    folder: Path, num_rows: int = 60, seed: int = 0, levels: str = "128:1,512:2", saves: bool = True
+    folder: Path,
+    num_rows: int = 60,
+    seed: int = 0,
+    levels: str = "128:1,512:2",
+    saves: bool = True,
+    args: ModelArgs = ARGS,
 ) -> list[str]:
     """Write data, tokenizer and model configuration into `folder`; return the command-line arguments of a run.
 
@@ -57,7 +62,7 @@ def write_tiny_run(
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = [message["content"] for row in rows for message in row["messages"]]  # type: ignore[attr-defined]
     train_tokenizer(texts, folder / "model", vocab_size=VOCAB_SIZE)
-    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(ARGS)), encoding="utf-8")
+    (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
     return [
         f"--model.hf_path={folder / 'model'}",
         f"--data.train_files={folder / 'train.jsonl'}",

@@ -97,12 +97,10 @@ def test_remaining_steps_share_the_rest_of_the_schedule() -> None:
     twice = scheduler.extend(4, 8).extend(6, 7)
     assert _factors(twice, LINEAR, 6, 7) == pytest.approx([0.0])
     assert LRScheduler(**json.loads(json.dumps(asdict(twice)))) == twice
-
-
-def test_finished_run_that_gets_more_steps_keeps_the_last_rate() -> None:
+    # A finished run that gets more steps keeps the last rate.
     config = LRSchedulerConfig(warmup_steps=0, decay="cosine", min_lr_factor=0.1)
-    assert _factors(LRScheduler(6, 6).extend(6, 9), config, 6, 9) == pytest.approx([0.1, 0.1, 0.1])
-    assert LRScheduler(6, 6).extend(6, 6).position_at(6) == 6
+    assert _factors(scheduler.extend(6, 9), config, 6, 9) == pytest.approx([0.1, 0.1, 0.1])
+    assert scheduler.extend(6, 6).position_at(6) == 6
 
 
 @given(

@@ -140,9 +140,7 @@ def test_waiting_is_the_slowest_ranks_work_minus_the_mean() -> None:
     # Iterations take 3/7 and 4/7 of the step, and of the wait for data.
     assert times.shares(np.array([True, False])) == pytest.approx((10 * 3 / 7, 1 + 3 / 7))
     assert times.shares(np.array([False, True])) == pytest.approx((10 * 4 / 7, 4 / 7))
-
-
-def test_untimed_step_divides_its_time_by_number_of_micro_batches() -> None:
+    # Untimed: divided by the number of micro-batches.
     times = StepTimes([], [], [], data_wait=1.0, whole=9.0)
     assert (times.imbalance, times.idle_share) == (None, None)
     assert times.shares(np.array([True, False, False])) == (3.0, 0.0)

@@ -6,7 +6,6 @@ The LoRA runs themselves are in tests/test_lora_run.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
 from hbp_titan.models.hf import to_hf_name
-from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
@@ -55,17 +53,9 @@ def test_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_path:
     for tied in (True, False):
         folder = tmp_path / f"tied_{tied}"
         folder.mkdir()
-        argv = [
-            *write_tiny_run(folder),
-            "--training.steps=2",
-            "--training.mixed_precision_param=bfloat16",
-            "--validation.enable=true",
-            "--validation.share=0.2",
-            "--validation.interval=1",
-            "--checkpoint.enable=false",
-        ]
-        args = dataclasses.replace(ARGS, tie_embeddings=tied)
-        (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
+        argv = write_tiny_run(folder, args=dataclasses.replace(ARGS, tie_embeddings=tied))
+        argv += ["--training.steps=2", "--training.mixed_precision_param=bfloat16", "--checkpoint.enable=false"]
+        argv += ["--validation.enable=true", "--validation.share=0.2", "--validation.interval=1"]
         runs.append(argv)
     for argv, (trained, gathered) in zip(runs, run_distributed(_train, 2, runs)[0], strict=True):
         exported = load_file(load_config(argv).dump_folder / "hf" / "model.safetensors")
@@ -132,8 +122,6 @@ OWN = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj"], "base": BASE}
 def test_checkpoint_of_other_adapters_is_rejected(saved: Any, own: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_adapter(saved, own, Path("step-4"))
-
-
-def test_base_may_move() -> None:
+    # The base may move.
     check_adapter(OWN, {**OWN, "base": {**BASE, "path": "/moved/x"}}, Path("step-4"))
     check_adapter(None, None, Path("step-4"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,25 +59,6 @@ def rows() -> list[dict[str, Any]]:
 
 def answers(rows: list[dict[str, Any]], kind: str) -> list[str]:
     return [message["content"] for row in rows if row["source"] == kind for message in row["messages"][1::2]]
-
-
-def test_number_of_conversations_per_kind(rows: list[dict[str, Any]]) -> None:
-    assert Counter(row["source"] for row in rows) == {
-        "module_purpose": 1,
-        "source": 3,  # not the one-line helper
-        "docstring": 3,
-        "signature": 3,
-        "implement": 3,
-        "write_docstring": 3,
-        "find_function": 1,
-        "outline": 1,
-        "module_questions": 1,
-        "write_module": 1,
-    }
-    assert all(row["module"] == "count.things" for row in rows)
-    for row in rows:
-        roles = [message["role"] for message in row["messages"]]
-        assert roles == ["user", "assistant"] * (4 if row["source"] == "module_questions" else 1)
 
 
 def test_answers_equal_the_source(rows: list[dict[str, Any]]) -> None:

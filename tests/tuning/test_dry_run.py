@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,6 @@ from hbp_titan.config import load_config
 from hbp_titan.data.loader import PlanDataset
 from hbp_titan.distributed.world import World
 from hbp_titan.errors import UserError, exit_on_user_error
-from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.packing import build_plan
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
@@ -28,9 +26,9 @@ from hbp_titan.tuning.dry_run import DryRun, describe, dry_run, main
 from hbp_titan.tuning.hardware import get_hardware
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 from tests.models.deepseek_tiny import tiny_args
-from tests.tiny_run import VOCAB_SIZE, write_tiny_run
+from tests.programs import ROOT
+from tests.tiny_run import ARGS, VOCAB_SIZE, write_tiny_run
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "train_configs"
 DEBUG = ["--data.train_files=absent.jsonl"]
 LLAMA = ["--model.flavor=llama3_1_8b", *DEBUG]
@@ -225,16 +223,13 @@ def _start(world: World, argv: list[str]) -> dict[str, object]:
 @pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bytes_and_plan_equal_a_real_start(tmp_path: Path, experts: bool) -> None:
     flavor = ["--model.hf_path=", f"--model.tokenizer_path={tmp_path / 'model'}", "--model.flavor=debug"]
+    args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE) if experts else ARGS
     argv = [
-        *write_tiny_run(tmp_path),
+        *write_tiny_run(tmp_path, saves=False, args=args),
         *(["--parallelism.expert_parallel_degree=2"] if experts else flavor),
         "--training.global_batch_tokens=600",
         "--training.epochs=2",
-        "--checkpoint.enable=false",
     ]
-    if experts:
-        args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE)
-        (tmp_path / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
     found = _dry_run(argv, 2)
     ranks = run_distributed(_start, 2, argv)
     state, plan = found.rank_state, found.plan
