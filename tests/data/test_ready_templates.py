@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbp_titan.data.chat_template import ChatTemplate, plain_messages
+from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.files import READY_TEMPLATES, chat_template_file
 from hbp_titan.data.sentinels import read_rendering, unused_alphabet
 from hbp_titan.data.served_template import served_template
@@ -22,10 +23,12 @@ from tests.data.test_chat_tokenizer import (
     EOS_TEXT,
     TEMPLATES,
     TOOLS,
+    arguments,
     calls,
     chat,
     conversations,
     make_family,
+    reference,
     texts,
 )
 from tests.properties import examples
@@ -278,6 +281,58 @@ def test_llama_writes_the_day_of_the_configuration() -> None:
     template = compiled((chat_template_file("llama3") or Path()).read_text(), "2025-01-31")
     assert "Today Date: 31 Jan 2025\n\n" in text(template, chat("a"))
     assert "Today Date: 1 May\n\n" in text(template, chat("a"), variables={"date_string": "1 May"})
+
+
+# Through the tokenizer, compared with transformers.
+
+
+@st.composite
+def whole_rows(draw: st.DrawFn, name: str) -> tuple[list[dict[str, Any]], Any]:
+    """Conversations with all that the family has a form for."""
+    messages = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    number = draw(st.integers(1, 3))
+    for index in range(number):
+        thinks = index == number - 1 and name in ("qwen3", "r1_distill") and draw(st.booleans())
+        messages.append({"role": "user", "content": draw(texts)})
+        for _ in range(draw(st.integers(0, 2)) if name != "chatml" else 0):
+            turn = calls(*draw(st.lists(arguments, min_size=1, max_size=1 if name == "llama3" else 2)))
+            turn |= {"reasoning_content": "R"} if thinks else {}
+            turn |= {"content": "C"} if name != "llama3" and draw(st.booleans()) else {}
+            messages += [turn, *(tool(draw(texts)) for _ in turn["tool_calls"])]
+        messages.append(assistant("A" + draw(texts), "R" if thinks else None))
+    return messages, draw(st.sampled_from([None, TOOLS])) if name in ("llama3", "qwen2_5", "qwen3") else None
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ChatTokenizer, Any]]:
+    found = {}
+    for name, own in OWN.items():
+        folder = make_family(own, tmp_path_factory.mktemp(name), vocab_size=300)
+        found[name] = ChatTokenizer(folder, "assistant", chat_template_file(name)), reference(folder)
+    return found
+
+
+@pytest.mark.parametrize("name", READY_TEMPLATES)
+@given(data=st.data())
+@examples(30)
+def test_ids_and_masks_equal_those_of_transformers(
+    pairs: dict[str, tuple[ChatTokenizer, Any]], name: str, data: st.DataObject
+) -> None:
+    messages, tools = data.draw(whole_rows(name))
+    tokenizer, oracle = pairs[name]
+    encoded = tokenizer.encode(messages, tools)
+    expected = oracle.apply_chat_template(
+        messages,
+        tools,
+        chat_template=(chat_template_file(name) or Path()).read_text(),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        # Its strftime_now is today.
+        date_string="26 Jul 2024",
+    )
+    assert encoded.ids.tolist() == expected["input_ids"]
+    assert encoded.loss_mask.astype(int).tolist() == expected["assistant_masks"]
+    assert not encoded.notes
 
 
 # What the exported folder serves with.
