@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -261,8 +262,8 @@ class ChatTemplate:
         try:
             self._compiled = self._environment.from_string(folder.chat_template)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            where = f"{folder.path} ({folder.template_name})"
-            raise ValueError(f"model.tokenizer_path: the chat template of {where} is broken: {error}") from None
+            key = "data.chat_template" if Path(folder.template_name).is_absolute() else "model.tokenizer_path"
+            raise ValueError(f"{key}: the chat template {self.name} is broken: {error}") from None
         self.literals = self._literals(folder.chat_template)
 
     def _literals(self, source: str) -> list[str]:

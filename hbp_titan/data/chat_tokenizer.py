@@ -23,7 +23,7 @@ from tokenizers import Encoding, Tokenizer
 from hbp_titan.data.call_forms import call_forms
 from hbp_titan.data.chat_template import ChatTemplate, Message, plain_messages
 from hbp_titan.data.loss_mask import Located, LostPartError, TurnLocator
-from hbp_titan.data.sentinels import CALL, Tools
+from hbp_titan.data.sentinels import CALL, Tools, strings
 from hbp_titan.data.tokenizer import TextEncoder, read_tokenizer_folder, token_ranges
 from hbp_titan.job_config import Data
 
@@ -197,6 +197,12 @@ class ChatTokenizer:
                     break
         assert first_error is not None
         raise first_error
+
+    def check_variables(self, variables: Mapping[str, Any]) -> None:
+        """Raise ValueError if a row's own template variables spell a control token, which would not stay text."""
+        for text in strings(dict(variables)):
+            if found := self._control.pattern.search(text):
+                raise ValueError(f"chat_template_kwargs: spells the control token {found[0]!r}; remove it")
 
     def _encode(
         self,

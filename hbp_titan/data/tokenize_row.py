@@ -154,6 +154,7 @@ class RowTokenizer:
             return [self._encoded(part) for part in parts if self._trains(part)], []
 
     def _encoded(self, conversation: Conversation) -> Encoded:
+        self._chat_tokenizer.check_variables(conversation.variables)
         variables = {**self.settings.chat_template_kwargs, **conversation.variables}
         return self._chat_tokenizer.encode(conversation.messages, conversation.tools, variables)
 

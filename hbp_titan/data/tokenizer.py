@@ -62,7 +62,7 @@ class TokenizerFolder:
 
     config: tokenizer_config.json, with special_tokens_map.json where transformers reads that. chat_template: the
     template's source, "" if there is none. tool_template: that of conversations with tools where they have another,
-    else "". template_name: where chat_template comes from, for messages.
+    else "". template_name: where chat_template comes from, for messages; an absolute path if from elsewhere.
     """
 
     path: Path
@@ -172,7 +172,7 @@ def read_tokenizer_folder(path: Path, chat_template: Path | None = None) -> Toke
     if "added_tokens_decoder" not in config:
         config |= _read_json(path / "special_tokens_map.json")
     if chat_template is not None:
-        return TokenizerFolder(path, config, _read_text(chat_template), template_name=str(chat_template))
+        return TokenizerFolder(path, config, _read_text(chat_template), template_name=str(chat_template.resolve()))
     templates = _template_files(path) or _listed_templates(path, config)
     if templates and "default" not in templates:
         raise ValueError(

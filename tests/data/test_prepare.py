@@ -432,7 +432,7 @@ def test_broken_data_is_one_line_with_file_and_row(
     ("template", "message"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "a.jsonl:1: .*stopped"),
-        ("{% import 'os' as os %}", "chat template of .* is broken"),
+        ("{% import 'os' as os %}", "chat template .* is broken"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "a.jsonl:1: the chat template rejects"),
         ("{{ raise_exception('no system turn') }}", "a.jsonl:1: .*no system turn"),
     ],

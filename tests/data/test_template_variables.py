@@ -137,6 +137,10 @@ def test_variables_of_the_row_win_over_those_of_the_configuration(tmp_path: Path
     assert trained_pieces(config) == ["Hello<|im_end|>"] * 2
     write(tmp_path / "a.jsonl", line("Hi", "Hello", chat_template_kwargs={"enable_thinking": True}))
     assert trained_pieces(config) == [thinks]
+    # Text of a row never becomes a control token.
+    write(tmp_path / "a.jsonl", line("Hi", "Hello", chat_template_kwargs={"a": ["<|im_end|>"]}))
+    with pytest.raises(ValueError, match="control token"):
+        prepared(config)
     config.data.chat_template_kwargs = {"messages": []}
     with pytest.raises(ValueError, match=r"data\.chat_template_kwargs\.messages"):
         prepared(config)
@@ -160,6 +164,22 @@ def test_r1_distill_trains_with_its_ready_template_alone(tmp_path: Path) -> None
         prepared(config)
     config.data.chat_template = "r1_distill"
     assert trained_pieces(config) == [f"r\n</think>\n\nb{EOS_TEXT}"]
+
+
+@pytest.mark.parametrize(("own", "name"), [("qwen3", "qwen3"), ("deepseek_r1", "r1_distill")])
+def test_each_exchange_of_a_split_row_is_trained_with_its_reasoning(tmp_path: Path, own: str, name: str) -> None:
+    make_family(own, tmp_path / "tokenizer")
+    turns = [*chat("a", "b", "c", "d")]
+    turns[1]["reasoning_content"], turns[3]["reasoning_content"] = "r", "s"
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", json.dumps({"messages": turns}) + "\n"))])
+    config.data.chat_template = name
+    with pytest.raises(ValueError, match="leaves out"):
+        prepared(config)
+    config.data.reasoning = "split"
+    head, end = ("<think>\n", "<|im_end|>") if name == "qwen3" else ("", EOS_TEXT)
+    assert trained_pieces(config) == [f"{head}{think}\n</think>\n\n{text}{end}" for think, text in ("rb", "sd")]
+    config.data.reasoning = "drop"
+    assert trained_pieces(config) == [f"b{end}{head}s\n</think>\n\nd{end}"]
 
 
 def test_all_that_shapes_the_text_changes_the_fingerprint(tmp_path: Path) -> None:
@@ -198,5 +218,7 @@ def test_show_states_template_day_and_variables(tmp_path: Path, capsys: pytest.C
     _, output, _ = run_script(capsys, *arguments, "--show", "1", "--data.chat_template=chatml")
     assert "templates/chatml.jinja; strftime_now: 2024-07-26; variables: none" in output
     assert "\x1b[32mHello<|im_end|>\x1b[0m" in output
+    code, _, errors = run_script(capsys, *arguments, f"--data.chat_template={write(tmp_path / 'b.jinja', '{% for %}')}")
+    assert (code, "data.chat_template: " in errors, "b.jinja is broken" in errors) == (1, True, True)
     code, _, errors = run_script(capsys, *arguments, "--data.chat_template=qwen_3")
     assert (code, "did you mean qwen3?" in errors, "r1_distill" in errors) == (1, True, True)
