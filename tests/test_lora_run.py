@@ -176,6 +176,8 @@ def test_peft_loads_the_adapter_and_computes_the_logits_of_the_merged_model(run:
     torch.testing.assert_close(_logits(_base(folder / "run" / "hf")), logits, rtol=1e-5, atol=1e-5)
     config = json.loads((folder / "run" / "hf_adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / "run" / "hf_adapter" / name).read_bytes() == (folder / "run" / "hf" / name).read_bytes()
 
 
 def test_converted_checkpoint_is_the_merged_export(run: Run, tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict
                 target_modules=modules if lora.target_modules == [ALL_LINEAR] else lora.target_modules,
                 dtype=dtype,
                 base=base_path if base_path and (Path(base_path) / "config.json").is_file() else None,
+                tokenizer_path=folder / "hf",
             )
     else:
         # Each tensor is gathered by a collective when rank 0 asks for it.

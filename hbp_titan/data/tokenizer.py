@@ -262,7 +262,7 @@ def _check_ids(
         elif before is None or name in names:
             reason = f"the tokenizer gives it {found}"
         else:
-            reason = f"tokenizer.json lacks it, and the next free id is {found}"
+            reason = f"tokenizer.json lacks it, and when added it gets {found}"
         raise ValueError(
             f"{file}: the token {name!r} has the id {index}, but {reason}; make the tokenizer's files agree"
         )

@@ -142,11 +142,16 @@ class Generator:
     def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[list[int]]:
         """Return the tokens that follow each prompt, without the stop id that ends them.
 
-        Raises ValueError for an empty prompt.
+        Raises ValueError for an empty prompt, and for a token that the model does not know.
         """
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts, start=1):
             if not len(prompt):
-                raise ValueError(f"prompt {number + 1} has no token, so there is nothing to continue")
+                raise ValueError(f"prompt {number} has no token, so there is nothing to continue")
+            if max(prompt) >= (rows := self.model.args.vocab_size):
+                raise ValueError(
+                    f"prompt {number} has the token id {max(prompt)}, but the model has {rows} embeddings; use the "
+                    "model's own tokenizer"
+                )
         answers: list[list[int]] = [[] for _ in prompts]
         sizes = [len(prompt) + limit for prompt, limit in zip(prompts, max_new_tokens, strict=True)]
         for batch in batches_by_length(sizes, self.cache_tokens):

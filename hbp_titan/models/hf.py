@@ -23,7 +23,7 @@ from torch import Tensor
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf_config import TOKEN_ID_KEYS, args_from_hf, args_to_hf_config, read_json
-from hbp_titan.models.hf_files import check_not_pointer, tokenizer_files
+from hbp_titan.models.hf_files import check_not_pointer, copy_tokenizer, tokenizer_files
 from hbp_titan.utils import first_n
 
 _TIED_OUTPUT = "head.output.weight"
@@ -182,8 +182,7 @@ def save_hf_folder(
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not empty; pass another folder or remove it")
     source = None if tokenizer_path is None else Path(tokenizer_path)
-    carried = {name: source / name for name in tokenizer_files(source, carried=True)} if source else {}
-    for file in carried.values():
+    for file in [source / name for name in tokenizer_files(source, carried=True)] if source else ():
         check_not_pointer(file)
     dtype_name = str(dtype).removeprefix("torch.")
     # transformers before 4.56 and vLLM read torch_dtype, later versions dtype.
@@ -194,11 +193,9 @@ def save_hf_folder(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / _GENERATION_FILE, _generation_config(tokenizer_path, config))
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
-        for name, file in carried.items():
-            # transformers would take a template in a file before the one in tokenizer_config.json.
-            if not (chat_template and (name.endswith(".jinja") or name == "chat_template.json")):
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, temporary / name)
+        if source:
+            # With a template of training, no other file may have one.
+            copy_tokenizer(source, temporary, templates=not chat_template)
         if chat_template:
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _replace(temporary, out)

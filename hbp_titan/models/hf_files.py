@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 _READ = (
@@ -26,6 +27,14 @@ def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
     """
     patterns = _READ + (_CARRIED if carried else ())
     return [file.relative_to(folder).as_posix() for p in patterns for file in sorted(folder.glob(p)) if file.is_file()]
+
+
+def copy_tokenizer(source: Path, out: Path, templates: bool = True) -> None:
+    """Copy the tokenizer files of `source` into the existing folder `out`. templates: also files of chat templates."""
+    for name in tokenizer_files(source, carried=True):
+        if templates or not (name.endswith(".jinja") or name == "chat_template.json"):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
 
 
 def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> None:

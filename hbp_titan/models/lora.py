@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_files import copy_tokenizer
 from hbp_titan.models.layers import Slices, uniform
 
 # No dropout: recomputation keeps no random state (a second forward would draw another mask than the first), and the
@@ -141,10 +142,12 @@ def save_adapter_folder(
     target_modules: Sequence[str],
     dtype: torch.dtype,
     base: str | None,
+    tokenizer_path: Path,
 ) -> None:
     """Write `adapter` (whole tensors by our names) as a folder of HF PEFT's format, atomically, replacing `out`.
 
     target_modules: last parts of the adapted matrices' names. base: the base model's HF folder, None if it has none.
+    tokenizer_path: folder from which tokenizer and chat template are copied.
     """
     config = {
         "peft_type": "LORA",
@@ -169,5 +172,6 @@ def save_adapter_folder(
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
     (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(tokenizer_path, temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)

@@ -77,6 +77,9 @@ def test_answers_equal_those_of_transformers(family: str) -> None:
     assert min(map(len, stopped)) < NEW_TOKENS
     assert Generator(ours, eos).answers(prompts, [NEW_TOKENS] * len(prompts)) == stopped
     assert [block.inner_attention for block in ours.blocks()] == kernels
+    rows = ours.args.vocab_size
+    with pytest.raises(ValueError, match=f"prompt 2 has the token id {rows}"):
+        Generator(ours, ()).answers([[rows - 1], [1, rows]], [1, 1])
 
 
 def test_answers_do_not_depend_on_batches_and_limits() -> None:
