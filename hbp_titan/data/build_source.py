@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.data.disk import commit_dir, ignore_if_exists, naming_full_disk
 from hbp_titan.data.files import SUFFIXES
-from hbp_titan.data.formats import read_columns
+from hbp_titan.data.formats import mapped_columns, read_columns
 from hbp_titan.data.rows import RowIndex, read_records
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
@@ -132,6 +132,7 @@ def _write_index(
     np.save(folder / "samples.npy", all_placed)
     np.save(folder / "not_chosen.npy", _not_chosen(indexes, chosen))
     unread: Counter[str] = Counter()
+    absent = set.intersection(*(set(report.absent_columns) for report in reports)) if reports else set()
     for report in reports:
         unread.update(report.unread_columns)
     outcomes: Counter[str] = Counter()
@@ -158,6 +159,7 @@ def _write_index(
         "fingerprint": digest,
         "files": [str(index.file) for index in indexes],
         "empty_files": [str(index.file) for index in indexes if not len(index)],
+        "absent_columns": sorted(absent),
         "unread_columns": dict(sorted(unread.items(), key=lambda item: (-item[1], item[0]))),
         "source_names": list(names),
         "rows": rows,
@@ -217,6 +219,7 @@ class ShardReport(NamedTuple):
     """malformed: number of malformed rows; errors: the first of them as "line: what is wrong".
 
     unread_columns: the columns that the format does not read, with the number of rows that have a value there.
+    absent_columns: the columns that `columns` maps and no row has.
     turn_ends: token id (as text, for JSON) -> trained turns that end with it; -1: without a control token.
     """
 
@@ -225,6 +228,7 @@ class ShardReport(NamedTuple):
     malformed: int
     errors: list[str]
     unread_columns: dict[str, int]
+    absent_columns: list[str]
     turn_ends: dict[str, int]
 
 
@@ -326,6 +330,7 @@ class _ShardWriter:
         settings = tokenizer.settings
         self.read_columns = read_columns(settings.format, settings.columns)
         self.unread_columns: Counter[str] = Counter()
+        self.absent_columns = mapped_columns(settings.format, settings.columns)
         self.turn_ends: Counter[str] = Counter()
 
     def write(self) -> ShardReport:
@@ -336,7 +341,7 @@ class _ShardWriter:
             self.incomplete = stack.enter_context((self.folder / INCOMPLETE_ROWS).open("w", encoding="utf-8"))
             for line, record in read_records(rows, self.tokenizer.settings.max_row_bytes):
                 if not isinstance(record, ValueError):
-                    self._count_unread(record)
+                    self._count_columns(record)
                 self._add(line, self.tokenizer.tokenize(record))
         np.save(self.folder / "samples.npy", np.array(self.samples, dtype=SAMPLE))
         report = ShardReport(
@@ -345,12 +350,15 @@ class _ShardWriter:
             self.malformed,
             self.errors,
             dict(self.unread_columns),
+            sorted(self.absent_columns),
             dict(self.turn_ends),
         )
         (self.folder / "shard.json").write_text(json.dumps(report._asdict()), encoding="utf-8")
         return report
 
-    def _count_unread(self, record: dict[str, Any]) -> None:
+    def _count_columns(self, record: dict[str, Any]) -> None:
+        if self.absent_columns:
+            self.absent_columns -= {name for name in self.absent_columns if record.get(name) is not None}
         for name in record.keys() - self.read_columns:
             # Arrow gives every row all columns.
             if record[name] is not None:

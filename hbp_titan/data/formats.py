@@ -114,6 +114,11 @@ def read_columns(format: str, columns: Mapping[str, str]) -> frozenset[str]:
     return frozenset(names if "tools" in columns else {*names, *_TOOL_COLUMNS})
 
 
+def mapped_columns(format: str, columns: Mapping[str, str]) -> set[str]:
+    """Return the data's names of the columns, message keys apart, that a format reads because `columns` maps them."""
+    return {columns[name] for name in _REQUIRED[format] + _OPTIONAL[format] if name in columns}
+
+
 def detect_format(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Return the first of FORMATS whose columns the record has; raises ValueError if there is none."""
     _check_preferences(record, columns)

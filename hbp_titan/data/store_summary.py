@@ -74,6 +74,8 @@ def unread(store: TokenStore) -> list[str]:
         if columns := source.meta["unread_columns"]:
             listed = [f"{name!a} ({count:,} rows)" for name, count in columns.items()]
             lines.append(f"not read: {where}: columns {first_n(listed, MAX_SHOWN)}")
+        if absent := source.meta["absent_columns"]:
+            lines.append(f"not found: {where}: columns {first_n([ascii(name) for name in absent], MAX_SHOWN)}")
         if empty := source.empty_files():
             lines.append(f"not read: {len(empty)} files without rows: {first_n(empty, MAX_SHOWN)}")
         reasons: dict[str, list[str]] = {}

@@ -26,7 +26,7 @@ from hbp_titan.config import load_config
 from hbp_titan.data import build_source
 from hbp_titan.data.build_set import draw, epoch_counts, first_of_each, held_out, share_out
 from hbp_titan.data.prepare import open_stores, prepare
-from hbp_titan.data.store_summary import check_totals, summary, unread
+from hbp_titan.data.store_summary import check_totals, show_samples, summary, unread
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import UserError, WorkerGroup
 from tests.data.preparing import PROMPT_TOKENS, byte_tokenizer, job, line, many, prepared, write
@@ -214,6 +214,15 @@ def test_columns_that_no_format_reads_are_counted_once_per_source(tmp_path: Path
     assert {"s", "a", "0", "39"} <= set(store.source_names)
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_mapped_columns_that_no_row_has_are_listed(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", *(line("q", "a", extra="S" if k == 39 else None) for k in range(40)))
+    block = f'[[data.sources]]\npath = "{file}"\ncolumns = {{ tools = "tool_list", source = "extra", weight = "w" }}\n'
+    store = prepared(job(tmp_path, block))
+    assert unread(store) == [f"not found: {file}: columns 'tool_list'"]
+    assert store.source_names == ["a", "S"]
+
+
 def test_names_of_columns_that_are_data_do_not_fill_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_source, "MAX_UNREAD_COLUMNS", 3)
     file = write(tmp_path / "a.jsonl", *(line("q", "a", **{f"c{k}": 1}) for k in range(10)))
@@ -288,6 +297,33 @@ def test_a_store_of_another_user_is_opened(tmp_path: Path) -> None:
     store = prepared(job(tmp_path, train_files=[str(folders[0])]))
     store.folder.chmod(0o555)
     assert prepared(job(tmp_path, train_files=[str(folders[1])])).where(0) == store.where(0)
+
+
+# Calls.
+
+CALLS = {
+    "older form": {"content": "Let me see.", "function_call": {"name": "f", "arguments": '{"a": null}'}},
+    "older form, no text": {"content": None, "function_call": {"name": "f", "arguments": ""}},
+    "no arguments": {"content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": ""}}]},
+    "JSON text": {"tool_calls": ['{"type": "function", "function": {"name": "f", "arguments": {"a": null}}}']},
+}
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_calls_of_every_form_are_rendered_and_trained(tmp_path: Path, form: str) -> None:
+    turn = {"role": "assistant", **CALLS[form]}
+    result = {"role": "function", "name": "f", "content": "1"}
+    row = {"messages": [{"role": "user", "content": "w?"}, turn, result, {"role": "assistant", "content": "one"}]}
+    file = write(tmp_path / "a.jsonl", json.dumps({**row, "functions": [{"name": "f", "parameters": {}}]}))
+    store = prepared(job(tmp_path, train_files=[str(file)], chat_template="qwen3"))
+    text = show_samples(store, 1, tmp_path / "tokenizer")
+    tool = '{"type": "function", "function": {"name": "f", "parameters": {}}}'
+    assert f"<tools>\n{tool}\n</tools>" in text
+    arguments = '{"a": null}' if form in ("older form", "JSON text") else "{}"
+    call = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+    before = "Let me see.\n" if form == "older form" else ""
+    assert f"<|im_start|>assistant\n\x1b[32m{before}{call}\x1b[0m" in text
+    assert "<tool_response>\n1\n</tool_response>" in text
 
 
 # Malformed rows.
