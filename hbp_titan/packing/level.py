@@ -81,6 +81,7 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
         raise ValueError(f"world size {world_size} must be at least 1")
     if not levels:
         raise ValueError("levels: none given; add at least one [[levels]] block")
+    # Strictly: a sample belongs to the first level that holds it.
     for low, high in itertools.pairwise(levels):
         if low.max_tokens >= high.max_tokens:
             raise ValueError(

@@ -60,6 +60,7 @@ class _IterationTotals:
 
     def __init__(self, plan: Plan, costs: Sequence[CostModel]) -> None:
         level_of = plan.level_of_iteration
+        # Reductions from one first pack to the next: millions of packs without a loop in Python.
         first_pack = plan.pack_offsets[:-1]
         cost = plan.pack_costs(costs)
         self.dp = plan.dp_degrees[level_of]
@@ -70,6 +71,7 @@ class _IterationTotals:
         self.max_tokens = np.maximum.reduceat(plan.pack_tokens, first_pack)
         self.attention = np.add.reduceat(plan.pack_sum_sq, first_pack)
         self.max_attention = np.maximum.reduceat(plan.pack_sum_sq, first_pack)
+        # The ranks of a cp group share the cost of its pack.
         self.work = np.add.reduceat(cost, first_pack) / self.dp / self.cp
         self.time = np.maximum.reduceat(cost, first_pack) / self.cp
 

@@ -219,28 +219,18 @@ def test_tokens_per_expert_are_those_of_the_last_forward_by_layer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk_method": "noaux_tc"}, "noaux_tc"),
-        ({"n_group": 3}, "n_group=3"),
-        ({"topk_group": 5}, "topk_group=5"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
-        ({"aux_loss_alpha": 0.1, "seq_aux": False}, "seq_aux"),
-    ],
-)
-def test_unsupported_mixtures_raise(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(MOE, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+        ({"moe": {"topk_method": "noaux_tc"}}, "noaux_tc"),
+        ({"moe": {"n_group": 3}}, "n_group=3"),
+        ({"moe": {"topk_group": 5}}, "topk_group=5"),
+        ({"moe": {"num_experts_per_tok": 5}}, "num_experts_per_tok=5"),
+        ({"moe": {"aux_loss_alpha": 0.1, "seq_aux": False}}, "seq_aux"),
         ({"num_kv_heads": 1}, "num_kv_heads=1"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"mla": {"v_head_dim": 32}}, "v_head_dim=32"),
         ({"mla": {"qk_rope_head_dim": 7}}, "qk_rope_head_dim=7"),
     ],
 )
-def test_unsupported_latent_attention_raises(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_mixtures_and_latent_attention_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_args(**changes)
 

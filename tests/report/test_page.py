@@ -16,11 +16,6 @@ from hbp_titan.report import read_runs, report_page
 from scripts import report
 from tests.report.sample_run import levels_of, start_of, step_of, write_run, write_usual_run
 
-NOT_ALWAYS_RECORDED = (
-    *("per_level", "loss_by_length", "abr", "time_imbalance", "idle_share", "memory_by_level", "timing_check"),
-    *("validation", "mfu"),
-)
-
 
 def _page(*folders: Path) -> str:
     return report_page(read_runs(folders))
@@ -83,15 +78,6 @@ def test_timeline_shows_the_curriculum_and_the_events(tmp_path: Path) -> None:
     for tip in ("step 5: the loss is not finite", "resumed with step 11 on 2 ranks", "step 20: 2.5000"):
         assert f"<title>{tip}</title>" in page
     assert _rows(page, "skipped step") == [["5", "the loss is not finite"]]
-
-
-def test_missing_values_are_noted(tmp_path: Path) -> None:
-    lines = [{k: v for k, v in step_of(step, 0).items() if k not in NOT_ALWAYS_RECORDED} for step in range(1, 40)]
-    for line in lines:
-        line["sources"] = {name: {"samples": 1, "tokens": 5, "trained_tokens": 4} for name in line["sources"]}
-    notes = _sentences(_page(write_run(tmp_path, lines)))
-    for word in ("Loss by length", "Loss by source", "No validation", "MFU", "No timing check", "Memory by level"):
-        assert word in notes, word
 
 
 def test_bare_run_still_has_a_page(tmp_path: Path) -> None:

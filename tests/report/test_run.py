@@ -57,13 +57,6 @@ def test_last_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
     assert log.skipped == {}
 
 
-def test_values_of_wrong_types_count_as_missing(tmp_path: Path) -> None:
-    line = '{"step": 1, "loss": "low", "mfu": [1], "lr": NaN, "tokens": true, "sources": 3, "padding": 1e999}'
-    log = _read(tmp_path, line, '{"step": 2, "timing_check": {"work_by_rank": [1, "x"]}, "tokens_per_expert": [1]}')
-    assert [name for name in ("loss", "mfu", "lr", "tokens", "padding") if log.has(name)] == []
-    assert (log.work_by_rank, log.experts) == ([], None)
-
-
 def test_levels_are_sorted_shortest_first(tmp_path: Path) -> None:
     log = _read(
         tmp_path,
