@@ -201,7 +201,7 @@ def table(outcomes: Sequence[Outcome], runs: Sequence[Run]) -> str:
     ]
     for run in runs:
         own = [o for o in outcomes if o.run == run]
-        # Within a round, which the machine's state of the hour affects less than the times themselves.
+        # Within a round: the load of the machine changes more between rounds.
         ratios = [a / o.seconds for a, o in zip(base, own, strict=True)]
         seconds = median(o.seconds for o in own)
         idle = np.median([o.idle for o in own], axis=0)

@@ -215,7 +215,7 @@ def _experts_by_layer(log: StepLog) -> str:
     if log.experts is None:
         return ""
     step, layers = log.experts
-    # Sorted: which expert is the most loaded differs by layer, how uneven they are can be compared.
+    # Sorted, because which expert is loaded most differs by layer; how uneven they are can be compared.
     loads = {name: sorted(counts, reverse=True) for name, counts in layers.items() if sum(counts) > 0}
     if not loads:
         return ""
