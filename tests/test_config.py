@@ -123,6 +123,13 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
     ("argv", "message"),
     [
         (["--job.config_file", "missing.toml"], "no such config file"),
+        (["--lora.rank=-1"], r"lora\.rank"),
+        (["--lora.rank=4", "--lora.alpha=0"], r"lora\.alpha"),
+        (["--lora.rank=4", "--lora.target_modules=[]"], "target_modules"),
+        (["--lora.target_modules=all-linear,q_proj"], "all-linear"),
+        (["--lora.dropout=0.1"], r"lora\.dropout"),
+        (["--packing.auto_levels=true", "--levels=128:1"], "auto_levels"),
+        (["--packing.auto_levels=best"], "bool"),
         (["--training.stepz", "3"], r"command line: unknown key training.stepz; did you mean training.steps\?"),
         (["--training.steps"], "--training.steps has no value"),
         (["training.steps"], "unexpected argument 'training.steps'"),

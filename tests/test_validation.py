@@ -61,12 +61,15 @@ def _groups(store: Any, model: Any) -> dict[str, dict[str, tuple[float, int]]]:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_validation_means_are_those_of_transformers(runs: tuple[Path, list[str]], ranks: int) -> None:
+def test_losses_by_group_in_validation_and_in_an_epoch_are_those_of_transformers(
+    runs: tuple[Path, list[str]], ranks: int
+) -> None:
     folder, argv = runs
     model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
-    means = read_metrics(folder / f"run{ranks}")[-1]["validation"]
-    store = open_stores(load_config(argv), 512)[1]
-    for kind, expected in _groups(store, model).items():
+    trained, held_out = open_stores(load_config(argv), 512)[:2]
+    lines = read_metrics(folder / f"run{ranks}")
+    means = lines[-1]["validation"]
+    for kind, expected in _groups(held_out, model).items():
         found = {
             name: (mean["loss"] * mean["trained_tokens"], mean["trained_tokens"]) for name, mean in means[kind].items()
         }
@@ -76,26 +79,17 @@ def test_validation_means_are_those_of_transformers(runs: tuple[Path, list[str]]
             assert found[name] == (pytest.approx(total, rel=1e-5), count)
     whole = sum(total for total, _ in expected.values()) / means["trained_tokens"]
     assert means["loss"] == pytest.approx(whole, rel=1e-5)
-    by_level = means["by_level"].values()
-    assert sum(mean["trained_tokens"] for mean in by_level) == means["trained_tokens"]
+    assert sum(mean["trained_tokens"] for mean in means["by_level"].values()) == means["trained_tokens"]
 
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_an_epochs_losses_by_band_and_source_are_those_of_transformers(
-    runs: tuple[Path, list[str]], ranks: int
-) -> None:
-    folder, argv = runs
-    model = AutoModelForCausalLM.from_pretrained(folder / "run1" / "hf", attn_implementation="eager")
-    store = open_stores(load_config(argv), 512)[0]
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for line in read_metrics(folder / f"run{ranks}"):
+    for line in lines:
         for kind, groups in (("by_length", line["loss_by_length"]), ("by_source", line["sources"])):
             for name, mean in groups.items():
                 sums[kind, name][0] += mean["loss"] * mean["trained_tokens"]
                 sums[kind, name][1] += mean["trained_tokens"]
-    expected = {
-        (kind, name): [*pair] for kind, groups in _groups(store, model).items() for name, pair in groups.items()
+    of_transformers = {
+        (kind, name): [pytest.approx(total, rel=1e-5), count]
+        for kind, groups in _groups(trained, model).items()
+        for name, (total, count) in groups.items()
     }
-    assert sums.keys() == expected.keys()
-    for key, (total, count) in expected.items():
-        assert sums[key] == [pytest.approx(total, rel=1e-5), count]
+    assert sums == of_transformers

@@ -115,13 +115,6 @@ def test_every_rank_raises_if_nothing_fits(tmp_path: Path) -> None:
         assert "max_tokens >= 1024" in result["error"]
 
 
-def test_levels_and_automatic_levels_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="auto_levels"):
-        load_config(["--packing.auto_levels=true", "--levels=128:1"])
-    with pytest.raises(ValueError, match="bool"):
-        load_config(["--packing.auto_levels=best"])
-
-
 def test_level_times_are_those_of_the_requested_levels(tmp_path: Path) -> None:
     assert load_level_times(tmp_path, [SHORT]) is None
     workload = Workload(np.array([100, 900]), np.array([50, 400]), 2, CostModel())
