@@ -49,9 +49,9 @@ def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[
         (["--model.tokenizer_path=nowhere"], "nowhere"),
         (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend"),
         (["--checkpoint.initial_load_path=nowhere"], "checkpoint.initial_load_path = 'nowhere'"),
-        (["--checkpoint.initial_load_path=org/base"], "hf download org/base --local-dir base"),
-        (["--model.hf_path=org/base"], "set model.hf_path to base"),
-        (["--model.tokenizer_path=org/base"], "set model.tokenizer_path to base"),
+        (["--checkpoint.initial_load_path=org/base"], "hf download org/base --local-dir models/base"),
+        (["--model.hf_path=org/base"], "model.hf_path = 'org/base': no such folder; if it is a model"),
+        (["--model.tokenizer_path=org/base"], "model.tokenizer_path = 'org/base': no such folder; if it is a model"),
     ],
 )
 def test_user_error_is_one_line(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import glob
 import importlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hbp_titan.job_config import DataSource
-from hbp_titan.models.hf_files import check_not_pointer
+from hbp_titan.models.hf_files import check_not_pointer, missing_hint
 from hbp_titan.utils import did_you_mean
 
 _PACKED = ("", ".gz", ".zst")
@@ -27,9 +26,6 @@ READY_TEMPLATES = ("chatml", "deepseek_v3", "llama3", "qwen2_5", "qwen3", "r1_di
 
 # Why a file of a folder is not read, where nobody chose that.
 NO_SPLIT = "in no split"
-# What a hub calls a data set: an owner and a name.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
-_HUB_URL = re.compile(r"\w+://(?:.*/)?datasets/([^/?#@]+/[^/?#@]+)")
 
 
 @dataclass(frozen=True)
@@ -84,28 +80,13 @@ def source_files(source: DataSource, key: str) -> DataFiles:
 def _matching_files(path: Path, given: str, key: str) -> list[Path]:
     """Return the files that a pattern matches, sorted."""
     if not glob.has_magic(given):
-        raise ValueError(f"{key}: no such file or folder: {path}{_hint(path, given)}")
+        raise ValueError(f"{key}: no such file or folder: {path}{missing_hint(path, given, 'dataset')}")
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))
     files = [file for file in found if file.is_file()]
     if not files:
         what = "matches folders only; end it with /*.jsonl, or name one folder" if found else "matches no file"
         raise ValueError(f"{key}: the pattern {path} {what}")
     return files
-
-
-def _hint(path: Path, given: str) -> str:
-    """Return what to do about a path that does not exist."""
-    url = _HUB_URL.match(given)
-    if "://" in given and not url:
-        return "; a URL is not read: download the file first"
-    if url or (_HUB_ID.fullmatch(given) and not path.parent.is_dir()):
-        name = url[1] if url else given
-        folder = f"data/{name.rpartition('/')[2]}"
-        return (
-            f"; if it is a data set of the Hugging Face hub, download it first: "
-            f'hf download {name} --repo-type dataset --local-dir {folder} (and set path = "{folder}")'
-        )
-    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def _check_file(file: Path, key: str) -> None:

@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from hbp_titan.utils import did_you_mean
+
 _READ = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -17,7 +19,13 @@ _READ = (
 # Other tokenizer libraries, older versions and servers read these. Code is copied, but never run here.
 _CARRIED = ("chat_template.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _LFS_POINTER = b"version https://git-lfs"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What a hub calls a repository: an owner and a name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+# One slash is enough: a Path has lost the other.
+_HUB_URL = {
+    "dataset": re.compile(r"\w+:/{1,2}(?:.*/)?datasets/([^/?#@]+/[^/?#@]+)"),
+    "model": re.compile(r"\w+:/{1,2}(?:[\w-]+\.[\w.-]+/)?([^/?#@]+/[^/?#@]+)"),
+}
 
 
 def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
@@ -48,15 +56,27 @@ def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> N
 
 def require_folder(folder: Path, key: str) -> None:
     """Raise ValueError unless `folder`, the value of `key`, exists; for a hub id, with the command that downloads."""
-    if folder.is_dir():
-        return
-    if _HUB_ID.fullmatch(str(folder)):
-        name = folder.name
-        raise ValueError(
-            f"{key} = {str(folder)!r}: no such folder; nothing is downloaded here, so run "
-            f"`hf download {folder} --local-dir {name}` and set {key} to {name}"
+    if not folder.is_dir():
+        raise ValueError(f"{key} = {str(folder)!r}: no such folder{missing_hint(folder, str(folder), 'model')}")
+
+
+def missing_hint(path: Path, given: str, repo_type: str) -> str:
+    """Return what to do about a path that does not exist: download it from a hub, or spell it as another one.
+
+    given: as the user wrote it; repo_type: "model" or "dataset".
+    """
+    url = _HUB_URL[repo_type].match(given)
+    if ":/" in given and not url:
+        return "; a URL is not read: download the file first"
+    if url or (_HUB_ID.fullmatch(given) and not path.parent.is_dir()):
+        name = url[1] if url else given
+        option, folder = (" --repo-type dataset", "data") if repo_type == "dataset" else ("", "models")
+        folder = f"{folder}/{name.rpartition('/')[2]}"
+        return (
+            f"; if it is a {repo_type} of the Hugging Face hub, download it first: "
+            f"hf download {name}{option} --local-dir {folder} (and set the path to {folder})"
         )
-    raise ValueError(f"{key} = {str(folder)!r}: no such folder; set it to a folder in the HF layout")
+    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def check_not_pointer(file: Path, key: str = "") -> None:
