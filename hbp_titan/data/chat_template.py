@@ -87,7 +87,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     def charge_value(self, value: Any) -> Any:
         """Spend units for a value that is written as text; returns the value."""
         if isinstance(value, (str, bytes)):
-            self._charge_size(value)
+            if len(value) >= 1024:
+                self.charge(len(value) >> 10)
         elif isinstance(value, (list, tuple, dict)):
             # A list that contains another one twice, and so on, is small until it is written.
             self.charge(1 + (len(value) >> 6))
@@ -101,7 +102,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             result = left + right
-            self._charge_size(result)
+            if type(result) is not str or len(result) >= 1024:
+                self._charge_size(result)
             return result
         if operator == "*":
             self.charge(_product_units(left, right))

@@ -32,7 +32,7 @@ class ControlTokens:
     """The control tokens of a tokenizer and its template.
 
     They are the special tokens, and the other added tokens that open or close turns (DeepSeek-V3 has such). pattern:
-    matches the text of any of them. ids: of all; openers: of those that open turns.
+    matches the text of any of them. ids: of all; openers: of those that open turns; closers: of the others.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -47,6 +47,7 @@ class ControlTokens:
         }
         self.ids = set(control)
         self.openers = boundaries[0] & self.ids
+        self.closers = self.ids - self.openers
         # The longest first: an alternation takes the first branch that matches.
         texts = sorted(control.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
@@ -231,19 +232,21 @@ class ChatTokenizer:
         self, located: Located, ids: NDArray[np.uint32], mask: NDArray[np.bool_], ranges: NDArray[np.int64]
     ) -> Encoded:
         """Add where the turns lie and how they end. ranges: tokens of all spans, then of the questions."""
-        last = np.cumsum([len(turn) for turn in located.turns], dtype=np.int64)
-        turns = np.stack([ranges[np.r_[0, last[:-1]][: len(last)], 0], ranges[last - 1, 1]], axis=1)
-        count = int(last[-1]) if len(last) else 0
-        ends, notes = [], set()
-        for (start, end), header in zip(turns.tolist(), located.headers, strict=True):
+        rows = ranges.tolist()
+        turns, ends, notes, position = [], [], set(), 0
+        for spans, header in zip(located.turns, located.headers, strict=True):
+            start, end = rows[position][0], rows[position + len(spans) - 1][1]
+            position += len(spans)
+            turns.append((start, end))
             final = int(ids[end - 1]) if end > start else -1
             ends.append(final if final in self._control.ids else -1)
             if ends[-1] < 0:
-                outside = end < len(ids) and int(ids[end]) in self._control.ids - self._control.openers
+                outside = end < len(ids) and int(ids[end]) in self._control.closers
                 notes.add(END_OUTSIDE if outside else NO_END_TOKEN)
             if header or (end > start and int(ids[start]) in self._control.openers):
                 notes.add(HEADER)
-        return Encoded(ids, mask, turns, ranges[count:, 0], tuple(ends), tuple(sorted(notes)))
+        places = np.array(turns, dtype=np.int64).reshape(-1, 2)
+        return Encoded(ids, mask, places, ranges[position:, 0], tuple(ends), tuple(sorted(notes)))
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the messages whose place must be known: the trained ones or, with "all", the others."""

@@ -385,7 +385,7 @@ def parse_json(text: str | bytes) -> Any:
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8: byte {error.start + 1} is 0x{text[error.start]:02x}") from None
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except _DuplicateKey:
         raise
     except json.JSONDecodeError as error:
@@ -402,6 +402,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _DuplicateKey(f"an object has the key {shown(twice)} twice")
     return values
+
+
+# Made once: json.loads would make one for every row.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def check_json(value: Any, where: str, depth: int = 0) -> None:

@@ -28,7 +28,6 @@ from hbp_titan.data.sentinels import (
     Substituter,
     Tools,
     read_rendering,
-    strings,
     unused_alphabet,
 )
 
@@ -137,10 +136,10 @@ class TurnLocator:
         reasoning_of: messages whose reasoning must be in the text. Raises LostPartError if another part of a message
         is not in it, and ValueError if the place of a turn is not certain.
         """
-        texts = list(strings([messages, tools, dict(variables or {})]))
-        alphabet = unused_alphabet(texts)
         text = self._template.render(messages, tools, variables=variables)
         row = _Row(messages, tools, variables, self._template, text)
+        # Characters that only a message has which is not rendered cannot be taken for marks.
+        alphabet = unused_alphabet(text)
         marker = Marker(alphabet, self._protected, self._control_pattern)
         rendering = self._rendering(row, *marker.conversation(messages, tools), alphabet)
         if rendering is not None and rendering.text == row.text:
@@ -194,7 +193,7 @@ class TurnLocator:
         if shape in self._complete_shapes:
             return []
         try:
-            lost = [part for part in self._substituted(row, unused_alphabet([])) if part.field == CALL]
+            lost = [part for part in self._substituted(row, unused_alphabet("")) if part.field == CALL]
         except ValueError:
             # The template wants other values than ours, so the marks, which it took, must do.
             lost = []

@@ -78,9 +78,9 @@ _alphabet = functools.lru_cache(maxsize=8)(Alphabet)
 _PRIVATE = re.compile(f"[{chr(_PLANE)}-{chr(0x10FFFF)}]")
 
 
-def unused_alphabet(texts: Sequence[str]) -> Alphabet:
-    """Return an alphabet that no text uses; raises ValueError if they use the whole private use plane."""
-    used = {ord(character) for text in texts if not text.isascii() for character in _PRIVATE.findall(text)}
+def unused_alphabet(text: str) -> Alphabet:
+    """Return an alphabet that the text does not use; raises ValueError if it uses the whole private use plane."""
+    used = set() if text.isascii() else {ord(character) for character in _PRIVATE.findall(text)}
     for start in range(_PLANE, _PLANE_END - _SIZE, _SIZE):
         if not used.intersection(range(start, start + _SIZE)):
             return _alphabet(start)

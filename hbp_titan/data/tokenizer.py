@@ -312,7 +312,7 @@ class TextEncoder:
                 # A token that ends where a span begins is before it.
                 first = np.searchsorted(ends, places[:, 0], side="right")
                 end = np.where(places[:, 0] < places[:, 1], np.searchsorted(ends, places[:, 1]) + 1, first)
-                return ids, np.stack([first, end], axis=1)
+                return ids, np.array([first, end]).T
         _utf8(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return _ids(encoding), token_ranges(encoding, spans)

@@ -41,7 +41,7 @@ OWN = {
     "deepseek_v3": "deepseek_v3",
     "r1_distill": "deepseek_r1",
 }
-MARKS = unused_alphabet([])
+MARKS = unused_alphabet("")
 SPECIAL = {"bos_token": BOS_TEXT, "eos_token": EOS_TEXT}
 
 
