@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hbp_titan.job_config import DataSource, JobConfig, to_dict
+from hbp_titan.job_config import Data, DataSource, JobConfig, to_dict
 from hbp_titan.packing.level import Level, check_levels, check_reshard, parse_levels
 from hbp_titan.utils import did_you_mean
 
@@ -350,8 +350,7 @@ def check_values(config: JobConfig) -> None:
             f"profiling.first_step = {profiling.first_step} and profiling.last_step = {profiling.last_step} are not a "
             "range of optimizer steps; steps count from 1"
         )
-    if not _is_date(config.data.template_date):
-        raise ValueError(f"data.template_date = {config.data.template_date!r} must be a day, such as 2024-07-26")
+    _check_template(config.data)
     if (config.data.max_length_policy, config.data.train_on) == ("split", "last"):
         raise ValueError(
             'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
@@ -362,6 +361,18 @@ def check_values(config: JobConfig) -> None:
             f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "
             "redistribution breaks the graph of a block; reset one of the two"
         )
+
+
+def _check_template(data: Data) -> None:
+    if not _is_date(data.template_date):
+        raise ValueError(f"data.template_date = {data.template_date!r} must be a day, such as 2024-07-26")
+    try:
+        json.dumps(data.chat_template_kwargs, allow_nan=False)
+    except (TypeError, ValueError):
+        # TOML also has dates, infinity and NaN.
+        raise ValueError(
+            f"data.chat_template_kwargs = {data.chat_template_kwargs!r} must have JSON values; write dates as text"
+        ) from None
 
 
 def _is_date(text: str) -> bool:

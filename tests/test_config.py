@@ -109,6 +109,7 @@ def test_sources_of_a_mixture_read_back_equal(tmp_path: Path) -> None:
         ("[data]\ntemplate_date = 2024-02-30", "not valid TOML"),
         ("[data]\ntemplate_date = '2024-02-30'", "data.template_date = '2024-02-30' must be a day"),
         ("[data]\ntemplate_date = '20240226'", "data.template_date = '20240226' must be a day"),
+        ("[data.chat_template_kwargs]\nday = 2024-02-26", "data.chat_template_kwargs = .* must have JSON values"),
         ("[data]\nchat_template_kwargs = 1", "data.chat_template_kwargs = 1 must be of type"),
         ("steps = 1", r"unknown section \[steps\]"),
         ("[training\n", "not valid TOML"),
