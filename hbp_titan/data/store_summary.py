@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig
+from hbp_titan.data.call_forms import call_forms
+from hbp_titan.data.chat_template import ChatTemplate
 from hbp_titan.data.files import NO_SPLIT, chat_template_file
 from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
 from hbp_titan.data.tokenizer import read_tokenizer_folder
@@ -120,12 +123,15 @@ def check_totals(totals: Mapping[str, int], samples: int) -> tuple[list[str], li
 
 
 def template_line(config: JobConfig) -> str:
-    """Return which chat template the samples of a configuration are rendered with, its day and its variables."""
+    """Return which chat template the samples of a configuration are rendered with, and what it gets."""
     data = config.data
     folder = read_tokenizer_folder(config.tokenizer_path, chat_template_file(data.chat_template))
     tools = ", tool_use for rows with tools" if folder.tool_template else ""
+    for_calls = dataclasses.replace(folder, chat_template=folder.tool_template or folder.chat_template)
+    form = call_forms(ChatTemplate(for_calls, data.template_date))[0]
     variables = json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else "none but the rows' own"
-    return f"chat template: {folder.template_name}{tools}; strftime_now: {data.template_date}; variables: {variables}"
+    given = f"strftime_now: {data.template_date}; variables: {variables}; {form}"
+    return f"chat template: {folder.template_name}{tools}; {given}"
 
 
 def show_samples(store: TokenStore, count: int, tokenizer_path: Path) -> str:

@@ -214,7 +214,7 @@ def test_show_states_template_day_and_variables(tmp_path: Path, capsys: pytest.C
     arguments = ["--job.config_file", str(tmp_path / "job.toml"), "--levels", "4096:1"]
     options = ['--data.chat_template_kwargs={"a": 1}', "--data.template_date=2025-01-31"]
     _, output, _ = run_script(capsys, *arguments, "--show", "1", *options)
-    assert 'tokenizer_config.json; strftime_now: 2025-01-31; variables: {"a": 1}' in output
+    assert 'tokenizer_config.json; strftime_now: 2025-01-31; variables: {"a": 1}; arguments as object' in output
     _, output, _ = run_script(capsys, *arguments, "--show", "1", "--data.chat_template=chatml")
     assert "templates/chatml.jinja; strftime_now: 2024-07-26; variables: none" in output
     assert "\x1b[32mHello<|im_end|>\x1b[0m" in output

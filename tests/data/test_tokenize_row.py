@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hbp_titan import preflight
+from hbp_titan.data.store_summary import summary
 from hbp_titan.data.token_store import TokenizeConfig
 from hbp_titan.data.tokenize_row import RowTokenizer, TokenizedRow
-from tests.data.preparing import byte_tokenizer, job, prepared, write
+from tests.data.preparing import byte_tokenizer, job, line, prepared, write
 from tests.data.test_chat_tokenizer import CHATML_PLAIN, calls, chat, make_family, make_folder
 from tests.properties import examples
 
@@ -190,3 +192,39 @@ def test_notes_and_parts_are_counted_in_the_accounting(tmp_path: Path) -> None:
     ]
     assert store.turn_ends == [(3, "<|im_end|>", 3)]
     assert store.stores[0].meta["notes"] == {"answer before any question": 1, "empty answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "stops", "warned"),
+    [
+        # The base model stops at its text's end, as Llama's and Qwen's do; the second, an Instruct model, at both.
+        ({"eos_token_id": 1}, [1, 3], "<|im_end|> (3)"),
+        ({"eos_token_id": [1, 3]}, [1, 3], None),
+        ({"eos_token_id": 3}, 3, None),
+        ({}, 3, None),
+    ],
+)
+def test_the_export_stops_at_the_end_of_trained_turns(
+    tmp_path: Path, base: dict[str, Any], stops: Any, warned: str | None
+) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("q", "a"), line("r", "b")))])
+    store = prepared(config)
+    (tmp_path / "generation_config.json").write_text(json.dumps(base))
+    config.model.hf_path = str(tmp_path)
+    assert preflight.token_ids(config, store)["eos_token_id"] == stops
+    warnings = preflight.turn_end_warnings(config, store)
+    assert [warned in warning for warning in warnings] == ([] if warned is None else [True])
+
+
+def test_turns_without_an_end_token_are_warned_of_and_listed(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("q", "a"), line("r", "b")))])
+    store = prepared(config)
+    assert store.turn_ends == [(-1, "", 2)]
+    assert "2 of 2 trained turns" in preflight.turn_end_warnings(config, store)[0]
+    assert [(row["outcome"], row["notes"]) for row in store.incomplete_rows()] == [("whole", ["no end token"])] * 2
+    assert "2 rows: no end token" in summary(store)
