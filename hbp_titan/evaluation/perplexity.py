@@ -8,6 +8,7 @@ Shape suffixes: T tokens, L trained tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def open_data(
     # The file of a prepared set; anything else is a source.
     if (data / "meta.json").is_file():
         return TokenStore.open(data)
-    config = JobConfig(data=settings or Data())
+    config = JobConfig(data=dataclasses.replace(settings or Data()))
     config.model.tokenizer_path = str(folder)
     config.data.train_files = [str(data)]
     config.data.cache_folder = str(cache)
