@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from hbp_titan.data.arrow import first_line, index_arrow, read_arrow
 from hbp_titan.data.disk import is_full
 from hbp_titan.data.files import ARROW_SUFFIXES, CSV_SUFFIXES, SUFFIXES, require
-from hbp_titan.data.jsonl import index_json, index_lines, parse_row, read_lines, shown
+from hbp_titan.data.json_files import index_json
+from hbp_titan.data.jsonl import index_lines, parse_row, read_lines, shown
 from hbp_titan.models.hf_files import check_not_pointer
 
 _BLOCK_BYTES = 1 << 20

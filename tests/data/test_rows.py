@@ -148,7 +148,7 @@ def test_elements_of_an_array_are_those_that_json_finds(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).replace("\n", "\r\n")
     file = write(tmp_path_factory.mktemp("array") / "a.json", ("\ufeff \n" + text + "\n").encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hbp_titan.data.jsonl.BLOCK_BYTES", block)
+        patch.setattr("hbp_titan.data.json_files.BLOCK_BYTES", block)
         assert read(index_rows(file, file.parent)) == list(enumerate(rows, start=1))
 
 
@@ -175,7 +175,7 @@ def test_a_broken_array_is_reported_with_the_number_of_the_element(
 ) -> None:
     file = write(tmp_path / "a.json", content)
     for block in (3, 1 << 20):
-        monkeypatch.setattr("hbp_titan.data.jsonl.BLOCK_BYTES", block)
+        monkeypatch.setattr("hbp_titan.data.json_files.BLOCK_BYTES", block)
         with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:{message}"):
             index_rows(file, tmp_path)
 
@@ -228,7 +228,7 @@ def test_an_object_is_a_row_or_holds_the_list_of_rows(
     content = f"\ufeff\n{text}\n".encode()
     file = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
     # Of JSON lines, a first row longer than the head is a row.
-    monkeypatch.setattr("hbp_titan.data.jsonl._HEAD_BYTES", 1 << 20 if name == "a.jsonl" else head_bytes)
+    monkeypatch.setattr("hbp_titan.data.json_files._HEAD_BYTES", 1 << 20 if name == "a.jsonl" else head_bytes)
     records = [record for _, record in read(index_rows(file, tmp_path / "unpacked"))]
     # A line of a .jsonl file is a row, whatever it holds.
     assert records == ([value] if name == "a.jsonl" and indent is None and isinstance(value, dict) else rows)
@@ -248,7 +248,7 @@ def test_an_object_is_a_row_or_holds_the_list_of_rows(
 def test_json_lines_are_known_by_their_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head_bytes: int, content: bytes, rows: Any
 ) -> None:
-    monkeypatch.setattr("hbp_titan.data.jsonl._HEAD_BYTES", head_bytes)
+    monkeypatch.setattr("hbp_titan.data.json_files._HEAD_BYTES", head_bytes)
     assert read(index_rows(write(tmp_path / name, content), tmp_path)) == rows
 
 
@@ -269,13 +269,13 @@ def test_a_broken_object_is_reported_with_its_place(tmp_path: Path, content: byt
 
 
 def test_an_object_of_several_lines_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hbp_titan.data.jsonl._OBJECT_BYTES", 50)
+    monkeypatch.setattr("hbp_titan.data.json_files._OBJECT_BYTES", 50)
     content = json.dumps(ROW, indent=1).encode()
     with pytest.raises(ValueError, match="1: an object of more than 50 bytes"):
         index_rows(write(tmp_path / "a.json", content), tmp_path)
     # Only the first row of a list must fit.
     wrapped = json.dumps({"data": [SPLIT] * 9}, indent=1).encode()
-    monkeypatch.setattr("hbp_titan.data.jsonl._OBJECT_BYTES", 70)
+    monkeypatch.setattr("hbp_titan.data.json_files._OBJECT_BYTES", 70)
     assert len(index_rows(write(tmp_path / "b.json", wrapped), tmp_path)) == 9
 
 
