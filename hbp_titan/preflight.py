@@ -145,5 +145,6 @@ def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) ->
         token = read_tokenizer_folder(config.tokenizer_path).load().id_to_token(last)
         raise ValueError(
             f"the tokenizer {config.tokenizer_path} has token ids up to {last} ({token!r}), but the model "
-            f"{args.name} has {args.vocab_size} embeddings; change model.tokenizer_path or the model"
+            f"{args.name} has {args.vocab_size} embeddings; set model.tokenizer_path to the model's own "
+            "tokenizer, or remove tokens that the model does not know"
         )

@@ -17,7 +17,10 @@ _READ = (
     "additional_chat_templates/*.jinja",
 )
 # Other tokenizer libraries, older versions and servers read these. Code is copied, but never run here.
-_CARRIED = ("chat_template.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
+_CARRIED = (
+    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "tokenization_*.py",
+)  # fmt: skip
 _LFS_POINTER = b"version https://git-lfs"
 # What a hub calls a repository: an owner and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
