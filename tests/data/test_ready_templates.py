@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -312,11 +313,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ChatToken
     return found
 
 
+@pytest.fixture(scope="module")
+def lasts(pairs: dict[str, tuple[ChatTokenizer, Any]]) -> dict[str, ChatTokenizer]:
+    """The tokenizers, training the last turn only."""
+    folders = {name: Path(oracle.name_or_path) for name, (_, oracle) in pairs.items()}
+    return {name: ChatTokenizer(folder, "last", chat_template_file(name)) for name, folder in folders.items()}
+
+
 @pytest.mark.parametrize("name", READY_TEMPLATES)
 @given(data=st.data())
 @examples(30)
 def test_ids_and_masks_equal_those_of_transformers(
-    pairs: dict[str, tuple[ChatTokenizer, Any]], name: str, data: st.DataObject
+    pairs: dict[str, tuple[ChatTokenizer, Any]], lasts: dict[str, ChatTokenizer], name: str, data: st.DataObject
 ) -> None:
     messages, tools = data.draw(whole_rows(name))
     tokenizer, oracle = pairs[name]
@@ -333,6 +341,16 @@ def test_ids_and_masks_equal_those_of_transformers(
     assert encoded.ids.tolist() == expected["input_ids"]
     assert encoded.loss_mask.astype(int).tolist() == expected["assistant_masks"]
     assert not encoded.notes
+    # The same turns, wherever only some are wanted.
+    last = [index for index, message in enumerate(messages) if message["role"] == "assistant"][-1]
+    untrained = [{**message, "train": False} if index == last else message for index, message in enumerate(messages)]
+    start = encoded.turns[-1, 0]
+    assert encoded.loss_mask[start:].any()
+    for kept, mask in (
+        (lasts[name].encode(messages, tools), np.arange(len(encoded.ids)) >= start),
+        (tokenizer.encode(untrained, tools), np.arange(len(encoded.ids)) < start),
+    ):
+        assert kept.loss_mask.tolist() == (encoded.loss_mask & mask).tolist()
 
 
 # What the exported folder serves with.
