@@ -171,7 +171,7 @@ def save_hf_folder(
     token_ids: bos_token_id, eos_token_id, pad_token_id for config.json; null if absent.
     max_shard_bytes: maximum size of a weight file.
     overwrite: replace `out` if it exists and is not empty; otherwise that is a ValueError.
-    chat_template: source of the template to write in place of the tokenizer's own.
+    chat_template: source of the template that takes the place of the tokenizer's own.
 
     Raises ValueError for unknown, repeated, missing or misshapen tensors and for unknown token_ids.
     """
@@ -194,10 +194,7 @@ def save_hf_folder(
         _write_json(temporary / _GENERATION_FILE, _generation_config(tokenizer_path, config))
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
         if source:
-            # With a template of training, no other file may have one.
-            copy_tokenizer(source, temporary, templates=not chat_template)
-        if chat_template:
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            copy_tokenizer(source, temporary, chat_template)
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -40,12 +41,24 @@ def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
     return [file.relative_to(folder).as_posix() for p in patterns for file in sorted(folder.glob(p)) if file.is_file()]
 
 
-def copy_tokenizer(source: Path, out: Path, templates: bool = True) -> None:
-    """Copy the tokenizer files of `source` into the existing folder `out`. templates: also files of chat templates."""
+def copy_tokenizer(source: Path, out: Path, chat_template: str = "") -> None:
+    """Copy the tokenizer files of `source` into the existing folder `out`.
+
+    chat_template: source of a template that takes the place of those of `source`.
+    """
     for name in tokenizer_files(source, carried=True):
-        if templates or not (name.endswith(".jinja") or name == "chat_template.json"):
+        if not (chat_template and (name.endswith(".jinja") or name == "chat_template.json")):
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, out / name)
+    if not chat_template:
+        return
+    (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    config = out / "tokenizer_config.json"
+    if config.is_file():
+        # llama.cpp would take a template in it before the file, transformers after it.
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("chat_template", None)
+        config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> None:

@@ -150,7 +150,9 @@ def test_folder_has_token_ids_tokenizer_files_and_pt_metadata(tmp_path: Path) ->
     assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.6, 0.9)
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert b'"__metadata__":{"format":"pt"}' in header[:4096]
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}", "eos_token": "\u4e2d"}')
     write_folder(tmp_path / "replaced", tiny_args(), tokenizer_path=source, chat_template="{{ 'own' }}")
+    assert json.loads((tmp_path / "replaced" / "tokenizer_config.json").read_text()) == {"eos_token": "\u4e2d"}
     templates = [path for path in (tmp_path / "replaced").rglob("*") if "template" in path.name]
     assert [path.read_text() for path in templates] == ["{{ 'own' }}"]
     with pytest.raises(ValueError, match="unk_token_id"):
