@@ -61,6 +61,8 @@ def check_message(message: Any, number: int, keys: dict[str, str], roles: dict[s
         message, role = _call_message(message, keys["content"], f"message {number} ({_CALL})"), "assistant"
     where = f"message {number} ({role})"
     content, tool_calls = message.get(keys["content"]), message.get("tool_calls")
+    if isinstance(tool_calls, str) and tool_calls.lstrip().startswith(("[", "null")):
+        tool_calls = parse_text(tool_calls, f"{where}: tool_calls")
     if message.get("function_call"):
         tool_calls = _legacy_call(message["function_call"], tool_calls, where)
     if tool_calls:
@@ -121,31 +123,30 @@ def _is_trained(train: Any, weight: Any, where: str) -> bool:
 
 def _call_message(message: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     """Return a turn of role function_call, whose content is the JSON text of calls, as a message with tool calls."""
-    text = message.get(key)
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {key} is {shown(text)}, not a string")
+    calls = message.get(key)
+    if not isinstance(calls, (str, dict, list)):
+        raise ValueError(f"{where}: {key} is {shown(calls)}, not a call or its JSON text")
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError(f"{where} has both this role and tool_calls or function_call; keep one of them")
-    calls = parse_text(text, where)
+    calls = parse_text(calls, where) if isinstance(calls, str) else calls
     # A list without calls must not become an answer without text.
     if not calls:
-        raise ValueError(f"{where}: {key} is {shown(text)}, which has no call")
+        raise ValueError(f"{where}: {key} is {shown(message[key])}, which has no call")
     return {**message, key: None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-def _legacy_call(call: Any, tool_calls: Any, where: str) -> list[Any]:
-    """Return the one call of OpenAI's older key `function_call` as tool_calls."""
-    if tool_calls:
+def _legacy_call(call: Any, tool_calls: Any, where: str) -> Any:
+    """Return `tool_calls`, or the one call of OpenAI's older key `function_call` in their place."""
+    call = parse_text(call, f"{where}: function_call") if isinstance(call, str) else call
+    if call and tool_calls:
         raise ValueError(f"{where} has both function_call and tool_calls; keep one of them")
-    return [parse_text(call, f"{where}: function_call") if isinstance(call, str) else call]
+    return [call] if call else tool_calls
 
 
 def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
     """Return tool calls with objects as arguments, as templates expect them; OpenAI writes arguments as JSON text."""
     if role != "assistant":
         raise ValueError(f"{where}: only an assistant message can have tool_calls or function_call")
-    if isinstance(calls, str) and calls.lstrip().startswith("["):
-        calls = parse_text(calls, f"{where}: tool_calls")
     if not isinstance(calls, list):
         raise ValueError(f"{where}: tool_calls is {shown(calls)}, not a list")
     calls = json_items(calls, f"{where}: tool_calls")

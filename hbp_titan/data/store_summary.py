@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,8 +71,14 @@ def _turns(store: TokenStore) -> list[str]:
 
 
 def unread(store: TokenStore) -> list[str]:
-    """Return one line per kind of data of each source that is not read: columns, empty files, files of its folder."""
+    """Return one line per kind of data of each source that is not read: columns, empty files, files of its folder.
+
+    A further line names the files that several sources read.
+    """
     lines = []
+    times = Counter(os.path.abspath(file) for source in store.stores for file in source.files)
+    if several := sorted(file for file, count in times.items() if count > 1):
+        lines.append(f"read by several sources: {first_n(several, MAX_SHOWN)}")
     for source, place in zip(store.stores, store.places, strict=True):
         where = source.files[0] if len(source.files) == 1 else os.path.commonpath(source.files) or "."
         if columns := source.meta["unread_columns"]:
@@ -83,6 +90,8 @@ def unread(store: TokenStore) -> list[str]:
             lines.append(f"not read: {len(empty)} files without rows: {first_n(empty, MAX_SHOWN)}")
         reasons: dict[str, list[str]] = {}
         for entry in place.get("unread_files", []):
+            if os.path.abspath(entry["file"]) in times:
+                continue
             file, rows = entry["file"], store.meta["unread_rows"].get(entry["file"])
             counted = f" ({rows:,} rows)" if rows is not None else " (not readable)"
             reasons.setdefault(entry["reason"], []).append(file + (counted if entry["reason"] == NO_SPLIT else ""))

@@ -210,7 +210,11 @@ def test_columns_that_no_format_reads_are_counted_once_per_source(tmp_path: Path
         {"id": 40, "score": 20, "meta": 1},
         {"source": 40, "score": 20, "meta": 1},
     ]
-    assert unread(store)[0] == f"not read: {file}: columns 'id' (40 rows), 'score' (20 rows), 'meta' (1 rows)"
+    assert unread(store) == [
+        f"read by several sources: {file}",
+        f"not read: {file}: columns 'id' (40 rows), 'score' (20 rows), 'meta' (1 rows)",
+        f"not read: {file}: columns 'source' (40 rows), 'score' (20 rows), 'meta' (1 rows)",
+    ]
     assert {"s", "a", "0", "39"} <= set(store.source_names)
 
 
@@ -246,6 +250,9 @@ def test_files_of_a_folder_in_no_split_are_listed_with_their_rows(tmp_path: Path
     again = prepared(config)
     assert again.folder == store.folder
     assert f"{folder / 'new.jsonl'} (5 rows)" in unread(again)[0]
+    # Another source may read it.
+    both = prepared(job(tmp_path, train_files=[str(folder), str(folder / "math.jsonl")]))
+    assert (both.totals()["rows"], "math.jsonl" in "".join(unread(both))) == (401, False)
     # A pattern reads all of a kind.
     patterns = job(tmp_path, train_files=[f"{folder}/[cmn]*.jsonl"])
     assert (prepared(patterns).totals()["rows"], unread(prepared(patterns))) == (409, [])
@@ -291,11 +298,12 @@ def test_a_copy_of_the_data_keeps_the_store_and_names_its_own_files(tmp_path: Pa
     assert len(set(stores)) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_store_of_another_user_is_opened(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [folder_of(tmp_path / at / "data", a=[line("q", "a")]) for at in ("one", "two")]
     store = prepared(job(tmp_path, train_files=[str(folders[0])]))
-    store.folder.chmod(0o555)
+    # Not by chmod: root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("hbp_titan.data.build_set.record_places", None)
     assert prepared(job(tmp_path, train_files=[str(folders[1])])).where(0) == store.where(0)
 
 

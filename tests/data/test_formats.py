@@ -114,6 +114,8 @@ CITY_TEXT = '{"city": "Oslo", "unit": null}'
         ({"function_call": {"name": "f", "arguments": ""}},
          {"type": "function", "function": {"name": "f", "arguments": {}}}),
         ({"function_call": json.dumps(CITY["function"]), "tool_calls": []}, CITY),
+        ({"function_call": "null", "tool_calls": [CITY]}, CITY),
+        ({"function_call": CITY["function"], "tool_calls": "null"}, CITY),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "Let me see."}])
@@ -396,6 +398,11 @@ def test_sharegpt_turns_have_other_names() -> None:
         {"role": "assistant", "content": "Yes"},
     ]
     assert parse({"conversations": [USER, ASSISTANT], "system": ""}).messages == [USER, ASSISTANT]
+    function = {"name": "add", "arguments": {"x": 2, "y": 2}}
+    for value in (function, [function], json.dumps([function])):
+        assert parse({"conversations": [{"from": "tool_call", "value": value}]}).messages == [
+            {"role": "assistant", "tool_calls": [call]}
+        ]
     assert parse({"conversations": json.dumps([USER])}).messages == [USER]
 
 
