@@ -22,6 +22,7 @@ BLOCK_BYTES = 1 << 20
 # Far above any tool's schema, far below Python's recursion limit, which templates share.
 MAX_DEPTH = 64
 _NEWLINE, _RETURN, _SPACE = b"\n\r "
+
 Rows = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """Byte offset, bytes and number (from 1) of each row: int64 [R] each."""
 

@@ -141,11 +141,18 @@ json_values = st.recursive(
     st.sampled_from([1, 2, 5, 40, 1 << 20]),
     st.sampled_from([None, 1]),
     st.booleans(),
+    st.booleans(),
 )
 def test_elements_of_an_array_are_those_that_json_finds(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], block: int, indent: int | None, ascii_only: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Any],
+    block: int,
+    indent: int | None,
+    ascii_only: bool,
+    wrapped: bool,
 ) -> None:
-    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).replace("\n", "\r\n")
+    value = {"version": "[{", "none": [], "rows": rows, "size": {"k": [1]}} if wrapped else rows
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only).replace("\n", "\r\n")
     file = write(tmp_path_factory.mktemp("array") / "a.json", ("\ufeff \n" + text + "\n").encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hbp_titan.data.json_files.BLOCK_BYTES", block)
