@@ -80,7 +80,7 @@ _REQUIRED = {
 }
 _SHARED = ("system", "tools", "source", "chat_template_kwargs")
 _OPTIONAL = dict.fromkeys(_REQUIRED, _SHARED) | {"alpaca": (*_SHARED, "input", "history")}
-_KEYS = dict.fromkeys(_REQUIRED, _MESSAGE_KEYS) | {"sharegpt": _SHAREGPT_KEYS, "alpaca": ()}
+_KEYS = dict.fromkeys(_REQUIRED, _SHAREGPT_KEYS) | {"prompt_completion": _MESSAGE_KEYS, "alpaca": ()}
 # Columns that are read as `tools` under names of their own; their functions may be bare: OpenAI's older
 # `functions`, `tool_defs` of the verifiers environments.
 _TOOL_COLUMNS = ("functions", "tool_defs", "available_tools")
@@ -280,22 +280,21 @@ class _Record:
 
 
 def _parse_messages(row: _Record) -> Conversation:
-    keys = row.keys()
-    messages = row.turns("messages", f"{keys['role']}, {keys['content']}")
-    return row.conversation(
-        [check_message(message, number, keys, row.roles) for number, message in enumerate(messages, start=1)]
-    )
+    return row.conversation(_messages(row, "messages", row.keys(), row.keys("from", "value")))
 
 
 def _parse_sharegpt(row: _Record) -> Conversation:
-    own, openai = row.keys("from", "value"), row.keys()
-    values = row.turns("conversations", f"{own['role']}, {own['content']}")
+    return row.conversation(_messages(row, "conversations", row.keys("from", "value"), row.keys()))
+
+
+def _messages(row: _Record, column: str, own: dict[str, str], other: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the messages of a column; `own` are its keys, `other` those that data of this column often has."""
+    turns = row.turns(column, f"{own['role']}, {own['content']}")
     messages = []
-    for number, value in enumerate(values, start=1):
-        # Many data sets use the column `conversations` with OpenAI's keys.
-        is_openai = isinstance(value, dict) and own["role"] not in value and openai["role"] in value
-        messages.append(check_message(value, number, openai if is_openai else own, row.roles))
-    return row.conversation(messages)
+    for number, turn in enumerate(turns, start=1):
+        is_other = isinstance(turn, dict) and own["role"] not in turn and other["role"] in turn
+        messages.append(check_message(turn, number, other if is_other else own, row.roles))
+    return messages
 
 
 def _parse_alpaca(row: _Record) -> Conversation:

@@ -7,6 +7,7 @@ List(Json()) of HF `datasets`). Errors begin with the message's number.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hbp_titan.data.jsonl import check_json, parse_json, shown
@@ -31,7 +32,9 @@ def parse_text(text: str, where: str) -> Any:
         value = parse_json(text)
         check_json(value, "the value")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        # What pandas writes for a list of objects in a CSV file.
+        python = "; this is Python's notation: write it by json.dumps" if re.match(r"\s*\[?\s*{\s*'", text) else ""
+        raise ValueError(f"{where}: {error}{python}") from None
     return value
 
 

@@ -262,6 +262,18 @@ def test_tools_of_other_columns_are_wrapped_and_merged_with_nothing(column: str)
     assert column not in read_columns("messages", {"tools": "mine"})
 
 
+def test_each_format_of_turns_knows_the_keys_of_the_other() -> None:
+    turns = [{"from": "human", "value": "Hi"}, ASSISTANT]
+    for column in ("messages", "conversations"):
+        assert parse({column: turns}).messages == [USER, ASSISTANT]
+    assert complaint({"messages": [{"from": "gpt", "value": 3}]}).startswith("message 1 (assistant): value is 3")
+
+
+def test_python_notation_in_place_of_json_is_named() -> None:
+    for record in ({"messages": str([USER])}, {"conversations": str([USER])}, {"messages": [], "tools": str([TOOL])}):
+        assert complaint(record).endswith("write it by json.dumps")
+
+
 def test_a_table_of_turns_is_read_as_the_list_of_its_rows() -> None:
     # The type Sequence of older data sets of HF `datasets`.
     assert parse({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Yo"]}}).messages == [USER, ASSISTANT]
