@@ -193,7 +193,9 @@ class ChatTokenizer:
             try:
                 return self._encode(form.apply(messages), tools, turns, trained, variables)
             except ValueError as error:
-                first_error = first_error or error
+                # What a form loses says more than that the template rejects another form.
+                if first_error is None or (isinstance(error, LostPartError) > isinstance(first_error, LostPartError)):
+                    first_error = error
                 if isinstance(error, LostPartError) and error.parts[0].field != CALL:
                     break
         assert first_error is not None

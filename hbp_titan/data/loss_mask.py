@@ -44,14 +44,18 @@ _MAX_REMEMBERED = 4096
 
 
 class LostPartError(ValueError):
-    """The template leaves parts of the conversation out. parts: all of them; the message names the first."""
+    """Parts of the conversation that the template leaves out, or of a trained turn that it writes outside of that.
 
-    def __init__(self, template: str, parts: list[Part]) -> None:
+    parts: all of them; the message names the first.
+    """
+
+    def __init__(self, template: str, parts: list[Part], outside: bool = False) -> None:
         self.parts = parts
-        fix = "use a template that renders it"
+        where = "writes outside of the trained turn" if outside else "leaves out"
+        fix = "use a template that renders it" + (" inside the {% generation %} block" if outside else "")
         if parts[0].field == REASONING:
             fix += ', or set data.reasoning to "split" or "drop"'
-        super().__init__(f"the chat template {template} leaves out {parts[0]}; {fix}")
+        super().__init__(f"the chat template {template} {where} {parts[0]}; {fix}")
 
 
 class Located(NamedTuple):
@@ -128,13 +132,14 @@ class TurnLocator:
         messages: Sequence[Message],
         tools: Tools,
         turns: Sequence[int],
-        reasoning_of: set[int],
+        trained: set[int],
         variables: Mapping[str, Any] | None = None,
     ) -> Located:
         """Return the conversation's text and the places of `turns`, indices of assistant messages.
 
-        reasoning_of: messages whose reasoning must be in the text. Raises LostPartError if another part of a message
-        is not in it, and ValueError if the place of a turn is not certain.
+        trained: messages that are trained: only their reasoning must be in the text. Raises LostPartError if a part of
+        the conversation is not in the text, or a part of a trained message not in its turn, and ValueError if the place
+        of a turn is not certain.
         """
         text = self._template.render(messages, tools, variables=variables)
         row = _Row(messages, tools, variables, self._template, text)
@@ -154,13 +159,17 @@ class TurnLocator:
             rendering = self._rendering(row, marker.escape(messages), marker.escape(tools), alphabet)
             if rendering is None or rendering.text != row.text:
                 raise ValueError("a message spells a control token and the chat template rewrites it; remove it")
-        lost = [part for part in lost if part.field != REASONING or part.message in reasoning_of]
+        lost = [part for part in lost if part.field != REASONING or part.message in trained]
         if lost:
             raise LostPartError(self._template.name, lost)
         if turns and rendering.unbalanced:
             raise ValueError(_CUT_BLOCKS)
         row.blocks = rendering.blocks
         located = self._turns(row, turns)
+        if outside := _outside(
+            marker, rendering, trained.intersection(turns), [span for t in located for span in t[0]]
+        ):
+            raise LostPartError(self._template.name, outside, outside=True)
         questions = [
             anchor[0]
             for message, anchor in zip(messages, row.anchors, strict=True)
@@ -185,7 +194,11 @@ class TurnLocator:
         """Return the parts that the template leaves out of a conversation with other words in the same places."""
         substituter = Substituter(alphabet, self._protected, self._control_pattern)
         messages, tools = substituter.conversation(row.messages, row.tools)
-        return substituter.missing(self._template.render(messages, tools, variables=row.variables))
+        try:
+            text = self._template.render(messages, tools, variables=row.variables)
+        except ValueError as error:
+            raise ValueError(f"it is not certain that the template renders the whole conversation: {error}") from None
+        return substituter.missing(text)
 
     def _lost_leaves(self, row: _Row) -> list[Part]:
         """Return the numbers and booleans of calls that the template leaves out, tried once per shape of the calls."""
@@ -365,6 +378,27 @@ def _anchors(count: int, marker: Marker, rendering: Rendering) -> list[Span | No
     for message in repeated:
         anchors[message] = None
     return anchors
+
+
+def _outside(marker: Marker, rendering: Rendering, messages: set[int], spans: list[Span]) -> list[Part]:
+    """Return the parts of `messages` whose marks are not in any of the spans."""
+    spans = sorted(spans)
+    starts = [start for start, _ in spans]
+
+    def is_inside(place: int, is_end: bool) -> bool:
+        """Whether the character before (`is_end`) or behind the place is in a span."""
+        place -= is_end
+        number = bisect_right(starts, place) - 1
+        return number >= 0 and place < spans[number][1]
+
+    return [
+        part
+        for number, part in enumerate(marker.parts)
+        # Without a place the part was found by substitution, not by marks.
+        if part.message in messages and number in rendering.closed
+        if not any(is_inside(place, True) for place in rendering.closed[number])
+        or not all(is_inside(place, False) for place in rendering.opened.get(number, ())[:1])
+    ]
 
 
 def _neighbours(row: _Row, index: int) -> tuple[int, int]:

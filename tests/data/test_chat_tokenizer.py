@@ -617,6 +617,28 @@ def test_a_part_that_the_template_leaves_out_is_named(
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "messages", "part"),
+    [
+        ("{{ m.thinking }}{% generation %}{{ m.content }}", {"content": "b", "thinking": "w"}, "the reasoning"),
+        ("{% generation %}{{ m.content }}{% endgeneration %}{{ m.tool_calls[0].function.name }}{% generation %}.",
+         calls({}, content="b"), "the call"),
+    ],
+)  # fmt: skip
+def test_a_part_of_an_answer_outside_its_generation_block_is_an_error(
+    tmp_path: Path, body: str, messages: dict[str, Any], part: str
+) -> None:
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}BODY{% endgeneration %}"
+    folder = make_folder(tmp_path, template.replace("BODY", body) + "{% endif %}{% endfor %}")
+    with pytest.raises(LostPartError, match=f"outside of the trained turn {part}"):
+        ChatTokenizer(folder).encode([*chat("q"), {"role": "assistant", **messages}])
+
+
+def test_a_lost_call_is_named_although_the_template_rejects_other_forms_of_it(tmp_path: Path) -> None:
+    with pytest.raises(LostPartError, match="the call of 'f0' of message 2"):
+        ChatTokenizer(make_folder(tmp_path)).encode([*chat("x"), calls({"a": 1}), *chat("", "b")[1:]])
+
+
 def test_numbers_and_booleans_of_calls_are_looked_for(tmp_path: Path) -> None:
     template = IGNORES.replace(
         "{{ BODY }}",
