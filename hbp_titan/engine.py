@@ -120,7 +120,7 @@ class Engine:
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
-        initialize(self.model, args, world.device, config.training.seed, config.checkpoint.initial_load_path)
+        initialize(self.model, args, world.device, config.training.seed, config.weights_path)
 
     @property
     def level_names(self) -> list[str]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from hbp_titan.packing.level import Level
 
+NEW_WEIGHTS = "none"
+"""Value of checkpoint.initial_load_path that loads nothing."""
+
 
 @dataclass
 class Job:
@@ -27,7 +30,7 @@ class Model:
     flavor: str = "debug"
     """A named architecture of models/registry.py; ignored when hf_path is set."""
     hf_path: str = ""
-    """Folder with an HF config.json: the architecture comes from it."""
+    """HF folder: architecture, tokenizer and initial weights (checkpoint.initial_load_path)."""
     tokenizer_path: str = ""
     """Folder with tokenizer.json and tokenizer_config.json; empty means hf_path."""
     attention_backend: str = "auto"
@@ -245,7 +248,7 @@ class Checkpoint:
     last_save_model_only: bool = False
     """Write the last checkpoint without optimizer state: smaller, but training cannot resume from it."""
     initial_load_path: str = ""
-    """HF folder whose weights start the run when there is nothing to resume."""
+    """Initial weights: HF folder or checkpoint; "": model.hf_path's, with a flavor new ones; "none": new ones."""
     export_hf: bool = True
     """Write hf/ into the run folder at the end, with LoRA hf_adapter/ too."""
     export_dtype: str = "float32"
@@ -332,6 +335,12 @@ class JobConfig:
         """Return the seed of "data", "packing" or "rng" (torch's generators): its own, else training.seed."""
         own = self.training.rng_seed if section == "rng" else getattr(self, section).seed
         return self.training.seed if own is None else own
+
+    @property
+    def weights_path(self) -> str:
+        """HF folder or checkpoint with the initial weights; "" for new ones."""
+        path = self.checkpoint.initial_load_path
+        return "" if path == NEW_WEIGHTS else path or self.model.hf_path
 
     @property
     def tokenizer_path(self) -> Path:

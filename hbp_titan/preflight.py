@@ -129,10 +129,11 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
             f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}; "
             "lower levels.max_tokens"
         )
+    own = config.checkpoint.initial_load_path
     if config.lora.rank:
         with torch.device("meta"):
             lora_targets(Decoder(args), config.lora.target_modules)
-    check_load_path(config.checkpoint.initial_load_path, args)
+    check_load_path(config.weights_path, args, "checkpoint.initial_load_path" if own else "model.hf_path")
 
 
 def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:

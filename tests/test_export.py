@@ -92,10 +92,11 @@ def test_bfloat16_conversion_is_the_rounded_fp32_export(run: Run, tmp_path: Path
 def test_run_starts_from_an_hf_folder_and_from_a_converted_checkpoint(run: Run, tmp_path: Path) -> None:
     argv, folder, logits = run
     _script("convert_from_hf.py", folder / "hf", tmp_path / "checkpoint")
-    paths = (folder / "hf", tmp_path / "checkpoint", "")
-    runs = [
-        [*argv, f"--checkpoint.initial_load_path={path}", f"--job.dump_folder={tmp_path / 'new'}"] for path in paths
-    ]
+    # "" is the default: the weights of model.hf_path.
+    settings = [["--checkpoint.initial_load_path=", f"--model.hf_path={folder / 'hf'}"]]
+    paths = (folder / "hf", tmp_path / "checkpoint", "none")
+    settings += [[f"--checkpoint.initial_load_path={path}"] for path in paths]
+    runs = [[*argv, *words, f"--job.dump_folder={tmp_path / 'new'}"] for words in settings]
     *loaded, drawn = run_distributed(_logits_each, 2, runs, False)[0]
     for found in loaded:
         torch.testing.assert_close(found, logits, rtol=1e-6, atol=1e-6)

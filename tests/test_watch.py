@@ -48,7 +48,7 @@ def test_start_names_every_derived_number_and_the_end_sums_up(run: tuple[Path, s
     start, end = output.split("1/5", 1)
     for pattern in (
         r"^model: model, [\d,]+ parameters in float32, compute dtype float32",
-        r"^weights: new ones",
+        r"^weights: NEW",
         r"^ranks: 2 on cpu$",
         r"^data: 60 samples, [\d,]+ tokens, [\d,]+ of them trained$",
         r"^level 128/cp1: dp 2 x cp 1, checkpointing none, \d+ micro-batches$",

@@ -65,6 +65,7 @@ def write_tiny_run(
     (folder / "model" / "config.json").write_text(json.dumps(args_to_hf_config(args)), encoding="utf-8")
     return [
         f"--model.hf_path={folder / 'model'}",
+        "--checkpoint.initial_load_path=none",
         f"--data.train_files={folder / 'train.jsonl'}",
         f"--data.cache_folder={folder / 'cache'}",
         f"--job.dump_folder={folder / 'run'}",

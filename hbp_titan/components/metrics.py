@@ -437,7 +437,7 @@ def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device:
     """Return the lines on architecture, dtypes, attention kernel, initial weights and what is trained."""
     computed = str(compute_dtype(config, device)).removeprefix("torch.")
     stored = str(stored_dtype(config, device)).removeprefix("torch.")
-    weights = describe_weights(config.checkpoint.initial_load_path, args, stored)
+    weights = describe_weights(config.weights_path, args, stored)
     lines = [
         f"model: {args.name}, {num_params(args):,} parameters in {stored}, compute dtype {computed}, "
         f"attention {selected_backend(device)}",

@@ -27,25 +27,26 @@ from hbp_titan.distributed.fsdp import sharded_parameters
 from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import barrier
+from hbp_titan.job_config import NEW_WEIGHTS
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, init_parameter
-from hbp_titan.models.hf import HFTensors, save_hf_folder
+from hbp_titan.models.hf import HFTensors, MissingWeights, save_hf_folder
 from hbp_titan.models.hf_files import require_folder
 from hbp_titan.models.lora import ALL_LINEAR, apply_lora, init_lora_parameter, is_adapter, merged, save_adapter_folder
 
 Slices = tuple[slice, ...]
 
 
-def check_load_path(path: str, args: ModelArgs) -> None:
-    """Raise ValueError unless `path` is empty, or an HF folder or checkpoint whose tensors fit `args`."""
+def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_load_path") -> None:
+    """Raise ValueError unless `path`, the value of `key`, is empty, or an HF folder or checkpoint that fits `args`."""
     folder = Path(path)
     if not path:
         return
-    require_folder(folder, "checkpoint.initial_load_path")
+    require_folder(folder, key)
     if _is_checkpoint(path):
         if "lora" in read_state(folder):
             raise ValueError(
-                f"checkpoint.initial_load_path = {path!r}: the checkpoint contains LoRA adapters only; merge them with "
+                f"{key} = {path!r}: the checkpoint contains LoRA adapters only; merge them with "
                 f"scripts/convert_to_hf.py {path} OUT and pass OUT"
             )
         with torch.device("meta"):
@@ -54,10 +55,13 @@ def check_load_path(path: str, args: ModelArgs) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"checkpoint.initial_load_path = {path!r}: contains neither config.json nor {STATE}; pass an HF folder or "
-            "a checkpoint"
+            f"{key} = {path!r}: contains neither config.json nor {STATE}; pass an HF folder or a checkpoint"
         )
-    HFTensors(folder, args)
+    try:
+        HFTensors(folder, args)
+    except MissingWeights as error:
+        new = f'to train new weights, set checkpoint.initial_load_path = "{NEW_WEIGHTS}"'
+        raise ValueError(f"{key}: {error}; {new}") from None
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -110,7 +114,7 @@ def _fill(parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str, t
 def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     """Return where the initial weights come from and their dtype. dtype: of the parameters in memory."""
     if not load_path:
-        return "new ones, from training.seed"
+        return "NEW, from training.seed: nothing is loaded"
     if _is_checkpoint(load_path):
         return f"{load_path}, a checkpoint, held in {dtype}"
     on_disk = HFTensors(load_path, args).dtypes
@@ -125,7 +129,7 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict
     are merged into their matrices on the CPU in fp32, before rounding.
     """
     dtype, lora, folder = DTYPES[config.checkpoint.export_dtype], config.lora, config.dump_folder
-    base_path = config.checkpoint.initial_load_path
+    base_path = config.weights_path
     # Adapters are small and needed twice; the base is gathered one tensor at a time.
     adapter = dict(_whole_tensors(model, adapters=True))
     tensors = _whole_tensors(model, adapters=False)
@@ -176,7 +180,7 @@ def describe_adapter(config: JobConfig, model: nn.Module) -> dict[str, Any] | No
     """Return the `lora` entry of state.json: the settings and the frozen base; None without LoRA. A collective."""
     if not config.lora.rank:
         return None
-    path = config.checkpoint.initial_load_path
+    path = config.weights_path
     return {
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
@@ -210,7 +214,7 @@ def check_adapter(saved: Mapping[str, Any] | None, own: Mapping[str, Any] | None
     if saved["base"]["checksum"] != own["base"]["checksum"]:
         raise ValueError(
             f"cannot resume: the adapters in {path} belong to other frozen weights: {_origin(saved['base'])}, not "
-            f"checksum {own['base']['checksum']}; restore checkpoint.initial_load_path"
+            f"checksum {own['base']['checksum']}; restore the initial weights"
         )
 
 

@@ -90,6 +90,10 @@ def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
         return {fqn: parameter.shape for fqn, parameter in Decoder(args).named_parameters()}
 
 
+class MissingWeights(ValueError):
+    """A folder has no weights that are read."""
+
+
 class HFTensors(Mapping[str, Tensor]):
     """The weights of an HF folder by our names, each read on access (memory-mapped, on the CPU).
 
@@ -266,7 +270,12 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / _SINGLE_FILE]
     index = folder / _INDEX_FILE
     if not index.is_file():
-        raise ValueError(f"{folder}: contains neither {_SINGLE_FILE} nor {_INDEX_FILE}")
+        # Not at the top: few folders lack their weights.
+        from hbp_titan.models.hf_missing import describe_other_weights
+
+        raise MissingWeights(
+            f"{folder}: contains neither {_SINGLE_FILE} nor {_INDEX_FILE}{describe_other_weights(folder)}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: weight_map is not an object of file names")

@@ -37,6 +37,7 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.engine import Engine
+from hbp_titan.job_config import NEW_WEIGHTS
 from hbp_titan.models.configs import MLAArgs, ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import Documents, HeadTailShard, pack_documents
@@ -314,7 +315,7 @@ def run_case(
     config = copy.deepcopy(config)
     config.levels = list(case.levels)
     config.compile.enable = case.compile
-    config.checkpoint.initial_load_path = ""
+    config.checkpoint.initial_load_path = NEW_WEIGHTS
     config.parallelism.expert_parallel_degree = case.expert_parallel
     config.parallelism.dp_replicate = case.dp_replicate
     # Every gradient is compared, including those that LoRA does not compute.

@@ -371,8 +371,8 @@ def _missing(config: JobConfig) -> str:
     lines = []
     if not (config.model.hf_path or config.model.tokenizer_path):
         lines.append("a start needs a tokenizer: set --model.hf_path DIR or --model.tokenizer_path DIR")
-    if not config.checkpoint.initial_load_path:
-        lines.append("a start initializes new weights: set --checkpoint.initial_load_path DIR to load a model's")
+    if not (config.weights_path or config.checkpoint.initial_load_path):
+        lines.append("a start trains NEW weights: set --model.hf_path DIR or --checkpoint.initial_load_path DIR")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.world import World, all_reduce_values, any_rank, barrier
 from hbp_titan.engine import Engine, LevelRuntime
+from hbp_titan.job_config import NEW_WEIGHTS
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level
 
@@ -39,7 +40,7 @@ class MeasuredEngine:
     accumulate: gradients and optimizer state exist before a micro-batch and stay, as within an optimizer step of a run.
         Otherwise each micro-batch is a step by itself and leaves no gradients; AdamW's step is part of it with
         optimizer_step.
-    load_weights: from checkpoint.initial_load_path; weights affect neither time nor memory.
+    load_weights: the initial ones; weights affect neither time nor memory.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class MeasuredEngine:
         self.config = copy.deepcopy(config)
         self.config.levels = list(levels)
         if not load_weights:
-            self.config.checkpoint.initial_load_path = ""
+            self.config.checkpoint.initial_load_path = NEW_WEIGHTS
         self.args, self.world = args, world
         self.accumulate, self.optimizer_step = accumulate, optimizer_step
         self.levels = list(levels)

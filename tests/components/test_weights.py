@@ -6,6 +6,7 @@ The LoRA runs themselves are in tests/test_lora_run.py.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.weights import check_adapter, checksum, initialize
+from hbp_titan.components.weights import check_adapter, check_load_path, checksum, initialize
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
 from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
@@ -66,6 +68,44 @@ def test_run_that_ends_with_validation_exports_its_weights_bit_for_bit(tmp_path:
             if value.ndim == 2:
                 # Not rounded to the compute dtype.
                 assert not value.bfloat16().float().equal(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        ([], ""),
+        (["--model.hf_path=base"], "base"),
+        (["--model.hf_path=base", "--checkpoint.initial_load_path=other"], "other"),
+        (["--model.hf_path=base", "--checkpoint.initial_load_path=none"], ""),
+    ],
+)
+def test_run_starts_from_the_weights_of_its_model_unless_others_or_none_are_set(words: list[str], path: str) -> None:
+    config = load_config(words)
+    assert config.weights_path == path
+    assert load_config([*words, "--model.flavor=llama3_1_8b"]).weights_path == path
+
+
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ("notes.txt", "neither"),
+        ("pytorch_model.bin", "M.from_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "M.from_pretrained"),
+        ("model-q8_0.gguf", "gguf_file='model-q8_0.gguf'"),
+        ("consolidated.00.pth", "layout of transformers"),
+        ("adapter_config.json", "merge_and_unload"),
+        ("model-00001-of-00002.safetensors", "index"),
+    ],
+)
+def test_folder_without_weights_is_an_error_that_names_what_it_has_and_how_to_train_new_ones(
+    tmp_path: Path, file: str, word: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(args_to_hf_config(ARGS)))
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=r"model\.hf_path.*neither") as caught:
+        check_load_path(str(tmp_path), ARGS, "model.hf_path")
+    assert word in str(caught.value)
+    assert 'initial_load_path = "none"' in str(caught.value)
 
 
 # Two ranks cannot share three experts evenly: the stacks are sharded along the second dim.

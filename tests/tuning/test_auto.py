@@ -252,6 +252,9 @@ max_tokens = 64  # too short for the data
 
 [model]
 hf_path = "{folder}/model"
+
+[checkpoint]
+initial_load_path = "none"
 """
 
 

@@ -82,7 +82,7 @@ def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: in
     (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
     runs = []
     for seed in seeds:
-        config = load_config([*BASE, f"--model.hf_path={folder / 'model'}"])
+        config = load_config([*BASE, f"--model.hf_path={folder / 'model'}", "--checkpoint.initial_load_path=none"])
         config.packing.seed = config.training.seed = seed
         # One level has no curriculum.
         config.packing.curriculum_steps = 0.0

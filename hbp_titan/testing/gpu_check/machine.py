@@ -244,6 +244,7 @@ def _training_command(folder: Path, args: ModelArgs, shape: _Shape, ranks: int, 
     on_gpu = settings.device_type == "cuda"
     keys = {
         "model.hf_path": folder / "model",
+        "checkpoint.initial_load_path": "none",
         "data.train_files": folder / "train.jsonl",
         "data.cache_folder": folder / "cache",
         "job.dump_folder": folder / "run",
