@@ -20,3 +20,8 @@ from tests.properties import register_profiles
 if not torch.cuda.is_available():
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 register_profiles()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: gzip writes the second into them, but every process must collect the same tests."""
+    return argname if isinstance(val, bytes) else None

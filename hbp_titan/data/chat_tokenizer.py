@@ -240,15 +240,26 @@ class ChatTokenizer:
             start, end = rows[position][0], rows[position + len(spans) - 1][1]
             position += len(spans)
             turns.append((start, end))
-            final = int(ids[end - 1]) if end > start else -1
-            ends.append(final if final in self._control.ids else -1)
-            if ends[-1] < 0:
+            final = self._end_token(ids, start, end)
+            ends.append(final)
+            if final < 0:
                 outside = end < len(ids) and int(ids[end]) in self._control.closers
                 notes.add(END_OUTSIDE if outside else NO_END_TOKEN)
-            if header or (end > start and int(ids[start]) in self._control.openers):
+            if header:
                 notes.add(HEADER)
         places = np.array(turns, dtype=np.int64).reshape(-1, 2)
         return Encoded(ids, mask, places, ranges[position:, 0], tuple(ends), tuple(sorted(notes)))
+
+    def _end_token(self, ids: NDArray[np.uint32], start: int, end: int) -> int:
+        """Return the control token that ends a turn of these tokens; -1 if there is none."""
+        for place in range(end - 1, start - 1, -1):
+            index = int(ids[place])
+            if index in self._control.ids:
+                return index
+            # Some blocks include the line end behind the token.
+            if self.tokenizer.decode([index], skip_special_tokens=False).strip():
+                break
+        return -1
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the messages whose place must be known: the trained ones or, with "all", the others."""
