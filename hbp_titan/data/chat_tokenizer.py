@@ -245,7 +245,9 @@ class ChatTokenizer:
             if final < 0:
                 outside = end < len(ids) and int(ids[end]) in self._control.closers
                 notes.add(END_OUTSIDE if outside else NO_END_TOKEN)
-            if header:
+            # A turn that is found by its prompt begins behind its header.
+            opens = self._template.has_generation_blocks and end > start and int(ids[start]) in self._control.openers
+            if header or opens:
                 notes.add(HEADER)
         places = np.array(turns, dtype=np.int64).reshape(-1, 2)
         return Encoded(ids, mask, places, ranges[position:, 0], tuple(ends), tuple(sorted(notes)))
