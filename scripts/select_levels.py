@@ -32,6 +32,7 @@ from hbp_titan.tuning.auto import (
     select_all,
 )
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.profile import cp_styles
 from hbp_titan.tuning.search import Candidate, Workload
 from hbp_titan.tuning.time_model import estimate_candidates
 
@@ -64,8 +65,7 @@ def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list
     levels = []
     for named in parse_levels(text) if text else ():
         check_levels([named], world_size)
-        shares_kv_heads = args.num_kv_heads % named.cp_degree == 0 and args.num_heads % named.cp_degree == 0
-        style = "ulysses" if shares_kv_heads else "hybrid"
+        style = cp_styles(named.cp_degree, args)[0]
         levels += [Level(named.max_tokens, named.cp_degree, style, policy) for policy in AC_POLICIES]
     return levels
 

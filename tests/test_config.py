@@ -160,6 +160,7 @@ def test_levels_in_short_form_have_the_fields_of_a_level_in_their_order() -> Non
     ("words", "world_size", "message"),
     [
         (["--levels=8:2"], 3, "cp_degree=2 of the level with max_tokens=8 does not divide the world size 3"),
+        (["--levels=10:5"], 12, "use 1, 2, 3, 4, 6, 12,"),
         (["--levels=8,8"], 2, "levels must ascend: max_tokens=8 follows max_tokens=8"),
         (["--parallelism.dp_replicate=1"], 2, "none given"),
         (["--levels=8", "--parallelism.dp_replicate=3"], 4, "dp_replicate = 3 does not divide the world size 4"),

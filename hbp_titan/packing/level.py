@@ -90,9 +90,10 @@ def check_levels(levels: Sequence[Level], world_size: int) -> None:
             )
     for level in levels:
         if world_size % level.cp_degree:
+            fitting = [str(degree) for degree in range(1, world_size + 1) if world_size % degree == 0]
             raise ValueError(
                 f"cp_degree={level.cp_degree} of the level with max_tokens={level.max_tokens} does not divide "
-                f"the world size {world_size}; change levels.cp_degree or the number of ranks"
+                f"the world size {world_size}; use {', '.join(fitting)}, or another number of ranks"
             )
 
 

@@ -82,14 +82,8 @@ def resolve_levels(
 
 
 def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
-    """Return the default candidates for samples of these lengths, at most as long as the model allows."""
-    median, limit = int(np.median(lengths)), args.max_position_embeddings
-    return list(
-        dict.fromkeys(
-            dataclasses.replace(level, max_tokens=min(level.max_tokens, limit - limit % level.cp_degree))
-            for level in default_candidates(longest, world_size, args, median=median)
-        )
-    )
+    """Return the default candidates for samples of these lengths."""
+    return default_candidates(longest, world_size, args, median=int(np.median(lengths)))
 
 
 def measured_profile(

@@ -469,12 +469,12 @@ def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
     if gather_degree == 1:
         return pack_documents([level.max_tokens])
-    queries = level.max_tokens // (2 * gather_degree)
+    # As `head_tail_shard` cuts it; a shard may be odd.
+    heads = -(-level.max_tokens // (2 * gather_degree))
+    tails = level.max_tokens // gather_degree - heads
+    passes = ((heads, gather_degree * heads), (tails, gather_degree * heads + tails))
     return HeadTailShard(
-        *(
-            ShardPass(pack_documents([queries], [chunks * queries]), torch.empty(chunks * queries, dtype=torch.int64))
-            for chunks in (gather_degree, gather_degree + 1)
-        )
+        *(ShardPass(pack_documents([own], [keys]), torch.empty(keys, dtype=torch.int64)) for own, keys in passes)
     )
 
 

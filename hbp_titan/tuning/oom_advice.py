@@ -357,8 +357,10 @@ class ChangeSearch:
                 yield _with_value(config, "parallelism.dp_replicate", copies)
 
     def _cp_degrees(self) -> Iterator[Level]:
-        cp_degree, largest = self.level.cp_degree, MAX_CP_FACTOR * self.level.cp_degree
-        while cp_degree <= largest and self.world_size % cp_degree == 0 and self.level.max_tokens % cp_degree == 0:
+        lowest = self.level.cp_degree
+        for cp_degree in range(lowest, min(MAX_CP_FACTOR * lowest, self.world_size) + 1):
+            if self.world_size % cp_degree or self.level.max_tokens % cp_degree:
+                continue
             level = replace(self.level, cp_degree=cp_degree)
             try:
                 check_heads([level], self.args.num_heads, self.args.num_kv_heads)
@@ -366,7 +368,6 @@ class ChangeSearch:
                 # "hybrid" works with any number of heads.
                 level = replace(level, cp_style="hybrid")
             yield level
-            cp_degree *= 2
 
     def _policies(self, level: Level) -> list[Level]:
         if self.evaluating:

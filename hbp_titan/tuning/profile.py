@@ -12,6 +12,7 @@ Owns the procedure, the candidates that it tries by default, and the packs that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -284,29 +285,44 @@ def default_candidates(longest: int, world_size: int, args: ModelArgs, *, median
     """Return every length with every form of context parallelism and every policy; ac_layers is left to the profile.
 
     longest, median: tokens of samples. Lengths are powers of two, from the one that holds the longest sample down to
-    about the median, at most MAX_LENGTHS. cp degrees are powers of two that divide world_size: 1, and each higher one
-    as "ulysses" if the heads allow it, otherwise "hybrid", and as "allgather".
+    about the median, at most MAX_LENGTHS, adapted to the world size and the model's limit (`_capacity`). cp degrees are
+    all divisors of world_size, each in every style of `cp_styles`.
     """
     largest = 1 << max(longest - 1, 0).bit_length()
-    lengths = [largest >> k for k in range(MAX_LENGTHS) if largest >> k >= median] or [largest]
+    powers = [largest >> k for k in range(MAX_LENGTHS) if largest >> k >= median] or [largest]
+    limit = args.max_position_embeddings
+    lengths = [_capacity(power, longest, world_size, limit) for power in reversed(powers)]
+    cp_degrees = [degree for degree in range(1, world_size + 1) if world_size % degree == 0]
     return [
-        Level(max_tokens, cp_degree, style, policy)
-        for max_tokens in reversed(lengths)
-        for cp_degree, style in _cp_forms(world_size, args)
-        if max_tokens % cp_degree == 0
+        Level(max_tokens - max_tokens % cp_degree, cp_degree, style, policy)
+        for max_tokens in lengths
+        for cp_degree in cp_degrees
+        if max_tokens % cp_degree == 0 or cp_degree <= limit == max_tokens
+        for style in cp_styles(cp_degree, args)
         for policy in AC_POLICIES
     ]
 
 
-def _cp_forms(world_size: int, args: ModelArgs) -> list[tuple[int, str]]:
-    forms = [(1, "ulysses")]
-    cp_degree = 2
-    while world_size % cp_degree == 0 and cp_degree <= world_size:
-        kv = args.num_kv_heads
-        by_heads = args.num_heads % cp_degree == 0 and (kv % cp_degree == 0 or cp_degree % kv == 0)
-        forms.append((cp_degree, "ulysses" if by_heads else "hybrid"))
-        # With one kv head "hybrid" is the same as "allgather".
-        if by_heads or kv > 1:
-            forms.append((cp_degree, "allgather"))
-        cp_degree *= 2
-    return forms
+def cp_styles(cp_degree: int, args: ModelArgs) -> list[str]:
+    """Return the styles that divide the model's heads over `cp_degree` ranks, "ulysses" or else "hybrid" first."""
+    heads, kv_heads = args.num_heads, args.num_kv_heads
+    if heads % cp_degree == 0 and (kv_heads % cp_degree == 0 or cp_degree % kv_heads == 0):
+        return ["ulysses"] if cp_degree == 1 else ["ulysses", "allgather"]
+    # Without a common divisor "hybrid" is the same as "allgather".
+    return ["hybrid", "allgather"] if math.gcd(cp_degree, kv_heads) > 1 else ["allgather"]
+
+
+def _capacity(power: int, longest: int, world_size: int, limit: int) -> int:
+    """Return a length near `power` that every cp degree divides, at most `limit`.
+
+    If no such length holds `longest`, the limit itself, which only some cp degrees may divide.
+    """
+    # The odd part of the world size times a power of two that costs at most 1/64 of the length. Shards of a power of
+    # two suit the kernels, and a world of a power of two keeps lengths of powers of two.
+    unit = world_size // (world_size & -world_size)
+    while 2 * unit <= power // 64:
+        unit *= 2
+    capacity = -(-power // unit) * unit
+    if capacity > limit:
+        capacity = limit - limit % world_size
+    return limit if capacity < min(longest, power) else capacity

@@ -15,6 +15,7 @@ that each selection is compared with: flat packing at its best single level, as 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
 from hbp_titan.packing.level import level_name
 from hbp_titan.packing.ragged import IntArray
-from hbp_titan.utils import human_seconds
+from hbp_titan.utils import human_bytes, human_seconds
 
 BASELINES = {"isf": "ISF", "flat_sorted": "flat + sort"}
 """Packing method of each baseline, and its name in tables."""
@@ -176,11 +177,16 @@ def shortest_holding(candidates: Sequence[Candidate], tokens: int) -> int:
     lengths = [c.level.max_tokens for c in candidates if c.fits and c.level.max_tokens >= tokens]
     if lengths:
         return min(lengths)
-    tried = sorted({c.level.max_tokens for c in candidates if c.level.max_tokens >= tokens})
+    tried = [c for c in candidates if c.level.max_tokens >= tokens]
     if tried:
+        least = min(tried, key=lambda c: math.inf if c.peak_bytes is None else c.peak_bytes)
+        needs = f" needs {human_bytes(least.peak_bytes)}, the least of them" if least.peak_bytes else " is one of them"
+        fits = max((c.level for c in candidates if c.fits), key=lambda level: level.max_tokens, default=None)
+        longest = f"{describe_level(fits)} is the longest that does" if fits else "and no shorter one does"
+        shorten = f", or data.max_length_policy for samples above {fits.max_tokens} tokens" if fits else ""
         raise ValueError(
-            f"no candidate with max_tokens >= {tried[0]} (longest sample: {tokens} tokens) fits in memory; use more "
-            "ranks or a higher cp_degree, or skip such samples (data.max_length_policy)"
+            f"no candidate with max_tokens >= {min(c.level.max_tokens for c in tried)} (longest sample: {tokens} "
+            f"tokens) fits in memory: {describe_level(least.level)}{needs}; {longest}; use more ranks{shorten}"
         )
     raise ValueError(f"no candidate holds the longest sample ({tokens} tokens); add a larger max_tokens")
 

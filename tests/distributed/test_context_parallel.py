@@ -67,6 +67,7 @@ CASES = {
         ("allgather", 2, [(4, 4), (8, 2), (3, 1)]),
         ("hybrid", 2, [(4, 4), (3, 1)]),
     ],
+    3: [("ulysses", 3, [(6, 3), (3, 1)]), ("allgather", 3, [(4, 2)]), ("hybrid", 3, [(4, 2)])],
     4: [
         ("ulysses", 2, [(8, 2)]),
         ("ulysses", 4, [(4, 4), (8, 2), (8, 8), (4, 1)]),
@@ -96,7 +97,7 @@ def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
 
 
 @pytest.mark.parametrize("backend", ["fused", "dtensor"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_shards_equal_unsharded_attention(world_size: int, backend: str) -> None:
     results = run_distributed(_rank, world_size, backend)
     for case in results[0]:

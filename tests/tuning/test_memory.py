@@ -129,6 +129,10 @@ def test_saved_bytes_of_each_cp_style_by_hand() -> None:
     for style, kept in by_hand.items():
         level = Level(4096, 4, style, "keep_attention")
         assert block_memory(DEBUG, level, torch.float32, "cpu").saved == kept, style
+    # Three ranks with 1365 tokens, 683 of heads and 682 of tails, which see 2049 and 2731 keys.
+    odd = 12 * 1365 * 32 * 4 + 4 * (2049 + 2731) * 32 * 4 + 4 * 1365 * 4
+    level = Level(4095, 3, "allgather", "keep_attention")
+    assert block_memory(DEBUG, level, torch.float32, "cpu").saved == odd
 
 
 def test_many_loss_chunks_are_extrapolated_exactly() -> None:

@@ -198,12 +198,40 @@ def test_default_candidates() -> None:
     ]
     policies = [level.ac_policy for level in default_candidates(8000, 2, DEBUG)[:3]]
     assert policies == ["none", "full", "keep_attention"]
-    # 28 query and 4 kv heads: 8 ranks cannot share them; ranks in sixes give no power of two but 2.
-    qwen = get_flavor("qwen2_5_7b")
-    assert (8, "hybrid") in {(level.cp_degree, level.cp_style) for level in default_candidates(4096, 8, qwen)}
-    assert {level.cp_degree for level in default_candidates(4096, 6, qwen)} == {1, 2}
     # None below the median.
     assert {level.max_tokens for level in default_candidates(8192, 2, DEBUG, median=3000)} == {4096, 8192}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "longest", "forms"),
+    [
+        (3, (4128, 131070), {1: "u", 3: "a"}),
+        (5, (4120, 131070), {1: "u", 5: "a"}),
+        (6, (4128, 131070), {1: "u", 2: "ua", 3: "a", 6: "ha"}),
+        (7, (4144, 131068), {1: "u", 7: "a"}),
+        (8, (4096, 131072), {1: "u", 2: "ua", 4: "ua", 8: "ha"}),
+        (12, (4128, 131064), {1: "u", 2: "ua", 3: "a", 4: "ua", 6: "ha", 12: "ha"}),
+        (14, (4144, 131068), {1: "u", 2: "ua", 7: "a", 14: "ha"}),
+    ],
+)
+def test_every_divisor_of_the_world_is_a_cp_degree(
+    world_size: int, longest: tuple[int, int], forms: dict[int, str]
+) -> None:
+    # 28 query and 4 kv heads; a, h, u: allgather, hybrid, ulysses. The limit of 131072 is no multiple of 3, 5 and 7.
+    levels = default_candidates(78063, world_size, get_flavor("qwen2_5_7b_128k"))
+    assert (levels[0].max_tokens, levels[-1].max_tokens) == longest
+    found: dict[int, str] = {}
+    for level in dict.fromkeys((level.cp_degree, level.cp_style) for level in levels):
+        found[level[0]] = found.get(level[0], "") + level[1][0]
+    assert found == forms
+    assert all(level.max_tokens % world_size == 0 for level in levels)
+
+
+def test_longest_sample_at_the_limit_has_the_cp_degrees_that_can_hold_it() -> None:
+    levels = default_candidates(131071, 6, get_flavor("qwen2_5_7b_128k"))
+    assert {level.cp_degree: level.max_tokens for level in levels if level.max_tokens > 131000} == {
+        1: 131072, 2: 131072, 3: 131070, 6: 131070,
+    }  # fmt: skip
 
 
 @examples(200)

@@ -200,6 +200,18 @@ def test_no_candidate_for_the_longest_sample(select) -> None:
         select([short], _workload(MIXED, 8))
 
 
+def test_error_names_what_fits_and_what_the_longest_sample_needs() -> None:
+    candidates = [
+        Candidate(Level(16 * K), LevelTimeModel(1.0), 40 << 30),
+        Candidate(Level(64 * K - 1, 5, "allgather", "full"), None, 90 << 30),
+        Candidate(Level(64 * K), None, 200 << 30),
+    ]
+    with pytest.raises(ValueError, match="memory") as raised:
+        select_search(candidates, _workload([60000] * 5, 5))
+    for words in ("65535/cp5, allgather, full on all layers needs 90.0 GiB", "16K/cp1 is the longest", "above 16384"):
+        assert words in str(raised.value)
+
+
 def test_large_data_is_represented_by_a_sample() -> None:
     lengths = tulu3_longcite_like(120_000, seed=3)
     workload = Workload(lengths, lengths // 2, 8, CostModel())
