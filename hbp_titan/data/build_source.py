@@ -92,7 +92,8 @@ def build_source_store(
                 workers.report(f"tokenizing {shard.rows.file}")
                 report = next(reports)
                 if report.malformed and data.malformed != "skip":
-                    raise malformed_rows([f"{shard.rows.file}:{error}" for error in report.errors], report.malformed)
+                    errors = [f"{shard.rows.file}:{error}" for error in report.errors]
+                    raise malformed_rows(errors, report.malformed, report.rows)
                 progress(report.rows)
 
     workers.run_on_all(write_own)

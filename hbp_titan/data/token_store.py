@@ -254,11 +254,15 @@ def check_malformed(store: TokenStore, max_errors: int) -> None:
     count = store.totals().get(f"excluded: {MALFORMED}", 0)
     if count:
         rows = [row for row in store.incomplete_rows() if row["reason"] == MALFORMED][:max_errors]
-        raise malformed_rows([f"{row['file']}:{row['line']}: {row['detail']}" for row in rows], count)
+        errors = [f"{row['file']}:{row['line']}: {row['detail']}" for row in rows]
+        raise malformed_rows(errors, count, store.totals()["rows"])
 
 
-def malformed_rows(errors: list[str], count: int) -> UserError:
-    """Return the error of `count` malformed rows, the first of which are `errors`."""
+def malformed_rows(errors: list[str], count: int, total: int) -> UserError:
+    """Return the error of `count` malformed rows of `total`, the first of which are `errors`."""
+    if count == total > 1:
+        # Skipping would leave nothing.
+        return UserError([*errors, f"all {count} rows fail: change the format, columns or chat template, not the rows"])
     hint = 'or set data.malformed = "skip" to skip and list'
     if count == 1:
         return UserError([f"{errors[0]}; fix the row, {hint} it"])

@@ -15,6 +15,7 @@ from hbp_titan import preflight
 from hbp_titan.data.store_summary import summary
 from hbp_titan.data.token_store import TokenizeConfig
 from hbp_titan.data.tokenize_row import RowTokenizer, TokenizedRow
+from hbp_titan.errors import UserError
 from tests.data.preparing import byte_tokenizer, job, line, prepared, write
 from tests.data.test_chat_tokenizer import CHATML_PLAIN, calls, chat, make_family, make_folder
 from tests.properties import examples
@@ -228,3 +229,13 @@ def test_turns_without_an_end_token_are_warned_of_and_listed(tmp_path: Path) -> 
     assert "2 of 2 trained turns" in preflight.turn_end_warnings(config, store)[0]
     assert [(row["outcome"], row["notes"]) for row in store.incomplete_rows()] == [("whole", ["no end token"])] * 2
     assert "2 rows: no end token" in summary(store)
+
+
+def test_rows_that_all_fail_alike_are_no_reason_to_skip_them(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("q", "a"), line("r", "b")))])
+    with pytest.raises(UserError) as caught:
+        prepared(config)
+    assert "the content of message 2" in caught.value.lines[0]
+    assert "all 2 rows fail" in caught.value.lines[-1]
