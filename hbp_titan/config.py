@@ -43,7 +43,7 @@ CHOICES = {
     "parallelism.cp_backend": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "checkpoint.async_mode": ("async", "disabled"),
-    "checkpoint.export_dtype": ("float32", "bfloat16"),
+    "checkpoint.export_dtype": ("", "float32", "bfloat16", "float16"),
     "data.embedded": ("", "stdlib"),
     "data.train_on": ("assistant", "last", "all"),
     "data.max_length_policy": ("error", "skip", "truncate", "split"),

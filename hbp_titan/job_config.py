@@ -251,8 +251,8 @@ class Checkpoint:
     """Initial weights: HF folder or checkpoint; "": model.hf_path's, with a flavor new ones; "none": new ones."""
     export_hf: bool = True
     """Write hf/ into the run folder at the end, with LoRA hf_adapter/ too."""
-    export_dtype: str = "float32"
-    """Dtype of the exported weights: float32 or bfloat16."""
+    export_dtype: str = ""
+    """Dtype of hf/: float32, bfloat16, float16, or "" for the initial weights' on disk (new ones: training.dtype)."""
 
 
 @dataclass

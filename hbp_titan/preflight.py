@@ -7,21 +7,18 @@ torchrun can be called without it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hbp_titan.components.metrics import check_wandb
 from hbp_titan.components.weights import check_load_path
 from hbp_titan.config import JobConfig, validate
-from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf_config import args_from_hf, token_ids_from_hf
+from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.lora import lora_targets
 from hbp_titan.models.registry import get_flavor, linear_params
 from hbp_titan.packing import CostModel
@@ -32,45 +29,6 @@ def model_args(config: JobConfig) -> ModelArgs:
     if config.model.hf_path:
         return args_from_hf(config.model.hf_path, "model.hf_path")
     return get_flavor(config.model.flavor)
-
-
-def token_ids(config: JobConfig, store: TokenStore) -> dict[str, Any]:
-    """Return bos, eos and pad token ids for the export: the HF folder's, else the tokenizer's; and the ends of trained
-    turns beside eos, because the model must stop there too."""
-    ids = {key: store.meta[key] for key in ("eos_token_id", "pad_token_id") if store.meta[key] is not None}
-    if config.model.hf_path:
-        ids |= token_ids_from_hf(config.model.hf_path)
-    stops = [*_as_list(ids.get("eos_token_id")), *(index for index, _, _ in store.turn_ends if index >= 0)]
-    if stops:
-        stops = list(dict.fromkeys(stops))
-        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    return ids
-
-
-def turn_end_warnings(config: JobConfig, store: TokenStore) -> list[str]:
-    """Return one line for trained turns that end with no control token, and one for ends that do not stop the model."""
-    lines = []
-    unended = sum(count for index, _, count in store.turn_ends if index < 0)
-    if unended:
-        total = sum(count for _, _, count in store.turn_ends)
-        lines.append(
-            f"{unended:,} of {total:,} trained turns end without a control token, so the model may never stop; "
-            "use another chat template (data.chat_template)"
-        )
-    known, where = store.meta["eos_token_id"], "the tokenizer's eos_token"
-    if config.model.hf_path and (found := token_ids_from_hf(config.model.hf_path).get("eos_token_id")) is not None:
-        known, where = found, f"eos_token_id of {config.model.hf_path}"
-    others = [f"{text} ({index})" for index, text, _ in store.turn_ends if index >= 0 and index not in _as_list(known)]
-    if others:
-        lines.append(
-            f"trained turns end with {', '.join(others)}, where a model with {where} = {known} does not stop; "
-            "the export gets these as further eos ids"
-        )
-    return lines
-
-
-def _as_list(ids: Any) -> list[Any]:
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:

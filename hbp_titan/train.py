@@ -64,9 +64,11 @@ class Trainer:
         limit = preflight.max_sample_tokens(config, self.args)
         self.store, *self.held_out = open_stores(config, limit, distributed.worker_group(world))
         preflight.check_vocabulary(config, self.args, self.store.meta["vocab_size"])
-        self.token_ids = preflight.token_ids(config, self.store)
-        self.chat_template: str = self.store.meta["served_template"]
-        for line in preflight.turn_end_warnings(config, self.store):
+        # Not at the top, because it is a chapter of its own; not at the end, because files may change during a run.
+        from hbp_titan.components import export
+
+        self.exporter, self.export_settings = export.export, export.export_settings(config, self.args, self.store)
+        for line in export.warnings(config, self.store):
             self._print(wrap(f"warning: {line}"))
 
     def _make_plans(self) -> None:
@@ -327,9 +329,7 @@ class Trainer:
             **self.train_state.state(),
             "nonfinite": self.nonfinite.state(),
             "model": dataclasses.asdict(self.args),
-            "tokenizer_path": str(self.config.tokenizer_path),
-            "token_ids": self.token_ids,
-            "chat_template": self.chat_template,
+            **self.export_settings,
             **({"lora": self.adapter} if self.adapter else {}),
         }
         return self.checkpointer.stage(self.step, state, last=self.step == self.total_steps)
@@ -363,7 +363,7 @@ class Trainer:
             # The other ranks wait for the one that writes.
             distributed.set_timeouts(distributed.SLOW_WORK_SECONDS)
             self._heartbeat("export", distributed.SLOW_WORK_SECONDS)
-            self._print(weights.export(self.model, self.args, self.config, self.token_ids, self.chat_template))
+            self._print(self.exporter(self.model, self.args, self.config, self.export_settings))
 
     def _log_startup(self) -> None:
         """Print every derived number, on the log rank; write the resolved config.toml and run.json."""

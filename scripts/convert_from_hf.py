@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.dcp_storage import TORCH_DTYPES
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors
@@ -29,8 +30,14 @@ def convert(hf_folder: Path, out: Path) -> int:
         names = Decoder(args).state_dict().keys()
     # A tied output matrix has two names in a checkpoint and one in the folder.
     tensors = {name: found[name if name in found else "tok_embeddings.weight"].float() for name in names}
-    state = {"model": dataclasses.asdict(args), "tokenizer_path": str(hf_folder)}
-    save_model_tensors(out, tensors, state | {"token_ids": token_ids_from_hf(hf_folder)})
+    state = {
+        "model": dataclasses.asdict(args),
+        "tokenizer_path": str(hf_folder),
+        "token_ids": token_ids_from_hf(hf_folder),
+        "base_path": str(hf_folder),
+        "export_dtype": str(TORCH_DTYPES[found.dtypes[0]]).removeprefix("torch."),
+    }
+    save_model_tensors(out, tensors, state)
     return len(tensors)
 
 

@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from hbp_titan.components.checkpoint import completed_checkpoints, read_state
 from hbp_titan.components.weights import whole_tensors
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.hf import save_hf_folder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from hbp_titan.models.hf_export import EXPORT_DTYPES, save_hf_folder
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -32,8 +28,11 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
-    """Write `checkpoint` to `out`; return the step folder that was read."""
+def convert(checkpoint: Path, out: Path, dtype: str | None = None) -> list[str]:
+    """Write `checkpoint` to `out`, as the export at the end of its run; return the lines to print.
+
+    dtype: of EXPORT_DTYPES; None for that of the run.
+    """
     step_folder = find_checkpoint(checkpoint)
     state = read_state(step_folder)
     args = ModelArgs.from_dict(state["model"])
@@ -41,23 +40,20 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> Path:
     tokenizer_path = Path(state["tokenizer_path"])
     if not tokenizer_path.is_dir():
         raise ValueError(f"{tokenizer_path}: the tokenizer folder of the run does not exist; restore it")
-    ids = state["token_ids"]
-    # Checkpoints before data.chat_template have none.
-    template = state.get("chat_template", "")
-    save_hf_folder(
-        args, tensors, out, dtype=dtype, tokenizer_path=tokenizer_path, token_ids=ids, chat_template=template
-    )
-    return step_folder
+    name = dtype or state.get("export_dtype", "float32")
+    # convert_from_hf.py records no template and no eos_token.
+    kept = {key: state[key] for key in ("token_ids", "chat_template", "eos_token", "base_path") if key in state}
+    changed = save_hf_folder(args, tensors, out, dtype=EXPORT_DTYPES[name], tokenizer_path=tokenizer_path, **kept)
+    return [f"{step_folder} -> {out} ({name})", *changed]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=EXPORT_DTYPES, help="[that of the run]")
     arguments = parser.parse_args(argv)
-    source = convert(arguments.checkpoint, arguments.out, DTYPES[arguments.dtype])
-    print(f"{source} -> {arguments.out} ({arguments.dtype})")
+    print("\n".join(convert(arguments.checkpoint, arguments.out, arguments.dtype)))
 
 
 if __name__ == "__main__":

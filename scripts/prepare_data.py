@@ -13,13 +13,14 @@ import argparse
 import math
 import os
 
+from hbp_titan.components.export import warnings
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.store_summary import show_samples, summary, template_line
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import close_world, init_world, local_device, worker_group
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.preflight import check, check_vocabulary, max_sample_tokens, model_args, turn_end_warnings
+from hbp_titan.preflight import check, check_vocabulary, max_sample_tokens, model_args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"tokenizer: {config.tokenizer_path}")
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")
-    for line in turn_end_warnings(config, stores[0]):
+    for line in warnings(config, stores[0]):
         print(f"warning: {line}")
     if options.show:
         print(template_line(config))

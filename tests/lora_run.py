@@ -14,7 +14,7 @@ from hbp_titan.components.weights import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import save_hf_folder
+from hbp_titan.models.hf_export import save_hf_folder
 from hbp_titan.models.lora import is_adapter
 from hbp_titan.train import Trainer
 from tests.runs import before_step

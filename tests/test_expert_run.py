@@ -15,7 +15,8 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import HFTensors, save_hf_folder
+from hbp_titan.models.hf import HFTensors
+from hbp_titan.models.hf_export import save_hf_folder
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.models.deepseek_tiny import tiny_args

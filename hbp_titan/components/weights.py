@@ -1,4 +1,4 @@
-"""Weights of a sharded model: in from a seed, an HF folder or a checkpoint, and out to HF and PEFT folders.
+"""Weights of a sharded model: in from a seed, an HF folder or a checkpoint, and out as whole tensors.
 
 Owns the conversion between whole tensors and FSDP2's shards, one tensor at a time: no rank holds the whole model, and
 from an HF folder each rank reads its own shards only.
@@ -26,13 +26,12 @@ from hbp_titan.config import JobConfig
 from hbp_titan.distributed.fsdp import sharded_parameters
 from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
-from hbp_titan.distributed.world import barrier
 from hbp_titan.job_config import NEW_WEIGHTS
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, init_parameter
-from hbp_titan.models.hf import HFTensors, MissingWeights, save_hf_folder
+from hbp_titan.models.hf import HFTensors, MissingWeights
 from hbp_titan.models.hf_files import require_folder
-from hbp_titan.models.lora import ALL_LINEAR, apply_lora, init_lora_parameter, is_adapter, merged, save_adapter_folder
+from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter, merged
 
 Slices = tuple[slice, ...]
 
@@ -43,7 +42,7 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
     if not path:
         return
     require_folder(folder, key)
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         if "lora" in read_state(folder):
             raise ValueError(
                 f"{key} = {path!r}: the checkpoint contains LoRA adapters only; merge them with "
@@ -64,7 +63,8 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
         raise ValueError(f"{key}: {error}; {new}") from None
 
 
-def _is_checkpoint(path: str) -> bool:
+def is_checkpoint(path: str) -> bool:
+    """Return whether `path` is a checkpoint."""
     return bool(path) and (Path(path) / STATE).is_file()
 
 
@@ -75,7 +75,7 @@ def initialize(model: nn.Module, args: ModelArgs, device: torch.device, seed: in
         each rank its own shards on `device`. Adapters are always drawn.
     """
     model.to_empty(device=device)
-    if _is_checkpoint(load_path):
+    if is_checkpoint(load_path):
         # A checkpoint to start from has no adapters (check_load_path).
         base: dict[str, Any] = {n: value for n, value in get_model_state_dict(model).items() if not is_adapter(n)}
         load_model_shards(Path(load_path), base)
@@ -115,60 +115,16 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     """Return where the initial weights come from and their dtype. dtype: of the parameters in memory."""
     if not load_path:
         return "NEW, from training.seed: nothing is loaded"
-    if _is_checkpoint(load_path):
+    if is_checkpoint(load_path):
         return f"{load_path}, a checkpoint, held in {dtype}"
-    on_disk = HFTensors(load_path, args).dtypes
-    names = ", ".join(str(TORCH_DTYPES.get(name, name)).removeprefix("torch.") for name in on_disk)
-    return f"{load_path}, {names} on disk, held in {dtype}"
-
-
-def export(model: nn.Module, args: ModelArgs, config: JobConfig, token_ids: dict[str, Any], chat_template: str) -> str:
-    """Write hf/ in the run folder, with LoRA hf_adapter/ as well; return the lines that name them. A collective.
-
-    chat_template: source of the one to serve with; "" for the tokenizer's own. Existing folders are replaced. Adapters
-    are merged into their matrices on the CPU in fp32, before rounding.
-    """
-    dtype, lora, folder = DTYPES[config.checkpoint.export_dtype], config.lora, config.dump_folder
-    base_path = config.weights_path
-    # Adapters are small and needed twice; the base is gathered one tensor at a time.
-    adapter = dict(_whole_tensors(model, adapters=True))
-    tensors = _whole_tensors(model, adapters=False)
-    if dist.get_rank() == 0:
-        save_hf_folder(
-            args,
-            merged(tensors, adapter, lora.alpha / lora.rank) if lora.rank else tensors,
-            folder / "hf",
-            tokenizer_path=config.tokenizer_path,
-            dtype=dtype,
-            token_ids=token_ids,
-            overwrite=True,
-            chat_template=chat_template,
-        )
-        if lora.rank:
-            # Named one by one: PEFT may count other matrices as all-linear.
-            modules = list(dict.fromkeys(name.split(".")[-3] for name in adapter))
-            save_adapter_folder(
-                adapter,
-                folder / "hf_adapter",
-                rank=lora.rank,
-                alpha=lora.alpha,
-                target_modules=modules if lora.target_modules == [ALL_LINEAR] else lora.target_modules,
-                dtype=dtype,
-                base=base_path if base_path and (Path(base_path) / "config.json").is_file() else None,
-                tokenizer_path=folder / "hf",
-            )
-    else:
-        # Each tensor is gathered by a collective when rank 0 asks for it.
-        for _ in tensors:
-            pass
-    barrier()
-    lines = [f"HF weights   {folder / 'hf'}" + (", with the chat template of training" if chat_template else "")]
-    lines += [*([f"PEFT adapter {folder / 'hf_adapter'}"] if lora.rank else [])]
-    return "\n".join(lines)
+    found = HFTensors(load_path, args)
+    names = ", ".join(str(TORCH_DTYPES.get(name, name)).removeprefix("torch.") for name in found.dtypes)
+    ignored = f"; {len(found.ignored)} rotary_emb buffers ignored: they are computed" if found.ignored else ""
+    return f"{load_path}, {names} on disk, held in {dtype}{ignored}"
 
 
 @torch.no_grad()
-def _whole_tensors(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
+def whole_model_tensors(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole tensor) pairs, each by a collective; on the host on rank 0, to be ignored elsewhere."""
     for name, parameter in _parameters(model, adapters):
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -244,7 +200,7 @@ def _base_tensors(base: Mapping[str, Any], args: ModelArgs, model: nn.Module) ->
     tensors: Mapping[str, Tensor]
     if not base["path"]:
         tensors = {name: init_parameter(args, name, p.shape, base["seed"]) for name, p in model.named_parameters()}
-    elif _is_checkpoint(base["path"]):
+    elif is_checkpoint(base["path"]):
         tensors = load_model_tensors(Path(base["path"]), model)
     else:
         tensors = HFTensors(Path(base["path"]), args)

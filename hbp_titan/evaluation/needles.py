@@ -309,13 +309,16 @@ class PromptFormatter:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Return the ids that end an answer: of generation_config.json, else config.json, else the tokenizer's eos."""
+    """Return the ids that end an answer: of generation_config.json, else config.json; and the tokenizer's eos_token.
+
+    vLLM stops at the same ones, transformers only at the first.
+    """
     eos = token_ids_from_hf(folder).get("eos_token_id")
-    if eos is None:
-        tokenizer_folder = read_tokenizer_folder(folder)
-        name = tokenizer_folder.special_tokens.get("eos_token")
-        eos = None if name is None else tokenizer_folder.load().token_to_id(name)
-    return [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+    tokenizer_folder = read_tokenizer_folder(folder)
+    name = tokenizer_folder.special_tokens.get("eos_token")
+    own = None if name is None else tokenizer_folder.load().token_to_id(name)
+    found = [*(eos if isinstance(eos, list) else [eos]), own]
+    return [index for index in dict.fromkeys(found) if index is not None]
 
 
 def fit_units(num_tokens: Callable[[int], int], target: int, min_units: int, name: str) -> int:

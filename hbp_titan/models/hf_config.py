@@ -7,14 +7,15 @@ and the rejection of everything that would silently change the mathematics.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.hf_files import check_not_pointer, require_folder
-from hbp_titan.models.layers import ROPE_TYPES, check_scaling
+from hbp_titan.models.layers import ROPE_KEYS, attention_factor, check_scaling, yarn_mscale
 
 
 class Family(NamedTuple):
@@ -34,26 +35,36 @@ FAMILIES = {
     "deepseek_v2": Family("DeepseekV2ForCausalLM", latent_experts=True),
 }
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# DeepSeek-V2's keys; the fields of MLAArgs and MoEArgs have their names.
+# The fields of MLAArgs and MoEArgs have the names of DeepSeek-V2's keys.
 _LATENT_SIZES = (
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_shared_experts",
-)
-_OPTIONAL_LATENT_SIZES = ("q_lora_rank", "n_group", "topk_group", "moe_layer_freq")
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+)  # fmt: skip
 _REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
-)
+)  # fmt: skip
+# Optional keys by what their values must be.
+_KINDS: dict[str, tuple[str, ...]] = {
+    "a whole number above 0": (
+        *_REQUIRED, *_LATENT_SIZES, "num_key_value_heads", "head_dim", "q_lora_rank", "n_group", "topk_group",
+        "moe_layer_freq", "original_max_position_embeddings",
+    ),
+    "a whole number of at least 0": ("first_k_dense_replace",),
+    "a number above 0": ("rms_norm_eps", "rope_theta", "routed_scaling_factor"),
+    "a number of at least 0": (
+        "initializer_range", "aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha",
+    ),
+    "true or false": ("tie_word_embeddings", "norm_topk_prob", "seq_aux"),
+}  # fmt: skip
+_ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "a whole number above 0": ("original_max_position_embeddings",),
+    "a number above 0": (
+        "rope_theta", "factor", "attention_factor", "attn_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "low_freq_factor", "high_freq_factor",
+    ),
+    "true or false": ("truncate",),
+}  # fmt: skip
 # Keys whose other values would change the model; each defaults to the value given here.
 _ONLY_SUPPORTED = {
     "hidden_act": "silu",
@@ -67,22 +78,23 @@ _ONLY_SUPPORTED = {
 _DEFAULT_THETA = 10000.0
 
 
-def args_from_hf(folder: str | Path, key: str = "folder") -> ModelArgs:
-    """Return the architecture in `folder`/config.json, as written by transformers 4.x or 5.x.
+def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | None = None) -> ModelArgs:
+    """Return the architecture in `folder`/config.json, as transformers reads it; null counts as absent.
 
-    key: what `folder` is the value of. Raises ValueError with it if there is no such folder, and with the file and its
-    key for a model type, feature or value that is not supported.
+    key: what `folder` is the value of. notes: gets a line for keys that transformers ignores and others may not.
+    Raises ValueError with `key` if there is no such folder, and with the file and its key for a model type, feature or
+    value that is not supported.
     """
     require_folder(Path(folder), key)
     path = Path(folder) / "config.json"
-    values = read_json(path)
+    values = {name: value for name, value in read_json(path).items() if value is not None}
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{path}: model_type {model_type!r} must be one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
     _check_supported(values, path)
     num_heads = values["num_attention_heads"]
     family = FAMILIES[model_type]
-    theta, scaling = _rope(values, path)
+    theta, scaling = _rope(values, path, [] if notes is None else notes)
     # If it is absent, transformers uses 128 for Qwen3 and hidden_size // num_heads for the others.
     head_dim = values.get("head_dim") or (128 if model_type == "qwen3" else values["hidden_size"] // num_heads)
     mla, moe = _mla_and_moe(values, path) if family.latent_experts else (None, None)
@@ -187,31 +199,45 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_sizes(values: dict[str, Any], required: Sequence[str], optional: Sequence[str], path: Path) -> None:
-    present = [key for key in optional if values.get(key) is not None]
-    wrong = [key for key in (*required, *present) if not isinstance(values.get(key), int) or values[key] < 1]
-    if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)} must be a whole number above 0")
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]], where: str) -> None:
+    for kind, keys in kinds.items():
+        for key in keys:
+            value = values.get(key)
+            if value is None:
+                continue
+            # A bool is an int in Python; JSON as Python reads it has NaN and infinity.
+            fits = isinstance(value, bool) if kind == "true or false" else not isinstance(value, bool)
+            if fits and "number" in kind:
+                fits = isinstance(value, int if "whole" in kind else int | float) and 0 <= value < math.inf
+                fits = fits and (value > 0 or "above" not in kind)
+            if not fits:
+                raise ValueError(f"{where}{key} = {_short(value)} must be {kind}")
 
 
 def _check_supported(values: dict[str, Any], path: Path) -> None:
-    _check_sizes(values, _REQUIRED, ("num_key_value_heads", "head_dim"), path)
+    if missing := [key for key in _REQUIRED if key not in values]:
+        raise ValueError(f"{path}: has no {', '.join(missing)}")
+    _check_kinds(values, _KINDS, f"{path}: ")
     for key, supported in _ONLY_SUPPORTED.items():
-        value = values.get(key)
-        if value is not None and value != supported:
-            raise ValueError(f"{path}: {key} = {value!r} must be {supported!r}")
-    other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
-    if other_layers:
-        raise ValueError(f"{path}: layer_types has {', '.join(other_layers)}, must be full_attention")
+        if values.get(key, supported) != supported:
+            raise ValueError(f"{path}: {key} = {_short(values[key])} must be {supported!r}")
+    layers = values.get("layer_types", [])
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        raise ValueError(f"{path}: layer_types = {_short(layers)} must list full_attention only")
 
 
-def _rope(values: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
+def _rope(values: dict[str, Any], path: Path, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
     """Return theta and the scaling from rope_parameters (5.x), rope_theta and rope_scaling (4.x), or both if equal."""
-    readings = {}
-    if values.get("rope_parameters"):
-        readings["rope_parameters"] = _rope_reading(values["rope_parameters"], values.get("rope_theta"), path)
-    if values.get("rope_scaling") or not readings:
-        readings["rope_scaling"] = _rope_reading(values.get("rope_scaling") or {}, values.get("rope_theta"), path)
+    readings = {
+        key: _rope_reading(values, values.get(key) or {}, f"{path}: {key}", notes)
+        for key in ("rope_parameters", "rope_scaling")
+        if values.get(key)
+    } or {"rope_theta": _rope_reading(values, {}, f"{path}: rope_theta", notes)}
     theta, scaling = next(iter(readings.values()))
     if len(readings) == 2 and readings["rope_parameters"] != readings["rope_scaling"]:
         raise ValueError(f"{path}: rope_parameters and rope_scaling disagree: {readings}")
@@ -220,31 +246,72 @@ def _rope(values: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | N
     return theta, scaling
 
 
-def _rope_reading(values: dict[str, Any], outer_theta: float | None, path: Path) -> tuple[float, dict[str, Any] | None]:
-    values = dict(values)
-    theta = float(values.pop("rope_theta", None) or outer_theta or _DEFAULT_THETA)
+def _rope_reading(
+    config: Mapping[str, Any], values: Any, where: str, notes: list[str]
+) -> tuple[float, dict[str, Any] | None]:
+    """Return theta and the scaling of one key of `config`, an object or one such object per layer type."""
+    if isinstance(values, dict) and (nested := [key for key in values if key.endswith("_attention")]):
+        where, values = f"{where}.full_attention", values.get("full_attention")
+        if values is None:
+            raise ValueError(f"{where} is missing: only {', '.join(nested)} has parameters")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} = {_short(values)} must be an object")
+    values = {key: value for key, value in values.items() if value is not None}
+    _check_kinds(values, _ROPE_KINDS, f"{where}.")
+    theta = float(values.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA)
     kind = values.pop("rope_type", None) or values.get("type") or "default"
     values.pop("type", None)
-    if values.pop("partial_rotary_factor", None) not in (None, 1.0):
-        raise ValueError(f"{path}: partial_rotary_factor must be 1.0")
-    if kind not in ("default", *ROPE_TYPES):
-        raise ValueError(f"{path}: rope_type {kind!r} must be one of default, {', '.join(ROPE_TYPES)}")
+    if values.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor must be 1.0")
+    if kind not in ("default", *ROPE_KEYS):
+        raise ValueError(f"{where}: rope_type {_short(kind)} must be one of default, {', '.join(ROPE_KEYS)}")
     if kind == "default":
         return theta, None
-    scaling = {"rope_type": kind, **values}
-    check_scaling(scaling, str(path))
+    required, optional = ROPE_KEYS[kind]
+    if "original_max_position_embeddings" in required:
+        # The order of transformers: a key of the whole config comes first.
+        outer = config.get("original_max_position_embeddings")
+        inner = values.get("original_max_position_embeddings", config["max_position_embeddings"])
+        values["original_max_position_embeddings"] = outer or inner
+    scaling = {"rope_type": kind, **{key: values.pop(key) for key in (*required, *optional) if key in values}}
+    check_scaling(scaling, where)
+    notes += _ignored_keys(values, scaling, where)
     return theta, scaling
 
 
+def _ignored_keys(values: Mapping[str, Any], scaling: Mapping[str, Any], where: str) -> list[str]:
+    """Return a line for the keys that transformers ignores."""
+    lines = []
+    others = [key for key in values if key not in ("finetuned", "attn_factor")]
+    if others:
+        lines.append(f"{where}: {', '.join(others)} ignored, as transformers does")
+    if not agrees_with_vllm(values, scaling):
+        own, theirs = attention_factor(dict(scaling)), yarn_mscale(scaling["factor"]) * values["attn_factor"]
+        lines.append(
+            f"{where}.attn_factor ignored, as transformers does: cosines and sines are multiplied by {own:.4g}, by "
+            f"{theirs:.4g} in vLLM; the export leaves attn_factor out. To train with vLLM's, add "
+            f'"attention_factor": {theirs:.4g}'
+        )
+    return lines
+
+
+def agrees_with_vllm(published: Mapping[str, Any], scaling: Mapping[str, Any]) -> bool:
+    """Return whether vLLM, which multiplies YaRN's temperature by attn_factor, reads what transformers reads."""
+    if scaling["rope_type"] != "yarn" or published.get("attn_factor") is None:
+        return True
+    theirs = yarn_mscale(scaling["factor"]) * published["attn_factor"]
+    return math.isclose(theirs, attention_factor(dict(scaling)), rel_tol=1e-3)
+
+
 def _mla_and_moe(values: dict[str, Any], path: Path) -> tuple[MLAArgs, MoEArgs]:
-    _check_sizes(values, _LATENT_SIZES, _OPTIONAL_LATENT_SIZES, path)
+    if missing := [key for key in _LATENT_SIZES if key not in values]:
+        raise ValueError(f"{path}: has no {', '.join(missing)}")
     scoring = values.get("scoring_func", "softmax")
     if scoring != "softmax":
         raise ValueError(f"{path}: scoring_func = {scoring!r} must be 'softmax'")
-    known = {key: value for key, value in values.items() if value is not None}
     try:
-        mla = MLAArgs(**{item.name: known[item.name] for item in fields(MLAArgs) if item.name in known})
-        moe = MoEArgs(**{item.name: known[item.name] for item in fields(MoEArgs) if item.name in known})
+        mla = MLAArgs(**{item.name: values[item.name] for item in fields(MLAArgs) if item.name in values})
+        moe = MoEArgs(**{item.name: values[item.name] for item in fields(MoEArgs) if item.name in values})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return mla, moe

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 from hbp_titan.utils import did_you_mean
@@ -19,8 +17,8 @@ _READ = (
 )
 # Other tokenizer libraries, older versions and servers read these. Code is copied, but never run here.
 _CARRIED = (
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "tokenization_*.py",
+    "tokenizer*", "chat_template.json", "vocab*", "merges*", "*.model", "*.tiktoken", "*.bpe", "bpe.codes", "spiece*",
+    "tekken.json", "tokenization_*.py",
 )  # fmt: skip
 _LFS_POINTER = b"version https://git-lfs"
 # What a hub calls a repository: an owner and a name.
@@ -38,27 +36,8 @@ def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
     carried: the files that only other programs read as well, for a copy of the tokenizer.
     """
     patterns = _READ + (_CARRIED if carried else ())
-    return [file.relative_to(folder).as_posix() for p in patterns for file in sorted(folder.glob(p)) if file.is_file()]
-
-
-def copy_tokenizer(source: Path, out: Path, chat_template: str = "") -> None:
-    """Copy the tokenizer files of `source` into the existing folder `out`.
-
-    chat_template: source of a template that takes the place of those of `source`.
-    """
-    for name in tokenizer_files(source, carried=True):
-        if not (chat_template and (name.endswith(".jinja") or name == "chat_template.json")):
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, out / name)
-    if not chat_template:
-        return
-    (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    config = out / "tokenizer_config.json"
-    if config.is_file():
-        # llama.cpp would take a template in it before the file, transformers after it.
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values.pop("chat_template", None)
-        config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return list(dict.fromkeys(file.relative_to(folder).as_posix() for file in files))
 
 
 def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> None:

@@ -20,23 +20,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-YARN_KEYS = ("factor", "original_max_position_embeddings")
-YARN_OPTIONAL_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-ROPE_TYPES = ("llama3", "yarn")
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (LLAMA3_KEYS, ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""Required and optional keys of each rope_type, apart from "default"."""
 
 
 def check_scaling(scaling: dict[str, Any], where: str) -> None:
     """Raise ValueError, prefixed with `where`, unless `scaling` is complete and of a supported rope_type."""
     kind = scaling.get("rope_type")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} must be one of {', '.join(ROPE_TYPES)}")
-    required = LLAMA3_KEYS if kind == "llama3" else YARN_KEYS
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"{where}: rope_scaling.rope_type={kind!r} must be one of {', '.join(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS[kind]
     missing = [key for key in required if scaling.get(key) is None]
     if missing:
         raise ValueError(f"{where}: rope_scaling has no {', '.join(missing)}")
-    unknown = sorted(set(scaling) - {"rope_type", *YARN_KEYS, *YARN_OPTIONAL_KEYS})
-    if kind == "yarn" and unknown:
-        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which is not supported for YaRN")
+    unknown = sorted(set(scaling) - {"rope_type", *required, *optional})
+    if unknown:
+        raise ValueError(f"{where}: rope_scaling has {', '.join(unknown)}, which is not supported for {kind}")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(f"{where}: rope_scaling.high_freq_factor must be above low_freq_factor")
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None) -> Tensor:
@@ -47,6 +55,8 @@ def inverse_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None) 
     periods = theta**exponents
     if scaling is None:
         return 1.0 / periods
+    if scaling["rope_type"] == "linear":
+        return 1.0 / periods / scaling["factor"]
     return _llama3(1.0 / periods, scaling) if scaling["rope_type"] == "llama3" else _yarn(periods, theta, scaling)
 
 

@@ -1,33 +1,26 @@
 """LoRA (Hu et al., arXiv 2106.09685): frozen matrices, each with a trained product of two narrow matrices added.
 
-Owns the adapted matrix, the choice of matrices, initial values, merging, and adapter folders in HF PEFT's format
-(peft 0.21 reads them; vLLM and SGLang use the same keys). Acts on a built model, before it is parallelized. Base
-parameters keep their names; `q_proj.weight` gets `q_proj.lora_A.weight` and `q_proj.lora_B.weight` as in PEFT.
+Owns the adapted matrix, the choice of matrices, initial values and merging. Acts on a built model, before it is
+parallelized. Base parameters keep their names; `q_proj.weight` gets `q_proj.lora_A.weight` and `q_proj.lora_B.weight`
+as in PEFT.
 
 Shape suffixes: T tokens, I inputs and O outputs of the matrix, R rank.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf import to_hf_name
-from hbp_titan.models.hf_files import copy_tokenizer
 from hbp_titan.models.layers import Slices, uniform
 
 # No dropout: recomputation keeps no random state (a second forward would draw another mask than the first), and the
 # ranks of a cp group would draw masks that no single process draws. Gradients would no longer be exact.
 ALL_LINEAR = "all-linear"
 _LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
-_PEFT_PREFIX = "base_model.model."
 
 
 class LoRALinear(nn.Linear):
@@ -131,47 +124,3 @@ def merged(
             a_RI, b_OR = adapter[module + _LORA_A].float(), adapter[module + _LORA_B].float()
             tensor = tensor.float() + scaling * (b_OR @ a_RI)
         yield fqn, tensor
-
-
-def save_adapter_folder(
-    adapter: Mapping[str, Tensor],
-    out: Path,
-    *,
-    rank: int,
-    alpha: float,
-    target_modules: Sequence[str],
-    dtype: torch.dtype,
-    base: str | None,
-    tokenizer_path: Path,
-) -> None:
-    """Write `adapter` (whole tensors by our names) as a folder of HF PEFT's format, atomically, replacing `out`.
-
-    target_modules: last parts of the adapted matrices' names. base: the base model's HF folder, None if it has none.
-    tokenizer_path: folder from which tokenizer and chat template are copied.
-    """
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        # An int in PEFT; vLLM rejects 16.0.
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": list(target_modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    tensors = {_PEFT_PREFIX + to_hf_name(fqn): t.detach().to("cpu", dtype).contiguous() for fqn, t in adapter.items()}
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(tokenizer_path, temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)

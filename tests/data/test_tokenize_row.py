@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbp_titan import preflight
+from hbp_titan.components import export
 from hbp_titan.data.store_summary import summary
 from hbp_titan.data.token_store import TokenizeConfig
 from hbp_titan.data.tokenize_row import RowTokenizer, TokenizedRow
@@ -213,8 +213,8 @@ def test_the_export_stops_at_the_end_of_trained_turns(
     store = prepared(config)
     (tmp_path / "generation_config.json").write_text(json.dumps(base))
     config.model.hf_path = str(tmp_path)
-    assert preflight.token_ids(config, store)["eos_token_id"] == stops
-    warnings = preflight.turn_end_warnings(config, store)
+    assert export.token_ids(config, store)["eos_token_id"] == stops
+    warnings = export.turn_end_warnings(config, store)
     assert [warned in warning for warning in warnings] == ([] if warned is None else [True])
 
 
@@ -226,7 +226,7 @@ def test_turns_without_an_end_token_are_warned_of_and_listed(tmp_path: Path) -> 
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("q", "a"), line("r", "b")))])
     store = prepared(config)
     assert store.turn_ends == [(-1, "", 2)]
-    assert "2 of 2 trained turns" in preflight.turn_end_warnings(config, store)[0]
+    assert "2 of 2 trained turns" in export.turn_end_warnings(config, store)[0]
     assert [(row["outcome"], row["notes"]) for row in store.incomplete_rows()] == [("whole", ["no end token"])] * 2
     assert "2 rows: no end token" in summary(store)
 

@@ -25,7 +25,7 @@ from hbp_titan.evaluation.generate import (
 from hbp_titan.evaluation.needles import PromptFormatter, stop_ids
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
-from hbp_titan.models.hf import save_hf_folder
+from hbp_titan.models.hf_export import save_hf_folder
 from tests.data.preparing import byte_tokenizer
 from tests.models import deepseek_tiny
 from tests.models.test_decoder import build_pair, tiny_args
@@ -242,11 +242,14 @@ def test_folder_answers_with_text_up_to_the_limit(tmp_path: Path) -> None:
     assert len(long) <= 6
 
 
-def test_stop_ids_are_the_folders_else_the_tokenizers(tmp_path: Path) -> None:
+def test_stop_ids_are_the_folders_and_the_tokenizers(tmp_path: Path) -> None:
+    # The tokenizer's is <|im_end|>, 3.
     folder = exported(tmp_path, eos_token_id=[7, 9])
-    assert stop_ids(folder) == [7, 9]
+    assert stop_ids(folder) == [7, 9, 3]
     (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert stop_ids(folder) == [5]
+    assert stop_ids(folder) == [5, 3]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert stop_ids(folder) == [3]
     (folder / "generation_config.json").write_text("{}")
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"eos_token_id"', '"was"'))
-    assert stop_ids(folder) == [3]  # <|im_end|>
+    assert stop_ids(folder) == [3]
