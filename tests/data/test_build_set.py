@@ -27,7 +27,7 @@ from hbp_titan.data import build_source
 from hbp_titan.data.build_set import draw, epoch_counts, first_of_each, held_out, share_out
 from hbp_titan.data.prepare import open_stores, prepare
 from hbp_titan.data.store_summary import check_totals, show_samples, summary, unread
-from hbp_titan.data.token_store import TokenStore
+from hbp_titan.data.token_store import TokenStore, check_strict
 from hbp_titan.errors import UserError, WorkerGroup
 from tests.data.preparing import PROMPT_TOKENS, byte_tokenizer, job, line, many, prepared, write
 from tests.tiny_run import write_tiny_run
@@ -641,6 +641,8 @@ def test_training_and_held_out_samples_are_disjoint_and_complete(tmp_path: Path)
     for store, reason, samples in ((trained, "held out", len(held)), (held, "not held out", len(trained))):
         assert store.totals()[reason] == samples
         assert check_totals(store.totals(), len(store))[1] == []
+        # Held out is not lost: data.strict accepts it.
+        check_strict(store, max_errors=1)
     again, fewer = _stores(tmp_path, "--validation.share=0.25", "--validation.max_samples=10")
     assert _texts(again) == _texts(trained)
     assert len(fewer) == 10

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hbp_titan.components import export
 from hbp_titan.data.store_summary import summary
-from hbp_titan.data.token_store import TokenizeConfig
+from hbp_titan.data.token_store import TokenizeConfig, check_strict
 from hbp_titan.data.tokenize_row import RowTokenizer, TokenizedRow
 from hbp_titan.errors import UserError
 from tests.data.preparing import byte_tokenizer, job, line, prepared, write
@@ -229,6 +229,8 @@ def test_turns_without_an_end_token_are_warned_of_and_listed(tmp_path: Path) -> 
     assert "2 of 2 trained turns" in export.turn_end_warnings(config, store)[0]
     assert [(row["outcome"], row["notes"]) for row in store.incomplete_rows()] == [("whole", ["no end token"])] * 2
     assert "2 rows: no end token" in summary(store)
+    # Nothing of them is lost: data.strict accepts them.
+    check_strict(store, max_errors=1)
 
 
 def test_rows_that_all_fail_alike_are_no_reason_to_skip_them(tmp_path: Path) -> None:
