@@ -108,7 +108,7 @@ class Data:
     malformed: str = "error"
     """Rows that cannot be read or rendered: "error" (file:line of the first few) or "skip" (skipped and listed)."""
     duplicates: str = "keep"
-    """Samples with the same tokens and mask as an earlier one: "keep" or "skip" (skipped and listed)."""
+    """Samples with the same tokens and mask as an earlier one: "keep" or "skip" (skipped and counted)."""
     strict: bool = False
     """Treat any row that is skipped or truncated as an error."""
     max_errors_shown: int = 10
