@@ -388,6 +388,9 @@ class Trainer:
 
 def main(argv: list[str]) -> None:
     """Train as the command line says."""
+    # Not at the top: other programs that train have folders of their own.
+    from hbp_titan.components.run_lock import RunLock
+
     if {"-h", "--help"} & set(argv):
         print(__doc__.splitlines()[0], help_text(), sep="\n\n")
         return
@@ -397,7 +400,8 @@ def main(argv: list[str]) -> None:
     world = errors.exit_on_user_error(lambda: distributed.init_world(timeout, config.dump_folder), first)
     watchdog = Watchdog(world.rank, world.size, errors.default_store())
     snapshot = profiling.memory_snapshot(config.profiling, config.dump_folder, world.rank)
-    with watchdog, errors.report_first_error(world.rank, lambda: watchdog.where), snapshot:
+    lock = RunLock(config.dump_folder, world)
+    with watchdog, errors.report_first_error(world.rank, lambda: watchdog.where), lock, snapshot:
         trainer = errors.exit_on_user_error(lambda: Trainer(config, world, watchdog), first)
         with trainer.oom_advice:
             trainer.train()

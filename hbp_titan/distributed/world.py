@@ -11,6 +11,7 @@ collective of the model.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -45,11 +46,15 @@ _RENDEZVOUS_FIX = "check that all nodes are started with the same RDZV_ENDPOINT,
 
 @dataclass(frozen=True)
 class World:
-    """A rank's place in the run; made once by `init_world`."""
+    """A rank's place in the run; made once by `init_world`.
+
+    torchrun_job: the same after torchrun has restarted the ranks, different for every other run; "" without torchrun.
+    """
 
     rank: int
     size: int
     device: torch.device
+    torchrun_job: str = ""
 
 
 def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
@@ -61,10 +66,10 @@ def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device()
     timeout = timedelta(seconds=timeout_seconds)
-    store = _store_for_this_start(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
+    store, job = _store_for_this_start(rank, size, timeout) if "RANK" in os.environ else (dist.HashStore(), "")
     if device.type == "cuda" and run_folder is not None:
         set_flight_recorder(run_folder)
-    return start_groups(store, rank, size, device, timeout)
+    return dataclasses.replace(start_groups(store, rank, size, device, timeout), torchrun_job=job)
 
 
 def start_groups(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> World:
@@ -119,11 +124,16 @@ def ranks_per_node(world_size: int) -> int:
 # Rendezvous
 
 
-def _store_for_this_start(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return the job's store under a prefix that no earlier start has used; raise RuntimeError after `timeout`."""
+def _store_for_this_start(rank: int, world_size: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """Return the job's store under a prefix that no earlier start has used, and the job's id.
+
+    Raises RuntimeError after `timeout`.
+    """
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store)
+    # Sets the key if it is not there, and returns its value: all starts of the job share the store.
+    job = store.compare_set("hbp_titan/job", "", uuid.uuid4().hex).decode()
+    return dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store), job
 
 
 def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
