@@ -47,8 +47,10 @@ for word in "$@"; do
     case "$word" in -h | --help) exec "$PY" -m hbp_titan.train --help ;; esac
 done
 
-# Mistakes in configuration or data are reported here, before any rank starts.
-"$PY" scripts/prepare_data.py --job.config_file "$CONFIG_FILE" --world_size $((NGPU * NNODES)) "$@"
+# Mistakes in configuration or data are reported here, before any rank starts. A node that joins a run of several nodes
+# again finds the folder in use by that run.
+[ "$NNODES" = 1 ] && CHECK=--check_run_folder || CHECK=
+"$PY" scripts/prepare_data.py --job.config_file "$CONFIG_FILE" --world_size $((NGPU * NNODES)) $CHECK "$@"
 
 # Set by environment variable: older versions of torchrun have no such option and would reject it.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -43,6 +43,7 @@ CHOICES = {
     "parallelism.cp_backend": ("fused", "dtensor"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "checkpoint.async_mode": ("async", "disabled"),
+    "checkpoint.allow_changed": ("initial_weights", "model.hf_path", "optimizer.lr", "training.max_norm"),
     "checkpoint.export_dtype": ("", "float32", "bfloat16", "float16"),
     "data.embedded": ("", "stdlib"),
     "data.train_on": ("assistant", "last", "all"),
@@ -325,8 +326,9 @@ def check_values(config: JobConfig) -> None:
     for key, choices in CHOICES.items():
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)
-        if value not in choices:
-            raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
+        for entry in value if isinstance(value, list) else [value]:
+            if entry not in choices:
+                raise ValueError(f"{key} = {entry!r}: must be one of {', '.join(repr(c) for c in choices)}")
     if config.packing.auto_levels and config.levels:
         raise ValueError("packing.auto_levels = true chooses the levels; remove [[levels]] and --levels")
     # No key has a meaning for negative numbers, so one rule covers those that are added later.

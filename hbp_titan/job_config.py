@@ -245,6 +245,8 @@ class Checkpoint:
     """"async" writes a copy in host memory while training continues; "disabled" waits until all is written."""
     verify: bool = True
     """Verify the checksum of every file before resuming from it."""
+    allow_changed: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's on resume, as the error names them (initial_weights, ...)."""
     last_save_model_only: bool = False
     """Write the last checkpoint without optimizer state: smaller, but training cannot resume from it."""
     initial_load_path: str = ""

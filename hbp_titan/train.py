@@ -372,7 +372,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(to_toml(self.config))
         record_start(self.config, self.step, self.world.size, self.device)
-        print(describe_start(self.config, self.args, self.model, self.plans, self.position.plan, self.total_steps))
+        plan, steps = self.position.plan, (self.total_steps, self.step)
+        print(describe_start(self.config, self.args, self.model, self.plans, plan, *steps))
         if self.train_state.resumed:
             print(wrap(self.train_state.resumed), flush=True)
 
@@ -389,7 +390,7 @@ class Trainer:
 def main(argv: list[str]) -> None:
     """Train as the command line says."""
     # Not at the top: other programs that train have folders of their own.
-    from hbp_titan.components.run_lock import RunLock
+    from hbp_titan.components.run_folder import RunLock
 
     if {"-h", "--help"} & set(argv):
         print(__doc__.splitlines()[0], help_text(), sep="\n\n")

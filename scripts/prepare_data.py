@@ -14,6 +14,7 @@ import math
 import os
 
 from hbp_titan.components.export import warnings
+from hbp_titan.components.run_folder import check_not_in_use, check_run_folder
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.data.store_summary import show_samples, summary, template_line
@@ -30,13 +31,16 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--world_size", type=int, help="check levels, model and weights for a run on N ranks")
+    parser.add_argument("--world_size", type=int, help="check levels, model, weights, checkpoints for a run on N ranks")
+    parser.add_argument("--check_run_folder", action="store_true", help="fail if a live run uses job.dump_folder")
     parser.add_argument("--show", type=int, default=0, help="print K samples, trained tokens in green [0]")
     parser.add_argument("--strict", action="store_true", help="any dropped or cut row is an error (data.strict)")
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     config.data.strict = config.data.strict or options.strict
     args = model_args(config)
+    if options.check_run_folder:
+        check_not_in_use(config.dump_folder)
     if options.world_size:
         check(config, options.world_size, local_device(), args)
     else:
@@ -47,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.world_size:
         check_vocabulary(config, args, stores[0].meta["vocab_size"])
+        check_run_folder(config, args, stores[0].fingerprint)
     print(f"tokenizer: {config.tokenizer_path}")
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")

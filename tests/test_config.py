@@ -215,7 +215,7 @@ def _other(section: str, key: str, default: Any) -> Any:
     """Return a valid value of the key that is not its default."""
     choices = CHOICES.get(f"{section}.{key}")
     if choices:
-        return next(choice for choice in choices if choice != default)
+        return next([choice] if isinstance(default, list) else choice for choice in choices if choice != default)
     if default is None:
         return 7
     if isinstance(default, bool):

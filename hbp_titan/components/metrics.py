@@ -407,15 +407,15 @@ def _loss_line(name: str, total: LevelTotals) -> str:
 
 
 def describe_start(
-    config: JobConfig, args: ModelArgs, model: nn.Module, plans: EpochPlans, plan: Plan, total_steps: int
+    config: JobConfig, args: ModelArgs, model: nn.Module, plans: EpochPlans, plan: Plan, total_steps: int, step: int = 0
 ) -> str:
-    """Return every derived number of a run that starts or resumes. plan: of the current epoch."""
+    """Return every derived number of a run that starts, or resumes from `step`. plan: of the current epoch."""
     device = next(model.parameters()).device
     experts = config.parallelism.expert_parallel_degree
     warnings = cross_node_warnings(plan.levels, experts, ranks_per_node(plan.world_size))
     samples, trained = plan.packs.ids, int(plan.loss_tokens[plan.packs.ids].sum())
     parts = [
-        describe_model(config, args, model, device),
+        describe_model(config, args, model, device, step),
         f"ranks: {plan.world_size} on {device.type}",
         f"data: {len(samples):,} samples, {int(plan.lengths[samples].sum()):,} tokens, {trained:,} of them trained",
         *(f"warning: {warning}" for warning in warnings),
@@ -433,11 +433,13 @@ def _comparison(plans: EpochPlans) -> str:
     return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
 
 
-def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device) -> str:
-    """Return the lines on architecture, dtypes, attention kernel, initial weights and what is trained."""
+def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device, step: int = 0) -> str:
+    """Return the lines on architecture, dtypes, attention kernel, weights and what is trained. step: as above."""
     computed = str(compute_dtype(config, device)).removeprefix("torch.")
     stored = str(stored_dtype(config, device)).removeprefix("torch.")
     weights = describe_weights(config.weights_path, args, stored)
+    if step and not config.lora.rank:
+        weights = f"those of step {step} in {config.dump_folder / 'checkpoint'}, held in {stored}"
     lines = [
         f"model: {args.name}, {num_params(args):,} parameters in {stored}, compute dtype {computed}, "
         f"attention {selected_backend(device)}",

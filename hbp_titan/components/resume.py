@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,15 +26,22 @@ import torch
 
 import hbp_titan
 from hbp_titan.components.optimizer import LRScheduler
-from hbp_titan.config import JobConfig, to_dict
+from hbp_titan.config import CHOICES, JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
 from hbp_titan.data.sample_log import SAMPLE_LOG, start_folders
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.hf_files import tokenizer_files
+from hbp_titan.models.hf_files import tokenizer_files, weights_digest
 from hbp_titan.packing.plan import PLANNER_VERSION
 from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
 MISSING = "not recorded"
+MAY_CHANGE = CHOICES["checkpoint.allow_changed"]
+"""A run can continue with another value: no plan, sample or saved tensor depends on it."""
+DATA_KEYS = (
+    "train_files", "sources", "train_on", "chat_template", "chat_template_kwargs", "template_date",
+    "max_length_policy", "reasoning", "empty_answers", "malformed", "duplicates", "max_samples", "max_row_bytes",
+)  # fmt: skip
+"""Keys of [data] that decide what is trained."""
 PACKAGES = (
     "torch", "torchdata", "numpy", "tokenizers", "safetensors", "jinja2", "tensorboard", "tqdm", "triton", "flash-attn",
     "pyarrow", "zstandard", "pyyaml",
@@ -76,7 +83,8 @@ class TrainState:
 
     def check(self, state: Mapping[str, Any], path: Path) -> None:
         """Raise ValueError if the checkpoint at `path` was saved with different settings."""
-        check_resume_compatible(state.get("resume_invariants", {}), self.resume_invariants, path)
+        allowed = self.config.checkpoint.allow_changed
+        check_resume_compatible(state.get("resume_invariants", {}), self.resume_invariants, path, allowed)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise ValueError if the run folder lacks the record of what was trained before it."""
@@ -97,12 +105,16 @@ class TrainState:
 def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
     """Return the settings that must stay the same, as JSON values under their configuration keys where they have one.
 
-    data: fingerprint of the training data.
+    data: fingerprint of the training data; the keys data.* say what it is made of.
     """
-    packing, training = config.packing, config.training
+    packing, training, lora = config.packing, config.training, config.lora
+    initial, hf_path = config.weights_path, config.model.hf_path
     settings = {
         "data": data,
+        **{f"data.{key}": getattr(config.data, key) for key in DATA_KEYS},
         "tokenizer": _tokenizer_digest(config.tokenizer_path),
+        "initial_weights": _folder(initial) if initial else f"new, training.seed = {training.seed}",
+        "model.hf_path": _folder(hf_path),
         "planner_version": PLANNER_VERSION,
         "packing.seed": config.seed_of("packing"),
         **{f"packing.{key}": getattr(packing, key) for key in ("method", "level_order", "curriculum_steps")},
@@ -110,34 +122,49 @@ def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str
             f"training.{key}": getattr(training, key)
             for key in ("global_batch_tokens", "loss_normalization", "max_norm")
         },
+        "lora.rank": lora.rank,
+        **({"lora.alpha": lora.alpha, "lora.target_modules": lora.target_modules} if lora.rank else {}),
         **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
         **{f"lr_scheduler.{key}": value for key, value in dataclasses.asdict(config.lr_scheduler).items()},
         **{f"model.{key}": value for key, value in dataclasses.asdict(args).items() if key != "name"},
     }
     # Tuples become lists, as when they are read from the file.
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings, default=dataclasses.asdict))
 
 
-def check_resume_compatible(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError, naming every difference, if the checkpoint at `path` has other invariants than this run."""
+def _folder(path: str) -> dict[str, str] | str:
+    """Return what identifies a folder with weights: a moved one is the same."""
+    return {"path": path, "digest": weights_digest(Path(path))} if path else ""
+
+
+def check_resume_compatible(
+    saved: Mapping[str, Any], own: Mapping[str, Any], path: Path, allowed: Sequence[str] = ()
+) -> None:
+    """Raise ValueError, naming every difference, if the checkpoint at `path` has other invariants than this run.
+
+    allowed: names that may differ (checkpoint.allow_changed).
+    """
+    same_data = saved.get("data") == own.get("data")
+    differences = {}
     # Keys of both sides: one that only one version of the code records is a difference, too.
-    differences = [
-        f"{name}: {_format(saved.get(name, MISSING))} (checkpoint) vs {_format(own.get(name, MISSING))} (this run)"
-        for name in dict.fromkeys([*saved, *own])
-        if saved.get(name, MISSING) != own.get(name, MISSING)
-    ]
+    for name in dict.fromkeys([*saved, *own]):
+        before, now = saved.get(name, MISSING), own.get(name, MISSING)
+        if name in allowed or _identity(before) == _identity(now) or (same_data and name.startswith("data.")):
+            continue
+        differences[name] = f"{name}: {_format(before)} (checkpoint) vs {_format(now)} (this run)"
     if not differences:
         return
-    hint = ""
-    if saved.get("data") != own.get("data"):
-        hint = (
-            ' (data stands for the files, the tokenizer, [data] and, unless data.max_length_policy is "error", '
-            "the largest level's max_tokens)"
-        )
-    raise ValueError(
-        f"cannot resume: {path} was saved with different settings: {'; '.join(differences)}{hint}; restore them, or "
-        "use a different --job.dump_folder"
-    )
+    hint = " (data stands for the content of the files and of the template, the tokenizer, [data] and, unless "
+    hint = "" if same_data else f'{hint}data.max_length_policy is "error", the largest level\'s max_tokens)'
+    fix = "restore them, or use a different --job.dump_folder"
+    if may := [name for name in differences if name in MAY_CHANGE]:
+        fix += f"; to continue with the new value: --checkpoint.allow_changed {','.join(may)}"
+    values = "; ".join(differences.values())
+    raise ValueError(f"cannot resume: {path} was saved with different settings: {values}{hint}; {fix}")
+
+
+def _identity(value: Any) -> Any:
+    return value["digest"] if isinstance(value, dict) and "digest" in value else value
 
 
 def _tokenizer_digest(tokenizer_path: Path) -> str:
@@ -146,6 +173,8 @@ def _tokenizer_digest(tokenizer_path: Path) -> str:
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, dict) and "digest" in value:
+        return f"{value['path']} (content {value['digest'][:16]})"
     is_digest = isinstance(value, str) and len(value) == 64
     return value[:16] if is_digest else json.dumps(value)
 

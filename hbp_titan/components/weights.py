@@ -151,16 +151,12 @@ def describe_adapter(config: JobConfig, model: nn.Module) -> dict[str, Any] | No
 
 
 def check_adapter(saved: Mapping[str, Any] | None, own: Mapping[str, Any] | None, path: Path) -> None:
-    """Raise ValueError if the checkpoint at `path` (its `lora` entry: `saved`) does not match this run (`own`)."""
-    fix = "restore the setting, or use a different --job.dump_folder"
+    """Raise ValueError if the adapters at `path` (its `lora` entry: `saved`) need another base than this run's (`own`).
+
+    The settings in [lora] are among those that must stay (components/resume.py).
+    """
     if saved is None or own is None:
-        if saved is not own:
-            found, wanted = ("full weights", "enabled") if saved is None else ("LoRA adapters only", "not enabled")
-            raise ValueError(f"cannot resume: {path} contains {found}, but [lora] is {wanted}; {fix}")
         return
-    for key in ("rank", "alpha", "target_modules"):
-        if saved[key] != own[key]:
-            raise ValueError(f"cannot resume: lora.{key} is {saved[key]} in {path} but {own[key]} in this run; {fix}")
     dtype, own_dtype = saved["base"]["dtype"], own["base"]["dtype"]
     if dtype != own_dtype:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> N
         raise ValueError(f"{key}: {folder} has no tokenizer.json")
     for name in tokenizer_files(folder, carried=True):
         check_not_pointer(folder / name)
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a hex SHA-256 that tells an HF folder or checkpoint from one with another config.json or other weights.
+
+    Of a large file its size and 64 blocks of 4 KiB count, because a start must not read a model twice.
+    """
+    manifest = folder / "manifest.json"  # of a checkpoint, with the checksum of every file
+    files = [manifest] if manifest.exists() else [*folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size};".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(4096, size // 64)):
+                stream.seek(start)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
 
 
 def require_folder(folder: Path, key: str) -> None:

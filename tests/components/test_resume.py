@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import hbp_titan
 from hbp_titan.components.resume import (
@@ -67,6 +68,48 @@ def test_every_difference_is_named(tokenizer: Path) -> None:
     assert all(f" {name}: " in message for name in names)
     assert message.count("(checkpoint) vs") == len(names)
     assert "data.max_length_policy" in message
+
+
+def _weights(folder: Path, name: str, value: float) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text("{}")
+    # Larger than what is sampled, and different everywhere.
+    save_file({"w": torch.full((1 << 19,), value)}, folder / name / "model.safetensors")
+    return folder / name
+
+
+def test_initial_weights_count_by_content_and_may_be_allowed_to_differ(tokenizer: Path) -> None:
+    base, other = (_weights(tokenizer, name, value) for name, value in (("base", 1.0), ("other", 2.0)))
+    saved, moved = _invariants(tokenizer, f"--checkpoint.initial_load_path={base}"), base.rename(tokenizer / "moved")
+    check_resume_compatible(saved, _invariants(tokenizer, f"--checkpoint.initial_load_path={moved}"), PATH)
+    for words, value in ((f"--checkpoint.initial_load_path={other}", str(other)), ("--training.seed=7", "seed = 7")):
+        own = _invariants(tokenizer, words, "--packing.seed=42")
+        with pytest.raises(ValueError, match="initial_weights") as error:
+            check_resume_compatible(saved, own, PATH)
+        assert str(base) in str(error.value)
+        assert value in str(error.value)
+        assert "--checkpoint.allow_changed initial_weights" in str(error.value)
+        check_resume_compatible(saved, own, PATH, ["initial_weights"])
+        with pytest.raises(ValueError, match=r"optimizer\.lr") as error:
+            check_resume_compatible({**saved, "optimizer.lr": 1.0}, own, PATH, ["initial_weights"])
+        assert "initial_weights" not in str(error.value)
+
+
+def test_what_the_data_are_made_of_is_named_only_if_they_differ(tokenizer: Path) -> None:
+    saved, words = _invariants(tokenizer), ["--data.train_on=all", "--data.train_files=moved.jsonl"]
+    check_resume_compatible(saved, _invariants(tokenizer, *words), PATH)
+    with pytest.raises(ValueError, match="data") as error:
+        check_resume_compatible(saved, _invariants(tokenizer, *words, data="b" * 64), PATH)
+    assert 'data.train_on: "assistant" (checkpoint) vs "all" (this run)' in str(error.value)
+    assert "moved.jsonl" in str(error.value)
+    assert "allow_changed" not in str(error.value)
+
+
+def test_adapters_that_differ_are_named(tokenizer: Path) -> None:
+    saved = _invariants(tokenizer, "--lora.rank=8")
+    for words in (["--lora.rank=4"], ["--lora.rank=0"], ["--lora.rank=8", "--lora.alpha=2"]):
+        with pytest.raises(ValueError, match=r"lora\."):
+            check_resume_compatible(saved, _invariants(tokenizer, *words), PATH)
 
 
 def test_each_start_is_added_to_run_json(tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def test_every_start_agrees_on_one_new_prefix(first: list[int]) -> None:
     assert len(names) == 4
 
 
+def test_starts_by_one_torchrun_share_a_job_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(store: dist.Store) -> str:
+        monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+        return world._store_for_this_start(0, 1, TIMEOUT)[1]
+
+    store = dist.HashStore()
+    assert start(store) == start(store) != start(dist.HashStore())
+
+
 def test_start_after_a_failed_rendezvous() -> None:
     store = dist.HashStore()
     # Rank 0 was killed after its offer, rank 1 after it had joined.

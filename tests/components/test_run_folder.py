@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.components import run_lock
-from hbp_titan.components.run_lock import (
+from hbp_titan.components import run_folder
+from hbp_titan.components.run_folder import (
     HIDDEN,
     LOCK_FILE,
     STALE_SECONDS,
@@ -70,7 +70,7 @@ def _write(folder: Path, holder: Holder | str, silent: float = 0.0) -> Path:
 def test_a_lock_is_left_over_only_if_its_holder_is_known_to_be_gone(
     monkeypatch: pytest.MonkeyPatch, holder: Holder, running: str, silent: float, words: str
 ) -> None:
-    monkeypatch.setattr(run_lock, "process_start", lambda process: running)
+    monkeypatch.setattr(run_folder, "process_start", lambda process: running)
     reason = holder.why_gone(OWN, silent)
     assert words in reason
     assert bool(reason) == bool(words)
@@ -196,7 +196,7 @@ def test_a_late_start_that_judged_the_old_lock_does_not_replace_the_new_one(tmp_
 def test_a_run_that_lost_its_lock_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.005)
+    monkeypatch.setattr(run_folder, "HEARTBEAT_SECONDS", 0.005)
     ended: list[int] = []
     lock = _lock(tmp_path, ended.append)
     lock._acquire()

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one run at a time writes into it.
+"""The lock of a run folder: one run at a time writes into it; and what can be known of the folder before ranks start.
 
 Owns `run.lock` in a run folder: a JSON file that names its holder (host, process, start). Rank 0 takes it before
 anything else in the folder is touched, updates its modification time as a heartbeat, and deletes it at the end of the
@@ -30,8 +30,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from hbp_titan.components.checkpoint import completed_checkpoints, read_state
+from hbp_titan.components.dcp_storage import CorruptCheckpoint
+from hbp_titan.components.resume import check_resume_compatible, resume_invariants
+from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World, gather_values
 from hbp_titan.errors import raise_on_all_ranks
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.utils import human_seconds
 
 LOCK_FILE = "run.lock"
@@ -209,6 +214,19 @@ class RunLock:
                     text = f"{self.path.parent}: taken over by {holder}; ending without saving"
                     print(text, file=sys.stderr, flush=True)
                     return self._end(1)
+
+
+def check_run_folder(config: JobConfig, args: ModelArgs, data: str) -> None:
+    """Raise ValueError if the newest checkpoint in the run folder is of another run. data: the store's fingerprint.
+
+    A checkpoint that cannot be read is left to `Checkpointer.load`, which tries the one before it.
+    """
+    for path in reversed(completed_checkpoints(config.dump_folder / "checkpoint") if config.checkpoint.enable else []):
+        with suppress(CorruptCheckpoint):
+            if saved := read_state(path).get("resume_invariants"):
+                own = resume_invariants(config, args, data)
+                check_resume_compatible(saved, own, path, config.checkpoint.allow_changed)
+            return
 
 
 def check_not_in_use(run_folder: Path) -> None:

@@ -1,0 +1,69 @@
+"""A run folder in use by another run, or of another run: one line, and nothing in the folder is touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from scripts.convert_to_hf import main as convert_to_hf
+from tests.programs import run_python
+from tests.runs import DEADLINE, read_metrics, torchrun, wait_until
+from tests.tiny_run import write_tiny_run
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _start(argv: list[str], ranks: int = 0) -> tuple[int, str, list[str]]:
+    """Exit code, output and error lines of a start."""
+    result = run_python("-m", "hbp_titan.train", *argv, ranks=ranks)
+    return result.returncode, result.stdout, result.stderr.splitlines()
+
+
+def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path) -> None:
+    folder, release = tmp_path / "run", tmp_path / "release"
+    argv = [*write_tiny_run(tmp_path), "--levels=512:1", "--training.steps=6", "--checkpoint.interval=2"]
+    process = torchrun(argv, "tests.held_run", "4", str(release), ranks=1)
+    wait_until(lambda: (folder / "checkpoint" / "step-4").exists(), process)
+    # What a start without the lock would delete, as what a killed save has left.
+    partial = folder / "checkpoint" / "step-6.partial" / "rank-0.safetensors"
+    partial.parent.mkdir()
+    partial.touch()
+    before = _contents(folder)
+    for ranks in (0, 2):
+        code, output, errors = _start(argv, ranks)
+        assert (code, len(errors)) == (1, 1), errors
+        assert errors[0].startswith(f"error: {folder} is in use by another run: host {os.uname().nodename}, process ")
+        assert output == ""
+    prepare = run_python("scripts/prepare_data.py", "--check_run_folder", "--world_size", "1", *argv)
+    assert prepare.stderr.splitlines() == errors
+    assert _contents(folder) == before
+    partial.unlink()
+    partial.parent.rmdir()
+    release.touch()
+    output = process.communicate(timeout=DEADLINE)[0]
+    assert process.returncode == 0, output
+    assert len(read_metrics(folder)) == 6
+    assert not (folder / "run.lock").exists()
+    assert run_python("scripts/audit_epoch.py", folder).returncode == 0
+
+
+def test_resume_with_other_initial_weights_is_refused_unless_allowed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    argv = [*write_tiny_run(tmp_path), "--levels=512:1", "--checkpoint.interval=2", "--checkpoint.export_hf=false"]
+    assert _start([*argv, "--training.steps=2"])[0] == 0
+    convert_to_hf([str(folder), str(tmp_path / "hf")])
+    argv += ["--training.steps=4", f"--checkpoint.initial_load_path={tmp_path / 'hf'}"]
+    before = _contents(folder)
+    code, output, errors = _start(argv)
+    assert (code, len(errors)) == (1, 1), errors
+    assert f'initial_weights: "new, training.seed = 42" (checkpoint) vs {tmp_path / "hf"}' in errors[0]
+    assert output == ""
+    prepare = run_python("scripts/prepare_data.py", "--world_size", "1", *argv)
+    assert prepare.stderr.splitlines() == errors
+    assert _contents(folder) == before
+    code, output, errors = _start([*argv, "--checkpoint.allow_changed=initial_weights"])
+    assert code == 0, errors
+    assert f"weights: those of step 2 in {folder / 'checkpoint'}" in output.replace("\n    ", " ")
+    assert "resumed from step 2" in output
