@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import load_config
 from hbp_titan.data import epoch as epoch_module
-from hbp_titan.data.epoch import EpochPlans, EpochState, PlanSegment, plan_path
+from hbp_titan.data.epoch import EpochPlans, EpochState, PlanSegment, describe_segments, plan_path
+from hbp_titan.data.sample_log import SampleLog, audit_run, check_epoch, read_starts, start_folders
 from hbp_titan.packing import CostModel, Plan
 from tests.properties import examples
 
@@ -65,28 +70,100 @@ def test_the_same_ranks_and_levels_keep_the_plan(tmp_path: Path) -> None:
     assert again.total_steps() == first.total_steps() == sum(first.plans.plan_for(e).num_steps for e in range(3))
 
 
-@examples(15)
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=6))
-@example([(1, False, 1), (4, True, 9), (4, True, 9), (4, True, 9)])  # more steps than the 27 that the run has
+class Store(Lengths):
+    """Sample i is line i + 1 of data.jsonl."""
+
+    fingerprint = DATA
+    folder = Path("store")
+
+    def __len__(self) -> int:
+        return 60
+
+    def where(self, index: int) -> str:
+        return f"data.jsonl:{index + 1}"
+
+
+class Start:
+    """One start of a run without a model: what the trainer does with its position, its schedule and its sample log."""
+
+    def __init__(self, state: EpochState, saved: dict[str, Any] | None) -> None:
+        self.state, self.ranks, self.saved = state, state.plans.world_size, saved or _saved(state)
+        total = state.total_steps()
+        self.lr_scheduler = LRScheduler(**saved["lr"]) if saved else LRScheduler(total, total)
+        if saved:
+            state.restore(saved)
+            self.lr_scheduler = self.lr_scheduler.extend(state.step, state.total_steps())
+        self.total = self.lr_scheduler.total
+        assert self.total == state.total_steps()
+
+    def train(self, steps: int, saved_after: int) -> None:
+        """Train `steps` steps, or up to the end; a checkpoint is written after `saved_after` of them and at the end."""
+        state = self.state
+        # As without a trained step: a checkpoint on a signal still needs the plan file.
+        state.save_plan()
+        if state.step >= self.total:
+            return
+        self._next_epoch()
+        self._open_logs()
+        for number in range(1, min(steps, self.total - state.step) + 1):
+            state.save_plan()
+            self._log_step()
+            state.step += 1
+            assert state.total_steps() == self.total
+            if number <= saved_after or state.step == self.total:
+                self.saved = {**_saved(state), "lr": dataclasses.asdict(self.lr_scheduler)}
+            if state.finished:
+                assert "60 samples, each trained once" in check_epoch(state.run_folder, state.segments, Store())  # type: ignore[arg-type]
+            self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        if self.state.finished and self.state.step < self.total:
+            self.state.next_epoch()
+
+    def _open_logs(self) -> None:
+        state, number = self.state, 1 + len(start_folders(self.state.run_folder / "sample_log"))
+        levels = state.plans.levels
+        self.logs = [SampleLog(state.run_folder, rank, levels, lambda _: number) for rank in range(self.ranks)]
+        for log in self.logs:
+            log.start(state.step + 1, state.epoch, describe_segments(state.segments), DATA, Store.folder)
+
+    def _log_step(self) -> None:
+        plan, step = self.state.plan, self.state.step_in_plan
+        for rank, log in enumerate(self.logs):
+            for micro_batch in range(*plan.step_offsets[step : step + 2].tolist()):
+                level = int(plan.level_of_iteration[micro_batch])
+                samples = plan.iteration(micro_batch).packs[rank // plan.levels[level].cp_degree]
+                log.add(micro_batch, SimpleNamespace(level=level, sample_ids=samples))  # type: ignore[arg-type]
+            log.commit(self.state.step + 1, plan.epoch)
+
+
+STRETCH = st.tuples(st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 9), st.integers(0, 9))
+
+
+@examples(20)
+@given(st.lists(STRETCH, min_size=1, max_size=6))
+@example([(1, False, 1, 9), (4, True, 9, 9), (4, True, 9, 9), (4, True, 9, 9)])  # once longer than total_steps
 def test_each_sample_is_trained_once_per_epoch_over_random_changes(
-    tmp_path_factory: pytest.TempPathFactory, stretches: list[tuple[int, bool, int]]
+    tmp_path_factory: pytest.TempPathFactory, stretches: list[tuple[int, bool, int, int]]
 ) -> None:
+    """Ranks, other levels, steps up to a kill, steps up to the last checkpoint before it; then to the end."""
     folder = tmp_path_factory.mktemp("state")
     saved: dict[str, Any] | None = None
-    trained: list[list[int]] = []
-    for ranks, other, steps in [*stretches, (2, False, 999)]:
+    for ranks, other, steps, saved_after in [*stretches, (2, False, 999, 999)]:
         state = _state(folder, ranks, OTHER_LEVELS if other or ranks == 1 else LEVELS)
-        if saved is not None:
-            state.restore(saved)
-        trained += _train(state, steps)
-        # Without a trained step, a checkpoint on a signal still needs the plan file.
-        state.save_plan()
-        saved = _saved(state)
-    samples = [sample for step in trained for sample in step]
-    assert [sorted(samples[start : start + 60]) for start in (0, 60, 120)] == [list(range(60))] * 3
-    assert len(samples) == 3 * 60
-    assert state.step == state.total_steps() == len(trained)
+        start = Start(state, saved)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+            start.train(steps, saved_after)
+        # A start that was killed before its first checkpoint leaves the one before it, or none.
+        saved = start.saved if "lr" in start.saved else None
     assert state.finished
+    assert state.step == state.total_steps() == start.total
+    assert start.lr_scheduler.position_at(state.step) == pytest.approx(start.lr_scheduler.schedule_steps)
+    audits, problems = audit_run(folder, state.step, read_starts(folder, state.step), Store())  # type: ignore[arg-type]
+    assert problems == [problem for audit in audits for problem in audit.problems] == []
+    assert [(audit.samples, audit.finished) for audit in audits] == [(60, True)] * 3
+    assert sum(audit.steps_done for audit in audits) == state.step
 
 
 class Small:
@@ -122,12 +199,15 @@ def test_every_small_run_trains_its_samples_in_the_announced_steps(monkeypatch: 
     walked: set[tuple[int, int, str]] = set()
     ends: set[int] = set()
 
-    def walk(own: EpochPlans, saved: dict[str, Any] | None, trained: list[int], changes: int) -> None:
+    def walk(
+        own: EpochPlans, saved: dict[str, Any] | None, trained: list[int], changes: int, lr: LRScheduler | None = None
+    ) -> None:
         """Run to the end from a checkpoint, `trained` its samples; and stop after every step for other changes."""
         state = EpochState(own, Path("run"), DATA)
         if saved is not None:
             state.restore(saved)
         total, trained = state.total_steps(), list(trained)
+        lr = lr.extend(state.step, total) if lr else LRScheduler(total, total)
         over = state.step >= total  # it was longer when it was saved
         while True:
             for segment in state.segments:
@@ -136,7 +216,7 @@ def test_every_small_run_trains_its_samples_in_the_announced_steps(monkeypatch: 
             for number, other in enumerate(plans if changes and not over else []):
                 if other is not own and (number, changes, branch) not in walked:
                     walked.add((number, changes, branch))
-                    walk(other, json.loads(branch), trained, changes - 1)
+                    walk(other, json.loads(branch), trained, changes - 1, lr)
             if state.step >= total:
                 break
             if state.finished:
@@ -150,6 +230,9 @@ def test_every_small_run_trains_its_samples_in_the_announced_steps(monkeypatch: 
         if not over:
             ends.add(total)
             assert state.finished
+            # The learning rate reaches its end at the last step.
+            assert lr.total == total
+            assert lr.position_at(total) == pytest.approx(lr.schedule_steps)
             assert len(trained) == own.config.training.epochs * 9
             with pytest.raises(AssertionError, match="is the last"):
                 state.next_epoch()
