@@ -22,6 +22,10 @@ export LOG_RANK=${LOG_RANK:-0}
 
 source scripts/setup_env.sh run
 
+for word in "$@"; do
+    case "$word" in -h | --help) exec "$PY" -m hbp_titan train --help ;; esac
+done
+
 case "${COMM_MODE:-}" in
     "")
         # Exits here, with torch's reason, if the machine has a GPU that torch cannot use.
@@ -43,10 +47,6 @@ esac
 CORES=$(($(getconf _NPROCESSORS_ONLN) / NGPU))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > 0 ? CORES : 1))}
 
-for word in "$@"; do
-    case "$word" in -h | --help) exec "$PY" -m hbp_titan.train --help ;; esac
-done
-
 # Mistakes in configuration or data are reported here, before any rank starts. A node that joins a run of several nodes
 # again finds the folder in use by that run.
 [ "$NNODES" = 1 ] && CHECK=--check_run_folder || CHECK=
@@ -60,6 +60,6 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQ
 [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # RANKS holds the number of ranks, then torchrun's options for GPUs.
-exec "$PY" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node $RANKS --max-restarts "${MAX_RESTARTS:-0}" \
+exec "$PY" -m hbp_titan.launch --nnodes "$NNODES" --nproc-per-node $RANKS --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv-id "${RDZV_ID:-hbp_titan}" \
     -m hbp_titan.train --job.config_file "$CONFIG_FILE" "$@"

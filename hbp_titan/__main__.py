@@ -49,8 +49,14 @@ def _run(word: str, argv: list[str]) -> int | None:
     if name not in commands():
         known = [*commands(), "presets"]
         raise ValueError(f"unknown command {word!r}{did_you_mean(name, known)} (hbp-titan --help lists them)")
+    if name == "train" and {"-h", "--help"} & set(argv):
+        # As train.main, without torch.
+        from hbp_titan.config import help_text as keys
+
+        print(_summary(commands()[name]), keys(), sep="\n\n")
+        return None
     argv = with_presets(argv)
-    if name == "train" and "RANK" not in os.environ and not {"-h", "--help"} & set(argv):
+    if name == "train" and "RANK" not in os.environ:
         print("running on one rank; for several: torchrun --nproc_per_node N -m hbp_titan train ...", flush=True)
     # The scripts are a subpackage where the package is installed, and a package next to it in a checkout that is not.
     scripts = "hbp_titan.scripts" if importlib.util.find_spec("hbp_titan.scripts") else "scripts"
@@ -75,10 +81,7 @@ def presets() -> dict[str, Path]:
 def help_text() -> str:
     """Return every subcommand with the first line of its file's docstring."""
     # Parsed, not imported: importing the scripts would import torch.
-    summaries = {
-        name: (ast.get_docstring(ast.parse(path.read_bytes())) or name).splitlines()[0]
-        for name, path in commands().items()
-    }
+    summaries = {name: _summary(path) for name, path in commands().items()}
     summaries["presets"] = "List the preset configurations and the hardware that each is for."
     width, indent = min(shutil.get_terminal_size().columns, 120), max(map(len, summaries)) + 4
     lines = ["usage: hbp-titan COMMAND ...    hbp-titan COMMAND --help    hbp-titan --version", ""]
@@ -94,6 +97,11 @@ def help_text() -> str:
             f"{CONFIG_KEY} takes a TOML file or the name of a preset.",
         ]
     )
+
+
+def _summary(script: Path) -> str:
+    """Return the first line of a file's docstring."""
+    return (ast.get_docstring(ast.parse(script.read_bytes())) or script.stem).splitlines()[0]
 
 
 def with_presets(argv: list[str]) -> list[str]:

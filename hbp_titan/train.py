@@ -1,7 +1,7 @@
-"""The training loop: `torchrun -m hbp_titan.train --job.config_file X.toml`, to be read from top to bottom.
+"""Train, or resume the run in the run folder: `torchrun -m hbp_titan.train --job.config_file X.toml`.
 
-Trainer sets up in order (data, plan, model, optimizer, checkpoint), then runs optimizer steps. Each step is one or more
-micro-batches, each of one level on all ranks (after torchtitan v0.2.2 train.py).
+To be read from top to bottom. Trainer sets up in order (data, plan, model, optimizer, checkpoint), then runs optimizer
+steps. Each step is one or more micro-batches, each of one level on all ranks (after torchtitan v0.2.2 train.py).
 """
 
 from __future__ import annotations

@@ -75,6 +75,9 @@ def test_help_lists_each_script_without_importing_torch(installed: Path, tmp_pat
     code = "import sys; from hbp_titan.__main__ import main; main(); sys.exit('torch' in sys.modules)"
     listed = _call(sys.executable, "-c", code, "--help", cwd=tmp_path, PYTHONPATH=str(installed), COLUMNS="200")
     assert listed.returncode == 0, listed.stderr
+    help_of_train = _call(sys.executable, "-c", code, "train", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert help_of_train.returncode == 0, help_of_train.stderr
+    assert "--checkpoint.interval" in help_of_train.stdout
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", *NOT_COMMANDS}
     assert {"train", "dry_run", "presets", *scripts} == set(re.findall(r"^  (\w+)  ", listed.stdout, re.MULTILINE))
 

@@ -45,6 +45,10 @@ echo "scontrol $*" >> calls
 [[ $1 == show ]] && echo localhost
 exit 0
 """
+# SLURM's %L: the time that the job has left.
+SQUEUE = """#!/usr/bin/env bash
+[ "$*" == "-h -j 20077 -o %L" ] && echo "$TIME_LEFT"
+"""
 
 
 def _write(path: Path, text: str) -> None:
@@ -59,6 +63,7 @@ def repository(tmp_path: Path) -> Path:
     root = make_checkout(tmp_path / "repository")
     _write(tmp_path / "bin" / "srun", SRUN)
     _write(tmp_path / "bin" / "scontrol", SCONTROL)
+    _write(tmp_path / "bin" / "squeue", SQUEUE)
     return root
 
 
@@ -88,6 +93,7 @@ def _calls(root: Path) -> list[str]:
     return (root / "calls").read_text().splitlines()
 
 
+STUCK = "trap 'exit 138' USR1; mkdir up; sleep 60 & wait"
 SAVED_BUT_LATE = "trap 'exit 138' USR1; mkdir -p run/checkpoint/step-12 up; sleep 60 & wait"
 # What the run does, whether SLURM warns it, the job's exit code, whether it is requeued.
 ENDS = {
@@ -97,7 +103,11 @@ ENDS = {
     "failed": ("mkdir -p run/checkpoint/step-7; exit 1", False, 1, False),
     "out of time": (SAVED_BUT_LATE, True, 0, True),
     "out of time in the first start": (SAVED_BUT_LATE, True, 0, True),
-    "no checkpoint in time": ("trap 'exit 138' USR1; mkdir up; sleep 60 & wait", True, 138, False),
+    "no checkpoint in time": (STUCK, True, 0, True),
+    "no checkpoint in time again and again": (STUCK, True, 138, False),
+    "preempted before its first step": (STUCK, True, 0, True),
+    "preempted before its first step without a limit": (STUCK, True, 0, True),
+    "preempted where each process is signalled": ("mkdir up; sleep 60", True, 0, True),
     "complete in time": ("trap 'sleep 0.3; exit 0' USR1; mkdir up; sleep 60 & wait", True, 0, False),
 }
 
@@ -107,11 +117,16 @@ def test_job_is_requeued_if_it_stopped_for_lack_of_time(repository: Path, end: s
     command, warned, code, requeued = ENDS[end]
     _write(repository / "run_train.sh", f"#!/usr/bin/env bash\nmkdir -p run\n{command}\n")
     _write(repository / "scripts" / "prepare_data.py", "print('prepared')\n")
+    # Three starts without a checkpoint came before.
+    idle = repository / "outputs" / "slurm" / "20077-idle-starts"
+    if "again" in end or "before" in end:
+        _write(idle, "start\n" * 3)
+    time_left = "UNLIMITED" if "without a limit" in end else "1-00:03:04" if end.startswith("preempted") else "3:04"
     if end != "out of time in the first start":
         # Of an earlier start: neither the marker nor the checkpoint may count for this one.
         _write(repository / "run" / "preempted", "SIGUSR1 step 3\n")
         (repository / "run" / "checkpoint" / "step-3").mkdir(parents=True)
-    process = _submit(repository, "--job.dump_folder=run")
+    process = _submit(repository, "--job.dump_folder=run", TIME_LEFT=time_left)
     if warned:
         wait_until((repository / "up").exists, process)
         process.send_signal(signal.SIGUSR1)
@@ -121,6 +136,29 @@ def test_job_is_requeued_if_it_stopped_for_lack_of_time(repository: Path, end: s
     assert ("srun got USR1" in _calls(repository)) == warned
     assert ("requeued" in output) == requeued
     assert ("not requeued" in errors) == (code != 0)
+    # Counted until a checkpoint is saved.
+    starts = {"no checkpoint in time": 1, "no checkpoint in time again and again": 4}
+    starts |= dict.fromkeys((name for name in ENDS if "before" in name), 3)
+    assert (len(idle.read_text().splitlines()) if idle.exists() else 0) == starts.get(end, 0)
+
+
+@pytest.mark.parametrize("stage", ["setup", "preparation"])
+def test_signal_before_the_nodes_start_requeues_the_job(repository: Path, stage: str) -> None:
+    wait = "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)\n"
+    if stage == "setup":
+        # bash runs its trap when the command in the foreground has ended.
+        setup = repository / "scripts" / "setup_env.sh"
+        _write(setup, setup.read_text() + "touch up; while [ ! -e go ]; do sleep 0.05; done\n")
+        wait = "raise SystemExit(1)\n"
+    _write(repository / "scripts" / "prepare_data.py", wait)
+    process = _submit(repository, "--job.dump_folder=run", TIME_LEFT="59:00")
+    wait_until((repository / "up").exists, process)
+    process.send_signal(signal.SIGUSR1)
+    (repository / "go").touch()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert _calls(repository) == ["scontrol requeue 20077"]
+    assert "preempted before a step was saved at step 0: requeued" in output
 
 
 def test_user_error_ends_the_job_before_a_node_starts(repository: Path) -> None:
@@ -156,6 +194,7 @@ def test_job_of_two_nodes_saves_in_time_is_requeued_and_ends_like_an_undisturbed
     logs = {path.name: path.read_text() for path in (repository / "outputs" / "slurm").iterdir()}
     assert logs.keys() == {f"20077-start-{start}-node{node}.log" for start in (0, 1) for node in (0, 1)}
     assert sum(f"resumed from step {step}" in text for name, text in logs.items() if "start-1" in name) == 1
+    assert not any("Traceback" in text for text in logs.values())
     run_distributed(train, 2, [*argv, f"--job.dump_folder={whole}"])
     assert differences(whole, folder, total) == []
     assert audit_faults(folder) == []

@@ -47,6 +47,8 @@ PACKAGES = (
     "pyarrow", "zstandard", "pyyaml",
 )  # fmt: skip
 """Packages that affect a run's numbers or read its files."""
+CODE = ("hbp_titan", "scripts", "run_train.sh", "pyproject.toml")
+"""What a run executes, in the root of a checkout."""
 ROOT = Path(hbp_titan.__file__).resolve().parents[1]
 
 
@@ -249,7 +251,9 @@ def code_version(root: Path) -> dict[str, Any]:
         # An installation inside another project's checkout would otherwise report that project's commit.
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
             return {"commit": None, "why": f"{root} is not a git checkout of its own"}
-        return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain"))}
+        # Only what a run executes: data, logs of SLURM or a configuration of the user in the root change no code.
+        changed = _git(root, "status", "--porcelain", "--", *CODE)
+        return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(changed)}
     except FileNotFoundError:
         return {"commit": None, "why": "git is not installed"}
     except subprocess.SubprocessError as error:

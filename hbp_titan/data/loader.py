@@ -132,7 +132,10 @@ def _start_worker(worker: int) -> None:
     """Undo what a forked worker inherits from its rank."""
     # A signal to a worker is not one to the rank: the worker inherits the pipe of the rank's signal handler.
     signal.set_wakeup_fd(-1)
-    # torchrun signals a rank's process group. A worker that died of it could not feed the step before the checkpoint.
+    # A worker that died of a warning could not feed the step before the checkpoint. torchrun signals a rank's process
+    # group, and SLURM without cgroups every process of the job. Workers end by themselves when their rank does.
     os.setpgrp()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     # The trainer disables the automatic collector and runs the rank's collector itself, but not the workers'.
     gc.enable()

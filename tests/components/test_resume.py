@@ -172,12 +172,16 @@ def test_code_version_is_of_a_clean_checkout_a_changed_one_or_none(
     root.mkdir()
     assert "not a git repository" in code_version(root)["why"]
     _git(root, "init")
-    (root / "a.py").write_text("1")
-    _git(root, "add", "a.py")
+    (root / "scripts").mkdir()
+    (root / "scripts" / "a.py").write_text("1")
+    _git(root, "add", "scripts")
     _git(root, "commit", "-m", "a")
     commit = _git(root, "rev-parse", "HEAD").strip()
     assert code_version(root) == {"commit": commit, "dirty": False}
-    (root / "b.py").write_text("2")
+    for name in ("slurm-7.out", "my_data.jsonl", "X.toml"):
+        (root / name).touch()
+    assert code_version(root) == {"commit": commit, "dirty": False}
+    (root / "scripts" / "b.py").write_text("2")
     assert code_version(root) == {"commit": commit, "dirty": True}
     # Installed into a folder of another checkout, whose commit says nothing about this code.
     (root / "site").mkdir()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,20 @@ def test_start_in_mid_epoch_equals_skipping_for_any_number_of_workers(num_worker
     assert _ids(plan, 1, first_micro_batch=plan.num_iterations, num_workers=num_workers) == []
     found = [batch.sample_ids.tolist() for batch in PackLoader(plan, Samples(), 0, SHAPES, num_workers=num_workers)]
     assert found == [plan.pack(i, 0).tolist() for i in range(plan.num_iterations)]
+
+
+def test_workers_survive_signals_and_end_with_the_epoch() -> None:
+    # As in a SLURM job without cgroups, whose processes are all signalled.
+    plan, before = _plan(), set(multiprocessing.active_children())
+    batches = iter(PackLoader(plan, Samples(), 1, SHAPES, num_workers=1, prefetch_factor=1))
+    found = [next(batches).input_ids.tolist()]
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(int(worker.pid or 0), number)
+    found += [batch.input_ids.tolist() for batch in batches]
+    assert found == _ids(plan, 1)
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_a_batch_with_other_loss_tokens_than_planned_stops_the_run() -> None:
