@@ -2,8 +2,8 @@
 
     python scripts/evaluate.py FOLDER --perplexity DATA.jsonl            loss by length and by position
     python scripts/evaluate.py FOLDER --needles --lengths 4096,32768     needles, tracking, counting; heat map
-    python scripts/evaluate.py FOLDER --needles --server http://localhost:8000     the same, answered by vLLM or SGLang
-    python scripts/evaluate.py FOLDER --tasks hbp_titan/evaluation/paper_tasks.toml     the paper's tasks, by lm_eval
+    python scripts/evaluate.py FOLDER --needles --server http://localhost:8000     the same, answered by a server
+    python scripts/evaluate.py FOLDER --tasks paper_tasks                the paper's tasks, by lm_eval
 
 One process, on a GPU where there is one. docs/evaluation.md explains the figures.
 """
@@ -31,6 +31,11 @@ from hbp_titan.evaluation.harness import read_runs, run_harness
 from hbp_titan.evaluation.needles import TASKS, PromptFormatter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
 
+SERVER_HELP = (
+    "an OpenAI-compatible server answers instead; tried with llama.cpp's llama-server and transformers serve (prompts "
+    "as text), by its API also vLLM and SGLang"
+)
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the selected evaluations, the cheapest first."""
@@ -38,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     folder: Path = options.folder
     out: Path = options.out or folder / "evaluation"
     args = args_from_hf(folder)
-    runs = read_runs(options.tasks, _words(options.runs)) if options.tasks else []
+    runs = read_runs(options.tasks, options.runs) if options.tasks else []
+    # Named, so not to be skipped.
+    if unsafe := [run.name for run in runs if run.runs_code and options.runs and not options.run_code]:
+        raise ValueError(f"--runs {','.join(unsafe)} runs code that the model writes; add --run_code")
     if options.perplexity:
         _perplexity(options, args.max_position_embeddings, out)
     if options.needles:
@@ -70,11 +78,13 @@ def _needles(options: argparse.Namespace, limit: int, out: Path) -> None:
     formatter = PromptFormatter(options.folder, template_settings(options))
     backend: needles.Backend
     if options.server:
-        backend = ServerBackend(options.server, options.server_model)
+        backend = ServerBackend(options.server, options.server_model, formatter.prompt_text)
     else:
         backend = LocalBackend(options.folder, formatter, local_device(), options.cache_tokens)
     scored = needles.run_suite(formatter, backend, tasks, lengths, depths, options.samples, options.seed, _progress)
     print(needles.score_table(scored))
+    if isinstance(backend, ServerBackend) and backend.sends_text:
+        print("note: the server takes no token ids; the prompts were sent as text")
     if max(lengths) > limit:
         print(f"note: lengths above {limit} exceed max_position_embeddings of config.json")
     settings = {"seed": options.seed, "samples": options.samples, "depths": depths, "server": options.server}
@@ -110,15 +120,16 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--cache_tokens", type=int, default=DEFAULT_CACHE_TOKENS, help="tokens of one batch [%(default)s]"
     )
-    group.add_argument("--server", default="", metavar="URL", help="an OpenAI-compatible server answers instead")
+    group.add_argument("--server", default="", metavar="URL", help=SERVER_HELP)
     group.add_argument("--server_model", metavar="NAME", help="name of the model on the server [the first]")
     group = parser.add_argument_group("general benchmarks (pip install '.[eval]')")
-    group.add_argument("--tasks", type=Path, metavar="FILE.toml", help="runs of lm_eval")
+    group.add_argument("--tasks", type=Path, metavar="FILE.toml", help="runs of lm_eval; a file or paper_tasks")
     group.add_argument("--runs", default="", help="names of the runs, comma-separated [all]")
     group.add_argument("--run_code", action="store_true", help="allow runs that execute what the model writes")
     options = parser.parse_args(argv)
     if not (options.perplexity or options.needles or options.tasks):
         raise ValueError("nothing to evaluate; pass --perplexity DATA, --needles or --tasks FILE.toml")
+    options.runs = _words(options.runs)
     return options
 
 

@@ -17,7 +17,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,18 +61,27 @@ class LocalBackend:
         return [self.formatter.text(answer) for answer in self.generator.answers(prompts, max_new_tokens)]
 
 
+class _BadRequest(ValueError):
+    """The server does not accept the form or the values of a request."""
+
+
 class ServerBackend:
     """Greedy answers of the model that `url` serves, http://localhost:8000 or http://localhost:8000/v1.
 
-    The server (vLLM, SGLang) gets token ids, so it answers exactly the same prompts as a LocalBackend; its tokenizer
-    must be that of the prompts. model: the name on the server [the first that it lists].
+    The server gets token ids, so it answers exactly the same prompts as a LocalBackend; its tokenizer must be that of
+    the prompts. A server that refuses ids (`transformers serve`) gets text. model: the name on the server [the first
+    that it lists]. prompt_text: token ids -> a text that the tokenizer encodes to them.
     Raises ValueError, with the address, if the server does not answer or refuses.
     """
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(
+        self, url: str, model: str | None = None, prompt_text: Callable[[Sequence[int]], str] | None = None
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--server {url}: must begin with http:// or https://")
         self.base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.prompt_text = prompt_text
+        self.sends_text = False
         self.model = model or str(self._request("models", None, "data", 0, "id"))
 
     def __call__(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[str]:
@@ -81,8 +90,25 @@ class ServerBackend:
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         # Not the chat endpoint, which would apply the server's own template once more.
-        body = {"model": self.model, "prompt": list(prompt), "max_tokens": max_new_tokens, "temperature": 0.0}
-        return str(self._request("completions", body, "choices", 0, "text"))
+        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": 0.0}
+        if not self.sends_text:
+            try:
+                return str(self._request("completions", {**body, "prompt": list(prompt)}, "choices", 0, "text"))
+            except _BadRequest as error:
+                if self.prompt_text is None:
+                    raise
+                refused = error
+        assert self.prompt_text is not None
+        text = self.prompt_text(prompt)
+        try:
+            answer = str(self._request("completions", {**body, "prompt": text}, "choices", 0, "text"))
+        except _BadRequest:
+            # Not because of the ids, so the first reason is the one to show.
+            if self.sends_text:
+                raise
+            raise refused from None
+        self.sends_text = True
+        return answer
 
     def _request(self, path: str, body: dict[str, Any] | None, *keys: str | int) -> Any:
         """Return the value at `keys` of the server's JSON reply."""
@@ -94,7 +120,8 @@ class ServerBackend:
                 reply = json.loads(stream.read())
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:MAX_SHOWN_CHARACTERS]
-            raise ValueError(f"{address}: the server refused with status {error.code}: {text}") from None
+            kind = _BadRequest if error.code in (400, 422) else ValueError
+            raise kind(f"{address}: the server refused with status {error.code}: {text}") from None
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"{address}: no answer from the server: {getattr(error, 'reason', error)}") from None
         # Of json.loads: an error page of a proxy, for example.

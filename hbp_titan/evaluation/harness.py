@@ -86,7 +86,13 @@ _TYPES = {item.name: _KINDS[str(item.type)] for item in fields(HarnessRun)}
 
 
 def read_runs(file: Path, names: Sequence[str] = ()) -> list[HarnessRun]:
-    """Return the runs of a TOML file, all or those in `names`. Raises ValueError, naming file, run and key."""
+    """Return the runs of a TOML file, all or those in `names`. Raises ValueError, naming file, run and key.
+
+    file: a path, or the name of a list that comes with the package (paper_tasks).
+    """
+    packaged = Path(__file__).with_name(f"{file.name}.toml")
+    if not file.exists() and file.name == str(file) and packaged.exists():
+        file = packaged
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -123,10 +129,11 @@ def _run(block: dict[str, Any], where: str) -> HarnessRun:
 def run_harness(
     runs: Sequence[HarnessRun], folder: Path, out: Path, run_code: bool, report: Callable[[str], None]
 ) -> None:
-    """Print every command, then run them in order; stop at the first that fails.
+    """Print every command, then run them in order, all of them even if some fail.
 
-    Raises ValueError if lm_eval is not installed, a command fails, the folder's path has a comma, or a run executes
-    code of the model and `run_code` is False.
+    Runs that execute code of the model are skipped unless `run_code`; a report says so.
+    Raises ValueError if lm_eval is not installed, a command failed, the folder's path has a comma, or all runs would be
+    skipped.
     """
     for run in runs:
         report(run.shell_command(folder, out))
@@ -135,10 +142,16 @@ def run_harness(
         raise ValueError(f"{folder}: lm_eval does not accept a path with a comma; rename the folder")
     unsafe = [run.name for run in runs if run.runs_code and not run_code]
     if unsafe:
-        raise ValueError(f"{', '.join(unsafe)} runs code that the model writes; add --run_code, or select other --runs")
+        reason = f"{', '.join(unsafe)} runs code that the model writes; add --run_code, on an isolated machine"
+        if len(unsafe) == len(runs):
+            raise ValueError(reason)
+        report(f"skipped: {reason}")
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm_eval is not installed; pip install '.[eval]', or run the commands above elsewhere")
+    failed = []
     for run in runs:
-        code = subprocess.call(run.command(folder, out), env={**os.environ, **run.environment})
-        if code:
-            raise ValueError(f"run {run.name}: lm_eval failed with exit code {code}; see its output above")
+        if run.name not in unsafe:
+            code = subprocess.call(run.command(folder, out), env={**os.environ, **run.environment})
+            failed += [f"{run.name} (exit code {code})"] if code else []
+    if failed:
+        raise ValueError(f"lm_eval failed in {len(failed)} of {len(runs)} runs: {', '.join(failed)}; see above")

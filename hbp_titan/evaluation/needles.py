@@ -23,6 +23,7 @@ from hbp_titan.data.chat_template import ChatTemplate
 from hbp_titan.data.files import chat_template_file
 from hbp_titan.data.formats import check_variables
 from hbp_titan.data.tokenizer import read_tokenizer_folder
+from hbp_titan.errors import UserError
 from hbp_titan.job_config import Data
 from hbp_titan.models.hf_config import token_ids_from_hf
 from hbp_titan.utils import human_count
@@ -288,6 +289,7 @@ class PromptFormatter:
         self.stop_ids = stop_ids(folder)
         # With a template, the prefix that the tokenizer adds would come twice.
         self.tokenizer = tokenizer_folder.load(post_processor=self.template is None)
+        self._server_tokenizer = tokenizer_folder.load(post_processor=True)
 
     def ids(self, question: str, answer_start: str = "") -> list[int]:
         """Return the token ids of a prompt whose answer begins with `answer_start`."""
@@ -298,6 +300,19 @@ class PromptFormatter:
         # After a header that ends in a line break no model writes a space first.
         start = answer_start.lstrip() if text[-1:].isspace() else answer_start
         return self.tokenizer.encode(f"{text}{start}", add_special_tokens=False).ids
+
+    def prompt_text(self, ids: Sequence[int]) -> str:
+        """Return the text that a server's tokenizer, which adds its own prefix, encodes to `ids`.
+
+        Raises ValueError if there is none.
+        """
+        for begin in (0, 1):
+            text = self.tokenizer.decode(list(ids[begin:]), skip_special_tokens=False)
+            if self._server_tokenizer.encode(text).ids == list(ids):
+                return text
+        raise ValueError(
+            "the server takes no token ids, and as text the prompt becomes other tokens; use vLLM or llama.cpp's server"
+        )
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a piece of text."""
@@ -386,10 +401,7 @@ def make_question(formatter: PromptFormatter, task: str, length: int, depth: flo
         may be one or two tokens short.
     Raises ValueError if the task does not fit in `length`.
     """
-    # crc32 instead of hash(), which differs from process to process.
-    rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, round(depth * 1e6), sample])
-    task_text = TASKS[task](rng, depth)
-    max_new_tokens = 2 * formatter.count(", ".join(task_text.references)) + 32
+    task_text, max_new_tokens = _task_text(formatter, task, length, depth, sample, seed)
 
     def prompt(units: int, fillers: int = 0) -> list[int]:
         return formatter.ids(task_text.text(units, FILLER * fillers), task_text.answer_start)
@@ -401,6 +413,42 @@ def make_question(formatter: PromptFormatter, task: str, length: int, depth: flo
     shown_depth = depth if task in TASKS_WITH_DEPTH else None
     references = task_text.references
     return Question(task, length, shown_depth, sample, prompt(units, fillers), max_new_tokens, references)
+
+
+def _task_text(
+    formatter: PromptFormatter, task: str, length: int, depth: float, sample: int, seed: int
+) -> tuple[TaskText, int]:
+    """Return the text of a question and the tokens of its answer's space."""
+    # crc32 instead of hash(), which differs from process to process.
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, round(depth * 1e6), sample])
+    task_text = TASKS[task](rng, depth)
+    return task_text, 2 * formatter.count(", ".join(task_text.references)) + 32
+
+
+def check_lengths(
+    formatter: PromptFormatter,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    coordinates: Sequence[tuple[float, int]],
+    seed: int,
+) -> None:
+    """Raise UserError, with a line per length, if a question of a task does not fit in it.
+
+    coordinates: (depth, sample) of the questions.
+    """
+    lines = []
+    for length in lengths:
+        needed = dict.fromkeys(tasks, 0)
+        for task in tasks:
+            for depth, sample in coordinates:
+                text, space = _task_text(formatter, task, length, depth, sample, seed)
+                prompt = formatter.ids(text.text(text.min_units, ""), text.answer_start)
+                needed[task] = max(needed[task], len(prompt) + space)
+        short = [f"{task} needs {tokens} tokens" for task, tokens in needed.items() if tokens > length]
+        if short:
+            lines.append(f"--lengths {length}: {', '.join(short)}; use a greater length or other --needle_tasks")
+    if lines:
+        raise UserError(lines)
 
 
 def score(answer: str, references: Sequence[str]) -> float:
@@ -426,10 +474,12 @@ def run_suite(
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"task {task!r} must be one of {', '.join(TASKS)}")
+    coordinates = [(depth, sample) for depth in depths for sample in range(samples)]
+    # Before the first question, which may take minutes.
+    check_lengths(formatter, tasks, lengths, coordinates, seed)
     scored: list[ScoredAnswer] = []
     for length in lengths:
         for task in tasks:
-            coordinates = [(depth, sample) for depth in depths for sample in range(samples)]
             # Prompts of one call have nearly the same length, so their batches have little padding.
             asked = [make_question(formatter, task, length, depth, sample, seed) for depth, sample in coordinates]
             answers = backend([q.prompt for q in asked], [q.max_new_tokens for q in asked])

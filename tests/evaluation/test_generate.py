@@ -150,6 +150,7 @@ class Stub(BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]]
     replies: dict[str, tuple[int, bytes]]
+    refuses_ids = False
 
     def do_GET(self) -> None:
         self._reply(json.dumps({"data": [{"id": "first"}, {"id": "second"}]}))
@@ -157,6 +158,10 @@ class Stub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         values = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(values)
+        if self.refuses_ids and not isinstance(values["prompt"], str):
+            self.replies[self.path] = (400, b"prompt must be a string")
+        elif self.refuses_ids:
+            self.replies.pop(self.path, None)
         self._reply(json.dumps({"choices": [{"text": f"{len(values['prompt'])} {values['max_tokens']}"}]}))
 
     def _reply(self, text: str) -> None:
@@ -191,6 +196,16 @@ def test_server_gets_token_ids_and_answers_keep_their_order(server: str, suffix:
     assert asked == {"model": "first", "prompt": [7, 7, 7], "max_tokens": 2, "temperature": 0.0}
     ServerBackend(server, "second")([[1]], [1])
     assert Stub.asked[-1]["model"] == "second"
+
+
+def test_server_that_refuses_token_ids_gets_text(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stub, "refuses_ids", True)
+    backend = ServerBackend(server, "m", lambda ids: "x" * len(ids))
+    assert backend([[7] * 3], [5]) == ["3 5"]
+    assert backend([[7] * 4], [6]) == ["4 6"]
+    assert [values["prompt"] for values in Stub.asked] == [[7, 7, 7], "xxx", "xxxx"]
+    with pytest.raises(ValueError, match="must be a string"):
+        ServerBackend(server, "m")([[7]], [1])
 
 
 @pytest.mark.parametrize(

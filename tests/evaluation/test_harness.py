@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,8 @@ def stub_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_packaged_list_has_the_tasks_of_the_paper() -> None:
-    runs = read_runs(PAPER_TASKS)
+    runs = read_runs(Path("paper_tasks"))
+    assert runs == read_runs(PAPER_TASKS)
     assert [run.name for run in runs] == ["mmlu", "bbh", "gsm8k", "ifeval", "humaneval", "longbench", "ruler"]
     assert [run.name for run in runs if run.runs_code] == ["humaneval"]
 
@@ -50,12 +52,15 @@ def test_commands_are_printed_and_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert lines[0].startswith(f"HF_ALLOW_CODE_EVAL=1 {sys.executable} -m lm_eval --model hf --model_args pretrained=")
 
 
-def test_first_failing_run_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_and_skipped_runs_do_not_end_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_lm_eval(tmp_path, monkeypatch)
-    runs = [HarnessRun("a", ["x"], arguments=["broken"]), HarnessRun("b", ["x"])]
-    with pytest.raises(ValueError, match="exit code 3"):
-        run_harness(runs, Path("hf"), tmp_path / "out", False, lambda line: None)
-    assert not (tmp_path / "out" / "b").exists()
+    names: list[tuple[str, dict[str, Any]]] = [("a", {"arguments": ["broken"]}), ("code", {"runs_code": True})]
+    runs = [HarnessRun(name, ["x"], **options) for name, options in [*names, ("b", {})]]
+    lines: list[str] = []
+    with pytest.raises(ValueError, match=r"1 of 3 runs: a \(exit code 3\)"):
+        run_harness(runs, Path("hf"), tmp_path / "out", False, lines.append)
+    assert lines[3].startswith("skipped: code runs code")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
 
 
 def test_missing_lm_eval_raises_after_printing_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
