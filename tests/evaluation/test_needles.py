@@ -244,3 +244,16 @@ def test_fit_finds_the_last_unit_that_fits_in_few_calls(target: int) -> None:
     units = fit_units(tokens_of, target, 1, "text")
     assert tokens_of(units) <= target < tokens_of(units + 1)
     assert len(counted) <= 14
+
+
+def test_text_for_a_server_becomes_the_same_tokens(formatters: dict[str, PromptFormatter]) -> None:
+    # The server's tokenizer adds <s> itself.
+    plain = formatters["plain"]
+    assert plain.ids("Who?")[0] == 0
+    assert plain.prompt_text(plain.ids("Who?")) == "Who?"
+    chat = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert formatters["bpe"].prompt_text(formatters["bpe"].ids("Who?")) == chat
+    # "t" and "h", which are one token as text.
+    letters = [id for letter in "th" for id in formatters["bpe"].tokenizer.encode(letter).ids]
+    with pytest.raises(ValueError, match="other tokens"):
+        formatters["bpe"].prompt_text(letters)
