@@ -95,7 +95,7 @@ def save_hf_folder(
     if base and not base.is_dir():
         lines.append(f"{base} does not exist any more: its licence files and other keys of config.json are not carried")
         base = None
-    config = _config(args, base, token_ids or {}, dtype)
+    config = exported_config(args, base, token_ids or {}, dtype)
     generation, changed = _generation_config([folder for folder in (source, base) if folder], config)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -115,8 +115,10 @@ def save_hf_folder(
     return [*lines, *changed]
 
 
-def _config(args: ModelArgs, base: Path | None, token_ids: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json: what we write, and the keys of the base's that we do not know."""
+def exported_config(
+    args: ModelArgs, base: Path | None, token_ids: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return config.json: what `args` says, and every key of the config.json in `base` that it does not decide."""
     own = args_to_hf_config(args)
     path = base / "config.json" if base else None
     published = read_json(path) if path and path.is_file() else {}
