@@ -89,7 +89,7 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     path = Path(folder) / "config.json"
     values = {name: value for name, value in read_json(path).items() if value is not None}
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
     _check_supported(values, path)
     num_heads = values["num_attention_heads"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 LAYOUTS = {
     **{family: tiny_args(family) for family in ("llama", "qwen2", "qwen3")},
     **{f"{family} tied": tiny_args(family, tied=True) for family in ("llama", "qwen2", "qwen3")},
@@ -220,6 +222,20 @@ def test_yarn_as_in_qwens_model_cards_extends_the_context(tmp_path: Path) -> Non
         ("llama", {"rope_scaling": LLAMA3_SCALING | {"factor": 32.0}}, "disagree"),
         ("qwen2", {"rope_theta": 1.0}, "rope_theta = 1.0"),
         ("llama", {"hidden_size": None}, "hidden_size"),
+        ("llama", {"hidden_size": True}, "hidden_size"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ("llama", {"rope_theta": math.nan}, "rope_theta"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ("llama", {"layer_types": "full_attention"}, "layer_types"),
+        ("llama", {"model_type": ["llama"] * 9999}, "model_type"),
+        ("qwen2", {"rope_scaling": ["yarn"] * 9999, "rope_parameters": None}, "must be an object"),
+        ("qwen2", {"rope_scaling": YARN | {"factor": "4.0"}, "rope_parameters": None}, "factor = '4.0'"),
+        ("qwen2", {"rope_scaling": YARN | {"factor": None}, "rope_parameters": None}, "no factor"),
+        ("qwen2", {"rope_scaling": YARN | {"truncate": 1}, "rope_parameters": None}, "truncate"),
+        ("qwen2", {"rope_parameters": {"sliding_attention": YARN}}, "full_attention"),
+        ("llama", {"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": 1.0}, "rope_parameters": None}, "high_freq"),
+        ("deepseek", {"routed_scaling_factor": "16"}, "routed_scaling_factor"),
+        ("deepseek", {"norm_topk_prob": 0}, "norm_topk_prob"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads=3"),
         ("llama", {"num_key_value_heads": "2"}, "num_key_value_heads"),
         ("deepseek", {"scoring_func": "sigmoid"}, "scoring_func"),
@@ -233,8 +249,44 @@ def test_yarn_as_in_qwens_model_cards_extends_the_context(tmp_path: Path) -> Non
 )
 def test_unsupported_configs_raise(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(args_to_hf_config(LAYOUTS[family]) | changes))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         args_from_hf(tmp_path)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "scaling", "longest", "noted"),
+    [
+        # By layer type, as transformers 5 writes it.
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, 1e6, None, 4096, ""),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2}}, "rope_theta": 5e5}, 5e5,
+         {"rope_type": "linear", "factor": 2}, 4096, ""),
+        # The original length is then max_position_embeddings, or a key of the whole config.
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, 1e4, YARN | {"factor": 4}, 16384, ""),
+        ({"rope_scaling": YARN | {"factor": 4}, "original_max_position_embeddings": 2048}, 1e4,
+         YARN | {"factor": 4, "original_max_position_embeddings": 2048}, 8192, ""),
+        ({"rope_scaling": YARN | {"attention_factor": None}}, 1e4, YARN, 16384, ""),
+        ({"rope_scaling": YARN | {"finetuned": True}}, 1e4, YARN, 16384, ""),
+        ({"rope_scaling": YARN | {"extrapolation_factor": 1.0}}, 1e4, YARN, 16384, "extrapolation_factor"),
+        ({"rope_scaling": YARN | {"attn_factor": 0.5}}, 1e4, YARN, 16384, "0.5693 in vLLM"),
+        # Both programs read the same: vLLM 1.1386 * 0.87825 = 1.
+        ({"rope_scaling": YARN | {"attn_factor": 0.87825, "attention_factor": 1.0}}, 1e4,
+         YARN | {"attention_factor": 1.0}, 16384, ""),
+        ({"rms_norm_eps": None, "tie_word_embeddings": None, "rope_theta": None}, 1e4, None, 4096, ""),
+    ],
+)  # fmt: skip
+def test_rope_and_nulls_are_read_as_transformers_reads_them(
+    tmp_path: Path, changes: dict[str, Any], theta: float, scaling: Any, longest: int, noted: str
+) -> None:
+    values = args_to_hf_config(tiny_args("qwen2", rope_scaling=None, max_position_embeddings=4096))
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        del values[key]
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    notes: list[str] = []
+    args = args_from_hf(tmp_path, notes=notes)
+    assert (args.rope_theta, args.rope_scaling, args.max_position_embeddings) == (theta, scaling, longest)
+    assert args.norm_eps == (1e-6 if "rms_norm_eps" in changes else 1e-5)
+    assert [noted in note for note in notes] == [True] * bool(noted)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
