@@ -320,11 +320,21 @@ def _timing_checks(log: StepLog) -> str:
         wait_curves.append(Curve(name, 100 * waiting, log.color(name)))
         cells = [number(mean(ratios, counts), 3), *(percent(mean(values, counts)) for values in (waiting, planned))]
         rows.append([text(name), number(float(np.nansum(counts))), *cells])
-    waits = Plot("Waiting for slower ranks", "% of the ranks' time", "step", steps, [], zero=True, extra=wait_curves)
+    waits = Plot(
+        "Waiting in timing checks",
+        "% of the ranks' time in the checked steps",
+        "step",
+        steps,
+        [],
+        zero=True,
+        extra=wait_curves,
+    )
     return row(
         Plot("Measured / modeled time", "1: as modeled", "step", steps, [], extra=ratio_curves).figure(),
         waits.figure(),
-        table(("level", "micro-batches", "measured / modeled", "waiting", "planned waiting"), rows, "Timing checks"),
+        table(
+            ("level", "micro-batches", "measured / modeled", "waiting", "planned waiting"), rows, "Timing checks only"
+        ),
     )
 
 
@@ -344,7 +354,7 @@ def plan_section(run: Run) -> str:
         "ABR: relative gap between the mean and the largest sum(len^2) of the groups; DBR: the same for tokens; PR and "
         "padding: share of positions without a token; CR: share of tokens that need context parallelism; idle: share "
         "of the modeled time that ranks wait for the slowest.",
-        table(heads, rows, "Planned; 0 is best", marked)
+        table(heads, rows, "Planned; of ABR, DBR, PR, CR and idle 0 is best", marked)
         if rows
         else missing("plan/ contains no readable plan, so there are no planned metrics."),
         _measured_table(run),

@@ -26,6 +26,10 @@ DOCUMENT_STYLE = (
     "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;--c2:#3a9a6b;--c3:#b0508e;"
     "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
 )
+LEGEND_GAP = 14
+"""Pixels between entries of a legend."""
+_CHARACTER_WIDTHS = {**dict.fromkeys("ijltfr .,:'|", 4.0), **dict.fromkeys("MWmw", 10.0)}
+"""Pixels of characters in a sans-serif font of 11 px; the others take 6.5 at most."""
 DEFAULT_STROKE = 'stroke-width="1.8"'
 MAX_DOTS = 60
 RAW = 'stroke-width="1" stroke-opacity="0.32"'
@@ -160,11 +164,12 @@ class Chart:
         right = WIDTH - RIGHT
         # From the right edge to the left.
         for text, color in reversed(self.names):
-            parts.append(f'<text x="{right}" y="16" text-anchor="end">{html.escape(text)}</text>')
-            # An estimate of the width, because SVG text cannot be measured here.
-            right -= 7 * len(text) + 8
-            parts.append(f'<rect x="{right - 6}" y="7" width="10" height="10" fill="var(--c{color})"/>')
-            right -= 16
+            # An estimate of the width, because SVG text cannot be measured here. The text begins next to its swatch, so
+            # an error only changes the distance to the neighbor.
+            right -= math.ceil(sum(_CHARACTER_WIDTHS.get(character, 6.5) for character in text))
+            parts.append(f'<rect x="{right - 14}" y="7" width="10" height="10" fill="var(--c{color})"/>')
+            parts.append(f'<text x="{right}" y="16">{html.escape(text)}</text>')
+            right -= 14 + LEGEND_GAP
         return parts
 
     def _px(self, value: float) -> float:

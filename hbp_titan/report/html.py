@@ -40,7 +40,7 @@ nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 0 0 16px; }
 article + article, nav + section { margin-top: 24px; }
 article + article, section + article { border-top: 3px solid var(--grid); padding-top: 32px; margin-top: 48px; }
 section { margin-top: 36px; padding-top: 20px; border-top: 1px solid var(--grid); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin: 14px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 10px; margin: 14px 0; }
 .card { background: var(--panel); border: 1px solid var(--grid); border-radius: 10px; padding: 10px 14px;
   min-width: 0; }
 .card span, .card small { display: block; color: var(--soft); font-size: 12px; }

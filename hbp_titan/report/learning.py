@@ -26,7 +26,6 @@ from hbp_titan.report.html import (
 from hbp_titan.report.run import Floats, Run, StepLog
 from hbp_titan.report.series import applied, bands_in_order, edge_means, validation_series, window_of
 
-MAX_CHART_SOURCES = 6
 MAX_TABLE_ROWS = 40
 
 
@@ -85,10 +84,10 @@ def groups_section(run: Run) -> str:
     """Return the section on the loss by length band and by source."""
     log = run.log
     steps = log.steps.astype(float)
-    bands, colors = bands_in_order(log.names("loss_by_length")), _band_colors(log)
+    bands, (colors, remark) = bands_in_order(log.names("loss_by_length")), _band_colors(log)
     counts = [log.column("loss_by_length", band, "trained_tokens") for band in bands]
     by_length = [
-        Curve(bucket_name(int(band)), log.column("loss_by_length", band, "loss"), colors[band], trained)
+        Curve(bucket_name(int(band)), log.column("loss_by_length", band, "loss"), colors.get(band, -1), trained)
         for band, trained in zip(bands, counts, strict=True)
     ]
     bodies = [missing("Loss by length is not in metrics.jsonl.")]
@@ -98,7 +97,8 @@ def groups_section(run: Run) -> str:
             for curve, trained in zip(by_length, counts, strict=True)
         ]
         heads = ("tokens of the sample", "steps", "first tenth", "last tenth", "change", "trained tokens")
-        plot = Plot("Loss by length of the sample", "nats per trained token", "step", steps, by_length[:NUM_COLORS])
+        shown = [curve for curve in by_length if curve.color >= 0]
+        plot = Plot("Loss by length of the sample", "nats per trained token", "step", steps, shown, remark=remark)
         bodies = [plot.figure(), table(heads, rows)]
     return section(
         "Loss by length and by source",
@@ -108,11 +108,32 @@ def groups_section(run: Run) -> str:
     )
 
 
-def _band_colors(log: StepLog) -> dict[str, int]:
-    """Return the color of each length band, the same in training and in validation."""
+def _colors(names: Sequence[str], trained: Mapping[str, float], kind: str) -> tuple[dict[str, int], str]:
+    """Return a color for each of `names`, at most NUM_COLORS of them, and a remark about those without a curve.
+
+    names: in the order of the legend. trained: trained tokens; the names with most get a color.
+    """
+    kept = sorted(names, key=lambda name: -trained.get(name, 0.0))[:NUM_COLORS]
+    colors = {name: color for color, name in enumerate(name for name in names if name in kept)}
+    more = len(names) - len(colors)
+    return colors, f"The {NUM_COLORS} {kind} with most trained tokens; the table has {more} more." if more else ""
+
+
+def _band_colors(log: StepLog) -> tuple[dict[str, int], str]:
+    """Return the color of each length band, the same in training and in validation, and a remark."""
     # Validation may have bands that training has not seen, and vice versa.
     bands = bands_in_order(list({*log.names("loss_by_length"), *log.names("validation", "by_length")}))
-    return {band: color for color, band in enumerate(bands)}
+    trained = {band: float(np.nansum(log.column("loss_by_length", band, "trained_tokens"))) for band in bands}
+    return _colors(bands, trained, "lengths")
+
+
+def _source_colors(log: StepLog) -> tuple[dict[str, int], str]:
+    """Return the color of each source, the same in training and in validation, and a remark."""
+    names = _sources_in_order(log)
+    # Only validation has the others.
+    names += [name for name in log.names("validation", "by_source") if name not in names]
+    trained = {name: float(np.nansum(log.column("sources", name, "trained_tokens"))) for name in names}
+    return _colors(names, trained, "sources")
 
 
 def _sources_in_order(log: StepLog) -> list[str]:
@@ -130,14 +151,13 @@ def _sources(log: StepLog, steps: Floats) -> str:
         for name in names
     }
     total = sum(float(np.nansum(columns[name][1])) for name in names)
+    colors, remark = _source_colors(log)
     curves = [
-        Curve(name, columns[name][3], color, columns[name][2])
-        for color, name in enumerate(names[:MAX_CHART_SOURCES])
+        Curve(name, columns[name][3], colors[name], columns[name][2])
+        for name in names
         # The loss by source can be absent while its counts are there.
-        if np.isfinite(columns[name][3]).any()
+        if name in colors and np.isfinite(columns[name][3]).any()
     ]
-    more = len(names) > MAX_CHART_SOURCES
-    remark = f"The {MAX_CHART_SOURCES} sources with most trained tokens." if more else ""
     plot = Plot("Loss by source", "nats per trained token", "step", steps, curves, remark=remark).figure()
     heads = ("source", "samples", "tokens", "share", "trained", "first tenth", "last tenth")
     rows = []
@@ -162,17 +182,17 @@ def validation_section(run: Run) -> str:
     by_length = validation_series(log, "by_length")
     kinds.append(("length", {bucket_name(int(band)): by_length[band] for band in bands_in_order(list(by_length))}))
     kinds.append(("source", validation_series(log, "by_source")))
-    colors = {bucket_name(int(band)): color for band, color in _band_colors(log).items()}
     # As in the plots of training above.
-    colors |= {name: color for color, name in enumerate(_sources_in_order(log))}
+    bands, more_bands = _band_colors(log)
+    of_bands = {bucket_name(int(band)): color for band, color in bands.items()}
+    of_levels = {name: log.color(name) for name in kinds[0][1]}
+    colors = {"level": (of_levels, ""), "length": (of_bands, more_bands), "source": _source_colors(log)}
     figures = []
     for kind, series in kinds:
-        curves = [
-            Curve(name, y, log.color(name) if kind == "level" else colors.get(name, number))
-            for number, (name, y) in enumerate(series.items())
-        ]
+        color_of, remark = colors[kind]
+        curves = [Curve(name, y, color_of[name]) for name, y in series.items() if name in color_of]
         title, first = f"Validation loss by {kind}", [Curve("all", overall["all"], 5)] if kind == "level" else []
-        plot = Plot(title, "nats per token", "step", steps, [], extra=[*first, *curves[:NUM_COLORS]])
+        plot = Plot(title, "nats per token", "step", steps, [], remark=remark, extra=[*first, *curves])
         figures.append(plot.figure() if curves else missing(f"Validation by {kind} is not in metrics.jsonl."))
     rows = []
     for kind, series in [("", overall), *kinds]:

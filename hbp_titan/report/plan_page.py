@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from hbp_titan.packing.build import METHODS
 from hbp_titan.packing.metrics import Metrics
 from hbp_titan.packing.plan import Plan
 from hbp_titan.packing.ragged import IntArray, shuffled
@@ -27,9 +28,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 1120px; margin: 32px auto; padding: 0 20px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 6px; }
 p { max-width: 76ch; color: var(--soft); margin: 4px 0 12px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 14px;
+  margin: 0 0 14px; }
 svg { background: var(--panel); border-radius: 8px; width: 100%; font-size: 11px; fill: var(--ink); }
 svg .title { font-weight: 600; font-size: 13px; }
+.scroll { overflow-x: auto; }
+dl { max-width: 76ch; } dt { font-weight: 600; } dd { margin: 0 0 6px; color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: right; border-bottom: 1px solid var(--grid); }
 th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight: 600; }
@@ -48,9 +52,9 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
     used = [k for k in range(len(plan.levels)) if np.any(plan.level_of_iteration == k)]
     sections = [
         f"<h1>Packing plan: {html.escape(plan.method)}</h1><p>{html.escape(facts)}</p>",
-        "<h2>Methods compared</h2><p>DBR, PR, ABR, CR and idle: 0 is best. The first four are the paper's metrics; "
-        "idle is the share of the modeled step time that ranks wait for the slowest one.</p>"
-        + _table(plan.method, compared),
+        "<h2>Methods compared</h2><p>Of DBR, PR, ABR, CR and idle 0 is best.</p>"
+        + f'<div class="scroll">{_table(plan.method, compared)}</div>'
+        + _terms({**_METRICS, **{name: METHODS[name].summary for name in compared if name in METHODS}}),
         "<h2>The data</h2><p>Most samples are short, but most tokens may be in long ones.</p>"
         + _row([_lengths(plan, by_tokens=False), _lengths(plan, by_tokens=True)]),
         "<h2>Cost of the packs of a micro-batch</h2><p>Each bar spans the cheapest to the costliest pack of one "
@@ -60,9 +64,27 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
         "<h2>Packs and the epoch</h2>" + _row([*(_fill(plan, k) for k in used), _epoch(plan, used), _steps(plan)]),
     ]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Packing plan</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Packing plan</title>'
         f"<style>{PALETTE}{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
+
+
+# The paper's metrics, then those of this project.
+_METRICS = {
+    "DBR": "Data balance: how far the mean tokens of the groups of a micro-batch are below the largest group's.",
+    "ABR": "Attention balance: the same for sum(len^2), to which the work of attention is proportional.",
+    "PR": "Padding: share of positions without a token.",
+    "CR": "Communication: share of tokens in packs that several ranks share (context parallelism).",
+    "Ave-T": "Mean real tokens of a pack.",
+    "idle": "Share of the modeled step time that ranks wait for the slowest one.",
+}
+
+
+def _terms(meanings: Mapping[str, str]) -> str:
+    """Return a list of terms that opens on a click."""
+    parts = (f"<dt>{html.escape(term)}</dt><dd>{html.escape(meaning)}</dd>" for term, meaning in meanings.items())
+    return f"<details><summary>What the columns and methods mean</summary><dl>{''.join(parts)}</dl></details>"
 
 
 def _row(charts: list[str]) -> str:

@@ -61,3 +61,16 @@ def test_tick_labels_differ_and_ticks_are_round() -> None:
     assert "7.1025" in texts
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 1_500) == [200 * i for i in range(8)]
+
+
+def test_swatch_of_a_legend_is_nearest_to_its_own_name() -> None:
+    chart = Chart("t", "x", "y", (0, 1), (0, 1))
+    for color, name in enumerate(("stopped and resumed", "1M", "ill")):
+        chart.name(name, color)
+    root = xml.etree.ElementTree.fromstring(chart.svg())
+    swatches = sorted(float(rect.attrib["x"]) for rect in root.findall("rect"))
+    begins = sorted(float(text.attrib["x"]) for text in root.findall("text") if text.text in dict(chart.names))
+    assert [begin - swatch for begin, swatch in zip(begins, swatches, strict=True)] == [14, 14, 14]
+    # "1M" is 6.5 + 10 pixels wide, "ill" three times 4; 14 pixels lie between entries.
+    assert swatches[2] - begins[1] == 17 + 14
+    assert 520 - 14 - begins[2] == 12

@@ -135,6 +135,16 @@ def test_page_has_every_plot_requests_nothing_and_keeps_hostile_names_as_text(tm
     assert sum(attributes.get("class") == "chart" for _, attributes in tags) == 7 + 2 * 21
 
 
+def test_eight_sources_have_a_color_each_and_the_ninth_is_named_as_missing(tmp_path: Path) -> None:
+    names = tuple(f"source{number}" for number in range(9))
+    page = _page(write_usual_run(tmp_path / "run", sources=names))
+    for title in ("Loss by source", "Validation loss by source"):
+        figure = page[page.index(f"<b>{title}</b>") :].split("</figure>")[0]
+        legend = re.findall(r'var\(--c(\d)\)"></s>(\w+)', figure)
+        assert legend == [(str(number), names[number]) for number in range(8)]
+        assert "table has 1 more" in figure
+
+
 def test_new_run_and_corrupt_files_are_noted(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
