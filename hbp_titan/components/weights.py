@@ -60,7 +60,7 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
         HFTensors(folder, args)
     except MissingWeights as error:
         new = f'to train new weights, set checkpoint.initial_load_path = "{NEW_WEIGHTS}"'
-        raise ValueError(f"{key}: {error}; {new}") from None
+        raise MissingWeights(f"{key}: {error}; {new}") from None
 
 
 def is_checkpoint(path: str) -> bool:
@@ -114,7 +114,7 @@ def _fill(parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str, t
 def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     """Return where the initial weights come from and their dtype. dtype: of the parameters in memory."""
     if not load_path:
-        return "NEW, from training.seed: nothing is loaded"
+        return "NEW, drawn from training.seed"
     if is_checkpoint(load_path):
         return f"{load_path}, a checkpoint, held in {dtype}"
     found = HFTensors(load_path, args)

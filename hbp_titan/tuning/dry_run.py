@@ -35,6 +35,7 @@ from hbp_titan.distributed.world import fake_world
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.hf import MissingWeights
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
 def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     """Return what a run of `config` on `world_size` such GPUs would be, without a GPU and without allocating the model.
 
-    Raises what a start would raise.
+    Raises what a start would raise; missing weights of model.hf_path are a warning.
     """
     if config.measures_levels:
         raise ValueError(
@@ -83,7 +84,14 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     gpu = torch.device("cuda")
     args = model_args(config)
     # A fake world of GPUs on the CPU: checks and dtypes must be those of a GPU.
-    check(config, world_size, gpu, args)
+    missing = []
+    try:
+        check(config, world_size, gpu, args)
+    except MissingWeights as error:
+        # On a machine with only config.json and tokenizer; a folder that was named for its weights must have them.
+        if config.checkpoint.initial_load_path:
+            raise
+        missing = [f"a start needs weights: {error}"]
     samples = samples_of(config, args)
     with fake_world(world_size, gpu) as world:
         model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
@@ -94,6 +102,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     node = min(world_size, hardware.gpus_per_node)
     plans = EpochPlans(config, samples, world_size, cost_model(args, frozen=config.lora.rank > 0))
     warnings = [
+        *missing,
         *cross_node_warnings(config.levels, config.parallelism.expert_parallel_degree, node),
         *_uneven_shards(state.parameters, count, world_size // config.parallelism.dp_replicate),
         *_long_curriculum(plans.plan_for(0)),

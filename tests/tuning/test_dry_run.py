@@ -181,8 +181,12 @@ def test_automatic_levels_need_a_real_start() -> None:
 def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     write_tiny_run(tmp_path)
     folder = tmp_path / "model"
-    words = [*DEBUG, f"--model.hf_path={folder}", "--checkpoint.initial_load_path=none", "--levels=512:1"]
-    _dry_run(words)
+    words = [*DEBUG, f"--model.hf_path={folder}", "--levels=512:1"]
+    # Only config.json and tokenizer are there, which is enough to plan.
+    assert ["a start needs weights" in line for line in _dry_run(words).warnings] == [True]
+    assert _dry_run([*words, "--checkpoint.initial_load_path=none"]).warnings == []
+    with pytest.raises(ValueError, match="neither"):
+        _dry_run([*words, f"--checkpoint.initial_load_path={folder}"])
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 320', '"vocab_size": 300'))
     with pytest.raises(ValueError, match="319"):
