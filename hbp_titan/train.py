@@ -21,7 +21,7 @@ from hbp_titan.components import optimizer as optim
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.faults import NonFiniteGuard, Preempted, Preemption, Watchdog
 from hbp_titan.components.metrics import MetricsLogger, describe_start, wrap
-from hbp_titan.components.resume import TrainState, record_start, set_determinism
+from hbp_titan.components.resume import TrainState, check_starts_over, record_start, set_determinism
 from hbp_titan.components.step_stats import StepStats
 from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
@@ -340,6 +340,7 @@ class Trainer:
         weights.check_adapter(state.get("lora"), self.adapter, path)
 
     def _resume(self) -> None:
+        check_starts_over(self.config)
         state = self.checkpointer.load() if self.config.checkpoint.enable else None
         if state is None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ LAST_SAVED = (4, 8, 14)
 Run = tuple[list[str], Path, list[dict[str, Any]]]
 
 
-def _train(argv: list[str], ranks: int, until: int | None, levels: str, folder: Path) -> dict[str, Any]:
+CHANGES = [(4, "128:1,512:2"), (2, "128:1,512:2"), (2, "256:1,512:1"), (1, "128:1,512:1"), (4, "512:1")]
+
+
+def _train(argv: list[str], ranks: int, levels: str, until: int | None, folder: Path) -> dict[str, Any]:
     return run_distributed(train_until, ranks, [*argv, f"--levels={levels}", f"--job.dump_folder={folder}"], until)[0]
 
 
@@ -44,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ]
     found = []
     for ranks, until, levels in STARTS:
-        found.append(_train(argv, ranks, until, levels, folder / "run"))
+        found.append(_train(argv, ranks, levels, until, folder / "run"))
         if len(found) == 1:
             shutil.copytree(folder / "run", folder / "again")
     return argv, folder, found
@@ -109,8 +113,28 @@ def test_learning_rate_does_not_jump_and_reaches_its_end(run: Run) -> None:
 def test_same_ranks_repeat_a_replanned_epoch_bit_for_bit(run: Run) -> None:
     argv, folder, found = run
     ranks, until, levels = STARTS[1]
-    _train(argv, ranks, 7, levels, folder / "again")
-    second = _train(argv, ranks, until, levels, folder / "again")
+    _train(argv, ranks, levels, 7, folder / "again")
+    second = _train(argv, ranks, levels, until, folder / "again")
     assert second["resumed"] == "resumed from step 6"
     assert compared(folder / "again") == compared(folder / "run")[:8]
     assert equal(found[1]["ended"], second["ended"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_chain_of_six_changes_trains_each_sample_once(tmp_path: Path, seed: int) -> None:
+    """Kills at any step; of 20 such chains without a model: tests/data/test_epoch.py."""
+    generator = random.Random(seed)
+    argv = [*write_tiny_run(tmp_path, num_rows=150, levels=""), "--training.epochs=2"]
+    argv += [f"--checkpoint.interval={generator.randint(1, 3)}", "--checkpoint.export_hf=false"]
+    step = 0
+    for number in range(7):
+        until = None if number == 6 else step + generator.randint(1, 4)
+        ended = _train(argv, *generator.choice(CHANGES), until, tmp_path / "run")
+        step = ended["step"]
+    assert step == ended["total_steps"] == len(read_metrics(tmp_path / "run"))
+    starts = read_starts(tmp_path / "run", step)
+    audits, problems = audit_run(tmp_path / "run", step, starts, TokenStore.open(starts[-1].store))
+    assert problems == [problem for audit in audits for problem in audit.problems] == []
+    assert [(audit.samples, audit.finished) for audit in audits] == [(150, True)] * 2
+    assert len(starts) == 7

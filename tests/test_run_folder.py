@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from scripts.convert_to_hf import main as convert_to_hf
+from tests.data.preparing import run_script
 from tests.programs import run_python
 from tests.runs import DEADLINE, read_metrics, torchrun, wait_until
 from tests.tiny_run import write_tiny_run
@@ -21,7 +24,7 @@ def _start(argv: list[str], ranks: int = 0) -> tuple[int, str, list[str]]:
     return result.returncode, result.stdout, result.stderr.splitlines()
 
 
-def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path) -> None:
+def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, release = tmp_path / "run", tmp_path / "release"
     argv = [*write_tiny_run(tmp_path), "--levels=512:1", "--training.steps=6", "--checkpoint.interval=2"]
     process = torchrun(argv, "tests.held_run", "4", str(release), ranks=1)
@@ -31,13 +34,10 @@ def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path) -> None
     partial.parent.mkdir()
     partial.touch()
     before = _contents(folder)
-    for ranks in (0, 2):
-        code, output, errors = _start(argv, ranks)
-        assert (code, len(errors)) == (1, 1), errors
-        assert errors[0].startswith(f"error: {folder} is in use by another run: host {os.uname().nodename}, process ")
-        assert output == ""
-    prepare = run_python("scripts/prepare_data.py", "--check_run_folder", "--world_size", "1", *argv)
-    assert prepare.stderr.splitlines() == errors
+    code, output, errors = _start(argv, ranks=2)
+    assert (code, output, len(errors)) == (1, "", 1), errors
+    assert errors[0].startswith(f"error: {folder} is in use by another run: host {os.uname().nodename}, process ")
+    assert run_script(capsys, "--check_run_folder", "--world_size", "1", *argv) == (1, "", f"{errors[0]}\n")
     assert _contents(folder) == before
     partial.unlink()
     partial.parent.rmdir()
@@ -49,7 +49,9 @@ def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path) -> None
     assert run_python("scripts/audit_epoch.py", folder).returncode == 0
 
 
-def test_resume_with_other_initial_weights_is_refused_unless_allowed(tmp_path: Path) -> None:
+def test_resume_with_other_initial_weights_is_refused_unless_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     argv = [*write_tiny_run(tmp_path), "--levels=512:1", "--checkpoint.interval=2", "--checkpoint.export_hf=false"]
     assert _start([*argv, "--training.steps=2"])[0] == 0
@@ -60,10 +62,20 @@ def test_resume_with_other_initial_weights_is_refused_unless_allowed(tmp_path: P
     assert (code, len(errors)) == (1, 1), errors
     assert f'initial_weights: "new, training.seed = 42" (checkpoint) vs {tmp_path / "hf"}' in errors[0]
     assert output == ""
-    prepare = run_python("scripts/prepare_data.py", "--world_size", "1", *argv)
-    assert prepare.stderr.splitlines() == errors
+    assert run_script(capsys, "--world_size", "1", *argv)[2] == f"{errors[0]}\n"
+    # Nor is a run replaced that could be resumed.
+    code, output, errors = _start([*argv, "--checkpoint.enable=false"])
+    assert (code, len(errors)) == (1, 1), errors
+    assert "checkpoint.enable = false starts over" in errors[0]
     assert _contents(folder) == before
-    code, output, errors = _start([*argv, "--checkpoint.allow_changed=initial_weights"])
+    argv.append("--checkpoint.allow_changed=initial_weights")
+    for name in ("plan", "sample_log"):
+        (folder / name).rename(folder / "lost")
+        code, _, line = run_script(capsys, "--world_size", "1", *argv)
+        assert code == 1
+        assert line.startswith(f"error: cannot resume: {folder / name}")
+        (folder / "lost").rename(folder / name)
+    code, output, errors = _start(argv)
     assert code == 0, errors
     assert f"weights: those of step 2 in {folder / 'checkpoint'}" in output.replace("\n    ", " ")
     assert "resumed from step 2" in output

@@ -461,8 +461,10 @@ def _describe_lora(lora: LoRA, model: nn.Module) -> str:
 def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
     """Return one line per level (mesh, cp exchange, recomputation, resharding), then the steps of the epoch."""
     lines = []
-    # From the configuration: a resumed run may change it, and its plan may be older.
-    resharded = [level.reshard_setting(config.parallelism.reshard_after_forward) for level in config.levels]
+    # From the configuration: a resumed run may change it, and its plan may be older; that of a finished run has even
+    # other levels.
+    levels = config.levels if len(config.levels) == len(plan.levels) else plan.levels
+    resharded = [level.reshard_setting(config.parallelism.reshard_after_forward) for level in levels]
     micro_batches = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
     for level, count, reshard in zip(plan.levels, micro_batches, resharded, strict=True):
         style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import hbp_titan
+from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.optimizer import LRScheduler
 from hbp_titan.config import CHOICES, JobConfig, to_dict
 from hbp_titan.data.epoch import EpochPlans, EpochState
@@ -35,6 +36,7 @@ from hbp_titan.packing.plan import PLANNER_VERSION
 from hbp_titan.utils import atomic_write, sha256_file, sha256_text
 
 MISSING = "not recorded"
+RESTORE = "restore it, or use a different --job.dump_folder"
 MAY_CHANGE = CHOICES["checkpoint.allow_changed"]
 """A run can continue with another value: no plan, sample or saved tensor depends on it."""
 DATA_KEYS = (
@@ -90,18 +92,31 @@ class TrainState:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise ValueError if the run folder lacks the record of what was trained before it."""
-        fix = "restore it, or use a different --job.dump_folder"
         try:
             changed = self.position.restore(state)
         except ValueError as error:
-            raise ValueError(f"cannot resume: {error}; {fix}") from None
-        step, sample_log = self.position.step, self.config.dump_folder / SAMPLE_LOG
-        # Without it the audit could not tell what the earlier starts trained.
-        if not start_folders(sample_log):
-            raise ValueError(f"cannot resume: {sample_log} lacks the samples of steps 1 to {step}; {fix}")
+            raise ValueError(f"cannot resume: {error}; {RESTORE}") from None
+        step = self.position.step
+        check_sample_log(self.config.dump_folder, step)
         # Other ranks, levels or epochs change the number of steps that remain.
         self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
+
+
+def check_sample_log(run_folder: Path, step: int) -> None:
+    """Raise ValueError if `run_folder` lacks the samples of the `step` steps that a run has done."""
+    # Without it the audit could not tell what the earlier starts trained.
+    if not start_folders(run_folder / SAMPLE_LOG):
+        raise ValueError(f"cannot resume: {run_folder / SAMPLE_LOG} lacks the samples of steps 1 to {step}; {RESTORE}")
+
+
+def check_starts_over(config: JobConfig) -> None:
+    """Raise ValueError if a run that does not resume would replace the metrics and sample log of one that can."""
+    if not config.checkpoint.enable and (found := completed_checkpoints(config.dump_folder / "checkpoint")):
+        raise ValueError(
+            f"checkpoint.enable = false starts over, but {found[-1]} is of a run that can be resumed; use a different "
+            "--job.dump_folder"
+        )
 
 
 def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:

@@ -32,8 +32,15 @@ from pathlib import Path
 
 from hbp_titan.components.checkpoint import completed_checkpoints, read_state
 from hbp_titan.components.dcp_storage import CorruptCheckpoint
-from hbp_titan.components.resume import check_resume_compatible, resume_invariants
+from hbp_titan.components.resume import (
+    RESTORE,
+    check_resume_compatible,
+    check_sample_log,
+    check_starts_over,
+    resume_invariants,
+)
 from hbp_titan.config import JobConfig
+from hbp_titan.data.epoch import load_segments
 from hbp_titan.distributed.world import World, gather_values
 from hbp_titan.errors import raise_on_all_ranks
 from hbp_titan.models.configs import ModelArgs
@@ -217,15 +224,23 @@ class RunLock:
 
 
 def check_run_folder(config: JobConfig, args: ModelArgs, data: str) -> None:
-    """Raise ValueError if the newest checkpoint in the run folder is of another run. data: the store's fingerprint.
+    """Raise ValueError if a start could not resume the run in the run folder. data: fingerprint of the training store.
 
     A checkpoint that cannot be read is left to `Checkpointer.load`, which tries the one before it.
     """
-    for path in reversed(completed_checkpoints(config.dump_folder / "checkpoint") if config.checkpoint.enable else []):
+    check_starts_over(config)
+    folder = config.dump_folder
+    for path in reversed(completed_checkpoints(folder / "checkpoint")):
         with suppress(CorruptCheckpoint):
-            if saved := read_state(path).get("resume_invariants"):
+            state = read_state(path)
+            if saved := state.get("resume_invariants"):
                 own = resume_invariants(config, args, data)
                 check_resume_compatible(saved, own, path, config.checkpoint.allow_changed)
+                try:
+                    load_segments(folder, state["epoch"], state["segments"], data)
+                except ValueError as error:
+                    raise ValueError(f"cannot resume: {error}; {RESTORE}") from None
+                check_sample_log(folder, state["step"])
             return
 
 
