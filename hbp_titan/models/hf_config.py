@@ -177,14 +177,24 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
 def token_ids_from_hf(folder: str | Path) -> dict[str, Any]:
     """Return bos, eos and pad token ids of an HF folder: generation_config.json's, else config.json's.
 
-    eos may be a list (chat models stop at several tokens).
+    eos may be a list (chat models stop at several tokens). Raises ValueError for what is not an id.
     """
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
         values = read_json(path) if path.is_file() else {}
-        found.update({key: values[key] for key in TOKEN_ID_KEYS if values.get(key) is not None})
+        found.update(
+            {key: ids for key in TOKEN_ID_KEYS if (ids := _ids(values.get(key), f"{path}: {key}")) is not None}
+        )
     return found
+
+
+def _ids(value: Any, where: str) -> int | list[int] | None:
+    """Return the id or ids in `value`; None for null and -1, which older folders have for no token."""
+    ids = value if isinstance(value, list) else [] if value in (None, -1) else [value]
+    if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in ids):
+        raise ValueError(f"{where} = {_short(value)} must be a token id or a list of token ids")
+    return value if ids else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -223,6 +233,9 @@ def _check_supported(values: dict[str, Any], path: Path) -> None:
     if missing := [key for key in _REQUIRED if key not in values]:
         raise ValueError(f"{path}: has no {', '.join(missing)}")
     _check_kinds(values, _KINDS, f"{path}: ")
+    numbers = [key for kind, keys in _KINDS.items() if kind.startswith("a number") for key in keys if key in values]
+    # transformers refuses 1 for 1.0 in what is written back.
+    values |= {key: float(values[key]) for key in numbers}
     for key, supported in _ONLY_SUPPORTED.items():
         if values.get(key, supported) != supported:
             raise ValueError(f"{path}: {key} = {_short(values[key])} must be {supported!r}")
@@ -256,7 +269,8 @@ def _rope_reading(
             raise ValueError(f"{where} is missing: only {', '.join(nested)} has parameters")
     if not isinstance(values, dict):
         raise ValueError(f"{where} = {_short(values)} must be an object")
-    values = {key: value for key, value in values.items() if value is not None}
+    # transformers reads null as false here, and as absent elsewhere.
+    values = {key: value for key, value in values.items() if value is not None or key == "truncate"}
     _check_kinds(values, _ROPE_KINDS, f"{where}.")
     theta = float(values.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA)
     kind = values.pop("rope_type", None) or values.get("type") or "default"

@@ -122,7 +122,8 @@ def exported_config(
     own = args_to_hf_config(args)
     path = base / "config.json" if base else None
     published = read_json(path) if path and path.is_file() else {}
-    kept = {key: value for key, value in published.items() if key not in own or key in _BASE_DECIDES}
+    decided = [key for key in _BASE_DECIDES if published.get(key) is not None]
+    kept = {key: value for key, value in published.items() if key not in own or key in decided}
     for key in ("rope_scaling", "rope_parameters"):
         theirs = {name: value for name, value in (published.get(key) or {}).items() if value is not None}
         if own[key] and own[key]["rope_type"] in (theirs.get("rope_type"), theirs.get("type")):

@@ -266,6 +266,7 @@ def test_unsupported_configs_raise(tmp_path: Path, family: str, changes: dict[st
         ({"rope_scaling": YARN | {"factor": 4}, "original_max_position_embeddings": 2048}, 1e4,
          YARN | {"factor": 4, "original_max_position_embeddings": 2048}, 8192, ""),
         ({"rope_scaling": YARN | {"attention_factor": None}}, 1e4, YARN, 16384, ""),
+        ({"rope_scaling": YARN | {"truncate": None}}, 1e4, YARN | {"truncate": None}, 16384, ""),
         ({"rope_scaling": YARN | {"finetuned": True}}, 1e4, YARN, 16384, ""),
         ({"rope_scaling": YARN | {"extrapolation_factor": 1.0}}, 1e4, YARN, 16384, "extrapolation_factor"),
         ({"rope_scaling": YARN | {"attn_factor": 0.5}}, 1e4, YARN, 16384, "0.5693 in vLLM"),
@@ -287,6 +288,19 @@ def test_rope_and_nulls_are_read_as_transformers_reads_them(
     assert (args.rope_theta, args.rope_scaling, args.max_position_embeddings) == (theta, scaling, longest)
     assert args.norm_eps == (1e-6 if "rms_norm_eps" in changes else 1e-5)
     assert [noted in note for note in notes] == [True] * bool(noted)
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"),
+    [(2, 2), ([2, 3], [2, 3]), (None, None), (-1, None), ([], None), ("2", ""), (2.0, ""), (True, ""), ([2, "3"], "")],
+)
+def test_token_ids_are_whole_numbers(tmp_path: Path, value: Any, ids: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    if ids == "":
+        with pytest.raises(ValueError, match="eos_token_id"):
+            token_ids_from_hf(tmp_path)
+    else:
+        assert token_ids_from_hf(tmp_path) == ({} if ids is None else {"eos_token_id": ids})
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
