@@ -57,7 +57,7 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
             f"{key} = {path!r}: contains neither config.json nor {STATE}; pass an HF folder or a checkpoint"
         )
     try:
-        HFTensors(folder, args)
+        HFTensors(folder, args).check_tied()
     except MissingWeights as error:
         new = f'to train new weights, set checkpoint.initial_load_path = "{NEW_WEIGHTS}"'
         raise MissingWeights(f"{key}: {error}; {new}") from None

@@ -142,6 +142,11 @@ class HFTensors(Mapping[str, Tensor]):
             self._check_tied_output(names[0], tensor, dims)
         return tensor
 
+    def check_tied(self) -> None:
+        """Raise ValueError if the folder has an output matrix that differs from embeddings that config.json ties."""
+        if self.args.tie_embeddings and to_hf_name(TIED_OUTPUT) in self._files:
+            self["tok_embeddings.weight"]
+
     def _read(self, name: str, dims: Sequence[slice]) -> Tensor:
         handle = self._files[name]
         return handle.get_slice(name)[tuple(dims)] if dims else handle.get_tensor(name)

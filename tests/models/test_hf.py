@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hbp_titan.components.weights import check_load_path
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors, from_hf_name, hf_names, to_hf_name
@@ -395,10 +396,14 @@ def test_a_tied_folder_may_contain_the_output_matrix_if_it_equals_the_embedding(
     embedding = model.tok_embeddings.weight.detach()
     edit_weights(tmp_path / "out", lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
     assert torch.equal(HFTensors(tmp_path / "out")["tok_embeddings.weight"], embedding)
+    check_load_path(str(tmp_path / "out"), model.args)
     edit_weights(tmp_path / "out", lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     tensors = HFTensors(tmp_path / "out")
     with pytest.raises(ValueError, match="differ"):
         tensors["tok_embeddings.weight"]
+    # And before any rank starts.
+    with pytest.raises(ValueError, match="differ"):
+        check_load_path(str(tmp_path / "out"), model.args)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/weights.safetensors", "sub\\w.safetensors", "w.bin"])
