@@ -46,7 +46,7 @@ def _start(root: Path, argv: Sequence[str], folder: Path, **environment: str) ->
     return subprocess.Popen(command, cwd=root, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _make_held(root: Path, release: Path) -> Path:
+def make_held(root: Path, release: Path) -> Path:
     """Make a checkout whose runs wait after step 12, past a checkpoint and before the next, until `release` exists."""
     make_checkout(root)
     shutil.copy(Path(__file__).with_name("held_run.py"), root / "hbp_titan" / "held_run.py")
@@ -73,7 +73,7 @@ def _assert_same(whole: Path, folder: Path) -> None:
 
 def test_killed_rank_is_restarted_by_torchrun(argv: list[str], whole: Path, tmp_path: Path) -> None:
     folder, release = tmp_path / "killed", tmp_path / "release"
-    root = _make_held(tmp_path / "checkout", release)
+    root = make_held(tmp_path / "checkout", release)
     process = _start(root, argv, folder, NGPU="2", MAX_RESTARTS="2")
     _wait_until_held(folder, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
@@ -88,7 +88,7 @@ def test_killed_rank_is_restarted_by_torchrun(argv: list[str], whole: Path, tmp_
 
 def test_two_nodes_resume_when_both_are_started_again(argv: list[str], whole: Path, tmp_path: Path) -> None:
     folder, release = tmp_path / "nodes", tmp_path / "release"
-    root = _make_held(tmp_path / "checkout", release)
+    root = make_held(tmp_path / "checkout", release)
     for start in range(2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
