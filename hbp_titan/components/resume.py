@@ -44,6 +44,8 @@ DATA_KEYS = (
     "max_length_policy", "reasoning", "empty_answers", "malformed", "duplicates", "max_samples", "max_row_bytes",
 )  # fmt: skip
 """Keys of [data] that decide what is trained."""
+PARTS = ("data.", "validation.")
+"""Keys that are compared only to say why the data differ."""
 PACKAGES = (
     "torch", "torchdata", "numpy", "tokenizers", "safetensors", "jinja2", "tensorboard", "tqdm", "triton", "flash-attn",
     "pyarrow", "zstandard", "pyyaml",
@@ -122,13 +124,15 @@ def check_starts_over(config: JobConfig) -> None:
 def resume_invariants(config: JobConfig, args: ModelArgs, data: str) -> dict[str, Any]:
     """Return the settings that must stay the same, as JSON values under their configuration keys where they have one.
 
-    data: fingerprint of the training data; the keys data.* say what it is made of.
+    data: fingerprint of the training data; the keys in PARTS say what it is made of.
     """
     packing, training, lora = config.packing, config.training, config.lora
     initial, hf_path = config.weights_path, config.model.hf_path
     settings = {
         "data": data,
         **{f"data.{key}": getattr(config.data, key) for key in DATA_KEYS},
+        "data.seed": config.seed_of("data"),
+        "validation.share": config.validation.share,
         "tokenizer": _tokenizer_digest(config.tokenizer_path),
         "initial_weights": _folder(initial) if initial else f"new, training.seed = {training.seed}",
         "model.hf_path": _folder(hf_path),
@@ -166,7 +170,7 @@ def check_resume_compatible(
     # Keys of both sides: one that only one version of the code records is a difference, too.
     for name in dict.fromkeys([*saved, *own]):
         before, now = saved.get(name, MISSING), own.get(name, MISSING)
-        if name in allowed or _identity(before) == _identity(now) or (same_data and name.startswith("data.")):
+        if name in allowed or _identity(before) == _identity(now) or (same_data and name.startswith(PARTS)):
             continue
         differences[name] = f"{name}: {_format(before)} (checkpoint) vs {_format(now)} (this run)"
     if not differences:

@@ -96,12 +96,13 @@ def test_initial_weights_count_by_content_and_may_be_allowed_to_differ(tokenizer
 
 
 def test_what_the_data_are_made_of_is_named_only_if_they_differ(tokenizer: Path) -> None:
-    saved, words = _invariants(tokenizer), ["--data.train_on=all", "--data.train_files=moved.jsonl"]
+    saved, words = _invariants(tokenizer), ["--data.train_on=all", "--data.train_files=moved.jsonl", "--data.seed=5"]
     check_resume_compatible(saved, _invariants(tokenizer, *words), PATH)
     with pytest.raises(ValueError, match="data") as error:
         check_resume_compatible(saved, _invariants(tokenizer, *words, data="b" * 64), PATH)
     assert 'data.train_on: "assistant" (checkpoint) vs "all" (this run)' in str(error.value)
     assert "moved.jsonl" in str(error.value)
+    assert "data.seed: 42" in str(error.value)
     assert "allow_changed" not in str(error.value)
 
 
