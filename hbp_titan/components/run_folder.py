@@ -18,6 +18,7 @@ which is a lock like any other, then renames it to run.lock if the lock is still
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import socket
@@ -50,6 +51,8 @@ LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 300.0
 """Longer than a file system stands still, and than the clocks of nodes differ."""
+HIDDEN = "hidden"
+"""Start of a process that exists, but may not be looked at."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,6 @@ class Holder:
         return f"host {self.host}, process {self.process}, since {self.since}"
 
 
-HIDDEN = "hidden"
-"""Start of a process that exists, but may not be looked at."""
-
-
 def process_start(process: int) -> str:
     """Return when a process of this machine started, in clock ticks since the boot; "" if there is none.
 
@@ -119,12 +118,12 @@ def process_start(process: int) -> str:
         stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
     except OSError:
         # Processes of other users may be hidden (mount option hidepid).
-        with suppress(ProcessLookupError):
+        with suppress(PermissionError):
             try:
                 os.kill(process, 0)
-            except PermissionError:
-                return HIDDEN
-        return ""
+            except ProcessLookupError:
+                return ""
+        return HIDDEN
     # "id (name, which may contain any character) state ...": the state is field 3, the start field 22 (proc(5)).
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in ("Z", "X") else fields[19]
@@ -176,10 +175,10 @@ class RunLock:
         try:
             while not _create(candidate, path):
                 holder = read_holder(path)
-                if holder is None:
-                    continue  # deleted since
                 # By the clock of the file server, for both.
                 silent = candidate.stat().st_mtime - _last_heartbeat(path)
+                if holder is None or silent == math.inf:
+                    continue  # deleted since
                 reason = holder.why_gone(self.own, silent)
                 if not reason:
                     raise ValueError(_in_use(self.path.parent, holder, self.own, silent))
@@ -247,11 +246,9 @@ def check_run_folder(config: JobConfig, args: ModelArgs, data: str) -> None:
 def check_not_in_use(run_folder: Path) -> None:
     """Raise ValueError if a run that may be alive holds the lock of `run_folder`; writes nothing."""
     path, own = run_folder / LOCK_FILE, Holder.this_process("")
-    with suppress(FileNotFoundError):
-        silent = time.time() - _last_heartbeat(path)
-        holder = read_holder(path)
-        if holder and not holder.why_gone(own, silent):
-            raise ValueError(_in_use(run_folder, holder, own, silent))
+    holder, silent = read_holder(path), time.time() - _last_heartbeat(path)
+    if holder and silent < math.inf and not holder.why_gone(own, silent):
+        raise ValueError(_in_use(run_folder, holder, own, silent))
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -266,9 +263,11 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _last_heartbeat(path: Path) -> float:
+    """Return the time of the last heartbeat, minus infinity if there is no lock."""
     # Opening a file makes NFS ask the server, where a look-up by name may be answered from a cache.
-    with path.open("rb") as file:
+    with suppress(FileNotFoundError), path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime
+    return -math.inf
 
 
 def _create(candidate: Path, path: Path) -> bool:

@@ -135,6 +135,35 @@ def test_a_killed_run_leaves_a_lock_that_the_next_start_takes_over(
     child.wait()
 
 
+def test_a_lock_that_is_released_while_it_is_looked_at_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _write(tmp_path, OTHER)
+    read = run_folder.read_holder
+
+    def released(lock: Path) -> Holder | None:
+        holder = read(lock)
+        lock.unlink(missing_ok=True)
+        return holder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "read_holder", released)
+        check_not_in_use(tmp_path)
+        _write(tmp_path, OTHER)
+        lock = _lock(tmp_path)
+        lock.take(path)
+    assert read_holder(path) == lock.own
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_: Any, **__: Any) -> str:
+        raise PermissionError
+
+    assert process_start(os.getpid()) == process_start(os.getpid())
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert process_start(os.getpid()) == HIDDEN
+    # Above the largest process id.
+    assert process_start(1 << 30) == ""
+
+
 def test_a_start_that_died_while_it_took_over_blocks_no_other(tmp_path: Path) -> None:
     _write(tmp_path, OTHER, silent=STALE_SECONDS + 1)
     claim = tmp_path / f"{LOCK_FILE}.{OTHER.id}"
