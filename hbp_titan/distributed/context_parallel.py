@@ -291,7 +291,7 @@ def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> N
             continue
         cp = level.cp_degree
         fitting = [c for c in range(1, num_heads + 1) if not (num_heads % c or (num_kv_heads % c and c % num_kv_heads))]
-        fix = f"use {', '.join(map(str, fitting))}, or cp_style = \"hybrid\""
+        fix = f'use {", ".join(map(str, fitting))}, or cp_style = "hybrid"'
         name = f"level of max_tokens={level.max_tokens}: cp_degree={cp}"
         if num_heads % cp:
             raise ValueError(f"{name} does not divide the model's {num_heads} attention heads; {fix}")

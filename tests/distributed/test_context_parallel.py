@@ -195,6 +195,7 @@ def test_heads_must_fit_the_cp_degree() -> None:
     check_heads([Level(128, 4, style) for style in ("allgather", "hybrid")], num_heads=6, num_kv_heads=3)
     for cp_degree, num_kv_heads in ((8, 8), (8, 2), (2, 8)):
         check_heads([Level(128, cp_degree)], num_heads=32, num_kv_heads=num_kv_heads)
-    for num_heads, num_kv_heads, message in ((6, 2, "attention heads; use 1, 2, 6,"), (24, 6, "kv heads .*; use 1, 2, 3, 6, 12, 24,")):
+    fitting = {(6, 2): "attention heads; use 1, 2, 6,", (24, 6): "kv heads .*; use 1, 2, 3, 6, 12, 24,"}
+    for (num_heads, num_kv_heads), message in fitting.items():
         with pytest.raises(ValueError, match=message):
             check_heads([Level(64), Level(128, 4)], num_heads, num_kv_heads)
