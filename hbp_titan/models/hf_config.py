@@ -87,6 +87,11 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     """
     require_folder(Path(folder), key)
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        # Not at the top: few folders lack it.
+        from hbp_titan.models.hf_missing import describe_other_weights
+
+        raise ValueError(f"{key}: {folder} has no config.json{describe_other_weights(Path(folder))}")
     values = {name: value for name, value in read_json(path).items() if value is not None}
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

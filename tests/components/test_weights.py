@@ -22,7 +22,7 @@ from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
 from hbp_titan.models.hf import to_hf_name
-from hbp_titan.models.hf_config import args_to_hf_config
+from hbp_titan.models.hf_config import args_from_hf, args_to_hf_config
 from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
@@ -106,6 +106,10 @@ def test_folder_without_weights_is_an_error_that_names_what_it_has_and_how_to_tr
         check_load_path(str(tmp_path), ARGS, "model.hf_path")
     assert word in str(caught.value)
     assert 'initial_load_path = "none"' in str(caught.value)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.hf_path: .* has no config\.json") as caught:
+        args_from_hf(tmp_path, "model.hf_path")
+    assert word in str(caught.value) or file == "notes.txt"
 
 
 # Two ranks cannot share three experts evenly: the stacks are sharded along the second dim.
