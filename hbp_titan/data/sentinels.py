@@ -104,21 +104,19 @@ class Rendering(NamedTuple):
 
 def read_rendering(rendered: str, alphabet: Alphabet) -> Rendering:
     """Remove the marks from a rendered text and return where they were."""
-    text: list[str] = []
-    escaped: list[str] = []
+    pieces: list[str] = []
+    escapes: list[int] = []
     opened: dict[int, list[int]] = defaultdict(list)
     closed: dict[int, list[int]] = defaultdict(list)
     blocks, starts, unbalanced = [], [], False
     position = length = 0
     for match in alphabet.pattern.finditer(rendered):
-        piece = rendered[position : match.start()]
-        text.append(piece)
-        escaped.append(piece)
-        length += len(piece)
+        pieces.append(rendered[position : match.start()])
+        length += match.start() - position
         position = match.end()
         mark = match[0]
         if mark == alphabet.escape:
-            escaped.append(mark)
+            escapes.append(len(pieces))
         elif mark == alphabet.block[0]:
             starts.append(length)
         elif mark == alphabet.block[1]:
@@ -129,10 +127,14 @@ def read_rendering(rendered: str, alphabet: Alphabet) -> Rendering:
         else:
             is_open, number = alphabet.read(mark)
             (opened if is_open else closed)[number].append(length)
-    text.append(rendered[position:])
-    escaped.append(rendered[position:])
+    pieces.append(rendered[position:])
+    text = "".join(pieces)
+    # Few messages spell a control token.
+    for place in escapes:
+        pieces[place] = alphabet.escape + pieces[place]
+    escaped = "".join(pieces) if escapes else text
     blocks = [(start, end) for start, end in blocks if start < end]
-    return Rendering("".join(text), "".join(escaped), opened, closed, blocks, unbalanced or bool(starts))
+    return Rendering(text, escaped, opened, closed, blocks, unbalanced or bool(starts))
 
 
 class Marker:
@@ -159,6 +161,9 @@ class Marker:
 
     def lost(self, rendering: Rendering) -> list[Part]:
         """Return the parts that are missing from a rendered text."""
+        count = len(self.parts)
+        if len(rendering.closed) == count == len(rendering.opened) + len(self._atoms):
+            return []
         missing = set(range(len(self.parts))) - rendering.closed.keys()
         missing |= set(range(len(self.parts))) - rendering.opened.keys() - self._atoms
         return [self.parts[number] for number in sorted(missing)]
