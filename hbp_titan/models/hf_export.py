@@ -38,7 +38,9 @@ from hbp_titan.utils import first_n
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GENERATION_FILE = "generation_config.json"
 # At the top of a folder, in any case: LICENSE.txt, Notice, USE_POLICY.md, LICENSE-MODEL, ...
-_LICENSE = re.compile(r"(?i).*licen[cs]e.*|notice.*|.*policy.*|copying.*|copyright.*|terms.*")
+_LICENSE = re.compile(
+    r"(?i)(?!.*\.(bin|gguf|json|pth?|py|safetensors)$)(.*licen[cs]e|notice|.*policy|copying|copyright|terms).*"
+)
 # Named by auto_map in config.json; copied, but never run here.
 _CODE = ("configuration_*.py", "modeling_*.py")
 # Written as constants where the base says nothing about them.

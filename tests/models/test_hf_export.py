@@ -51,7 +51,7 @@ def test_unknown_keys_licences_and_code_are_carried_and_other_files_are_not(tmp_
     published |= {"use_cache": False, "torch_dtype": "float16", "pretraining_tp": 1, "vendor": None}
     (base / "config.json").write_text(json.dumps(published))
     carried = ["LICENSE", "License.txt", "NOTICE", "USE_POLICY.md", "modeling_own.py", "configuration_own.py"]
-    for name in [*carried, "README.md", "train.py", "pytorch_model.bin", "tokenizer.json"]:
+    for name in [*carried, "README.md", "train.py", "pytorch_model.bin", "policy_head.pt", "tokenizer.json"]:
         (base / name).write_text(name)
     (base / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.8, "vendor_flag": 3}')
     assert _export(tmp_path / "out", base_path=base, tokenizer_path=tokenizer, dtype=torch.bfloat16) == []
