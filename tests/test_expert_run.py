@@ -102,7 +102,7 @@ def test_adapters_next_to_sharded_experts_are_those_next_to_whole_ones(folder: P
         torch.testing.assert_close(value, whole[name], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("ranks", "degree"), [(2, 1), (4, 4)])
+@pytest.mark.parametrize(("ranks", "degree"), [(2, 1), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_checkpoint_is_loaded_with_another_expert_sharding(
     folder: Path, trained: Tensors, ranks: int, degree: int
 ) -> None:

@@ -97,6 +97,7 @@ def test_two_ranks_with_two_levels_equal_peft_on_one(run: Run) -> None:
     assert {checksum(base.items())} == {value for rank in ranks for value in rank[0]["checksums"]}
 
 
+@pytest.mark.slow
 def test_base_in_bfloat16_trains_the_same_adapters_as_in_float32(tmp_path: Path) -> None:
     argv = [*write_lora_run(tmp_path, tied=False), "--training.steps=3", "--training.mixed_precision_param=bfloat16"]
     runs = [[*argv, f"--lora.base_dtype={d}", f"--job.dump_folder={tmp_path / d}"] for d in ("float32", "auto")]

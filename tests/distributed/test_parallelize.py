@@ -32,7 +32,7 @@ def _train(world: World, argv: list[str]) -> tuple[dict[str, torch.Tensor], dict
     ("style", "cp", "policy", "graphs"),
     [
         pytest.param("ulysses", 2, "full", 6, marks=pytest.mark.slow),
-        ("ulysses", 2, "keep_attention", 6),
+        pytest.param("ulysses", 2, "keep_attention", 6, marks=pytest.mark.slow),
         pytest.param("allgather", 2, "full", 6, marks=pytest.mark.slow),
         # Two kv heads: two groups that gather from each other, of two ranks each.
         pytest.param("hybrid", 4, "keep_attention", 6, marks=pytest.mark.slow),

@@ -125,6 +125,7 @@ def traced(preset: str, *argv: str, **options: Any) -> TracedEngine:
     return TracedEngine(preset, argv, world_size=WORLD_SIZES.get(preset, 32), **options)
 
 
+@pytest.mark.slow
 def test_expert_parallelism_traces_with_its_exchanges() -> None:
     with traced("deepseek_v2_236b_hbp", backend="torch") as engine:
         short, long = run_all_levels(engine)

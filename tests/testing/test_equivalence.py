@@ -116,7 +116,7 @@ def _worst(trained: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
         pytest.param(4, "ulysses", ["--packing.level_order=alternate"], marks=pytest.mark.slow),
         pytest.param(4, "ulysses", ["--packing.level_order=interleave"], marks=pytest.mark.slow),
         (4, "ulysses", ["--packing.level_order=interleave", "--parallelism.dp_replicate=2"]),
-        (4, "styles", ["--packing.level_order=alternate"]),
+        pytest.param(4, "styles", ["--packing.level_order=alternate"], marks=pytest.mark.slow),
         pytest.param(4, "styles", ["--parallelism.cp_backend=dtensor"], marks=pytest.mark.slow),
         pytest.param(8, "eight ranks", ["--parallelism.dp_replicate=2"], marks=pytest.mark.slow),
     ],

@@ -193,6 +193,7 @@ def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
         _dry_run(words)
 
 
+@pytest.mark.slow
 def test_run_script_starts_no_rank() -> None:
     environment = {**os.environ, "COMM_MODE": "fake", "NGPU": "4", "GPU": "h200-141gb", "PYTHON": sys.executable}
     command = ["bash", "run_train.sh", "--data.embedded=", "--model.tokenizer_path=", *DEBUG]
