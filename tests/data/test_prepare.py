@@ -283,6 +283,7 @@ def _stored(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_ranks_under_torchrun_leave_the_same_bytes_and_report_errors_once(config_file: Path) -> None:
     folder = config_file.parent
     write(folder / "train.jsonl", *(line("q" * 500, "a" * (k % 90 + 1)) for k in range(1, 3000)))

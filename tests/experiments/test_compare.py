@@ -53,6 +53,7 @@ def _compare(world: World, argv: list[str], runs: str) -> list[str]:
     return [json.dumps(outcome.as_dict()) for outcome in outcomes]
 
 
+@pytest.mark.slow
 def test_runs_train_the_same_samples_from_the_same_weights(tmp_path: Path) -> None:
     # All samples in one optimizer step, so that methods differ only in rounding.
     argv = [*write_tiny_run(tmp_path), "--training.global_batch_tokens=1000000", "--packing.level_order=interleave"]
