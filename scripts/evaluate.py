@@ -28,7 +28,8 @@ from hbp_titan.evaluation.generate import (
     template_settings,
 )
 from hbp_titan.evaluation.harness import read_runs, run_harness
-from hbp_titan.evaluation.needles import TASKS, PromptFormatter, heat_maps
+from hbp_titan.evaluation.needle_tasks import TASKS
+from hbp_titan.evaluation.needles import PromptFormatter, heat_maps
 from hbp_titan.models.hf_config import args_from_hf
 
 SERVER_HELP = (

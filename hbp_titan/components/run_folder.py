@@ -103,7 +103,7 @@ class Holder:
         if self.slurm_job and self.slurm_job == own.slurm_job and self.slurm_restarts < own.slurm_restarts:
             return f"SLURM has requeued its job {self.slurm_job.rpartition('/')[2]}"
         silent = silent_seconds > STALE_SECONDS
-        return f"it has given no sign of life for {human_seconds(silent_seconds)}" if silent else ""
+        return f"its last heartbeat was {human_seconds(silent_seconds)} ago" if silent else ""
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.process}, since {self.since}"
@@ -292,6 +292,6 @@ def _in_use(run_folder: Path, holder: Holder, own: Holder, silent_seconds: float
     if holder.machine and (holder.host, holder.machine) == (own.host, own.machine):
         return text
     return (
-        f"{text} (last sign of life {human_seconds(max(silent_seconds, 0))} ago; after {human_seconds(STALE_SECONDS)} "
+        f"{text} (last heartbeat {human_seconds(max(silent_seconds, 0))} ago; after {human_seconds(STALE_SECONDS)} "
         f"without one the next start takes over)"
     )

@@ -28,7 +28,7 @@ from hbp_titan.data.files import NO_SPLIT
 from hbp_titan.data.formats import detect_format
 from hbp_titan.data.prepare import SetRequest, SourceFiles, fingerprint
 from hbp_titan.data.rows import RowIndex, count_rows, has_copy, index_rows, read_records
-from hbp_titan.data.served_template import served_template
+from hbp_titan.data.template_probes import served_template
 from hbp_titan.data.token_store import (
     DROPPED,
     DUPLICATE,

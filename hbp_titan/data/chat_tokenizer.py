@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from hbp_titan.data.call_forms import call_forms
 from hbp_titan.data.chat_template import ChatTemplate, Message, plain_messages
 from hbp_titan.data.loss_mask import Located, LostPartError, TurnLocator
 from hbp_titan.data.sentinels import CALL, Tools, strings
+from hbp_titan.data.template_probes import call_forms
 from hbp_titan.data.tokenizer import TextEncoder, read_tokenizer_folder, token_ranges
 from hbp_titan.job_config import Data
 
@@ -101,7 +101,7 @@ def _turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[set[int], s
 
 TRAIN_ON = ("assistant", "last", "all")
 NO_END_TOKEN, END_OUTSIDE, HEADER = "no end token", "end token outside the turn", "header is trained"
-"""What can be odd about the trained turns of a conversation."""
+"""Problems of trained turns that do not exclude their row."""
 
 
 class Encoded(NamedTuple):
@@ -109,7 +109,7 @@ class Encoded(NamedTuple):
 
     ids: uint32 [L]; loss_mask: bool [L]. turns: int64 [n, 2], first token and end of each trained turn; questions:
     int64 [m], the first token of the text of each user message. ends: the control token that ends each trained turn,
-    -1 where there is none. notes: what is odd about the turns. With train_on = "all", turns, ends, notes are empty.
+    -1 where there is none. notes: problems of the turns. With train_on = "all", turns, ends, notes are empty.
     """
 
     ids: NDArray[np.uint32]

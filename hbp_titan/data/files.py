@@ -24,7 +24,7 @@ SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + ARROW_SUFFIXES
 # The templates of data.chat_template that need no path, each a file in data/templates/.
 READY_TEMPLATES = ("chatml", "deepseek_v3", "llama3", "qwen2_5", "qwen3", "r1_distill")
 
-# Why a file of a folder is not read, where nobody chose that.
+# Why a file of a folder is not read although no setting excludes it.
 NO_SPLIT = "in no split"
 
 

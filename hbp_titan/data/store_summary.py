@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.config import JobConfig
-from hbp_titan.data.call_forms import call_forms
 from hbp_titan.data.chat_template import ChatTemplate
 from hbp_titan.data.files import NO_SPLIT, chat_template_file
+from hbp_titan.data.template_probes import call_forms
 from hbp_titan.data.token_store import DROPPED, INCOMPLETE_ROWS, TokenStore
 from hbp_titan.data.tokenizer import read_tokenizer_folder
 from hbp_titan.utils import first_n
@@ -56,7 +56,7 @@ def summary(store: TokenStore) -> str:
 
 
 def _turns(store: TokenStore) -> list[str]:
-    """Return what trained turns end with, and one line per source of what is odd about its rows."""
+    """Return what trained turns end with, and one line per source with the notes of its rows."""
     ends = [
         f"{text} ({index}) {count:,}" if index >= 0 else f"none {count:,}" for index, text, count in store.turn_ends
     ]

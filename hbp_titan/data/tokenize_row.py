@@ -34,7 +34,7 @@ class TokenizedRow:
 
     tokens: before any cut; 0 if the row was not tokenized. reason: of the outcome. detail: what is wrong with a
     malformed row; which exchanges of a split row were dropped. ends: the control token at the end of each trained
-    turn, -1 where there is none. notes: what is odd about the row or left out of it, whatever the outcome.
+    turn, -1 where there is none. notes: problems of the row's turns and what is left out of it, whatever the outcome.
     """
 
     outcome: str

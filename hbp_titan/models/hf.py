@@ -21,7 +21,7 @@ from torch import Tensor
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf_config import args_from_hf, read_json
-from hbp_titan.models.hf_files import check_not_pointer
+from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights
 from hbp_titan.utils import first_n
 
 TIED_OUTPUT = "head.output.weight"
@@ -171,9 +171,6 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
     if not index.is_file():
-        # Not at the top: few folders lack their weights.
-        from hbp_titan.models.hf_missing import describe_other_weights
-
         raise MissingWeights(
             f"{folder}: contains neither {SINGLE_FILE} nor {INDEX_FILE}{describe_other_weights(folder)}"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
-from hbp_titan.models.hf_files import check_not_pointer, require_folder
+from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, require_folder
 from hbp_titan.models.layers import ROPE_KEYS, attention_factor, check_scaling, yarn_mscale
 
 
@@ -88,9 +88,6 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     require_folder(Path(folder), key)
     path = Path(folder) / "config.json"
     if not path.is_file():
-        # Not at the top: few folders lack it.
-        from hbp_titan.models.hf_missing import describe_other_weights
-
         raise ValueError(f"{key}: {folder} has no config.json{describe_other_weights(Path(folder))}")
     values = {name: value for name, value in read_json(path).items() if value is not None}
     model_type = values.get("model_type")

@@ -57,14 +57,14 @@ def _write(folder: Path, holder: Holder | str, silent: float = 0.0) -> Path:
         (LOCAL, "", 0, "has ended"),
         (LOCAL, "8001", 0, "has ended"),  # the id is another process's now
         (OTHER, "", STALE_SECONDS - 1, ""),
-        (OTHER, "", STALE_SECONDS + 1, "no sign of life for 5 min 1 s"),
+        (OTHER, "", STALE_SECONDS + 1, "last heartbeat was 5 min 1 s ago"),
         (dataclasses.replace(LOCAL, machine="boot0"), "", 0, ""),  # another container, or before a reboot
         (dataclasses.replace(OTHER, torchrun_job="b"), "", 0, "torchrun"),
         (dataclasses.replace(OTHER, slurm_job="c/7"), "", 0, "SLURM has requeued its job 7"),
         (dataclasses.replace(OTHER, slurm_job="c/7", slurm_restarts=1), "", 0, ""),  # a second start within the job
         (dataclasses.replace(OTHER, torchrun_job="", slurm_job="", machine=""), "", 0, ""),
         (Holder(), "", 0, ""),
-        (Holder(), "", STALE_SECONDS + 1, "no sign of life"),
+        (Holder(), "", STALE_SECONDS + 1, "last heartbeat"),
     ],
 )
 def test_a_lock_is_left_over_only_if_its_holder_is_known_to_be_gone(

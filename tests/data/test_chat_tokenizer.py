@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from hbp_titan.data.call_forms import CALL_FORMS
 from hbp_titan.data.chat_template import plain_messages
 from hbp_titan.data.chat_tokenizer import END_OUTSIDE, HEADER, NO_END_TOKEN, ChatTokenizer
 from hbp_titan.data.loss_mask import LostPartError
 from hbp_titan.data.sentinels import CALL, CONTENT, REASONING, Part
 from hbp_titan.data.sentinels import TOOLS as TOOLS_PART
+from hbp_titan.data.template_probes import CALL_FORMS
 from hbp_titan.data.tokenizer import CHATML_TEMPLATE, train_tokenizer
 from tests.properties import examples
 

@@ -16,7 +16,7 @@ from hbp_titan.data.chat_template import ChatTemplate, plain_messages
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.files import READY_TEMPLATES, chat_template_file
 from hbp_titan.data.sentinels import read_rendering, unused_alphabet
-from hbp_titan.data.served_template import served_template
+from hbp_titan.data.template_probes import served_template
 from hbp_titan.data.tokenizer import TokenizerFolder
 from hbp_titan.job_config import Data
 from tests.data.test_chat_tokenizer import (

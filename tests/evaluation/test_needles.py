@@ -15,8 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from hbp_titan.data.tokenizer import train_tokenizer
+from hbp_titan.evaluation.needle_tasks import TASKS, random_sentences
 from hbp_titan.evaluation.needles import (
-    TASKS,
     PromptFormatter,
     ScoredAnswer,
     as_json,
@@ -24,7 +24,6 @@ from hbp_titan.evaluation.needles import (
     heat_maps,
     make_question,
     mean_scores,
-    random_sentences,
     run_suite,
     score,
     score_table,
