@@ -584,6 +584,16 @@ def test_calls_are_written_as_each_template_wants_them(folders: dict[str, Path],
     }  # fmt: skip
 
 
+def test_arguments_that_a_template_appends_are_json_text_and_not_python(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
+        "<|im_end|>{% endfor %}"
+    )
+    tokenizer = ChatTokenizer(make_folder(tmp_path, template), "all")
+    assert 'f0{"a": "x"}<|im_end|>' in trained_text(tokenizer, [*chat("q"), calls({"a": "x"})])
+
+
 IGNORES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
 NAMED = [*chat("x"), calls({"city": "Oslo", "days": 7}, content="I use f0 with city Oslo, days 7.")]
 
