@@ -120,7 +120,8 @@ class Engine:
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
-        initialize(self.model, args, world.device, config.training.seed, config.weights_path)
+        storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
+        initialize(self.model, args, storage, config.training.seed, config.weights_path)
 
     @property
     def level_names(self) -> list[str]:

@@ -215,6 +215,8 @@ class Parallelism:
     reshard_after_forward: bool | int = True
     """FSDP2: free a block's gathered parameters after its forward (ZeRO-3), false: keep them (ZeRO-2), or an integer:
     keep them sharded over so many adjacent ranks, such as a node's. Levels may have their own."""
+    cpu_offload: bool = False
+    """FSDP2: keep sharded parameters, gradients and optimizer state in host memory (pinned); the CPU updates them."""
     separate_reduce_scatter: bool = True
     """On GPUs, where torch has it (2.13): gradients are reduced on a communicator of their own, next to all-gathers."""
     cp_backend: str = "fused"

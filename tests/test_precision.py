@@ -54,13 +54,14 @@ def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Pa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("words", [[], ["--parallelism.cpu_offload=true"]], ids=["", "cpu_offload"])
 @pytest.mark.parametrize("experts", [False, True])
-def test_gpu_run_follows_the_cpu_run(tmp_path: Path, experts: bool) -> None:
+def test_gpu_run_follows_the_cpu_run(tmp_path: Path, experts: bool, words: list[str]) -> None:
     assert torch.cuda.is_available()
     args = dataclasses.replace(tiny_args(4), vocab_size=VOCAB_SIZE) if experts else ARGS
     argv = write_tiny_run(tmp_path, levels="128:1,512:1", args=args)
     for name, visible in (("cpu", ""), ("gpu", "0")):
-        command = [sys.executable, "-m", "hbp_titan.train", *argv, f"--job.dump_folder={tmp_path / name}"]
+        command = [sys.executable, "-m", "hbp_titan.train", *argv, *words, f"--job.dump_folder={tmp_path / name}"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr

@@ -31,6 +31,7 @@ def _argv(folder: Path, ranks: int) -> list[str]:
     argv += [f"--data.{key}={value}" for key, value in files.items()]
     # Batches come from the process itself, and from a worker.
     argv.append(f"--data.num_workers={int(ranks == 1)}")
+    argv.append(f"--parallelism.cpu_offload={ranks == 4}")
     return [*argv, "--levels=128:1,512:1" if ranks == 1 else "--levels=128:1,512:4:hybrid"]
 
 

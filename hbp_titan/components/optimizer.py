@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hbp_titan.distributed.fsdp import compute_device
 from hbp_titan.job_config import LRScheduler as LRSchedulerConfig
 from hbp_titan.job_config import Optimizer
 
@@ -59,12 +60,13 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def square_norm(model: nn.Module) -> Tensor:
-    """Return the squared norm of this rank's gradient shards, a float64 scalar on its device, without synchronizing.
+    """Return the squared norm of this rank's gradient shards, a float64 scalar on the device, without synchronizing.
 
     A sum over the world counts each gradient once: the result is 0 on all but the first replica (dp_replicate).
     """
-    # float64, like the other sums with which it is reduced over the ranks in one collective.
-    square = torch.nn.utils.get_total_norm(_local_grads(model)).double().square()
+    # float64, like the other sums with which it is reduced over the ranks in one collective. With cpu_offload the
+    # gradients are in host memory, which NCCL does not reduce.
+    square = torch.nn.utils.get_total_norm(_local_grads(model)).double().square().to(compute_device(model))
     meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     replicated = next((mesh for mesh in meshes if "dp_replicate" in (mesh.mesh_dim_names or ())), None)
     if replicated is not None and replicated.get_local_rank("dp_replicate") > 0:
@@ -78,8 +80,9 @@ def scale_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
 
     Unlike torch.nn.utils.clip_grad_norm_ this takes tensors of several meshes.
     """
-    if max_norm > 0:
-        torch._foreach_mul_(_local_grads(model), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm > 0 and (grads := _local_grads(model)):
+        # Gradients in host memory (cpu_offload) make the host wait for the norm.
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
@@ -98,12 +101,13 @@ def _local_grads(model: nn.Module) -> list[Tensor]:
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skips: Tensor) -> None:
-    """Take an optimizer step, which the device skips if `skips` (a float32 scalar on it) is 1; the host does not wait.
+    """Take an optimizer step, which is skipped if `skips` (a float32 scalar on the device) is 1.
 
-    A skipped step leaves parameters, moments and step count unchanged.
+    A skipped step leaves parameters, moments and step count unchanged. The host waits for `skips` only if it computes
+    the step itself (cpu_offload).
     """
     # The attribute that torch.amp.GradScaler sets for a fused optimizer.
-    optimizer.found_inf = skips  # type: ignore[attr-defined]
+    optimizer.found_inf = skips.to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:

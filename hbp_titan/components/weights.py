@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from hbp_titan.components.checkpoint import check_model_shapes, load_model_shards, load_model_tensors, read_state
 from hbp_titan.components.dcp_storage import STATE, TORCH_DTYPES
 from hbp_titan.config import JobConfig
-from hbp_titan.distributed.fsdp import sharded_parameters
+from hbp_titan.distributed.fsdp import sharded_parameters, whole_tensor
 from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.job_config import NEW_WEIGHTS
@@ -127,7 +127,7 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
 def whole_model_tensors(model: nn.Module, adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole tensor) pairs, each by a collective; on the host on rank 0, to be ignored elsewhere."""
     for name, parameter in _parameters(model, adapters):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole = whole_tensor(parameter)
         # A 70B model takes 282 GB of host memory in fp32: one copy per node fits, one per rank does not.
         yield name, whole.cpu() if dist.get_rank() == 0 else whole
 
@@ -214,10 +214,12 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     The elements of each tensor are summed as integers, times an odd number derived from its name, modulo 2^64. A
     collective on DTensors.
     """
-    total, group, device = 0, None, torch.device("cpu")
+    total, group, device = 0, None, "cpu"
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        group, device = group or fsdp_group([tensor]), local.device
+        if isinstance(tensor, DTensor):
+            # The group's device, which the shards are not on with parallelism.cpu_offload.
+            group, device = group or fsdp_group([tensor]), tensor.device_mesh.device_type
         bits = local.contiguous().view({2: torch.int16, 4: torch.int32}[local.element_size()])
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") | 1
         total += factor * int(bits.sum(dtype=torch.int64))

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from hbp_titan.distributed.mesh import partial_shard_mesh, reduce_group
 from hbp_titan.models.decoder import Decoder
@@ -88,6 +88,7 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     reshard: ReshardState,
     separate_reduce_scatter: bool = False,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard `model` (tok_embeddings, layers, head) in place over the last axis of `mesh`, replicated over a first one.
 
@@ -95,17 +96,22 @@ def apply_fsdp(
     reshard: gets control of the blocks.
     separate_reduce_scatter: reduce gradients on a separate process group where torch can (2.13); on one NCCL
         communicator reductions and all-gathers run one after another.
+    cpu_offload: keep the shards of parameters and gradients in host memory, pinned if `mesh` is of GPUs. Parameters
+        must then be allocated on the CPU.
     """
     # cast_forward_inputs=False keeps a block's cos and sin in fp32.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    # Without a GPU nothing can be pinned, and nothing is copied.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    shard = partial(fully_shard, mp_policy=policy, offload_policy=offload)
     # Tied embeddings stay in the root's group: the same parameter is used first and last.
     if model.tok_embeddings.weight is not model.head.output.weight:
         # An embedding's backward needs no weights, so they are gathered only once at every level.
-        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy).set_unshard_in_backward(False)
+        shard(model.tok_embeddings, mesh=mesh).set_unshard_in_backward(False)
         # The head's backward directly follows its forward: freeing it in between would only gather it twice.
-        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard(model.head, mesh=mesh, reshard_after_forward=False)
     blocks: list[FSDPModule] = []
-    shard_block = partial(fully_shard, mp_policy=policy, reshard_after_forward=True)
+    shard_block = partial(shard, reshard_after_forward=True)
     placement = partial(even_placement, shards=mesh.shape[-1])
     for block in model.blocks():
         if expert_mesh is None or not isinstance(block.mlp, MixtureOfExperts):
@@ -116,7 +122,7 @@ def apply_fsdp(
         expert_placement = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
         experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=expert_placement)
         blocks += [shard_block(block, mesh=mesh, shard_placement_fn=placement), experts]
-    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    root = shard(model, mesh=mesh, reshard_after_forward=False)
     if expert_mesh is not None:
         _prefetch(blocks)
     for module in model.modules():
@@ -155,6 +161,21 @@ def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     # compute dtype, and named_parameters() would return that.
     reshard(model)
     return model.named_parameters()
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Return the device that computes with `model`: with cpu_offload its parameters are elsewhere, in host memory."""
+    parameter = next(model.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a parameter or gradient as a whole, on the device that computes; a collective for a DTensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # NCCL cannot gather shards that are in host memory.
+    moved: Any = tensor.to(tensor.device_mesh.device_type)
+    return moved.full_tensor()
 
 
 def reshard(model: nn.Module) -> None:

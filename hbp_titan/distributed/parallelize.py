@@ -63,6 +63,7 @@ def parallelize(
         reshard=reshard,
         # gloo has no communicator on which collectives would queue.
         separate_reduce_scatter=config.parallelism.separate_reduce_scatter and device.type == "cuda",
+        cpu_offload=config.parallelism.cpu_offload,
     )
     if config.lora.rank:
         # After FSDP2, which would otherwise gather the embeddings for a backward that they do not have.

@@ -34,6 +34,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch, SampleSource
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.engine import Engine
@@ -105,6 +106,7 @@ class Case:
     broken: str = ""
     expert_parallel: int = 1
     dp_replicate: int = 1
+    cpu_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
     cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
     cases.append(Case("compiled", world, fitted, compile=True))
+    cases.append(Case("parameters in host memory", world, fitted, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
     cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
     return cases
@@ -318,6 +321,7 @@ def run_case(
     config.checkpoint.initial_load_path = NEW_WEIGHTS
     config.parallelism.expert_parallel_degree = case.expert_parallel
     config.parallelism.dp_replicate = case.dp_replicate
+    config.parallelism.cpu_offload = case.cpu_offload
     # Every gradient is compared, including those that LoRA does not compute.
     config.lora.rank = 0
     # Parameters and gradients are compared in float32, also where the computation is in bfloat16.
@@ -379,7 +383,7 @@ def run_cases(
 def _grad(parameter: Tensor) -> Tensor:
     grad = parameter.grad
     assert grad is not None
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return whole_tensor(grad)
 
 
 def compare(expected: Outcome, found: Outcome) -> Difference:

@@ -53,19 +53,21 @@ _ATTENTION_BACKWARD = torch.ops.hbp_titan.varlen_attention_cpu_backward.default
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per rank.
+    """Bytes per rank, on its device unless stated otherwise.
 
     resident: parameters, gradients and optimizer state. saved: kept by all layers from forward to backward. transient:
-    the rest of what is held at the peak.
+    the rest of what is held at the peak. host: in host memory, which with parallelism.cpu_offload has what is resident
+    otherwise.
     """
 
     resident_bytes: int
     saved_bytes: int
     transient_bytes: int
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes held at one time."""
+        """The most bytes held on the device at one time."""
         return self.resident_bytes + self.saved_bytes + self.transient_bytes
 
 
@@ -151,19 +153,24 @@ class _Composition:
         # AdamW: a trained parameter, its gradient and two moments, all in the parameter's dtype.
         trained = 4 * sizes.trained * DTYPES[config.training.dtype].itemsize
         frozen = (sizes.model - sizes.trained) * stored_dtype(config, torch.device(device_type)).itemsize
-        self.resident = (trained + frozen) // shards
+        self.resident, self.host = (trained + frozen) // shards, 0
+        if config.parallelism.cpu_offload:
+            self.resident, self.host = 0, self.resident
+            if config.parallelism.dp_replicate > 1:
+                # Each copy's sum over the micro-batches of a step stays on the device until the copies are summed.
+                self.resident = sizes.trained * reduce_dtype.itemsize // shards
 
     def estimate(self) -> MemoryEstimate:
         saved = [block.saved + self.hidden for block in self.blocks]
         moments = [self._head_moment(saved), self._embedding_moment()]
         for i in range(len(self.blocks)):
             moments += [self._forward_moment(i, saved), self._backward_moment(i, saved), self._reduce_moment(i, saved)]
-        return MemoryEstimate(self.resident, sum(saved), max(moments) - sum(saved))
+        return MemoryEstimate(self.resident, sum(saved), max(moments) - sum(saved), self.host)
 
     def evaluation(self) -> MemoryEstimate:
         nothing = [0] * len(self.blocks)
         moments = [self._head_moment(nothing), *(self._forward_moment(i, nothing) for i in range(len(self.blocks)))]
-        return MemoryEstimate(self.resident, 0, max(moments))
+        return MemoryEstimate(self.resident, 0, max(moments), self.host)
 
     def _held(self, layers_kept: int, saved: list[int]) -> int:
         """Return what is held while a block runs: tied weights, cos and sin, saved tensors, parameters not freed."""

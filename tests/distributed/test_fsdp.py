@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +25,7 @@ from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_expert_parallel import RandomSamples
 from tests.models.deepseek_tiny import tiny_args
+from tests.runs import equal
 
 SEED = 3
 ARGS = tiny_args(4)
@@ -41,6 +43,10 @@ CASES = [
     Case("experts over 2 ranks", 4, LEVELS, expert_parallel=2),
     Case("2 copies", 4, COPIES, dp_replicate=2),
     Case("2 copies, experts over 2 ranks", 4, COPIES, expert_parallel=2, dp_replicate=2),
+]
+# The same with parameters in host memory.
+OFFLOADED = [
+    dataclasses.replace(case, name=f"{case.name}, offloaded", cpu_offload=True) for case in (CASES[0], CASES[3])
 ]
 
 
@@ -108,8 +114,8 @@ def _expected() -> Outcome:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[Outcome, Passes]]:
-    results = run_distributed(_run, 4, CASES, False)[0]
-    return {case.name: result for case, result in zip(CASES, results, strict=True)}
+    results = run_distributed(_run, 4, CASES + OFFLOADED, False)[0]
+    return {case.name: result for case, result in zip(CASES + OFFLOADED, results, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -117,6 +123,13 @@ def test_gradients_equal_one_process(found: dict, case: Case) -> None:
     difference = compare(_expected(), found[case.name][0])
     assert difference.loss < 1e-6
     assert max(difference.grads.values()) < 1e-5, difference.grads
+
+
+@pytest.mark.parametrize("case", OFFLOADED, ids=[case.name for case in OFFLOADED])
+def test_parameters_in_host_memory_change_no_bit(found: dict, case: Case) -> None:
+    plain, other = found[case.name.removesuffix(", offloaded")][0], found[case.name][0]
+    assert other.loss == plain.loss
+    assert equal(other.grads, plain.grads)
 
 
 def test_levels_control_how_often_parameters_are_gathered(found: dict) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hbp_titan.config import JobConfig
+from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import Parallelism
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
@@ -96,6 +96,39 @@ def test_estimate_equals_the_measured_peak(
             every = dataclasses.replace(level, ac_layers=None)
             saved = estimates[level].peak_bytes - estimates[every].peak_bytes
             assert saved == pytest.approx(measured[level] - measured[every], rel=0.15), level
+
+
+STATES = [["--parallelism.cpu_offload=true"]]
+"""Words that change what is held between steps, or where."""
+
+
+def _held_and_peak(world: World, runs: list[list[str]]) -> list[tuple[int, int]]:
+    torch.set_num_threads(1)
+    found = []
+    for words in runs:
+        engine = MeasuredEngine(load_config(words), WIDE, world, [Level(512)], accumulate=True)
+        batch = _one_document(512, WIDE).batch(0, Level(512), 0, WIDE, world.rank)
+        peak = engine.peak_bytes(batch, warm_up=False)
+        assert peak is not None
+        found.append((engine.held_bytes(), peak))
+    return found
+
+
+def test_state_between_steps_is_counted_where_it_is() -> None:
+    measured = run_distributed(_held_and_peak, 1, STATES)[0]
+    for words, (held, peak) in zip(STATES, measured, strict=True):
+        found = estimate_memory(WIDE, Level(512), load_config(words), 1, device_type="cpu")
+        state = (found.resident_bytes, found.host_bytes)
+        assert sorted(state) == [0, pytest.approx(held, rel=0.001)], words
+        assert bool(found.host_bytes) == ("--parallelism.cpu_offload=true" in words)
+        # On this machine the device's memory is the host's.
+        assert found.peak_bytes + found.host_bytes == pytest.approx(peak, rel=0.05), words
+
+
+def test_sum_over_micro_batches_of_a_copy_stays_on_the_device() -> None:
+    words = ["--parallelism.cpu_offload=true", "--parallelism.dp_replicate=2"]
+    found = estimate_memory(WIDE, Level(512), load_config(words), 4, device_type="cuda")
+    assert (found.resident_bytes, found.host_bytes) == (4 * num_params(WIDE) // 2, 16 * num_params(WIDE) // 2)
 
 
 def test_saved_bytes_of_a_gpu_layer_by_hand() -> None:
