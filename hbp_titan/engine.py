@@ -26,12 +26,12 @@ from hbp_titan.components.weights import initialize
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState
 from hbp_titan.distributed.context_parallel import ContextParallelState
 from hbp_titan.distributed.fsdp import ReshardState, reshard
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import (
     DTYPES,
-    ActivationCheckpointState,
     compute_dtype,
     parallelize,
     stored_dtype,
@@ -71,8 +71,7 @@ class LevelRuntime:
         """Switch to level `index` for the next forward and backward."""
         level = self.levels[index]
         self.cp_state.set_mesh(self.meshes[index])
-        self.ac_state.policy = level.ac_policy
-        self.ac_state.layers = self.num_layers if level.ac_layers is None else level.ac_layers
+        self.ac_state.set_level(level, self.num_layers)
         # Without a backward nothing frees what a forward keeps, and the next level may need that memory.
         self.reshard_state.set_value(level.reshard_setting(self.reshard_default) if torch.is_grad_enabled() else True)
         self.active = index
@@ -119,6 +118,10 @@ class Engine:
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
+        if any(level.offloads for level in config.levels):
+            from hbp_titan.distributed.offload import HostActivations
+
+            self.runtime.ac_state.host = HostActivations(world.device)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
         initialize(self.model, args, storage, config.training.seed, config.weights_path)

@@ -81,6 +81,13 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     check_experts(args, config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate)
+    chunked = next((level for level in config.levels if level.mlp_chunk_tokens), None)
+    if chunked is not None and config.parallelism.expert_parallel_degree > 1:
+        # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
+        raise ValueError(
+            f"level of max_tokens={chunked.max_tokens}: mlp_chunk_tokens={chunked.mlp_chunk_tokens} cannot be combined "
+            "with parallelism.expert_parallel_degree > 1; set one of them to its default"
+        )
     longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(

@@ -21,7 +21,7 @@ from hbp_titan.distributed.world import World, close_world, init_world, worker_g
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
-from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.packing.level import DEVICE_POLICIES
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.auto import (
     candidate_levels,
@@ -66,7 +66,7 @@ def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list
     for named in parse_levels(text) if text else ():
         check_levels([named], world_size)
         style = cp_styles(named.cp_degree, args)[0]
-        levels += [Level(named.max_tokens, named.cp_degree, style, policy) for policy in AC_POLICIES]
+        levels += [Level(named.max_tokens, named.cp_degree, style, policy) for policy in DEVICE_POLICIES]
     return levels
 
 

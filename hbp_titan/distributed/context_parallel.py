@@ -163,6 +163,30 @@ class ContextParallelAttention(nn.Module):
             o_SND = self.inner(q_SND, *keys_values.sequence(), documents)
         return self.gather_heads(o_SND) if scatters else o_SND
 
+    def in_head_groups(
+        self, groups: int, q_SND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents | HeadTailShard
+    ) -> Tensor:
+        """Return `forward` computed for one group of adjacent query heads and their kv heads after another.
+
+        What attention allocates in addition to its inputs and its output is then that of one group.
+        """
+        # With more groups than kv heads several groups read the same one.
+        kv_groups = min(groups, k_SKD.shape[1])
+        keys, values = (x.split(x.shape[1] // kv_groups, dim=1) for x in (k_SKD, v_SKD))
+        queries = q_SND.split(q_SND.shape[1] // groups, dim=1)
+        of_group = [group * kv_groups // groups for group in range(groups)]
+        if not self.exchanges:
+            parts = [self.inner(q, keys[i], values[i], documents) for q, i in zip(queries, of_group, strict=True)]
+            return torch.cat(parts, dim=1)
+        parts, following = [], self.start(keys[0], values[0], documents)
+        for group, q in enumerate(queries):
+            # The next group's keys and values travel during this group's attention.
+            arriving, more = following, group + 1 < groups
+            if more:
+                following = self.start(keys[of_group[group + 1]], values[of_group[group + 1]], documents)
+            parts.append(self.finish(q, arriving))
+        return torch.cat(parts, dim=1)
+
     def scatter_queries(self, q_SND: Tensor) -> Tensor:
         """Return the queries of the group's sequence for this rank's heads, [T, N/C, D]."""
         # [C, S, N/C, D] -> [T, N/C, D]
@@ -285,8 +309,18 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> None:
-    """Raise ValueError if the cp_degree of a level with cp_style "ulysses" does not fit the model's heads."""
+    """Raise ValueError if a level's cp_degree or attention_head_groups does not fit the model's heads."""
     for level in levels:
+        groups = level.attention_head_groups
+        ulysses_degree = level.cp_shape(num_kv_heads)[1]
+        if groups > 1:
+            allowed = [g for g in range(1, num_heads + 1) if _groups_fit(g, num_heads, num_kv_heads, ulysses_degree)]
+            if groups not in allowed:
+                raise ValueError(
+                    f"level of max_tokens={level.max_tokens}: attention_head_groups={groups} does not fit "
+                    f"{num_heads} attention heads and {num_kv_heads} kv heads over {ulysses_degree} ranks; use "
+                    f"{', '.join(map(str, allowed)) or 1}"
+                )
         if level.cp_style != "ulysses":
             continue
         cp = level.cp_degree
@@ -297,3 +331,11 @@ def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> N
             raise ValueError(f"{name} does not divide the model's {num_heads} attention heads; {fix}")
         if num_kv_heads % cp and cp % num_kv_heads:
             raise ValueError(f"{name} neither divides the model's {num_kv_heads} kv heads nor is a multiple; {fix}")
+
+
+def _groups_fit(groups: int, num_heads: int, num_kv_heads: int, ulysses_degree: int) -> bool:
+    """Return whether each group has whole kv heads, or a part of one's query heads, and each rank a part of a group."""
+    if num_heads % (groups * ulysses_degree) or (num_kv_heads % groups and groups % num_kv_heads):
+        return False
+    kv_heads = max(1, num_kv_heads // groups)
+    return kv_heads % ulysses_degree == 0 or ulysses_degree % kv_heads == 0

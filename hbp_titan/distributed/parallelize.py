@@ -1,29 +1,24 @@
 """Every parallelism and training technique, in the order in which it is applied to the model.
 
-Owns that order (after torchtitan v0.2.2 models/llama3/infra/parallelize.py), what torch.compile sees, and activation
-checkpointing. Attention and the exchanges of context parallelism run eagerly between two regions of each block that may
-be compiled: `pre_attention` (with cp ranks in two parts, so that keys and values travel while queries are projected)
-and `post_attention`. A graph then never contains a kernel's package, a process group or the lengths of documents.
+Owns that order (after torchtitan v0.2.2 models/llama3/infra/parallelize.py) and what torch.compile sees. Attention and
+the exchanges of context parallelism run eagerly between two regions of each block that may be compiled: `pre_attention`
+(with cp ranks in two parts, so that keys and values travel while queries are projected) and `post_attention`. A graph
+then never contains a kernel's package, a process group or the lengths of documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_parallel
 from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
-from hbp_titan.models.decoder import Decoder, DecoderBlock
-from hbp_titan.models.layers import FeedForward
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import enable_input_require_grads
 from hbp_titan.models.moe import MixtureOfExperts
 
@@ -32,6 +27,8 @@ BEFORE_ATTENTION = ("pre_attention", "pre_keys_values", "pre_queries")
 """Regions of DecoderBlock: the whole, and its two parts for levels with cp ranks."""
 AFTER_ATTENTION = ("post_attention", "post_hidden")
 """The whole, and without the last product for blocks that are recomputed."""
+EXPERTS_IN_CHUNKS = ("post_scores", "post_experts")
+"""The parts of post_attention in a block with experts that runs in chunks."""
 
 
 def parallelize(
@@ -107,8 +104,8 @@ def cp_attention(backend: str) -> type[ContextParallelAttention]:
 
 def apply_compile(model: Decoder, backend: str, num_levels: int) -> None:
     """Compile the regions of every block in place, with static shapes: levels of equal shard length share a graph."""
-    # Each region needs one graph per level's shape, with gradients and without.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_levels)
+    # Each region needs one graph per level's shape (two if its last chunk is shorter), with gradients and without.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * num_levels)
     compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     for block in model.blocks():
         regions: tuple[str, ...] = BEFORE_ATTENTION + AFTER_ATTENTION
@@ -119,77 +116,7 @@ def apply_compile(model: Decoder, backend: str, num_levels: int) -> None:
             block.mlp.receive = compiled(block.mlp.receive)  # type: ignore[method-assign]
             experts = block.mlp.experts
             experts.activation = compiled(experts.activation, dynamic=True)  # type: ignore[method-assign]
+        elif isinstance(block.mlp, MixtureOfExperts):
+            regions += EXPERTS_IN_CHUNKS
         for name in regions:
             setattr(block, name, compiled(getattr(block, name)))
-
-
-@dataclass
-class ActivationCheckpointState:
-    """The active level's policy and the number of first blocks that it covers; blocks read it at each forward.
-
-    none: keep every activation. full: keep a block's input and recompute the block in backward (paper section 3.1,
-    "ckpt"). keep_attention: keep a block's input and its attention's inputs and output and recompute the rest:
-    attention dominates the cost of long documents, and its exchanges between cp ranks are not repeated.
-    """
-
-    policy: str = "none"
-    layers: int = 0
-
-
-def apply_activation_checkpoint(model: Decoder, state: ActivationCheckpointState) -> None:
-    """Make every block follow `state`; the module tree and its names do not change."""
-    for index, block in enumerate(model.blocks()):
-        # Replacing forward instead of the module keeps FSDP2's hooks outside.
-        block.forward = BlockForward(block, index, state)  # type: ignore[method-assign, assignment]
-
-
-class BlockForward:
-    """Replacement of `block.forward`; decides at each call how much of the block is recomputed."""
-
-    def __init__(self, block: DecoderBlock, index: int, state: ActivationCheckpointState) -> None:
-        self.block = block
-        self.index = index
-        self.state = state
-
-    def __call__(self, x_TH: Tensor, *inputs: Any) -> Tensor:
-        policy = self.state.policy if self.index < self.state.layers else "none"
-        if policy == "none":
-            return self._run(_call, self.block.post_attention, x_TH, *inputs)
-        if policy == "full":
-            return _recompute(self._run, _call, self._post_attention, x_TH, *inputs)
-        assert policy == "keep_attention", policy
-        return self._run(_recompute, self._post_attention, x_TH, *inputs)
-
-    def _run(
-        self,
-        call: Callable[..., Any],
-        post_attention: Callable[..., Tensor],
-        x_TH: Tensor,
-        cos_TD: Tensor,
-        sin_TD: Tensor,
-        documents: Any,
-    ) -> Tensor:
-        """Run the block; `call` runs the regions before and after attention, with recomputation or without."""
-        block, attention = self.block, self.block.inner_attention
-        if isinstance(attention, ContextParallelAttention) and attention.exchanges:
-            k_TKD, v_TKD = call(block.pre_keys_values, x_TH, cos_TD, sin_TD)
-            keys_values = attention.start(k_TKD, v_TKD, documents)
-            o_TND = attention.finish(call(block.pre_queries, x_TH, cos_TD, sin_TD), keys_values)
-        else:
-            o_TND = attention(*call(block.pre_attention, x_TH, cos_TD, sin_TD), documents)
-        return call(post_attention, x_TH, o_TND)
-
-    def _post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
-        # The last product stays out of the compiled region: checkpoint stops a recomputation once all saved tensors are
-        # there again, but a compiled region runs to its end.
-        block = self.block
-        if not isinstance(block.mlp, FeedForward):
-            return block.post_attention(x_TH, o_TND)
-        return block.last_product(*block.post_hidden(x_TH, o_TND))
-
-
-_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-def _call(function: Callable[..., Any], *inputs: Any) -> Any:
-    return function(*inputs)

@@ -169,6 +169,17 @@ class DecoderBlock(nn.Module):
         assert isinstance(self.mlp, FeedForward)
         return x_TH + self.mlp.down_proj(hidden_TF)
 
+    def post_scores(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of the experts' half, x_TH, and its scores_TE: the first part of a block with experts."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        x_TH = x_TH + self.self_attn.output(o_TND)
+        return x_TH, self.mlp.scores(self.post_attention_layernorm(x_TH))
+
+    def post_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """Return the block's output, given post_scores' x_TH and MixtureOfExperts.choose's weights and experts."""
+        assert isinstance(self.mlp, MixtureOfExperts)
+        return x_TH + self.mlp.chosen_experts(self.post_attention_layernorm(x_TH), weights_TK, experts_TK)
+
 
 class Head(nn.Module):
     """Final norm and output matrix."""

@@ -48,13 +48,25 @@ class MixtureOfExperts(nn.Module):
 
     def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return weights_TK, order_S and counts_E (see sort_by_expert), and the shared experts' output."""
-        # float32 as in DeepSeek's code, because the choice of experts depends on small differences.
-        scores_TE = F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
-        weights_TK, experts_TK = route(scores_TE, self.moe)
-        weights_TK = with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe)
+        weights_TK, experts_TK = self.choose(self.scores(x_TH))
         order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
         # The shared experts run here so that recomputation may stop before the copies are returned.
         return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
+
+    def scores(self, x_TH: Tensor) -> Tensor:
+        """Return the softmax over the experts, scores_TE in float32."""
+        # float32 as in DeepSeek's code, because the choice of experts depends on small differences.
+        return F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+
+    def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights_TK and experts_TK of all tokens of the shard, with the gradient of the balance losses."""
+        weights_TK, experts_TK = route(scores_TE, self.moe)
+        return with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe), experts_TK
+
+    def chosen_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """Return the layer's output for some of the tokens of `choose`."""
+        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), self.shared_experts(x_TH))
 
     def run_experts(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
         """Return the weighted sum of each token's routed experts, y_TH."""

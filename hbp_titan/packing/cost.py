@@ -47,6 +47,7 @@ class CostModel:
         ac_policy: str = "none",
         ac_layers: int | None = None,
         last_params: int = 0,
+        chunked: bool = False,
         backward: bool = True,
         linear_efficiency: float = 1.0,
         attention_efficiency: float = 1.0,
@@ -59,6 +60,7 @@ class CostModel:
         head_dim: width of queries and keys; v_head_dim: width of values if it differs (DeepSeek's MLA).
         ac_policy, ac_layers: recomputation, as in Level.
         last_params: parameters of the last product of a layer (the MLP's down projection).
+        chunked: whether each layer runs in chunks that are recomputed in backward (Level.mlp_chunk_tokens).
         backward: False counts the forward pass alone.
         linear_efficiency, attention_efficiency: achieved share of peak FLOP/s; FLOPs are divided by it.
         """
@@ -66,12 +68,13 @@ class CostModel:
             raise ValueError(f"ac_policy={ac_policy!r} must be one of {', '.join(AC_POLICIES)}")
         layers = num_layers if ac_layers is None else min(ac_layers, num_layers)
         recomputed = layers if backward and ac_policy != "none" else 0
-        attention_recomputed = recomputed if ac_policy == "full" else 0
+        attention_recomputed = recomputed if ac_policy in ("full", "offload") else 0
         # The backward pass costs twice the forward pass.
         passes = 3 if backward else 1
         # 2 FLOPs per parameter and token. torch's checkpoint stops before the last product: no backward needs its
-        # output.
-        linear = 2 * passes * (num_layers * layer_params + head_params) + 2 * recomputed * (layer_params - last_params)
+        # output. Chunks are recomputed in every layer, to their end.
+        again = num_layers * layer_params if backward and chunked else recomputed * (layer_params - last_params)
+        linear = 2 * passes * (num_layers * layer_params + head_params) + 2 * again
         # QK^T and PV take 2 * len^2 * width each, of which a causal kernel does half.
         width = num_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
         attention = width * (passes * num_layers + attention_recomputed)

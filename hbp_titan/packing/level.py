@@ -15,7 +15,12 @@ from typing import Any
 CP_STYLES = ("ulysses", "allgather", "hybrid")
 """How attention is distributed over cp ranks: heads are scattered (ulysses), keys and values are gathered (allgather),
 or groups of ranks scatter heads and gather keys and values from each other (hybrid)."""
-AC_POLICIES = ("none", "full", "keep_attention")
+AC_POLICIES = ("none", "full", "keep_attention", "offload", "offload_attention")
+"""Activation checkpointing of a block: keep all activations; keep its input and recompute it in backward (full); keep
+also the inputs and the output of its attention and recompute the rest (keep_attention); as these two, but what is kept
+lies in host memory (offload, offload_attention)."""
+DEVICE_POLICIES = AC_POLICIES[:3]
+"""Those that keep everything on the device."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Level:
     cp_style: how attention is distributed over the cp ranks (see CP_STYLES).
     ac_policy: activation checkpointing, see AC_POLICIES.
     ac_layers: number of layers, from the first, that are checkpointed; None means all.
+    offload_layers: with an offload policy, number of layers, from the first, whose kept activations are in host memory;
+        the other checkpointed layers keep theirs on the device. None means all.
+    mlp_chunk_tokens: tokens of a chunk of the rank's shard; the feed-forward, the norms and the projections around
+        attention run chunk by chunk and are recomputed per chunk in backward. 0 means the whole shard at once.
+    attention_head_groups: number of groups of heads whose attention runs one after another.
     reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: free them
         (True), keep them (False), or keep them sharded over this number of adjacent ranks (an integer above 1); None
         uses parallelism.reshard_after_forward. It trades memory for traffic and changes neither numbers nor the plan.
@@ -40,6 +50,9 @@ class Level:
     ac_policy: str = "none"
     ac_layers: int | None = None
     reshard_after_forward: bool | int | None = None
+    offload_layers: int | None = None
+    mlp_chunk_tokens: int = 0
+    attention_head_groups: int = 1
 
     def __post_init__(self) -> None:
         name = f"level of max_tokens={self.max_tokens}"
@@ -51,10 +64,28 @@ class Level:
             raise ValueError(f"{name}: cp_style={self.cp_style!r} must be one of {', '.join(CP_STYLES)}")
         if self.ac_policy not in AC_POLICIES:
             raise ValueError(f"{name}: ac_policy={self.ac_policy!r} must be one of {', '.join(AC_POLICIES)}")
-        if self.ac_layers is not None and self.ac_layers < 0:
-            raise ValueError(f"{name}: ac_layers={self.ac_layers} must not be negative")
+        for key in ("ac_layers", "offload_layers", "mlp_chunk_tokens"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"{name}: {key}={getattr(self, key)} must not be negative")
+        if self.attention_head_groups < 1:
+            raise ValueError(f"{name}: attention_head_groups={self.attention_head_groups} must be at least 1")
+        if self.offload_layers is not None and not self.offloads:
+            raise ValueError(
+                f"{name}: offload_layers={self.offload_layers} has no effect with ac_policy={self.ac_policy!r}; "
+                'set ac_policy to "offload" or "offload_attention"'
+            )
         if self.reshard_after_forward is not None:
             check_reshard(f"{name}: reshard_after_forward", self.reshard_after_forward)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations are kept in host memory."""
+        return self.ac_policy.startswith("offload")
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether the attention of checkpointed layers runs again in backward."""
+        return self.ac_policy in ("full", "offload")
 
     def dp_degree(self, world_size: int) -> int:
         """Return the number of packs that one iteration of this level trains."""
@@ -126,6 +157,9 @@ def parse_levels(text: str) -> tuple[Level, ...]:
         "ac_policy": str,
         "ac_layers": _number,
         "reshard_after_forward": _bool_or_number,
+        "offload_layers": _number,
+        "mlp_chunk_tokens": _number,
+        "attention_head_groups": _number,
     }
     levels = []
     for part in text.split(","):
@@ -143,8 +177,13 @@ def parse_levels(text: str) -> tuple[Level, ...]:
 
 
 def format_level(level: Level) -> str:
-    """Return the short form that parse_levels reads, without trailing defaults of None."""
-    words = ["" if value is None else str(value).lower() for value in dataclasses.astuple(level)]
+    """Return the short form that parse_levels reads, without trailing defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(level)}
+    # The first four are always written: a reader knows them by their place.
+    words = [
+        "" if i > 3 and value == defaults[key] and value is not True else str(value).lower()
+        for i, (key, value) in enumerate(dataclasses.asdict(level).items())
+    ]
     return ":".join(words).rstrip(":")
 
 

@@ -37,7 +37,7 @@ from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf import MissingWeights
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import AC_POLICIES, level_name
+from hbp_titan.packing.level import DEVICE_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
@@ -241,7 +241,7 @@ def rank_state(model: nn.Module) -> RankState:
 
 @dataclass(frozen=True)
 class LevelMemory:
-    """Estimates for a level as configured, and with each of AC_POLICIES on all layers."""
+    """Estimates for a level as configured, and with each of DEVICE_POLICIES on all layers."""
 
     level: Level
     configured: MemoryEstimate
@@ -255,7 +255,7 @@ def level_memory(config: JobConfig, args: ModelArgs, world_size: int, level: Lev
         return estimate_memory(args, level, config, world_size, device_type="cuda")
 
     policies = {
-        policy: estimate(dataclasses.replace(level, ac_policy=policy, ac_layers=None)) for policy in AC_POLICIES
+        policy: estimate(dataclasses.replace(level, ac_policy=policy, ac_layers=None)) for policy in DEVICE_POLICIES
     }
     configured = policies[level.ac_policy] if level.ac_layers is None else estimate(level)
     return LevelMemory(level, configured, policies)

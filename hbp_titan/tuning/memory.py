@@ -29,15 +29,10 @@ from torch.utils._pytree import tree_leaves
 
 from hbp_titan.components.loss import linear_cross_entropy, select_rows
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, BlockForward
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
 from hbp_titan.distributed.expert_parallel import ExpertExchange, Splits
-from hbp_titan.distributed.parallelize import (
-    DTYPES,
-    ActivationCheckpointState,
-    BlockForward,
-    compute_dtype,
-    stored_dtype,
-)
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, stored_dtype
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, DecoderBlock, Head
 from hbp_titan.models.documents import Documents, HeadTailShard, ShardPass, pack_documents

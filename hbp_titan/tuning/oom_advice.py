@@ -26,7 +26,7 @@ from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.world import World, ranks_per_node
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import AC_POLICIES, format_level, level_name
+from hbp_titan.packing.level import DEVICE_POLICIES, format_level, level_name
 from hbp_titan.tuning.hardware import Hardware, hardware_like
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_evaluation, estimate_memory
 from hbp_titan.tuning.time_model import TimeModel, least_recomputation, sharding, time_model, usable_bytes
@@ -378,7 +378,7 @@ class ChangeSearch:
         return [
             replace(level, ac_policy=policy, ac_layers=None, reshard_after_forward=reshard)
             for reshard in dict.fromkeys(reshards)
-            for policy in AC_POLICIES
+            for policy in DEVICE_POLICIES
         ]
 
     def _expert_degrees(self) -> Iterator[JobConfig]:

@@ -26,7 +26,7 @@ from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
 from hbp_titan.engine import level_meshes
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.packing.level import DEVICE_POLICIES
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
@@ -299,7 +299,7 @@ def default_candidates(longest: int, world_size: int, args: ModelArgs, *, median
         for cp_degree in cp_degrees
         if max_tokens % cp_degree == 0 or cp_degree <= limit == max_tokens
         for style in cp_styles(cp_degree, args)
-        for policy in AC_POLICIES
+        for policy in DEVICE_POLICIES
     ]
 
 

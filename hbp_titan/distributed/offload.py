@@ -1,0 +1,172 @@
+"""Activations in host memory between a block's forward and its backward, for levels with an offload policy.
+
+Owns the buffers in host memory and the copies to and from them. On a GPU the buffers are pinned and copies run on a
+stream of their own, next to the computation (after torchtune's OffloadActivations, which knows no levels):
+
+    forward    copy block i | meanwhile compute block i + 1 | free block i's device memory when block i + 1 ends
+    backward   copy block i - 1 back | meanwhile compute block i
+
+Buffers are kept for the next micro-batch: allocating pinned memory takes longer than a step. On a CPU the same code
+copies to a second buffer, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass
+class _Kept:
+    """One tensor that a block keeps; `uses` counts its saved references, which autograd unpacks once each.
+
+    source: the tensor on the device, until its copy to `host` has ended. fetched: its copy back on the device.
+    """
+
+    source: Tensor | None
+    host: Tensor
+    uses: int = 1
+    fetched: Tensor | None = None
+
+
+@dataclass
+class _Block:
+    """What one block keeps. copied, arrived: the ends of its copies to the host and back, None on a CPU."""
+
+    index: int
+    kept: list[_Kept] = field(default_factory=list)
+    copied: torch.cuda.Event | None = None
+    arrived: torch.cuda.Event | None = None
+
+
+class HostActivations:
+    """Host memory for the activations of all blocks of a rank.
+
+    The forwards and backwards of a micro-batch must alternate: all blocks forward, then all blocks backward.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # By (block, position in the block): the order of what a block keeps is the same in every micro-batch.
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._blocks: list[_Block] = []
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of host memory that are allocated."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @contextmanager
+    def block(self, index: int, shared: Sequence[Tensor]) -> Iterator[None]:
+        """Keep what autograd saves in this context in host memory.
+
+        index: of the block, ascending in a forward. shared: tensors of all blocks, which stay on the device.
+        """
+        if self._blocks and index <= self._blocks[-1].index:
+            # A new forward although the last one had no backward, for example after an error.
+            self._blocks.clear()
+        block = _Block(index)
+        by_place: dict[Any, _Kept] = {}
+        stays = {tensor.untyped_storage()._cdata for tensor in shared}
+
+        def pack(tensor: Tensor) -> Any:
+            if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+                return tensor
+            storage = tensor.untyped_storage()._cdata
+            if storage in stays:
+                return tensor
+            # Several operators save the same tensor. `source` keeps its storage from being used again meanwhile.
+            place = (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+            if place in by_place:
+                by_place[place].uses += 1
+            else:
+                by_place[place] = self._copy_to_host(block, tensor)
+            return block, by_place[place]
+
+        def unpack(packed: Any) -> Tensor:
+            return self._device_tensor(*packed) if isinstance(packed, tuple) else packed
+
+        with saved_tensors_hooks(pack, unpack):
+            yield
+        if self.stream is not None:
+            block.copied = self.stream.record_event()
+        # The previous block's copies ran during this block.
+        for earlier in self._blocks[-1:]:
+            self._free_sources(earlier)
+        self._blocks.append(block)
+
+    def _copy_to_host(self, block: _Block, tensor: Tensor) -> _Kept:
+        host = self._buffer((block.index, len(block.kept)), tensor)
+        # Detached: the reference must not keep the graph alive.
+        source = tensor.detach()
+        kept = _Kept(None if self.stream is None else source, host)
+        block.kept.append(kept)
+        if self.stream is None:
+            host.copy_(source)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                host.copy_(source, non_blocking=True)
+        return kept
+
+    def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
+        """Return host memory of the tensor's shape and dtype; it grows to the largest level's."""
+        nbytes = tensor.numel() * tensor.element_size()
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.nbytes < nbytes:
+            # Free the smaller one first.
+            self._buffers.pop(key, None)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            self._buffers[key] = buffer
+        return buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _free_sources(self, block: _Block) -> None:
+        """Drop the device tensors of a block whose copies have ended by the time the device gets here."""
+        if block.copied is not None:
+            # The allocator may hand their memory to the current stream now, so that stream must wait.
+            torch.cuda.current_stream(self.device).wait_event(block.copied)
+        for kept in block.kept:
+            kept.source = None
+
+    def _device_tensor(self, block: _Block, kept: _Kept) -> Tensor:
+        """Return a kept tensor on the device, and start to fetch those of the block before."""
+        if self._blocks and self._blocks[-1] is block:
+            # The first use in this block's backward.
+            self._blocks.pop()
+            self._fetch(block)
+            for earlier in self._blocks[-1:]:
+                self._fetch(earlier)
+            if block.arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(block.arrived)
+        assert kept.fetched is not None
+        tensor = kept.fetched
+        kept.uses -= 1
+        if not kept.uses:
+            # Autograd holds what it still needs.
+            kept.fetched = None
+        return tensor
+
+    def _fetch(self, block: _Block) -> None:
+        if any(kept.fetched is not None for kept in block.kept):
+            return
+        if self.stream is None:
+            for kept in block.kept:
+                kept.fetched = kept.host.clone()
+            return
+        # Allocated on the current stream, which frees them; the copies wait until it may have used the memory before.
+        for kept in block.kept:
+            kept.fetched = torch.empty_like(kept.host, device=self.device, pin_memory=False)
+        self._free_sources(block)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for kept in block.kept:
+                assert kept.fetched is not None
+                kept.fetched.copy_(kept.host, non_blocking=True)
+        block.arrived = self.stream.record_event()
