@@ -136,7 +136,7 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["training.steps"], "unexpected argument 'training.steps'"),
         (["--levels", "1024:x"], "'1024:x'"),
         (["--levels", "1024:2:rings"], "cp_style='rings'"),
-        (["--levels", "64:1:ulysses:full:2:true:3"], "'64:1:ulysses:full:2:true:3'"),
+        (["--levels", "64:1:ulysses:full:2:true:3:4:5:6"], "'64:1:ulysses:full:2:true:3:4:5:6'"),
         (["--compile.enable=true", "--parallelism.cp_backend=dtensor"], "compile.enable with parallelism.cp_backend"),
     ],
 )
