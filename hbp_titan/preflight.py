@@ -13,7 +13,6 @@ from hbp_titan.components.metrics import check_wandb
 from hbp_titan.components.weights import check_load_path
 from hbp_titan.config import JobConfig, validate
 from hbp_titan.distributed.context_parallel import check_heads
-from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.configs import ModelArgs
@@ -80,14 +79,8 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         check_wandb()
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
-    check_experts(args, config.parallelism.expert_parallel_degree, world_size // config.parallelism.dp_replicate)
-    chunked = next((level for level in config.levels if level.mlp_chunk_tokens), None)
-    if chunked is not None and config.parallelism.expert_parallel_degree > 1:
-        # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
-        raise ValueError(
-            f"level of max_tokens={chunked.max_tokens}: mlp_chunk_tokens={chunked.mlp_chunk_tokens} cannot be combined "
-            "with parallelism.expert_parallel_degree > 1; set one of them to its default"
-        )
+    if config.parallelism.expert_parallel_degree > 1:
+        check_experts(config, world_size, args)
     longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(
@@ -99,6 +92,21 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         with torch.device("meta"):
             lora_targets(Decoder(args), config.lora.target_modules)
     check_load_path(config.weights_path, args, "checkpoint.initial_load_path" if own else "model.hf_path")
+
+
+def check_experts(config: JobConfig, world_size: int, args: ModelArgs) -> None:
+    """Raise ValueError if the experts cannot be sharded as configured, or a level cannot be trained with them."""
+    from hbp_titan.distributed import expert_parallel
+
+    degree = config.parallelism.expert_parallel_degree
+    expert_parallel.check_experts(args, degree, world_size // config.parallelism.dp_replicate)
+    for level in config.levels:
+        if level.mlp_chunk_tokens:
+            # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
+            raise ValueError(
+                f"level of max_tokens={level.max_tokens}: mlp_chunk_tokens={level.mlp_chunk_tokens} cannot be combined "
+                f"with parallelism.expert_parallel_degree={degree}; set one of them to its default"
+            )
 
 
 def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:

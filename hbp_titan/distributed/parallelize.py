@@ -15,7 +15,6 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
-from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_parallel
 from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
@@ -44,11 +43,13 @@ def parallelize(
     # Innermost, so that everything around it gets the attention of the whole pack.
     apply_context_parallel(model, config.parallelism.cp_backend, cp_state)
     if meshes.experts is not None:
+        from hbp_titan.distributed.expert_parallel import apply_expert_parallel
+
         # Before FSDP, which then shards each rank's share of a layer's experts.
         apply_expert_parallel(model, meshes.experts["ep"])
     if config.compile.enable:
         # Inside checkpointing, so that a change of policy needs no new graph.
-        apply_compile(model, config.compile.backend, len(config.levels))
+        apply_compile(model, config.compile.backend, len(config.levels), meshes.experts is not None)
     # Inside FSDP: recomputation runs while the block's parameters are gathered for its backward.
     apply_activation_checkpoint(model, ac_state)
     apply_fsdp(
@@ -102,14 +103,14 @@ def cp_attention(backend: str) -> type[ContextParallelAttention]:
     return ContextParallelAttention
 
 
-def apply_compile(model: Decoder, backend: str, num_levels: int) -> None:
+def apply_compile(model: Decoder, backend: str, num_levels: int, expert_parallel: bool = False) -> None:
     """Compile the regions of every block in place, with static shapes: levels of equal shard length share a graph."""
     # Each region needs one graph per level's shape (two if its last chunk is shorter), with gradients and without.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * num_levels)
     compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     for block in model.blocks():
         regions: tuple[str, ...] = BEFORE_ATTENTION + AFTER_ATTENTION
-        if isinstance(block.mlp, MixtureOfExperts) and isinstance(block.mlp.run_experts, ExpertExchange):
+        if expert_parallel and isinstance(block.mlp, MixtureOfExperts):
             # The sizes of the experts' exchange depend on the data, so only the pieces around it are compiled.
             regions = BEFORE_ATTENTION
             block.mlp.send = compiled(block.mlp.send)  # type: ignore[method-assign]
