@@ -314,7 +314,9 @@ def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> N
         groups = level.attention_head_groups
         ulysses_degree = level.cp_shape(num_kv_heads)[1]
         if groups > 1:
-            allowed = [g for g in range(1, num_heads + 1) if _groups_fit(g, num_heads, num_kv_heads, ulysses_degree)]
+            allowed = [
+                g for g in range(1, num_heads + 1) if head_groups_fit(g, num_heads, num_kv_heads, ulysses_degree)
+            ]
             if groups not in allowed:
                 raise ValueError(
                     f"level of max_tokens={level.max_tokens}: attention_head_groups={groups} does not fit "
@@ -333,7 +335,7 @@ def check_heads(levels: Sequence[Level], num_heads: int, num_kv_heads: int) -> N
             raise ValueError(f"{name} neither divides the model's {num_kv_heads} kv heads nor is a multiple; {fix}")
 
 
-def _groups_fit(groups: int, num_heads: int, num_kv_heads: int, ulysses_degree: int) -> bool:
+def head_groups_fit(groups: int, num_heads: int, num_kv_heads: int, ulysses_degree: int) -> bool:
     """Return whether each group has whole kv heads, or a part of one's query heads, and each rank a part of a group."""
     if num_heads % (groups * ulysses_degree) or (num_kv_heads % groups and groups % num_kv_heads):
         return False

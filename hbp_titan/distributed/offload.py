@@ -26,7 +26,8 @@ from torch.autograd.graph import saved_tensors_hooks
 class _Kept:
     """One tensor that a block keeps; `uses` counts its saved references, which autograd unpacks once each.
 
-    source: the tensor on the device, until its copy to `host` has ended. fetched: its copy back on the device.
+    source: the tensor on the device, detached from the graph, until its copy to `host` has ended. fetched: its copy
+        back on the device.
     """
 
     source: Tensor | None
@@ -82,7 +83,7 @@ class HostActivations:
             storage = tensor.untyped_storage()._cdata
             if storage in stays:
                 return tensor
-            # Several operators save the same tensor. `source` keeps its storage from being used again meanwhile.
+            # Several operators save the same tensor. `source` keeps its storage from being used again in this block.
             place = (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
             if place in by_place:
                 by_place[place].uses += 1
@@ -104,16 +105,12 @@ class HostActivations:
 
     def _copy_to_host(self, block: _Block, tensor: Tensor) -> _Kept:
         host = self._buffer((block.index, len(block.kept)), tensor)
-        # Detached: the reference must not keep the graph alive.
-        source = tensor.detach()
-        kept = _Kept(None if self.stream is None else source, host)
+        kept = _Kept(tensor.detach(), host)
         block.kept.append(kept)
-        if self.stream is None:
-            host.copy_(source)
-        else:
+        if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                host.copy_(source, non_blocking=True)
+        with torch.cuda.stream(self.stream):
+            host.copy_(tensor.detach(), non_blocking=True)
         return kept
 
     def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
@@ -156,17 +153,15 @@ class HostActivations:
     def _fetch(self, block: _Block) -> None:
         if any(kept.fetched is not None for kept in block.kept):
             return
-        if self.stream is None:
-            for kept in block.kept:
-                kept.fetched = kept.host.clone()
-            return
         # Allocated on the current stream, which frees them; the copies wait until it may have used the memory before.
         for kept in block.kept:
-            kept.fetched = torch.empty_like(kept.host, device=self.device, pin_memory=False)
+            kept.fetched = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=self.device)
         self._free_sources(block)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for kept in block.kept:
                 assert kept.fetched is not None
                 kept.fetched.copy_(kept.host, non_blocking=True)
-        block.arrived = self.stream.record_event()
+        if self.stream is not None:
+            block.arrived = self.stream.record_event()

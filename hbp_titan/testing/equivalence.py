@@ -34,6 +34,7 @@ from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import IGNORE_INDEX, PackedBatch, SampleSource
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.context_parallel import head_groups_fit
 from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import World, all_reduce_values
@@ -196,18 +197,55 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
     # What follows does not depend on the number of ranks, so it is checked at the largest only.
     world = world_sizes[-1]
-    for policy in ("full", "keep_attention"):
-        for layers in (None, 1):
-            recomputed = tuple(dataclasses.replace(k, ac_policy=policy, ac_layers=layers) for k in fitted)
-            cases.append(Case(f"{policy} on {'all' if layers is None else layers} layers", world, recomputed))
+    cases += [Case(name, world, _with_plan(fitted, plan, args)) for name, plan in _MEMORY_PLANS.items()]
     tokens = 2 * largest
     cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
     cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
     cases.append(Case("compiled", world, fitted, compile=True))
+    most = list(_MEMORY_PLANS)[-1]
+    cases.append(Case(f"compiled, {most}", world, _with_plan(fitted, _MEMORY_PLANS[most], args), compile=True))
     cases.append(Case("parameters in host memory", world, fitted, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
     cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
     return cases
+
+
+_MEMORY_PLANS: dict[str, dict[str, Any]] = {
+    "full on all layers": {"ac_policy": "full"},
+    "full on 1 layer": {"ac_policy": "full", "ac_layers": 1},
+    "keep_attention on all layers": {"ac_policy": "keep_attention"},
+    "keep_attention on 1 layer": {"ac_policy": "keep_attention", "ac_layers": 1},
+    "offload on all layers": {"ac_policy": "offload"},
+    "offload of 1 of all checkpointed layers": {"ac_policy": "offload", "offload_layers": 1},
+    "offload_attention on all layers": {"ac_policy": "offload_attention"},
+    "in chunks": {"mlp_chunk_tokens": 1},
+    "in head groups": {"attention_head_groups": 2},
+    "full, in chunks": {"ac_policy": "full", "mlp_chunk_tokens": 1},
+    "offload_attention, in chunks and head groups": {
+        "ac_policy": "offload_attention",
+        "mlp_chunk_tokens": 1,
+        "attention_head_groups": 2,
+    },
+    "offload, in chunks and head groups": {"ac_policy": "offload", "mlp_chunk_tokens": 1, "attention_head_groups": 2},
+}
+"""Level's fields for the memory of activations by the name of a case, whose other ones have their defaults.
+
+mlp_chunk_tokens and attention_head_groups mean that there are chunks and groups.
+"""
+
+
+def _with_plan(levels: Sequence[Level], plan: dict[str, Any], args: ModelArgs) -> tuple[Level, ...]:
+    """Return `levels` with a plan of _MEMORY_PLANS: chunks of a third of a shard, and the fewest groups that fit."""
+    changed = []
+    for level in levels:
+        fields = {"ac_policy": "none", "ac_layers": None, "offload_layers": None, **plan}
+        if "mlp_chunk_tokens" in plan:
+            fields["mlp_chunk_tokens"] = level.max_tokens // level.cp_degree // 3 + 1
+        if "attention_head_groups" in plan:
+            shape = (args.num_heads, args.num_kv_heads, level.cp_shape(args.num_kv_heads)[1])
+            fields["attention_head_groups"] = next((g for g in range(2, 129) if head_groups_fit(g, *shape)), 1)
+        changed.append(dataclasses.replace(level, **fields))
+    return tuple(changed)
 
 
 def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:

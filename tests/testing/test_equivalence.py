@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,28 @@ def test_bfloat16_cases_agree_within_their_noise_and_controls_are_caught(tmp_pat
     assert [row(result) for result in results if not result.passed] == []
     # Rounding shows: these are not fp32 runs.
     assert all(result.grad_difference > 10 * GRAD_TOLERANCE for result in results)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "world_size", "names"),
+    [
+        ("debug", 2, "^offload.* in chunks and head groups"),
+        pytest.param("debug", 4, "chunks|offload|groups", marks=pytest.mark.slow),
+        pytest.param("debug_moe", 4, "chunks|offload|groups", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_plans_leave_loss_and_gradients_unchanged(
+    flavor: str, world_size: int, names: str, tmp_path: Path
+) -> None:
+    config = load_config([*write_tiny_run(tmp_path), f"--model.flavor={flavor}", "--compile.backend=aot_eager"])
+    args = get_flavor(flavor)
+    samples = choose_samples(TokenStore.open(prepare(config)[0]), 12, 512)
+    levels = (Level(128), Level(256, 4, "hybrid"), Level(512, 2))
+    plans = [case for case in build_cases(levels, (world_size,), args) if re.search(names, case.name)]
+    assert all(level.attention_head_groups == 2 for level in plans[-1].levels)
+    results = [*verify(config, args, plans, samples)]
+    assert len(results) == len(plans) >= 2
+    assert [row(result) for result in results if not result.passed or result.grad_difference > 2e-6] == []
 
 
 def test_cases_fit_the_heads_and_the_world() -> None:
