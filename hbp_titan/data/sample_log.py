@@ -189,8 +189,11 @@ def read_starts(run_folder: Path, steps_done: int) -> list[RunStart]:
     return starts[::-1]
 
 
-def read_log(starts: Sequence[RunStart]) -> tuple[list[StepRecord], list[str]]:
-    """Return the records that count, and one line per problem of the files."""
+def read_log(starts: Sequence[RunStart], resumes: bool = False) -> tuple[list[StepRecord], list[str]]:
+    """Return the records that count, and one line per problem of the files.
+
+    resumes: whether the run is about to train the steps after the last start's `last_step` again.
+    """
     records: list[StepRecord] = []
     problems: list[str] = []
     first = min(start.first_step for start in starts)
@@ -204,14 +207,17 @@ def read_log(starts: Sequence[RunStart]) -> tuple[list[StepRecord], list[str]]:
             problems.append(f"{start.folder}/rank-{rank}.jsonl: unexpected, this start had {start.world_size} ranks")
         for rank in range(start.world_size):
             if rank in ranks:
-                records += _read_rank(start, rank, start is starts[-1], problems)
+                records += _read_rank(start, rank, not resumes and start is starts[-1], problems)
             else:
                 problems.append(f"{start.folder}/rank-{rank}.jsonl: missing")
     return records, problems
 
 
-def _read_rank(start: RunStart, rank: int, is_last: bool, problems: list[str]) -> Iterator[StepRecord]:
-    """Yield the records of one file that count. They must be consecutive, except for what a kill leaves behind."""
+def _read_rank(start: RunStart, rank: int, is_newest: bool, problems: list[str]) -> Iterator[StepRecord]:
+    """Yield the records of one file that count. They must be consecutive, except for what a kill leaves behind.
+
+    is_newest: whether no start trains its later steps again, so that there must be none.
+    """
     path = start.folder / f"rank-{rank}.jsonl"
     expected = start.first_step
     # As bytes: a node that died may leave half a character, which must not stop the reading.
@@ -228,7 +234,7 @@ def _read_rank(start: RunStart, rank: int, is_last: bool, problems: list[str]) -
                 continue
             if record.step != expected:
                 problems.append(f"{where}: step {record.step}, expected step {expected}")
-            elif is_last and record.step > start.last_step + 1:
+            elif is_newest and record.step > start.last_step + 1:
                 # One step may be logged and not yet known to be done; ranks cannot be further apart.
                 problems.append(f"{where}: step {record.step}, but the run has done {start.last_step} steps")
             if start.first_step <= record.step <= start.last_step:
@@ -293,7 +299,8 @@ def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: TokenS
     """Return a line about a finished epoch; raises RuntimeError if the log differs from the plans."""
     plan, last_step = segments[-1].plan, segments[-1].end - 1
     starts = read_starts(run_folder, last_step)
-    records, problems = read_log(starts)
+    # A run killed in the next epoch may resume from the checkpoint of this one's last step.
+    records, problems = read_log(starts, resumes=True)
     found = audit_epoch(records, segments, last_step, store)
     problems += check_data(starts, store) + found.problems
     if problems:

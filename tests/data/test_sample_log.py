@@ -217,6 +217,14 @@ def test_the_latest_start_that_trained_a_step_counts(run: Run) -> None:
     assert "not logged by" in run.audit(last)[0]
 
 
+def test_steps_of_the_next_epoch_that_a_kill_has_lost_are_no_fault_of_the_finished_one(run: Run) -> None:
+    # Killed three steps after the checkpoint of the epoch's last step, and about to resume from that.
+    run.start(1, 1, run.epoch_steps + 3)
+    assert check_epoch(run.folder, run.segments[:1], Store()) == "epoch 0: 12 samples, each trained once"
+    # A run that does not resume has no such steps.
+    assert f"has done {run.epoch_steps} steps" in run.audit(run.epoch_steps)[0]
+
+
 def _cut(line: str) -> str:
     return line[: len(line) // 2]
 

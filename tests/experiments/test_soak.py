@@ -98,6 +98,17 @@ def test_killed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_forty_random_kills_change_nothing(tmp_path: Path) -> None:
+    argv = [*write_tiny_run(tmp_path, num_rows=150), "--checkpoint.interval=2", "--metrics.timing_check_interval=0"]
+    settings = Settings([*argv, "--training.epochs=3"], tmp_path / "soak", sample_seconds=0.2, judged_seconds=5)
+    report = soak(settings, lambda generator: stepped_kills(generator, 40, 96), seed=2)
+    print(table(report))
+    assert report["faults"] == [], table(report)
+    assert (len(report["kills"]), report["complete"]) == (40, True)
+    assert {kill["all_ranks"] for kill in report["kills"]} == {True, False}
+
+
+@pytest.mark.slow
 def test_debug_model_soaks_for_an_hour(tmp_path: Path) -> None:
     # Both levels from the start: memory grows when the second one begins.
     argv = [*DEBUG, "--checkpoint.interval=10", "--training.epochs=40", "--packing.curriculum_steps=0"]
