@@ -110,7 +110,8 @@ def parallelized_on_meta(
 class Engine:
     """The sharded model and one micro-batch on it, at the level that the batch names."""
 
-    def __init__(self, config: JobConfig, args: ModelArgs, world: World) -> None:
+    def __init__(self, config: JobConfig, args: ModelArgs, world: World, read_weights: bool = True) -> None:
+        """read_weights: false leaves the weights uninitialized, for a caller that loads a checkpoint."""
         self.device = world.device
         self.replicated = config.parallelism.dp_replicate > 1
         dtype = compute_dtype(config, world.device)
@@ -124,7 +125,10 @@ class Engine:
             self.runtime.ac_state.host = HostActivations(world.device)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
-        initialize(self.model, args, storage, config.training.seed, config.weights_path)
+        if read_weights:
+            initialize(self.model, args, storage, config.training.seed, config.weights_path)
+        else:
+            self.model.to_empty(device=storage)
 
     @property
     def level_names(self) -> list[str]:

@@ -21,7 +21,7 @@ from hbp_titan.components import optimizer as optim
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.faults import NonFiniteGuard, Preempted, Preemption, Watchdog
 from hbp_titan.components.metrics import MetricsLogger, describe_start, wrap
-from hbp_titan.components.resume import TrainState, check_starts_over, record_start, set_determinism
+from hbp_titan.components.resume import TrainState, can_resume, check_starts_over, record_start, set_determinism
 from hbp_titan.components.step_stats import StepStats
 from hbp_titan.components.validation import Validator
 from hbp_titan.config import JobConfig, help_text, load_config, to_toml
@@ -96,7 +96,9 @@ class Trainer:
     def _build_model(self) -> None:
         config, world = self.config, self.world
         with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
-            self.engine = Engine(config, self.args, world)
+            # A checkpoint replaces the initial weights, so they are not read; with LoRA it has the adapters only.
+            self.resumes = distributed.broadcast_value(can_resume(config))
+            self.engine = Engine(config, self.args, world, read_weights=not self.resumes or config.lora.rank > 0)
             self.model = self.engine.model
             self.optimizer = optim.build_optimizer(self.model, config.optimizer)
 
@@ -343,6 +345,8 @@ class Trainer:
         check_starts_over(self.config)
         state = self.checkpointer.load() if self.config.checkpoint.enable else None
         if state is None:
+            if self.resumes:
+                raise ValueError(f"{self.checkpointer.folder}: the checkpoints were deleted during the start")
             return
         self.train_state.restore(state)
         self.nonfinite.restore(state["nonfinite"])
@@ -404,6 +408,9 @@ def main(argv: list[str]) -> None:
     snapshot = profiling.memory_snapshot(config.profiling, config.dump_folder, world.rank)
     lock = RunLock(config.dump_folder, world)
     with watchdog, errors.report_first_error(world.rank, lambda: watchdog.where), lock, snapshot:
+        if world.device.type == "cuda":
+            # Only now: nothing in the folder is touched before the lock is held.
+            (config.dump_folder / distributed.FLIGHT_RECORDER).mkdir(parents=True, exist_ok=True)
         trainer = errors.exit_on_user_error(lambda: Trainer(config, world, watchdog), first)
         with trainer.oom_advice:
             trainer.train()

@@ -50,8 +50,8 @@ def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[
         (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend"),
         (["--checkpoint.initial_load_path=nowhere"], "checkpoint.initial_load_path = 'nowhere'"),
         (["--checkpoint.initial_load_path=org/base"], "hf download org/base --local-dir models/base"),
-        (["--model.hf_path=org/base"], "model.hf_path = 'org/base': no such folder; if it is a model"),
-        (["--model.tokenizer_path=org/base"], "model.tokenizer_path = 'org/base': no such folder; if it is a model"),
+        (["--model.hf_path=org/base"], "model.hf_path = 'org/base': no such folder; a local path is"),
+        (["--model.tokenizer_path=org/base"], "if it is a model of the Hugging Face hub"),
     ],
 )
 def test_user_error_is_one_line(

@@ -13,6 +13,7 @@ import pytest
 
 from hbp_titan.data.sample_log import audit_run, read_starts
 from hbp_titan.data.token_store import TokenStore
+from hbp_titan.distributed.world import World
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.runs import compared, equal, read_metrics, train_until
 from tests.tiny_run import write_tiny_run
@@ -118,6 +119,24 @@ def test_same_ranks_repeat_a_replanned_epoch_bit_for_bit(run: Run) -> None:
     assert second["resumed"] == "resumed from step 6"
     assert compared(folder / "again") == compared(folder / "run")[:8]
     assert equal(found[1]["ended"], second["ended"])
+
+
+def _end(world: World, argv: list[str], steps: int) -> tuple[str, int]:
+    ended = train_until(world, [*argv, f"--training.steps={steps}"])
+    return ended["resumed"], ended["step"]
+
+
+def _end_twice(world: World, argv: list[str]) -> list[tuple[str, int]]:
+    return [_end(world, argv, steps) for steps in (2, 4)]
+
+
+def test_steps_after_the_end_of_the_schedule_are_announced(tmp_path: Path) -> None:
+    argv = [*write_tiny_run(tmp_path, levels="512:1"), "--lr_scheduler.min_lr_factor=0.5"]
+    (_, ended), (resumed, last) = run_distributed(_end_twice, 1, argv)[0]
+    assert (ended, last) == (2, 4)
+    assert "steps 3 to 4 train at its last rate, 0.005; " in resumed
+    assert f"--checkpoint.initial_load_path {tmp_path}/run/checkpoint/step-2 " in resumed
+    assert [step["lr"] for step in read_metrics(tmp_path / "run")][1:] == pytest.approx([0.005] * 3)
 
 
 @pytest.mark.slow

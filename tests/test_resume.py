@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hbp_titan import engine
 from hbp_titan.components import dcp_storage
 from hbp_titan.components.checkpoint import completed_checkpoints
 from hbp_titan.components.faults import EXIT_PREEMPTED
@@ -26,10 +27,12 @@ from tests.runs import (
     DEADLINE,
     Kill,
     assert_same_run,
+    equal,
     read_metrics,
     torchrun,
     train,
     train_and_signal,
+    train_until,
     train_until_killed,
     wait_until,
 )
@@ -64,6 +67,19 @@ def whole(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run_distributed(train, 2, [*argv, f"--job.dump_folder={folder}"])
     return folder
+
+
+def _resume_without_reading(world: World, argv: list[str]) -> bool:
+    """Whether a run of whose initial weights nothing can be read starts with the state that it ended with."""
+    ended = train_until(world, argv, 2)["ended"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "initialize", None)
+        return equal(train_until(world, argv, 2)["started"], ended)
+
+
+def test_resume_does_not_read_the_initial_weights(argv: list[str], tmp_path: Path) -> None:
+    argv = [*argv, "--levels=512:1", "--checkpoint.interval=2", f"--job.dump_folder={tmp_path}"]
+    assert run_distributed(_resume_without_reading, 1, argv) == [True]
 
 
 def _saved_steps(folder: Path) -> list[int]:

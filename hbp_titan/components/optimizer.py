@@ -136,6 +136,12 @@ class LRScheduler:
     start_step: int = 0
     start_position: float = 0.0
 
+    @property
+    def used_up(self) -> bool:
+        """Whether the steps after `start_step` all have the last rate: the run was at its end when it got more."""
+        # Positions are sums of fractions.
+        return self.total > self.start_step and self.start_position > self.schedule_steps - 1e-6
+
     def position_at(self, steps_done: int) -> float:
         """Return how many steps of the schedule are used up after `steps_done` steps of the run."""
         if self.total <= self.start_step:

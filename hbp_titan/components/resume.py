@@ -59,7 +59,7 @@ ROOT = Path(hbp_titan.__file__).resolve().parents[1]
 class TrainState:
     """The progress of a run: its start, until `restore` continues from a checkpoint.
 
-    data: fingerprint of the training data. resumed: the line that describes the continuation, "" for a new run.
+    data: fingerprint of the training data. resumed: the lines that describe the continuation, "" for a new run.
     """
 
     def __init__(self, config: JobConfig, args: ModelArgs, plans: EpochPlans, data: str) -> None:
@@ -103,6 +103,13 @@ class TrainState:
         # Other ranks, levels or epochs change the number of steps that remain.
         self.lr_scheduler = LRScheduler(**state["lr_scheduler"]).extend(step, self.position.total_steps())
         self.resumed = f"resumed from step {step}" + (f", {changed}" if changed else "")
+        if self.lr_scheduler.used_up and self.config.lr_scheduler.decay != "constant":
+            newest = self.config.dump_folder / "checkpoint" / f"step-{step}"
+            self.resumed += (
+                f"\nwarning: the learning-rate schedule ended with step {step}: steps {step + 1} to {self.total_steps} "
+                f"train at its last rate, {self.learning_rate():.3g}; for a schedule of their own, start a new "
+                f"run with --checkpoint.initial_load_path {newest} and another --job.dump_folder"
+            )
 
 
 def check_sample_log(run_folder: Path, step: int) -> None:
@@ -110,6 +117,11 @@ def check_sample_log(run_folder: Path, step: int) -> None:
     # Without it the audit could not tell what the earlier starts trained.
     if not start_folders(run_folder / SAMPLE_LOG):
         raise ValueError(f"cannot resume: {run_folder / SAMPLE_LOG} lacks the samples of steps 1 to {step}; {RESTORE}")
+
+
+def can_resume(config: JobConfig) -> bool:
+    """Return whether the run folder has a checkpoint, which this start then loads."""
+    return config.checkpoint.enable and bool(completed_checkpoints(config.dump_folder / "checkpoint"))
 
 
 def check_starts_over(config: JobConfig) -> None:

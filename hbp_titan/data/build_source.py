@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from hbp_titan.data.disk import commit_dir, ignore_if_exists, naming_full_disk
 from hbp_titan.data.files import SUFFIXES
-from hbp_titan.data.formats import mapped_columns, read_columns
+from hbp_titan.data.formats import filled_names, mapped_columns, read_columns
 from hbp_titan.data.rows import RowIndex, read_records
 from hbp_titan.data.token_store import (
     FORMAT_VERSION,
@@ -220,7 +220,7 @@ class ShardReport(NamedTuple):
     """malformed: number of malformed rows; errors: the first of them as "line: what is wrong".
 
     unread_columns: the columns that the format does not read, with the number of rows that have a value there.
-    absent_columns: the columns that `columns` maps and no row has.
+    absent_columns: the columns and keys of messages that `columns` maps and no row has.
     turn_ends: token id (as text, for JSON) -> trained turns that end with it; -1: without a control token.
     """
 
@@ -359,7 +359,8 @@ class _ShardWriter:
 
     def _count_columns(self, record: dict[str, Any]) -> None:
         if self.absent_columns:
-            self.absent_columns -= {name for name in self.absent_columns if record.get(name) is not None}
+            settings = self.tokenizer.settings
+            self.absent_columns -= filled_names(record, settings.format, settings.columns)
         for name in record.keys() - self.read_columns:
             # Arrow gives every row all columns.
             if record[name] is not None:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from hbp_titan.data.jsonl import check_json, shown
 from hbp_titan.data.messages import ROLES, check_message, check_tools, json_items, parse_text
+from hbp_titan.utils import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def check_mapping(format: str, columns: Mapping[str, str], roles: Mapping[str, s
         if name not in known:
             raise ValueError(
                 f"{key}.columns: {shown(name)} is not a column of {' or '.join(formats)}; "
-                f"must be one of {', '.join(known)}"
+                f"must be one of {', '.join(known)}{did_you_mean(name, known)}"
             )
         if not isinstance(column, str) or not column:
             raise ValueError(f"{key}.columns: {name} is {shown(column)}, not the name of a column")
@@ -115,8 +117,25 @@ def read_columns(format: str, columns: Mapping[str, str]) -> frozenset[str]:
 
 
 def mapped_columns(format: str, columns: Mapping[str, str]) -> set[str]:
-    """Return the data's names of the columns, message keys apart, that a format reads because `columns` maps them."""
-    return {columns[name] for name in _REQUIRED[format] + _OPTIONAL[format] if name in columns}
+    """Return the data's names that a format reads because `columns` maps them: columns, and keys of messages as
+    "messages[].KEY"."""
+    found = {columns[name] for name in _REQUIRED[format] + _OPTIONAL[format] if name in columns}
+    list_name = columns.get(_REQUIRED[format][-1], _REQUIRED[format][-1])
+    return found | {f"{list_name}[].{columns[key]}" for key in _KEYS[format] if key in columns}
+
+
+def filled_names(record: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> set[str]:
+    """Return the columns of a record that have a value, and the keys of its messages that have one, as in
+    `mapped_columns`."""
+    found = {name for name, value in record.items() if value is not None}
+    row, list_name = _Record(record, columns, {}), columns.get(_REQUIRED[format][-1], _REQUIRED[format][-1])
+    for column in _REQUIRED[format] if _KEYS[format] else ():
+        # A malformed row is reported by `parse_record`; a prompt may be text.
+        with suppress(ValueError):
+            for turn in row.turns(column, ""):
+                if isinstance(turn, dict):
+                    found.update(f"{list_name}[].{key}" for key, value in turn.items() if value is not None)
+    return found
 
 
 def detect_format(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:

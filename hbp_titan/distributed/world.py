@@ -39,6 +39,8 @@ SLOW_WORK_SECONDS = 3600
 """Timeout of waits for a slow disk (checkpoint, export, audit), in the control group."""
 PREPARE_SECONDS = 24 * 3600
 """How long ranks wait for a rank that prepares data: each may have hours of rows."""
+FLIGHT_RECORDER = "flight_recorder"
+"""Folder in the run folder with the dumps of NCCL's flight recorder."""
 _CONTROL = "control"
 _POLL_SECONDS = 0.05
 _RENDEZVOUS_FIX = "check that all nodes are started with the same RDZV_ENDPOINT, RDZV_ID and NNODES and reach the port"
@@ -60,7 +62,7 @@ class World:
 def init_world(timeout_seconds: int, run_folder: Path | None = None) -> World:
     """Start the process groups from torchrun's environment (a world of one rank without it).
 
-    run_folder: where NCCL's flight recorder writes when a collective times out.
+    run_folder: where NCCL's flight recorder writes when a collective times out; nothing is created in it.
     Raises ValueError if torch cannot use this machine's GPU, RuntimeError if the rendezvous times out.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -220,16 +222,16 @@ def set_flight_recorder(run_folder: Path) -> None:
     """Make NCCL's flight recorder dump each rank's last collectives into `run_folder` when one of them times out.
 
     Variables that the user has set are kept. torch reads the variables when it makes the first NCCL group, and
-    `torchfrtrace` (torch.distributed.flight_recorder) reads the dumps.
+    `torchfrtrace` (torch.distributed.flight_recorder) reads the dumps. The caller creates the folder FLIGHT_RECORDER,
+    once it holds the lock of the run folder.
     """
-    folder = run_folder / "flight_recorder"
+    folder = run_folder / FLIGHT_RECORDER
     # torch 2.11 to 2.13 read an old and a new name of each variable; the user may have set either.
     settings = {
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
         ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(folder.absolute() / "rank_"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for names, value in settings.items():
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = value

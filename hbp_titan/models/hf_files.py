@@ -23,8 +23,8 @@ _CARRIED = (
     "tekken.json", "tokenization_*.py",
 )  # fmt: skip
 _LFS_POINTER = b"version https://git-lfs"
-# What a hub calls a repository: an owner and a name.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+# What a hub calls a repository: an owner and a name, which is not that of a file.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/(?!.*\.(?:[a-z]*json[a-z]*|csv|arrow|parquet|gz|zst)$)[A-Za-z0-9][\w.-]*")
 # One slash is enough: a Path has lost the other.
 _HUB_URL = {
     "dataset": re.compile(r"\w+:/{1,2}(?:.*/)?datasets/([^/?#@]+/[^/?#@]+)"),
@@ -86,15 +86,18 @@ def missing_hint(path: Path, given: str, repo_type: str) -> str:
     url = _HUB_URL[repo_type].match(given)
     if ":/" in given and not url:
         return "; a URL is not read: download the file first"
-    if url or (_HUB_ID.fullmatch(given) and not path.parent.is_dir()):
+    close = did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    if url or (_HUB_ID.fullmatch(given) and not close):
         name = url[1] if url else given
+        # Both readings: a path from another working directory looks the same as a name on a hub.
+        local = "" if url else f"; a local path is relative to {Path.cwd()}"
         option, folder = (" --repo-type dataset", "data") if repo_type == "dataset" else ("", "models")
         folder = f"{folder}/{name.rpartition('/')[2]}"
         return (
-            f"; if it is a {repo_type} of the Hugging Face hub, download it first: "
+            f"{local}; if it is a {repo_type} of the Hugging Face hub, download it first: "
             f"hf download {name}{option} --local-dir {folder} (and set the path to {folder})"
         )
-    return did_you_mean(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    return close
 
 
 def check_not_pointer(file: Path, key: str = "") -> None:

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -168,8 +169,11 @@ def scaled_levels(levels: Sequence[Level], max_tokens: int) -> tuple[Level, ...]
     if not max_tokens or levels[-1].max_tokens <= max_tokens:
         return tuple(levels)
     ratio = max_tokens / levels[-1].max_tokens
-    # Multiples of 8, the largest cp degree of the cases.
-    return tuple(dataclasses.replace(k, max_tokens=max(8, round(k.max_tokens * ratio) // 8 * 8)) for k in levels)
+    units = [math.lcm(8, level.cp_degree) for level in levels]
+    return tuple(
+        dataclasses.replace(level, max_tokens=max(unit, round(level.max_tokens * ratio) // unit * unit))
+        for level, unit in zip(levels, units, strict=True)
+    )
 
 
 def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: ModelArgs) -> list[Case]:
@@ -180,7 +184,9 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
         # The configured cp degrees may need more ranks than this machine has.
         fitted = tuple(dataclasses.replace(k, cp_degree=_fitting_cp(k, world, args)) for k in levels)
         cases.append(Case(f"one level, {world} ranks", world, (Level(largest),)))
-        shared = [Level(largest, cp, style) for style in CP_STYLES for cp in (2, 4, 8)]
+        divisors = [degree for degree in range(2, world + 1) if world % degree == 0]
+        # Rounded up to a multiple: every sample fits a pack of every degree.
+        shared = [Level(-(-largest // cp) * cp, cp, style) for style in CP_STYLES for cp in divisors]
         cases += [
             Case(f"one level, {world} ranks, {level.cp_style} cp {level.cp_degree}", world, (level,))
             for level in shared
@@ -190,8 +196,8 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
         cases.append(Case(f"configured levels, {world} ranks", world, fitted))
         cases += [
             Case(f"configured levels, {world} ranks, experts over {ep}", world, fitted, expert_parallel=ep)
-            for ep in (2, 4, 8)
-            if args.moe is not None and world % ep == 0 and args.moe.n_routed_experts % ep == 0
+            for ep in divisors
+            if args.moe is not None and args.moe.n_routed_experts % ep == 0
         ]
         if world % 2 == 0:
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))

@@ -101,6 +101,8 @@ def test_remaining_steps_share_the_rest_of_the_schedule() -> None:
     config = LRSchedulerConfig(warmup_steps=0, decay="cosine", min_lr_factor=0.1)
     assert _factors(scheduler.extend(6, 9), config, 6, 9) == pytest.approx([0.1, 0.1, 0.1])
     assert scheduler.extend(6, 6).position_at(6) == 6
+    assert [scheduler.extend(6, total).used_up for total in (6, 9)] == [False, True]
+    assert not scheduler.extend(5, 9).used_up
 
 
 @given(

@@ -219,11 +219,11 @@ def test_columns_that_no_format_reads_are_counted_once_per_source(tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_mapped_columns_that_no_row_has_are_listed(tmp_path: Path) -> None:
+def test_mapped_columns_and_message_keys_that_no_row_has_are_listed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *(line("q", "a", extra="S" if k == 39 else None) for k in range(40)))
     block = f'[[data.sources]]\npath = "{file}"\ncolumns = {{ tools = "tool_list", source = "extra", weight = "w" }}\n'
     store = prepared(job(tmp_path, block))
-    assert unread(store) == [f"not found: {file}: columns 'tool_list'"]
+    assert unread(store) == [f"not found: {file}: columns 'messages[].w', 'tool_list'"]
     assert store.source_names == ["a", "S"]
 
 

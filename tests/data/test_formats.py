@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from hbp_titan.data.formats import Conversation, check_mapping, detect_format, parse_record, read_columns
+from hbp_titan.data.formats import (
+    Conversation,
+    check_mapping,
+    detect_format,
+    filled_names,
+    mapped_columns,
+    parse_record,
+    read_columns,
+)
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 TEXT = {"type": "text", "text": "a"}
@@ -524,9 +532,30 @@ def test_a_mapping_of_unknown_names_is_an_error() -> None:
         ("chat", {}, {}, '.format = "chat"'),
         ("alpaca", {"messages": "x"}, {}, '.columns: "messages"'),
         ("auto", {"mesages": "x"}, {}, '.columns: "mesages"'),
+        ("auto", {"message": "x"}, {}, '.columns: "message"'),
         ("auto", {"messages": ""}, {}, '.columns: messages is ""'),
         ("auto", {}, {"A": "bot"}, '.roles: "A" is "bot"'),
     ]
     for format, columns, roles, message in cases:
         with pytest.raises(ValueError, match="^" + re.escape(key + message)):
             check_mapping(format, columns, roles, key)
+    with pytest.raises(ValueError, match=r"did you mean messages\?"):
+        check_mapping("messages", {"message": "x"}, {}, key)
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        ("messages", {"dialog": [{"who": "a", "says": None}]}),
+        ("messages", {"dialog": '[{"who": "a"}]', "says": "b"}),
+        ("sharegpt", {"dialog": {"who": ["a"], "says": [None]}}),
+        ("prompt_completion", {"prompt": "x", "dialog": [{"who": "a"}]}),
+        ("messages", {"dialog": 3}),
+    ],
+)
+def test_mapped_names_are_found_in_rows_and_messages(format: str, record: dict[str, Any]) -> None:
+    list_name = {"sharegpt": "conversations", "prompt_completion": "completion"}.get(format, "messages")
+    columns = {list_name: "dialog", "role": "who", "weight": "says", "source": "origin"}
+    assert mapped_columns(format, columns) == {"dialog", "dialog[].who", "dialog[].says", "origin"}
+    found = mapped_columns(format, columns) & filled_names(record, format, columns)
+    assert found == {"dialog"} | ({"dialog[].who"} if record["dialog"] != 3 else set())

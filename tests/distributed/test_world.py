@@ -156,7 +156,8 @@ def test_flight_recorder_keeps_the_users_settings(tmp_path: Path, monkeypatch: p
         monkeypatch.delenv(name)
     set_flight_recorder(tmp_path / "run")
     assert [os.environ[name] for name in names] == ["2000", "1", str(tmp_path / "run" / "flight_recorder" / "rank_")]
-    assert (tmp_path / "run" / "flight_recorder").is_dir()
+    # The run folder is not touched before its lock is held.
+    assert not (tmp_path / "run").exists()
     for name, value in zip(names, ["500", "0"], strict=False):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")

@@ -229,12 +229,17 @@ def test_cases_fit_the_heads_and_the_world() -> None:
     assert "one level, 2 ranks, ulysses cp 4" not in names
     assert {"one level, 2 ranks, allgather cp 2", "one level, 4 ranks, hybrid cp 4"} <= set(names)
     assert sum(name.startswith("CONTROL") for name in names) == 4
+    # Every divisor of the ranks, also those that do not divide the level; 3 does not divide the 4 heads.
+    degrees = {(case.levels[0].cp_style, case.levels[0].cp_degree) for case in build_cases((Level(64),), (6, 12), args)}
+    assert degrees >= {("allgather", degree) for degree in (2, 3, 4, 6, 12)} | {("hybrid", 3), ("ulysses", 4)}
+    assert not degrees & {("ulysses", 3), ("ulysses", 6)}
 
 
 def test_levels_and_model_can_be_shrunk() -> None:
     levels = scaled_levels((Level(16384), Level(131072, 8)), 1024)
     assert [(level.max_tokens, level.cp_degree) for level in levels] == [(128, 1), (1024, 8)]
     assert scaled_levels(levels, 0) == levels
+    assert scaled_levels((Level(16384), Level(131073, 3)), 1024)[1] == Level(1008, 3)
     small = shrunk(get_flavor("llama3_1_8b"))
     assert (small.num_layers, small.num_heads, small.num_kv_heads, small.hidden_size) == (2, 32, 8, 512)
     sparse = shrunk(get_flavor("deepseek_v2_236b"))
