@@ -57,7 +57,8 @@ def _run(word: str, argv: list[str]) -> int | None:
         return None
     argv = with_presets(argv)
     if name == "train" and "RANK" not in os.environ:
-        print("running on one rank; for several: torchrun --nproc_per_node N -m hbp_titan train ...", flush=True)
+        launcher = "python -m hbp_titan.launch --nproc_per_node N -m hbp_titan train ..."
+        print(f"running on one rank; for several: {launcher}", flush=True)
     # The scripts are a subpackage where the package is installed, and a package next to it in a checkout that is not.
     scripts = "hbp_titan.scripts" if importlib.util.find_spec("hbp_titan.scripts") else "scripts"
     module = importlib.import_module(MODULES.get(name, f"{scripts}.{name}"))
@@ -93,7 +94,7 @@ def help_text() -> str:
             *lines,
             "",
             "On several ranks (train, and each command whose --help shows torchrun):",
-            f"  torchrun --nproc_per_node 8 -m hbp_titan train {CONFIG_KEY} llama3_1_8b_hbp",
+            f"  python -m hbp_titan.launch --nproc_per_node 8 -m hbp_titan train {CONFIG_KEY} llama3_1_8b_hbp",
             f"{CONFIG_KEY} takes a TOML file or the name of a preset.",
         ]
     )

@@ -1,4 +1,4 @@
-"""Train, or resume the run in the run folder: `torchrun -m hbp_titan.train --job.config_file X.toml`.
+"""Train, or resume the run in the run folder: `python -m hbp_titan.launch -m hbp_titan.train --job.config_file X.toml`.
 
 To be read from top to bottom. Trainer sets up in order (data, plan, model, optimizer, checkpoint), then runs optimizer
 steps. Each step is one or more micro-batches, each of one level on all ranks (after torchtitan v0.2.2 train.py).
