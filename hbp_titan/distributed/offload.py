@@ -109,9 +109,13 @@ class HostActivations:
         block.kept.append(kept)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            host.copy_(tensor.detach(), non_blocking=True)
+        assert kept.source is not None
+        self._copy(host, kept.source)
         return kept
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
 
     def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
         """Return host memory of the tensor's shape and dtype; it grows to the largest level's."""
@@ -120,7 +124,7 @@ class HostActivations:
         if buffer is None or buffer.nbytes < nbytes:
             # Free the smaller one first.
             self._buffers.pop(key, None)
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             self._buffers[key] = buffer
         return buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
 
@@ -140,6 +144,9 @@ class HostActivations:
             self._fetch(block)
             for earlier in self._blocks[-1:]:
                 self._fetch(earlier)
+            if block.copied is not None:
+                # The copy to the host may still read what autograd frees next.
+                torch.cuda.current_stream(self.device).wait_event(block.copied)
             if block.arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(block.arrived)
         assert kept.fetched is not None
@@ -153,15 +160,18 @@ class HostActivations:
     def _fetch(self, block: _Block) -> None:
         if any(kept.fetched is not None for kept in block.kept):
             return
+        if block.kept and block.kept[0].source is not None:
+            # The last block of the forward: nothing has freed its tensors.
+            for kept in block.kept:
+                kept.source, kept.fetched = None, kept.source
+            return
         # Allocated on the current stream, which frees them; the copies wait until it may have used the memory before.
         for kept in block.kept:
             kept.fetched = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=self.device)
-        self._free_sources(block)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            for kept in block.kept:
-                assert kept.fetched is not None
-                kept.fetched.copy_(kept.host, non_blocking=True)
+        for kept in block.kept:
+            assert kept.fetched is not None
+            self._copy(kept.fetched, kept.host)
         if self.stream is not None:
             block.arrived = self.stream.record_event()

@@ -164,6 +164,55 @@ def test_backward_fetches_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
+class _LateCopies(HostActivations):
+    """Copies that run as late as the streams' events allow, as a slow bus would make them."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.stream: Any = self
+        self.pending: list[Callable[[], None]] = []
+        self.done = 0
+        self.after_computation = False
+
+    # The copy stream.
+    def wait_stream(self, computation: Any) -> None:
+        self.after_computation = True
+
+    def record_event(self) -> int:
+        self.after_computation = False
+        return len(self.pending)
+
+    # The computation's stream.
+    def wait_event(self, event: int) -> None:
+        while self.done < event:
+            self.pending[self.done]()
+            self.done += 1
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        assert self.after_computation
+        source_ref = weakref.ref(source)
+
+        def copy() -> None:
+            alive = source_ref()
+            assert alive is not None, "freed before its copy ended"
+            target.copy_(alive)
+
+        self.pending.append(copy)
+
+
+@pytest.mark.parametrize("policy", ["offload", "offload_attention"])
+def test_nothing_is_read_before_its_copy_has_ended(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(DEBUG)
+    plain = model.loss_and_grads(Level(TOKENS))
+    late = model.state.host = _LateCopies()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: late)
+    for _ in range(2):
+        assert _worst(model.loss_and_grads(Level(TOKENS, ac_policy=policy)), plain) == 0
+    # Copies to the host and back, the last block's only to it.
+    buffers = len(late._buffers) // DEBUG.num_layers
+    assert late.done == len(late.pending) == 2 * buffers * (2 * DEBUG.num_layers - 1)
+
+
 def test_a_forward_after_one_without_backward_starts_afresh() -> None:
     model = Model(DEBUG)
     level = Level(TOKENS, ac_policy="offload_attention")
