@@ -176,7 +176,9 @@ class MeasuredEngine:
         states = [] if self._optimizer is None else list(self._optimizer.state.values())
         held: list[Tensor] = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
         held += [value for state in states for value in state.values()]
-        return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in held)
+        host = self.engine.runtime.ac_state.host
+        buffers = 0 if host is None else host.buffer_bytes
+        return buffers + sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held)
 
     def attempt(self, work: Callable[[Engine], T]) -> T | None:
         """Return what `work` of the engine returns; None on every rank, and no engine, if any rank runs out of memory.

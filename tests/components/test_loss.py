@@ -24,7 +24,7 @@ from hbp_titan.components.loss import (
 )
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.tuning.memory import head_memory
+from hbp_titan.tuning.pieces import head_memory
 
 
 def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

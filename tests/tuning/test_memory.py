@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from hbp_titan.models.registry import DEBUG, get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.measured_engine import MeasuredEngine
-from hbp_titan.tuning.memory import _head_memory, _shape, block_memory, estimate_memory, fewest_layers, head_memory
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
+from hbp_titan.tuning.pieces import _head_memory, _shape, block_memory, head_memory
 from hbp_titan.tuning.profile import Packs
 
 WIDE = dataclasses.replace(
@@ -32,6 +34,14 @@ EXPERTS = dataclasses.replace(
     moe=MoEArgs(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1),
 )
 POLICIES = (("none", None), ("full", None), ("full", 2), ("keep_attention", None), ("keep_attention", 2))
+PLANS: tuple[dict[str, Any], ...] = (
+    {"ac_policy": "full", "mlp_chunk_tokens": 100},
+    {"mlp_chunk_tokens": 64, "attention_head_groups": 4},
+    {"ac_policy": "offload", "offload_layers": 2},
+    {"ac_policy": "offload", "ac_layers": 3, "attention_head_groups": 2, "mlp_chunk_tokens": 100},
+    {"ac_policy": "offload_attention", "mlp_chunk_tokens": 64},
+)
+"""Chunks, groups of heads and, last because it stays, host memory. The debug model's vocabulary hides the blocks."""
 READINGS = 3
 """With several ranks the CPU's records miss what gloo's threads free: a reading can be too high, never too low."""
 
@@ -41,8 +51,10 @@ def _tolerance(world_size: int) -> float:
     return 0.05 if world_size == 1 else 0.15
 
 
-def _levels(lengths: Sequence[int], forms: Sequence[tuple[int, str]]) -> list[Level]:
-    return [Level(t, cp, style, *policy) for t in lengths for cp, style in forms for policy in POLICIES]
+def _levels(args: ModelArgs, lengths: Sequence[int], forms: Sequence[tuple[int, str]]) -> list[Level]:
+    levels = [Level(t, cp, style, *policy) for t in lengths for cp, style in forms for policy in POLICIES]
+    plans = {"debug": (), "wide": PLANS, "experts": PLANS[3:]}[args.name]
+    return levels + [Level(t, cp, style, **plan) for t in lengths for cp, style in forms for plan in plans]
 
 
 def _config(expert_parallel: int) -> JobConfig:
@@ -57,7 +69,11 @@ def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], e
     peaks = []
     for index, level in enumerate(levels):
         batch = packs[level.max_tokens].batch(0, level, index, args, world.rank)
+        if level.offloads:
+            # Without the host memory of other levels.
+            engine.clear()
         peaks.append(min(engine.peak_bytes(batch, warm_up=False) for _ in range(readings)))
+    engine.clear()
     return [peaks, [engine.held_bytes()]]
 
 
@@ -79,14 +95,16 @@ CASES = [
 def test_estimate_equals_the_measured_peak(
     args: ModelArgs, world_size: int, expert_parallel: int, lengths: tuple[int, ...], forms: list[tuple[int, str]]
 ) -> None:
-    levels = _levels(lengths, forms)
+    levels = _levels(args, lengths, forms)
     results = run_distributed(_measured_and_resident, world_size, args, levels, expert_parallel)
     measured = dict(zip(levels, results[0][0], strict=True))
     estimates = {
         level: estimate_memory(args, level, _config(expert_parallel), world_size, device_type="cpu") for level in levels
     }
     for level, peak in measured.items():
-        assert estimates[level].peak_bytes == pytest.approx(peak, rel=_tolerance(world_size)), level
+        # On this machine the device's memory is the host's.
+        both = estimates[level].peak_bytes + estimates[level].host_bytes
+        assert both == pytest.approx(peak, rel=_tolerance(world_size)), level
     for rank in results:
         # Odd parameters are padded to the world size.
         assert estimates[levels[0]].resident_bytes == pytest.approx(rank[1][0], rel=1e-3)
@@ -98,6 +116,7 @@ def test_estimate_equals_the_measured_peak(
             assert saved == pytest.approx(measured[level] - measured[every], rel=0.15), level
 
 
+GPU = (torch.bfloat16, "cuda")
 STATES = [["--parallelism.cpu_offload=true"]]
 """Words that change what is held between steps, or where."""
 
@@ -144,6 +163,50 @@ def test_saved_bytes_of_a_gpu_layer_by_hand() -> None:
     assert block_memory(args, Level(tokens, ac_policy="full"), torch.bfloat16, "cuda").saved == 0
     attention = block_memory(args, Level(tokens, ac_policy="keep_attention"), torch.bfloat16, "cuda").saved / tokens
     assert attention == pytest.approx(2 * hidden + 2 * kv + 4 * 32, abs=1)
+    # Chunks keep what is outside of them.
+    chunked = block_memory(args, Level(tokens, mlp_chunk_tokens=512), torch.bfloat16, "cuda").saved / tokens
+    assert chunked == attention
+
+
+def test_host_memory_of_a_gpu_layer_by_hand() -> None:
+    args, tokens = get_flavor("llama3_1_8b"), 5000
+    hidden, kv, logsumexp = 2 * 4096 * tokens, 2 * 1024 * tokens, 4 * 32 * tokens
+    full, attention = (
+        block_memory(args, Level(tokens, ac_policy=policy), torch.bfloat16, "cuda")
+        for policy in ("offload", "offload_attention")
+    )
+    # The input; with attention also q, k, v, its output and the logsumexp. Pinned memory comes in powers of two.
+    assert (full.saved, full.offloaded, full.host) == (0, hidden, 1 << 26)
+    kept = 3 * hidden + 2 * kv + logsumexp
+    pinned = 3 * (1 << 26) + 2 * (1 << 24) + (1 << 20)
+    assert (attention.saved, attention.offloaded, attention.host) == (0, kept, pinned)
+
+
+def test_device_memory_with_activations_on_the_host_by_hand() -> None:
+    # Two layers more take 2 * 2 * 4096 bytes more per token, on the device or in host memory.
+    args, tokens, config = get_flavor("llama3_1_8b"), 1 << 16, load_config(["--parallelism.cpu_offload=true"])
+
+    def estimates(policy: str) -> list[MemoryEstimate]:
+        sizes = [dataclasses.replace(args, num_layers=layers) for layers in (4, 6)]
+        level = Level(tokens, ac_policy=policy, mlp_chunk_tokens=8192)
+        return [estimate_memory(size, level, config, 1, device_type="cuda") for size in sizes]
+
+    few, more = estimates("full")
+    assert more.peak_bytes - few.peak_bytes == 2 * 8192 * tokens
+    few, more = estimates("offload")
+    assert more.peak_bytes == few.peak_bytes
+    assert more.host_activation_bytes - few.host_activation_bytes == 2 * 8192 * tokens
+
+
+def test_head_groups_divide_what_attention_allocates() -> None:
+    # Of a float32 dq and of dk and dv per query head, 8 of 32 heads at a time; q, k, v, o and their gradients stay.
+    args, tokens = get_flavor("llama3_1_8b"), 1 << 17
+    one, four = (
+        block_memory(args, Level(tokens, 1, "ulysses", "full", mlp_chunk_tokens=8192, attention_head_groups=n), *GPU)
+        for n in (1, 4)
+    )
+    workspaces = (4 + 2 * 2) * 4096 * tokens
+    assert 0.25 * workspaces < one.backward - four.backward < 0.75 * workspaces
 
 
 def test_saved_bytes_of_each_cp_style_by_hand() -> None:
@@ -192,6 +255,15 @@ def test_parameters_kept_after_forward_count() -> None:
     freed = estimate_memory(args, level, config, 2, device_type="cpu").peak_bytes
     config.parallelism.reshard_after_forward = False
     assert estimate_memory(args, level, config, 2, device_type="cpu").peak_bytes > freed
+
+
+def test_frozen_weights_need_no_gradients_in_backward() -> None:
+    args, config, level = get_flavor("llama3_1_8b"), JobConfig(), Level(1024, ac_policy="full")
+    trained = estimate_memory(args, level, config, 8, device_type="cuda").transient_bytes
+    config.lora.rank = 16
+    adapted = estimate_memory(args, level, config, 8, device_type="cuda").transient_bytes
+    # The head's fp32 gradient for the reduction, and its sum in fp32 over the chunks of the loss.
+    assert trained - adapted > 4 * 128_256 * 4096
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,402 @@
+"""Memory of one decoder block and of the head, counted by running the real code under FakeTensorMode.
+
+Owns the count of live bytes on the device and in host memory, and what replaces ranks, kernels and copies to the host
+in that run. So any policy, cp style or new model is covered without a formula, at any length, without a GPU.
+
+Not simulated: collectives are only their shapes; with expert parallelism all ranks have equal loads; attention is the
+CPU operator, which like the flash kernels keeps q, k, v, its output and a float32 logsumexp per query and head, plus
+`_attention_workspaces` for what a kernel allocates inside. Compiled blocks keep less than estimated: the compiler fuses
+and recomputes.
+
+Shape suffixes: S tokens of a rank's shard, H hidden size, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hbp_titan.components.loss import linear_cross_entropy, select_rows
+from hbp_titan.distributed import chunks
+from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, BlockForward
+from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
+from hbp_titan.distributed.expert_parallel import ExpertExchange, Splits
+from hbp_titan.distributed.offload import HostActivations
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder, DecoderBlock, Head
+from hbp_titan.models.documents import Documents, HeadTailShard, ShardPass, pack_documents
+from hbp_titan.models.lora import apply_lora
+from hbp_titan.models.moe import Experts, MixtureOfExperts
+from hbp_titan.packing import Level
+
+Piece = TypeVar("Piece", bound=nn.Module)
+Adapters = tuple[int, tuple[str, ...]]
+"""lora.rank and lora.target_modules; rank 0: every parameter is trained."""
+
+_ATTENTION_FORWARD = torch.ops.hbp_titan.varlen_attention_cpu.default
+_ATTENTION_BACKWARD = torch.ops.hbp_titan.varlen_attention_cpu_backward.default
+
+
+@dataclass(frozen=True)
+class PieceMemory:
+    """Bytes of a block or of the head, in addition to its input and parameters.
+
+    forward: peak during forward. saved: held from forward to backward, without the output. backward: peak during
+    backward above what is held when it begins (including the output's gradient), with the gradients of the parameters.
+    output: of the output alone.
+    offloaded: on the device, of what the block keeps in host memory, its input included; part of `backward`, and of
+    `forward` without the input where copies to the host are asynchronous. host: of the buffers that hold it there.
+    """
+
+    forward: int
+    saved: int
+    backward: int
+    output: int
+    offloaded: int = 0
+    host: int = 0
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Counter of the live bytes that operators allocate on the device while it is active.
+
+    workspaces: bytes that an operator allocates internally.
+    """
+
+    def __init__(self, workspaces: dict[Any, int] | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.workspaces = workspaces or {}
+        self._sizes: dict[int, int] = {}
+        self._ignoring = False
+
+    def ignore(self, tensors: list[Tensor]) -> None:
+        """Do not count the storages of `tensors`."""
+        self._sizes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Do not count what is allocated in this context."""
+        self._ignoring = True
+        yield
+        self._ignoring = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live + self.workspaces.get(func, 0))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = 0 if self._ignoring else storage.nbytes()
+        self.live += self._sizes[key]
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def block_memory(
+    args: ModelArgs,
+    level: Level,
+    dtype: torch.dtype,
+    device_type: str,
+    expert_parallel: int = 1,
+    adapters: Adapters = (0, ()),
+) -> PieceMemory:
+    """Return the memory of one decoder block on a rank's share of a pack of `level`, under its checkpoint policy.
+
+    dtype: of parameters and hidden states. device_type: "cpu" or "cuda", which need not exist here. expert_parallel:
+    ranks that share the experts of a layer.
+    """
+    # Without what differs between layers only, so that all of a kind share a cache entry.
+    level = replace(level, ac_layers=None, offload_layers=None, reshard_after_forward=None)
+    return _block_memory(_shape(args), level, dtype, device_type, expert_parallel, adapters)
+
+
+@lru_cache(maxsize=1024)
+def _block_memory(
+    args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str, expert_parallel: int, adapters: Adapters
+) -> PieceMemory:
+    gather_degree = level.cp_shape(args.num_kv_heads)[0]
+    tracker = AllocationTracker(_attention_workspaces(args, level, dtype, device_type))
+    with FakeTensorMode():
+        block = _make(lambda: _block(args, expert_parallel, adapters), dtype, device_type)
+        block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
+        host = _HostWithoutDevice(tracker, asynchronous=device_type == "cuda") if level.offloads else None
+        state = ActivationCheckpointState(host=host)
+        state.set_level(level, 1)
+        forward = BlockForward(block, 0, state)
+        size = level.max_tokens // level.cp_degree
+        x_SH = torch.empty(size, args.hidden_size, dtype=dtype, requires_grad=True)
+        rope_SD = [torch.empty(size, args.rope_dim) for _ in range(2)]
+        documents = _documents(level, args)
+        with _few_chunks():
+            return _measure(block, forward, (x_SH, *rope_SD, documents), tracker, host)
+
+
+def head_memory(
+    args: ModelArgs,
+    tokens: int,
+    loss_tokens: int,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    device_type: str,
+    frozen: bool = False,
+) -> PieceMemory:
+    """Return the memory of the final norm and the loss over `tokens` hidden states, `loss_tokens` of them trained."""
+
+    def run(count: int) -> PieceMemory:
+        return _head_memory(_shape(args), tokens, count, chunk_tokens, dtype, device_type, frozen)
+
+    # Beyond a few chunks every size is linear in their number, so long losses are extrapolated.
+    few, more = 4 * chunk_tokens, 8 * chunk_tokens
+    if loss_tokens <= more:
+        return run(loss_tokens)
+    sizes = zip(astuple(run(few)), astuple(run(more)), strict=True)
+    return PieceMemory(*(low + (high - low) * (loss_tokens - few) // (more - few) for low, high in sizes))
+
+
+@lru_cache(maxsize=1024)
+def _head_memory(
+    args: ModelArgs,
+    tokens: int,
+    loss_tokens: int,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    device_type: str,
+    frozen: bool = False,
+) -> PieceMemory:
+    with FakeTensorMode():
+        head = _make(lambda: Head(args).requires_grad_(not frozen), dtype, device_type)
+        index = torch.empty(loss_tokens, dtype=torch.int64)
+        weights = torch.empty(loss_tokens)
+
+        def loss(hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
+            return linear_cross_entropy(select_rows(hidden_SH, index), weight_VH, index, weights, chunk_tokens)[0]
+
+        x_SH = torch.empty(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
+        return _measure(head, head, (x_SH, loss), AllocationTracker())
+
+
+def _shape(args: ModelArgs) -> ModelArgs:
+    """Return `args` without what one piece's memory does not depend on, so that all depths share a cache entry."""
+    # With experts all layers count as sparse, as almost all are.
+    moe = args.moe and replace(args.moe, first_k_dense_replace=0)
+    return replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False, moe=moe)
+
+
+def _block(args: ModelArgs, expert_parallel: int, adapters: Adapters) -> DecoderBlock:
+    """Return a block with the experts of one of `expert_parallel` ranks, and an exchange without the other ranks."""
+    model = Decoder(args)
+    rank, target_modules = adapters
+    if rank:
+        apply_lora(model, rank, 1.0, target_modules)
+    block = next(model.blocks())
+    if expert_parallel > 1:
+        assert args.moe is not None
+        assert isinstance(block.mlp, MixtureOfExperts)
+        own = args.moe.n_routed_experts // expert_parallel
+        trained = next(block.mlp.experts.parameters()).requires_grad
+        block.mlp.experts = Experts(args.hidden_size, args.moe.moe_intermediate_size, own).requires_grad_(trained)
+        exchange = _ExchangeWithoutRanks(block.mlp.experts, expert_parallel)
+        block.mlp.run_experts = exchange  # type: ignore[method-assign]
+    return block
+
+
+def _make(piece: Callable[[], Piece], dtype: torch.dtype, device_type: str) -> Piece:
+    """Return a piece of the model with fake parameters and the norm that `device_type` would run."""
+    with torch.device("meta"):
+        module = piece()
+    # nn.Module.to does not work on fake tensors.
+    for part in list(module.modules()):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=dtype)
+            setattr(part, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        if device_type == "cuda" and isinstance(part, nn.RMSNorm):
+            # On a GPU the norm is one fused kernel; the CPU's is made of several operators, which keep more.
+            part.forward = lambda x, norm=part: _FusedNorm.apply(x, norm.weight)  # type: ignore[method-assign, misc]
+    return module
+
+
+def _measure(
+    module: nn.Module,
+    forward: Any,
+    inputs: tuple[Any, ...],
+    tracker: AllocationTracker,
+    host: _HostWithoutDevice | None = None,
+) -> PieceMemory:
+    tracker.ignore([*module.parameters(), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))])
+    with tracker:
+        output = forward(*inputs)
+        forward_peak = tracker.peak
+        if host is not None:
+            host.end_copies()
+        output_bytes = output.untyped_storage().nbytes()
+        saved = tracker.live - output_bytes
+        grad = torch.empty_like(output)
+        tracker.peak = start = tracker.live
+        # The engine drops the output of a block once the next block has it, so only its graph may stay alive here.
+        graph = torch.autograd.graph.get_gradient_edge(output)
+        del output
+        torch.autograd.backward([graph], [grad])
+        backward_peak = tracker.peak - start
+    offloaded, on_host = (0, 0) if host is None else (host.buffer_bytes, host.pinned_bytes)
+    return PieceMemory(forward_peak, saved, max(backward_peak, 0), output_bytes, offloaded, on_host)
+
+
+def _attention_workspaces(args: ModelArgs, level: Level, dtype: torch.dtype, device_type: str) -> dict[Any, int]:
+    """Return the bytes that the attention kernels allocate internally, for one document that fills the pack.
+
+    CPU (models/attention_cpu.py): a document's output, and its dq, dk and dv with keys repeated per query head. CUDA
+    (flash-attn, and torch's varlen attention, which is the same kernel): dq in float32, and with fewer kv than query
+    heads dk and dv per query head, which are then summed.
+    """
+    gather_degree, ulysses_degree = level.cp_shape(args.num_kv_heads)
+    heads = args.num_heads // level.attention_head_groups // ulysses_degree
+    kv_heads = max(1, args.num_kv_heads // level.attention_head_groups // ulysses_degree)
+    width = heads * args.head_dim
+    keys = level.max_tokens
+    # With gathered keys, each of two passes has half of the shard's queries.
+    queries = keys if gather_degree == 1 else -(-keys // (2 * gather_degree))
+    if device_type == "cuda":
+        repeated = 2 * keys * width * dtype.itemsize if heads > kv_heads else 0
+        return {_ATTENTION_BACKWARD: 4 * queries * width + repeated}
+    return {
+        _ATTENTION_FORWARD: queries * width * dtype.itemsize,
+        _ATTENTION_BACKWARD: (queries + 2 * keys) * width * dtype.itemsize,
+    }
+
+
+def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
+    gather_degree, ulysses_degree = level.cp_shape(args.num_kv_heads)
+    group: Any = object()
+    return ContextParallelState(
+        ulysses_degree, group if ulysses_degree > 1 else None, group if gather_degree > 1 else None
+    )
+
+
+def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
+    """Return one document that fills the pack; as a head-tail shard that of the last rank, which has the most keys."""
+    gather_degree = level.cp_shape(args.num_kv_heads)[0]
+    if gather_degree == 1:
+        return pack_documents([level.max_tokens])
+    # As `head_tail_shard` cuts it; a shard may be odd.
+    heads = -(-level.max_tokens // (2 * gather_degree))
+    tails = level.max_tokens // gather_degree - heads
+    passes = ((heads, gather_degree * heads), (tails, gather_degree * heads + tails))
+    return HeadTailShard(
+        *(ShardPass(pack_documents([own], [keys]), torch.empty(keys, dtype=torch.int64)) for own, keys in passes)
+    )
+
+
+@contextmanager
+def _few_chunks() -> Iterator[None]:
+    """Run only the first chunks of a region: the others allocate and free the same, one after another."""
+    every = chunks._parts
+    chunks._parts = lambda tokens, chunk_tokens: itertools.islice(every(tokens, chunk_tokens), 3)
+    try:
+        yield
+    finally:
+        chunks._parts = every
+
+
+class _HostWithoutDevice(HostActivations):
+    """Activations in host memory, not counted by `tracker`.
+
+    asynchronous: what is copied stays on the device until `end_copies`, as on a GPU.
+    """
+
+    def __init__(self, tracker: AllocationTracker, asynchronous: bool) -> None:
+        super().__init__(torch.device("cpu"))
+        self.tracker, self.asynchronous = tracker, asynchronous
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of host memory that the allocator takes for the buffers."""
+        sizes = [buffer.nbytes for buffer in self._buffers.values()]
+        # torch's allocator of pinned memory rounds each one up to a power of two (CachingHostAllocator.h of 2.11 to
+        # 2.13, pinned_max_round_threshold_mb).
+        return sum(1 << (size - 1).bit_length() for size in sizes) if self.asynchronous else sum(sizes)
+
+    def end_copies(self) -> None:
+        for block in self._blocks:
+            self._free_sources(block)
+
+    def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
+        with self.tracker.ignoring():
+            return super()._buffer(key, tensor)
+
+    def _copy_to_host(self, block: Any, tensor: Tensor) -> Any:
+        kept = super()._copy_to_host(block, tensor)
+        if self.asynchronous:
+            kept.source = tensor.detach()
+        return kept
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Shapes of CUDA's RMS norm: one kernel, which keeps its input and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _ExchangeWithoutRanks(ExpertExchange):
+    """Expert parallelism in one process: each of `ranks` sends this one the same number of rows."""
+
+    def __init__(self, experts: Experts, ranks: int) -> None:
+        group: Any = None
+        super().__init__(experts, group)
+        self.ranks = ranks
+
+    def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+        # Equal loads: an expert with twice its share would need as much more for the rows that it receives.
+        rows, rest = divmod(len(order_S), self.ranks)
+        self.sent_P = [rows + (rank < rest) for rank in range(self.ranks)]
+        return super().__call__(x_TH, weights_TK, order_S, counts_E)
+
+    def count(self, counts_E: Tensor) -> Splits:
+        return Splits(counts_E.view(self.ranks, -1), self.sent_P, self.sent_P)
+
+    def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
+        # As many rows arrive as are sent.
+        return torch.empty_like(x)
+
+
+class _AttentionWithoutRanks(ContextParallelAttention):
+    """Context parallelism in one process: collectives are only their shapes."""
+
+    def __init__(self, inner: nn.Module, state: ContextParallelState, gather_degree: int) -> None:
+        super().__init__(inner, state)
+        self.gather_degree = gather_degree
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.gather_degree * x.shape[0], *x.shape[1:])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0] // self.gather_degree, *x.shape[1:])
