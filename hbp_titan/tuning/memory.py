@@ -117,7 +117,6 @@ class _Composition:
         self.kept_share = 0.0 if resharded is True else 1.0 if resharded is False else 1 / resharded
         tokens = level.max_tokens // level.cp_degree
         lora: Adapters = (config.lora.rank, tuple(config.lora.target_modules))
-        self.asynchronous = device_type == "cuda"
         self.blocks: list[PieceMemory] = [
             block_memory(args, level.with_policy(policy), dtype, device_type, expert_parallel, lora)
             for policy in layer_policies(level, args.num_layers)
@@ -147,7 +146,7 @@ class _Composition:
     def estimate(self) -> MemoryEstimate:
         # The input of a block is on the device, or in host memory with the rest of what it keeps.
         saved = [block.saved + (0 if block.host else self.hidden) for block in self.blocks]
-        moments = [self._head_moment(saved), self._embedding_moment(), self._first_fetch_moment(saved)]
+        moments = [self._head_moment(saved), self._embedding_moment()]
         for i in range(len(self.blocks)):
             moments += [self._forward_moment(i, saved), self._backward_moment(i, saved), self._reduce_moment(i, saved)]
         activations = sum(block.host for block in self.blocks)
@@ -173,7 +172,7 @@ class _Composition:
     def _copied(self, i: int) -> int:
         """Return the bytes that an earlier block holds while block i runs, until their copy to the host has ended."""
         before = min(i, self.offloaded)
-        return self.blocks[before - 1].offloaded if before and self.asynchronous else 0
+        return self.blocks[before - 1].offloaded if before else 0
 
     def _fetched(self, i: int) -> int:
         """Return the bytes of earlier blocks on the device after block i's backward has begun."""
@@ -181,11 +180,6 @@ class _Composition:
             return self._copied(i)
         # The next block's in backward order arrive meanwhile.
         return self.blocks[i - 1].offloaded if i else 0
-
-    def _first_fetch_moment(self, saved: list[int]) -> int:
-        """Return the bytes when the last block with host memory gets back what the device still holds."""
-        last = self.offloaded
-        return self._held(last, saved[:last]) + self.hidden + 2 * self._copied(last) if last else 0
 
     def _head_moment(self, saved: list[int]) -> int:
         parameters = 0 if self.tied else self.vocab.parameters + self.vocab.all_gather

@@ -55,8 +55,8 @@ class PieceMemory:
     forward: peak during forward. saved: held from forward to backward, without the output. backward: peak during
     backward above what is held when it begins (including the output's gradient), with the gradients of the parameters.
     output: of the output alone.
-    offloaded: on the device, of what the block keeps in host memory, its input included; part of `backward`, and of
-    `forward` without the input where copies to the host are asynchronous. host: of the buffers that hold it there.
+    offloaded: on the device, of what the block keeps in host memory, its input included; part of `backward` and,
+    without the input, of `forward`. host: of the buffers that hold it there.
     """
 
     forward: int
@@ -138,7 +138,7 @@ def _block_memory(
     with FakeTensorMode():
         block = _make(lambda: _block(args, expert_parallel, adapters), dtype, device_type)
         block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
-        host = _HostWithoutDevice(tracker, asynchronous=device_type == "cuda") if level.offloads else None
+        host = _HostWithoutDevice(tracker, pinned=device_type == "cuda") if level.offloads else None
         state = ActivationCheckpointState(host=host)
         state.set_level(level, 1)
         forward = BlockForward(block, 0, state)
@@ -256,7 +256,7 @@ def _measure(
         del output
         torch.autograd.backward([graph], [grad])
         backward_peak = tracker.peak - start
-    offloaded, on_host = (0, 0) if host is None else (host.buffer_bytes, host.pinned_bytes)
+    offloaded, on_host = (0, 0) if host is None else (host.buffer_bytes, host.allocated_bytes)
     return PieceMemory(forward_peak, saved, max(backward_peak, 0), output_bytes, offloaded, on_host)
 
 
@@ -317,22 +317,19 @@ def _few_chunks() -> Iterator[None]:
 
 
 class _HostWithoutDevice(HostActivations):
-    """Activations in host memory, not counted by `tracker`.
+    """Activations in host memory, not counted by `tracker`; what is copied stays on the device until `end_copies`."""
 
-    asynchronous: what is copied stays on the device until `end_copies`, as on a GPU.
-    """
-
-    def __init__(self, tracker: AllocationTracker, asynchronous: bool) -> None:
+    def __init__(self, tracker: AllocationTracker, pinned: bool) -> None:
         super().__init__(torch.device("cpu"))
-        self.tracker, self.asynchronous = tracker, asynchronous
+        self.tracker, self.pinned = tracker, pinned
 
     @property
-    def pinned_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """Bytes of host memory that the allocator takes for the buffers."""
         sizes = [buffer.nbytes for buffer in self._buffers.values()]
         # torch's allocator of pinned memory rounds each one up to a power of two (CachingHostAllocator.h of 2.11 to
         # 2.13, pinned_max_round_threshold_mb).
-        return sum(1 << (size - 1).bit_length() for size in sizes) if self.asynchronous else sum(sizes)
+        return sum(1 << (size - 1).bit_length() for size in sizes) if self.pinned else sum(sizes)
 
     def end_copies(self) -> None:
         for block in self._blocks:
@@ -341,12 +338,6 @@ class _HostWithoutDevice(HostActivations):
     def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
         with self.tracker.ignoring():
             return super()._buffer(key, tensor)
-
-    def _copy_to_host(self, block: Any, tensor: Tensor) -> Any:
-        kept = super()._copy_to_host(block, tensor)
-        if self.asynchronous:
-            kept.source = tensor.detach()
-        return kept
 
 
 class _FusedNorm(torch.autograd.Function):
