@@ -119,10 +119,6 @@ class Engine:
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
-        if any(level.offloads for level in config.levels):
-            from hbp_titan.distributed.offload import HostActivations
-
-            self.runtime.ac_state.host = HostActivations(world.device)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
         if read_weights:

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 class ActivationCheckpointState:
     """The active level's settings, which blocks read at each forward.
 
-    layers, offload_layers: numbers of first blocks that `policy` covers, and that keep activations in `host`.
+    layers, offload_layers: numbers of first blocks that `policy` covers, and that keep activations in `host`, which is
+        made by the first of them.
     chunk_tokens: Level.mlp_chunk_tokens. head_groups: Level.attention_head_groups.
     """
 
@@ -79,17 +80,20 @@ class BlockForward:
     def __call__(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Any) -> Tensor:
         policy = self.state.policy if self.index < self.state.layers else "none"
         run = _Run(self.block, policy, self.state.chunk_tokens, self.state.head_groups)
-        with self._host_memory(cos_TD, sin_TD):
+        with self._host_memory(x_TH.device, cos_TD, sin_TD):
             if run.whole:
                 return _recompute(run, x_TH, cos_TD, sin_TD, documents)
             return run(x_TH, cos_TD, sin_TD, documents)
 
-    def _host_memory(self, *shared: Tensor) -> AbstractContextManager[Any]:
-        """Return the context in which what the block keeps goes to host memory, if it does."""
+    def _host_memory(self, device: torch.device, *shared: Tensor) -> AbstractContextManager[Any]:
+        """Return the context in which what the block keeps, but not `shared`, goes to host memory, if it does."""
         state = self.state
         if self.index >= min(state.layers, state.offload_layers) or not torch.is_grad_enabled():
             return nullcontext()
-        assert state.host is not None
+        if state.host is None:
+            from hbp_titan.distributed.offload import HostActivations
+
+            state.host = HostActivations(device)
         return state.host.block(self.index, shared)
 
 

@@ -232,3 +232,34 @@ def test_the_trace_detects_attention_inside_a_compiled_region() -> None:
             engine.run_batch(batch)
             with pytest.raises(AssertionError, match="between the compiled regions"):
                 check_regions(engine)
+
+
+# The presets' 128K level over 8 ranks: shards of 16K tokens. One kv head per rank, so groups share its query heads.
+MEMORY_PLANS = (
+    Level(131072, 8, ac_policy="full"),
+    Level(131072, 8, ac_policy="offload"),
+    Level(131072, 8, ac_policy="offload_attention"),
+    Level(131072, 8, ac_policy="offload", mlp_chunk_tokens=4096),
+    Level(131072, 8, "allgather", "full", attention_head_groups=8),
+)
+
+
+@differentiates
+def test_memory_plans_add_no_gather_and_repeat_only_what_they_say() -> None:
+    with TracedEngine("llama3_1_8b_hbp", levels=MEMORY_PLANS, backend="fa2", layers=1) as engine:
+        recorders = run_all_levels(engine, PACKS[:1])
+        # Whole shards, and chunks of a quarter.
+        assert max(graphs_by_region(engine).values()) == 3
+        full, offload, attention, chunks, groups = recorders
+        moved = full.fsdp_collectives()
+        for recorder in recorders:
+            assert recorder.fsdp_collectives() == moved
+        # Three groups of documents, in forward, recomputation and backward; gathered keys take two passes.
+        assert [len(engine.kernel_calls(recorder)) for recorder in recorders] == [9, 9, 6, 9, 2 * 9 * 8]
+        assert offload.collectives() == chunks.collectives() == full.collectives() == {"all_to_all_single": 3 * 3}
+        assert attention.collectives() == {"all_to_all_single": 3 * 2}
+        # One per group of heads, each with an eighth of the keys and values.
+        assert groups.collectives() == {"all_gather_into_tensor": 8 * 2, "reduce_scatter_tensor": 8}
+        # Products of one block: a chunk is recomputed to its end, and q, k and v also with the whole block.
+        vocabulary = engine.args.vocab_size
+        assert [r.products(vocabulary) for r in (full, offload, chunks)] == [27, 27, 4 * (7 + 3 + 7 + 2 * 7)]
