@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from hbp_titan.components.run_folder import LOCK_FILE
 from hbp_titan.data.sample_log import MAX_PROBLEMS_SHOWN, EpochAudit, audit_run, read_starts
 from hbp_titan.data.store_summary import check_totals
 from hbp_titan.data.token_store import TokenStore
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     done = steps_done(options.run_folder / "metrics.jsonl")
     starts = read_starts(options.run_folder, done)
     store = TokenStore.open(starts[-1].store)
-    audits, problems = audit_run(options.run_folder, done, starts, store, options.epoch)
+    # A start that resumes cuts metrics.jsonl some time before its own first step.
+    running = (options.run_folder / LOCK_FILE).exists()
+    audits, problems = audit_run(options.run_folder, done, starts, store, options.epoch, running)
     accounting, accounting_problems = check_totals(store.totals(), len(store))
 
     resumed = [f"{a.first_step - 1} on {a.world_size} rank{'s' * (a.world_size > 1)}" for a in starts[1:]]

@@ -312,14 +312,20 @@ def check_epoch(run_folder: Path, segments: Sequence[PlanSegment], store: TokenS
 
 
 def audit_run(
-    run_folder: Path, steps_done: int, starts: Sequence[RunStart], store: TokenStore, only: int | None = None
+    run_folder: Path,
+    steps_done: int,
+    starts: Sequence[RunStart],
+    store: TokenStore,
+    only: int | None = None,
+    running: bool = False,
 ) -> tuple[list[EpochAudit], list[str]]:
     """Audit every epoch that the run has reached in `steps_done` steps, or epoch `only`.
 
-    Also returns one line per problem of the log itself. Raises ValueError if a plan file is missing, damaged or of
-    other data, and if the epoch was not reached.
+    running: whether it may be about to train the steps after `steps_done` again. Also returns one line per problem of
+    the log itself. Raises ValueError if a plan file is missing, damaged or of other data, and if the epoch was not
+    reached.
     """
-    records, problems = read_log(starts)
+    records, problems = read_log(starts, resumes=running)
     problems += check_data(starts, store)
     audits = []
     epoch, first_step = 0, 1

@@ -170,9 +170,10 @@ class Run:
         path = self.folder / "sample_log" / f"start-{start:04}" / f"rank-{rank}.jsonl"
         path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
 
-    def audit(self, steps_done: int) -> list[str]:
+    def audit(self, steps_done: int, running: bool = False) -> list[str]:
         """All problems, without the folder's name."""
-        audits, problems = audit_run(self.folder, steps_done, read_starts(self.folder, steps_done), Store())
+        starts = read_starts(self.folder, steps_done)
+        audits, problems = audit_run(self.folder, steps_done, starts, Store(), running=running)
         problems += [problem for found in audits for problem in found.problems]
         return [problem.replace(f"{self.folder}/sample_log/", "") for problem in problems]
 
@@ -223,6 +224,7 @@ def test_steps_of_the_next_epoch_that_a_kill_has_lost_are_no_fault_of_the_finish
     assert check_epoch(run.folder, run.segments[:1], Store()) == "epoch 0: 12 samples, each trained once"
     # A run that does not resume has no such steps.
     assert f"has done {run.epoch_steps} steps" in run.audit(run.epoch_steps)[0]
+    assert run.audit(run.epoch_steps, running=True) == []
 
 
 def _cut(line: str) -> str:
