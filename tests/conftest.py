@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
+
+import pytest
 
 # Before torch is imported, which reads it then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,14 +15,30 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-import torch
-
 from tests.properties import register_profiles
 
-# A CPU build of torch on a machine with a GPU: the tests use the CPU on purpose.
-if not torch.cuda.is_available():
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 register_profiles()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from a CPU build of torch: the tests use the CPU on purpose."""
+    if not hasattr(config, "workerinput") and getattr(config.option, "numprocesses", None):
+        # The process that only distributes tests needs no torch, and its workers wait for it.
+        return
+    import torch
+
+    from hbp_titan.testing import local_ranks
+
+    # What ranks of tests import, in addition to what every rank does.
+    local_ranks.PRELOADED += ["pytest", "hypothesis", "hbp_titan.data.build_set", "hbp_titan.components.export"]
+    if not torch.cuda.is_available():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported, a million objects, from every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -6,6 +6,7 @@ and output files. Tests of torchrun itself, or of an interpreter's start, use su
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import subprocess
@@ -59,6 +60,7 @@ def run_python(
 
 
 def _program(argv: list[str], cwd: str, environment: dict[str, str], output: Path, errors: Path) -> None:
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

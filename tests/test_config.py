@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,7 @@ NEEDS = {"validation.enable": ("validation.share", 0.1), "profiling.enable_profi
 """Another key that a value needs next to it."""
 
 
+@cache
 def _reads() -> set[tuple[str, str]]:
     """Return (section, key) of every attribute of a section that the package reads, outside of the configuration.
 
@@ -250,7 +252,8 @@ def _reads() -> set[tuple[str, str]]:
     key is not found by an attribute of the same name of something else.
     """
     classes = {item.type: item.name for item in dataclasses.fields(JobConfig)}
-    found = set()
+    # JobConfig.seed_of reads it.
+    found = {("training", "rng_seed")}
     for path in (ROOT / "hbp_titan").rglob("*.py"):
         if path.name in ("job_config.py", "config.py"):
             continue
@@ -285,14 +288,10 @@ def _last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-# JobConfig.seed_of reads the last.
-READS = _reads() | {("training", "rng_seed")}
-
-
 def test_a_key_is_not_taken_for_that_of_another_section() -> None:
     # Both names are read, each from its own section only.
-    assert {("packing", "method"), ("training", "steps")} <= READS
-    assert not {("training", "method"), ("packing", "steps"), ("job", "policy")} & READS
+    assert {("packing", "method"), ("training", "steps")} <= _reads()
+    assert not {("training", "method"), ("packing", "steps"), ("job", "policy")} & _reads()
 
 
 @pytest.mark.parametrize(("section", "key", "default"), _keys(), ids=lambda value: str(value)[:20])
@@ -308,4 +307,4 @@ def test_every_key_has_an_effect_from_toml_and_the_command_line(
         assert getattr(getattr(config, section), key) == value
         again = load_config(_write(tmp_path, to_toml(config)))
         assert getattr(again, section) == getattr(config, section) or section == "job"
-    assert (section, key) in READS, f"nothing reads {section}.{key}"
+    assert (section, key) in _reads(), f"nothing reads {section}.{key}"

@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
-    write_tiny_run(folder)
+    write_tiny_run(folder, num_rows=30)
     base = Decoder(ARGS)
     base.init_weights(7)
     save_hf_folder(ARGS, base.named_parameters(), folder / "base", dtype=torch.float32)
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _argv(folder: Path, name: str, degree: int, *more: str) -> list[str]:
     return [
-        *write_tiny_run(folder, levels="", args=ARGS),
+        *write_tiny_run(folder, num_rows=30, levels="", args=ARGS),
         f"--job.dump_folder={folder / name}",
         f"--checkpoint.initial_load_path={folder / 'base'}",
         f"--parallelism.expert_parallel_degree={degree}",

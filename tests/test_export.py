@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,6 +60,9 @@ def _script(name: str, *argv: object) -> None:
 
 def test_transformers_computes_the_logits_of_the_export_which_a_longer_run_replaces(run: Run) -> None:
     _, folder, logits = run
+    # Not imported by the ranks.
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     with torch.no_grad():
         found = model(PROMPT[None]).logits[0]
@@ -74,6 +76,8 @@ def test_converted_checkpoint_is_the_exported_folder(run: Run, tmp_path: Path) -
     names = sorted(path.name for path in exported.iterdir())
     assert names == sorted(path.name for path in converted.iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    import transformers
+
     asked = transformers.AutoTokenizer.from_pretrained(exported).apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -66,6 +65,8 @@ def _reference(config: JobConfig, fqns: list[str], world_size: int) -> Tensors:
     """Train PEFT on transformers, one sample at a time; only the choice of samples comes from the plan."""
     store = open_stores(config, 512)[0]
     plan = EpochPlans(config, store, world_size, cost_model(ARGS, frozen=True)).plan_for(0)
+    import peft
+
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=config.lora.target_modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(_base(Path(config.checkpoint.initial_load_path)), lora)
     parameters = dict(model.named_parameters())
@@ -167,6 +168,8 @@ def test_resumed_run_repeats_the_uninterrupted_one(run: Run) -> None:
 def test_peft_loads_the_adapter_and_computes_the_logits_of_the_merged_model(run: Run) -> None:
     _, folder, ranks = run
     plain = _logits(_base(folder / "base"))
+    import peft
+
     adapted = peft.PeftModel.from_pretrained(_base(folder / "base"), folder / "run" / "hf_adapter")
     # Without the adapter's name, as in the file.
     loaded = peft.get_peft_model_state_dict(adapted)

@@ -42,7 +42,7 @@ def _dtypes_each(world: World, runs: list[list[str]]) -> list[tuple[set[str], se
 
 
 def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Path) -> None:
-    argv = write_tiny_run(tmp_path, saves=False)
+    argv = write_tiny_run(tmp_path, num_rows=30, saves=False)
     names = ("float32", "bfloat16")
     runs = [[*argv, f"--training.mixed_precision_param={n}", f"--job.dump_folder={tmp_path / n}"] for n in names]
     dtypes = run_distributed(_dtypes_each, 2, runs)[0]

@@ -58,7 +58,7 @@ def _write_run(folder: Path, num_rows: int) -> list[str]:
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The arguments of a run of two ranks and two epochs."""
-    return _write_run(tmp_path_factory.mktemp("run"), 90)
+    return _write_run(tmp_path_factory.mktemp("run"), 60)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,15 @@ def _saved_steps(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in completed_checkpoints(folder / "checkpoint")]
 
 
-def test_run_killed_at_every_moment_of_a_save(argv: list[str], whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments", [pytest.param(MOMENTS[::2], id="three"), pytest.param(MOMENTS, id="all", marks=pytest.mark.slow)]
+)
+def test_run_killed_at_every_moment_of_a_save(
+    argv: list[str], whole: Path, tmp_path: Path, moments: list[Kill]
+) -> None:
     argv = [*argv, "--checkpoint.interval=1", f"--job.dump_folder={tmp_path}"]
     newest = 0
-    for kill in MOMENTS:
+    for kill in moments:
         train_until_killed(argv, kill)
         assert not (tmp_path / "hf").exists()
         steps = _saved_steps(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from scripts.convert_to_hf import main as convert_to_hf
 from tests.data.preparing import run_script
 from tests.programs import run_python
-from tests.runs import DEADLINE, read_metrics, torchrun, wait_until
+from tests.runs import read_metrics, wait_until
 from tests.tiny_run import write_tiny_run
 
 
@@ -27,8 +28,10 @@ def _start(argv: list[str], ranks: int = 0) -> tuple[int, str, list[str]]:
 def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, release = tmp_path / "run", tmp_path / "release"
     argv = [*write_tiny_run(tmp_path), "--levels=512:1", "--training.steps=6", "--checkpoint.interval=2"]
-    process = torchrun(argv, "tests.held_run", "4", str(release), ranks=1)
-    wait_until(lambda: (folder / "checkpoint" / "step-4").exists(), process)
+    pool = ThreadPoolExecutor(1)
+    running = pool.submit(run_python, "-m", "tests.held_run", 4, release, *argv, ranks=1)
+    wait_until(lambda: running.done() or (folder / "checkpoint" / "step-4").exists())
+    assert not running.done(), running.result()
     # What a start without the lock would delete, as what a killed save has left.
     partial = folder / "checkpoint" / "step-6.partial" / "rank-0.safetensors"
     partial.parent.mkdir()
@@ -42,8 +45,8 @@ def test_second_start_on_a_folder_in_use_changes_nothing(tmp_path: Path, capsys:
     partial.unlink()
     partial.parent.rmdir()
     release.touch()
-    output = process.communicate(timeout=DEADLINE)[0]
-    assert process.returncode == 0, output
+    ended = running.result()
+    assert ended.returncode == 0, ended.stderr
     assert len(read_metrics(folder)) == 6
     assert not (folder / "run.lock").exists()
     assert run_python("scripts/audit_epoch.py", folder).returncode == 0

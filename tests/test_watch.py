@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from hbp_titan.components.metrics import check_wandb
 from hbp_titan.distributed.world import log_rank
+from tests.programs import run_python
 from tests.runs import read_metrics
 from tests.tiny_run import write_tiny_run
 
@@ -24,10 +23,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     argv = [*write_tiny_run(folder), "--training.steps=5", "--training.global_batch_tokens=600"]
     argv += ["--metrics.enable_wandb=true", "--packing.print_comparison=true", "--metrics.timing_check_interval=2"]
     argv += ["--profiling.enable_profiling=true", "--profiling.first_step=2", "--profiling.last_step=3"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command = [*launcher, "--rdzv-endpoint=localhost:0", "-m", "hbp_titan.train", *argv]
-    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "LOG_RANK": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet}, check=True)
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "LOG_RANK": "1"}
+    done = run_python("-m", "hbp_titan.train", *argv, env=quiet, ranks=2)
+    assert done.returncode == 0, done.stderr
     return folder / "run", done.stdout, done.stderr
 
 

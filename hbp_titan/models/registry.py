@@ -6,6 +6,7 @@ The figures are those of the published HF config.json files, of the base models 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -167,24 +168,31 @@ def get_flavor(name: str) -> ModelArgs:
 
 def num_params(args: ModelArgs) -> int:
     """Return the number of parameters; a tied embedding counts once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Decoder(args).parameters())
+    return _counts(replace(args, rope_scaling=None))[0]
 
 
 def linear_params(args: ModelArgs) -> int:
     """Return the parameters that multiply a token: all matrices, of the routed experts those that it is sent to."""
-    with torch.device("meta"):
-        modules = Decoder(args).modules()
-        dense = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
-    moe = args.moe
-    return dense + (expert_params(args) * moe.num_experts_per_tok // moe.n_routed_experts if moe else 0)
+    _, dense, experts = _counts(replace(args, rope_scaling=None))
+    return dense + (experts * args.moe.num_experts_per_tok // args.moe.n_routed_experts if args.moe else 0)
 
 
 def expert_params(args: ModelArgs) -> int:
     """Return the number of parameters of all routed experts, which expert parallelism shards."""
+    return _counts(replace(args, rope_scaling=None))[2]
+
+
+@lru_cache(maxsize=64)
+def _counts(args: ModelArgs) -> tuple[int, int, int]:
+    """Return the numbers of all parameters, of those of linear layers and of those of routed experts.
+
+    Kept, because every training step asks for them; not for arguments with rope_scaling, which have no hash.
+    """
     with torch.device("meta"):
-        modules = Decoder(args).modules()
-        return sum(p.numel() for module in modules if isinstance(module, Experts) for p in module.parameters())
+        model = Decoder(args)
+    linear = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    experts = (p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
+    return sum(p.numel() for p in model.parameters()), sum(linear), sum(experts)
 
 
 def last_params(args: ModelArgs) -> int:

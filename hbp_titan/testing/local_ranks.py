@@ -6,6 +6,7 @@ NCCL ranks with one GPU each. Training uses torchrun instead.
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -22,6 +23,8 @@ import torch.multiprocessing as mp
 
 from hbp_titan.distributed.world import barrier, close_world, start_groups
 
+PRELOADED = ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
+"""Modules that the fork server imports once for all ranks."""
 GRACE_SECONDS = 10.0
 """How long ranks may continue after another has failed: enough to notice and to report it."""
 
@@ -85,9 +88,7 @@ def fork_server() -> Any:
     The server has no threads and no device; it starts with the first process.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["hbp_titan.train", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"]
-    )
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
@@ -100,6 +101,8 @@ def _rank_main(
     device_type: str,
     args: tuple[Any, ...],
 ) -> None:
+    # A collection would visit, and so copy, everything that the server imported.
+    gc.freeze()
     # The ranks share the machine's cores.
     torch.set_num_threads(1)
     # The fork server's children inherit the environment of its start, not ours.

@@ -9,16 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from hbp_titan.data.files import source_files
 from hbp_titan.data.rows import count_rows, index_rows, read_records
 from hbp_titan.job_config import DataSource
 
+datasets: Any = None
 
-@pytest.fixture(autouse=True)
-def _no_progress_bars() -> None:
+
+@pytest.fixture(autouse=True, scope="module")
+def _import_datasets() -> None:
+    """Import `datasets` only in the process that runs these tests."""
+    global datasets
+    import datasets
+
     datasets.disable_progress_bars()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,14 @@ def compiled(source: str, date: str = "2024-07-26") -> ChatTemplate:
     return ChatTemplate(TokenizerFolder(Path("folder"), SPECIAL, source), date)
 
 
-READY = {name: compiled((chat_template_file(name) or Path()).read_text()) for name in READY_TEMPLATES}
-FAMILY = {name: compiled((TEMPLATES / f"{file}.jinja").read_text()) for name, file in OWN.items()}
+@cache
+def ready_template(name: str) -> ChatTemplate:
+    return compiled((chat_template_file(name) or Path()).read_text())
+
+
+@cache
+def family_template(name: str) -> ChatTemplate:
+    return compiled((TEMPLATES / f"{OWN[name]}.jinja").read_text())
 
 
 def text(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
@@ -60,7 +67,9 @@ def text(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = No
 
 def trained(name: str, messages: list[dict[str, Any]], tools: Any = None, **variables: Any) -> list[str]:
     """The pieces of text that are trained."""
-    found = read_rendering(text(READY[name], messages, tools, sentinels=MARKS.block, variables=variables), MARKS)
+    found = read_rendering(
+        text(ready_template(name), messages, tools, sentinels=MARKS.block, variables=variables), MARKS
+    )
     return [found.text[start:end] for start, end in found.blocks]
 
 
@@ -90,7 +99,9 @@ VARIABLES = st.sampled_from([{}, {}, {"enable_thinking": False}, {"enable_thinki
 def test_text_equals_that_of_the_familys_own_template(
     name: str, messages: list[dict[str, Any]], tools: Any, prompt: bool, variables: dict[str, Any]
 ) -> None:
-    own, ready = (rendered(group[name], messages, tools, prompt, **variables) for group in (FAMILY, READY))
+    own, ready = (
+        rendered(group(name), messages, tools, prompt, **variables) for group in (family_template, ready_template)
+    )
     if own is None or ready is None:
         # Contradictory alone: reasoning in an answer that is asked for without.
         assert own is None or variables.get("enable_thinking") is False
@@ -122,8 +133,8 @@ def null_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @given(messages=deepseek_conversations(), prompt=st.booleans())
 @examples(100)
 def test_text_equals_deepseek_v3s_own(messages: list[dict[str, Any]], prompt: bool) -> None:
-    own = FAMILY["deepseek_v3"].render(null_content(messages), add_generation_prompt=prompt)
-    assert text(READY["deepseek_v3"], messages, add_generation_prompt=prompt) == own
+    own = family_template("deepseek_v3").render(null_content(messages), add_generation_prompt=prompt)
+    assert text(ready_template("deepseek_v3"), messages, add_generation_prompt=prompt) == own
 
 
 THOUGHT = re.compile("<think>\n[^<]*\n</think>\n\n")
@@ -148,16 +159,16 @@ def test_text_equals_deepseek_r1s_own_but_for_the_reasoning_of_the_last_exchange
             reasoned[index] = {**message, "reasoning_content": reasoning}
         if index < asked:
             own[index] = reasoned[index]
-    ready = text(READY["r1_distill"], reasoned, add_generation_prompt=prompt)
-    before = FAMILY["r1_distill"].render(null_content(own[: asked + 1]))
+    ready = text(ready_template("r1_distill"), reasoned, add_generation_prompt=prompt)
+    before = family_template("r1_distill").render(null_content(own[: asked + 1]))
     assert ready.startswith(before)
-    expected = FAMILY["r1_distill"].render(null_content(own), add_generation_prompt=prompt)
+    expected = family_template("r1_distill").render(null_content(own), add_generation_prompt=prompt)
     assert before + THOUGHT.sub("", ready[len(before) :]) == expected
     # What is trained first in the last exchange continues what the own template asks with.
-    asks = FAMILY["r1_distill"].render(null_content(own[: asked + 1]), add_generation_prompt=True)
+    asks = family_template("r1_distill").render(null_content(own[: asked + 1]), add_generation_prompt=True)
     if len(messages) > asked + 1:
         assert ready.startswith(asks)
-        found = read_rendering(text(READY["r1_distill"], reasoned, sentinels=MARKS.block), MARKS)
+        found = read_rendering(text(ready_template("r1_distill"), reasoned, sentinels=MARKS.block), MARKS)
         assert len(asks) in [start for start, _ in found.blocks]
 
 
@@ -256,14 +267,16 @@ def test_each_turn_of_calls_is_complete_where_the_models_own_template_garbles_th
     one = CALLS_BEGIN + deepseek_call(0, '{"a": 1}') + CALLS_END + EOS_TEXT
     user, ask = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
     result = f"{OUTPUTS_BEGIN}{OUTPUT_BEGIN}{{}}{OUTPUT_END}{OUTPUTS_END}"
-    assert text(READY["deepseek_v3"], AGENT) == (
+    assert text(ready_template("deepseek_v3"), AGENT) == (
         f"{BOS_TEXT}{user}q{ask}I will{one}{result.format('r')}{one}{result.format('s')}b{EOS_TEXT}"
         f"{user}c{ask}d{EOS_TEXT}"
     )
     # The second turn continues what the own template asks with.
     first = [*AGENT[:1], calls('{"a": 1}', content=None), tool("r")]
-    asked = FAMILY["r1_distill"].render(first, add_generation_prompt=True)
-    ready = text(READY["r1_distill"], [*AGENT[:1], *AGENT[3:4], *AGENT[2:]]).replace("<think>\n\n</think>\n\n", "")
+    asked = family_template("r1_distill").render(first, add_generation_prompt=True)
+    ready = text(ready_template("r1_distill"), [*AGENT[:1], *AGENT[3:4], *AGENT[2:]]).replace(
+        "<think>\n\n</think>\n\n", ""
+    )
     assert ready.startswith(asked + one)
 
 
@@ -271,14 +284,14 @@ def test_llama_tools_may_be_built_in_or_listed_in_the_system_turn() -> None:
     asks = [*chat("q"), calls({"query": "x"}), tool("r"), assistant("b")]
     variables = {"builtin_tools": ["f0", "code_interpreter"]}
     assert trained("llama3", asks, **variables) == ['<|python_tag|>f0.call(query="x")<|eom_id|>', "b<|eot_id|>"]
-    shown = text(READY["llama3"], asks, variables=variables)
+    shown = text(ready_template("llama3"), asks, variables=variables)
     assert "Environment: ipython\nTools: f0\n\nCutting Knowledge Date" in shown
-    listed = text(READY["llama3"], asks, TOOLS, variables={"tools_in_user_message": False})
+    listed = text(ready_template("llama3"), asks, TOOLS, variables={"tools_in_user_message": False})
     assert listed.index("You have access to") < listed.index("<|eot_id|>") < listed.index("user<|end_header_id|>\n\nq<")
 
 
 def test_llama_writes_the_day_of_the_configuration() -> None:
-    assert "Today Date: 26 Jul 2024\n\n" in text(READY["llama3"], chat("a"))
+    assert "Today Date: 26 Jul 2024\n\n" in text(ready_template("llama3"), chat("a"))
     template = compiled((chat_template_file("llama3") or Path()).read_text(), "2025-01-31")
     assert "Today Date: 31 Jan 2025\n\n" in text(template, chat("a"))
     assert "Today Date: 1 May\n\n" in text(template, chat("a"), variables={"date_string": "1 May"})
@@ -406,6 +419,6 @@ def test_text_equals_that_of_public_templates(
     assert spec.origin is not None
     for file in PUBLIC[name]:
         public = compiled((Path(spec.origin).parent / "chat_templates" / f"{file}.jinja").read_text(encoding="utf-8"))
-        own, ready = (rendered(one, messages, tools, prompt, **variables) for one in (public, READY[name]))
+        own, ready = (rendered(one, messages, tools, prompt, **variables) for one in (public, ready_template(name)))
         if own is not None and ready is not None:
             assert ready == own

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
@@ -76,6 +75,9 @@ def random_model(args: ModelArgs, seed: int) -> Decoder:
 
 def hf_model(model: Decoder) -> nn.Module:
     """Return transformers' model with the weights of ours."""
+    # Ranks that only need our model do not import it.
+    import transformers
+
     config = transformers.AutoConfig.for_model(**args_to_hf_config(model.args))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     keys = theirs.load_state_dict(in_hf_memory(model.state_dict()), strict=False)

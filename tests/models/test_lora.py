@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,8 @@ def adapt_pair(
 ) -> tuple[Decoder, nn.Module]:
     """Add adapters with the same random A and B to both models. peft_targets: the targets in PEFT's form."""
     apply_lora(ours, rank, alpha, targets)
+    import peft
+
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=peft_targets, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(theirs, config)
     generator = torch.Generator().manual_seed(1)

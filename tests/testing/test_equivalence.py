@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from hbp_titan.components.optimizer import lr_factor
 from hbp_titan.config import JobConfig, load_config
@@ -59,9 +58,9 @@ LEVELS = {
 def argv_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Return the command line of a run for each set of levels."""
     folder = tmp_path_factory.mktemp("equivalence")
-    arguments = write_tiny_run(folder, levels="", saves=False)
+    arguments = write_tiny_run(folder, num_rows=30, levels="", saves=False)
     # With the usual 1e-8 Adam's first update is the sign of the gradient, also where that is rounding noise.
-    arguments += ["--training.global_batch_tokens=700", "--optimizer.eps=1e-4"]
+    arguments += ["--training.global_batch_tokens=350", "--optimizer.eps=1e-4"]
     return {name: [*arguments, f"--levels={levels}"] for name, levels in LEVELS.items()}
 
 
@@ -93,6 +92,9 @@ def _reference(config: JobConfig, world_size: int) -> dict[str, torch.Tensor]:
     plan = EpochPlans(config, store, world_size, cost_model(ARGS)).plan_for(0)
     if plan.fingerprint in _references:
         return _references[plan.fingerprint]
+    # Not imported by the ranks.
+    import transformers
+
     hf_config = transformers.AutoConfig.for_model(**args_to_hf_config(ARGS))
     model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32)
     ours = Decoder(ARGS)
