@@ -21,9 +21,9 @@ RANKS = (1, 4)
 
 
 def _argv(folder: Path, ranks: int) -> list[str]:
-    argv = write_tiny_run(folder)
+    argv = write_tiny_run(folder, num_rows=30)
     rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
-    for name, share in (("train", rows[:30]), ("other", rows[30:]), ("held", rows[::3]), ("out", rows[1::3])):
+    for name, share in (("train", rows[:15]), ("other", rows[15:]), ("held", rows[::3]), ("out", rows[1::3])):
         (folder / f"{name}.jsonl").write_text("".join(share))
     files = {key: ",".join(str(folder / f"{name}.jsonl") for name in names) for key, names in FILES.items()}
     # Without a learning rate all steps see the weights that are exported.

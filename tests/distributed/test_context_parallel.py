@@ -82,7 +82,9 @@ CASES = {
 def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
     """Return tokens, output and gradients of this rank's shard for each case, one level switch after another."""
     attention = cp_attention(backend)(VarlenAttention(), state := ContextParallelState())
-    cases = [(Level(T, degree, style), layout) for style, degree, layouts in CASES[world.size] for layout in layouts]
+    # DTensor does each exchange in many small steps: only the reference's first layouts of each form.
+    most = 2 if backend == "dtensor" else None
+    cases = [(Level(T, degree, style), x) for style, degree, layouts in CASES[world.size] for x in layouts[:most]]
     meshes = LevelMeshes(world.device, world.size, [level.cp_shape(layout[1]) for level, layout in cases])
     results: dict[object, list[Tensor]] = {}
     for level, layout in cases:

@@ -87,7 +87,7 @@ def test_prompts_use_the_template_the_variables_and_the_day_of_training(tmp_path
 @pytest.mark.parametrize("kind", MAKERS)
 def test_prompt_and_answer_space_add_up_to_the_length(formatters: dict[str, PromptFormatter], kind: str) -> None:
     formatter = formatters[kind]
-    for task, length in itertools.product(TASKS, (1500, 4096, 10_000)):
+    for task, length in itertools.product(TASKS, (1500, 6000)):
         question = make_question(formatter, task, length, 0.4, 0, seed=1)
         assert length - 2 <= len(question.prompt) + question.max_new_tokens <= length
         assert question.max_new_tokens >= formatter.count(", ".join(question.references))

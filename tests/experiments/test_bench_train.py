@@ -302,6 +302,7 @@ def test_one_row_per_length_documents_and_policy(tmp_path: Path) -> None:
     assert f"command: {report['command']}" in printed
 
 
+@pytest.mark.slow
 def test_two_ranks_report_the_cost_of_a_level_switch(tmp_path: Path) -> None:
     words = ("--switch", "--lengths=64:1,128:2", "--policies=none,full:1", "--documents=20", "--layers=2")
     path = tmp_path / "out.json"

@@ -252,13 +252,15 @@ def test_bytes_and_plan_equal_a_real_start(tmp_path: Path, experts: bool) -> Non
 # Presets
 
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
+# The others are of the same families with other sizes.
+QUICK = ("debug_model", "deepseek_v2_236b_hbp", "llama3_1_8b_hbp")
 # Its epoch has fewer steps than the paper's 500.
 CURRICULUM = {"deepseek_v2_236b_hbp": 100}
 MAX_MEMORY_SHARE = 0.9
 """The estimate does not include fragmentation."""
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PRESETS])
 def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # all synthetic samples: the curriculum depends on the length of the epoch
     monkeypatch.chdir(tmp_path)

@@ -69,7 +69,7 @@ def _run(folder: Path, candidates: list[Level], fails_at: int = 0, **options: An
 
 
 def test_every_level_that_fits_gets_a_time(tmp_path: Path) -> None:
-    policies = ("none", "full", "keep_attention")
+    policies = ("none", "full")
     forms = (SHORT, LONG, dataclasses.replace(LONG, cp_style="allgather"))
     profile = _run(tmp_path, [dataclasses.replace(form, ac_policy=policy) for form in forms for policy in policies])
     # Everything fits without recomputation, which is then the fastest: one candidate per form.
