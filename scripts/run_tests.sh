@@ -4,8 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh dev
-# Each of many processes would compile the package and rewrite the tests again.
-unset PYTHONDONTWRITEBYTECODE
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 "$PY" -m mypy

@@ -10,6 +10,8 @@ import pytest
 
 # Before torch is imported, which reads it then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise each of many processes would compile the package and the tests again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Programs that tests start import this checkout, not one that is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]

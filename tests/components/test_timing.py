@@ -95,7 +95,7 @@ def _train(world: World, argv: list[str]) -> None:
 
 
 def test_straggler_is_found_during_training(tmp_path: Path) -> None:
-    arguments = write_tiny_run(tmp_path, levels="64:1,512:2", saves=False)
+    arguments = write_tiny_run(tmp_path, num_rows=30, levels="64:1,512:2", saves=False)
     arguments.append("--metrics.timing_check_interval=3")
     run_distributed(_train, 2, arguments)
     records = read_metrics(tmp_path / "run")

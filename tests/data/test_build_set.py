@@ -652,10 +652,10 @@ def test_training_and_held_out_samples_are_disjoint_and_complete(tmp_path: Path)
 
 
 def test_copies_and_pieces_of_a_row_are_on_the_same_side(tmp_path: Path) -> None:
-    argv = write_tiny_run(tmp_path, num_rows=100)
+    argv = write_tiny_run(tmp_path, num_rows=80)
     rows = (tmp_path / "train.jsonl").read_text().splitlines()
     # Each row twice; a second file has each as one long conversation.
-    long = [{"messages": json.loads(row)["messages"] * 30} for row in rows[:60]]
+    long = [{"messages": json.loads(row)["messages"] * 15} for row in rows[:30]]
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, *rows[::-1]]) + "\n")
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
     argv += [f"--data.train_files={tmp_path / 'train.jsonl'},{tmp_path / 'long.jsonl'}"]

@@ -112,6 +112,14 @@ def test_gradients_equal_one_process(found: dict[str, Outcome], args: ModelArgs,
     _assert_equal(_reference(args), found[case.name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [1, 2])
+def test_compiled_level_switch_equals_one_process(degree: int) -> None:
+    case = Case("compiled", 2, (Level(64, 1), UPPER), compile=True, expert_parallel=degree)
+    (found,) = run_distributed(_run, 2, [(BALANCED, case)])[0]
+    _assert_equal(_reference(BALANCED), found)
+
+
 def test_missing_balance_losses_are_detected(found: dict[str, Outcome]) -> None:
     difference = compare(_reference(PLAIN), found["ulysses, full, balance losses"])
     assert math.isclose(difference.loss, 0, abs_tol=1e-6)

@@ -128,7 +128,7 @@ def _worlds(draw: st.DrawFn) -> tuple[list[Candidate], Workload]:
     return candidates, Workload(lengths, lengths // 2, 4, cost, step_seconds=draw(st.sampled_from([0.0, 0.2])))
 
 
-@examples(10)
+@examples(6)
 @given(_worlds())
 def test_search_equals_brute_force(world: tuple[list[Candidate], Workload]) -> None:
     candidates, workload = world
