@@ -41,6 +41,8 @@ CHOICES = {
     "training.on_nonfinite": ("stop", "skip"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
     "parallelism.cp_backend": ("fused", "dtensor"),
+    "optimizer.name": ("adamw", "adamw8bit", "muon"),
+    "optimizer.state_dtype": ("auto", "bfloat16"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
     "checkpoint.async_mode": ("async", "disabled"),
     "checkpoint.allow_changed": ("initial_weights", "model.hf_path", "optimizer.lr", "training.max_norm"),
@@ -406,11 +408,16 @@ def _check_validation(config: JobConfig) -> None:
 
 def _check_optimizer(config: JobConfig) -> None:
     optimizer = config.optimizer
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "momentum"):
         if (value := getattr(optimizer, name)) >= 1:
             raise ValueError(f"optimizer.{name} = {value} must be below 1; it is the decay of a running mean")
     if not optimizer.eps:
         raise ValueError("optimizer.eps = 0 must be above 0; a parameter without gradient would become NaN")
+    if (optimizer.name, optimizer.state_dtype) == ("adamw8bit", "bfloat16"):
+        raise ValueError(
+            'optimizer.state_dtype = "bfloat16" with optimizer.name = "adamw8bit", whose moments have 8 bits; remove '
+            "one of them"
+        )
 
 
 def _check_lora(config: JobConfig) -> None:

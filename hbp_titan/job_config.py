@@ -184,6 +184,13 @@ class Training:
 
 @dataclass
 class Optimizer:
+    name: str = "adamw"
+    """adamw (torch's fused), adamw8bit (moments in 8 bits; needs torchao), or muon: Muon for the blocks' matrices and
+    AdamW for the rest, with one learning rate for both (docs/parallelism.md has the bytes of each)."""
+    state_dtype: str = "auto"
+    """Dtype of moments and momentum: auto (the parameters') or bfloat16; updates are computed in float32."""
+    momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
     lr: float = 1e-5
     """Peak learning rate."""
     beta1: float = 0.9

@@ -30,13 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from hbp_titan.components.dcp_storage import (
@@ -238,13 +232,13 @@ class Checkpointer:
             raise ValueError(f"cannot resume: {path} is not a training checkpoint; use a different --job.dump_folder")
         self.check(state, path)
         optimizer = None if state["model_only"] else self.optimizer
+        # The live tensors, which are filled in place; settings of param groups stay this run's.
         tensors, _ = collect_state(self.model, optimizer)
         if state["world_size"] == dist.get_world_size():
             # A start on other devices may lack some of them.
             saved = FolderReader(path).index
             tensors |= {name: value for name, value in rng_state().items() if name in saved}
         _on_all_ranks(lambda: load_tensors(path, tensors))
-        restore_state(self.model, optimizer, tensors, state["param_groups"])
         set_rng_state(tensors)
         self._loaded_model_only = path if state["model_only"] else None
         return state
@@ -280,29 +274,6 @@ def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     for name, values in optimizer_state["state"].items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
     return tensors, optimizer_state["param_groups"]
-
-
-def restore_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, tensors: dict[str, Tensor], param_groups: ParamGroups
-) -> None:
-    """Put the tensors of `collect_state`, filled from a checkpoint, back into model and optimizer; a collective."""
-    model_state: dict[str, Any] = {name: tensors[f"model.{name}"] for name in trained_parameters(model)}
-    # Not strict: frozen weights are missing. The names were checked before.
-    options = StateDictOptions(strict=False)
-    set_model_state_dict(model, model_state, options=options)
-    if optimizer is None:
-        return
-    states: dict[str, Any] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-            states.setdefault(parameter, {})[key] = value
-    # JSON has no tuples, and betas is one.
-    groups: list[Any] = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in param_groups
-    ]
-    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": groups}, options=options)
 
 
 def rng_state() -> dict[str, Tensor]:

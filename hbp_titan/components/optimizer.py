@@ -1,7 +1,7 @@
-"""AdamW, gradient clipping over the world, and the learning rate of each step.
+"""The optimizer, gradient clipping over the world, and the learning rate of each step.
 
-Owns which parameters decay, the shape of the schedule (after torchtitan v0.2.2 components/lr_scheduler.py) and how a
-run whose number of steps changes moves along it.
+Owns which parameters decay and which ones Muon trains, the shape of the schedule (after torchtitan v0.2.2
+components/lr_scheduler.py) and how a run whose number of steps changes moves along it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,42 +21,54 @@ from hbp_titan.distributed.fsdp import compute_device
 from hbp_titan.job_config import LRScheduler as LRSchedulerConfig
 from hbp_titan.job_config import Optimizer
 
+BLOCKS = "layers."
+"""Start of the names of the blocks' parameters, whose matrices Muon trains."""
+STATE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
+"""Dtypes of optimizer.state_dtype; None is the parameter's."""
+
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """Return AdamW with its state allocated; only matrices and stacks of matrices decay, not norms and biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim == 2], "weight_decay": config.weight_decay},
+    """Return the optimizer of optimizer.name, its state allocated; only matrices and stacks of matrices decay.
+
+    model: a Decoder, whose parameters may be sharded or on the meta device.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    kinds: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for name, parameter in trained:
         # Expert stacks are a group of their own: a fused update takes tensors of one device mesh only.
-        {"params": [p for p in trained if p.ndim > 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-    _allocate_state(optimizer)
-    return optimizer
+        dims = min(parameter.ndim, 3)
+        muon = config.name == "muon" and dims > 1 and name.startswith(BLOCKS)
+        kinds.setdefault((muon, max(dims, 1)), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (muon, dims), parameters in sorted(kinds.items(), key=lambda kind: (kind[0][0], kind[0][1] == 1, kind[0][1])):
+        group = {"params": parameters, "weight_decay": config.weight_decay if dims > 1 else 0.0}
+        groups.append({**group, "momentum": config.momentum} if muon else group)
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    same_dtypes = config.state_dtype == "auto" and all(p.grad_dtype in (p.dtype, None) for _, p in trained)
+    if config.name == "adamw" and same_dtypes:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)  # type: ignore[arg-type]
+        _allocate_state(optimizer)
+        return optimizer
+    # Not at the top: most runs use torch's AdamW.
+    from hbp_titan.components.muon import Muon
+    from hbp_titan.components.sharded_optimizers import ShardedAdamW
+
+    state_dtype = torch.uint8 if config.name == "adamw8bit" else STATE_DTYPES[config.state_dtype]
+    kind = Muon if config.name == "muon" else ShardedAdamW
+    return kind(groups, {**settings, "weight_decay": 0.0}, state_dtype)
 
 
 def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the optimizer state as it is before the first step: all zeros."""
+    """Allocate the state of a fused AdamW as it is before the first step: all zeros."""
     # Otherwise the first update could be the first to run out of memory. And torch's get_optimizer_state_dict creates
     # missing state by taking a step, so a checkpoint before the first update would count as an update.
-    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        state["step"].zero_()
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
 
 
 @torch.no_grad()
