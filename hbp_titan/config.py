@@ -38,6 +38,7 @@ CHOICES = {
     "training.dtype": ("float32", "bfloat16"),
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
     "training.mixed_precision_reduce": ("float32", "bfloat16"),
+    "training.gradient_dtype": ("auto", "bfloat16"),
     "training.on_nonfinite": ("stop", "skip"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
     "parallelism.cp_backend": ("fused", "dtensor"),
@@ -408,6 +409,11 @@ def _check_validation(config: JobConfig) -> None:
 
 def _check_optimizer(config: JobConfig) -> None:
     optimizer = config.optimizer
+    if config.training.gradient_dtype != "auto" and config.training.global_batch_tokens:
+        raise ValueError(
+            f"training.gradient_dtype = {config.training.gradient_dtype!r} would round the sum of a step's "
+            "micro-batches; set training.global_batch_tokens = 0 (one per step)"
+        )
     for name in ("beta1", "beta2", "momentum"):
         if (value := getattr(optimizer, name)) >= 1:
             raise ValueError(f"optimizer.{name} = {value} must be below 1; it is the decay of a running mean")

@@ -165,6 +165,9 @@ class Training:
     """Compute dtype under FSDP: bfloat16, float32 or auto (bfloat16 on CUDA, float32 on CPU)."""
     mixed_precision_reduce: str = "float32"
     """Gradient reduction dtype under FSDP."""
+    gradient_dtype: str = "auto"
+    """Dtype of the sharded gradients after the reduction: auto (the parameters') or bfloat16, which needs
+    global_batch_tokens = 0: one micro-batch per step, because their sum would be rounded at each one."""
     seed: int = 42
     """Seed of the run. New weights (LoRA's too) depend on it alone, not on the number of ranks."""
     rng_seed: int | None = None

@@ -139,6 +139,8 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--levels", "1024:2:rings"], "cp_style='rings'"),
         (["--levels", "64:1:ulysses:full:2:true:3:4:5:6"], "'64:1:ulysses:full:2:true:3:4:5:6'"),
         (["--compile.enable=true", "--parallelism.cp_backend=dtensor"], "compile.enable with parallelism.cp_backend"),
+        (["--training.gradient_dtype=bfloat16", "--training.global_batch_tokens=9"], "gradient_dtype"),
+        (["--optimizer.name=adamw8bit", "--optimizer.state_dtype=bfloat16"], "state_dtype"),
     ],
 )
 def test_mistake_on_the_command_line_is_named(argv: list[str], message: str) -> None:

@@ -137,6 +137,7 @@ def test_skipped_step_changes_nothing_and_is_recorded_everywhere(argv: list[str]
 
 def test_nonfinite_gradients_are_skipped_up_to_the_limit(argv: list[str], tmp_path: Path) -> None:
     words = ["--training.on_nonfinite=skip", "--training.max_nonfinite_steps=1", "--levels=128:1,512:1"]
+    words += ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16"]
     (found,) = run_distributed(_train_poisoned, 1, [*argv, *words], "gradient", [(0, 1), (0, 3)])
     first, second = sorted(found["steps"])
     events = _lines(tmp_path / "run" / "nonfinite.jsonl")

@@ -36,7 +36,7 @@ def _dtypes_each(world: World, runs: list[list[str]]) -> list[tuple[set[str], se
         trainer.train()
         stored = {str(p.dtype) for p in trainer.model.parameters()}
         for state in trainer.optimizer.state.values():
-            stored |= {str(state[key].dtype) for key in ("exp_avg", "exp_avg_sq")}
+            stored |= {str(value.dtype) for key, value in state.items() if key != "step"}
         found.append((computed, stored))
     return found
 
@@ -51,6 +51,19 @@ def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Pa
     assert found != expected
     assert found == pytest.approx(expected, rel=0.02)
     assert found[-1] < found[0] - 1
+
+
+def test_gradients_and_moments_in_bfloat16_follow_the_fp32_run(tmp_path: Path) -> None:
+    argv = [*write_tiny_run(tmp_path, saves=False), "--training.mixed_precision_param=float32"]
+    narrow = ["--optimizer.state_dtype=bfloat16", "--training.gradient_dtype=bfloat16"]
+    words: dict[str, list[str]] = {"plain": [], "narrow": narrow, "muon": [*narrow, "--optimizer.name=muon"]}
+    runs = [[*argv, *more, f"--job.dump_folder={tmp_path / name}"] for name, more in words.items()]
+    stored = [dtypes for _, dtypes in run_distributed(_dtypes_each, 2, runs)[0]]
+    assert stored == [{"torch.float32"}, *[{"torch.float32", "torch.bfloat16"}] * 2]
+    plain, found, muon = (_losses(tmp_path / name) for name in words)
+    assert found != plain
+    assert found == pytest.approx(plain, rel=0.02)
+    assert muon[-1] < muon[0] - 1
 
 
 @pytest.mark.gpu

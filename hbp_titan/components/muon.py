@@ -146,8 +146,8 @@ def matrices(parameter: Tensor, state: State) -> list[MatrixShard]:
             if isinstance(placement, Shard) and placement.dim >= stack and parameter.device_mesh.size(axis) > 1:
                 dim, ranks = placement.dim - stack, parameter.device_mesh.get_group(axis)
     tensors = [local(tensor).detach() for tensor in (parameter, grad, state["momentum_buffer"])]
-    stacks = [tensor if tensor.ndim == 3 else tensor.unsqueeze(0) for tensor in tensors]
-    return [MatrixShard(*views, rows, columns, dim, ranks, device) for views in zip(*stacks, strict=True)]
+    stacks = [tensor.unbind() if tensor.ndim == 3 else (tensor,) for tensor in tensors]
+    return [MatrixShard(p, g, buffer, rows, columns, dim, ranks, device) for p, g, buffer in zip(*stacks, strict=True)]
 
 
 def orthogonalize(update_RC: Tensor) -> Tensor:

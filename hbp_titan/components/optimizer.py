@@ -79,7 +79,9 @@ def square_norm(model: nn.Module) -> Tensor:
     """
     # float64, like the other sums with which it is reduced over the ranks in one collective. With cpu_offload the
     # gradients are in host memory, which NCCL does not reduce.
-    square = torch.nn.utils.get_total_norm(_local_grads(model)).double().square().to(compute_device(model))
+    # The norms of gradients in bfloat16 would be rounded to it.
+    norms = torch._foreach_norm(_local_grads(model), 2.0, dtype=torch.float32)
+    square = torch.linalg.vector_norm(torch.stack(norms)).double().square().to(compute_device(model))
     meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     replicated = next((mesh for mesh in meshes if "dp_replicate" in (mesh.mesh_dim_names or ())), None)
     if replicated is not None and replicated.get_local_rank("dp_replicate") > 0:

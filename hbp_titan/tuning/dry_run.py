@@ -30,7 +30,7 @@ from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.files import chat_template_file
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.distributed.mesh import cross_node_warnings
-from hbp_titan.distributed.parallelize import compute_dtype
+from hbp_titan.distributed.parallelize import DTYPES, compute_dtype
 from hbp_titan.distributed.world import fake_world
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.errors import UserError, exit_on_user_error
@@ -40,7 +40,7 @@ from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import DEVICE_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
 from hbp_titan.tuning.time_model import time_model, usable_bytes
@@ -98,7 +98,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         # Every level switch must work, as in a start.
         for index in range(len(config.levels)):
             runtime.activate(index)
-        state, count = rank_state(model), sum(parameter.numel() for parameter in model.parameters())
+        state, count = rank_state(model, config), sum(parameter.numel() for parameter in model.parameters())
     node = min(world_size, hardware.gpus_per_node)
     plans = EpochPlans(config, samples, world_size, cost_model(args, frozen=config.lora.rank > 0))
     warnings = [
@@ -171,7 +171,7 @@ class DryRun:
     def peak_bytes(self, estimate: MemoryEstimate) -> int:
         """Return the peak per rank in a micro-batch: the exact state plus the estimated rest."""
         # The estimate's state ignores the padding of uneven shards.
-        return self.rank_state.total_bytes + estimate.saved_bytes + estimate.transient_bytes
+        return self.rank_state.device_bytes + estimate.saved_bytes + estimate.transient_bytes
 
     def fits(self, estimate: MemoryEstimate) -> bool:
         """Return whether it fits in the GPU's memory."""
@@ -185,7 +185,7 @@ class DryRun:
                 continue
             lines.append(
                 f"level {level_name(memory.level)} needs {human_bytes(self.peak_bytes(memory.configured))} per rank "
-                f"({human_bytes(self.rank_state.total_bytes)} of it parameters, gradients and optimizer state), but "
+                f"({human_bytes(self.rank_state.device_bytes)} of it parameters, gradients and optimizer state), but "
                 f"{self.hardware.name} has {human_bytes(usable_bytes(self.hardware))} to use; {self._advice(index)}"
             )
         if lines:
@@ -203,7 +203,7 @@ class DryRun:
             return found.instructions(self.config, level)
         more = search.more_ranks()
         # No level is short enough if the state alone does not fit.
-        shorter = search.shorter() if self.rank_state.total_bytes < limit else None
+        shorter = search.shorter() if self.rank_state.device_bytes < limit else None
         words = [] if more is None else [more.use_ranks(self.config, level)]
         if shorter is not None:
             text = shorter.instructions(self.config, level)
@@ -219,23 +219,33 @@ class RankState:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    offloaded: bool = False
 
     @property
     def total_bytes(self) -> int:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of it that are not in host memory."""
+        return 0 if self.offloaded else self.total_bytes
 
-def rank_state(model: nn.Module) -> RankState:
+
+def rank_state(model: nn.Module, config: JobConfig) -> RankState:
     """Return the state of this rank's shards of `model`, which may be on the meta device."""
     shards = [(p.to_local() if isinstance(p, DTensor) else p, p.requires_grad) for p in model.parameters()]
     trained = [shard for shard, requires_grad in shards if requires_grad]
-    # Gradients and AdamW's two moments have their parameter's dtype; AdamW's step count is a float32 per parameter.
-    gradient_bytes = sum(shard.nbytes for shard in trained)
+    narrow = config.training.gradient_dtype != "auto"
+    gradients = [
+        shard.numel() * (DTYPES[config.training.gradient_dtype] if narrow else shard.dtype).itemsize
+        for shard in trained
+    ]
     return RankState(
         parameters=sum(shard.numel() for shard, _ in shards),
         parameter_bytes=sum(shard.nbytes for shard, _ in shards),
-        gradient_bytes=gradient_bytes,
-        optimizer_bytes=2 * gradient_bytes + torch.float32.itemsize * len(trained),
+        gradient_bytes=sum(gradients),
+        optimizer_bytes=optimizer_bytes(model, config.optimizer),
+        offloaded=config.parallelism.cpu_offload,
     )
 
 
@@ -318,8 +328,8 @@ def _model(found: DryRun) -> str:
         "allocated, memory and time are estimates",
         f"model: {found.args.name}, {found.num_params:,} parameters, {config.training.dtype}, computed in {computed}",
         f"FSDP over {shards}: {state.parameters:,} parameters per rank: {human_bytes(state.parameter_bytes)}, "
-        f"gradients {human_bytes(state.gradient_bytes)}, AdamW {human_bytes(state.optimizer_bytes)}, together "
-        f"{human_bytes(state.total_bytes)}",
+        f"gradients {human_bytes(state.gradient_bytes)}, optimizer {human_bytes(state.optimizer_bytes)}, "
+        f"together {human_bytes(state.total_bytes)}{' in host memory' if state.offloaded else ''}",
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in found.warnings)])
 

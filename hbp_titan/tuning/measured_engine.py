@@ -76,7 +76,7 @@ class MeasuredEngine:
                 self._optimizer = build_optimizer(self._engine.model, self.config.optimizer)
             if self.accumulate:
                 for parameter in self._engine.model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         return self._engine
 
     def clear(self) -> None:

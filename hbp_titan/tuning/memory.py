@@ -13,8 +13,11 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from hbp_titan.components.checkpoint import local_part
+from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, stored_dtype
+from hbp_titan.job_config import Optimizer
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import apply_lora
@@ -129,12 +132,14 @@ class _Composition:
         self.hidden = tokens * args.hidden_size * dtype.itemsize
         # cos and sin in float32, shared by all layers.
         self.rope = 2 * tokens * args.rope_dim * 4
-        sizes = _model_sizes(replace(args, rope_scaling=None), lora)
+        unscaled = replace(args, rope_scaling=None)
+        sizes = _model_sizes(unscaled, lora)
         reduce_dtype = DTYPES[config.training.mixed_precision_reduce]
         self.block = _gathered_block(sizes, dtype, reduce_dtype, shards, expert_parallel)
         self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, shards)
-        # AdamW: a trained parameter, its gradient and two moments, all in the parameter's dtype.
-        trained = 4 * sizes.model.trained * DTYPES[config.training.dtype].itemsize
+        dtypes = (config.training.dtype, config.training.gradient_dtype)
+        optimizer = (config.optimizer.name, config.optimizer.state_dtype)
+        trained = _trained_bytes(unscaled, lora, dtypes, optimizer)
         frozen = sizes.model.frozen * stored_dtype(config, torch.device(device_type)).itemsize
         self.resident, self.host = (trained + frozen) // shards, 0
         if config.parallelism.cpu_offload:
@@ -276,13 +281,39 @@ class _ModelSizes:
 
 @lru_cache(maxsize=64)
 def _model_sizes(args: ModelArgs, adapters: Adapters) -> _ModelSizes:
+    model = _meta_model(args, adapters)
+    block = max(model.layers, key=lambda block: Count.of(block).total)
+    experts = [module for module in block.modules() if isinstance(module, Experts)]
+    return _ModelSizes(Count.of(model), Count.of(model.head), Count.of(block), Count.of(*experts))
+
+
+def _meta_model(args: ModelArgs, adapters: Adapters) -> Decoder:
     with torch.device("meta"):
         model = Decoder(args)
         if adapters[0]:
             apply_lora(model, adapters[0], 1.0, adapters[1])
-    block = max(model.layers, key=lambda block: Count.of(block).total)
-    experts = [module for module in block.modules() if isinstance(module, Experts)]
-    return _ModelSizes(Count.of(model), Count.of(model.head), Count.of(block), Count.of(*experts))
+    return model
+
+
+@lru_cache(maxsize=64)
+def _trained_bytes(args: ModelArgs, adapters: Adapters, dtypes: tuple[str, str], optimizer: tuple[str, str]) -> int:
+    """Return the bytes of trained parameters, their gradients and the optimizer's state.
+
+    dtypes: training.dtype and gradient_dtype. optimizer: optimizer.name and state_dtype.
+    """
+    dtype = DTYPES[dtypes[0]]
+    gradient_dtype = DTYPES.get(dtypes[1], dtype)
+    model = _meta_model(args, adapters).to(dtype)
+    for parameter in model.parameters():
+        parameter.grad_dtype = gradient_dtype
+    bytes_each = dtype.itemsize + gradient_dtype.itemsize
+    return Count.of(model).trained * bytes_each + optimizer_bytes(model, Optimizer(*optimizer))
+
+
+def optimizer_bytes(model: nn.Module, config: Optimizer) -> int:
+    """Return the bytes of this rank's optimizer state, without step counts. model: on the meta device, also sharded."""
+    states = build_optimizer(model, config).state.values()
+    return sum(local_part(value).nbytes for state in states for key, value in state.items() if key != "step")
 
 
 def _gathered_block(

@@ -210,7 +210,7 @@ class OOMContext:
 
 
 def _state(num_bytes: int) -> str:
-    return f"parameters, gradients and AdamW's moments {human_bytes(num_bytes)}"
+    return f"parameters, gradients and optimizer state {human_bytes(num_bytes)}"
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ def profile_key(
         "deterministic": config.training.deterministic,
         "loss_chunk_tokens": config.training.loss_chunk_tokens,
         "compile": dataclasses.asdict(config.compile),
+        "optimizer": [config.optimizer.name, config.optimizer.state_dtype, config.training.gradient_dtype],
+        "cpu_offload": config.parallelism.cpu_offload,
         "dp_replicate": config.parallelism.dp_replicate,
         "expert_parallel_degree": config.parallelism.expert_parallel_degree,
         "reshard_after_forward": config.parallelism.reshard_after_forward,

@@ -45,6 +45,12 @@ def test_settings_that_may_change_are_not_compared(tokenizer: Path) -> None:
     changed = ["--levels=64,512:2", "--training.epochs=3", "--checkpoint.interval=7", "--compile.enable=true"]
     check_resume_compatible(saved, _invariants(tokenizer, *changed), PATH)
     check_resume_compatible(saved, _invariants(tokenizer, "--parallelism.dp_replicate=2", name="renamed"), PATH)
+    # A version that had one optimizer.
+    del saved["optimizer.name"], saved["optimizer.state_dtype"]
+    check_resume_compatible(saved, _invariants(tokenizer), PATH)
+    for word in ("optimizer.name=muon", "optimizer.state_dtype=bfloat16"):
+        with pytest.raises(ValueError, match=word.partition("=")[0]):
+            check_resume_compatible(saved, _invariants(tokenizer, f"--{word}"), PATH)
 
 
 def test_every_difference_is_named(tokenizer: Path) -> None:

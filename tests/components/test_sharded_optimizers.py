@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hbp_titan import preflight
 from hbp_titan.components import sharded_optimizers
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.optimizer import build_optimizer, step_unless
@@ -91,7 +92,7 @@ def test_adamw_with_bfloat16_moments_computes_in_float32(dtype: torch.dtype, mon
 @NEEDS_TORCHAO
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adamw_in_8_bits_follows_torchao_s(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+    from torchao.optim import AdamW8bit
 
     encoder = sharded_optimizers._encoder
     monkeypatch.setattr(sharded_optimizers, "CHUNK", 1024)
@@ -113,6 +114,12 @@ def test_adamw_in_8_bits_follows_torchao_s(compiled: bool, monkeypatch: pytest.M
             assert (codes != expected).float().mean() < 0.01
             torch.testing.assert_close(own[f"{name}_scale"].flatten(), other[name].scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(model["layers"].weight, twin["layers"].weight, rtol=1e-3, atol=2e-3)
+
+
+def test_missing_torchao_is_an_error_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="torchao"):
+        preflight.check_packages(load_config(["--optimizer.name=adamw8bit"]))
 
 
 def test_moments_in_8_bits_take_a_byte_and_the_share_of_a_scale() -> None:

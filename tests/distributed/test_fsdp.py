@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hbp_titan.components.optimizer import square_norm
 from hbp_titan.config import load_config, validate
 from hbp_titan.data.batch import PackedBatch
+from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.distributed import parallelize
-from hbp_titan.distributed.fsdp import apply_fsdp
+from hbp_titan.distributed.fsdp import apply_fsdp, whole_tensor
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
-from hbp_titan.packing import Level
+from hbp_titan.packing import Level, build_plan
 from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_expert_parallel import RandomSamples
@@ -199,3 +201,27 @@ def test_separate_reduce_scatter_group_changes_no_gradient() -> None:
 def test_number_of_ranks_that_does_not_fit(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         validate(load_config(["--levels=64:1", "--parallelism.dp_replicate=2", *argv]), 8)
+
+
+def _gradients(world: World) -> list[dict[str, Tensor]]:
+    found = []
+    for dtype in ("auto", "bfloat16"):
+        config = load_config([f"--training.gradient_dtype={dtype}", "--levels=256:2", f"--training.seed={SEED}"])
+        engine = Engine(config, ARGS, world)
+        samples = Samples()
+        plan = build_plan(samples.lengths, config.levels, world.size, loss_tokens=samples.loss_tokens)
+        batches = PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, ARGS.num_kv_heads))  # type: ignore[arg-type]
+        engine.forward_backward(batches[0])
+        gradients = {name: p.grad for name, p in engine.model.named_parameters()}
+        norm = square_norm(engine.model)
+        dist.all_reduce(norm)
+        found.append({name: whole_tensor(grad) for name, grad in gradients.items() if grad is not None} | {"": norm})
+    return found
+
+
+def test_gradients_in_bfloat16_are_rounded_after_their_reduction() -> None:
+    whole, narrow = run_distributed(_gradients, 2)[0]
+    norm, rounded_norm = whole.pop(""), narrow.pop("")
+    assert equal(narrow, {name: grad.bfloat16() for name, grad in whole.items()})
+    # Computed in float32: a norm in bfloat16 would have 8 bits.
+    assert float(rounded_norm) == pytest.approx(float(norm), rel=1e-3)

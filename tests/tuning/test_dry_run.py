@@ -49,14 +49,20 @@ def _dry_run(words: Sequence[str], world_size: int = 8, gpu: str = "h100-80gb") 
 
 def test_state_per_rank_is_16_bytes_per_parameter() -> None:
     # 8,030,261,248 parameters (tests/models/test_registry.py) on 8 ranks: 4 bytes each, the same for gradients, twice
-    # that for AdamW's moments, and a step count of 4 bytes for each of 32 x 9 + 3 tensors.
+    # that for AdamW's moments.
     words = [*LLAMA, "--levels=16384:1:ulysses:full,131072:8:ulysses:full"]
     found = _dry_run(words)
     state = found.rank_state
     assert found.num_params == 8_030_261_248
     own = 8_030_261_248 // 8
     assert (state.parameters, state.parameter_bytes, state.gradient_bytes) == (own, 4 * own, 4 * own)
-    assert state.optimizer_bytes == 8 * own + 4 * (32 * 9 + 3)
+    assert state.optimizer_bytes == 8 * own
+    small = ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16", "--training.gradient_dtype=bfloat16"]
+    state = _dry_run([*words, *small, "--parallelism.cpu_offload=true"]).rank_state
+    # Embedding and output have two moments, and so have norms; matrices of the blocks have one.
+    adamw = 2 * 128256 * 4096 + 65 * 4096
+    assert (state.gradient_bytes, state.optimizer_bytes) == (2 * own, 2 * own + 2 * adamw // 8)
+    assert (state.device_bytes, state.total_bytes) == (0, 8 * own + 2 * adamw // 8)
     assert not dist.is_initialized()
     assert _dry_run([*words, "--parallelism.dp_replicate=2"]).rank_state.parameters == 2 * own
 
@@ -216,7 +222,7 @@ def _start(world: World, argv: list[str]) -> dict[str, object]:
     trainer.engine.forward_backward(PlanDataset(plan, trainer.store, world.rank, trainer.shapes)[0])
     trainer.optimizer.step()
     parameters = list(trainer.model.parameters())
-    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    state = [value for values in trainer.optimizer.state.values() for k, value in values.items() if k != "step"]
     return {
         "parameters": _bytes(parameters),
         "gradients": _bytes([p.grad for p in parameters if p.grad is not None]),

@@ -117,7 +117,12 @@ def test_estimate_equals_the_measured_peak(
 
 
 GPU = (torch.bfloat16, "cuda")
-STATES = [["--parallelism.cpu_offload=true"]]
+STATES = [
+    ["--parallelism.cpu_offload=true"],
+    ["--optimizer.state_dtype=bfloat16", "--training.gradient_dtype=bfloat16"],
+    ["--optimizer.name=adamw8bit"],
+    ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16", "--parallelism.cpu_offload=true"],
+]
 """Words that change what is held between steps, or where."""
 
 

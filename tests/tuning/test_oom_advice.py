@@ -159,7 +159,7 @@ def test_state_that_does_not_fit() -> None:
     # 8,030,261,248 x 16 bytes are 119.7 GiB; two ranks hold 59.8 each.
     for error in (_error(context, 0), OutOfMemory(UPDATE, None, TorchFigures(GIB))):
         head, way = context.lines(error)
-        assert "parameters, gradients and AdamW's moments 119.7 GiB" in head
+        assert "parameters, gradients and optimizer state 119.7 GiB" in head
         assert "use 2 ranks" in way
         assert "lora.rank = 16" in way
 
