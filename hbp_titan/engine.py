@@ -28,7 +28,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState
 from hbp_titan.distributed.context_parallel import ContextParallelState
-from hbp_titan.distributed.fsdp import ReshardState, reshard, set_gradient_dtype
+from hbp_titan.distributed.fsdp import ReshardState, reshard
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import (
     DTYPES,
@@ -126,6 +126,8 @@ class Engine:
         else:
             self.model.to_empty(device=storage)
         if config.training.gradient_dtype != "auto":
+            from hbp_titan.components.sharded_optimizers import set_gradient_dtype
+
             set_gradient_dtype(self.model, DTYPES[config.training.gradient_dtype])
 
     @property

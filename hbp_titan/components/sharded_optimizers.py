@@ -3,7 +3,7 @@
 torch's fused AdamW takes parameters, gradients and moments of one dtype only, and torch's Muon takes whole matrices
 only. Here every update is computed in float32, by the same fused kernel, in pieces of at most CHUNK elements, so that
 no float32 copy of a whole moment exists. A step is skipped on the device by `found_inf`, as with torch's fused
-optimizers.
+optimizers. `set_gradient_dtype` stores gradients in bfloat16.
 
 Bytes of optimizer state per parameter: AdamW 8 in float32 and 4 in bfloat16, 2.03 in 8 bits; Muon 4 or 2.
 
@@ -17,8 +17,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+
+from hbp_titan.distributed.fsdp import sharded_parameters
 
 CHUNK = 1 << 24
 """Elements of a parameter that are updated at a time: 64 MiB in float32 for each moment."""
@@ -193,3 +196,30 @@ def _encoder(compiled: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]
 
     # One graph for pieces of every size.
     return torch.compile(encode, dynamic=True, fullgraph=True) if compiled else encode
+
+
+def set_gradient_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the sharded gradients of `model` in `dtype`, after the reduction; before the first forward.
+
+    Each micro-batch is then added in `dtype`, so a step should have one.
+    """
+    for module in model.modules():
+        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            _cast_reduced(group, dtype)
+    for _, parameter in sharded_parameters(model):
+        if parameter.requires_grad:
+            # Otherwise torch refuses a gradient of another dtype than the parameter's.
+            parameter.grad_dtype = dtype
+
+
+def _cast_reduced(group: Any, dtype: torch.dtype) -> None:
+    """Make an FSDP2 group cast what it has reduced to `dtype`; torch has no setting for it (2.13)."""
+    set_dtypes = group._init_mp_dtypes
+
+    def set_own() -> None:
+        set_dtypes()
+        # None in a group without trained parameters.
+        if group._orig_dtype is not None:
+            group._orig_dtype = dtype
+
+    group._init_mp_dtypes = set_own

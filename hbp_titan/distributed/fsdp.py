@@ -163,33 +163,6 @@ def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters()
 
 
-def set_gradient_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store the sharded gradients of `model` in `dtype`, after the reduction; before the first forward.
-
-    Each micro-batch is then added in `dtype`, so a step should have one.
-    """
-    for module in model.modules():
-        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
-            _cast_reduced(group, dtype)
-    for _, parameter in sharded_parameters(model):
-        if parameter.requires_grad:
-            # Otherwise torch refuses a gradient of another dtype than the parameter's.
-            parameter.grad_dtype = dtype
-
-
-def _cast_reduced(group: Any, dtype: torch.dtype) -> None:
-    """Make an FSDP2 group cast what it has reduced to `dtype`; torch has no setting for it (2.13)."""
-    set_dtypes = group._init_mp_dtypes
-
-    def set_own() -> None:
-        set_dtypes()
-        # None in a group without trained parameters.
-        if group._orig_dtype is not None:
-            group._orig_dtype = dtype
-
-    group._init_mp_dtypes = set_own
-
-
 def compute_device(model: nn.Module) -> torch.device:
     """Return the device that computes with `model`: with cpu_offload its parameters are elsewhere, in host memory."""
     parameter = next(model.parameters())

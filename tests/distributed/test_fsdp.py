@@ -194,7 +194,7 @@ def test_separate_reduce_scatter_group_changes_no_gradient() -> None:
     [
         (["--parallelism.reshard_after_forward=3"], "parallelism.reshard_after_forward=3"),
         (["--parallelism.reshard_after_forward=1"], "parallelism.reshard_after_forward=1"),
-        (["--levels=64:1:::::"], "64:1:::::"),
+        (["--levels=64:1::::::::"], "64:1::::::::"),
         (["--levels=64:1:ulysses:none::8"], "reshard_after_forward=8"),
     ],
 )
