@@ -44,8 +44,6 @@ DATA_KEYS = (
     "max_length_policy", "reasoning", "empty_answers", "malformed", "duplicates", "max_samples", "max_row_bytes",
 )  # fmt: skip
 """Keys of [data] that decide what is trained."""
-BEFORE = {"optimizer.name": "adamw", "optimizer.state_dtype": "auto", "optimizer.momentum": 0.95}
-"""Values of keys in checkpoints of versions that did not have them."""
 PARTS = ("data.", "validation.")
 """Keys that are compared only to say why the data differ."""
 PACKAGES = (
@@ -183,7 +181,7 @@ def check_resume_compatible(
     differences = {}
     # Keys of both sides: one that only one version of the code records is a difference, too.
     for name in dict.fromkeys([*saved, *own]):
-        before, now = saved.get(name, BEFORE.get(name, MISSING)), own.get(name, MISSING)
+        before, now = saved.get(name, MISSING), own.get(name, MISSING)
         if name in allowed or _identity(before) == _identity(now) or (same_data and name.startswith(PARTS)):
             continue
         differences[name] = f"{name}: {_format(before)} (checkpoint) vs {_format(now)} (this run)"

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from hbp_titan.distributed.fsdp import sharded_parameters
+from hbp_titan.distributed.fsdp import param_groups, sharded_parameters
 
 CHUNK = 1 << 24
 """Elements of a parameter that are updated at a time: 64 MiB in float32 for each moment."""
@@ -204,7 +203,7 @@ def set_gradient_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     Each micro-batch is then added in `dtype`, so a step should have one.
     """
     for module in model.modules():
-        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+        for group in param_groups(module):
             _cast_reduced(group, dtype)
     for _, parameter in sharded_parameters(model):
         if parameter.requires_grad:

@@ -68,7 +68,7 @@ def _reshard_to(module: FSDPModule, mesh_info: HSDPMeshInfo) -> None:
     Groups that torch cannot keep on a smaller mesh are unchanged: parameters sharded along another dim than the first,
     and experts.
     """
-    for group in module._get_fsdp_state()._fsdp_param_groups:
+    for group in param_groups(module):
         parameters: list[Any] = group.fsdp_params
         if any(parameter.is_dtensor or parameter.fsdp_placement.dim != 0 for parameter in parameters):
             continue
@@ -132,9 +132,9 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
     if separate_reduce_scatter and hasattr(root, "set_separate_reduce_scatter_group"):
         for module in model.modules():
-            for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            for group in param_groups(module):
                 # torch uses a group that is already set; its own would be a new one per engine, with torch's timeout.
-                info: Any = group.mesh_info
+                info = group.mesh_info
                 info.reduce_scatter_process_group = reduce_group(info.shard_process_group, mesh.device_type)
         root.set_separate_reduce_scatter_group()
     reshard.attach(blocks, mesh)
@@ -161,6 +161,14 @@ def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     # compute dtype, and named_parameters() would return that.
     reshard(model)
     return model.named_parameters()
+
+
+def param_groups(module: Any) -> list[Any]:
+    """Return FSDP2's groups of the parameters that `module` gathers together; none of a module without FSDP."""
+    state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+    # torch 2.11 has one group per module.
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
 
 
 def compute_device(model: nn.Module) -> torch.device:
