@@ -46,7 +46,6 @@ CASES = [
     (PLAIN, Case("allgather, keep_attention", 2, (Level(64, 2), GATHER))),
     (BALANCED, Case("ulysses, full, balance losses", 2, (Level(64, 1), UPPER))),
     (BALANCED, Case("allgather, several steps", 2, (Level(64, 1), GATHER), global_batch_tokens=300)),
-    (BALANCED, Case("compiled, balance losses", 2, (UPPER,), compile=True)),
     (BALANCED, Case("compiled, ep 2", 2, (UPPER,), compile=True, expert_parallel=2)),
     (ODD, Case("9 experts", 2, (Level(64, 1), UPPER))),
     (BALANCED, Case("ep 4", 4, LEVELS, expert_parallel=4)),

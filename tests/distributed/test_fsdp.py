@@ -57,7 +57,7 @@ class Samples(RandomSamples):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows += self.rows[4:6] * 5
+        self.rows += self.rows[4:6] * 3
         self.lengths = np.array([len(tokens) for tokens, _ in self.rows])
         self.loss_tokens = np.array([int(mask[1:].sum()) for _, mask in self.rows])
 

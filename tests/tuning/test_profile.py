@@ -37,7 +37,7 @@ from tests.properties import examples
 from tests.tiny_run import ARGS
 
 CPU_WORLD = World(0, 1, torch.device("cpu"))
-DEEP = dataclasses.replace(ARGS, num_layers=6)
+DEEP = dataclasses.replace(ARGS, num_layers=4)
 LENGTHS = np.random.default_rng(0).integers(4, 120, 200)
 LOSS_TOKENS = LENGTHS // 2
 SHORT, LONG = Level(128), Level(256, cp_degree=2)
