@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,17 @@ def _states() -> set[str]:
     return set(result.stdout.split())
 
 
+def _traps_signal(folder: Path) -> bool:
+    """Whether the job's shell, a copy of the script in `folder`, has set its trap; earlier signals may kill it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{folder}/slurm/spool" in (process / "cmdline").read_text():
+                caught = re.search(r"SigCgt:\s*(\w+)", (process / "status").read_text())
+                if caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+                    return True
+    return False
+
+
 def _start_again(job: str) -> None:
     """Wait until the job is requeued, and start it without SLURM's pause of two minutes."""
     wait_until(lambda: _slurm("squeue", "-h", "-j", job, "-o", "%T %r") == "PENDING BeginTime")
@@ -118,7 +132,7 @@ def test_job_signalled_at_its_start_and_preempted_ends_like_an_undisturbed_run(
         monkeypatch.setenv(name, value)
     script = ["scripts/slurm_train.sbatch", *argv]
     job = _slurm("sbatch", "--parsable", "--nodes=2", "--time=1:00:00", "--output=job.out", *script)
-    wait_until(lambda: _slurm("squeue", "-h", "-j", job, "-o", "%T") == "RUNNING")
+    wait_until(lambda: _traps_signal(tmp_path))
     _slurm("scancel", "--signal=USR1", "--batch", job)
     _start_again(job)
     wait_until(lambda: steps_done(folder) >= 12)
