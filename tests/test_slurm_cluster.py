@@ -95,9 +95,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     finally:
         # The ranks of a test that failed would live on, and hold the port that the next cluster's first job uses.
         if len(daemons) == len(commands):
-            for job in _slurm("squeue", "-h", "-o", "%i").split():
-                _slurm("scancel", "--signal=KILL", job)
-                _slurm("scancel", "--signal=KILL", "--batch", job)
+            subprocess.run(["scancel", *_slurm("squeue", "-h", "-o", "%i").split()], capture_output=True)
             wait_until(lambda: not _slurm("squeue", "-h"), *daemons)
         for daemon in reversed(daemons):
             daemon.terminate()
