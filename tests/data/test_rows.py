@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -450,6 +449,8 @@ def read_table(file: Path) -> list[tuple[int, Any]]:
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
 @pytest.mark.parametrize("batch_rows", [1, 7, 5000])
 def test_any_rows_in_any_order_are_those_that_datasets_reads(tmp_path: Path, name: str, batch_rows: int) -> None:
+    import datasets
+
     file = write_table(tmp_path / name, pa.Table.from_pylist(TABLE_ROWS), batch_rows)
     oracle = TABLE_ROWS
     if name == "a.parquet":
@@ -509,6 +510,8 @@ def test_json_columns_are_the_objects_that_they_spell_with_their_nulls(tmp_path:
 
 
 def test_json_columns_that_datasets_writes_are_read(tmp_path: Path) -> None:
+    import datasets
+
     features = datasets.Features({"messages": datasets.List(datasets.Json()), "meta": datasets.Json()})
     rows = [{"messages": JSON_ROW["messages"], "meta": {"a": [None, 1]}}, {"messages": [], "meta": None}]
     data = datasets.Dataset.from_list(rows, features=features)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hbp_titan.models.configs import ModelArgs
@@ -31,6 +30,13 @@ OURS = {"dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta",
 def _folder(path: Path, values: dict[str, Any]) -> Path:
     (path / "config.json").write_text(json.dumps(values))
     return path
+
+
+def _theirs(folder: Path) -> Any:
+    """Return the configuration that transformers reads."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
 
 
 def _head_dim(config: Any) -> int:
@@ -65,7 +71,7 @@ def _own_facts(args: ModelArgs) -> tuple[Any, ...]:
 @published
 def test_published_config_is_read_as_transformers_reads_it(tmp_path: Path, name: str) -> None:
     args = args_from_hf(_folder(tmp_path, PUBLISHED[name]))
-    theirs = AutoConfig.from_pretrained(tmp_path)
+    theirs = _theirs(tmp_path)
     assert _own_facts(args) == _facts(theirs)
     frequencies, factor = _rope(theirs)
     found = inverse_frequencies(args.rope_dim, args.rope_theta, args.rope_scaling)
@@ -78,14 +84,14 @@ def test_published_config_is_read_as_transformers_reads_it(tmp_path: Path, name:
 def test_exported_config_is_the_published_one_in_every_program(tmp_path: Path, name: str) -> None:
     values = PUBLISHED[name]
     args = args_from_hf(_folder(tmp_path, values))
-    base, theirs = tmp_path, AutoConfig.from_pretrained(tmp_path)
+    base, theirs = tmp_path, _theirs(tmp_path)
     ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     exported = exported_config(args, base, ids, torch.bfloat16)
     assert {key: exported[key] for key in values if key not in OURS} == {
         key: value for key, value in values.items() if key not in OURS
     }
     (tmp_path / "out").mkdir()
-    again = AutoConfig.from_pretrained(_folder(tmp_path / "out", exported))
+    again = _theirs(_folder(tmp_path / "out", exported))
     assert _facts(again) == _facts(theirs)
     assert (again.eos_token_id, again.bos_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
     (frequencies, factor), (before, factor_before) = _rope(again), _rope(theirs)

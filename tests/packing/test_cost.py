@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hbp_titan.packing import CostModel
 
@@ -14,6 +13,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 3, 64, 4, 2, 24, 160, 25
 
 def counted_flops(tokens: int, recompute: bool, backward: bool) -> float:
     """FLOPs of one pass over a document with eager attention, which computes the full square, not its causal half."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, head_dim=HEAD_DIM,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, attn_implementation="eager",
