@@ -43,10 +43,25 @@ LOSS_TOKENS = LENGTHS // 2
 SHORT, LONG = Level(128), Level(256, cp_degree=2)
 
 
-def _profile(world: World, candidates: list[Level], options: dict[str, Any], fails_at: int, path: str) -> None:
-    """Profile on this rank and write the JSON on rank 0; micro-batches of length `fails_at` run out of memory."""
+def _estimate(policy: str, layers: int | None) -> int:
+    level = dataclasses.replace(SHORT, ac_policy=policy, ac_layers=layers)
+    tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP.vocab_size).max_loss_tokens
+    return estimate_memory(DEEP, level, JobConfig(), 2, device_type="cpu", loss_tokens=tokens).peak_bytes
+
+
+def _levels(level: Level, *policies: str) -> list[Level]:
+    return [dataclasses.replace(level, ac_policy=policy) for policy in policies]
+
+
+FORMS = (SHORT, LONG, dataclasses.replace(LONG, cp_style="allgather"))
+# SHORT fails when it runs; the estimate of the last is so far above the limit that it must not run at all.
+SOME_FAIL = [Level(64), SHORT, LONG, dataclasses.replace(SHORT, max_tokens=1 << 20, ac_policy="full")]
+
+
+def _profile_each(world: World, folder: Path) -> None:
+    """Profile three sets of candidates and write the JSON on rank 0."""
     torch.set_num_threads(1)
-    run = Engine.forward_backward
+    run, fails_at = Engine.forward_backward, 0
 
     def forward_backward(self: Engine, batch: Any) -> Any:
         if self.runtime.levels[batch.level].max_tokens == fails_at:
@@ -55,25 +70,30 @@ def _profile(world: World, candidates: list[Level], options: dict[str, Any], fai
         return run(self, batch)
 
     Engine.forward_backward = forward_backward  # type: ignore[method-assign]
-    profile = profile_levels(JobConfig(), DEEP, world, LENGTHS, LOSS_TOKENS, candidates, iterations=3, **options)
-    if world.rank == 0:
-        save_profile(profile, Path(path))
+    short = (_estimate("full", 2) + _estimate("full", 3)) // 2
+    runs: dict[str, tuple[list[Level], int, dict[str, Any]]] = {
+        "all fit": ([level for form in FORMS for level in _levels(form, "none", "full")], 0, {}),
+        "some fail": (SOME_FAIL, 128, {"memory_limit": 2 * _estimate("none", None)}),
+        "short": (_levels(SHORT, "none", "full", "keep_attention"), 0, {"memory_limit": short, "margin": 0.0}),
+    }
+    for name, (candidates, fails_at, options) in runs.items():  # noqa: B007
+        profile = profile_levels(JobConfig(), DEEP, world, LENGTHS, LOSS_TOKENS, candidates, iterations=3, **options)
+        if world.rank == 0:
+            save_profile(profile, folder / name)
 
 
-def _run(folder: Path, candidates: list[Level], fails_at: int = 0, **options: Any) -> Profile:
-    path = folder / "profile.json"
-    run_distributed(_profile, 2, candidates, options, fails_at, str(path))
-    loaded = load_profile(path, json.loads(path.read_text())["key"])
-    assert loaded is not None
-    return loaded
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Profile]:
+    folder = tmp_path_factory.mktemp("profiles")
+    run_distributed(_profile_each, 2, folder)
+    loaded = {path.name: load_profile(path, json.loads(path.read_text())["key"]) for path in folder.iterdir()}
+    return {name: profile for name, profile in loaded.items() if profile}
 
 
-def test_every_level_that_fits_gets_a_time(tmp_path: Path) -> None:
-    policies = ("none", "full")
-    forms = (SHORT, LONG, dataclasses.replace(LONG, cp_style="allgather"))
-    profile = _run(tmp_path, [dataclasses.replace(form, ac_policy=policy) for form in forms for policy in policies])
+def test_every_level_that_fits_gets_a_time(profiles: dict[str, Profile]) -> None:
+    profile = profiles["all fit"]
     # Everything fits without recomputation, which is then the fastest: one candidate per form.
-    assert [candidate.level for candidate in profile.candidates] == list(forms)
+    assert [candidate.level for candidate in profile.candidates] == list(FORMS)
     timed = {row.level: row for row in profile.measurements if row.seconds}
     for candidate in profile.candidates:
         row = timed[candidate.level]
@@ -87,29 +107,19 @@ def test_every_level_that_fits_gets_a_time(tmp_path: Path) -> None:
         assert profile.resident_bytes < candidate.peak_bytes < profile.memory_limit
     assert profile.step_seconds > 0
     # The measured peak of each form is there too.
-    assert [row.level for row in profile.measurements if not row.seconds] == list(forms)
+    assert [row.level for row in profile.measurements if not row.seconds] == list(FORMS)
 
 
-def test_levels_out_of_memory_do_not_affect_the_others(tmp_path: Path) -> None:
-    # SHORT fails when it runs; the estimate of the long one is so far above the limit that it must not run at all.
-    long = dataclasses.replace(SHORT, max_tokens=1 << 20, ac_policy="full")
-    limit = 2 * estimate_memory(DEEP, SHORT, JobConfig(), 2, device_type="cpu").peak_bytes
-    profile = _run(tmp_path, [Level(64), SHORT, LONG, long], fails_at=128, memory_limit=limit)
+def test_levels_out_of_memory_do_not_affect_the_others(profiles: dict[str, Profile]) -> None:
+    profile = profiles["some fail"]
     fits = {candidate.level.max_tokens: candidate.fits for candidate in profile.candidates}
     assert fits == {64: True, 128: False, 256: True, 1 << 20: False}
     failed = {row.level.max_tokens: row.estimated for row in profile.measurements if row.out_of_memory}
     assert failed == {128: False, 1 << 20: True}
 
 
-def test_fewest_layers_are_checkpointed_if_memory_is_short(tmp_path: Path) -> None:
-    def estimate(policy: str, layers: int) -> int:
-        level = dataclasses.replace(SHORT, ac_policy=policy, ac_layers=layers)
-        tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP.vocab_size).max_loss_tokens
-        return estimate_memory(DEEP, level, JobConfig(), 2, device_type="cpu", loss_tokens=tokens).peak_bytes
-
-    limit = (estimate("full", 2) + estimate("full", 3)) // 2
-    candidates = [dataclasses.replace(SHORT, ac_policy=policy) for policy in ("none", "full", "keep_attention")]
-    profile = _run(tmp_path, candidates, memory_limit=limit, margin=0.0)
+def test_fewest_layers_are_checkpointed_if_memory_is_short(profiles: dict[str, Profile]) -> None:
+    profile = profiles["short"]
     found = {candidate.level.ac_policy: candidate for candidate in profile.candidates}
     assert not found["none"].fits
     for policy in ("full", "keep_attention"):
@@ -118,7 +128,7 @@ def test_fewest_layers_are_checkpointed_if_memory_is_short(tmp_path: Path) -> No
         assert depth is not None
         assert peak is not None
         assert depth >= 3
-        assert peak <= limit
+        assert peak <= profile.memory_limit
     # One layer less did not fit: it was measured, or the two depths say so.
     assert found["full"].level.ac_layers == 3
     measured = {row.level.ac_layers for row in profile.measurements if row.level.ac_policy == "full"}
