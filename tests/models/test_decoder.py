@@ -155,6 +155,21 @@ def test_the_comparison_detects_another_architecture_with_the_same_weights(args:
     assert largest_difference(random_model(other, 0), theirs, make_pack(args, 0)) > 1e-4
 
 
+def test_a_pad_token_inside_documents_learns_here_but_not_in_transformers() -> None:
+    # Where pad is the end token, transformers' padding_idx drops the gradient of its row in the lookup.
+    args = LAYOUTS["llama gqa tied"]
+    ours, theirs = build_pair(args, 0)
+    pack = make_pack(args, 0)
+    pad = int(pack["input_ids_T"][3])
+    assert largest_difference(ours, theirs, pack) < 1e-5
+    theirs.model.embed_tokens.padding_idx = pad
+    assert largest_difference(ours, theirs, pack) > 1e-3
+    found, expected = in_hf_memory(_grads(ours)), _grads(theirs)
+    rows = (found["model.embed_tokens.weight"] - expected["model.embed_tokens.weight"]).norm(dim=1)
+    assert rows.argmax() == pad
+    assert rows.sum() - rows[pad] < 1e-4 * rows[pad]
+
+
 def test_the_comparison_detects_attention_across_documents() -> None:
     pack = make_pack(LLAMA, 0) | {"documents": pack_documents([sum(LENGTHS)])}
     assert largest_difference(*build_pair(LLAMA, 0), pack) > 1e-2
