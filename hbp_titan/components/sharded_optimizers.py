@@ -122,17 +122,9 @@ def is_quantized(parameter: Tensor) -> bool:
 
 def _zeros_per_block(parameter: Tensor) -> Tensor:
     """Return float32 zeros, one per block of a parameter, sharded like it."""
-    shard = local(parameter)
-    zeros = torch.zeros(*shard.shape[:-1], shard.shape[-1] // BLOCK, device=shard.device)
-    if not isinstance(parameter, DTensor):
-        return zeros
-    shape = torch.Size((*parameter.shape[:-1], parameter.shape[-1] // BLOCK))
-    stride = torch.empty(shape, device="meta").stride()
-    sharded: Tensor = DTensor.from_local(
-        zeros, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
-    # from_local moves shards that are in host memory (cpu_offload) to the GPU.
-    return sharded if zeros.is_meta else sharded.to(zeros.device)
+    # A slice stays on the shard's device; DTensor.from_local would move what is in host memory to the GPU.
+    shape_of = parameter.detach().narrow(-1, 0, parameter.shape[-1] // BLOCK)
+    return torch.zeros_like(shape_of, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 class _Moment:

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from hbp_titan import preflight
 from hbp_titan.components import sharded_optimizers
-from hbp_titan.components.checkpoint import Checkpointer
+from hbp_titan.components.checkpoint import Checkpointer, collect_state
+from hbp_titan.components.muon import matrices
 from hbp_titan.components.optimizer import build_optimizer, step_unless
 from hbp_titan.config import JobConfig, load_config
-from hbp_titan.distributed.fsdp import whole_tensor
-from hbp_titan.distributed.world import World
+from hbp_titan.distributed.fsdp import compute_device, whole_tensor
+from hbp_titan.distributed.world import World, fake_world
 from hbp_titan.engine import Engine
 from hbp_titan.job_config import Optimizer
 from hbp_titan.models.configs import ModelArgs
@@ -160,6 +163,39 @@ def test_skipped_step_changes_nothing_and_the_next_is_as_if_it_had_not_been(conf
             step_unless(optimizer, torch.tensor(skips))
             assert equal(before, _state(each, optimizer)) == bool(skips)
     assert equal(_state(model, optimizers[0]), _state(twin, optimizers[1]))
+
+
+class _HostShards(nn.Module):
+    """Half of each parameter, in host memory, on a mesh of GPUs, as parallelism.cpu_offload leaves them."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        shards = {"layers": (16, 256), "experts": (2, 16, 256), "norm": (16,)}
+        for name, shape in shards.items():
+            whole = torch.empty(2 * shape[0], *shape[1:], device="meta")
+            spec = DTensorSpec(mesh, (Shard(0),), TensorMeta(whole.shape, whole.stride(), whole.dtype))
+            self.register_parameter(name, nn.Parameter(DTensor(torch.zeros(shape), spec, requires_grad=False)))
+
+
+@pytest.mark.parametrize("config", [Optimizer(), BF16, EIGHT_BITS, MUON])
+def test_state_of_shards_in_host_memory_is_there_too(config: Optimizer) -> None:
+    # This machine has no GPU: what would be copied to one raises.
+    with fake_world(2, torch.device("cuda")):
+        model = _HostShards(DeviceMesh("cuda", torch.arange(2)))
+        optimizer = build_optimizer(model, config)
+        tensors = collect_state(model, optimizer)[0]
+        assert {value.device.type for value in tensors.values()} == {"cpu"}
+        assert compute_device(model).type == "cuda"
+        if config.name == "adamw":
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            step_unless(optimizer, torch.zeros(()))
+            assert all(bool((p.to_local() < 0).all()) for p in model.parameters())  # type: ignore[operator]
+        else:
+            parameter = model.layers
+            parameter.grad = torch.ones_like(parameter)
+            (shard,) = matrices(parameter, {"momentum_buffer": parameter.detach()})
+            assert (shard.device, shard.grad.device.type, shard.shard_shapes(2)) == ("cuda", "cpu", [(16, 256)] * 2)
 
 
 def test_muon_trains_the_matrices_of_the_blocks_alone() -> None:
