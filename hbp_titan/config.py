@@ -424,6 +424,11 @@ def _check_optimizer(config: JobConfig) -> None:
             'optimizer.state_dtype = "bfloat16" with optimizer.name = "adamw8bit", whose moments have 8 bits; remove '
             "one of them"
         )
+    if optimizer.name == "adamw8bit" and config.parallelism.cpu_offload:
+        raise ValueError(
+            'optimizer.name = "adamw8bit" with parallelism.cpu_offload: a CPU takes minutes per step for 8-bit codes; '
+            'use "adamw" with optimizer.state_dtype = "bfloat16"'
+        )
 
 
 def _check_lora(config: JobConfig) -> None:

@@ -188,7 +188,7 @@ class Training:
 @dataclass
 class Optimizer:
     name: str = "adamw"
-    """adamw (torch's fused), adamw8bit (moments in 8 bits; needs torchao), or muon: Muon for the blocks' matrices and
+    """adamw (torch's fused), adamw8bit (moments in 8 bits), or muon: Muon for the blocks' matrices and
     AdamW for the rest, with one learning rate for both (docs/parallelism.md has the bytes of each)."""
     state_dtype: str = "auto"
     """Dtype of moments and momentum: auto (the parameters') or bfloat16; updates are computed in float32."""

@@ -7,8 +7,6 @@ torchrun can be called without it.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from hbp_titan.components.metrics import check_wandb
@@ -70,17 +68,6 @@ def check_device(config: JobConfig, device: torch.device) -> None:
             raise ValueError(f"compile.backend = {config.compile.backend!r}: must be one of {', '.join(backends)}")
 
 
-def check_packages(config: JobConfig) -> None:
-    """Raise ValueError if a package that the configuration needs is not installed."""
-    if config.metrics.enable_wandb:
-        check_wandb()
-    if config.optimizer.name == "adamw8bit" and find_spec("torchao") is None:
-        raise ValueError(
-            'optimizer.name = "adamw8bit" needs the package torchao; install it (pip install torchao), or use '
-            'optimizer.state_dtype = "bfloat16" with adamw'
-        )
-
-
 def check(config: JobConfig, world_size: int, device: torch.device, args: ModelArgs) -> None:
     """Raise ValueError for what cannot be trained on `world_size` ranks with such a device each.
 
@@ -88,7 +75,8 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     """
     validate(config, world_size)
     log_rank(world_size)
-    check_packages(config)
+    if config.metrics.enable_wandb:
+        check_wandb()
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     if config.parallelism.expert_parallel_degree > 1:

@@ -141,6 +141,7 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--compile.enable=true", "--parallelism.cp_backend=dtensor"], "compile.enable with parallelism.cp_backend"),
         (["--training.gradient_dtype=bfloat16", "--training.global_batch_tokens=9"], "gradient_dtype"),
         (["--optimizer.name=adamw8bit", "--optimizer.state_dtype=bfloat16"], "state_dtype"),
+        (["--optimizer.name=adamw8bit", "--parallelism.cpu_offload=true"], "cpu_offload"),
     ],
 )
 def test_mistake_on_the_command_line_is_named(argv: list[str], message: str) -> None:
