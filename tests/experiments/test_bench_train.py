@@ -171,8 +171,8 @@ def test_optimizer_state_and_step_are_included(world: World, monkeypatch: pytest
     # Two fp32 moments per parameter.
     moments = 2 * 4 * num_params(dataclasses.replace(DEBUG, num_layers=2))
     assert (stepped.peak_bytes or 0) >= (plain.peak_bytes or 0) + moments
-    # State allocation, warm-up, peak, a warm-up round and a timed one.
-    assert len(steps) == 5
+    # Warm-up, peak, a warm-up round and a timed one.
+    assert len(steps) == 4
 
 
 @pytest.mark.slow
