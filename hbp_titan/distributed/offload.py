@@ -12,6 +12,8 @@ copies to a second buffer, at once.
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,10 +124,13 @@ class HostActivations:
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._buffers.get(key)
         if buffer is None or buffer.nbytes < nbytes:
-            # Free the smaller one first.
-            self._buffers.pop(key, None)
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            self._buffers[key] = buffer
+            if self.stream is not None:
+                # A copy of the last micro-batch may still use the smaller one, which is freed first.
+                self.stream.synchronize()
+            buffer = self._buffers[key] = torch.empty(0)
+            buffer = self._buffers[key] = (
+                pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8)
+            )
         return buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _free_sources(self, block: _Block) -> None:
@@ -175,3 +180,17 @@ class HostActivations:
             self._copy(kept.fetched, kept.host)
         if self.stream is not None:
             block.arrived = self.stream.record_event()
+
+
+def pinned(nbytes: int) -> Tensor:
+    """Return pinned host memory, uint8 [nbytes].
+
+    torch's own allocator of pinned memory takes the next power of two (CachingHostAllocator, torch 2.11 to 2.13), up to
+    twice as much. As torch.distributed's state dicts, this registers memory instead; its pages are no other buffer's,
+    because a page can be registered only once.
+    """
+    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import mmap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.chunks import in_chunks
 from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
-from hbp_titan.distributed.offload import HostActivations
+from hbp_titan.distributed.offload import HostActivations, pinned
 from hbp_titan.distributed.parallelize import apply_compile, apply_context_parallel
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
@@ -175,6 +176,9 @@ class _LateCopies(HostActivations):
         self.after_computation = False
 
     # The copy stream.
+    def synchronize(self) -> None:
+        self.wait_event(len(self.pending))
+
     def wait_stream(self, computation: Any) -> None:
         self.after_computation = True
 
@@ -211,6 +215,28 @@ def test_nothing_is_read_before_its_copy_has_ended(policy: str, monkeypatch: pyt
     # Copies to the host and back, the last block's only to it.
     buffers = len(late._buffers) // DEBUG.num_layers
     assert late.done == len(late.pending) == 2 * buffers * (2 * DEBUG.num_layers - 1)
+
+
+def test_pinned_memory_is_registered_page_by_page_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+            registered[pointer] = size
+            return 0
+
+        def cudaHostUnregister(self, pointer: int) -> int:
+            del registered[pointer]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda error: None)
+    buffers = [pinned(5000), pinned(100)]
+    assert sorted(registered.values()) == [100, 5000]
+    assert {buffer.data_ptr() % mmap.PAGESIZE for buffer in buffers} == {0}
+    assert all((buffer.fill_(7) == 7).all() for buffer in buffers)
+    del buffers[0]
+    assert list(registered.values()) == [100]
 
 
 def test_a_forward_after_one_without_backward_starts_afresh() -> None:
