@@ -192,5 +192,6 @@ def pinned(nbytes: int) -> Tensor:
     buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    # Not at exit, when the CUDA runtime may be gone.
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
