@@ -144,9 +144,7 @@ def help_text() -> str:
     """Return every key with its type, default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
     lines.append("  --levels 1024:1,8192:2    max_tokens:cp_degree:cp_style:ac_policy:ac_layers:reshard_after_forward:")
-    lines.append(
-        "                            offload_layers:mlp_chunk_tokens:attention_head_groups; empty: the default;"
-    )
+    lines.append("                            offload_layers:mlp_chunk_tokens:attention_head_groups; empty: default;")
     lines.append("                            only max_tokens is required; in TOML, [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":

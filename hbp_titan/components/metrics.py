@@ -35,7 +35,7 @@ from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Plan, comparison_table, measure
-from hbp_titan.packing.level import level_name
+from hbp_titan.packing.level import describe_memory, level_name
 from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.utils import atomic_write, human_count
 
@@ -461,25 +461,19 @@ def _describe_lora(lora: LoRA, model: nn.Module) -> str:
 def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
     """Return one line per level (mesh, cp exchange, recomputation, resharding), then the steps of the epoch."""
     lines = []
-    # From the configuration: a resumed run may change it, and its plan may be older; that of a finished run has even
-    # other levels.
-    levels = config.levels if len(config.levels) == len(plan.levels) else plan.levels
-    resharded = [level.reshard_setting(config.parallelism.reshard_after_forward) for level in levels]
+    # From the configuration: a resumed run may change what a level keeps, and its plan may be older. A finished run's
+    # plan may have other levels.
+    same = [level_name(level) for level in config.levels] == [level_name(level) for level in plan.levels]
     micro_batches = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
-    for level, count, reshard in zip(plan.levels, micro_batches, resharded, strict=True):
+    for level, count in zip(config.levels if same else plan.levels, micro_batches, strict=True):
         style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""
-        layers = "all" if level.ac_layers is None else f"{level.ac_layers}"
-        recomputed = "none" if level.ac_policy == "none" else f"{level.ac_policy} ({layers} layers)"
-        kept = (
-            ""
-            if reshard is True
-            else ", parameters stay gathered"
-            if reshard is False
-            else f", resharded over {reshard} ranks"
-        )
+        reshard = level.reshard_setting(config.parallelism.reshard_after_forward)
+        # Numbers of ranks are above 1, which equals True.
+        words: dict[bool | int, str] = {True: "", False: ", parameters stay gathered"}
+        kept = words.get(reshard, f", resharded over {reshard} ranks")
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {recomputed}{'' if reshard is True else kept}, {count} micro-batches"
+            f"{describe_memory(level)}{kept}, {count} micro-batches"
         )
     tokens = plan.step_tokens
     lines.append(

@@ -212,7 +212,7 @@ def predicted_time(
         hardware = hardware_of(device)
         if hardware is not None:
             model = time_model(args, config, hardware, plan.world_size)
-            times = [model.level_time(level) for level in plan.levels]
+            times = [model.level_time(level) for level in config.levels]
             step_seconds, origin = model.step_seconds(), f"estimated for {hardware.name}"
     origin = origin or "from the warm-up of each level" + ", compilation included" * config.compile.enable
     epoch = predict_epoch(plan, times, step_seconds)

@@ -13,7 +13,6 @@ Steps count from 1 over the whole run.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -262,9 +261,9 @@ class EpochState:
         )
 
 
-def _plan_inputs(levels: Sequence[Level]) -> list[Level]:
-    """Return the levels without the one setting that changes no plan: whether parameters stay gathered."""
-    return [dataclasses.replace(level, reshard_after_forward=None) for level in levels]
+def _plan_inputs(levels: Sequence[Level]) -> list[tuple[int, int, str]]:
+    """Return what plans and batches depend on; the other settings of a level decide about memory alone."""
+    return [(level.max_tokens, level.cp_degree, level.cp_style) for level in levels]
 
 
 def _changes(before: Plan, now: Plan) -> str:

@@ -202,6 +202,15 @@ def _bool_or_number(word: str) -> bool | int:
     return {"true": True, "false": False}[word] if word in ("true", "false") else _number(word)
 
 
+def describe_memory(level: Level) -> str:
+    """Return what a level keeps from forward to backward, and the sizes in which it computes, in words."""
+    hosted = "" if level.offload_layers is None else f", {level.offload_layers} of them in host memory"
+    layers = f" ({'all' if level.ac_layers is None else level.ac_layers} layers{hosted})"
+    chunks = f", chunks of {level.mlp_chunk_tokens} tokens" if level.mlp_chunk_tokens else ""
+    groups = f", {level.attention_head_groups} groups of heads" if level.attention_head_groups > 1 else ""
+    return f"checkpointing {level.ac_policy}{layers if level.ac_policy != 'none' else ''}{chunks}{groups}"
+
+
 def level_name(level: Level) -> str:
     """Return a level in one word, such as 8K/cp2."""
     return f"{format_tokens(level.max_tokens)}/cp{level.cp_degree}"

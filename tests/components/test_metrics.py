@@ -12,8 +12,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hbp_titan.components.metrics import MetricsLogger, RunTotals, scalars, step_line, truncate_after_step
+from hbp_titan.components.metrics import (
+    MetricsLogger,
+    RunTotals,
+    describe_plan,
+    scalars,
+    step_line,
+    truncate_after_step,
+)
 from hbp_titan.components.step_stats import LossMeans, LossSums, Mean, attention_balance, count_sources
+from hbp_titan.config import load_config
 from hbp_titan.data.batch import make_batch
 from hbp_titan.job_config import JobConfig
 from hbp_titan.packing import Level, build_plan, measure
@@ -179,6 +187,17 @@ RECORD: dict[str, Any] = {
     "idle_share": 0.123,
     "peak_memory_gib": 71.24,
 }
+
+
+def test_start_names_every_memory_setting_of_the_configuration_and_not_of_an_older_plan() -> None:
+    plan = build_plan(np.full(4, 60), [Level(64), Level(128, 2)], world_size=2)
+    config = load_config(["--levels=64:1:ulysses:none,128:2:ulysses:offload:3:false:2:8:4"])
+    first, second = describe_plan(plan, 2, config).splitlines()[:2]
+    assert first == "level 64/cp1: dp 2 x cp 1, checkpointing none, 2 micro-batches"
+    assert second == (
+        "level 128/cp2: dp 1 x cp 2 (ulysses, fused), checkpointing offload (3 layers, 2 of them in host memory), "
+        "chunks of 8 tokens, 4 groups of heads, parameters stay gathered, 0 micro-batches"
+    )
 
 
 def test_line_of_a_step_prints_nan_and_drops_its_least_important_parts_if_it_is_long() -> None:

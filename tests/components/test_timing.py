@@ -134,7 +134,8 @@ def test_measured_times_take_precedence_over_the_warm_up() -> None:
 def test_known_gpu_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     device = torch.device("cuda", 0)
-    predicted = predicted_time(JobConfig(), ARGS, PLAN, 0, 4, device, None, [9.0, 9.0])
+    config = JobConfig(levels=list(PLAN.levels))
+    predicted = predicted_time(config, ARGS, PLAN, 0, 4, device, None, [9.0, 9.0])
     assert predicted.endswith("for 4 steps, estimated for h200-141gb")
     model = time_model(ARGS, JobConfig(), hardware_of(device), 1)  # type: ignore[arg-type]
     seconds = 2 * sum(model.level_time(level).base for level in PLAN.levels) + 4 * model.step_seconds()

@@ -56,10 +56,11 @@ def _saved(state: EpochState) -> dict[str, Any]:
     return json.loads(json.dumps(state.state()))
 
 
-def test_the_same_ranks_and_levels_keep_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [LEVELS, "16:1:ulysses:full:1:false,64:2:ulysses:offload:3:2:1:8:2"])
+def test_the_same_ranks_and_levels_keep_the_plan_with_any_memory_settings(tmp_path: Path, levels: str) -> None:
     first = _state(tmp_path, 4)
     _train(first, 3)
-    again = _state(tmp_path, 4)
+    again = _state(tmp_path, 4, levels)
     assert again.restore(_saved(first)) == ""
     assert (again.step, again.epoch, again.step_in_plan) == (3, 0, 3)
     assert again.plan.fingerprint == first.plan.fingerprint
