@@ -54,7 +54,7 @@ def test_bfloat16_compute_keeps_fp32_state_and_follows_the_fp32_run(tmp_path: Pa
 
 
 def test_gradients_and_moments_in_bfloat16_follow_the_fp32_run(tmp_path: Path) -> None:
-    argv = [*write_tiny_run(tmp_path, saves=False), "--training.mixed_precision_param=float32"]
+    argv = [*write_tiny_run(tmp_path, num_rows=30, saves=False), "--training.mixed_precision_param=float32"]
     narrow = ["--optimizer.state_dtype=bfloat16", "--training.gradient_dtype=bfloat16"]
     words: dict[str, list[str]] = {"plain": [], "narrow": narrow, "muon": [*narrow, "--optimizer.name=muon"]}
     runs = [[*argv, *more, f"--job.dump_folder={tmp_path / name}"] for name, more in words.items()]
