@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hbp_titan.errors import UserError
+from hbp_titan.utils import human_bytes
+
 
 @dataclass
 class _Kept:
@@ -80,7 +83,8 @@ class HostActivations:
         stays = {tensor.untyped_storage()._cdata for tensor in shared}
 
         def pack(tensor: Tensor) -> Any:
-            if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            # Nothing of size 0 can be pinned: a pass of attention may have no queries.
+            if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
                 return tensor
             storage = tensor.untyped_storage()._cdata
             if storage in stays:
@@ -187,11 +191,17 @@ def pinned(nbytes: int) -> Tensor:
 
     torch's own allocator of pinned memory takes the next power of two (CachingHostAllocator, torch 2.11 to 2.13), up to
     twice as much. As torch.distributed's state dicts, this registers memory instead; its pages are no other buffer's,
-    because a page can be registered only once.
+    because a page can be registered only once. Raises UserError if there is not enough of it.
     """
     buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
+    if code := int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
+        raise UserError(
+            [
+                f"levels.ac_policy: {human_bytes(nbytes)} of host memory for activations could not be pinned (CUDA "
+                f"error {code}); lower levels.offload_layers, or raise the job's memory limit"
+            ]
+        )
     # Not at exit, when the CUDA runtime may be gone.
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
