@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from hbp_titan.components.weights import describe_weights
 from hbp_titan.data.epoch import EpochPlans
+from hbp_titan.distributed.fsdp import compute_device
 from hbp_titan.distributed.mesh import cross_node_warnings
 from hbp_titan.distributed.parallelize import compute_dtype, stored_dtype
 from hbp_titan.distributed.world import ranks_per_node
@@ -410,7 +411,7 @@ def describe_start(
     config: JobConfig, args: ModelArgs, model: nn.Module, plans: EpochPlans, plan: Plan, total_steps: int, step: int = 0
 ) -> str:
     """Return every derived number of a run that starts, or resumes from `step`. plan: of the current epoch."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     experts = config.parallelism.expert_parallel_degree
     warnings = cross_node_warnings(plan.levels, experts, ranks_per_node(plan.world_size))
     samples, trained = plan.packs.ids, int(plan.loss_tokens[plan.packs.ids].sum())

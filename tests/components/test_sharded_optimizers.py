@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from hbp_titan.components import sharded_optimizers
 from hbp_titan.components.checkpoint import Checkpointer, collect_state
+from hbp_titan.components.metrics import describe_start
 from hbp_titan.components.muon import matrices
 from hbp_titan.components.optimizer import build_optimizer, step_unless
 from hbp_titan.config import JobConfig, load_config
+from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.distributed.fsdp import compute_device, whole_tensor
 from hbp_titan.distributed.world import World, fake_world
 from hbp_titan.engine import Engine
@@ -26,6 +30,7 @@ from hbp_titan.job_config import Optimizer
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import apply_lora
+from hbp_titan.packing import CostModel
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.models.deepseek_tiny import tiny_args
 from tests.runs import equal
@@ -201,6 +206,17 @@ def test_state_of_shards_in_host_memory_is_there_too(config: Optimizer) -> None:
             parameter.grad = torch.ones_like(parameter)
             (shard,) = matrices(parameter, {"momentum_buffer": parameter.detach()})
             assert (shard.device, shard.grad.device.type, shard.shard_shapes(2)) == ("cuda", "cpu", [(16, 256)] * 2)
+
+
+def test_start_names_the_device_that_computes_with_shards_in_host_memory() -> None:
+    config = load_config(["--levels=64", "--packing.print_comparison=false"])
+    lengths = np.array([40, 50])
+    plans = EpochPlans(config, SimpleNamespace(lengths=lengths, loss_tokens=lengths - 1), 2, CostModel())
+    with fake_world(2, torch.device("cuda")):
+        model = _HostShards(DeviceMesh("cuda", torch.arange(2)))
+        text = describe_start(config, ARGS, model, plans, plans.plan_for(0), 1)
+    assert "compute dtype bfloat16" in text
+    assert "\nranks: 2 on cuda\n" in text
 
 
 def test_muon_trains_the_matrices_of_the_blocks_alone() -> None:
