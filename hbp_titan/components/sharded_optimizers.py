@@ -37,8 +37,8 @@ class ShardedAdamW(torch.optim.Optimizer):
     """AdamW with moments in `state_dtype`: float32, bfloat16, uint8 (blockwise 8-bit codes), None: the parameter's.
 
     Parameters and gradients may be in float32 or bfloat16. For 8 bits, a parameter is quantized if its rows are whole
-    numbers of blocks; others (norms) have moments in float32. So have experts whose rows FSDP2 shards, because the ranks
-    divide neither their number nor their rows (fsdp.even_placement): only such ranks can resume their checkpoint.
+    numbers of blocks; others (norms) have moments in float32. So have experts whose rows FSDP2 shards, because the
+    ranks divide neither their number nor their rows (fsdp.even_placement): only such ranks can resume their checkpoint.
 
     Args:
         params: parameter groups, with "lr", "betas", "eps" and "weight_decay" of their own or from `defaults`.
