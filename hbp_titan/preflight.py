@@ -7,6 +7,8 @@ torchrun can be called without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hbp_titan.components.metrics import check_wandb
@@ -20,7 +22,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.lora import lora_targets
 from hbp_titan.models.registry import get_flavor, linear_params
-from hbp_titan.packing import CostModel
+from hbp_titan.packing import CostModel, Level
 
 
 def model_args(config: JobConfig) -> ModelArgs:
@@ -79,8 +81,12 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         check_wandb()
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
+    check_layers(config.levels, args.num_layers)
     if config.parallelism.expert_parallel_degree > 1:
-        check_experts(config, world_size, args)
+        from hbp_titan.distributed.expert_parallel import check_experts
+
+        shards = world_size // config.parallelism.dp_replicate
+        check_experts(args, config.parallelism.expert_parallel_degree, shards, config.levels)
     longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(
@@ -94,19 +100,14 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     check_load_path(config.weights_path, args, "checkpoint.initial_load_path" if own else "model.hf_path")
 
 
-def check_experts(config: JobConfig, world_size: int, args: ModelArgs) -> None:
-    """Raise ValueError if the experts cannot be sharded as configured, or a level cannot be trained with them."""
-    from hbp_titan.distributed import expert_parallel
-
-    degree = config.parallelism.expert_parallel_degree
-    expert_parallel.check_experts(args, degree, world_size // config.parallelism.dp_replicate)
-    for level in config.levels:
-        if level.mlp_chunk_tokens:
-            # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
-            raise ValueError(
-                f"level of max_tokens={level.max_tokens}: mlp_chunk_tokens={level.mlp_chunk_tokens} cannot be combined "
-                f"with parallelism.expert_parallel_degree={degree}; set one of them to its default"
-            )
+def check_layers(levels: Sequence[Level], num_layers: int) -> None:
+    """Raise ValueError if a level is to checkpoint, or to keep in host memory, more layers than there are."""
+    for level in levels:
+        covered = num_layers if level.ac_layers is None else level.ac_layers
+        for key, most, of in (("ac_layers", num_layers, "the model"), ("offload_layers", covered, "ac_policy")):
+            if (value := getattr(level, key) or 0) > most:
+                name = f"level of max_tokens={level.max_tokens}: {key}={value}"
+                raise ValueError(f"{name} exceeds the {most} layers of {of}; lower it, or omit it for all of them")
 
 
 def check_vocabulary(config: JobConfig, args: ModelArgs, tokenizer_size: int) -> None:

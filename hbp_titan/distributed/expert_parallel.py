@@ -11,6 +11,7 @@ layer, P ranks of the axis, L = E / P experts per rank, R rows that a rank recei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
+from hbp_titan.packing.level import Level
 
 # A float32 weight follows each row, padded so that rows stay aligned for wide loads.
 _TAIL_BYTES = 16
@@ -194,11 +196,21 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         block.mlp.run_experts = ExpertExchange(experts, mesh.get_group())  # type: ignore[method-assign]
 
 
-def check_experts(args: ModelArgs, degree: int, shards: int) -> None:
-    """Raise ValueError if the experts of `args` cannot be sharded over `degree` of the `shards` ranks of a copy."""
+def check_experts(args: ModelArgs, degree: int, shards: int, levels: Sequence[Level] = ()) -> None:
+    """Raise ValueError if the experts of `args` cannot be sharded over `degree` of the `shards` ranks of a copy.
+
+    Also if one of `levels` cannot be trained with them.
+    """
     if degree == 1:
         return
     key = f"parallelism.expert_parallel_degree={degree}"
+    for level in levels:
+        if level.mlp_chunk_tokens:
+            # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
+            raise ValueError(
+                f"level of max_tokens={level.max_tokens}: mlp_chunk_tokens={level.mlp_chunk_tokens} cannot be combined "
+                f"with {key}; set one of them to its default"
+            )
     if args.moe is None:
         raise ValueError(f"{key}: the model {args.name} has no experts; leave it at 1")
     if shards % degree:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from hbp_titan.config import load_config
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.chunks import in_chunks
-from hbp_titan.distributed.context_parallel import ContextParallelState, check_heads
+from hbp_titan.distributed.context_parallel import ContextParallelState
 from hbp_titan.distributed.offload import HostActivations, pinned
 from hbp_titan.distributed.parallelize import apply_compile, apply_context_parallel
 from hbp_titan.errors import UserError
@@ -26,7 +25,7 @@ from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.lora import apply_lora, enable_input_require_grads
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing.level import AC_POLICIES, Level
-from hbp_titan.preflight import check_experts
+from hbp_titan.preflight import check
 
 DOCUMENTS = [70, 41, 9]
 TOKENS = sum(DOCUMENTS)
@@ -306,6 +305,13 @@ def test_a_region_in_chunks_keeps_its_inputs_alone() -> None:
     assert _saved_bytes(lambda: block.mlp(x_TH)) > 5 * x_TH.nbytes
 
 
+def _check(args: ModelArgs, words: Sequence[str] = (), **fields: Any) -> None:
+    """Check a run of one level on two ranks."""
+    config = load_config(["--data.train_files=x", *words])
+    config.levels = [Level(128, **fields)]
+    check(config, 2, torch.device("cpu"), args)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -315,16 +321,17 @@ def test_a_region_in_chunks_keeps_its_inputs_alone() -> None:
         # 4 query and 2 kv heads over two ranks.
         ({"attention_head_groups": 4, "cp_degree": 2}, r"attention_head_groups=4 .* use 1, 2$"),
         ({"attention_head_groups": 3}, r"attention_head_groups=3 .* use 1, 2, 4$"),
+        ({"ac_layers": 5, "ac_policy": "full"}, "ac_layers=5 exceeds the 4 layers"),
+        ({"offload_layers": 3, "ac_layers": 2, "ac_policy": "offload"}, "offload_layers=3 exceeds the 2 layers"),
     ],
 )
 def test_memory_plan_that_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_heads([Level(128, **fields)], DEBUG.num_heads, DEBUG.num_kv_heads)
+        _check(DEBUG, **fields)
 
 
 def test_chunks_with_expert_parallelism_are_refused() -> None:
-    config = load_config(["--parallelism.expert_parallel_degree=2", "--levels=128"])
-    check_experts(config, 2, EXPERTS)
-    config.levels = [dataclasses.replace(config.levels[0], mlp_chunk_tokens=64)]
+    degree = ["--parallelism.expert_parallel_degree=2"]
+    _check(EXPERTS, degree)
     with pytest.raises(ValueError, match="mlp_chunk_tokens=64 cannot be combined"):
-        check_experts(config, 2, EXPERTS)
+        _check(EXPERTS, degree, mlp_chunk_tokens=64)
