@@ -26,6 +26,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from hbp_titan.errors import UserError
 from hbp_titan.utils import human_bytes
 
+_ALIGNMENT = 64
+"""Bytes; enough for every dtype."""
+
 
 @dataclass
 class _Kept:
@@ -43,9 +46,13 @@ class _Kept:
 
 @dataclass
 class _Block:
-    """What one block keeps. copied, arrived: the ends of its copies to the host and back, None on a CPU."""
+    """What one block keeps. copied, arrived: the ends of its copies to the host and back, None on a CPU.
+
+    host_bytes: taken of the block's host memory.
+    """
 
     index: int
+    host_bytes: int = 0
     kept: list[_Kept] = field(default_factory=list)
     copied: torch.cuda.Event | None = None
     arrived: torch.cuda.Event | None = None
@@ -60,8 +67,10 @@ class HostActivations:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # By (block, position in the block): the order of what a block keeps is the same in every micro-batch.
+        # By (block, first byte). A block has one buffer, because the sizes of what it keeps depend on the documents of
+        # a pack, but not their sum; what does not fit gets buffers of its own until the block's next forward.
         self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._needed: dict[int, int] = {}
         self._blocks: list[_Block] = []
 
     @property
@@ -110,7 +119,8 @@ class HostActivations:
         self._blocks.append(block)
 
     def _copy_to_host(self, block: _Block, tensor: Tensor) -> _Kept:
-        host = self._buffer((block.index, len(block.kept)), tensor)
+        host = self._buffer((block.index, block.host_bytes), tensor)
+        block.host_bytes += -(-host.nbytes // _ALIGNMENT) * _ALIGNMENT
         kept = _Kept(tensor.detach(), host)
         block.kept.append(kept)
         if self.stream is not None:
@@ -124,18 +134,25 @@ class HostActivations:
             target.copy_(source, non_blocking=True)
 
     def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
-        """Return host memory of the tensor's shape and dtype; it grows to the largest level's."""
-        nbytes = tensor.numel() * tensor.element_size()
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.nbytes < nbytes:
+        """Return host memory of the tensor's shape and dtype; it grows to the largest level's. key: as of _buffers."""
+        (index, start), nbytes = key, tensor.numel() * tensor.element_size()
+        needed = self._needed[index] = max(self._needed.get(index, 0), start + nbytes)
+        if start == 0 and ((index, 0) not in self._buffers or self._buffers[index, 0].nbytes < needed):
             if self.stream is not None:
-                # A copy of the last micro-batch may still use the smaller one, which is freed first.
+                # A copy of the last micro-batch may still use the smaller ones, which are freed first.
                 self.stream.synchronize()
-            buffer = self._buffers[key] = torch.empty(0)
-            buffer = self._buffers[key] = (
-                pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8)
-            )
-        return buffer[:nbytes].view(tensor.dtype).view(tensor.shape)
+            for old in [old for old in self._buffers if old[0] == index]:
+                del self._buffers[old]
+            # Alignment makes the sum vary a little.
+            self._buffers[key] = self._allocate(needed if needed == nbytes else needed + needed // 128)
+        whole = self._buffers[index, 0]
+        if start + nbytes > whole.nbytes:
+            whole, start = self._allocate(nbytes), 0
+            self._buffers[key] = whole
+        return whole[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8)
 
     def _free_sources(self, block: _Block) -> None:
         """Drop the device tensors of a block whose copies have ended by the time the device gets here."""
