@@ -25,8 +25,10 @@ ATTENTION_EFFICIENCY: dict[str, dict[str, float]] = {
     "h100": {"fa2": 0.28, "fa3": 0.52},
     "h200": {"fa2": 0.28, "fa3": 0.52},
     "b200": {"fa2": 0.13, "fa4": 0.41},
+    # Assumed: FA2 was tuned for this generation's instructions.
+    "rtx4090": {"fa2": 0.55},
 }
-BEST_KERNEL = {"a100": "fa2", "h100": "fa3", "h200": "fa3", "b200": "fa4"}
+BEST_KERNEL = {"a100": "fa2", "h100": "fa3", "h200": "fa3", "b200": "fa4", "rtx4090": "fa2"}
 """The kernel that the documentation recommends, which model.attention_backend = "auto" then selects."""
 # (head dim up to, share of the rate at 128). Assumed: narrow heads have less work per load and per exponential, wide
 # heads have fewer registers.
@@ -40,13 +42,16 @@ class Hardware:
     peak_flops: dense bf16 FLOP/s. memory_bytes: what CUDA reports, somewhat less than the nominal size.
     memory_bandwidth: byte/s. intra_node_bandwidth, inter_node_bandwidth: byte/s per GPU in one direction (NVLink: half
     of the data sheet's bidirectional figure; network: its own adapter). gpus_per_node: GPUs connected by NVLink.
+    pcie_bandwidth: byte/s between a GPU and host memory in one direction (half of the bidirectional figure).
+    host_bandwidth: byte/s of host memory per GPU. host_memory_bytes: of a node, as usually bought.
 
     Assumed unless measured: linear_efficiency: share of peak_flops in the matrix products (with the norms and
     activations between them). attention_efficiency: the same in causal attention, forward and backward together, with
     attention_kernel. exchange_efficiency: share of bandwidth in the collectives inside attention, with the copies
-    around them. gather_efficiency: in FSDP's collectives. launch_seconds: CPU time of one kernel launch. hop_seconds:
-    latency of a collective per doubling of its ranks. attention_block: tokens of a thread block's tile, which takes its
-    whole time even if a document fills only part of it; 0: no waste.
+    around them. gather_efficiency: in FSDP's collectives. pcie_efficiency: in copies of pinned memory.
+    launch_seconds: CPU time of one kernel launch. hop_seconds: latency of a collective per doubling of its ranks.
+    attention_block: tokens of a thread block's tile, which takes its whole time even if a document fills only part of
+    it; 0: no waste.
     """
 
     name: str
@@ -64,6 +69,10 @@ class Hardware:
     hop_seconds: float = 8e-6
     attention_kernel: str = ""
     attention_block: int = 128
+    pcie_bandwidth: float = 64e9
+    pcie_efficiency: float = 0.75
+    host_bandwidth: float = 75e9
+    host_memory_bytes: int = 2 * 10**12
 
     def with_attention(self, backend: str) -> Hardware:
         """Return the machine with the kernel of `model.attention_backend`; "auto" keeps the table's."""
@@ -90,15 +99,20 @@ class Hardware:
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX); nodes as in the DGX A100 (ConnectX-6, 200 Gbit/s
-# per GPU), DGX H100, DGX H200 and DGX B200 (ConnectX-7, 400 Gbit/s per GPU).
+# per GPU), DGX H100, DGX H200 and DGX B200 (ConnectX-7, 400 Gbit/s per GPU). PCIe with 16 lanes has 32 GB/s in each
+# direction as 4.0 and 64 as 5.0. Host memory is 2 TB in 16 channels, of DDR4-3200 in the DGX A100 and of DDR5-4800 from
+# the DGX H100. RTX 4090: Ada's data sheet (fp32 accumulation); its node is assumed: 8 GPUs that send to each other over
+# PCIe, 1 TB in 16 channels of DDR4-3200, 100 Gbit/s of network.
+_DDR4 = {"pcie_bandwidth": 32e9, "host_bandwidth": 51e9}
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware.with_attention(BEST_KERNEL[hardware.name.split("-")[0]])
     for hardware in (
         #        name         peak                memory               bandwidth NVLink network
-        Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9),
+        Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9, **_DDR4),
         Hardware("h100-80gb", PEAK_FLOPS["H100"], int(79.1 * 2**30), 3.35e12, 450e9, 50e9),
         Hardware("h200-141gb", PEAK_FLOPS["H200"], int(139.7 * 2**30), 4.8e12, 450e9, 50e9),
         Hardware("b200-180gb", PEAK_FLOPS["B200"], int(178.3 * 2**30), 8.0e12, 900e9, 50e9),
+        Hardware("rtx4090-24gb", 165e12, int(23.6 * 2**30), 1.008e12, 24e9, 1.5e9, host_memory_bytes=10**12, **_DDR4),
     )
 }
 
@@ -107,7 +121,7 @@ def hardware_of(device: torch.device) -> Hardware | None:
     """Return the machine of a device; None if it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     return next((hardware for key, hardware in HARDWARE.items() if key.split("-")[0] in name), None)
 
 

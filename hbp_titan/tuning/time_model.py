@@ -1,9 +1,9 @@
 """Time model: the seconds of a level's micro-batch, part by part, from a model's dimensions and the hardware table.
 
 Owns the estimate that needs no GPU (matrix products, attention, recomputation, collectives of context and expert
-parallelism, FSDP's exposed traffic, launches and fixed costs) and the candidates made from it. One pack is one
-data-parallel rank's work in a micro-batch; its cp ranks share it evenly. Everything is linear in the content of the
-pack, so that a level with its static length T has the form of a LevelTimeModel.
+parallelism, exposed FSDP traffic and copies to host memory, launches and fixed costs) and the candidates made from it.
+One pack is one data-parallel rank's work in a micro-batch; its cp ranks share it evenly. Everything is linear in the
+content of the pack, so that a level with its static length T has the form of a LevelTimeModel.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import nn
 
 from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.config import JobConfig
 from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import estimate_memory, fewest_layers
 from hbp_titan.tuning.search import Candidate
 
-PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "fixed")
+PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "host", "fixed")
 """Parts of a micro-batch's time: matrix products; attention; recomputation of both; collectives of context parallelism;
-all-to-alls of expert parallelism; exposed FSDP traffic; exposed launches and fixed costs."""
+all-to-alls of expert parallelism; exposed FSDP traffic; exposed copies between host and device; exposed launches and
+fixed costs."""
 LAYER_KERNELS = 150
 """Kernels of one layer's forward and backward in eager mode without recomputation; about a third are in forward."""
 MEMORY_MARGIN = 0.05
@@ -39,10 +43,11 @@ class ModelDims:
 
     body_params: of the layers. active_body_params: those that multiply each token (with experts only the chosen ones).
     last_params: of the last product of every layer (the MLP's down projection; of the chosen experts), which
-    recomputation skips. head_params: of the output projection. embedding_params: 0 if tied. num_heads, num_kv_heads,
-    head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection, where all heads
-    have keys and values). expert_params: part of body_params that expert parallelism shards. experts_per_token: routed
-    experts of a token, 0 for a dense model.
+    recomputation skips. first_params: of the projections to queries, keys and values, which a chunked block that is
+    recomputed runs twice again. head_params: of the output projection. embedding_params: 0 if tied. num_heads,
+    num_kv_heads, head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection,
+    where all heads have keys and values). expert_params: part of body_params that expert parallelism shards.
+    experts_per_token: routed experts of a token, 0 for a dense model.
     """
 
     name: str
@@ -59,6 +64,7 @@ class ModelDims:
     v_head_dim: int
     expert_params: int = 0
     experts_per_token: int = 0
+    first_params: int = 0
 
     @property
     def params(self) -> int:
@@ -85,6 +91,17 @@ class ModelDims:
             v_head_dim=args.head_dim if args.mla is None else args.mla.v_head_dim,
             expert_params=expert_params(args),
             experts_per_token=args.moe.num_experts_per_tok if args.moe else 0,
+            first_params=_first_params(args),
+        )
+
+
+def _first_params(args: ModelArgs) -> int:
+    with torch.device("meta"):
+        modules = Decoder(args).named_modules()
+        return sum(
+            module.weight.numel()
+            for name, module in modules
+            if isinstance(module, nn.Linear) and ".self_attn." in name and not name.endswith(".o_proj")
         )
 
 
@@ -95,13 +112,19 @@ def get_dims(name: str) -> ModelDims:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How parameters are sharded, as in the [parallelism] section; bytes of a parameter and of a reduced gradient."""
+    """How parameters are sharded, as in the [parallelism] section.
+
+    param_bytes, reduce_bytes, stored_bytes: of a parameter in computation, of a reduced gradient, and of a parameter,
+    its gradient or a moment between steps.
+    """
 
     dp_replicate: int = 1
     reshard_after_forward: bool | int = True
     expert_parallel: int = 1
     param_bytes: int = 2
     reduce_bytes: int = 4
+    stored_bytes: int = 4
+    cpu_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,7 @@ class TimeModel:
         trained, squares = loads[:, 1], self._launched_squares(loads, tokens)
         # Positions per rank: cp ranks share a pack evenly (head-tail shards).
         own = tokens / level.cp_degree
-        plain, full = self._flops("none", None), self._flops(level.ac_policy, level.ac_layers)
+        plain, full = self._flops(Level(level.max_tokens)), self._flops(level)
         head = 6 * self.dims.head_params * trained / level.cp_degree / self._linear_rate
         linear = plain.alpha * own / self._linear_rate
         recomputed = (full.alpha - plain.alpha) * own / self._linear_rate
@@ -141,6 +164,7 @@ class TimeModel:
             "sp": own * self.exchange_seconds_per_token(level) + self._exchange_latency(level) * (own > 0),
             "experts": own * self.expert_seconds_per_token(level),
             "fsdp": self._exposed_fsdp(level, linear, recomputed),
+            "host": self._exposed_copies(level, own, linear, recomputed),
             "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
         }
 
@@ -155,10 +179,11 @@ class TimeModel:
 
     def step_seconds(self) -> float:
         """Return the seconds of AdamW on a rank's shard and of the sum of gradients over parameter copies."""
-        # AdamW reads fp32 parameter, gradient and two moments and writes all but the gradient: 28 bytes.
+        # AdamW reads parameter, gradient and two moments and writes all but the gradient: 28 bytes in fp32.
         s, own = self.sharding, self.dims.params / self._shards
         copies = 2 * own * s.reduce_bytes * (s.dp_replicate - 1) / s.dp_replicate
-        return 28 * own / self.hardware.memory_bandwidth + copies / self.hardware.inter_node_bandwidth
+        bandwidth = self.hardware.host_bandwidth if s.cpu_offload else self.hardware.memory_bandwidth
+        return 7 * s.stored_bytes * own / bandwidth + copies / self.hardware.inter_node_bandwidth
 
     def exchange_seconds_per_token(self, level: Level) -> float:
         """Return the exposed seconds of the collectives around attention per token of a rank's shard, over all layers.
@@ -168,21 +193,26 @@ class TimeModel:
         d, rate = self.dims, self.hardware.exchange_efficiency
         gather, scatter = level.cp_shape(d.num_kv_heads)
         queries = self._scatter_seconds(self.query_bytes_per_token(), scatter) / rate
-        keys_values = self._scatter_seconds(self.kv_bytes_per_token(scatter), scatter) / rate
+        groups = level.attention_head_groups
+        kv_bytes = self.kv_bytes_per_token(scatter, groups)
+        keys_values = self._scatter_seconds(kv_bytes, scatter) / rate
         forward = backward = queries
         # Seconds of q's projection per token in forward; backward takes twice as long.
         projection = 2 * d.hidden_size * d.num_heads * d.head_dim / self._linear_rate if self.overlaps else 0.0
+        if groups > 1:
+            # Queries are projected before, and the other groups' keys and values travel during attention.
+            projection, keys_values, kv_bytes = 0.0, keys_values / groups, kv_bytes / groups
         if gather == 1:
             forward += max(0.0, keys_values - projection)
             backward += max(0.0, keys_values - 2 * projection)
         else:
             # Heads are scattered first, inside groups of `scatter` ranks; gradients are summed in fp32.
             bus = self.hardware.bus_bandwidth(gather, max(1, self.hardware.gpus_per_node // scatter))
-            gathered = self.kv_bytes_per_token(scatter) * (gather - 1) / bus / rate
+            gathered = kv_bytes * (gather - 1) / bus / rate
             summed = gathered * 4 / self.sharding.param_bytes
             forward += keys_values + max(0.0, gathered - projection)
             backward += keys_values + max(0.0, summed - 2 * projection)
-        again = self._recomputed(level) if level.ac_policy == "full" else 0
+        again = self._recomputed(level) if level.recomputes_attention else 0
         return d.num_layers * (forward + backward) + again * forward
 
     def _scatter_seconds(self, sent: float, degree: int) -> float:
@@ -195,9 +225,12 @@ class TimeModel:
         """Return the bytes of q and the output per token and layer in forward."""
         return self.sharding.param_bytes * self.dims.num_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
-    def kv_bytes_per_token(self, scatter: int) -> int:
-        """Return the bytes of k and v per token and layer in forward; heads are repeated for `scatter` ranks."""
-        kv_heads = max(self.dims.num_kv_heads, scatter)
+    def kv_bytes_per_token(self, scatter: int, groups: int = 1) -> int:
+        """Return the bytes of k and v per token and layer in forward.
+
+        Heads are repeated for `scatter` ranks in each of `groups` groups of heads.
+        """
+        kv_heads = groups * max(-(-self.dims.num_kv_heads // groups), scatter)
         return self.sharding.param_bytes * kv_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
     def expert_seconds_per_token(self, level: Level) -> float:
@@ -206,8 +239,9 @@ class TimeModel:
         if degree == 1 or not self.dims.experts_per_token:
             return 0.0
         sent = 2 * self.sharding.param_bytes * self.dims.experts_per_token * self.dims.hidden_size
-        # Recomputation sends tokens to their experts again and stops before they return.
-        passes = 2 * self.dims.num_layers + (self._recomputed(level) / 2 if level.ac_policy != "none" else 0)
+        # Recomputation sends tokens to their experts again and stops before they return; that of chunks does not stop.
+        again = self.dims.num_layers if level.mlp_chunk_tokens else self._recomputed(level) / 2
+        passes = 2 * self.dims.num_layers + again
         return self._scatter_seconds(sent, degree) * passes / self.hardware.exchange_efficiency
 
     def fsdp_seconds(self, level: Level) -> tuple[float, float]:
@@ -252,33 +286,60 @@ class TimeModel:
     def _shards(self) -> int:
         return self.world_size // self.sharding.dp_replicate
 
-    def _flops(self, ac_policy: str, ac_layers: int | None) -> CostModel:
+    def _flops(self, level: Level) -> CostModel:
         d = self.dims
         # The head runs on trained tokens only, so `parts` counts it separately.
-        return CostModel.from_dims(
+        cost = CostModel.from_dims(
             num_layers=d.num_layers,
             layer_params=d.active_body_params // d.num_layers,
             head_params=0,
             num_heads=d.num_heads,
             head_dim=d.head_dim,
             v_head_dim=d.v_head_dim,
-            ac_policy=ac_policy,
-            ac_layers=ac_layers,
+            ac_policy=level.ac_policy,
+            ac_layers=level.ac_layers,
             last_params=d.last_params // d.num_layers,
+            chunked=level.mlp_chunk_tokens > 0,
         )
+        if level.mlp_chunk_tokens and level.recomputes_attention:
+            # Once for the recomputed attention, and once for the gradients of each chunk.
+            first = 2 * d.first_params * self._recomputed(level) / d.num_layers
+            cost = dataclasses.replace(cost, alpha=cost.alpha + first)
+        return cost
 
     def _recomputed(self, level: Level) -> int:
+        """Return the number of layers that are checkpointed."""
+        if level.ac_policy == "none":
+            return 0
         return self.dims.num_layers if level.ac_layers is None else min(level.ac_layers, self.dims.num_layers)
+
+    def _offloaded(self, level: Level) -> int:
+        """Return the number of layers that keep activations in host memory."""
+        if not level.offloads:
+            return 0
+        layers = self._recomputed(level)
+        return layers if level.offload_layers is None else min(level.offload_layers, layers)
+
+    def kept_bytes_per_token(self, level: Level) -> int:
+        """Return the bytes that a checkpointed layer keeps per token of a rank's shard."""
+        d, size = self.dims, self.sharding.param_bytes
+        if level.recomputes_attention:
+            return size * d.hidden_size
+        scatter = level.cp_shape(d.num_kv_heads)[1]
+        # Attention's output is kept with its heads and, sent back, with its tokens; the logsumexp is in float32.
+        twice = size * d.num_heads * d.v_head_dim if scatter > 1 else 0
+        attention = self.query_bytes_per_token() + self.kv_bytes_per_token(scatter) + 4 * d.num_heads
+        return size * d.hidden_size + attention + twice
 
     def _exchange_passes(self, level: Level) -> int:
         """Return the passes through exchanges: forward, backward, and recomputed forwards of attention."""
-        return 2 * self.dims.num_layers + (self._recomputed(level) if level.ac_policy == "full" else 0)
+        return 2 * self.dims.num_layers + (self._recomputed(level) if level.recomputes_attention else 0)
 
     def _exchange_latency(self, level: Level) -> float:
         """Return the latency of the collectives: two for Ulysses (inputs, output), one for gathering (k and v)."""
         gather, scatter = level.cp_shape(self.dims.num_kv_heads)
         hops = (2 * np.log2(scatter) if scatter > 1 else 0.0) + (np.log2(gather) if gather > 1 else 0.0)
-        return float(hops) * self.hardware.hop_seconds * self._exchange_passes(level)
+        return float(hops) * self.hardware.hop_seconds * self._exchange_passes(level) * level.attention_head_groups
 
     def _ring(self, params: float, ranks: int, ranks_per_node: int) -> float:
         """Return the seconds per byte of a parameter: each rank receives the (ranks - 1) / ranks that it lacks."""
@@ -294,9 +355,26 @@ class TimeModel:
         forward, backward = self.fsdp_seconds(level)
         return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
 
+    def _exposed_copies(self, level: Level, own: FloatArray, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
+        """Return the copies to and from host memory that the matrix products of the same direction do not hide."""
+        s, layers = self.sharding, self.dims.num_layers
+        rate = self.hardware.pcie_bandwidth * self.hardware.pcie_efficiency
+        activations = own * self._offloaded(level) * self.kept_bytes_per_token(level)
+        # The link works in both directions at once. Parameters come back as stored, gradients leave as reduced.
+        shard = (own > 0) * self.dims.params / self._shards if s.cpu_offload else np.zeros_like(own)
+        again = shard * (level.reshard_setting(s.reshard_after_forward) is not False)
+        forward = np.maximum(activations, shard * s.stored_bytes) / rate
+        backward = np.maximum(activations + again * s.stored_bytes, shard * s.reduce_bytes) / rate
+        # The copies of the first block to run have nothing to hide behind.
+        hidden = (layers - 1) / layers
+        exposed = np.maximum(0, forward - hidden * linear / 3)
+        return exposed + np.maximum(0, backward - hidden * (linear * 2 / 3 + recomputed))
+
     def _exposed_launches(self, matrix_seconds: FloatArray, level: Level) -> FloatArray:
         """Return the CPU's time for launches beyond the GPU's time for the matrix products."""
-        layers = self.dims.num_layers + (self._recomputed(level) / 3 if level.ac_policy != "none" else 0)
+        layers = self.dims.num_layers + self._recomputed(level) / 3
+        if level.mlp_chunk_tokens:
+            layers = self.dims.num_layers * 4 / 3 * -(-level.max_tokens // level.cp_degree // level.mlp_chunk_tokens)
         return np.maximum(0, layers * LAYER_KERNELS * self.hardware.launch_seconds - matrix_seconds)
 
 
@@ -317,6 +395,8 @@ def sharding(config: JobConfig) -> Sharding:
         reshard_after_forward=config.parallelism.reshard_after_forward,
         param_bytes=bytes_of[config.training.mixed_precision_param],
         reduce_bytes=bytes_of[config.training.mixed_precision_reduce],
+        stored_bytes=bytes_of[config.training.dtype],
+        cpu_offload=config.parallelism.cpu_offload,
     )
 
 

@@ -14,6 +14,7 @@ from hbp_titan.components.step_stats import peak_flops
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor, training_flops
 from hbp_titan.packing import Level
+from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, estimate_candidates, get_dims, time_model
 from tests.tuning.toy import MACHINE, TOY
@@ -32,10 +33,60 @@ def test_computation_by_hand() -> None:
     assert parts["attention"][0] == pytest.approx(9.6 / 0.75)
     # forward again: 2 x (100 - 20 of the last product) x 16 tokens = 2560, and 1600 in 2 layers
     assert parts["recompute"][0] == pytest.approx(2.56 + 3.2 / 0.75)
-    assert parts["sp"][0] == parts["experts"][0] == parts["fsdp"][0] == parts["fixed"][0] == 0
+    assert [parts[name][0] for name in ("sp", "experts", "fsdp", "host", "fixed")] == [0] * 5
     # All but attention in one of the layers.
     one = TimeModel(TOY, MACHINE, 1).parts(Level(16, 1, ac_policy="keep_attention", ac_layers=1), pack(0, 100))
     assert one["recompute"][0] == pytest.approx(1.28)
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [
+        # 2 x 100 x 16 tokens; "full" also 2 x 20 of the first projections again and 1600 squares in 2 layers.
+        ("none", 3.2),
+        ("keep_attention", 3.2),
+        ("offload_attention", 3.2),
+        ("full", 3.2 + 0.64 + 3.2 / 0.75),
+        ("offload", 3.2 + 0.64 + 3.2 / 0.75),
+    ],
+)
+def test_chunks_are_recomputed_to_their_end(policy: str, seconds: float) -> None:
+    model = TimeModel(dataclasses.replace(TOY, first_params=20), MACHINE, 1)
+    level = Level(16, ac_policy=policy, mlp_chunk_tokens=4)
+    assert model.parts(level, pack(0, 100))["recompute"][0] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers", "sharding", "seconds"),
+    [
+        # 16 tokens x 16 bytes of input in 2 layers at 100 byte/s take 5.12 s in each direction. Half of the products
+        # hide them: 3.2 s forward, 6.4 backward and 2.56 of recomputation.
+        ("offload", None, Sharding(), (5.12 - 1.6) + (5.12 - 4.48)),
+        ("offload", 1, Sharding(), 2.56 - 1.6),
+        # 80 bytes: the input, 32 of q and o, 16 of k and v, 16 of the logsumexp.
+        ("offload_attention", None, Sharding(), (25.6 - 1.6) + (25.6 - 4.48)),
+        ("full", None, Sharding(), 0.0),
+        # 200 parameters come twice and their gradients leave, 800 bytes each.
+        ("none", None, Sharding(cpu_offload=True), (8 - 1.6) + (8 - 3.2)),
+        ("offload", None, Sharding(cpu_offload=True), (8 - 1.6) + (5.12 + 8 - 4.48)),
+    ],
+)
+def test_copies_to_and_from_the_host_that_products_do_not_hide(
+    policy: str, layers: int | None, sharding: Sharding, seconds: float
+) -> None:
+    machine = dataclasses.replace(MACHINE, pcie_bandwidth=200.0, pcie_efficiency=0.5, host_bandwidth=700.0)
+    model = TimeModel(TOY, machine, 1, sharding)
+    level = Level(16, ac_policy=policy, offload_layers=layers)
+    assert model.parts(level, pack(0, 0))["host"][0] == pytest.approx(seconds)
+    assert model.step_seconds() == pytest.approx(200 * 28 / (700 if sharding.cpu_offload else 1400))
+
+
+def test_head_groups_send_keys_and_values_of_every_group() -> None:
+    # 2 groups with a kv head each, repeated for 2 ranks: 4 heads instead of 2, and half of the exchange is hidden.
+    model = TimeModel(TOY, MACHINE, 4)
+    assert (model.kv_bytes_per_token(2, 1), model.kv_bytes_per_token(2, 2)) == (16, 32)
+    grouped = model.exchange_seconds_per_token(Level(16, 2, attention_head_groups=2))
+    assert grouped == pytest.approx(2 * 2 * (32 + 16) / 2 / 100)
 
 
 def test_attention_is_charged_by_whole_tiles() -> None:
@@ -133,7 +184,7 @@ def test_gathers_and_exchange_of_experts() -> None:
     assert model.parts(Level(16), pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 4)
 
 
-@pytest.mark.parametrize("policy", ["none", "full", "keep_attention"])
+@pytest.mark.parametrize("policy", AC_POLICIES)
 @pytest.mark.parametrize(("cp", "style"), [(1, "ulysses"), (8, "ulysses"), (16, "hybrid")])
 def test_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) -> None:
     model = TimeModel(get_dims("llama3_1_8b"), get_hardware("h100-80gb"), 32, fixed_seconds=0.01)
