@@ -98,6 +98,11 @@ class Trainer:
         with self.oom_advice, oom.out_of_memory_in(oom.SETTING_UP):
             # A checkpoint replaces the initial weights, so they are not read; with LoRA it has the adapters only.
             self.resumes = distributed.broadcast_value(can_resume(config))
+            if config.parallelism.cpu_offload or any(level.offloads for level in config.levels):
+                # The estimate traces a block, which takes seconds that other runs need not spend.
+                from hbp_titan.tuning.memory_plans import check_host_memory
+
+                check_host_memory(config, self.args, world)
             self.engine = Engine(config, self.args, world, read_weights=not self.resumes or config.lora.rank > 0)
             self.model = self.engine.model
             self.optimizer = optim.build_optimizer(self.model, config.optimizer)

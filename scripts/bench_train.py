@@ -39,6 +39,7 @@ from hbp_titan.experiments.bench_train import (
     parse_documents,
     parse_policies,
     rows,
+    with_policy,
 )
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import get_flavor
@@ -54,7 +55,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, JobConfig]:
     parser.add_argument("--layers", default="all", help="all, a number, or auto: halved until all policies fit [all]")
     parser.add_argument("--lengths", default="1024,8192", help="pack lengths, ascending, with :cp_degree [1024,8192]")
     parser.add_argument(
-        "--policies", default="none,full,keep_attention", help="each with :layers [none,full,keep_attention]"
+        "--policies",
+        default="none,full,keep_attention",
+        help="each with :layers:chunk_tokens [none,full,keep_attention]",
     )
     parser.add_argument("--documents", default="one,600", help="per pack: one document, or a median length [one,600]")
     parser.add_argument("--compile", default="off", choices=("off", "on", "both"), help="torch.compile of blocks [off]")
@@ -125,7 +128,7 @@ def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor:
     check_levels(lengths, world.size)
     check_heads(lengths, args.num_heads, args.num_kv_heads)
     policies = parse_policies(options.policies)
-    levels = [dataclasses.replace(k, ac_policy=name, ac_layers=n) for k in lengths for name, n in policies]
+    levels = [with_policy(level, policy) for level in lengths for policy in policies]
     found = []
     for documents in parse_documents(options.documents):
         cost = measure_switch(config, args, world, levels, documents, options.switch_packs, options.repeats)

@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 8 scripts/select_levels.py --job.config_file train_configs/X.toml --output levels.toml
     python scripts/select_levels.py --job.config_file X.toml --estimate h100-80gb --world_size 32
 
-Measures (or estimates) time and memory of a micro-batch for candidates of length, context parallelism and activation
-checkpointing, predicts the epoch of this data for sets of them, and prints the best set, that of the paper's two
-stages, and packing to one length. The levels of the TOML file are ignored. Further arguments are configuration
-overrides.
+Measures (or estimates) time and memory of a micro-batch for candidates of length, context parallelism and memory plan
+(checkpointing; where that is not enough host memory, chunks and groups of heads), predicts the epoch of this data for
+sets of them, and prints the best set, that of the paper's two stages, and packing to one length. The levels of the TOML
+file are ignored. Further arguments are configuration overrides.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from hbp_titan.distributed.world import World, close_world, init_world, worker_g
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, check_levels, parse_levels
-from hbp_titan.packing.level import DEVICE_POLICIES
 from hbp_titan.preflight import check_device, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.auto import (
-    candidate_levels,
+    candidate_forms,
     from_rank_0,
     levels_block,
     measured_profile,
@@ -32,6 +31,8 @@ from hbp_titan.tuning.auto import (
     select_all,
 )
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.memory import estimate_memory
+from hbp_titan.tuning.memory_plans import fits_hardware, needed_plans
 from hbp_titan.tuning.profile import cp_styles
 from hbp_titan.tuning.search import Candidate, Workload
 from hbp_titan.tuning.time_model import estimate_candidates
@@ -54,19 +55,19 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--estimate", metavar="HARDWARE", help=f"estimate, do not measure: one of {', '.join(HARDWARE)}"
     )
     parser.add_argument("--world_size", type=int, help="ranks of the run; only with --estimate")
-    parser.add_argument("--candidates", help="max_tokens:cp_degree,... to consider, each with every AC policy")
+    parser.add_argument("--candidates", help="max_tokens:cp_degree,... to consider, each with every memory plan")
     parser.add_argument("--output", type=Path, help="write the TOML file with its new [[levels]] there [print them]")
     parser.add_argument("--profile_cache", type=Path, help="file of the measurements [run folder/profile.json]")
     return parser.parse_known_args(argv)
 
 
-def named_candidates(text: str | None, args: ModelArgs, world_size: int) -> list[Level]:
-    """Return a level with each AC policy for every max_tokens:cp_degree in `text`."""
+def named_forms(text: str | None, args: ModelArgs, world_size: int) -> list[Level]:
+    """Return a level for every max_tokens:cp_degree in `text`."""
     levels = []
     for named in parse_levels(text) if text else ():
         check_levels([named], world_size)
         style = cp_styles(named.cp_degree, args)[0]
-        levels += [Level(named.max_tokens, named.cp_degree, style, policy) for policy in DEVICE_POLICIES]
+        levels.append(Level(named.max_tokens, named.cp_degree, style))
     return levels
 
 
@@ -76,9 +77,16 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
     hardware = get_hardware(options.estimate)
     stores = open_stores(config, max_sample_tokens(config, args))
     workload = Workload.of(config, options.world_size, cost_model(args), stores)
-    levels = named_candidates(options.candidates, args, options.world_size)
-    levels = levels or candidate_levels(workload.lengths, workload.max_sample_tokens, options.world_size, args)
-    return estimate_candidates(args, config, hardware, options.world_size, levels), workload
+    world_size = options.world_size
+    forms = named_forms(options.candidates, args, world_size)
+    forms = forms or candidate_forms(workload.lengths, workload.max_sample_tokens, world_size, args)
+
+    def fits(level: Level) -> bool:
+        estimate = estimate_memory(args, level, config, world_size, device_type="cuda")
+        return fits_hardware(estimate, hardware, world_size)
+
+    levels = needed_plans(forms, args, fits)
+    return estimate_candidates(args, config, hardware, world_size, levels), workload
 
 
 def measured_here(
@@ -89,14 +97,14 @@ def measured_here(
     check_device(config, world.device)
     limit = max_sample_tokens(config, args)
     stores = open_stores(config, limit, worker_group(world))
-    levels = named_candidates(options.candidates, args, world.size)
+    forms = named_forms(options.candidates, args, world.size)
     path = options.profile_cache or config.dump_folder / "profile.json"
 
     def log(text: str) -> None:
         if world.rank == 0:
             print(text, flush=True)
 
-    profile = measured_profile(config, args, world, stores, path, log, levels)
+    profile = measured_profile(config, args, world, stores, path, log, forms)
     return profile.candidates, Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
 
 

@@ -54,11 +54,13 @@ from hbp_titan.experiments.paper.scale import (
 )
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
+from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import model_args
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
 from hbp_titan.tuning.profile_file import read_profile
 from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
-from hbp_titan.tuning.time_model import MEMORY_MARGIN, TimeModel, estimate_candidates, time_model
+from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
 
 PAPER_SAMPLES = 941_344
 
@@ -78,7 +80,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--flavor", help="model [llama3_1_8b, or the TOML's]")
     parser.add_argument("--levels", help="max_tokens:cp_degree, ascending [16384:1,131072:8, or the TOML's]")
     parser.add_argument(
-        "--ac_policy", default="full", help="checkpointing of --levels: none, full, keep_attention [full]"
+        "--ac_policy", default="full", help=f"checkpointing of --levels: {', '.join(AC_POLICIES)} [full]"
     )
     parser.add_argument("--ac_layers", type=int, help="recomputed layers [the fewest that fit in memory]")
     parser.add_argument("--config", help="a TOML file, as --job.config_file")

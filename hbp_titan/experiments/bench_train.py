@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch, make_batch, shard_batch
+from hbp_titan.distributed.offload import HostActivations
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.configs import ModelArgs
@@ -50,6 +51,7 @@ COLUMNS = (
     ("MFU", 6),
     ("peak GiB", 8),
     ("B/token/layer", 13),
+    ("host", 6),
     ("seconds", 8),
     ("time / none", 18),
     ("FLOPs / none", 12),
@@ -122,37 +124,49 @@ def random_batches(
     return batches
 
 
+Policy = tuple[str, int | None, int]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is measured: every length under every policy, with every kind of documents.
 
     Args:
         lengths: ascending; their own policy is ignored.
-        policies: (ac_policy, ac_layers), as in Level.
+        policies: (ac_policy, ac_layers, mlp_chunk_tokens), as in Level.
         layers: of the model; 0 starts with all and halves them until every policy fits.
         repeats: timed micro-batches of each.
         optimizer_step: whether AdamW's state is allocated and its step is part of every micro-batch.
     """
 
     lengths: tuple[Level, ...]
-    policies: tuple[tuple[str, int | None], ...]
+    policies: tuple[Policy, ...]
     documents: tuple[Documents, ...]
     layers: int = 0
     repeats: int = 5
     optimizer_step: bool = False
 
 
-def parse_policies(text: str) -> tuple[tuple[str, int | None], ...]:
-    """Return the policies in "none,full,keep_attention:8", each with its number of layers [all]."""
+def parse_policies(text: str) -> tuple[Policy, ...]:
+    """Return the policies in "none,full,keep_attention:8,offload::4096": name:layers [all]:chunk tokens [0]."""
     policies = []
     for word in text.split(","):
-        name, colon, layers = word.strip().partition(":")
-        if name not in AC_POLICIES or (colon and not layers.isdecimal()):
+        name, *numbers = word.strip().split(":")
+        layers, chunk_tokens, *more = [*numbers, "", ""]
+        wrong = len(more) > 2 or word.endswith(":") or not all(n.isdecimal() or n == "" for n in numbers)
+        if name not in AC_POLICIES or wrong:
             raise ValueError(
-                f"--policies {text!r}: {word!r} must be policy:layers, with a policy of {', '.join(AC_POLICIES)}"
+                f"--policies {text!r}: {word!r} must be policy:layers:chunk_tokens, with a policy of "
+                f"{', '.join(AC_POLICIES)}"
             )
-        policies.append((name, int(layers) if colon else None))
+        policies.append((name, int(layers) if layers else None, int(chunk_tokens or 0)))
     return tuple(policies)
+
+
+def with_policy(level: Level, policy: Policy) -> Level:
+    """Return `level` under a policy."""
+    name, layers, chunk_tokens = policy
+    return dataclasses.replace(level.with_policy(name, layers), mlp_chunk_tokens=chunk_tokens)
 
 
 @dataclass
@@ -162,8 +176,8 @@ class Measurement:
     tokens: of one micro-batch, all ranks. flops: per micro-batch and rank, without recomputation, attention within
     documents. flops_ratio: FLOPs with / without recomputation. seconds: of each timed micro-batch, slowest rank.
     peak_bytes: maximum over the ranks, including parameters (and optimizer state); on a CPU with several ranks an upper
-    bound, because memory that gloo's threads free is not recorded. saved_bytes: what a layer saves for backward, per
-    token of a rank's shard.
+    bound, because memory that gloo's threads free is not recorded. saved_bytes, host_bytes: what a layer keeps for
+    backward on the device and in host memory, per token of a rank's shard.
     """
 
     model: str
@@ -178,7 +192,9 @@ class Measurement:
     tokens: int
     flops: float
     flops_ratio: float
+    mlp_chunk_tokens: int = 0
     saved_bytes: float | None = None
+    host_bytes: float | None = None
     peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -195,15 +211,11 @@ class Bench:
         self.settings = settings
         self.args = args
         self.world = world
-        self.levels = [
-            dataclasses.replace(length, ac_policy=policy, ac_layers=layers)
-            for length in settings.lengths
-            for policy, layers in settings.policies
-        ]
+        self.levels = [with_policy(length, policy) for length in settings.lengths for policy in settings.policies]
         self.config = config
         self.measured = MeasuredEngine(config, args, world, self.levels, optimizer_step=settings.optimizer_step)
         self.measured.set_layers(settings.layers or args.num_layers)
-        self.out_of_memory: set[tuple[str, int | None, int]] = set()
+        self.out_of_memory: set[tuple[str, int | None, int, int]] = set()
 
     def run(self) -> Iterator[list[Measurement]]:
         """Yield the measurements of one length and kind of documents at a time, shortest first."""
@@ -216,7 +228,7 @@ class Bench:
                 seconds = self._seconds([b for b in batches if peaks[b.level]])
                 group = [self._describe(batch.level, documents, lengths) for batch in batches]
                 for batch, found in zip(batches, group, strict=True):
-                    found.saved_bytes = saved[batch.level]
+                    found.saved_bytes, found.host_bytes = saved[batch.level] or (None, None)
                     found.seconds = seconds.get(batch.level, [])
                     found.peak_bytes = peaks[batch.level] if found.fits else None
                 yield group
@@ -247,9 +259,10 @@ class Bench:
             batch = batch.pin_memory()
         return [dataclasses.replace(batch, level=first + k) for k in range(len(self.settings.policies))]
 
-    def _saved_bytes(self) -> list[float | None]:
-        """Return what one layer under the policy of each level saves per token: the difference of two depths.
+    def _saved_bytes(self) -> list[tuple[float, float] | None]:
+        """Return what one layer under the policy of each level keeps per token: the difference of two depths.
 
+        On the device, and in host memory; None if out of memory.
         The difference excludes embedding, head and loss.
         """
         # Before the whole model is built, which may leave no memory for this.
@@ -257,7 +270,7 @@ class Bench:
         # Otherwise the gathered parameters of a layer count as saved.
         config.parallelism.reshard_after_forward = True
         levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
-        saved: list[list[int | None]] = []
+        saved: list[list[tuple[int, int] | None]] = []
         for depth in DEPTHS:
             measured = MeasuredEngine(config, dataclasses.replace(self.args, num_layers=depth), self.world, levels)
             batches = [
@@ -267,7 +280,7 @@ class Bench:
             measured.clear()
         sizes = [level.max_tokens // level.cp_degree * (DEPTHS[1] - DEPTHS[0]) for level in self.levels]
         return [
-            None if shallow is None or deep is None else (deep - shallow) / size
+            None if shallow is None or deep is None else ((deep[0] - shallow[0]) / size, (deep[1] - shallow[1]) / size)
             for shallow, deep, size in zip(*saved, sizes, strict=True)
         ]
 
@@ -283,7 +296,7 @@ class Bench:
     def _peak(self, batch: PackedBatch) -> int | None:
         level = self.levels[batch.level]
         # Without the length: what did not fit at a shorter one does not fit now.
-        key = (level.ac_policy, level.ac_layers, self.measured.args.num_layers)
+        key = (level.ac_policy, level.ac_layers, level.mlp_chunk_tokens, self.measured.args.num_layers)
         if key in self.out_of_memory:
             return None  # already at a shorter length
         peak = self.measured.peak_bytes(batch)
@@ -325,12 +338,13 @@ class Bench:
             optimizer_step=self.settings.optimizer_step,
             tokens=level.max_tokens * dp_degree,
             flops=training_flops(args, level.max_tokens, sum_squared) / level.cp_degree,
+            mlp_chunk_tokens=level.mlp_chunk_tokens,
             flops_ratio=_flops(args, level, sum_squared) / _flops(args, Level(level.max_tokens), sum_squared),
         )
 
 
-def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
-    """Return the bytes that autograd saves for backward; each storage counts once.
+def _saved_for_backward(engine: Engine, batch: PackedBatch) -> tuple[int, int]:
+    """Return the bytes that are kept for backward on the device and in host memory; each storage counts once.
 
     Counted by autograd's hooks, because allocation records on a CPU miss what gloo's threads free.
     """
@@ -340,6 +354,9 @@ def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
         saved.append(tensor)
         return tensor
 
+    if engine.runtime.ac_state.host is not None:
+        # Without the buffers of other levels. What goes there does not pass through `keep`.
+        engine.runtime.ac_state.host = HostActivations(engine.device)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         objective, _ = engine.forward(batch)
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
@@ -347,7 +364,8 @@ def _saved_for_backward(engine: Engine, batch: PackedBatch) -> int:
     saved.clear()
     objective.backward()
     engine.model.zero_grad()
-    return sum(sizes.values())
+    host = engine.runtime.ac_state.host
+    return sum(sizes.values()), 0 if host is None else host.buffer_bytes
 
 
 def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:
@@ -361,6 +379,7 @@ def _flops(args: ModelArgs, level: Level, sum_squared: int) -> float:
         ac_policy=level.ac_policy,
         ac_layers=level.ac_layers,
         last_params=last_params(args) // args.num_layers,
+        chunked=level.mlp_chunk_tokens > 0,
     )
     return float(cost.cost(np.array(level.max_tokens), np.array(sum_squared)))
 
@@ -373,7 +392,7 @@ def header() -> str:
 
 def rows(group: Sequence[Measurement], peak_flops: float | None) -> list[str]:
     """Return one line per policy of a level. peak_flops: FLOP/s of a rank's device, None if unknown."""
-    base = next((m for m in group if m.ac_policy == "none"), None)
+    base = next((m for m in group if m.ac_policy == "none" and not m.mlp_chunk_tokens), None)
     return [_line(_cells(m, base, peak_flops)) for m in group]
 
 
@@ -386,13 +405,14 @@ def relative_times(found: Measurement, base: Measurement | None) -> tuple[float,
 
 
 def _cells(found: Measurement, base: Measurement | None, peak_flops: float | None) -> list[str]:
-    policy = found.ac_policy if found.ac_layers is None else f"{found.ac_policy}:{found.ac_layers}"
+    layers, chunks = found.ac_layers, found.mlp_chunk_tokens
+    policy = f"{found.ac_policy}:{'' if layers is None else layers}:{chunks or ''}".rstrip(":")
     level = [found.model, str(found.layers), str(found.max_tokens), str(found.cp_degree), found.documents]
     level += ["on" if found.compile else "off", policy]
-    saved = "-" if found.saved_bytes is None else f"{found.saved_bytes:,.0f}"
+    kept = ["-" if size is None else f"{size:,.0f}" for size in (found.saved_bytes, found.host_bytes)]
     flops_ratio = f"{found.flops_ratio:.2f}"
     if found.peak_bytes is None or not found.fits:
-        return [*level, "out of memory", "", "", "", saved, "", "", flops_ratio]
+        return [*level, "out of memory", "", "", "", *kept, "", "", flops_ratio]
     seconds = median(found.seconds)
     achieved = found.flops / seconds
     relative = relative_times(found, base)
@@ -402,7 +422,7 @@ def _cells(found: Measurement, base: Measurement | None, peak_flops: float | Non
         f"{achieved / 1e12:.3g}",
         f"{achieved / peak_flops:.1%}" if peak_flops else "-",
         f"{found.peak_bytes / 2**30:.3g}",
-        saved,
+        *kept,
         f"{seconds:.4g}",
         "-" if relative is None else "{:.2f} ({:.2f}-{:.2f})".format(*relative),
         flops_ratio,

@@ -41,7 +41,9 @@ class Run:
 
 
 def _short(level: Level) -> str:
-    if level.reshard_after_forward is not None:
+    # The full short form for what has a place after ac_layers in it.
+    plain = Level(level.max_tokens, level.cp_degree, level.cp_style, level.ac_policy, level.ac_layers)
+    if level != plain:
         return format_level(level)
     fields = [str(level.max_tokens), str(level.cp_degree)]
     if level.cp_degree > 1 or level.ac_policy != "none":

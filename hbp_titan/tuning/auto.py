@@ -23,12 +23,15 @@ from hbp_titan.components.timing import LEVEL_TIMES
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.mesh import destroy_unused_groups
-from hbp_titan.distributed.world import World, broadcast_value
+from hbp_titan.distributed.world import World, broadcast_value, ranks_per_node
 from hbp_titan.errors import format_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray
-from hbp_titan.tuning.profile import default_candidates, profile_levels
+from hbp_titan.tuning.hardware import total_memory
+from hbp_titan.tuning.memory import estimate_memory
+from hbp_titan.tuning.memory_plans import MEMORY_MARGIN, needed_plans
+from hbp_titan.tuning.profile import default_forms, profile_levels
 from hbp_titan.tuning.profile_file import Profile, load_profile, profile_key, save_profile
 from hbp_titan.tuning.search import Candidate, Selection, Workload, baselines, describe, select_paper, select_search
 from hbp_titan.utils import atomic_write
@@ -81,9 +84,22 @@ def resolve_levels(
     config.packing.auto_levels = False
 
 
-def candidate_levels(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
-    """Return the default candidates for samples of these lengths."""
-    return default_candidates(longest, world_size, args, median=int(np.median(lengths)))
+def candidate_forms(lengths: IntArray, longest: int, world_size: int, args: ModelArgs) -> list[Level]:
+    """Return the default lengths and cp degrees for samples of these lengths."""
+    return default_forms(longest, world_size, args, median=int(np.median(lengths)))
+
+
+def plans_here(config: JobConfig, args: ModelArgs, world: World, forms: Sequence[Level]) -> list[Level]:
+    """Return the memory plans of `forms` to measure on this world, by the estimate."""
+    # Of the whole device, so that the candidates, and with them the profile's key, do not depend on other processes.
+    limit = total_memory(world.device, ranks_per_node(world.size)) * (1 - MEMORY_MARGIN)
+
+    def fits(level: Level) -> bool:
+        found = estimate_memory(args, level, config, world.size, device_type=world.device.type)
+        # On a CPU the device's memory is the host's.
+        return found.peak_bytes + (found.host_bytes if world.device.type == "cpu" else 0) <= limit
+
+    return needed_plans(forms, args, fits)
 
 
 def measured_profile(
@@ -93,13 +109,15 @@ def measured_profile(
     stores: Sequence[TokenStore],
     path: Path,
     log: Callable[[str], None],
-    levels: Sequence[Level] = (),
+    forms: Sequence[Level] = (),
 ) -> Profile:
-    """Return the profile of `levels` (by default `candidate_levels`) on this world, from `path` if valid there."""
+    """Return the profile of `forms` (by default `candidate_forms`) on this world, from `path` if valid there."""
     lengths, loss_tokens = stores[0].lengths, stores[0].loss_tokens
     longest = max(int(store.lengths.max()) for store in stores)
     # Candidates must also hold the longest held-out sample.
-    levels = levels or candidate_levels(lengths, longest, world.size, args)
+    forms = forms or candidate_forms(lengths, longest, world.size, args)
+    # All ranks must measure the same: those of rank 0.
+    levels = from_rank_0(world, lambda: plans_here(config, args, world, forms))
 
     def stored() -> Profile | None:
         key = profile_key(config, args, world, lengths, loss_tokens, candidates=levels, **PROFILE_SETTINGS)

@@ -37,13 +37,14 @@ from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf import MissingWeights
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import DEVICE_POLICIES, level_name
+from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_bytes
+from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
-from hbp_titan.tuning.time_model import time_model, usable_bytes
+from hbp_titan.tuning.time_model import time_model
 from hbp_titan.utils import human_bytes, human_seconds
 
 DEFAULT_GPU = "h100-80gb"
@@ -171,11 +172,18 @@ class DryRun:
     def peak_bytes(self, estimate: MemoryEstimate) -> int:
         """Return the peak per rank in a micro-batch: the exact state plus the estimated rest."""
         # The estimate's state ignores the padding of uneven shards.
-        return self.rank_state.device_bytes + estimate.saved_bytes + estimate.transient_bytes
+        state = estimate.resident_bytes if self.rank_state.offloaded else self.rank_state.total_bytes
+        return state + estimate.saved_bytes + estimate.transient_bytes
+
+    def host_bytes(self, estimate: MemoryEstimate) -> int:
+        """Return the bytes per rank in host memory."""
+        state = self.rank_state.total_bytes if self.rank_state.offloaded else 0
+        return state + estimate.host_activation_bytes
 
     def fits(self, estimate: MemoryEstimate) -> bool:
-        """Return whether it fits in the GPU's memory."""
-        return self.peak_bytes(estimate) <= usable_bytes(self.hardware)
+        """Return whether it fits in the GPU's memory and in a rank's share of the node's."""
+        fits_host = self.host_bytes(estimate) <= usable_host_bytes(self.hardware, self.world_size)
+        return fits_host and self.peak_bytes(estimate) <= usable_bytes(self.hardware)
 
     def check_memory(self) -> None:
         """Raise UserError with one line per level that does not fit, and the cheapest change that makes it fit."""
@@ -183,10 +191,15 @@ class DryRun:
         for index, memory in enumerate(self.levels):
             if self.fits(memory.configured):
                 continue
+            state, where = self.rank_state.total_bytes - self.rank_state.device_bytes, "host memory per rank"
+            needed, usable = self.host_bytes(memory.configured), usable_host_bytes(self.hardware, self.world_size)
+            if needed <= usable:
+                state, where = self.rank_state.device_bytes, "per rank"
+                needed, usable = self.peak_bytes(memory.configured), usable_bytes(self.hardware)
             lines.append(
-                f"level {level_name(memory.level)} needs {human_bytes(self.peak_bytes(memory.configured))} per rank "
-                f"({human_bytes(self.rank_state.device_bytes)} of it parameters, gradients and optimizer state), but "
-                f"{self.hardware.name} has {human_bytes(usable_bytes(self.hardware))} to use; {self._advice(index)}"
+                f"level {level_name(memory.level)} needs {human_bytes(needed)} {where} ({human_bytes(state)} of it "
+                f"parameters, gradients and optimizer state), but {self.hardware.name} has "
+                f"{human_bytes(usable)} to use; {self._advice(index)}"
             )
         if lines:
             raise UserError(lines)
@@ -251,7 +264,7 @@ def rank_state(model: nn.Module, config: JobConfig) -> RankState:
 
 @dataclass(frozen=True)
 class LevelMemory:
-    """Estimates for a level as configured, and with each of DEVICE_POLICIES on all layers."""
+    """Estimates for a level as configured, and with each of AC_POLICIES on all layers."""
 
     level: Level
     configured: MemoryEstimate
@@ -264,11 +277,8 @@ def level_memory(config: JobConfig, args: ModelArgs, world_size: int, level: Lev
     def estimate(level: Level) -> MemoryEstimate:
         return estimate_memory(args, level, config, world_size, device_type="cuda")
 
-    policies = {
-        policy: estimate(dataclasses.replace(level, ac_policy=policy, ac_layers=None)) for policy in DEVICE_POLICIES
-    }
-    configured = policies[level.ac_policy] if level.ac_layers is None else estimate(level)
-    return LevelMemory(level, configured, policies)
+    policies = {policy: estimate(level.with_policy(policy)) for policy in AC_POLICIES}
+    return LevelMemory(level, estimate(level), policies)
 
 
 @dataclass(frozen=True)
@@ -338,23 +348,40 @@ def _memory(found: DryRun) -> str:
     total, usable = found.hardware.memory_bytes, usable_bytes(found.hardware)
     lines = [
         f"memory per rank, GiB: {_gib(usable)} of {_gib(total)} to use; activations are those of all layers",
-        f"{'level':<12}{'checkpointing':<26}{'activations':>12}{'buffers':>10}{'peak':>10}  verdict",
+        f"{'level':<12}{'checkpointing':<26}{'activations':>12}{'buffers':>10}{'peak':>10}{'host':>9}  verdict",
     ]
     for memory in found.levels:
         lines += [_memory_line(found, memory, policy, memory.by_policy[policy]) for policy in memory.by_policy]
         level = memory.level
         layers = "" if level.ac_policy == "none" or level.ac_layers is None else f" ({level.ac_layers} layers)"
         lines.append(_memory_line(found, memory, f"> {level.ac_policy}{layers}", memory.configured))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_host_memory(found)])
+
+
+def _host_memory(found: DryRun) -> list[str]:
+    """Return the line on a node's memory, if the run keeps anything there."""
+    # Buffers grow to the largest level's.
+    needed = max(found.host_bytes(memory.configured) for memory in found.levels)
+    if not needed:
+        return []
+    ranks = min(found.world_size, found.hardware.gpus_per_node)
+    usable = ranks * usable_host_bytes(found.hardware, found.world_size)
+    state = found.rank_state.total_bytes if found.rank_state.offloaded else 0
+    return [
+        f"host memory per node, GiB: {_gib(ranks * needed)} of {_gib(usable)} to use ({ranks} ranks, each with state "
+        f"{_gib(state)} and activations {_gib(needed - state)})"
+    ]
 
 
 def _memory_line(found: DryRun, memory: LevelMemory, policy: str, estimate: MemoryEstimate) -> str:
     peak = found.peak_bytes(estimate)
-    free = usable_bytes(found.hardware) - peak
+    free, host = usable_bytes(found.hardware) - peak, found.host_bytes(estimate)
     verdict = f"{_gib(free)} free" if free >= 0 else f"does not fit, by {_gib(-free)}"
+    if host > usable_host_bytes(found.hardware, found.world_size):
+        verdict = f"does not fit, by {_gib(host - usable_host_bytes(found.hardware, found.world_size))} on the host"
     return (
         f"{level_name(memory.level):<12}{policy:<26}{_gib(estimate.saved_bytes):>12}"
-        f"{_gib(estimate.transient_bytes):>10}{_gib(peak):>10}  {verdict}"
+        f"{_gib(estimate.transient_bytes):>10}{_gib(peak):>10}{_gib(host):>9}  {verdict}"
     )
 
 

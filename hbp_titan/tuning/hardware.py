@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hbp_titan.components.oom import device_memory
 from hbp_titan.components.step_stats import PEAK_FLOPS
 from hbp_titan.utils import did_you_mean
 
@@ -83,6 +84,12 @@ class Hardware:
             return self
         return dataclasses.replace(self, attention_efficiency=efficiency, attention_kernel=backend)
 
+    def with_host(self, pcie_bandwidth: float, host_bandwidth: float, memory_bytes: int = 2 * 10**12) -> Hardware:
+        """Return the machine with another link to the host and other memory there."""
+        return dataclasses.replace(
+            self, pcie_bandwidth=pcie_bandwidth, host_bandwidth=host_bandwidth, host_memory_bytes=memory_bytes
+        )
+
     def attention_rate(self, head_dim: int) -> float:
         """Return the FLOP/s of attention with heads of this width."""
         factors = (factor for width, factor in _HEAD_EFFICIENCY if head_dim <= width)
@@ -103,16 +110,15 @@ class Hardware:
 # direction as 4.0 and 64 as 5.0. Host memory is 2 TB in 16 channels, of DDR4-3200 in the DGX A100 and of DDR5-4800 from
 # the DGX H100. RTX 4090: Ada's data sheet (fp32 accumulation); its node is assumed: 8 GPUs that send to each other over
 # PCIe, 1 TB in 16 channels of DDR4-3200, 100 Gbit/s of network.
-_DDR4 = {"pcie_bandwidth": 32e9, "host_bandwidth": 51e9}
 HARDWARE: dict[str, Hardware] = {
     hardware.name: hardware.with_attention(BEST_KERNEL[hardware.name.split("-")[0]])
     for hardware in (
         #        name         peak                memory               bandwidth NVLink network
-        Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9, **_DDR4),
+        Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9).with_host(32e9, 51e9),
         Hardware("h100-80gb", PEAK_FLOPS["H100"], int(79.1 * 2**30), 3.35e12, 450e9, 50e9),
         Hardware("h200-141gb", PEAK_FLOPS["H200"], int(139.7 * 2**30), 4.8e12, 450e9, 50e9),
         Hardware("b200-180gb", PEAK_FLOPS["B200"], int(178.3 * 2**30), 8.0e12, 900e9, 50e9),
-        Hardware("rtx4090-24gb", 165e12, int(23.6 * 2**30), 1.008e12, 24e9, 1.5e9, host_memory_bytes=10**12, **_DDR4),
+        Hardware("rtx4090-24gb", 165e12, int(23.6 * 2**30), 1.008e12, 24e9, 1.5e9).with_host(32e9, 51e9, 10**12),
     )
 }
 
@@ -131,6 +137,13 @@ def get_hardware(name: str) -> Hardware:
     if key not in HARDWARE:
         raise ValueError(f"hardware {name!r}: must be one of {', '.join(HARDWARE)}{did_you_mean(key, HARDWARE)}")
     return HARDWARE[key]
+
+
+def total_memory(device: torch.device, local_ranks: int) -> int:
+    """Return the bytes of a GPU, or of this rank's share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return device_memory(device, local_ranks)
 
 
 def hardware_like(device: torch.device, memory_bytes: int, gpus_per_node: int) -> Hardware:

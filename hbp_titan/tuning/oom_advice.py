@@ -1,10 +1,11 @@
 """Advice when memory runs out: what ran out, why, and the cheapest change that fits. Used by runs and by dry runs.
 
 Owns the changes that are tried, their order, and the text. Of the changes that keep the level's length and the ranks,
-alone and combined, the one with the least predicted time wins: checkpointing (policy and depth), a higher cp degree,
-parameters freed after forward, one copy of them instead of several, experts over more ranks, fewer logits at a time.
-Only if none fits, a shorter level and more ranks are tried. The memory estimate may be off: a change is proposed only
-if it saves, by the estimate, more than was missing.
+alone and combined, the one with the least predicted time wins: checkpointing (policy and depth), activations in host
+memory, chunks and groups of heads (memory_plans.py), a higher cp degree, parameters freed after forward, one copy of
+them instead of several, experts over more ranks, fewer logits at a time. If none fits, parameters and optimizer move
+to host memory as well. Only then a shorter level and more ranks are tried. The memory estimate may be off: a change is
+proposed only if it saves, by the estimate, more than was missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from hbp_titan.components.oom import VALIDATION, OutOfMemory, device_memory
 from hbp_titan.components.timing import FloatArray, pack_loads
@@ -26,10 +26,11 @@ from hbp_titan.distributed.expert_parallel import check_experts
 from hbp_titan.distributed.world import World, ranks_per_node
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
-from hbp_titan.packing.level import DEVICE_POLICIES, format_level, level_name
-from hbp_titan.tuning.hardware import Hardware, hardware_like
+from hbp_titan.packing.level import format_level, level_name
+from hbp_titan.tuning.hardware import Hardware, hardware_like, total_memory
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_evaluation, estimate_memory
-from hbp_titan.tuning.time_model import TimeModel, least_recomputation, sharding, time_model, usable_bytes
+from hbp_titan.tuning.memory_plans import memory_plans, usable_bytes, usable_host_bytes
+from hbp_titan.tuning.time_model import TimeModel, least_recomputation, sharding, time_model
 from hbp_titan.utils import human_bytes
 
 MAX_RANKS_FACTOR = 64
@@ -51,6 +52,7 @@ _CONFIG_KEYS = (
     "parallelism.reshard_after_forward",
     "parallelism.dp_replicate",
     "parallelism.expert_parallel_degree",
+    "parallelism.cpu_offload",
     "training.loss_chunk_tokens",
 )
 
@@ -65,7 +67,7 @@ def advice(
     device = world.device
     local_ranks = ranks_per_node(world.size)
     usable = device_memory(device, local_ranks)
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else usable
+    total = total_memory(device, local_ranks)
     hardware = hardware_like(device, total, local_ranks)
     # Other processes may hold a part of the device.
     limit = min(usable_bytes(hardware), usable)
@@ -267,12 +269,18 @@ class ChangeSearch:
 
     def cheapest(self) -> Change | None:
         """Return the fastest change that keeps the length and the ranks; None if none fits."""
-        found = self._fastest(self._variants())
-        if found is None and len(self._loss_chunks()) > 1:
+        configs = [self.config]
+        if not self.config.parallelism.cpu_offload and not self.evaluating and self.device_type == "cuda":
+            # Last: the optimizer's step on the CPU is not part of the times that are compared.
+            configs.append(_with_value(self.config, "parallelism.cpu_offload", True))
+        for config in configs:
             # Everything again with the fewest logits at a time.
-            few = _with_value(self.config, "training.loss_chunk_tokens", self._loss_chunks()[-1])
-            found = replace(self, config=few).cheapest()
-        return found
+            for chunk in self._loss_chunks():
+                tried = replace(self, config=_with_value(config, "training.loss_chunk_tokens", chunk))
+                found = tried._fastest(tried._variants(), self)
+                if found is not None:
+                    return found
+        return None
 
     def shorter(self) -> Change | None:
         """Return the longest of the level's halves, quarters and so on that fits; None if none does."""
@@ -302,24 +310,43 @@ class ChangeSearch:
         estimate = estimate_evaluation if self.evaluating else estimate_memory
         return estimate(self.args, level, config, world_size, device_type=self.device_type).peak_bytes
 
-    def _fastest(self, variants: Iterable[Variant]) -> Change | None:
+    def _least_peak(self, config: JobConfig, ranks: int, level: Level) -> int:
+        """Return the peak of the plan that needs least on the device, with parameters freed after forward."""
+        plans = [plan for plan in memory_plans(level, self.args)[-1] if plan.ac_policy == "offload"]
+        return self.peak_bytes(replace(plans[0], reshard_after_forward=True), config, ranks)
+
+    def _fits_host(self, level: Level, config: JobConfig, ranks: int) -> bool:
+        estimate = estimate_memory(self.args, level, config, ranks, device_type=self.device_type)
+        if self.device_type == "cpu":
+            # The device's memory is the host's.
+            return estimate.peak_bytes + estimate.host_bytes <= self.limit
+        return estimate.host_bytes <= usable_host_bytes(self.hardware, ranks)
+
+    def _fastest(self, variants: Iterable[Variant], before: ChangeSearch | None = None) -> Change | None:
+        """Return the fastest of `variants` that fits. before: the search of the run as it is, if not this one."""
         best: tuple[float, Change] | None = None
-        now = self._rank_seconds(self.config, self.world_size, self.level)
+        now = self._rank_seconds((before or self).config, self.world_size, self.level)
 
         def least_seconds(variant: Variant) -> float:
             config, ranks, level = variant
-            return self._rank_seconds(config, ranks, replace(level, ac_policy="none", ac_layers=None))
+            return self._rank_seconds(config, ranks, level.with_policy("none"))
 
-        # In the order of their time without recomputation, a lower bound: times are cheaper to compute than memory.
+        hopeless: dict[object, bool] = {}
+        # In the order of their time without checkpointing, a lower bound: times are cheaper to compute than memory.
         for config, ranks, level in sorted(variants, key=least_seconds):
             if best is not None and least_seconds((config, ranks, level)) >= best[0] * (1 - ROUNDING):
                 break
+            form = (id(config), ranks, level.cp_degree, level.cp_style)
+            if form not in hopeless:
+                hopeless[form] = self._least_peak(config, ranks, level) > self.limit
+            if hopeless[form]:
+                continue
 
             def peak(at: Level, config: JobConfig = config, ranks: int = ranks) -> int:
                 return self.peak_bytes(at, config, ranks)
 
             level, peak_bytes = least_recomputation(peak, level, self.args.num_layers, self.limit)
-            if peak_bytes > self.limit:
+            if peak_bytes > self.limit or not self._fits_host(level, config, ranks):
                 continue
             seconds = self._rank_seconds(config, ranks, level)
             # Among equal times the first wins, which changes the least.
@@ -376,9 +403,10 @@ class ChangeSearch:
         own = level.reshard_after_forward
         reshards = (None,) if own is None else (own, True)
         return [
-            replace(level, ac_policy=policy, ac_layers=None, reshard_after_forward=reshard)
+            replace(plan, reshard_after_forward=reshard)
             for reshard in dict.fromkeys(reshards)
-            for policy in DEVICE_POLICIES
+            for stage in memory_plans(level, self.args)
+            for plan in stage
         ]
 
     def _expert_degrees(self) -> Iterator[JobConfig]:

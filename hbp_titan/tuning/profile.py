@@ -3,9 +3,9 @@
 Owns the procedure, the candidates that it tries by default, and the packs that it times. For each candidate form
 (length, cp degree, style):
 
-1. Memory. Without checkpointing if that fits. Otherwise, for "full" and for "keep_attention", the peaks at two depths
-   give the bytes that a layer saves, and so the fewest layers to checkpoint (GreedyProfileCkpt), with a margin; the
-   peak at that depth is then measured too. A level whose estimate is clearly above the limit is not run.
+1. Memory. Without checkpointing if that fits. Otherwise, for each policy, the peaks at two depths give the bytes that
+   a layer saves, and so the fewest layers to checkpoint (GreedyProfileCkpt), with a margin; the peak at that depth is
+   then measured too. A level whose estimate is clearly above the limit is not run.
 2. Time. Micro-batches on light and heavy packs of the user's lengths, round robin over all levels that fit, so that
    drift of the machine affects all alike. A LevelTimeModel is fitted per level.
 """
@@ -26,7 +26,6 @@ from hbp_titan.distributed.world import World, all_reduce_values, ranks_per_node
 from hbp_titan.engine import level_meshes
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.packing.level import DEVICE_POLICIES
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
@@ -56,9 +55,9 @@ def profile_levels(
     """Measure `candidates` on this machine; every rank calls it and gets the same Profile.
 
     lengths, loss_tokens: tokens and trained tokens of the user's samples, int64 [N]. candidates: in any order; their
-    ac_layers are ignored. memory_limit: bytes per rank; by default what the device has. margin: share of it that stays
-    free. iterations: packs that each level is timed on, ROUNDS times each. The profile's key is that of `profile_key`
-    with candidates (a list), memory_limit, margin and iterations as its settings.
+    ac_layers and offload_layers are ignored. memory_limit: bytes per rank; by default what the device has. margin:
+    share of it that stays free. iterations: packs that each level is timed on, ROUNDS times each. The profile's key is
+    that of `profile_key` with candidates (a list), memory_limit, margin and iterations as its settings.
     Raises ValueError if no candidate is given or margin is outside [0, 1).
     """
     if not candidates:
@@ -98,7 +97,7 @@ class _ProfileRun:
         self, config: JobConfig, args: ModelArgs, world: World, candidates: Sequence[Level], limit: int
     ) -> None:
         self.config, self.args, self.world, self.limit = config, args, world, limit
-        self.candidates = list(dict.fromkeys(replace(level, ac_layers=None) for level in candidates))
+        self.candidates = list(dict.fromkeys(level.with_policy(level.ac_policy) for level in candidates))
         self.measured = MeasuredEngine(config, args, world, self.candidates, accumulate=True)
         self.order: list[int] = []
         self.packs: dict[int, Packs] = {}
@@ -109,7 +108,7 @@ class _ProfileRun:
         """Return the peak bytes of each level that fits, each with as few checkpointed layers as possible."""
         forms: dict[Level, list[str]] = {}
         for level in self.candidates:
-            forms.setdefault(replace(level, ac_policy="none"), []).append(level.ac_policy)
+            forms.setdefault(level.with_policy("none"), []).append(level.ac_policy)
         fitting: dict[Level, int] = {}
         for form, policies in forms.items():
             # If nothing has to be recomputed, no policy is faster than none.
@@ -121,7 +120,7 @@ class _ProfileRun:
                 self._add_too_large(form)
             for policy in policies:
                 if policy != "none":
-                    fitting |= self._fewest_checkpointed(replace(form, ac_policy=policy))
+                    fitting |= self._fewest_checkpointed(form.with_policy(policy))
         return fitting
 
     def _fewest_checkpointed(self, level: Level) -> dict[Level, int]:
@@ -281,8 +280,8 @@ class RandomSamples:
         return tokens, np.arange(length) >= length - int(self.loss_tokens[index])
 
 
-def default_candidates(longest: int, world_size: int, args: ModelArgs, *, median: int = 1) -> list[Level]:
-    """Return every length with every form of context parallelism and every policy; ac_layers is left to the profile.
+def default_forms(longest: int, world_size: int, args: ModelArgs, *, median: int = 1) -> list[Level]:
+    """Return every length with every form of context parallelism; checkpointing is left to `needed_plans`.
 
     longest, median: tokens of samples. Lengths are powers of two, from the one that holds the longest sample down to
     about the median, at most MAX_LENGTHS, adapted to the world size and the model's limit (`_capacity`). cp degrees are
@@ -294,12 +293,11 @@ def default_candidates(longest: int, world_size: int, args: ModelArgs, *, median
     lengths = [_capacity(power, longest, world_size, limit) for power in reversed(powers)]
     cp_degrees = [degree for degree in range(1, world_size + 1) if world_size % degree == 0]
     return [
-        Level(max_tokens - max_tokens % cp_degree, cp_degree, style, policy)
+        Level(max_tokens - max_tokens % cp_degree, cp_degree, style)
         for max_tokens in lengths
         for cp_degree in cp_degrees
         if max_tokens % cp_degree == 0 or cp_degree <= limit == max_tokens
         for style in cp_styles(cp_degree, args)
-        for policy in DEVICE_POLICIES
     ]
 
 

@@ -232,6 +232,12 @@ def describe_level(level: Level) -> str:
         words.append(level.cp_style)
     if level.ac_policy != "none":
         words.append(f"{level.ac_policy} on {'all' if level.ac_layers is None else level.ac_layers} layers")
+    if level.offload_layers is not None:
+        words.append(f"{level.offload_layers} of them in host memory")
+    if level.mlp_chunk_tokens:
+        words.append(f"chunks of {level.mlp_chunk_tokens} tokens")
+    if level.attention_head_groups > 1:
+        words.append(f"{level.attention_head_groups} groups of heads")
     if level.reshard_after_forward is not None:
         words.append(f"reshard_after_forward {str(level.reshard_after_forward).lower()}")
     return ", ".join(words)

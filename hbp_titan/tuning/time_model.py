@@ -23,7 +23,8 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import estimate_memory, fewest_layers
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
+from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.search import Candidate
 
 PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "host", "fixed")
@@ -32,8 +33,6 @@ all-to-alls of expert parallelism; exposed FSDP traffic; exposed copies between 
 fixed costs."""
 LAYER_KERNELS = 150
 """Kernels of one layer's forward and backward in eager mode without recomputation; about a third are in forward."""
-MEMORY_MARGIN = 0.05
-"""Share of a GPU's memory for the CUDA context, NCCL's buffers and fragmentation."""
 _SQUARES_PER_DOCUMENT = 0.75
 
 
@@ -194,7 +193,7 @@ class TimeModel:
         gather, scatter = level.cp_shape(d.num_kv_heads)
         queries = self._scatter_seconds(self.query_bytes_per_token(), scatter) / rate
         groups = level.attention_head_groups
-        kv_bytes = self.kv_bytes_per_token(scatter, groups)
+        kv_bytes = float(self.kv_bytes_per_token(scatter, groups))
         keys_values = self._scatter_seconds(kv_bytes, scatter) / rate
         forward = backward = queries
         # Seconds of q's projection per token in forward; backward takes twice as long.
@@ -410,25 +409,21 @@ def estimate_candidates(
 ) -> list[Candidate]:
     """Return a candidate for each of `levels`, in order.
 
-    A level that recomputes with ac_layers=None gets the fewest layers that fit. A level that does not fit has time None
-    and the peak that it would need. fixed_seconds: of each micro-batch.
+    A level that recomputes with ac_layers=None gets the fewest layers that fit. A level that does not fit, on the GPU
+    or on the host, has time None and the peak that it would need. fixed_seconds: of each micro-batch.
     """
     model = dataclasses.replace(time_model(args, config, hardware, world_size), fixed_seconds=fixed_seconds)
-    limit = usable_bytes(hardware)
+    limit, host_limit = usable_bytes(hardware), usable_host_bytes(hardware, world_size)
     candidates = []
     for level in levels:
 
-        def peak(at: Level) -> int:
-            return estimate_memory(args, at, config, world_size, device_type="cuda").peak_bytes
+        def estimate(at: Level) -> MemoryEstimate:
+            return estimate_memory(args, at, config, world_size, device_type="cuda")
 
-        level, peak_bytes = least_recomputation(peak, level, args.num_layers, limit)
-        candidates.append(Candidate(level, model.level_time(level) if peak_bytes <= limit else None, peak_bytes))
+        level, peak_bytes = least_recomputation(lambda at: estimate(at).peak_bytes, level, args.num_layers, limit)
+        fits = peak_bytes <= limit and estimate(level).host_bytes <= host_limit
+        candidates.append(Candidate(level, model.level_time(level) if fits else None, peak_bytes))
     return candidates
-
-
-def usable_bytes(hardware: Hardware) -> int:
-    """Return the bytes of a GPU that tensors may take."""
-    return int(hardware.memory_bytes * (1 - MEMORY_MARGIN))
 
 
 def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int) -> tuple[Level, int]:

@@ -55,10 +55,10 @@ def test_documents_fill_a_pack_with_the_given_median() -> None:
 
 def test_documents_and_policies_are_parsed() -> None:
     assert parse_documents("one, 600") == (Documents(0), Documents(600))
-    assert parse_policies("none, full:8") == (("none", None), ("full", 8))
+    assert parse_policies("none, full:8, offload::64") == (("none", None, 0), ("full", 8, 0), ("offload", None, 64))
     for parse, texts in (
         (parse_documents, ("one,0", "-1", "x", "")),
-        (parse_policies, ("none,all", "full:", "full:x", "")),
+        (parse_policies, ("none,all", "full:", "full:x", "full:1:2:3", "")),
     ):
         for text in texts:
             with pytest.raises(ValueError, match=r"--(documents|policies)"):
@@ -87,7 +87,7 @@ def test_cp_shards_join_to_the_pack_and_dp_ranks_differ_only_in_tokens() -> None
 
 
 DEBUG = get_flavor("debug")  # hidden 128, 4 heads and 2 kv heads of width 32, feed-forward 352, vocabulary 4096
-POLICIES = (("none", None), ("full", None), ("keep_attention", None))
+POLICIES = parse_policies("none,full,keep_attention")
 ONE = (Documents(0),)
 
 
@@ -127,8 +127,11 @@ def _run_out_of_memory(monkeypatch: pytest.MonkeyPatch, when: Callable[[str, int
 
 
 def test_saved_bytes_of_each_policy_by_hand(world: World) -> None:
-    policies = (*POLICIES, ("full", 1))
-    none, full, keep_attention, full_on_one = _measure_all(_bench(world, "256", policies=policies))
+    policies = (*POLICIES, *parse_policies("full:1,offload,offload_attention::100"))
+    measured = _measure_all(_bench(world, "256", policies=policies))
+    none, full, keep_attention, full_on_one, offload, offload_attention = measured
+    assert {m.host_bytes for m in measured[:4]} == {0}
+    assert [(m.saved_bytes, m.host_bytes) for m in (offload, offload_attention)] == [(0, 512), (0, 512 + 1552)]
     # Bytes per token in fp32. A block's input: 128 * 4.
     assert full.saved_bytes == full_on_one.saved_bytes == 512
     # And attention's q, k, v, its output and the logsumexp of 4 heads: 512 + 256 + 256 + 512 + 16.
@@ -222,7 +225,9 @@ NONE = Measurement(
     peak_bytes=3 << 30,
     seconds=[2.0, 4.0, 2.0],
 )
-FULL = dataclasses.replace(NONE, ac_policy="full", ac_layers=3, flops_ratio=1.2, seconds=[3.0, 4.0, 2.5])
+FULL = dataclasses.replace(
+    NONE, ac_policy="full", ac_layers=3, flops_ratio=1.2, host_bytes=0.0, seconds=[3.0, 4.0, 2.5]
+)
 
 
 def _row_cells(line: str) -> list[str]:
@@ -235,11 +240,11 @@ def test_row_has_throughput_mfu_memory_and_ratio() -> None:
     assert names == [name for name, _ in COLUMNS]
     level = ["debug", "4", "8192", "2", "one", "off"]
     # Medians of 2 and 3 seconds.
-    assert found[0] == [*level, "none", "4,096", "1.5", "25.0%", "3", "10,264", "2", "1.00 (1.00-1.00)", "1.00"]
-    assert found[1] == [*level, "full:3", "2,731", "1", "16.7%", "3", "10,264", "3", "1.25 (1.00-1.50)", "1.20"]
+    assert found[0] == [*level, "none", "4,096", "1.5", "25.0%", "3", "10,264", "-", "2", "1.00 (1.00-1.00)", "1.00"]
+    assert found[1] == [*level, "full:3", "2,731", "1", "16.7%", "3", "10,264", "0", "3", "1.25 (1.00-1.50)", "1.20"]
     lost = dataclasses.replace(NONE, seconds=[], peak_bytes=None, saved_bytes=None)
     (row,) = rows([lost], peak_flops=None)
-    assert _row_cells(row)[7:] == ["out of memory", "", "", "", "-", "", "", "1.00"]
+    assert _row_cells(row)[7:] == ["out of memory", "", "", "", "-", "-", "", "", "1.00"]
 
 
 LEVELS = (Level(64), Level(128, cp_degree=2, ac_policy="full"))

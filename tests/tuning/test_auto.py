@@ -22,7 +22,7 @@ from hbp_titan.packing import CostModel, Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from hbp_titan.tuning import auto, measured_engine
-from hbp_titan.tuning.auto import candidate_levels, replace_levels, save_level_times
+from hbp_titan.tuning.auto import candidate_forms, replace_levels, save_level_times
 from hbp_titan.tuning.profile_file import Profile, profile_key
 from hbp_titan.tuning.search import Candidate, Workload, selected
 from scripts import select_levels
@@ -306,7 +306,7 @@ def test_script_measures_on_two_ranks_and_prints_once(folder: Path) -> None:
 
 def test_default_candidates_are_at_most_as_long_as_the_model_allows() -> None:
     args = dataclasses.replace(get_flavor("debug"), max_position_embeddings=3000)
-    levels = candidate_levels(np.array([400, 500, 2900]), 2900, 8, args)
+    levels = candidate_forms(np.array([400, 500, 2900]), 2900, 8, args)
     assert {level.max_tokens for level in levels} == {512, 1024, 2048, 3000}
     assert len(set(levels)) == len(levels)
     assert all(level.max_tokens % level.cp_degree == 0 for level in levels)

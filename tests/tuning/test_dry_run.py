@@ -96,12 +96,12 @@ def test_warnings() -> None:
     assert _dry_run([*words, f"--packing.curriculum_steps={short - 5}"]).warnings == []
 
 
-# What does not fit, and what is proposed: checkpointing; one copy of the parameters; a higher cp degree; more ranks.
+# What does not fit, and what is proposed: checkpointing; one copy of the parameters; a higher cp degree; host memory.
 UNFIT = [
-    (["--levels=131072:8"], 8, r"set ac_policy = \"(keep_attention|full)\", ac_layers = \d+$"),
+    (["--levels=131072:8"], 8, r"set ac_policy = \"(keep|offload)_attention\", ac_layers = \d+$"),
     (["--levels=16384:1:ulysses:full", "--parallelism.dp_replicate=8"], 8, r"set parallelism.dp_replicate = 1$"),
-    (["--levels=131072:1:ulysses:full"], 8, r"set cp_degree = 8, ac_policy = \"keep_attention\", ac_layers = \d+$"),
-    (["--levels=16384:1:ulysses:full"], 1, r"use 2 ranks"),
+    (["--levels=131072:1:ulysses:full"], 8, r"set cp_degree = 8, ac_policy = \"offload_attention\", ac_layers = \d+$"),
+    (["--levels=16384:1:ulysses:full"], 1, r"and set parallelism.cpu_offload = true$"),
 ]
 
 
@@ -113,15 +113,14 @@ def test_level_that_does_not_fit_gets_a_change_that_fits(words: list[str], world
     (line,) = caught.value.lines
     assert re.search(change, line), line
     level = found.levels[0].level
-    changed = dict(re.findall(r"(cp_degree|cp_style|ac_policy|ac_layers|dp_replicate) = \"?([\w]+)", line))
-    ranks = re.search(r"use (\d+) ranks", line)
+    changed = dict(re.findall(r"(cp_degree|cp_style|ac_policy|ac_layers|dp_replicate|cpu_offload) = \"?([\w]+)", line))
     settings = {"cp_degree": level.cp_degree, "cp_style": level.cp_style, "ac_policy": level.ac_policy, **changed}
     short = ":".join([str(level.max_tokens), *(str(settings[key]) for key in ("cp_degree", "cp_style", "ac_policy"))])
     if "ac_layers" in changed:
         short += f":{changed['ac_layers']}"
-    copies = changed.get("dp_replicate", 1)
-    words = [*LLAMA, f"--levels={short}", f"--parallelism.dp_replicate={copies}"]
-    _dry_run(words, int(ranks[1]) if ranks else world_size).check_memory()
+    states = [f"--parallelism.dp_replicate={changed.get('dp_replicate', 1)}"]
+    states.append(f"--parallelism.cpu_offload={changed.get('cpu_offload', 'false')}")
+    _dry_run([*LLAMA, f"--levels={short}", *states], world_size).check_memory()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +254,19 @@ def test_bytes_and_plan_equal_a_real_start(tmp_path: Path, experts: bool) -> Non
     assert found.samples.origin == "your data: 60 samples"
 
 
+def test_host_memory_is_reported_and_refused() -> None:
+    words = [*LLAMA, "--levels=131072:1:ulysses:offload", "--parallelism.cpu_offload=true"]
+    found = _dry_run(words)
+    # Per rank 16 bytes of 8,030,261,248 parameters over 8 ranks, their step counts, and 32 inputs of 1 GiB.
+    host = found.host_bytes(found.levels[0].configured)
+    assert host == 16 * 8_030_261_248 // 8 + 4 * (32 * 9 + 3) + 32 * 2**30
+    assert f"host memory per node, GiB: {8 * host / 2**30:.2f} of 1676." in describe(found)
+    found.check_memory()
+    small = dataclasses.replace(found, hardware=dataclasses.replace(found.hardware, host_memory_bytes=10**11))
+    with pytest.raises(UserError, match="host memory per rank"):
+        small.check_memory()
+
+
 # Presets
 
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
@@ -284,7 +296,7 @@ def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest
     assert "SYNTHETIC data, because" in text
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "debug_model"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith(("_hbp", "_isf"))])
 def test_preset_trains_as_in_the_paper(name: str) -> None:
     config = load_config(["--job.config_file", str(CONFIGS / f"{name}.toml")])
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-5, 0.01)

@@ -24,6 +24,7 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.errors import UserError
 from hbp_titan.packing import Level
+from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import model_args
 from hbp_titan.tuning.hardware import HARDWARE, hardware_like
 from hbp_titan.tuning.memory import estimate_evaluation, estimate_memory
@@ -86,7 +87,7 @@ def test_advice_is_the_fastest_change_that_fits() -> None:
     load = np.array([1.0, 131072, 131072.0**2, 1])
     best = float("inf")
     for cp_degree in (8, 16, 32):
-        for policy in ("none", "full", "keep_attention"):
+        for policy in AC_POLICIES:
             for layers in range(33):
                 variant = Level(131072, cp_degree, "ulysses", policy, layers)
                 peak = estimate_memory(context.args, variant, context.config, 32, device_type="cuda").peak_bytes
@@ -142,7 +143,7 @@ def test_change_saves_more_than_was_missing_if_the_estimate_is_low() -> None:
             "parallelism.reshard_after_forward = true",
         ),
         (
-            *(1, 75.0, ("--model.flavor=llama3_2_1b", "--levels=65536:1:ulysses:full")),
+            *(1, 75.0, ("--model.flavor=llama3_2_1b", "--levels=65536:1:ulysses:offload_attention")),
             "training.loss_chunk_tokens = 256",
         ),
     ],
@@ -165,8 +166,9 @@ def test_state_that_does_not_fit() -> None:
 
 
 def test_shorter_level_only_if_nothing_else_fits() -> None:
-    context = _context(2, 75.0, ("--levels=4096:2:ulysses:full,131072:2:ulysses:full",))
-    _, shorter, more = context.lines(_error(context))
+    # A validation keeps nothing, so neither checkpointing nor host memory helps.
+    context = _context(2, 63.0, ("--levels=4096:2:ulysses:full,131072:2:ulysses:full",))
+    _, shorter, more, _ = context.lines(_error(context, work=VALIDATION))
     assert re.match(
         r"only a shorter level fits: in the \[\[levels\]\] block of max_tokens = 131072 set max_tokens = ", shorter
     )

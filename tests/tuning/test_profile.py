@@ -22,7 +22,7 @@ from hbp_titan.models.registry import DEBUG, get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.memory import estimate_memory
-from hbp_titan.tuning.profile import Packs, default_candidates, profile_levels
+from hbp_titan.tuning.profile import Packs, default_forms, profile_levels
 from hbp_titan.tuning.profile_file import (
     Measurement,
     Profile,
@@ -199,17 +199,15 @@ def test_timed_packs_range_from_light_to_heavy() -> None:
         assert (documents**2).sum() == squares[number]
 
 
-def test_default_candidates() -> None:
-    forms = [(level.max_tokens, level.cp_degree, level.cp_style) for level in default_candidates(8000, 2, DEBUG)]
-    assert forms[::3] == [
+def test_default_forms() -> None:
+    forms = [(level.max_tokens, level.cp_degree, level.cp_style) for level in default_forms(8000, 2, DEBUG)]
+    assert forms == [
         (tokens, cp, style)
         for tokens in (256, 512, 1024, 2048, 4096, 8192)
         for cp, style in ((1, "ulysses"), (2, "ulysses"), (2, "allgather"))
     ]
-    policies = [level.ac_policy for level in default_candidates(8000, 2, DEBUG)[:3]]
-    assert policies == ["none", "full", "keep_attention"]
     # None below the median.
-    assert {level.max_tokens for level in default_candidates(8192, 2, DEBUG, median=3000)} == {4096, 8192}
+    assert {level.max_tokens for level in default_forms(8192, 2, DEBUG, median=3000)} == {4096, 8192}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +226,7 @@ def test_every_divisor_of_the_world_is_a_cp_degree(
     world_size: int, longest: tuple[int, int], forms: dict[int, str]
 ) -> None:
     # 28 query and 4 kv heads; a, h, u: allgather, hybrid, ulysses. The limit of 131072 is no multiple of 3, 5 and 7.
-    levels = default_candidates(78063, world_size, get_flavor("qwen2_5_7b_128k"))
+    levels = default_forms(78063, world_size, get_flavor("qwen2_5_7b_128k"))
     assert (levels[0].max_tokens, levels[-1].max_tokens) == longest
     found: dict[int, str] = {}
     for level in dict.fromkeys((level.cp_degree, level.cp_style) for level in levels):
@@ -238,7 +236,7 @@ def test_every_divisor_of_the_world_is_a_cp_degree(
 
 
 def test_longest_sample_at_the_limit_has_the_cp_degrees_that_can_hold_it() -> None:
-    levels = default_candidates(131071, 6, get_flavor("qwen2_5_7b_128k"))
+    levels = default_forms(131071, 6, get_flavor("qwen2_5_7b_128k"))
     assert {level.cp_degree: level.max_tokens for level in levels if level.max_tokens > 131000} == {
         1: 131072, 2: 131072, 3: 131070, 6: 131070,
     }  # fmt: skip

@@ -247,7 +247,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def estimate_memory(args: Any, level: Level, config: JobConfig, world_size: int, **_: Any) -> SimpleNamespace:
         layers = args.num_layers if level.ac_layers is None else level.ac_layers
         kept = args.num_layers - (0 if level.ac_policy == "none" else layers)
-        return SimpleNamespace(peak_bytes=(10 + 4 * kept) * 2**30)
+        host = 1 << 40 if level.offloads else 0
+        return SimpleNamespace(peak_bytes=(10 + 4 * kept) * 2**30, host_bytes=host)
 
     monkeypatch.setattr("hbp_titan.tuning.time_model.estimate_memory", estimate_memory)
 
@@ -262,6 +263,9 @@ def test_open_depth_becomes_the_fewest_layers_that_fit_and_a_given_one_is_unchan
     assert [c.peak_bytes for c in found[:3]] == [74 * 2**30, 74 * 2**30, 138 * 2**30]
     assert found[0].time == time_model(ARGS, JobConfig(), H100, 32).level_time(found[0].level)
     assert found[2].time is None
+    # 1 TiB in host memory fits a rank alone on its node, not 8 of them.
+    offload = dataclasses.replace(full, ac_policy="offload")
+    assert [estimate_candidates(ARGS, JobConfig(), H100, n, [offload])[0].fits for n in (1, 8)] == [True, False]
     # No depth fits: all layers are checkpointed.
     tiny = dataclasses.replace(H100, memory_bytes=2**30)
     (candidate,) = estimate_candidates(ARGS, JobConfig(), tiny, 32, [full])

@@ -28,6 +28,7 @@ from hbp_titan.components.resume import set_determinism
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
+from hbp_titan.distributed.offload import HostActivations
 from hbp_titan.distributed.parallelize import apply_compile
 from hbp_titan.distributed.world import World, close_world, init_world
 from hbp_titan.engine import Engine
@@ -40,7 +41,7 @@ from hbp_titan.models.documents import Documents, pack_documents
 from hbp_titan.models.layers import attention_factor, rope_cos_sin
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
-from hbp_titan.packing.level import DEVICE_POLICIES
+from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.testing.equivalence import BF16_FACTOR, GRAD_TOLERANCE, Outcome, Tolerance, compare
 from hbp_titan.testing.gpu_check.runner import ROOT, Found, Settings, Table
 
@@ -113,7 +114,7 @@ def compiled_blocks(settings: Settings) -> Found:
     if dtype != torch.float32:
         tolerance = Tolerance.of_noise(compare(expected, _run_block(next(rounded.blocks()), inputs)))
     usable, missing = usable_backends(device, args.head_dim)
-    state = ActivationCheckpointState()
+    state = ActivationCheckpointState(host=HostActivations(device))
     counters.clear()
     torch._dynamo.reset()
     apply_compile(rounded, base_config(settings, compiled=True).compile.backend, num_levels=1)
@@ -124,15 +125,15 @@ def compiled_blocks(settings: Settings) -> Found:
         if name == "reference" and device.type == "cuda":
             continue
         set_backend(name)
-        for policy in DEVICE_POLICIES:
+        for policy in AC_POLICIES:
             # As a level switch does it: an assignment, without compiling again.
-            state.policy, state.layers = policy, 1
+            state.set_level(Level(tokens, ac_policy=policy), 1)
             row, wrong = _compare_block(next(rounded.blocks()), inputs, expected, tolerance)
             rows.append([name, policy, *row, str(_graphs())])
             problems += [f"{name}, {policy}: {text}" for text in wrong]
     graphs = _graphs()
-    for policy in DEVICE_POLICIES:
-        state.policy = policy
+    for policy in AC_POLICIES:
+        state.set_level(Level(tokens, ac_policy=policy), 1)
         _run_block(next(rounded.blocks()), others)
     if _graphs() != graphs:
         problems.append(f"other document lengths caused recompilation: {_graphs() - graphs} new graphs")
@@ -140,8 +141,8 @@ def compiled_blocks(settings: Settings) -> Found:
     columns = ["kernel", "policy", "output", "worst gradient", "of", "worst / limit", "no_grad - output", "graphs"]
     title = f"{flavor}, one block, {tokens} tokens, {dtype}, limit {_limit(dtype)}"
     tables = [Table(title, columns, rows), Table("kernels that are not available", ["kernel", "why"], missing)]
-    kernels = [row[0] for row in rows[:: len(DEVICE_POLICIES)]]
-    summary = f"{', '.join(kernels)} under {len(DEVICE_POLICIES)} policies; {graphs} graphs, none for other lengths"
+    kernels = [row[0] for row in rows[:: len(AC_POLICIES)]]
+    summary = f"{', '.join(kernels)} under {len(AC_POLICIES)} policies; {graphs} graphs, none for other lengths"
     return Found(summary if not problems else "", tables, {"graphs": graphs}, problems)
 
 

@@ -38,7 +38,8 @@ from hbp_titan.testing.gpu_check.runner import Found, Settings, Table
 from hbp_titan.tuning.hardware import HARDWARE, hardware_of
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import estimate_memory
-from hbp_titan.tuning.time_model import time_model, usable_bytes
+from hbp_titan.tuning.memory_plans import usable_bytes
+from hbp_titan.tuning.time_model import time_model
 
 SHORT = DocumentLengths(600)
 """Documents of a pack: lognormal lengths around 600 tokens."""
