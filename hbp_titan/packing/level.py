@@ -19,8 +19,6 @@ AC_POLICIES = ("none", "full", "keep_attention", "offload", "offload_attention")
 """Activation checkpointing of a block: keep all activations; keep its input and recompute it in backward (full); keep
 also the inputs and the output of its attention and recompute the rest (keep_attention); as these two, but what is kept
 lies in host memory (offload, offload_attention)."""
-DEVICE_POLICIES = AC_POLICIES[:3]
-"""Those that keep everything on the device."""
 
 
 @dataclass(frozen=True)

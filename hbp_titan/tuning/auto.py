@@ -181,7 +181,9 @@ def levels_block(levels: Sequence[Level]) -> str:
     """Return `levels` as [[levels]] blocks with blank lines between them."""
     blocks = []
     for level in levels:
-        values = {key: value for key, value in dataclasses.asdict(level).items() if value is not None}
+        defaults = {"mlp_chunk_tokens": 0, "attention_head_groups": 1}
+        pairs = dataclasses.asdict(level).items()
+        values = {key: value for key, value in pairs if value is not None and value != defaults.get(key)}
         blocks.append("".join(["[[levels]]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in values.items())]))
     return "\n".join(blocks)
 

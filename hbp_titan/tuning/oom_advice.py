@@ -201,6 +201,10 @@ class OOMContext:
         ways = ["set parallelism.dp_replicate = 1"] if self.config.parallelism.dp_replicate > 1 else []
         if more is not None:
             ways.append(more.use_ranks(self.config, level))
+        offloaded = _with_value(self.config, "parallelism.cpu_offload", True)
+        host = replace(self, config=offloaded).estimate(level).host_bytes
+        if host <= usable_host_bytes(self.hardware, self.world_size) and self.device_type == "cuda":
+            ways.append(f"set parallelism.cpu_offload = true ({human_bytes(host)} of host memory per rank)")
         if not self.config.lora.rank:
             lora = replace(self.config, lora=replace(self.config.lora, rank=LORA_RANK))
             state = replace(self, config=lora).estimate(level).resident_bytes
@@ -337,9 +341,7 @@ class ChangeSearch:
             if best is not None and least_seconds((config, ranks, level)) >= best[0] * (1 - ROUNDING):
                 break
             form = (id(config), ranks, level.cp_degree, level.cp_style)
-            if form not in hopeless:
-                hopeless[form] = self._least_peak(config, ranks, level) > self.limit
-            if hopeless[form]:
+            if hopeless.get(form):
                 continue
 
             def peak(at: Level, config: JobConfig = config, ranks: int = ranks) -> int:
@@ -347,6 +349,9 @@ class ChangeSearch:
 
             level, peak_bytes = least_recomputation(peak, level, self.args.num_layers, self.limit)
             if peak_bytes > self.limit or not self._fits_host(level, config, ranks):
+                if form not in hopeless:
+                    # If this does not fit, no plan does.
+                    hopeless[form] = self._least_peak(config, ranks, level) > self.limit
                 continue
             seconds = self._rank_seconds(config, ranks, level)
             # Among equal times the first wins, which changes the least.

@@ -163,11 +163,12 @@ def test_state_that_does_not_fit() -> None:
         assert "parameters, gradients and optimizer state 119.7 GiB" in head
         assert "use 2 ranks" in way
         assert "lora.rank = 16" in way
+        assert "cpu_offload = true (119.7 GiB of host memory" in way
 
 
 def test_shorter_level_only_if_nothing_else_fits() -> None:
     # A validation keeps nothing, so neither checkpointing nor host memory helps.
-    context = _context(2, 63.0, ("--levels=4096:2:ulysses:full,131072:2:ulysses:full",))
+    context = _context(2, 66.5, ("--levels=4096:2:ulysses:full,131072:2:ulysses:full",))
     _, shorter, more, _ = context.lines(_error(context, work=VALIDATION))
     assert re.match(
         r"only a shorter level fits: in the \[\[levels\]\] block of max_tokens = 131072 set max_tokens = ", shorter

@@ -240,7 +240,7 @@ def _measure_group(
     """Measure rows of one engine; return the measurements, and the names of rows without remaining time."""
     args = dataclasses.replace(get_flavor(rows[0].flavor), num_layers=layers)
     lengths = tuple(Level(tokens) for tokens in sorted({row.max_tokens for row in rows}))
-    policies = tuple(dict.fromkeys((row.policy, None) for row in rows))
+    policies = tuple(dict.fromkeys((row.policy, None, 0) for row in rows))
     config = base_config(settings, compiled=rows[0].compiled)
     bench = Bench(config, args, world, BenchSettings(lengths, policies, (SHORT,), layers, REPEATS))
     found: list[tuple[Row, Measurement]] = []
@@ -249,7 +249,7 @@ def _measure_group(
     cost = START_SECONDS
     for row in rows:
         index = [level.max_tokens for level in lengths].index(row.max_tokens) * len(policies)
-        index += policies.index((row.policy, None))
+        index += policies.index((row.policy, None, 0))
         seconds = predicted_seconds(args, bench.levels[index], row.documents, settings, world)
         repeats = REPEATS if seconds < LONG_SECONDS else 1
         cost += (2 + repeats) * seconds
