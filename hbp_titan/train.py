@@ -99,7 +99,6 @@ class Trainer:
             # A checkpoint replaces the initial weights, so they are not read; with LoRA it has the adapters only.
             self.resumes = distributed.broadcast_value(can_resume(config))
             if config.parallelism.cpu_offload or any(level.offloads for level in config.levels):
-                # The estimate traces a block, which takes seconds that other runs need not spend.
                 from hbp_titan.tuning.memory_plans import check_host_memory
 
                 check_host_memory(config, self.args, world)

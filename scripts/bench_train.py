@@ -39,7 +39,7 @@ from hbp_titan.experiments.bench_train import (
     parse_documents,
     parse_policies,
     rows,
-    with_policy,
+    under_policy,
 )
 from hbp_titan.models.attention import selected_backend
 from hbp_titan.models.registry import get_flavor
@@ -128,7 +128,7 @@ def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor:
     check_levels(lengths, world.size)
     check_heads(lengths, args.num_heads, args.num_kv_heads)
     policies = parse_policies(options.policies)
-    levels = [with_policy(level, policy) for level in lengths for policy in policies]
+    levels = [under_policy(level, policy) for level in lengths for policy in policies]
     found = []
     for documents in parse_documents(options.documents):
         cost = measure_switch(config, args, world, levels, documents, options.switch_packs, options.repeats)

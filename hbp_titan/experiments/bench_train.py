@@ -32,6 +32,7 @@ from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.measured_engine import MeasuredEngine
+from hbp_titan.tuning.memory import with_policy
 
 SIGMA = 1.0
 """Of the lognormal lengths; sources of the Tulu3 mixture are between 0.3 and 1.1 (tuning/simulate.py)."""
@@ -163,10 +164,10 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
     return tuple(policies)
 
 
-def with_policy(level: Level, policy: Policy) -> Level:
+def under_policy(level: Level, policy: Policy) -> Level:
     """Return `level` under a policy."""
     name, layers, chunk_tokens = policy
-    return dataclasses.replace(level.with_policy(name, layers), mlp_chunk_tokens=chunk_tokens)
+    return dataclasses.replace(with_policy(level, name, layers), mlp_chunk_tokens=chunk_tokens)
 
 
 @dataclass
@@ -211,7 +212,7 @@ class Bench:
         self.settings = settings
         self.args = args
         self.world = world
-        self.levels = [with_policy(length, policy) for length in settings.lengths for policy in settings.policies]
+        self.levels = [under_policy(length, policy) for length in settings.lengths for policy in settings.policies]
         self.config = config
         self.measured = MeasuredEngine(config, args, world, self.levels, optimizer_step=settings.optimizer_step)
         self.measured.set_layers(settings.layers or args.num_layers)

@@ -136,11 +136,9 @@ _EXPERTS_236B = _deepseek_experts(
 )
 _EXPERTS_16B = _deepseek_experts(None, n_routed_experts=64, moe_intermediate_size=1408)
 
-# Ours: YaRN over Llama 3's 8192 tokens in place of Llama 3.1's scaling.
-_YARN_1M = {
-    "max_position_embeddings": 1 << 20,
-    "rope_scaling": {"rope_type": "yarn", "factor": 128.0, "original_max_position_embeddings": 8192},
-}
+# Ours, in place of Llama 3.1's scaling.
+_YARN = {"rope_type": "yarn", "factor": 128.0, "original_max_position_embeddings": 8192}
+_1M = {"max_position_embeddings": 1 << 20, "rope_scaling": _YARN}
 
 FLAVORS: dict[str, ModelArgs] = {
     args.name: args
@@ -149,7 +147,7 @@ FLAVORS: dict[str, ModelArgs] = {
         DEBUG_MOE,
         #                 name            hidden  ffn  layers heads kv_heads head_dim
         _flavor(_LLAMA3, "llama3_1_8b", 4096, 14336, 32, 32, 8, 128),
-        _flavor(_LLAMA3, "llama3_1_8b_1m", 4096, 14336, 32, 32, 8, 128, **_YARN_1M),
+        _flavor(_LLAMA3, "llama3_1_8b_1m", 4096, 14336, 32, 32, 8, 128, **_1M),
         _flavor(_LLAMA3, "llama3_1_70b", 8192, 28672, 80, 64, 8, 128),
         _flavor(_LLAMA3, "llama3_3_70b", 8192, 28672, 80, 64, 8, 128),
         _flavor(_LLAMA3_2, "llama3_2_1b", 2048, 8192, 16, 32, 8, 64),

@@ -85,10 +85,6 @@ class Level:
         """Whether the attention of checkpointed layers runs again in backward."""
         return self.ac_policy in ("full", "offload")
 
-    def with_policy(self, ac_policy: str, ac_layers: int | None = None) -> Level:
-        """Return this level with another checkpointing."""
-        return dataclasses.replace(self, ac_policy=ac_policy, ac_layers=ac_layers, offload_layers=None)
-
     def dp_degree(self, world_size: int) -> int:
         """Return the number of packs that one iteration of this level trains."""
         return world_size // self.cp_degree

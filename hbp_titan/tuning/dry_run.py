@@ -40,7 +40,7 @@ from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_bytes
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_bytes, with_policy
 from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
@@ -277,7 +277,7 @@ def level_memory(config: JobConfig, args: ModelArgs, world_size: int, level: Lev
     def estimate(level: Level) -> MemoryEstimate:
         return estimate_memory(args, level, config, world_size, device_type="cuda")
 
-    policies = {policy: estimate(level.with_policy(policy)) for policy in AC_POLICIES}
+    policies = {policy: estimate(with_policy(level, policy)) for policy in AC_POLICIES}
     return LevelMemory(level, estimate(level), policies)
 
 

@@ -71,8 +71,13 @@ def estimate_evaluation(
     """Return the memory of a forward without gradients, as in validation."""
     # Without gradients a block does what a fully recomputed block does in its forward, and parameters are always freed
     # after it (LevelRuntime.activate).
-    level = replace(level.with_policy("full"), reshard_after_forward=True)
+    level = replace(with_policy(level, "full"), reshard_after_forward=True)
     return _Composition(args, level, config, world_size, device_type, None).evaluation()
+
+
+def with_policy(level: Level, ac_policy: str, ac_layers: int | None = None) -> Level:
+    """Return `level` with another checkpointing."""
+    return replace(level, ac_policy=ac_policy, ac_layers=ac_layers, offload_layers=None)
 
 
 def layer_policies(level: Level, num_layers: int) -> list[str]:
@@ -121,7 +126,7 @@ class _Composition:
         tokens = level.max_tokens // level.cp_degree
         lora: Adapters = (config.lora.rank, tuple(config.lora.target_modules))
         self.blocks: list[PieceMemory] = [
-            block_memory(args, level.with_policy(policy), dtype, device_type, expert_parallel, lora)
+            block_memory(args, with_policy(level, policy), dtype, device_type, expert_parallel, lora)
             for policy in layer_policies(level, args.num_layers)
         ]
         # Number of first blocks that keep their activations in host memory.

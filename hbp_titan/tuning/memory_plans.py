@@ -17,7 +17,7 @@ from hbp_titan.distributed.world import World, ranks_per_node
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, with_policy
 from hbp_titan.utils import human_bytes
 
 CHUNK_TOKENS = 8192
@@ -49,7 +49,7 @@ def memory_plans(form: Level, args: ModelArgs) -> list[list[Level]]:
         groups = HEAD_GROUPS
     except ValueError:
         groups = 1
-    plain = dataclasses.replace(form.with_policy("none"), mlp_chunk_tokens=0, attention_head_groups=1)
+    plain = dataclasses.replace(with_policy(form, "none"), mlp_chunk_tokens=0, attention_head_groups=1)
     stages = []
     for policies, chunked, in_groups in _STAGES:
         if in_groups and groups == 1:
@@ -59,7 +59,7 @@ def memory_plans(form: Level, args: ModelArgs) -> list[list[Level]]:
             mlp_chunk_tokens=CHUNK_TOKENS if chunked else 0,
             attention_head_groups=groups if in_groups else 1,
         )
-        stages.append([base.with_policy(policy) for policy in policies])
+        stages.append([with_policy(base, policy) for policy in policies])
     return stages
 
 
@@ -70,7 +70,7 @@ def needed_plans(forms: Sequence[Level], args: ModelArgs, fits: Callable[[Level]
     recomputed, chunks and groups of heads only where nothing else fits.
     """
     found: list[Level] = []
-    for form in dict.fromkeys(form.with_policy("none") for form in forms):
+    for form in dict.fromkeys(with_policy(form, "none") for form in forms):
         fitting: list[Level] = []
         for number, stage in enumerate(memory_plans(form, args)):
             found += stage

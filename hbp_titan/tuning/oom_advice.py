@@ -28,7 +28,7 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import format_level, level_name
 from hbp_titan.tuning.hardware import Hardware, hardware_like, total_memory
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_evaluation, estimate_memory
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_evaluation, estimate_memory, with_policy
 from hbp_titan.tuning.memory_plans import memory_plans, usable_bytes, usable_host_bytes
 from hbp_titan.tuning.time_model import TimeModel, least_recomputation, sharding, time_model
 from hbp_titan.utils import human_bytes
@@ -333,7 +333,7 @@ class ChangeSearch:
 
         def least_seconds(variant: Variant) -> float:
             config, ranks, level = variant
-            return self._rank_seconds(config, ranks, level.with_policy("none"))
+            return self._rank_seconds(config, ranks, with_policy(level, "none"))
 
         hopeless: dict[object, bool] = {}
         # In the order of their time without checkpointing, a lower bound: times are cheaper to compute than memory.

@@ -28,7 +28,7 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.measured_engine import MeasuredEngine
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers, with_policy
 from hbp_titan.tuning.profile_file import Measurement, Profile, fit_level_time, profile_key
 from hbp_titan.tuning.search import Candidate
 
@@ -97,7 +97,7 @@ class _ProfileRun:
         self, config: JobConfig, args: ModelArgs, world: World, candidates: Sequence[Level], limit: int
     ) -> None:
         self.config, self.args, self.world, self.limit = config, args, world, limit
-        self.candidates = list(dict.fromkeys(level.with_policy(level.ac_policy) for level in candidates))
+        self.candidates = list(dict.fromkeys(with_policy(level, level.ac_policy) for level in candidates))
         self.measured = MeasuredEngine(config, args, world, self.candidates, accumulate=True)
         self.order: list[int] = []
         self.packs: dict[int, Packs] = {}
@@ -108,7 +108,7 @@ class _ProfileRun:
         """Return the peak bytes of each level that fits, each with as few checkpointed layers as possible."""
         forms: dict[Level, list[str]] = {}
         for level in self.candidates:
-            forms.setdefault(level.with_policy("none"), []).append(level.ac_policy)
+            forms.setdefault(with_policy(level, "none"), []).append(level.ac_policy)
         fitting: dict[Level, int] = {}
         for form, policies in forms.items():
             # If nothing has to be recomputed, no policy is faster than none.
@@ -120,7 +120,7 @@ class _ProfileRun:
                 self._add_too_large(form)
             for policy in policies:
                 if policy != "none":
-                    fitting |= self._fewest_checkpointed(form.with_policy(policy))
+                    fitting |= self._fewest_checkpointed(with_policy(form, policy))
         return fitting
 
     def _fewest_checkpointed(self, level: Level) -> dict[Level, int]:

@@ -13,7 +13,7 @@ from hbp_titan.distributed.world import World
 from hbp_titan.models.registry import DEBUG, get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import get_hardware
-from hbp_titan.tuning.memory import MemoryEstimate
+from hbp_titan.tuning.memory import MemoryEstimate, with_policy
 from hbp_titan.tuning.memory_plans import CHUNK_TOKENS, check_host_memory, fits_hardware, memory_plans, needed_plans
 
 LLAMA = get_flavor("llama3_1_8b")
@@ -46,7 +46,7 @@ def test_dearer_plans_are_tried_where_cheaper_ones_do_not_fit(fits: Callable[[Le
     form = Level(131072, 8)
     assert _names(needed_plans([form], LLAMA, fits)) == tried
     # Each form once, however its plan was.
-    assert len(needed_plans([form, form.with_policy("full")], LLAMA, fits)) == len(tried)
+    assert len(needed_plans([form, with_policy(form, "full")], LLAMA, fits)) == len(tried)
 
 
 def test_heads_that_cannot_be_grouped() -> None:
