@@ -14,6 +14,7 @@ Shape suffixes: S tokens of a rank's shard, H hidden size, D head width.
 from __future__ import annotations
 
 import itertools
+import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -327,9 +328,8 @@ class _HostWithoutDevice(HostActivations):
     def allocated_bytes(self) -> int:
         """Bytes of host memory that the allocator takes for the buffers."""
         sizes = [buffer.nbytes for buffer in self._buffers.values()]
-        # torch's allocator of pinned memory rounds each one up to a power of two (CachingHostAllocator.h of 2.11 to
-        # 2.13, pinned_max_round_threshold_mb).
-        return sum(1 << (size - 1).bit_length() for size in sizes) if self.pinned else sum(sizes)
+        # Pinned buffers have whole pages (offload.pinned).
+        return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes) if self.pinned else sum(sizes)
 
     def end_copies(self) -> None:
         for block in self._blocks:

@@ -167,8 +167,6 @@ max_tokens = 64
 cp_degree = 1
 cp_style = "ulysses"
 ac_policy = "none"
-mlp_chunk_tokens = 0
-attention_head_groups = 1
 
 [[levels]]
 max_tokens = 512
@@ -176,8 +174,6 @@ cp_degree = 2
 cp_style = "hybrid"
 ac_policy = "full"
 ac_layers = 3
-mlp_chunk_tokens = 0
-attention_head_groups = 1
 """
 
 
