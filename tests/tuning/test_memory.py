@@ -290,3 +290,37 @@ def test_fewest_layers(peak_all: int, peak_fewer: int, limit: int, layers: int |
 def test_depths_in_the_wrong_order() -> None:
     with pytest.raises(ValueError, match="depths 20 and 32"):
         fewest_layers(40, 64, 20, 32, 80)
+
+
+def _device_and_host_bytes(world: World, args: ModelArgs, levels: list[Level]) -> list[tuple[int, int]]:
+    """Return the peak on the device and the bytes of host memory of a pack of many documents at each level."""
+    engine = MeasuredEngine(JobConfig(), args, world, levels, accumulate=True)
+    tokens, documents = levels[0].max_tokens, levels[0].max_tokens // 512
+    packs = Packs.draw(tokens, np.full(documents, 512), np.full(documents, 511), 1, args.vocab_size)
+    sizes = []
+    for index, level in enumerate(levels):
+        peak = engine.peak_bytes(packs.batch(0, level, index, args, world.rank), warm_up=level.offloads)
+        host = engine.engine.runtime.ac_state.host
+        kept = 0 if host is None else host.buffer_bytes
+        assert peak is not None
+        # On a CPU the host's memory is the device's.
+        sizes.append((peak - kept, kept))
+    return sizes
+
+
+@pytest.mark.slow
+def test_256k_tokens_train_in_less_than_a_quarter_of_the_memory_of_full_recomputation() -> None:
+    tokens = 262144
+    args = dataclasses.replace(
+        DEBUG, name="deep", num_layers=24, hidden_size=64, intermediate_size=176, head_dim=16, vocab_size=512
+    )
+    plain = Level(tokens, ac_policy="full")
+    planned = Level(tokens, ac_policy="offload", mlp_chunk_tokens=4096, attention_head_groups=2)
+    (full, nothing), (device, host) = run_distributed(_device_and_host_bytes, 1, args, [plain, planned], timeout=2400)[
+        0
+    ]
+    hidden = tokens * args.hidden_size * 4
+    print(f"full {full / 2**30:.2f} GiB; offload {device / 2**30:.2f} GiB and {host / 2**30:.2f} GiB in host memory")
+    assert nothing == 0
+    assert host == args.num_layers * hidden
+    assert device < full / 4
