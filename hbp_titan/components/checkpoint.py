@@ -14,7 +14,6 @@ not tensors (the optimizer's settings per parameter group) go into state.json. T
 from __future__ import annotations
 
 import copy
-import mmap
 import re
 import shutil
 import threading
@@ -58,8 +57,6 @@ MAX_LISTED = 20
 """Tensors of one kind in a message."""
 # Bytes; enough for every dtype.
 _ALIGNMENT = 64
-# cudaHostRegisterPortable.
-_PORTABLE = 1
 # hashlib releases the GIL: a rank with many files to verify uses several cores.
 _VERIFY_THREADS = 4
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -325,24 +322,13 @@ class PinnedStaging:
         self.close()
         if not size:
             return
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Loader workers are forked at each epoch, and Linux copies pinned pages for a child at once.
-        block.madvise(mmap.MADV_DONTFORK)
-        self._block = torch.frombuffer(block, dtype=torch.uint8)
-        if pinned:
-            # torch's own pinned allocator would round up to a power of two: gigabytes here.
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, _PORTABLE))
+        from hbp_titan.distributed.offload import host_memory
+
+        self._block = host_memory(size, pinned, "checkpoints; raise the job's memory limit")
 
     def close(self) -> None:
         """Free the memory."""
-        if self._block.is_pinned():
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr()))
         self._block = torch.empty(0, dtype=torch.uint8)
-
-
-def _check_cuda(code: Any) -> None:
-    if int(code):
-        raise RuntimeError(f"host memory for checkpoints could not be pinned or freed: CUDA error {int(code)}")
 
 
 def verify(folder: Path, checksums: bool = True) -> None:

@@ -28,6 +28,8 @@ from hbp_titan.utils import human_bytes
 
 _ALIGNMENT = 64
 """Bytes; enough for every dtype."""
+# cudaHostRegisterPortable.
+_PORTABLE = 1
 
 
 @dataclass
@@ -152,7 +154,9 @@ class HostActivations:
         return whole[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _allocate(self, nbytes: int) -> Tensor:
-        return pinned(nbytes) if self.device.type == "cuda" else torch.empty(nbytes, dtype=torch.uint8)
+        if self.device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8)
+        return host_memory(nbytes, True, "activations; lower levels.offload_layers, or raise the job's memory limit")
 
     def _free_sources(self, block: _Block) -> None:
         """Drop the device tensors of a block whose copies have ended by the time the device gets here."""
@@ -203,22 +207,21 @@ class HostActivations:
             block.arrived = self.stream.record_event()
 
 
-def pinned(nbytes: int) -> Tensor:
-    """Return pinned host memory, uint8 [nbytes].
+def host_memory(nbytes: int, pin: bool, use: str) -> Tensor:
+    """Return host memory of its own pages, uint8 [nbytes], pinned on request; freed with the tensor.
 
     torch's own allocator of pinned memory takes the next power of two (CachingHostAllocator, torch 2.11 to 2.13), up to
-    twice as much. As torch.distributed's state dicts, this registers memory instead; its pages are no other buffer's,
-    because a page can be registered only once. Raises UserError if there is not enough of it.
+    twice as much. As torch.distributed's state dicts, this registers memory instead. Raises UserError if there is not
+    enough of it. use: for the message, what it is for and what to change.
     """
-    buffer = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    if code := int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)):
-        raise UserError(
-            [
-                f"levels.ac_policy: {human_bytes(nbytes)} of host memory for activations could not be pinned (CUDA "
-                f"error {code}); lower levels.offload_layers, or raise the job's memory limit"
-            ]
-        )
-    # Not at exit, when the CUDA runtime may be gone.
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Loader workers are forked at each epoch, and Linux copies pinned pages for a child at once.
+    block.madvise(mmap.MADV_DONTFORK)
+    buffer = torch.frombuffer(block, dtype=torch.uint8)
+    if pin:
+        runtime = torch.cuda.cudart()
+        if code := int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, _PORTABLE)):
+            raise UserError([f"{human_bytes(nbytes)} of host memory could not be pinned (CUDA error {code}) for {use}"])
+        # Not at exit, when the CUDA runtime may be gone.
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer

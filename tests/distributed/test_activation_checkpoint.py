@@ -6,6 +6,7 @@ import itertools
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hbp_titan.config import load_config
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.chunks import in_chunks
 from hbp_titan.distributed.context_parallel import ContextParallelState
-from hbp_titan.distributed.offload import HostActivations, pinned
+from hbp_titan.distributed.offload import HostActivations, host_memory
 from hbp_titan.distributed.parallelize import apply_compile, apply_context_parallel
 from hbp_titan.errors import UserError
 from hbp_titan.models.configs import ModelArgs
@@ -231,7 +232,8 @@ def test_pinned_memory_is_registered_page_by_page_and_released(monkeypatch: pyte
             return 0
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    buffers = [pinned(5000), pinned(100)]
+    buffers = [host_memory(5000, True, ""), host_memory(100, True, "")]
+    host_memory(300, False, "")
     assert sorted(registered.values()) == [100, 5000]
     assert {buffer.data_ptr() % mmap.PAGESIZE for buffer in buffers} == {0}
     assert all((buffer.fill_(7) == 7).all() for buffer in buffers)
@@ -239,7 +241,7 @@ def test_pinned_memory_is_registered_page_by_page_and_released(monkeypatch: pyte
     assert list(registered.values()) == [100]
     # Not an error of torch's, which would be taken for one of the device's memory.
     with pytest.raises(UserError, match="offload_layers"):
-        pinned(10_000)
+        HostActivations._allocate(SimpleNamespace(device=torch.device("cuda")), 10_000)  # type: ignore[arg-type]
 
 
 def test_host_memory_does_not_grow_with_the_ways_in_which_documents_divide_a_pack() -> None:
