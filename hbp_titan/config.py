@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from hbp_titan.job_config import Data, DataSource, JobConfig, to_dict
+from hbp_titan.job_config import Data, DataSource, JobConfig, Optimizer, to_dict
 from hbp_titan.packing.level import Level, check_levels, check_reshard, parse_levels
 from hbp_titan.utils import did_you_mean
 
@@ -415,6 +415,10 @@ def _check_optimizer(config: JobConfig) -> None:
     for name in ("beta1", "beta2", "momentum"):
         if (value := getattr(optimizer, name)) >= 1:
             raise ValueError(f"optimizer.{name} = {value} must be below 1; it is the decay of a running mean")
+    if optimizer.name != "muon" and optimizer.momentum != Optimizer.momentum:
+        raise ValueError(
+            f'optimizer.momentum = {optimizer.momentum} is Muon\'s; set optimizer.name = "muon" or remove it'
+        )
     if not optimizer.eps:
         raise ValueError("optimizer.eps = 0 must be above 0; a parameter without gradient would become NaN")
     if (optimizer.name, optimizer.state_dtype) == ("adamw8bit", "bfloat16"):

@@ -17,7 +17,6 @@ the micro-batches of some of the runs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
@@ -57,6 +56,7 @@ from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_le
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import model_args
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.memory import with_policy
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
 from hbp_titan.tuning.profile_file import read_profile
 from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
@@ -118,9 +118,7 @@ def configuration(options: argparse.Namespace, overrides: list[str]) -> JobConfi
     if options.levels or not config.levels:
         levels = parse_levels(options.levels or "16384:1,131072:8")
         config.levels = [
-            dataclasses.replace(
-                level, ac_policy=options.ac_policy, ac_layers=None if options.ac_policy == "none" else options.ac_layers
-            )
+            with_policy(level, options.ac_policy, None if options.ac_policy == "none" else options.ac_layers)
             for level in levels
         ]
     return config

@@ -142,6 +142,7 @@ def test_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -
         (["--training.gradient_dtype=bfloat16", "--training.global_batch_tokens=9"], "gradient_dtype"),
         (["--optimizer.name=adamw8bit", "--optimizer.state_dtype=bfloat16"], "state_dtype"),
         (["--optimizer.name=adamw8bit", "--parallelism.cpu_offload=true"], "cpu_offload"),
+        (["--optimizer.momentum=0.9"], "momentum"),
     ],
 )
 def test_mistake_on_the_command_line_is_named(argv: list[str], message: str) -> None:
@@ -243,7 +244,11 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-NEEDS = {"validation.enable": ("validation.share", 0.1), "profiling.enable_profiling": ("profiling.last_step", 99)}
+NEEDS = {
+    "optimizer.momentum": ("optimizer.name", "muon"),
+    "validation.enable": ("validation.share", 0.1),
+    "profiling.enable_profiling": ("profiling.last_step", 99),
+}
 """Another key that a value needs next to it."""
 
 

@@ -474,7 +474,7 @@ def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
         kept = words.get(reshard, f", resharded over {reshard} ranks")
         lines.append(
             f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"{describe_memory(level)}{kept}, {count} micro-batches"
+            f"checkpointing {describe_memory(level)}{kept}, {count} micro-batches"
         )
     tokens = plan.step_tokens
     lines.append(

@@ -198,11 +198,16 @@ def _bool_or_number(word: str) -> bool | int:
 
 def describe_memory(level: Level) -> str:
     """Return what a level keeps from forward to backward, and the sizes in which it computes, in words."""
-    hosted = "" if level.offload_layers is None else f", {level.offload_layers} of them in host memory"
-    layers = f" ({'all' if level.ac_layers is None else level.ac_layers} layers{hosted})"
-    chunks = f", chunks of {level.mlp_chunk_tokens} tokens" if level.mlp_chunk_tokens else ""
-    groups = f", {level.attention_head_groups} groups of heads" if level.attention_head_groups > 1 else ""
-    return f"checkpointing {level.ac_policy}{layers if level.ac_policy != 'none' else ''}{chunks}{groups}"
+    words = [level.ac_policy]
+    if level.ac_policy != "none":
+        words[0] += f" on {'all' if level.ac_layers is None else level.ac_layers} layers"
+    if level.offload_layers is not None:
+        words.append(f"{level.offload_layers} of them in host memory")
+    if level.mlp_chunk_tokens:
+        words.append(f"chunks of {level.mlp_chunk_tokens} tokens")
+    if level.attention_head_groups > 1:
+        words.append(f"{level.attention_head_groups} groups of heads")
+    return ", ".join(words)
 
 
 def level_name(level: Level) -> str:

@@ -25,7 +25,7 @@ from hbp_titan.components.timing import EpochTime, FloatArray, LevelTimeModel, p
 from hbp_titan.config import JobConfig
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
-from hbp_titan.packing.level import level_name
+from hbp_titan.packing.level import describe_memory, level_name
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.utils import human_bytes, human_seconds
 
@@ -230,14 +230,8 @@ def describe_level(level: Level) -> str:
     words = [level_name(level)]
     if level.cp_degree > 1:
         words.append(level.cp_style)
-    if level.ac_policy != "none":
-        words.append(f"{level.ac_policy} on {'all' if level.ac_layers is None else level.ac_layers} layers")
-    if level.offload_layers is not None:
-        words.append(f"{level.offload_layers} of them in host memory")
-    if level.mlp_chunk_tokens:
-        words.append(f"chunks of {level.mlp_chunk_tokens} tokens")
-    if level.attention_head_groups > 1:
-        words.append(f"{level.attention_head_groups} groups of heads")
+    if (memory := describe_memory(level)) != "none":
+        words.append(memory)
     if level.reshard_after_forward is not None:
         words.append(f"reshard_after_forward {str(level.reshard_after_forward).lower()}")
     return ", ".join(words)

@@ -195,7 +195,7 @@ def test_start_names_every_memory_setting_of_the_configuration_and_not_of_an_old
     first, second = describe_plan(plan, 2, config).splitlines()[:2]
     assert first == "level 64/cp1: dp 2 x cp 1, checkpointing none, 2 micro-batches"
     assert second == (
-        "level 128/cp2: dp 1 x cp 2 (ulysses, fused), checkpointing offload (3 layers, 2 of them in host memory), "
+        "level 128/cp2: dp 1 x cp 2 (ulysses, fused), checkpointing offload on 3 layers, 2 of them in host memory, "
         "chunks of 8 tokens, 4 groups of heads, parameters stay gathered, 0 micro-batches"
     )
 
