@@ -208,9 +208,11 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
     cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
     cases.append(Case("compiled", world, fitted, compile=True))
-    most = list(_MEMORY_PLANS)[-1]
-    cases.append(Case(f"compiled, {most}", world, _with_plan(fitted, _MEMORY_PLANS[most], args), compile=True))
+    most, plan = list(_MEMORY_PLANS.items())[-1]
+    all_plans = _with_plan(fitted, plan, args)
+    cases.append(Case(f"compiled, {most}", world, all_plans, compile=True))
     cases.append(Case("parameters in host memory", world, fitted, cpu_offload=True))
+    cases.append(Case(f"parameters in host memory, {most}", world, all_plans, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
     cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
     return cases
