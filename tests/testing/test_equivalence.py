@@ -214,7 +214,7 @@ def test_memory_plans_leave_loss_and_gradients_unchanged(
     samples = choose_samples(TokenStore.open(prepare(config)[0]), 12, 512)
     levels = (Level(128), Level(256, 4, "hybrid"), Level(512, 2))
     plans = [case for case in build_cases(levels, (world_size,), args) if re.search(names, case.name)]
-    assert all(level.attention_head_groups == 2 for level in plans[-1].levels)
+    assert any(level.attention_head_groups == 2 for level in plans[-1].levels)
     results = [*verify(config, args, plans, samples)]
     assert len(results) == len(plans) >= 2
     assert [row(result) for result in results if not result.passed or result.grad_difference > 2e-6] == []
