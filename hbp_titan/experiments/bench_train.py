@@ -303,7 +303,10 @@ class Bench:
         peak = self.measured.peak_bytes(batch)
         if peak is None:
             self.out_of_memory.add(key)
-        return peak
+            return None
+        host = self.measured.engine.runtime.ac_state.host
+        # On a CPU they are counted with the rest, and stay for the other policies.
+        return peak - (host.buffer_bytes if host and self.world.device.type == "cpu" else 0)
 
     def _seconds(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
         """Return the seconds of each timed micro-batch by level, round robin after a warm-up round.
