@@ -18,6 +18,7 @@ from hbp_titan.distributed.parallelize import AFTER_ATTENTION, BEFORE_ATTENTION
 from hbp_titan.models.decoder import DecoderBlock
 from hbp_titan.models.documents import Documents
 from hbp_titan.packing import Level
+from hbp_titan.tuning.memory import with_policy
 from tests.gpu_trace import kernels
 from tests.gpu_trace.harness import CAN_DIFFERENTIATE, PRESETS, Recorder, TracedEngine
 
@@ -174,7 +175,7 @@ def all_forms(levels: Sequence[Level]) -> list[Level]:
     """Return each level under each policy, the longest also in the other cp styles."""
     longest = levels[-1]
     styled = [replace(longest, cp_style=style) for style in ("allgather", "hybrid")] if longest.cp_degree > 1 else []
-    return [replace(level, ac_policy=policy) for level in (*levels, *styled) for policy in POLICIES]
+    return [with_policy(level, policy) for level in (*levels, *styled) for policy in POLICIES]
 
 
 @pytest.mark.slow
