@@ -123,7 +123,7 @@ def switch(options: argparse.Namespace, config: JobConfig, world: World, flavor:
         raise ValueError("--layers auto cannot be combined with --switch; use a number")
     if options.optimizer_step:
         raise ValueError("--optimizer_step cannot be combined with --switch, which is within an optimizer step")
-    args = dataclasses.replace(args, num_layers=layers)
+    args = args.with_layers(layers)
     lengths = parse_levels(options.lengths)
     check_levels(lengths, world.size)
     check_heads(lengths, args.num_heads, args.num_kv_heads)

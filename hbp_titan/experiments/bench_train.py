@@ -273,7 +273,7 @@ class Bench:
         levels = [dataclasses.replace(level, ac_layers=None) for level in self.levels]
         saved: list[list[tuple[int, int] | None]] = []
         for depth in DEPTHS:
-            measured = MeasuredEngine(config, dataclasses.replace(self.args, num_layers=depth), self.world, levels)
+            measured = MeasuredEngine(config, self.args.with_layers(depth), self.world, levels)
             batches = [
                 b for k in range(len(self.settings.lengths)) for b in self._batches(k, self.settings.documents[0])
             ]

@@ -6,12 +6,13 @@ The fields of MLAArgs and MoEArgs have the names of DeepSeek's config.json.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hbp_titan.models.layers import check_scaling, yarn_mscale
 
 TOPK_METHODS = ("greedy", "group_limited_greedy")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,9 @@ class ModelArgs:
     qk_norm: RMS norm over the head width of q and k (Qwen3).
     rope_scaling: None, or {"rope_type": "llama3" or "yarn", ...}, see layers.check_scaling.
     max_position_embeddings: tokens of the longest document; it bounds the data and allocates nothing.
+    layer_types: full_attention or sliding_attention for each layer; () means full attention in all.
+    sliding_window: tokens that a query of a sliding_attention layer attends to, itself included.
+    sliding_rope_theta: if set, sliding_attention layers rotate with this theta and without rope_scaling.
     """
 
     name: str
@@ -128,8 +132,12 @@ class ModelArgs:
     initializer_range: float = 0.02
     mla: MLAArgs | None = None
     moe: MoEArgs | None = None
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    sliding_rope_theta: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_windows()
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
@@ -141,6 +149,21 @@ class ModelArgs:
             self._check_mla(self.mla)
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, f"model {self.name}")
+
+    def _check_windows(self) -> None:
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise ValueError(
+                f"model {self.name}: layer_types has {len(self.layer_types)} entries for {self.num_layers} layers"
+            )
+        if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
+            raise ValueError(
+                f"model {self.name}: layer_types has {', '.join(unknown)}; each must be one of {', '.join(LAYER_TYPES)}"
+            )
+        if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"model {self.name}: sliding_window={self.sliding_window} must be at least 1, as layer_types has "
+                "sliding_attention"
+            )
 
     def _check_mla(self, mla: MLAArgs) -> None:
         if self.num_kv_heads != self.num_heads:
@@ -163,7 +186,8 @@ class ModelArgs:
         """Return the inverse of dataclasses.asdict, the form in checkpoints."""
         parts = {"mla": MLAArgs, "moe": MoEArgs}
         made = {key: kind(**values[key]) for key, kind in parts.items() if values.get(key) is not None}
-        return cls(**{**values, **made})
+        # JSON has no tuples.
+        return cls(**{**values, **made, "layer_types": tuple(values.get("layer_types", ()))})
 
     @property
     def rope_dim(self) -> int:
@@ -182,3 +206,11 @@ class ModelArgs:
     def is_sparse(self, layer: int) -> bool:
         """Return whether layer `layer` has experts instead of a dense feed-forward network."""
         return self.moe is not None and self.moe.is_sparse(layer)
+
+    def window(self, layer: int) -> int | None:
+        """Return the tokens that a query of layer `layer` attends to, itself included; None means all before it."""
+        return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
+
+    def with_layers(self, layers: int) -> ModelArgs:
+        """Return the architecture with `layers` layers, the first ones (or, if there are fewer, these repeated)."""
+        return replace(self, num_layers=layers, layer_types=(self.layer_types * layers)[:layers])

@@ -7,7 +7,6 @@ Profiles (profile.py) and benchmarks (experiments/bench_train.py) measure with i
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +89,7 @@ class MeasuredEngine:
         """Continue with a model of `layers` layers."""
         if layers != self.args.num_layers:
             self.clear()
-            self.args = dataclasses.replace(self.args, num_layers=layers)
+            self.args = self.args.with_layers(layers)
 
     def level_index(self, level: Level) -> int:
         """Return the index of `level`, which is added if it differs in checkpointing from those the engine has."""

@@ -197,9 +197,18 @@ def _head_memory(
 
 def _shape(args: ModelArgs) -> ModelArgs:
     """Return `args` without what one piece's memory does not depend on, so that all depths share a cache entry."""
-    # With experts all layers count as sparse, as almost all are.
+    # With experts all layers count as sparse, as almost all are. A window saves work, not activations.
     moe = args.moe and replace(args.moe, first_k_dense_replace=0)
-    return replace(args, name="", num_layers=1, rope_scaling=None, tie_embeddings=False, moe=moe)
+    return replace(
+        args,
+        name="",
+        num_layers=1,
+        rope_scaling=None,
+        tie_embeddings=False,
+        moe=moe,
+        layer_types=(),
+        sliding_window=None,
+    )
 
 
 def _block(args: ModelArgs, expert_parallel: int, adapters: Adapters) -> DecoderBlock:

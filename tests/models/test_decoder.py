@@ -295,6 +295,9 @@ def test_a_model_built_on_the_meta_device_equals_one_built_directly() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no original_max_position_embeddings"),
         ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "has low_freq_factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor"),
+        ({"layer_types": ("full_attention",) * 2}, "layer_types has 2 entries for 3 layers"),
+        ({"layer_types": ("full_attention", "mamba", "full_attention")}, "mamba"),
+        ({"layer_types": ("sliding_attention",) * 3}, "sliding_window=None"),
     ],
 )
 def test_unsupported_architectures_raise(changes: dict[str, Any], message: str) -> None:

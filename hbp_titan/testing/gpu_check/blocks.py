@@ -99,7 +99,7 @@ def compiled_blocks(settings: Settings) -> Found:
     device = torch.device(settings.device_type)
     flavor, tokens = ("debug", 128) if settings.tiny else ("llama3_2_1b", 4096)
     # One block is compared; a whole vocabulary would only take memory.
-    args = dataclasses.replace(get_flavor(flavor), num_layers=1, vocab_size=256)
+    args = dataclasses.replace(get_flavor(flavor).with_layers(1), vocab_size=256)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Short documents, because the reference materializes the scores of a whole document.
     inputs = _inputs(args, [tokens // 4, tokens // 8, *[tokens // 16] * 10], device)
@@ -156,7 +156,7 @@ def _inputs(args: ModelArgs, lengths: Sequence[int], device: torch.device) -> _I
     generator = torch.Generator().manual_seed(0)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
     # For its rotary frequencies alone.
-    model = Decoder(dataclasses.replace(args, num_layers=0, vocab_size=1))
+    model = Decoder(dataclasses.replace(args.with_layers(0), vocab_size=1))
     cos_TD, sin_TD = rope_cos_sin(model.inverse_frequencies, positions, attention_factor(args.rope_scaling))
     x_TH = torch.randn(len(positions), args.hidden_size, generator=generator).to(device)
     return _Inputs(x_TH, cos_TD, sin_TD, pack_documents(lengths, device=device))

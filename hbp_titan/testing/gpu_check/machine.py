@@ -195,7 +195,7 @@ def training_run(settings: Settings) -> Found:
     ranks = torch.cuda.device_count() if settings.device_type == "cuda" else 2
     folder = settings.folder / "training_run"
     shutil.rmtree(folder, ignore_errors=True)
-    args = dataclasses.replace(get_flavor(shape.flavor), num_layers=shape.layers)
+    args = get_flavor(shape.flavor).with_layers(shape.layers)
     command = _training_command(folder, args, shape, ranks, settings)
     saved = folder / "run" / "checkpoint" / f"step-{SAVE_EVERY}"
 

@@ -218,7 +218,7 @@ def fitting_layers(flavor: str, settings: Settings, world: World) -> int:
     rows = [row for row in throughput_rows(False)[:10] if row.flavor == flavor]
     choices = [layers for layers in (32, 16, 12, 8, 6, 4, 2) if layers <= args.num_layers]
     for layers in choices:
-        shape = dataclasses.replace(args, num_layers=layers)
+        shape = args.with_layers(layers)
         peaks = [estimated_peak(shape, Level(row.max_tokens, ac_policy=row.policy), settings) for row in rows]
         # The estimate does not include fragmentation.
         if max(peaks) <= 0.9 * usable_bytes(hardware):
@@ -238,7 +238,7 @@ def _measure_group(
     rows: Sequence[Row], layers: int, settings: Settings, world: World, deadline: float
 ) -> tuple[list[tuple[Row, Measurement]], list[str]]:
     """Measure rows of one engine; return the measurements, and the names of rows without remaining time."""
-    args = dataclasses.replace(get_flavor(rows[0].flavor), num_layers=layers)
+    args = get_flavor(rows[0].flavor).with_layers(layers)
     lengths = tuple(Level(tokens) for tokens in sorted({row.max_tokens for row in rows}))
     policies = tuple(dict.fromkeys((row.policy, None, 0) for row in rows))
     config = base_config(settings, compiled=rows[0].compiled)
@@ -326,7 +326,7 @@ def estimates(settings: Settings) -> Found:
     known = hardware_of(device) is not None
     world, rows, problems, ratios = World(0, 1, device), [], [], []
     for found in measurements:
-        args = dataclasses.replace(get_flavor(found.model), num_layers=found.layers)
+        args = get_flavor(found.model).with_layers(found.layers)
         level = Level(found.max_tokens, ac_policy=found.ac_policy)
         documents = DocumentLengths(int(found.documents.removeprefix("median ")) if found.documents != "one" else 0)
         bytes_ = estimated_peak(args, level, settings, found.compile)
@@ -363,7 +363,7 @@ def side_by_side(settings: Settings) -> Found:
     except ImportError as error:
         return Found(skipped=f"transformers cannot be imported ({error})")
     flavor, layers, tokens = ("debug", 2, 256) if settings.tiny else ("llama3_2_1b", 8, 16384)
-    args = dataclasses.replace(get_flavor(flavor), num_layers=layers)
+    args = get_flavor(flavor).with_layers(layers)
     documents = DocumentLengths(40) if settings.tiny else SHORT
     lengths = documents.lengths(tokens, seed=0)
     folder = settings.folder / "same_weights"
