@@ -28,7 +28,7 @@ class Job:
 @dataclass
 class Model:
     flavor: str = "debug"
-    """A named architecture of models/registry.py; ignored when hf_path is set."""
+    """A named architecture of models/flavors.py; ignored when hf_path is set."""
     hf_path: str = ""
     """HF folder: architecture, tokenizer and initial weights (checkpoint.initial_load_path)."""
     tokenizer_path: str = ""

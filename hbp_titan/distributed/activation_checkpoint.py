@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from hbp_titan.distributed.context_parallel import ContextParallelAttention
 from hbp_titan.models.decoder import Decoder, DecoderBlock
 from hbp_titan.models.layers import FeedForward
-from hbp_titan.models.moe import MixtureOfExperts, sort_by_expert
 from hbp_titan.packing.level import Level
 
 if TYPE_CHECKING:
@@ -143,12 +142,13 @@ class _Run:
         # The recomputation of a whole block does not need the block's output.
         only_saved = self.whole and self.calls > 1
         norm, output = block.post_attention_layernorm, block.self_attn
-        if not isinstance(mlp, MixtureOfExperts):
+        if not block.has_experts:
             return self._chunks(block.post_attention, (output, norm, mlp), (x_TH, o_TND), only_saved)
+        mlp = block.experts_mlp
         # The balance losses count the choices of whole documents.
         x_TH, scores_TE = self._chunks(block.post_scores, (output, norm, mlp.gate), (x_TH, o_TND))
         weights_TK, experts_TK = mlp.choose(scores_TE)
-        mlp.tokens_per_expert = sort_by_expert(experts_TK, mlp.moe.n_routed_experts)[1]
+        mlp.tokens_per_expert = mlp.sort(experts_TK)[1]
         return self._chunks(block.post_experts, (norm, mlp), (x_TH, weights_TK, experts_TK), only_saved)
 
     def _chunks(

@@ -20,8 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 
 from hbp_titan.distributed.mesh import partial_shard_mesh, reduce_group
-from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.moe import Experts, MixtureOfExperts
+from hbp_titan.models.decoder import Decoder, DecoderBlock
 
 
 class ReshardState:
@@ -114,13 +113,13 @@ def apply_fsdp(
     shard_block = partial(shard, reshard_after_forward=True)
     placement = partial(even_placement, shards=mesh.shape[-1])
     for block in model.blocks():
-        if expert_mesh is None or not isinstance(block.mlp, MixtureOfExperts):
+        if expert_mesh is None or not block.has_experts:
             blocks.append(shard_block(block, mesh=mesh, shard_placement_fn=placement))
             continue
         data_mesh = expert_mesh[("dp_replicate", "fsdp") if expert_mesh.ndim == 3 else ("fsdp",)]
         # Dim 0 is expert parallelism's.
         expert_placement = partial(even_placement, shards=data_mesh.shape[-1], first_dim=1)
-        experts = shard_block(block.mlp.experts, mesh=data_mesh, shard_placement_fn=expert_placement)
+        experts = shard_block(block.experts_mlp.experts, mesh=data_mesh, shard_placement_fn=expert_placement)
         blocks += [shard_block(block, mesh=mesh, shard_placement_fn=placement), experts]
     root = shard(model, mesh=mesh, reshard_after_forward=False)
     if expert_mesh is not None:
@@ -148,7 +147,7 @@ def _prefetch(blocks: list[FSDPModule]) -> None:
     torchtitan's models/llama4/infra/parallelize.py).
     blocks: in the order of their forward, experts after their block.
     """
-    starts = [k for k, module in enumerate(blocks) if not isinstance(module, Experts)]
+    starts = [k for k, module in enumerate(blocks) if isinstance(module, DecoderBlock)]
     for start, end in itertools.pairwise([*starts, len(blocks)]):
         following = next((k for k in starts if k > end), len(blocks))
         prefetched = blocks[end:following]

@@ -19,7 +19,6 @@ from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import enable_input_require_grads
-from hbp_titan.models.moe import MixtureOfExperts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEFORE_ATTENTION = ("pre_attention", "pre_keys_values", "pre_queries")
@@ -110,14 +109,14 @@ def apply_compile(model: Decoder, backend: str, num_levels: int, expert_parallel
     compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     for block in model.blocks():
         regions: tuple[str, ...] = BEFORE_ATTENTION + AFTER_ATTENTION
-        if expert_parallel and isinstance(block.mlp, MixtureOfExperts):
+        if expert_parallel and block.has_experts:
             # The sizes of the experts' exchange depend on the data, so only the pieces around it are compiled.
             regions = BEFORE_ATTENTION
-            block.mlp.send = compiled(block.mlp.send)  # type: ignore[method-assign]
-            block.mlp.receive = compiled(block.mlp.receive)  # type: ignore[method-assign]
-            experts = block.mlp.experts
+            mlp, experts = block.experts_mlp, block.experts_mlp.experts
+            mlp.send = compiled(mlp.send)  # type: ignore[method-assign]
+            mlp.receive = compiled(mlp.receive)  # type: ignore[method-assign]
             experts.activation = compiled(experts.activation, dynamic=True)  # type: ignore[method-assign]
-        elif isinstance(block.mlp, MixtureOfExperts):
+        elif block.has_experts:
             regions += EXPERTS_IN_CHUNKS
         for name in regions:
             setattr(block, name, compiled(getattr(block, name)))

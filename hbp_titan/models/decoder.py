@@ -7,39 +7,37 @@ comes in two parts; the head takes the function that turns hidden states and the
 Parameter names are HF's with other prefixes (hf.py).
 
 Shape suffixes: T tokens of the pack, H hidden width, N query heads, K key/value heads, D head width, F width of
-the feed-forward layer, V vocabulary. Latent attention: D = P + R, where R is rotated; V width of a value's head, C
-width of the key/value latent.
+the feed-forward layer, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hbp_titan.models.attention import VarlenAttention
-from hbp_titan.models.configs import MLAArgs, ModelArgs
-from hbp_titan.models.documents import Documents
+from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.documents import BalanceState, Documents
 from hbp_titan.models.layers import (
     FeedForward,
     Slices,
     apply_rope,
     attention_factor,
-    halves_from_pairs,
     inverse_frequencies,
     normal,
     rope_cos_sin,
 )
-from hbp_titan.models.moe import BalanceState, MixtureOfExperts
+
+if TYPE_CHECKING:
+    from hbp_titan.models.latent_attention import LatentAttention
+    from hbp_titan.models.moe import MixtureOfExperts
 
 HeadFn = Callable[[Tensor, Tensor], Any]
 """(normed_TH, output_weight_VH) -> what the head returns."""
-
-# Not rms_norm_eps: DeepSeek's code and transformers leave the norms of the latents at their default.
-_LATENT_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
@@ -69,69 +67,44 @@ class Attention(nn.Module):
         return self.o_proj(o_TND.flatten(-2))
 
 
-class LatentAttention(nn.Module):
-    """Attention's projections with key and value latents and decoupled RoPE (DeepSeek-V2, arXiv 2405.04434, 2.1).
+def _attention(args: ModelArgs) -> Attention | LatentAttention:
+    if args.mla is None:
+        return Attention(args)
+    from hbp_titan.models.latent_attention import LatentAttention
 
-    Keys and values are expanded before attention to one head per query head, and values are zero-padded to the width of
-    keys: attention kernels and context parallelism then handle plain multi-head attention of one head width. That
-    costs the kernel (D - V) / 2D of its work, a sixth for DeepSeek's 192 and 128.
-    """
-
-    def __init__(self, args: ModelArgs, mla: MLAArgs) -> None:
-        super().__init__()
-        self.mla = mla
-        q_width = args.num_heads * mla.qk_head_dim
-        if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(args.hidden_size, q_width, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(args.hidden_size, mla.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(mla.q_lora_rank, eps=_LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(args.hidden_size, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(mla.kv_lora_rank, eps=_LATENT_NORM_EPS)
-        kv_width = args.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, kv_width, bias=False)
-        self.o_proj = nn.Linear(args.num_heads * mla.v_head_dim, args.hidden_size, bias=False)
-
-    def queries(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        mla = self.mla
-        q_TM = self.q_proj(x_TH) if mla.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TH)))
-        q_TND = q_TM.unflatten(-1, (-1, mla.qk_head_dim))
-        q_TNP, q_TNR = q_TND.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        return torch.cat((q_TNP, apply_rope(halves_from_pairs(q_TNR), cos_TR, sin_TR)), dim=-1)
-
-    def keys_values(self, x_TH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Return k_TND and v_TND, whose last D - V elements are 0."""
-        mla = self.mla
-        c_TC, k_TR = self.kv_a_proj_with_mqa(x_TH).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        kv_TN = self.kv_b_proj(self.kv_a_layernorm(c_TC)).unflatten(-1, (-1, mla.qk_nope_head_dim + mla.v_head_dim))
-        k_TNP, v_TNV = kv_TN.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=-1)
-        # One rotated key for all heads.
-        k_T1R = apply_rope(halves_from_pairs(k_TR.unsqueeze(1)), cos_TR, sin_TR)
-        k_TND = torch.cat((k_TNP, k_T1R.expand(-1, k_TNP.shape[1], -1)), dim=-1)
-        return k_TND, F.pad(v_TNV, (0, mla.qk_head_dim - mla.v_head_dim))
-
-    def output(self, o_TND: Tensor) -> Tensor:
-        return self.o_proj(o_TND[..., : self.mla.v_head_dim].flatten(-2))
+    return LatentAttention(args, args.mla)
 
 
 class DecoderBlock(nn.Module):
     """Pre-norm layer `layer`, whose two halves around `inner_attention` may be recomputed or compiled.
 
-    balance: the pack's documents, for layers with experts (moe.BalanceState).
+    balance: the pack's documents, for layers with experts (BalanceState).
     """
 
     def __init__(self, args: ModelArgs, layer: int = 0, balance: BalanceState | None = None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-        self.self_attn = Attention(args) if args.mla is None else LatentAttention(args, args.mla)
+        self.self_attn = _attention(args)
         self.inner_attention: nn.Module = VarlenAttention(args.softmax_scale)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp: nn.Module
         if args.moe is not None and args.is_sparse(layer):
+            from hbp_titan.models.moe import MixtureOfExperts
+
             self.mlp = MixtureOfExperts(args.hidden_size, args.moe, balance or BalanceState())
         else:
             self.mlp = FeedForward(args.hidden_size, args.intermediate_size)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether `mlp` is a mixture of experts."""
+        return not isinstance(self.mlp, FeedForward)
+
+    @property
+    def experts_mlp(self) -> MixtureOfExperts:
+        """`mlp` of a block with experts."""
+        assert self.has_experts
+        return cast("MixtureOfExperts", self.mlp)
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Documents) -> Tensor:
         q_TND, k_TKD, v_TKD = self.pre_attention(x_TH, cos_TD, sin_TD)
@@ -171,14 +144,12 @@ class DecoderBlock(nn.Module):
 
     def post_scores(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input of the experts' half, x_TH, and its scores_TE: the first part of a block with experts."""
-        assert isinstance(self.mlp, MixtureOfExperts)
         x_TH = x_TH + self.self_attn.output(o_TND)
-        return x_TH, self.mlp.scores(self.post_attention_layernorm(x_TH))
+        return x_TH, self.experts_mlp.scores(self.post_attention_layernorm(x_TH))
 
     def post_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Return the block's output, given post_scores' x_TH and MixtureOfExperts.choose's weights and experts."""
-        assert isinstance(self.mlp, MixtureOfExperts)
-        return x_TH + self.mlp.chosen_experts(self.post_attention_layernorm(x_TH), weights_TK, experts_TK)
+        return x_TH + self.experts_mlp.chosen_experts(self.post_attention_layernorm(x_TH), weights_TK, experts_TK)
 
 
 class Head(nn.Module):
@@ -240,8 +211,8 @@ class Decoder(nn.Module):
 
         Of this rank, on its device, padding included; reading the values synchronizes.
         """
-        mixtures = ((i, block.mlp) for i, block in enumerate(self.blocks()))
-        counts = {i: mlp.tokens_per_expert for i, mlp in mixtures if isinstance(mlp, MixtureOfExperts)}
+        blocks = enumerate(self.blocks())
+        counts = {i: block.experts_mlp.tokens_per_expert for i, block in blocks if block.has_experts}
         return {i: counts_E for i, counts_E in counts.items() if counts_E is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:

@@ -11,7 +11,8 @@ grid: flash-attention v2.8 csrc/flash_attn/src/flash_fwd_launch_template.h).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -215,3 +216,21 @@ def _pass(bounds: IntArray, chunk: int, rows: IntArray) -> ShardPass:
 def _ranges(starts: IntArray, sizes: IntArray) -> IntArray:
     """Return starts[0], starts[0] + 1, ... (sizes[0] of them), then those of starts[1], and so on."""
     return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+
+
+@dataclass
+class BalanceState:
+    """The documents of the current pack, read by layers with experts; without them there are no balance losses.
+
+    document_ids_T: int64 [T], the document of each of this rank's tokens. document_shares_N: float32 [N], each
+        document's share of the loss weight of the optimizer step.
+    sum_counts: sums a tensor over the ranks that share the documents (context parallelism).
+    """
+
+    document_ids_T: Tensor | None = None
+    document_shares_N: Tensor | None = None
+    sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+
+    def set_documents(self, document_ids_T: Tensor, document_shares_N: Tensor) -> None:
+        """Set the documents of the next forward and of its recomputation."""
+        self.document_ids_T, self.document_shares_N = document_ids_T, document_shares_N

@@ -11,8 +11,6 @@ G groups of experts, N documents of the pack. Of a grouped product: S rows, E gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hbp_titan.models.configs import MoEArgs
+from hbp_titan.models.documents import BalanceState
 from hbp_titan.models.layers import FeedForward
 
 
@@ -49,7 +48,7 @@ class MixtureOfExperts(nn.Module):
     def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return weights_TK, order_S and counts_E (see sort_by_expert), and the shared experts' output."""
         weights_TK, experts_TK = self.choose(self.scores(x_TH))
-        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        order_S, counts_E = self.sort(experts_TK)
         # The shared experts run here so that recomputation may stop before the copies are returned.
         return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
 
@@ -65,8 +64,12 @@ class MixtureOfExperts(nn.Module):
 
     def chosen_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Return the layer's output for some of the tokens of `choose`."""
-        order_S, counts_E = sort_by_expert(experts_TK, self.moe.n_routed_experts)
+        order_S, counts_E = self.sort(experts_TK)
         return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), self.shared_experts(x_TH))
+
+    def sort(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return order_S and counts_E of sort_by_expert."""
+        return sort_by_expert(experts_TK, self.moe.n_routed_experts)
 
     def run_experts(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
         """Return the weighted sum of each token's routed experts, y_TH."""
@@ -242,24 +245,6 @@ def _backward(ctx: Any, grad_SO: Tensor) -> tuple:
 
 
 grouped_mm_cpu.register_autograd(_backward, setup_context=_setup_context)
-
-
-@dataclass
-class BalanceState:
-    """The documents of the current pack, read by layers with experts; without them there are no balance losses.
-
-    document_ids_T: int64 [T], the document of each of this rank's tokens. document_shares_N: float32 [N], each
-        document's share of the loss weight of the optimizer step.
-    sum_counts: sums a tensor over the ranks that share the documents (context parallelism).
-    """
-
-    document_ids_T: Tensor | None = None
-    document_shares_N: Tensor | None = None
-    sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
-
-    def set_documents(self, document_ids_T: Tensor, document_shares_N: Tensor) -> None:
-        """Set the documents of the next forward and of its recomputation."""
-        self.document_ids_T, self.document_shares_N = document_ids_T, document_shares_N
 
 
 def with_balance_loss(

@@ -105,7 +105,7 @@ def _first_params(args: ModelArgs) -> int:
 
 
 def get_dims(name: str) -> ModelDims:
-    """Return the dimensions of a flavor of models/registry.py; raise ValueError if there is none."""
+    """Return the dimensions of a flavor of models/flavors.py; raise ValueError if there is none."""
     return ModelDims.from_args(get_flavor(name))
 
 

@@ -14,9 +14,9 @@ import transformers
 from hbp_titan.components.export import export_settings, turn_end_warnings, warnings
 from hbp_titan.data.tokenizer import CHATML_TEMPLATE
 from hbp_titan.evaluation.needles import stop_ids
+from hbp_titan.models.flavors import DEBUG
 from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.hf_export import save_hf_folder
-from hbp_titan.models.registry import DEBUG
 from scripts.convert_from_hf import convert
 from tests.data.preparing import byte_tokenizer, job, line, prepared, write
 from tests.models.deepseek_tiny import random_model

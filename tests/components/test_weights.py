@@ -21,9 +21,9 @@ from hbp_titan.distributed.world import World
 from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.models.configs import ModelArgs, MoEArgs
 from hbp_titan.models.decoder import init_parameter
+from hbp_titan.models.flavors import DEBUG
 from hbp_titan.models.hf import to_hf_name
 from hbp_titan.models.hf_config import args_from_hf, args_to_hf_config
-from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer

@@ -19,7 +19,8 @@ from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.moe import BalanceState, MixtureOfExperts, sort_by_expert
+from hbp_titan.models.documents import BalanceState
+from hbp_titan.models.moe import MixtureOfExperts, sort_by_expert
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES

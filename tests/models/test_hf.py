@@ -20,10 +20,10 @@ from torch import Tensor
 from hbp_titan.components.weights import check_load_path
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.flavors import FLAVORS
 from hbp_titan.models.hf import HFTensors, from_hf_name, hf_names, to_hf_name
 from hbp_titan.models.hf_config import args_from_hf, args_to_hf_config, token_ids_from_hf
 from hbp_titan.models.hf_export import save_hf_folder
-from hbp_titan.models.registry import FLAVORS
 from tests.models.deepseek_tiny import hf_model, make_pack, random_model
 from tests.models.deepseek_tiny import tiny_args as deepseek_args
 from tests.models.test_decoder import LLAMA3_SCALING

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from hbp_titan.models.configs import MoEArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.documents import pack_documents
+from hbp_titan.models.documents import BalanceState, pack_documents
 from hbp_titan.models.moe import (
-    BalanceState,
     MixtureOfExperts,
     balance_loss,
     combine,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from hbp_titan.models.flavors import FLAVORS
 from hbp_titan.models.registry import (
-    FLAVORS,
     expert_params,
     get_flavor,
     last_params,

@@ -14,7 +14,8 @@ from hbp_titan.config import JobConfig, load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import Parallelism
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
-from hbp_titan.models.registry import DEBUG, get_flavor, num_params
+from hbp_titan.models.flavors import DEBUG
+from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.measured_engine import MeasuredEngine

@@ -10,7 +10,8 @@ import torch
 
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
-from hbp_titan.models.registry import DEBUG, get_flavor
+from hbp_titan.models.flavors import DEBUG
+from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, with_policy

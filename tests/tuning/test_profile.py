@@ -18,7 +18,8 @@ from hbp_titan.components.timing import LevelTimeModel
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
-from hbp_titan.models.registry import DEBUG, get_flavor
+from hbp_titan.models.flavors import DEBUG
+from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.memory import estimate_memory

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from hbp_titan.config import JobConfig, check_values, load_config, to_toml
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, make_runs, plan_metrics, train_all
+from hbp_titan.models.flavors import DEBUG
 from hbp_titan.models.hf_config import args_to_hf_config
-from hbp_titan.models.registry import DEBUG
 from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.preflight import max_sample_tokens, model_args
 from hbp_titan.report.charts import ticks
