@@ -270,12 +270,12 @@ class CacheState:
 class CachedAttention(nn.Module):
     """Replacement of a block's `inner_attention`, which it calls for the prompts.
 
-    scale: factor of the attention logits, as in attention.varlen_attention.
+    scale, window: as in attention.varlen_attention.
     """
 
-    def __init__(self, inner: nn.Module, state: CacheState, scale: float) -> None:
+    def __init__(self, inner: nn.Module, state: CacheState, scale: float, window: int | None) -> None:
         super().__init__()
-        self.inner, self.state, self.scale = inner, state, scale
+        self.inner, self.state, self.scale, self.window = inner, state, scale, window
         self.keys_BKCD = self.values_BKCD = torch.empty(0)
 
     def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, documents: Documents) -> Tensor:
@@ -302,8 +302,11 @@ class CachedAttention(nn.Module):
         q_BKGD = q_BND.unflatten(1, (keys_BKSD.shape[1], -1))
         # Softmax in fp32, as in the training kernels; both products are in the model's dtype.
         scores_BKGS = (q_BKGD @ keys_BKSD.transpose(-1, -2)).float() * self.scale
-        unused_BS = torch.arange(state.in_use, device=q_BND.device) > state.positions_B[:, None]
-        weights_BKGS = scores_BKGS.masked_fill(unused_BS[:, None, None], -torch.inf).softmax(dim=-1)
+        slots_S, positions_B1 = torch.arange(state.in_use, device=q_BND.device), state.positions_B[:, None]
+        hidden_BS = slots_S > positions_B1
+        if self.window is not None:
+            hidden_BS |= slots_S <= positions_B1 - self.window
+        weights_BKGS = scores_BKGS.masked_fill(hidden_BS[:, None, None], -torch.inf).softmax(dim=-1)
         return (weights_BKGS.to(values_BKSD.dtype) @ values_BKSD).flatten(1, 2)
 
 
@@ -311,8 +314,8 @@ class CachedAttention(nn.Module):
 def cached(model: Decoder, state: CacheState) -> Iterator[None]:
     """Let `model` cache keys and values in the body; restore its attention and drop the cache afterwards."""
     originals = [block.inner_attention for block in model.blocks()]
-    for block, inner in zip(model.blocks(), originals, strict=True):
-        block.inner_attention = CachedAttention(inner, state, model.args.softmax_scale)
+    for layer, (block, inner) in enumerate(zip(model.blocks(), originals, strict=True)):
+        block.inner_attention = CachedAttention(inner, state, model.args.softmax_scale, model.args.window(layer))
     try:
         yield
     finally:

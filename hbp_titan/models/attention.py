@@ -36,8 +36,8 @@ from torch.nn.attention.varlen import varlen_attn
 from hbp_titan.models.attention_cpu import document_lengths, varlen_attention_cpu
 from hbp_titan.models.documents import DocumentGroup, Documents
 
-Backend = Callable[[Tensor, Tensor, Tensor, DocumentGroup, float], Tensor]
-"""(q_TND, k_SKD, v_SKD, group, scale) -> o_TND."""
+Backend = Callable[[Tensor, Tensor, Tensor, DocumentGroup, float, int | None], Tensor]
+"""(q_TND, k_SKD, v_SKD, group, scale, window) -> o_TND."""
 
 _REGISTERED = {"fa3": "FA3", "fa4": "FA4"}
 """Backends that torch's registry substitutes for its own kernel, for the whole process."""
@@ -50,13 +50,19 @@ _TORCH_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def varlen_attention(
-    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents, scale: float | None = None
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    documents: Documents,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Return causal softmax attention in which a token attends to its own document only.
 
     q_TND, k_SKD, v_SKD: one dtype and one device; query head n reads key/value head n // (N / K).
     documents: of the T queries and S keys. The queries of a document are the last tokens of its keys.
     scale: factor of the logits, default 1 / sqrt(D).
+    window: the last keys that a query attends to, its own included; None means all.
     Returns o_TND in the dtype of q. Raises ValueError if K does not divide N, the documents do not sum to T and S, or
     the backend does not support the dtype.
     """
@@ -75,23 +81,23 @@ def varlen_attention(
     # launches a grid like the others.
     groups = (documents.whole,) if name == "fa3" and not torch.is_grad_enabled() else documents.groups
     if len(groups) == 1:
-        return backend(q_TND, k_SKD, v_SKD, groups[0], scale)
+        return backend(q_TND, k_SKD, v_SKD, groups[0], scale, window)
     queries, keys = [group.num_queries for group in groups], [group.num_keys for group in groups]
     # split, whose backward is one concatenation; each slice would allocate a zero-filled gradient of the whole.
     parts = zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), groups, strict=True)
-    outputs = [backend(q, k, v, group, scale) for q, k, v, group in parts]
+    outputs = [backend(q, k, v, group, scale, window) for q, k, v, group in parts]
     return torch.cat(outputs) if outputs else torch.empty_like(q_TND)
 
 
 class VarlenAttention(nn.Module):
     """`varlen_attention` as a block's submodule `inner_attention`, which context parallelism may wrap."""
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, window: int | None = None) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.window = scale, window
 
     def forward(self, q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, documents: Documents) -> Tensor:
-        return varlen_attention(q_TND, k_SKD, v_SKD, documents, self.scale)
+        return varlen_attention(q_TND, k_SKD, v_SKD, documents, self.scale, self.window)
 
 
 def set_backend(name: str) -> None:
@@ -197,11 +203,11 @@ def _unfit_fa4(forward: Callable[..., Any]) -> str:
     return ""
 
 
-def _cpu(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
-    return varlen_attention_cpu(q_TND, k_SKD, v_SKD, group.cu_seqlens_q, group.cu_seqlens_k, scale)[0]
+def _cpu(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float, window: int | None) -> Tensor:
+    return varlen_attention_cpu(q_TND, k_SKD, v_SKD, group.cu_seqlens_q, group.cu_seqlens_k, scale, window)[0]
 
 
-def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float, window: int | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     _check_half_precision("fa2", q_TND.dtype)
@@ -209,15 +215,18 @@ def _fa2(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scal
         *(q_TND, k_SKD, v_SKD, *_lengths(group)),
         softmax_scale=scale,
         causal=True,
+        window_size=_window_size(window, group),
         # Its backward sums in a varying order by default; torch's own kernel follows the global switch.
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def _torch(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+def _torch(
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float, window: int | None
+) -> Tensor:
     _check_half_precision("torch", q_TND.dtype)
     # A tuple: torch compares window_size with (-1, 0) to enable the causal mask, and a list is silently unequal.
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    options: dict[str, Any] = {"scale": scale, "window_size": _window_size(window, group)}
     if _TORCH_HAS_GQA:
         options["enable_gqa"] = True
     o_TND = varlen_attn(q_TND, k_SKD, v_SKD, *_lengths(group), **options)
@@ -225,7 +234,15 @@ def _torch(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, sc
     return o_TND
 
 
-def _reference(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float) -> Tensor:
+def _window_size(window: int | None, group: DocumentGroup) -> tuple[int, int]:
+    """Return how many keys before and after its own a query attends to, as kernels take it; -1 means all."""
+    # None where no document exceeds the window: kernels have faster code for the plain causal mask.
+    return (-1 if window is None or window >= group.max_seqlen_k else window - 1, 0)
+
+
+def _reference(
+    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup, scale: float, window: int | None
+) -> Tensor:
     lengths = document_lengths(group.cu_seqlens_q, group.cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
     repeats = q_TND.shape[1] // k_SKD.shape[1]
     queries, keys = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
@@ -233,8 +250,11 @@ def _reference(q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, group: DocumentGroup
     for q_LND, k_MKD, v_MKD in zip(q_TND.split(queries), k_SKD.split(keys), v_SKD.split(keys), strict=True):
         length, width = len(q_LND), len(k_MKD)
         scores_NLM = torch.einsum("qnd,knd->nqk", q_LND, k_MKD.repeat_interleave(repeats, dim=1)) * scale
-        future_LM = torch.ones(length, width, dtype=torch.bool, device=q_TND.device).triu(1 + width - length)
-        weights_NLM = scores_NLM.masked_fill(future_LM, -torch.inf).softmax(dim=-1)
+        ones_LM = torch.ones(length, width, dtype=torch.bool, device=q_TND.device)
+        hidden_LM = ones_LM.triu(1 + width - length)
+        if window is not None:
+            hidden_LM |= ones_LM.tril(width - length - window)
+        weights_NLM = scores_NLM.masked_fill(hidden_LM, -torch.inf).softmax(dim=-1)
         outputs.append(torch.einsum("nqk,knd->qnd", weights_NLM, v_MKD.repeat_interleave(repeats, dim=1)))
     return torch.cat(outputs)
 

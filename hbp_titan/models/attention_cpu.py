@@ -1,11 +1,14 @@
 """The CPU backend of varlen attention: torch's CPU flash kernel, once per document, as custom ops.
 
 The forward keeps the output and the logsumexp, from which the flash backward recomputes the probabilities, as on a GPU.
+With a sliding window the queries of a document are computed in blocks, each with the band of keys that it attends to:
+the time is linear in the document's length.
 Shape suffixes as in attention.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_MIN_BAND_QUERIES = 64
 
 
 def document_lengths(
@@ -39,9 +43,18 @@ def document_lengths(
 # Custom ops, because the loop over documents depends on data: torch.compile and fake tensors handle one opaque op.
 @torch.library.custom_op("hbp_titan::varlen_attention_cpu", mutates_args=())
 def varlen_attention_cpu(
-    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q_TND: Tensor,
+    k_SKD: Tensor,
+    v_SKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return o_TND and the logsumexp [T, N] (float64 for float64, else float32) of causal attention per document."""
+    """Return o_TND and the logsumexp [T, N] (float64 for float64, else float32) of causal attention per document.
+
+    window: keys that a query attends to, its own included; None means all keys up to its own.
+    """
     o_TND, lse_TN = _empty_outputs(q_TND)
     lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
     num_kv_heads, group = k_SKD.shape[1], q_TND.shape[1] // k_SKD.shape[1]
@@ -50,19 +63,17 @@ def varlen_attention_cpu(
         if not len(q_LND):
             continue
         q_KGLD, k_KGMD, v_KGMD = _grouped(q_LND, num_kv_heads), _shared(k_MKD, group), _shared(v_MKD, group)
-        past = len(k_MKD) - len(q_LND)
-        own_k, own_v = k_KGMD[:, :, past:], v_KGMD[:, :, past:]
-        out_KGLD, lse_KGL = _flash_forward(q_KGLD, own_k, own_v, 0.0, True, scale=scale)
-        if past:
-            # The kernel aligns its causal mask at the top left, so keys before the first query are a second call; the
-            # two results are combined by their logsumexp.
-            past_k, past_v = k_KGMD[:, :, :past], v_KGMD[:, :, :past]
-            past_KGLD, past_KGL = _flash_forward(q_KGLD, past_k, past_v, 0.0, False, scale=scale)
-            both_KGL = torch.logaddexp(lse_KGL, past_KGL)
-            own_share, past_share = ((part - both_KGL).exp().unsqueeze(-1) for part in (lse_KGL, past_KGL))
-            out_KGLD, lse_KGL = out_KGLD * own_share + past_KGLD * past_share, both_KGL
-        o_LND.copy_(_ungrouped(out_KGLD))
-        lse_LN.copy_(lse_KGL.flatten(0, 1).T)
+        for rows, keys, causal, mask_LM in _calls(len(q_LND), len(k_MKD), window, q_TND):
+            inputs = q_KGLD[:, :, rows], k_KGMD[:, :, keys], v_KGMD[:, :, keys]
+            out_KGLD, lse_KGL = _flash_forward(*inputs, 0.0, causal, attn_mask=mask_LM, scale=scale)
+            if not causal and mask_LM is None:
+                # Earlier keys of the queries of the call before: combined with its results by their logsumexp.
+                own_KGLD, own_KGL = _grouped(o_LND, num_kv_heads), lse_LN.T.unflatten(0, (num_kv_heads, group))
+                both_KGL = torch.logaddexp(own_KGL, lse_KGL)
+                own_share, past_share = ((part - both_KGL).exp().unsqueeze(-1) for part in (own_KGL, lse_KGL))
+                out_KGLD, lse_KGL = own_KGLD * own_share + out_KGLD * past_share, both_KGL
+            o_LND[rows].copy_(_ungrouped(out_KGLD))
+            lse_LN[rows].copy_(lse_KGL.flatten(0, 1).T)
     return o_TND, lse_TN
 
 
@@ -77,10 +88,15 @@ def varlen_attention_cpu_backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v in their dtypes; a key/value head's is the sum over its G query heads."""
+    # A key of several bands is summed in float32: in bfloat16 each addition would round.
+    wide = q_TND.dtype if window is None else torch.promote_types(q_TND.dtype, torch.float32)
     # Zeros, because keys without queries are not visited below.
-    dq_TND, dk_SKD, dv_SKD = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q_TND, k_SKD, v_SKD))
+    dq_TND, dk_SKD, dv_SKD = (
+        torch.zeros(t.shape, dtype=dtype) for t, dtype in ((q_TND, q_TND.dtype), (k_SKD, wide), (v_SKD, wide))
+    )
     lengths = document_lengths(cu_seqlens_q, cu_seqlens_k, q_TND.shape[0], k_SKD.shape[0])
     num_kv_heads, group = k_SKD.shape[1], q_TND.shape[1] // k_SKD.shape[1]
     parts = (
@@ -91,19 +107,40 @@ def varlen_attention_cpu_backward(
         if not len(q_LND):
             continue
         grad_KGLD, q_KGLD, o_KGLD = (_grouped(x, num_kv_heads) for x in (grad_LND, q_LND, o_LND))
-        lse_KGL = lse_LN.T.contiguous().unflatten(0, (num_kv_heads, group))
-        past = len(k_MKD) - len(q_LND)
-        for keys, causal in ((slice(past), False), (slice(past, None), True)):
+        lse_KGL = lse_LN.T.unflatten(0, (num_kv_heads, group))
+        for rows, keys, causal, mask_LM in _calls(len(q_LND), len(k_MKD), window, q_TND):
             k_KGMD, v_KGMD = _shared(k_MKD[keys], group), _shared(v_MKD[keys], group)
-            if not k_KGMD.shape[2]:
-                continue
+            grad, q, o, lse = (x[:, :, rows] for x in (grad_KGLD, q_KGLD, o_KGLD, lse_KGL))
             dq_KGLD, dk_KGMD, dv_KGMD = _flash_backward(
-                grad_KGLD, q_KGLD, k_KGMD, v_KGMD, o_KGLD, lse_KGL, 0.0, causal, scale=scale
+                grad, q, k_KGMD, v_KGMD, o, lse.contiguous(), 0.0, causal, attn_mask=mask_LM, scale=scale
             )
-            dq_LND.add_(_ungrouped(dq_KGLD))
-            dk_MKD[keys].copy_(dk_KGMD.sum(dim=1).transpose(0, 1))
-            dv_MKD[keys].copy_(dv_KGMD.sum(dim=1).transpose(0, 1))
-    return dq_TND, dk_SKD, dv_SKD
+            dq_LND[rows].add_(_ungrouped(dq_KGLD))
+            dk_MKD[keys].add_(dk_KGMD.sum(dim=1).transpose(0, 1))
+            dv_MKD[keys].add_(dv_KGMD.sum(dim=1).transpose(0, 1))
+    return dq_TND, dk_SKD.to(k_SKD.dtype), dv_SKD.to(v_SKD.dtype)
+
+
+def _calls(
+    queries: int, keys: int, window: int | None, like: Tensor
+) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """Yield the kernel calls of a document: rows of queries, rows of keys, is_causal, and an additive mask [L, M].
+
+    like: has the mask's dtype and device.
+    """
+    past = keys - queries
+    if window is None or window >= keys:
+        # The kernel aligns its causal mask at the top left, so keys before the first query are a second call.
+        yield slice(queries), slice(past, keys), True, None
+        if past:
+            yield slice(queries), slice(past), False, None
+        return
+    size = max(_MIN_BAND_QUERIES, window // 4)
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        band = slice(max(0, past + start + 1 - window), past + end)
+        distance_LM = torch.arange(past + start, past + end)[:, None] - torch.arange(band.start, band.stop)
+        hidden_LM = (distance_LM < 0) | (distance_LM >= window)
+        yield slice(start, end), band, False, torch.where(hidden_LM, -torch.inf, 0.0).to(like)
 
 
 def _split(lengths: list[tuple[int, int]], side: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -136,39 +173,26 @@ def _empty_outputs(q_TND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @varlen_attention_cpu.register_fake
-def _forward_fake(
-    q_TND: Tensor, k_SKD: Tensor, v_SKD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q_TND: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q_TND)
 
 
 @varlen_attention_cpu_backward.register_fake
-def _backward_fake(
-    grad_TND: Tensor,
-    q_TND: Tensor,
-    k_SKD: Tensor,
-    v_SKD: Tensor,
-    o_TND: Tensor,
-    lse_TN: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq_TND, dk_SKD, dv_SKD = (t.new_empty(t.shape) for t in (q_TND, k_SKD, v_SKD))
+def _backward_fake(grad_TND: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq_TND, dk_SKD, dv_SKD = (t.new_empty(t.shape) for t in inputs[:3])
     return dq_TND, dk_SKD, dv_SKD
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, scale = inputs
+    q_TND, k_SKD, v_SKD, cu_seqlens_q, cu_seqlens_k, ctx.scale, ctx.window = inputs
     o_TND, lse_TN = output
     ctx.save_for_backward(q_TND, k_SKD, v_SKD, o_TND, lse_TN, cu_seqlens_q, cu_seqlens_k)
     ctx.mark_non_differentiable(lse_TN)
-    ctx.scale = scale
 
 
 def _backward(ctx: Any, grad_TND: Tensor, _grad_lse: Tensor | None) -> tuple:
-    grads = varlen_attention_cpu_backward(grad_TND, *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None
+    grads = varlen_attention_cpu_backward(grad_TND, *ctx.saved_tensors, ctx.scale, ctx.window)
+    return *grads, None, None, None, None
 
 
 varlen_attention_cpu.register_autograd(_backward, setup_context=_setup_context)

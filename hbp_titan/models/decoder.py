@@ -85,7 +85,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.self_attn = _attention(args)
-        self.inner_attention: nn.Module = VarlenAttention(args.softmax_scale)
+        self.inner_attention: nn.Module = VarlenAttention(args.softmax_scale, args.window(layer))
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
         self.mlp: nn.Module
         if args.moe is not None and args.is_sparse(layer):
@@ -180,6 +180,8 @@ class Decoder(nn.Module):
             self.head.output.weight = self.tok_embeddings.weight
         # A plain attribute with data even if the parameters are on the meta device; to_empty does not touch it.
         self.inverse_frequencies = inverse_frequencies(args.rope_dim, args.rope_theta, args.rope_scaling)
+        if args.sliding_rope_theta is not None:
+            self.sliding_inverse_frequencies = inverse_frequencies(args.rope_dim, args.sliding_rope_theta, None)
 
     def forward(
         self,
@@ -194,10 +196,12 @@ class Decoder(nn.Module):
         documents: passed through to inner_attention, so a wrapper of that may take another description.
         """
         factor = attention_factor(self.args.rope_scaling)
-        cos_TD, sin_TD = rope_cos_sin(self.inverse_frequencies, position_ids_T, factor)
+        full = sliding = rope_cos_sin(self.inverse_frequencies, position_ids_T, factor)
+        if self.args.sliding_rope_theta is not None:
+            sliding = rope_cos_sin(self.sliding_inverse_frequencies, position_ids_T)
         x_TH = self.tok_embeddings(input_ids_T)
-        for block in self.layers:
-            x_TH = block(x_TH, cos_TD, sin_TD, documents)
+        for layer, block in enumerate(self.layers):
+            x_TH = block(x_TH, *(full if self.args.window(layer) is None else sliding), documents)
         return self.head(x_TH, head_fn)
 
     def blocks(self) -> Iterator[DecoderBlock]:

@@ -298,15 +298,18 @@ BREAKAGES: dict[str, Callable[[PackedBatch], PackedBatch]] = {
 class _OneDocumentAttention(nn.Module):
     """Causal attention of a single document, which shares no code with the attention that is checked."""
 
-    def __init__(self, scale: float | None) -> None:
+    def __init__(self, scale: float | None, window: int | None) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.window = scale, window
 
     def forward(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, *_: Any) -> Tensor:
         group = q_TND.shape[1] // k_TKD.shape[1]
         k_TND, v_TND = k_TKD.repeat_interleave(group, dim=1), v_TKD.repeat_interleave(group, dim=1)
         q_NTD, k_NTD, v_NTD = (x.transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TND, v_TND))
-        o_NTD = F.scaled_dot_product_attention(q_NTD, k_NTD, v_NTD, is_causal=True, scale=self.scale)
+        visible_TT = torch.ones(len(q_TND), len(q_TND), dtype=torch.bool, device=q_TND.device).tril()
+        if self.window is not None:
+            visible_TT = visible_TT.triu(1 - self.window)
+        o_NTD = F.scaled_dot_product_attention(q_NTD, k_NTD, v_NTD, attn_mask=visible_TT, scale=self.scale)
         return o_NTD.squeeze(0).transpose(0, 1)
 
 
@@ -319,8 +322,8 @@ def reference(
     """
     model = Decoder(args)
     model.init_weights(seed)
-    for block in model.blocks():
-        block.inner_attention = _OneDocumentAttention(args.softmax_scale)
+    for layer, block in enumerate(model.blocks()):
+        block.inner_attention = _OneDocumentAttention(args.softmax_scale, args.window(layer))
     model.to(device, dtype)
     total = int(samples.loss_tokens.sum())
     grads = {name: torch.zeros(p.shape, device=device) for name, p in model.named_parameters()}

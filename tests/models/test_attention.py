@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hbp_titan.config import load_config
-from hbp_titan.models import attention
+from hbp_titan.models import attention, attention_cpu
 from hbp_titan.models.attention import choose_backend, missing, selected_backend, set_backend, varlen_attention
 from hbp_titan.models.documents import Documents, pack_documents
 
@@ -28,14 +28,18 @@ def documents_of(boundaries: list[int], boundaries_k: list[int] | None = None, d
     return pack_documents(np.diff(boundaries), lengths_k, device=device)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], scale: float) -> Tensor:
-    """Return attention from the whole T x T score matrix with an explicit block-diagonal causal mask."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], scale: float, window: int | None = None
+) -> Tensor:
+    """Return attention from the whole T x T score matrix with an explicit mask: same document, not later, in window."""
     group = q.shape[1] // k.shape[1]
     document = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
     for boundary in boundaries[1:-1]:
         document[boundary:] += 1
     token = torch.arange(q.shape[0], device=q.device)
     visible = (document[:, None] == document[None]) & (token[:, None] >= token[None])
+    if window is not None:
+        visible &= token[:, None] < token[None] + window
     heads = []
     for n in range(q.shape[1]):
         scores = q[:, n] @ k[:, n // group].T * scale
@@ -66,18 +70,38 @@ HEADS = ((4, 4), (4, 2), (4, 1), (6, 3))
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
+@pytest.mark.parametrize("window", [None, 1, 7, 280])
 def test_outputs_and_gradients_equal_plain_attention(
-    backend: str, heads: int, kv_heads: int, boundaries: list[int]
+    backend: str, heads: int, kv_heads: int, boundaries: list[int], window: int | None
 ) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         inputs = make_inputs(300, heads, kv_heads, 16, dtype)
         doubles = [t.detach().double().requires_grad_() for t in inputs]
-        expected = output_and_grads(plain_attention, doubles, boundaries, 0.25)
+        expected = output_and_grads(plain_attention, doubles, boundaries, 0.25, window)
         set_backend(backend)
-        actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries))
+        actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries), None, window)
         for found, wanted in zip(actual, expected, strict=True):
             assert found.dtype == dtype
-            assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+            # At least 1: with a window of one token the gradient of q is exactly 0.
+            assert (found.double() - wanted).norm() <= tolerance * wanted.norm().clamp(min=1)
+
+
+def test_windows_of_several_kernel_blocks_equal_plain_attention() -> None:
+    # Keys of a band in several of the kernel's blocks of 512: some queries see nothing of the first block.
+    boundaries = [0, 1700, 2000]
+    for window, dtype, tolerance in ((1100, torch.float64, 1e-12), (1100, torch.bfloat16, 3e-2)):
+        inputs = make_inputs(2000, 2, 1, 8, dtype)
+        doubles = [t.detach().double().requires_grad_() for t in inputs]
+        expected = output_and_grads(plain_attention, doubles, boundaries, 0.25, window)
+        actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries), 0.25, window)
+        for found, wanted in zip(actual, expected, strict=True):
+            assert (found.double() - wanted).norm() <= tolerance * wanted.norm().clamp(min=1)
+
+
+def test_the_cpu_backend_computes_bands_of_long_documents() -> None:
+    calls = attention_cpu._calls(100_000, 100_000, 1000, torch.empty(0))
+    scores = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys, _, _ in calls)
+    assert scores <= 1.25 * 100_000 * 1000
 
 
 # Documents of 12, 1 and 27 tokens. Queries: tokens 5 to 8 of the first, none of the second, 13 to 29 of the third;
@@ -88,16 +112,18 @@ CHUNK_TOKENS = [*range(5, 9), *range(13, 30)]
 KEY_TOKENS = [*range(9), *range(13, 30)]
 
 
-def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
+def _chunks_and_whole(
+    device: str, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return output and gradients of the chunks by varlen_attention and of the same tokens by plain attention."""
     q, k, v = make_inputs(40, heads, kv_heads, 16, dtype, device)
 
     def chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         documents = documents_of(CHUNK_Q, CHUNK_K, device)
-        return varlen_attention(q[CHUNK_TOKENS], k[KEY_TOKENS], v[KEY_TOKENS], documents, 0.25)
+        return varlen_attention(q[CHUNK_TOKENS], k[KEY_TOKENS], v[KEY_TOKENS], documents, 0.25, window)
 
     def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain_attention(q, k, v, [0, 12, 13, 40], 0.25)[CHUNK_TOKENS]
+        return plain_attention(q, k, v, [0, 12, 13, 40], 0.25, window)[CHUNK_TOKENS]
 
     doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
     return output_and_grads(chunks, [q, k, v]), output_and_grads(whole, doubles)
@@ -105,25 +131,30 @@ def _chunks_and_whole(device: str, dtype: torch.dtype, heads: int, kv_heads: int
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_queries_at_the_end_of_longer_keys_equal_whole_documents(backend: str, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 6, 10])
+def test_queries_at_the_end_of_longer_keys_equal_whole_documents(
+    backend: str, heads: int, kv_heads: int, window: int | None
+) -> None:
     set_backend(backend)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        for found, wanted in zip(*_chunks_and_whole("cpu", dtype, heads, kv_heads), strict=True):
+        for found, wanted in zip(*_chunks_and_whole("cpu", dtype, heads, kv_heads, window), strict=True):
             assert found.dtype == dtype
-            assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+            assert (found.double() - wanted).norm() <= tolerance * wanted.norm().clamp(min=1)
 
 
 @pytest.mark.parametrize(
-    ("boundaries", "boundaries_k"),
-    [([0, 1, 5, 8], [0, 1, 5, 8]), ([0, 2, 5], [0, 5, 10])],
-    ids=["equal", "longer keys"],
+    ("boundaries", "boundaries_k", "window"),
+    [([0, 1, 5, 8], [0, 1, 5, 8], None), ([0, 2, 5], [0, 5, 10], None), ([0, 2, 5], [0, 5, 10], 3)],
+    ids=["equal", "longer keys", "window"],
 )
-def test_cpu_kernel_passes_gradcheck_in_float64(boundaries: list[int], boundaries_k: list[int]) -> None:
+def test_cpu_kernel_passes_gradcheck_in_float64(
+    boundaries: list[int], boundaries_k: list[int], window: int | None
+) -> None:
     documents = documents_of(boundaries, boundaries_k)
     generator = torch.Generator().manual_seed(0)
     shapes = ((boundaries[-1], 4, 4), (boundaries_k[-1], 2, 4), (boundaries_k[-1], 2, 4))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, documents, None, window), inputs)
 
 
 @pytest.mark.parametrize(("boundaries", "boundaries_k"), [([0, 5, 8], [0, 4, 8]), ([0, 5, 5, 8], None)])
@@ -147,7 +178,7 @@ def test_documents_that_do_not_cover_the_pack_and_heads_that_do_not_divide_raise
 def test_cpu_kernel_passes_opcheck() -> None:
     cu_seqlens = torch.tensor([0, 3, 8, 8], dtype=torch.int32)
     inputs = make_inputs(8, 4, 2, 4, torch.float32)
-    torch.library.opcheck(torch.ops.hbp_titan.varlen_attention_cpu.default, (*inputs, cu_seqlens, cu_seqlens, 0.5))
+    torch.library.opcheck(torch.ops.hbp_titan.varlen_attention_cpu.default, (*inputs, cu_seqlens, cu_seqlens, 0.5, 3))
 
 
 def test_strided_views_of_one_projection_are_read_correctly() -> None:
@@ -302,22 +333,28 @@ def _use_on_gpu(backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (4, 1)])
-def test_gpu_kernels_equal_plain_attention_in_bfloat16(backend: str, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_gpu_kernels_equal_plain_attention_in_bfloat16(
+    backend: str, heads: int, kv_heads: int, window: int | None
+) -> None:
     _use_on_gpu(backend)
     boundaries = [0, 1, 130, 131, 512]
     inputs = make_inputs(512, heads, kv_heads, 64, torch.bfloat16, "cuda")
     doubles = [t.detach().double().requires_grad_() for t in inputs]
-    expected = output_and_grads(plain_attention, doubles, boundaries, 0.125)
-    actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries, device="cuda"))
+    expected = output_and_grads(plain_attention, doubles, boundaries, 0.125, window)
+    actual = output_and_grads(varlen_attention, inputs, documents_of(boundaries, device="cuda"), None, window)
     for found, wanted in zip(actual, expected, strict=True):
         # Without the document or the causal mask the difference is of the order of the norm itself.
-        assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()
+        assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm().clamp(min=1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
-def test_gpu_kernels_align_queries_with_the_end_of_longer_keys(backend: str, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 6])
+def test_gpu_kernels_align_queries_with_the_end_of_longer_keys(
+    backend: str, heads: int, kv_heads: int, window: int | None
+) -> None:
     _use_on_gpu(backend)
-    for found, wanted in zip(*_chunks_and_whole("cuda", torch.bfloat16, heads, kv_heads), strict=True):
-        assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm()
+    for found, wanted in zip(*_chunks_and_whole("cuda", torch.bfloat16, heads, kv_heads, window), strict=True):
+        assert (found.double() - wanted).norm() <= 2e-2 * wanted.norm().clamp(min=1)
