@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
+from hbp_titan.models.configs import LAYER_TYPES, MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, require_folder
 from hbp_titan.models.layers import ROPE_KEYS, attention_factor, check_scaling, yarn_mscale
 
@@ -26,12 +26,17 @@ class Family(NamedTuple):
     qk_norm: bool = False
     latent_experts: bool = False
     """Latent attention and experts (DeepSeek-V2)."""
+    windows: str = ""
+    """Sliding windows: "" has none, "all" on every layer unless sliding_window is null, "switch" on the layers of
+    layer_types, or from max_window_layers on, if use_sliding_window is true."""
+    default_window: int | None = 4096
+    """What transformers assumes where the config has no sliding_window."""
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, windows="switch"),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, windows="switch"),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", latent_experts=True),
 }
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,14 +53,14 @@ _REQUIRED = (
 _KINDS: dict[str, tuple[str, ...]] = {
     "a whole number above 0": (
         *_REQUIRED, *_LATENT_SIZES, "num_key_value_heads", "head_dim", "q_lora_rank", "n_group", "topk_group",
-        "moe_layer_freq", "original_max_position_embeddings",
+        "moe_layer_freq", "original_max_position_embeddings", "sliding_window",
     ),
-    "a whole number of at least 0": ("first_k_dense_replace",),
+    "a whole number of at least 0": ("first_k_dense_replace", "max_window_layers"),
     "a number above 0": ("rms_norm_eps", "rope_theta", "routed_scaling_factor"),
     "a number of at least 0": (
         "initializer_range", "aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha",
     ),
-    "true or false": ("tie_word_embeddings", "norm_topk_prob", "seq_aux"),
+    "true or false": ("tie_word_embeddings", "norm_topk_prob", "seq_aux", "use_sliding_window"),
 }  # fmt: skip
 _ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "a whole number above 0": ("original_max_position_embeddings",),
@@ -71,7 +76,8 @@ _ONLY_SUPPORTED = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
-    "use_sliding_window": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
@@ -89,7 +95,8 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{key}: {folder} has no config.json{describe_other_weights(Path(folder))}")
-    values = {name: value for name, value in read_json(path).items() if value is not None}
+    published = read_json(path)
+    values = {name: value for name, value in published.items() if value is not None}
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
@@ -100,6 +107,9 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     # If it is absent, transformers uses 128 for Qwen3 and hidden_size // num_heads for the others.
     head_dim = values.get("head_dim") or (128 if model_type == "qwen3" else values["hidden_size"] // num_heads)
     mla, moe = _mla_and_moe(values, path) if family.latent_experts else (None, None)
+    # Only for this key null differs from an absent key.
+    window = published.get("sliding_window", family.default_window)
+    layer_types = _layer_types(values, window, family, path)
     return ModelArgs(
         name=Path(folder).resolve().name,
         hf_model_type=model_type,
@@ -120,6 +130,8 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
         initializer_range=values.get("initializer_range", 0.02),
         mla=mla,
         moe=moe,
+        layer_types=layer_types,
+        sliding_window=window if layer_types else None,
     )
 
 
@@ -163,11 +175,8 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
         **dict.fromkeys(TOKEN_ID_KEYS),
-        **(
-            {"use_sliding_window": False, "sliding_window": None}
-            if args.hf_model_type.startswith("qwen")
-            else {"mlp_bias": False}
-        ),
+        **({} if args.hf_model_type.startswith("qwen") else {"mlp_bias": False}),
+        **_window_keys(args, family),
         **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
         **(asdict(args.mla) if args.mla is not None else {}),
         **(asdict(args.moe) if args.moe is not None else {}),
@@ -241,9 +250,44 @@ def _check_supported(values: dict[str, Any], path: Path) -> None:
     for key, supported in _ONLY_SUPPORTED.items():
         if values.get(key, supported) != supported:
             raise ValueError(f"{path}: {key} = {_short(values[key])} must be {supported!r}")
-    layers = values.get("layer_types", [])
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise ValueError(f"{path}: layer_types = {_short(layers)} must list full_attention only")
+
+
+def _layer_types(values: dict[str, Any], window: int | None, family: Family, path: Path) -> tuple[str, ...]:
+    """Return the type of each layer as transformers reads it, () if all have full attention."""
+    depth, types, switched = values["num_hidden_layers"], values.get("layer_types"), values.get("use_sliding_window")
+    if types is not None and (not isinstance(types, list) or len(types) != depth or set(types) - set(LAYER_TYPES)):
+        raise ValueError(
+            f"{path}: layer_types = {_short(types)} must list {' or '.join(LAYER_TYPES)} for each of {depth} layers"
+        )
+    if family.windows == "all":
+        found = ["sliding_attention" if window else "full_attention"] * depth
+        # transformers ignores the list; other programs may not.
+        if types not in (None, found):
+            raise ValueError(f"{path}: layer_types = {_short(types)} must be {found[0]} in every layer")
+    elif family.windows == "switch":
+        first = values.get("max_window_layers", 28) if switched and window else depth
+        found = types or ["sliding_attention" if layer >= first else "full_attention" for layer in range(depth)]
+    else:
+        found = types or []
+    windowed = "sliding_attention" in found
+    if windowed and family.windows == "switch" and not (switched and window):
+        raise ValueError(f"{path}: layer_types has sliding_attention; set use_sliding_window and sliding_window")
+    if (windowed or switched) and not family.windows:
+        key = "layer_types has sliding_attention" if windowed else "use_sliding_window = True"
+        raise ValueError(f"{path}: {key}, but {values['model_type']} has no sliding windows")
+    return tuple(found) if windowed else ()
+
+
+def _window_keys(args: ModelArgs, family: Family) -> dict[str, Any]:
+    """Return the keys of config.json that `_layer_types` reads."""
+    types, windowed = list(args.layer_types), "sliding_attention" in args.layer_types
+    if windowed and (not family.windows or (family.windows == "all" and "full_attention" in types)):
+        raise ValueError(f"model {args.name}: {args.hf_model_type} cannot have the layer_types {_short(types)}")
+    window = {"sliding_window": args.sliding_window if windowed else None}
+    if family.windows != "switch":
+        return window if family.windows else {}
+    layers = {"max_window_layers": types.index("sliding_attention"), "layer_types": types} if windowed else {}
+    return {"use_sliding_window": windowed, **window, **layers}
 
 
 def _rope(values: dict[str, Any], path: Path, notes: list[str]) -> tuple[float, dict[str, Any] | None]:

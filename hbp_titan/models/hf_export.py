@@ -44,7 +44,7 @@ _LICENSE = re.compile(
 # Named by auto_map in config.json; copied, but never run here.
 _CODE = ("configuration_*.py", "modeling_*.py")
 # Written as constants where the base says nothing about them.
-_BASE_DECIDES = ("use_cache", "use_sliding_window", "sliding_window", "scoring_func", "ep_size")
+_BASE_DECIDES = ("use_cache", "use_sliding_window", "sliding_window", "max_window_layers", "scoring_func", "ep_size")
 # Settings of sampling with their defaults; transformers refuses to save other values without do_sample.
 _SAMPLING = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0,

@@ -29,6 +29,10 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+WINDOWS: dict[str, Any] = {
+    "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    "sliding_window": 10,
+}
 
 
 def tiny_args(hf_model_type: str, heads: int, kv_heads: int, *, tied: bool, **changes: Any) -> ModelArgs:
@@ -96,6 +100,8 @@ LAYOUTS = {
     "qwen2 mqa tied": tiny_args("qwen2", 3, 1, tied=True),
     "qwen3": tiny_args("qwen3", 4, 2, tied=False),
     "qwen3 tied": tiny_args("qwen3", 4, 2, tied=True),
+    "windows shorter than two documents": tiny_args("qwen2", 6, 3, tied=False, **WINDOWS),
+    "windows of two tokens": tiny_args("qwen3", 4, 2, tied=False, **WINDOWS | {"sliding_window": 2}),
     "deepseek": deepseek(),
     "one group of four": deepseek(moe={"topk_group": 1, "num_experts_per_tok": 2}),
     "greedy, queries without latent": deepseek(4, mla={"q_lora_rank": None}, moe=GREEDY),
@@ -123,6 +129,7 @@ def test_logits_and_gradients_equal_transformers_per_document(layout: str) -> No
             "qwen2", 3, 1, tied=False, rope_scaling=YARN | {"truncate": False, "beta_fast": 8.0, "beta_slow": 2.0}
         ),
         tiny_args("qwen3", 4, 2, tied=False, rope_scaling=YARN | {"attention_factor": 1.3}),
+        tiny_args("qwen3", 4, 2, tied=False, rope_scaling=YARN, **WINDOWS),
         tiny_args("qwen3", 4, 2, tied=False, rope_scaling=YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}),
         deepseek(),
         deepseek(rope_scaling=deepseek_tiny.YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}),
@@ -137,6 +144,7 @@ def test_distant_positions_rotate_as_in_transformers(args: ModelArgs) -> None:
 
 
 LLAMA, DEEPSEEK = tiny_args("llama", 3, 1, tied=False), deepseek()
+WINDOWED = tiny_args("qwen2", 3, 1, tied=False, **WINDOWS)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +152,8 @@ LLAMA, DEEPSEEK = tiny_args("llama", 3, 1, tied=False), deepseek()
     [
         (LLAMA, dataclasses.replace(LLAMA, rope_scaling=None)),
         (tiny_args("qwen2", 3, 1, tied=False, rope_scaling=YARN), tiny_args("qwen2", 3, 1, tied=False)),
+        *((WINDOWED, dataclasses.replace(WINDOWED, sliding_window=window)) for window in (9, 11, 40)),
+        (WINDOWED, dataclasses.replace(WINDOWED, layer_types=WINDOWED.layer_types[1:] + WINDOWED.layer_types[:1])),
         (DEEPSEEK, deepseek(rope_scaling=None)),
         (DEEPSEEK, deepseek(rope_scaling=deepseek_tiny.YARN | {"mscale": 1.0, "mscale_all_dim": 1.0})),
         (DEEPSEEK, deepseek(moe={"topk_group": 3})),

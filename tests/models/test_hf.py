@@ -53,11 +53,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+SLIDING = ("full_attention", "sliding_attention", "sliding_attention")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 LAYOUTS = {
     **{family: tiny_args(family) for family in ("llama", "qwen2", "qwen3")},
     **{f"{family} tied": tiny_args(family, tied=True) for family in ("llama", "qwen2", "qwen3")},
     "deepseek": deepseek_args(),
+    "qwen2, window after one layer": tiny_args("qwen2", layer_types=SLIDING, sliding_window=5),
+    "qwen3, windows": tiny_args("qwen3", layer_types=(SLIDING[1], SLIDING[0], SLIDING[1]), sliding_window=5),
     "deepseek tied": deepseek_args(mla={"q_lora_rank": None}, tie_embeddings=True, rope_scaling=None),
 }
 layouts = pytest.mark.parametrize("args", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -204,6 +207,36 @@ def test_yarn_as_in_qwens_model_cards_extends_the_context(tmp_path: Path) -> Non
         assert args_from_hf(tmp_path) == args
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"sliding_window": 8},
+        {"use_sliding_window": True},
+        {"use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8},
+        {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": None},
+        {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8, "layer_types": [*SLIDING]},
+        {"use_sliding_window": True, "max_window_layers": 3, "sliding_window": 8},
+        {"use_sliding_window": False, "max_window_layers": 1, "sliding_window": 8},
+    ],
+)
+def test_windows_are_read_as_transformers_reads_them(tmp_path: Path, family: str, keys: dict[str, Any]) -> None:
+    values = args_to_hf_config(tiny_args(family))
+    values = {key: value for key, value in values.items() if "sliding_window" not in key} | keys
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    args, theirs = args_from_hf(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    found = [args.window(layer) for layer in range(args.num_layers)]
+    assert found == [theirs.sliding_window if kind == SLIDING[1] else None for kind in theirs.layer_types]
+    assert args.layer_types == () or SLIDING[1] in args.layer_types
+
+
+def test_a_family_without_windows_cannot_be_written_with_them() -> None:
+    with pytest.raises(ValueError, match="layer_types"):
+        args_to_hf_config(tiny_args(layer_types=SLIDING, sliding_window=8))
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -213,8 +246,13 @@ def test_yarn_as_in_qwens_model_cards_extends_the_context(tmp_path: Path) -> Non
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window"),
+        ("llama", {"layer_types": SLIDING}, "sliding_attention"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("qwen3", {"layer_types": SLIDING}, "set use_sliding_window"),
+        ("qwen3", {"layer_types": SLIDING[:2], "use_sliding_window": True, "sliding_window": 8}, "layer_types"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("qwen2", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
