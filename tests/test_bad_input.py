@@ -50,7 +50,7 @@ def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[
         (["--model.tokenizer_path=nowhere"], "nowhere"),
         (["--compile.enable=true", "--compile.backend=inducto"], "compile.backend"),
         (["--checkpoint.initial_load_path=nowhere"], "checkpoint.initial_load_path = 'nowhere'"),
-        (["--checkpoint.initial_load_path=org/base"], "hf download org/base --local-dir models/base"),
+        (["--checkpoint.initial_load_path=org/base"], "hbp-titan download org/base"),
         (["--model.hf_path=org/base"], "model.hf_path = 'org/base': no such folder; a local path is"),
         (["--model.tokenizer_path=org/base"], "if it is a model of the Hugging Face hub"),
     ],

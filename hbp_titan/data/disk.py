@@ -77,7 +77,7 @@ def _parquet_bytes(file: Path) -> int:
 
 def check_free_space(folder: Path, needed: int, what: str) -> None:
     """Raise ValueError if the disk of `folder`, data.cache_folder, has less than `needed` bytes free for `what`."""
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     if needed > free:
         raise ValueError(
             f"data.cache_folder = {str(folder)!r}: {what} take about {human_bytes(needed)}, but {human_bytes(free)} "
@@ -85,7 +85,8 @@ def check_free_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of `folder`."""
     # The folder itself may not exist yet.
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 

@@ -150,7 +150,7 @@ def _repository_files(folder: Path, names: Sequence[str], config: str, split: st
     unread = dict.fromkeys(names, NO_SPLIT)
     if configs:
         chosen = _choose_config(configs, config, folder)
-        splits = _splits_of_config(folder, names, *chosen)
+        splits = _splits_of_config(folder, names, *chosen, split)
         for name in configs:
             unread |= _of_other_config(folder, names, name, configs[name])
     elif config:
@@ -240,8 +240,13 @@ def _choose_config(configs: Mapping[str, dict[str, Any]], name: str, folder: Pat
     return defaults[0]
 
 
-def _splits_of_config(folder: Path, names: Sequence[str], name: str, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the files of each split that the configuration `name` of README.md lists."""
+def _splits_of_config(
+    folder: Path, names: Sequence[str], name: str, config: Mapping[str, Any], split: str = ""
+) -> dict[str, list[str]]:
+    """Return the files of each split that the configuration `name` of README.md lists.
+
+    Raises ValueError if the folder lacks a file of `split`; of others it may have none, if only one was downloaded.
+    """
     where = f"{folder / 'README.md'}: configuration {name}"
     base = config.get("data_dir") or ""
     prefix = f"{_relative_path(base, where).strip('/')}/" if base else ""
@@ -250,19 +255,19 @@ def _splits_of_config(folder: Path, names: Sequence[str], name: str, config: Map
         splits = _splits_by_name(names)
     else:
         patterns = _patterns(config["data_files"], where)
-        splits = {split: _listed(names, patterns[split], f"{where}: split {split}") for split in patterns}
-    return {split: [prefix + name for name in files] for split, files in splits.items() if files}
+        splits = {key: _listed(names, patterns[key], f"{where}: split {key}", key == split) for key in patterns}
+    return {key: [prefix + name for name in files] for key, files in splits.items() if files}
 
 
-def _listed(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
-    """Return the names that match, in the order of the patterns, each once."""
+def _listed(names: Sequence[str], patterns: Sequence[str], where: str, required: bool) -> list[str]:
+    """Return the names that match, in the order of the patterns, each once; `required`: a named file must exist."""
     listed: list[str] = []
     for pattern in patterns:
         try:
             found = _matching(names, _relative_path(pattern, where))
         except re.error as error:
             raise ValueError(f"{where}: {pattern!a} is not a file name pattern: {error}") from None
-        if not found and not re.search(r"[*?\[]", pattern):
+        if required and not found and not re.search(r"[*?\[]", pattern):
             raise ValueError(f"{where}: no such data file: {pattern}")
         listed += found
     # A file that two patterns match counts once.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.hf_config import args_from_hf, read_json
-from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights
+from hbp_titan.models.hf_config import args_from_hf
+from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, indexed_files
 from hbp_titan.utils import first_n
 
 TIED_OUTPUT = "head.output.weight"
@@ -174,14 +174,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise MissingWeights(
             f"{folder}: contains neither {SINGLE_FILE} nor {INDEX_FILE}{describe_other_weights(folder)}"
         )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: weight_map is not an object of file names")
-    names = sorted(set(weight_map.values()))
+    names = indexed_files(index)
     for name in names:
-        # The index is untrusted input: a path could name files outside the folder.
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
         if not (folder / name).is_file():
             raise ValueError(f"{index}: {name} is missing from the folder")
     return [folder / name for name in names]

@@ -6,7 +6,6 @@ and the rejection of everything that would silently change the mathematics.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hbp_titan.models.configs import LAYER_TYPES, MLAArgs, ModelArgs, MoEArgs
-from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, require_folder
+from hbp_titan.models.hf_files import describe_other_weights, read_json, require_folder
 from hbp_titan.models.layers import ROPE_KEYS, attention_factor, check_scaling, yarn_mscale
 
 
@@ -206,18 +205,6 @@ def _ids(value: Any, where: str) -> int | list[int] | None:
     if any(isinstance(index, bool) or not isinstance(index, int) or index < 0 for index in ids):
         raise ValueError(f"{where} = {_short(value)} must be a token id or a list of token ids")
     return value if ids else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises ValueError with the file name for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        check_not_pointer(path)
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return values
 
 
 def _short(value: Any) -> str:

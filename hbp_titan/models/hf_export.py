@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,18 +30,12 @@ from hbp_titan.models.hf import (
     parameter_shapes,
     to_hf_name,
 )
-from hbp_titan.models.hf_config import TOKEN_ID_KEYS, agrees_with_vllm, args_to_hf_config, read_json
-from hbp_titan.models.hf_files import check_not_pointer, tokenizer_files
+from hbp_titan.models.hf_config import TOKEN_ID_KEYS, agrees_with_vllm, args_to_hf_config
+from hbp_titan.models.hf_files import LICENSE, MODEL_CODE, check_not_pointer, read_json, tokenizer_files
 from hbp_titan.utils import first_n
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GENERATION_FILE = "generation_config.json"
-# At the top of a folder, in any case: LICENSE.txt, Notice, USE_POLICY.md, LICENSE-MODEL, ...
-_LICENSE = re.compile(
-    r"(?i)(?!.*\.(bin|gguf|json|pth?|py|safetensors)$)(.*licen[cs]e|notice|.*policy|copying|copyright|terms).*"
-)
-# Named by auto_map in config.json; copied, but never run here.
-_CODE = ("configuration_*.py", "modeling_*.py")
 # Written as constants where the base says nothing about them.
 _BASE_DECIDES = ("use_cache", "use_sliding_window", "sliding_window", "max_window_layers", "scoring_func", "ep_size")
 # Settings of sampling with their defaults; transformers refuses to save other values without do_sample.
@@ -106,7 +99,7 @@ def save_hf_folder(
         _write_json(temporary / _GENERATION_FILE, generation)
         _write_weights(temporary, _checked(args, tensors, dtype), max_shard_bytes)
         if base:
-            _copy_files(base, temporary, _CODE if "auto_map" in config else (), tokenizer=False)
+            _copy_files(base, temporary, MODEL_CODE if "auto_map" in config else (), tokenizer=False)
         if source:
             _copy_files(source, temporary)
             _set_chat_template(temporary, chat_template)
@@ -288,7 +281,7 @@ def save_adapter_folder(
 
 def _copy_files(source: Path, out: Path, more: Sequence[str] = (), tokenizer: bool = True) -> None:
     """Copy licence files, tokenizer files and those that match a pattern of `more`, unless `out` has them."""
-    names = [file.name for file in sorted(source.iterdir()) if _LICENSE.fullmatch(file.name)]
+    names = [file.name for file in sorted(source.iterdir()) if LICENSE.fullmatch(file.name)]
     names += [file.name for pattern in more for file in sorted(source.glob(pattern))]
     for name in [*names, *(tokenizer_files(source, carried=True) if tokenizer else ())]:
         if (source / name).is_file() and not (out / name).exists():

@@ -4,8 +4,11 @@ another format."""
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hbp_titan.utils import did_you_mean
 
@@ -22,6 +25,12 @@ _CARRIED = (
     "tokenizer*", "chat_template.json", "vocab*", "merges*", "*.model", "*.tiktoken", "*.bpe", "bpe.codes", "spiece*",
     "tekken.json", "tokenization_*.py",
 )  # fmt: skip
+# At the top of a folder, in any case: LICENSE.txt, Notice, USE_POLICY.md, LICENSE-MODEL, ...
+LICENSE = re.compile(
+    r"(?i)(?!.*\.(bin|gguf|json|pth?|py|safetensors)$)(.*licen[cs]e|notice|.*policy|copying|copyright|terms).*"
+)
+# Named by auto_map in config.json; copied, but never run here.
+MODEL_CODE = ("configuration_*.py", "modeling_*.py")
 _LFS_POINTER = b"version https://git-lfs"
 # What a hub calls a repository: an owner and a name, which is not that of a file.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/(?!.*\.(?:[a-z]*json[a-z]*|csv|arrow|parquet|gz|zst)$)[A-Za-z0-9][\w.-]*")
@@ -43,6 +52,41 @@ def tokenizer_files(folder: Path, carried: bool = False) -> list[str]:
     patterns = _READ + (_CARRIED if carried else ())
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
     return list(dict.fromkeys(file.relative_to(folder).as_posix() for file in files))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether `tokenizer_files` returns the file `name`, relative to its folder."""
+    return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in _READ + _CARRIED)
+
+
+def download_folder(repo_id: str, repo_type: str) -> str:
+    """Return the folder to which scripts/download.py writes a "model" or "dataset" of the hub."""
+    return f"{'data' if repo_type == 'dataset' else 'models'}/{repo_id.rpartition('/')[2]}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises ValueError with the file name for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        check_not_pointer(path)
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the safetensors files that an index lists, sorted."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map is not an object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # The index is untrusted input: a path could name files outside the folder.
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
+    return names
 
 
 def check_tokenizer_folder(folder: Path, key: str = "model.tokenizer_path") -> None:
@@ -91,11 +135,10 @@ def missing_hint(path: Path, given: str, repo_type: str) -> str:
         name = url[1] if url else given
         # Both readings: a path from another working directory looks the same as a name on a hub.
         local = "" if url else f"; a local path is relative to {Path.cwd()}"
-        option, folder = (" --repo-type dataset", "data") if repo_type == "dataset" else ("", "models")
-        folder = f"{folder}/{name.rpartition('/')[2]}"
+        option = " --dataset" if repo_type == "dataset" else ""
         return (
             f"{local}; if it is a {repo_type} of the Hugging Face hub, download it first: "
-            f"hf download {name}{option} --local-dir {folder} (and set the path to {folder})"
+            f"hbp-titan download {name}{option} (and set the path to {download_folder(name, repo_type)})"
         )
     return close
 

@@ -251,8 +251,8 @@ def test_the_bound_of_token_ids_is_the_largest_not_the_count(tmp_path: Path) -> 
     [
         ("{tmp}", "model.tokenizer_path: .* has no tokenizer.json"),
         ("{tmp}/nothing", "model.tokenizer_path = '.*/nothing': no such folder"),
-        ("org/nothing-1.5B", "hf download org/nothing-1.5B --local-dir models/nothing-1.5B"),
-        ("https://host.org/org/nothing", "hf download org/nothing "),
+        ("org/nothing-1.5B", "hbp-titan download org/nothing-1.5B .*models/nothing-1.5B"),
+        ("https://host.org/org/nothing", "hbp-titan download org/nothing "),
     ],
 )
 def test_a_folder_without_tokenizer_is_named_with_its_key(tmp_path: Path, folder: str, message: str) -> None:
