@@ -14,10 +14,11 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -358,7 +359,7 @@ class Transfer:
         if not missing:
             return
         self.local.lock()
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None if show else True) as bar:
+        with tqdm(total=total, initial=arrived, unit="B", unit_scale=True, disable=None if show else True) as bar:
             self._run(missing, bar)
 
     def _run(self, files: Sequence[HubFile], bar: tqdm) -> None:
@@ -378,7 +379,7 @@ class Transfer:
     def _fetch_one(self, file: HubFile, bar: tqdm) -> None:
         part = self.local.partial(file)
         try:
-            self.hub.get(self.repository, file, part, self._progress(bar))
+            self.hub.get(self.repository, file, part, partial(self._report, bar))
             self.local.accept(file)
         except OSError as error:
             if not is_full(error):
@@ -389,26 +390,10 @@ class Transfer:
         if file.size >= _LARGE:
             bar.write(f"{file.name}: {human_bytes(file.size)}, hash verified")
 
-    def _progress(self, bar: tqdm) -> Callable[..., Any]:
-        """Return what the library takes as a class of progress bars: one file's share of `bar`."""
-        stop = self._stop
-
-        class OfFile:
-            def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-                bar.update(initial)
-
-            def __enter__(self) -> OfFile:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                pass
-
-            def update(self, count: int) -> None:
-                if stop.is_set():
-                    raise _Stopped
-                bar.update(count)
-
-        return OfFile
+    def _report(self, bar: tqdm, count: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+        bar.update(count)
 
 
 def _size(path: Path) -> int:

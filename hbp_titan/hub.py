@@ -1,21 +1,26 @@
 """The Hugging Face hub: lists the files of a repository and transfers them, with errors that say what to do.
 
-Owns the use of huggingface_hub (extra `hub`): its requests, tokens, retries and errors. Its snapshot_download is not
-used, because it starts a file again after its process ended, and checks sizes only. Imports no torch.
+Owns the use of huggingface_hub (extra `hub`): its listings, sessions, tokens and errors. Its downloads are not used,
+because they start a file again after their process ended, and check sizes only. Imports no torch.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
 from hbp_titan.errors import format_error
-from hbp_titan.utils import did_you_mean, first_n, human_bytes
+from hbp_titan.utils import did_you_mean, first_n
 
+_ATTEMPTS = 6
+"""Connections in sequence on which nothing arrives; the pauses between them make half a minute."""
+_FIRST_PAUSE_SECONDS = 1.0
+_BLOCK_BYTES = 2**20
 _AGAIN = "run the same command again, which continues"
 
 
@@ -43,14 +48,15 @@ class Hub:
 
     def __init__(self, token: str | None) -> None:
         try:
-            import huggingface_hub
+            from huggingface_hub import HfApi, constants, get_token
+            from huggingface_hub.utils import build_hf_headers
         except ImportError:
             raise ValueError("a download needs huggingface_hub; pip install 'hbp-titan[hub]'") from None
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
-        self.has_token = bool(token or huggingface_hub.get_token())
-        self._api = huggingface_hub.HfApi(endpoint=self.endpoint, token=token)
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.has_token = bool(token or get_token())
+        self._api = HfApi(endpoint=self.endpoint, token=token)
         self._headers = {
-            **huggingface_hub.utils.build_hf_headers(token=token),
+            **build_hf_headers(token=token),
             # Of a compressed answer, neither size nor ranges would be those of the file.
             "Accept-Encoding": "identity",
         }
@@ -70,38 +76,47 @@ class Hub:
             files[entry.path] = HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
         return Repository(repo_id, repo_type, commit, files)
 
-    def get(self, repository: Repository, file: HubFile, part: Path, progress: Callable[..., Any]) -> None:
-        """Write the content of a file to `part`, from where it ends. Broken connections are continued.
+    def get(self, repository: Repository, file: HubFile, part: Path, report: Callable[[int], None]) -> None:
+        """Write the content of a file to `part`, from where it ends; broken connections are continued.
 
-        progress: constructor of a progress bar with total and initial in bytes.
+        report: called with the bytes of each block, negative if a hub without ranges starts again. What it raises ends
+        the transfer.
         """
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.file_download import http_get
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
         repo_id, repo_type = repository.repo_id, repository.repo_type
-        if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
-            raise ValueError(
-                f"{repo_id}: {file.name}: the hub serves {human_bytes(file.size)} only by its own protocol; run "
-                f"`hf download {repo_id} {file.name} --repo-type {repo_type} --revision {repository.commit} "
-                f"--local-dir {part.parents[1]}`, then the same command again"
-            )
         url = hf_hub_url(repo_id, file.name, repo_type=repo_type, revision=repository.commit, endpoint=self.endpoint)
+        attempts = 0
         with part.open("ab") as stream, self._errors(repo_id, repo_type, repository.commit, file.name):
             if stream.tell() > file.size:
-                stream.truncate(0)
-            arrived = stream.seek(0, os.SEEK_END)
-            if arrived == file.size:
-                progress(initial=arrived)
-                return
-            http_get(
-                url,
-                stream,
-                resume_size=arrived,
-                headers=self._headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
-                tqdm_class=progress,  # type: ignore[arg-type]
-            )
+                report(-_restart(stream))
+            while (arrived := stream.tell()) < file.size:
+                try:
+                    self._receive(url, stream, report)
+                except HTTPError as error:
+                    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+                    # As long as something arrives, a bad connection is still worth it.
+                    attempts = 1 if stream.tell() > arrived else attempts + 1
+                    if attempts == _ATTEMPTS or status not in (None, 408, 429, 500, 502, 503, 504):
+                        raise
+                    time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempts - 1))
+
+    def _receive(self, url: str, stream: BinaryIO, report: Callable[[int], None]) -> None:
+        """Append what follows the end of `stream`, until the hub has sent all or the connection breaks."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import hf_raise_for_status
+
+        arrived = stream.tell()
+        headers = {**self._headers, **({"Range": f"bytes={arrived}-"} if arrived else {})}
+        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            if arrived and response.status_code == 200:
+                # Not 206: the hub ignores ranges.
+                report(-_restart(stream))
+            for block in response.iter_bytes(_BLOCK_BYTES):
+                stream.write(block)
+                report(len(block))
 
     @contextmanager
     def _errors(self, repo_id: str, repo_type: str, revision: str, name: str = "") -> Iterator[None]:
@@ -135,11 +150,6 @@ class Hub:
                 f"{where}: no connection to the hub at {self.endpoint} ({why}); check HF_ENDPOINT and the network, "
                 f"then {_AGAIN}"
             ) from None
-        except OSError as error:
-            # The library's own error for a size that differs has no number.
-            if error.errno is not None:
-                raise
-            raise ValueError(f"{where}: the transfer ended early; {_AGAIN}") from None
 
     def _no_access(self, where: str) -> str:
         if self.has_token:
@@ -169,6 +179,14 @@ class Hub:
             names = [ref.name for ref in (*refs.branches, *refs.tags)]
         found = f"; it has {first_n(names, 10)}{did_you_mean(revision, names)}" if names else ""
         return f"{repo_id}: no revision {revision}{found}"
+
+
+def _restart(stream: BinaryIO) -> int:
+    """Empty a file that is open for appending; return how long it was."""
+    length = stream.tell()
+    stream.truncate(0)
+    stream.seek(0)
+    return length
 
 
 def _check_name(name: str, repo_id: str) -> None:

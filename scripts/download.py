@@ -13,6 +13,7 @@ Parquet and Arrow. The same command continues after an interruption, and does no
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from hbp_titan.download import Request, download
@@ -41,20 +42,23 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--split and --config need --dataset")
     if options.connections < 1:
         parser.error("--connections must be at least 1")
-    download(
-        Request(
-            repo_id=options.repo,
-            repo_type="dataset" if options.dataset else "model",
-            revision=options.revision,
-            out=options.out,
-            include=options.include,
-            split=options.split,
-            config=options.config,
-            token=options.token,
-            connections=options.connections,
-            overwrite=options.overwrite,
-        )
+    request = Request(
+        repo_id=options.repo,
+        repo_type="dataset" if options.dataset else "model",
+        revision=options.revision,
+        out=options.out,
+        include=options.include,
+        split=options.split,
+        config=options.config,
+        token=options.token,
+        connections=options.connections,
+        overwrite=options.overwrite,
     )
+    try:
+        download(request)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -43,12 +43,14 @@ class LocalHub:
     """The hub's content, its faults, and a log of the transfers.
 
     repos: by (type, name). cuts: bytes of a file after which its connections break, one per transfer. down_after_cut:
-    then the hub answers 503. sent: other content than that listed. transfers: name, first byte, Authorization of each.
+    then the hub answers 503. ranges: whether requests for a range get one. sent: other content than that listed.
+    transfers: name, first byte and Authorization of each.
     """
 
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     down_after_cut: bool = False
+    ranges: bool = True
     sent: dict[str, bytes] = field(default_factory=dict)
     transfers: list[tuple[str, int, str | None]] = field(default_factory=list)
     url: str = ""
@@ -131,11 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
             # Another host name, to which no token may go.
             other = self.hub.url.replace("127.0.0.1", "localhost")
             return self._answer(302, b"", location=f"{other}/cdn{self.path}")
-        start = int(re.findall(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[0])
+        asked = self.headers.get("Range") if self.hub.ranges else None
+        start = int(re.findall(r"bytes=(\d+)-", asked or "bytes=0-")[0])
         self.hub.transfers.append((name, start, authorization))
         cuts = self.hub.cuts.get(name)
         end = cuts.pop(0) if cuts else len(content)
-        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.wfile.write(content[start:end])

@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from hbp_titan.data.files import source_files
 from hbp_titan.job_config import DataSource
+from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors
+from hbp_titan.models.hf_export import save_hf_folder
+from hbp_titan.models.registry import get_flavor
 from scripts.download import main
 from tests.local_hub import TOKEN, LocalHub
-from tests.models.test_hf import tiny_args, write_folder
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 
 BYTES = bytes(range(256))
 SHARDS = {
@@ -42,11 +46,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    # Small blocks, so that a part of a small file is kept; no pause before the library tries again.
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Small blocks, so that a part of a small file is kept; no pauses between attempts.
+    monkeypatch.setattr("hbp_titan.hub._BLOCK_BYTES", 1024)
+    monkeypatch.setattr("hbp_titan.hub._FIRST_PAUSE_SECONDS", 0.0)
     with LocalHub().serve() as served:
         monkeypatch.setenv("HF_ENDPOINT", served.url)
         yield served
@@ -62,7 +66,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_a_downloaded_model_is_read_and_a_second_call_transfers_nothing(
     hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_folder(tmp_path / "source", tiny_args("llama"), max_shard_bytes=40000)
+    args = get_flavor("debug")
+    tensors = Decoder(args).state_dict().items()
+    save_hf_folder(args, tensors, tmp_path / "source", dtype=torch.float32, max_shard_bytes=2e6)
     files = files_in(tmp_path / "source") | {
         "tokenizer.json": b"{}", "additional_chat_templates/tools.jinja": b"{{ x }}", "LICENSE.txt": b"Apache",
         "README.md": b"#", "modeling_own.py": b"raise SystemExit",
@@ -81,14 +87,16 @@ def test_a_downloaded_model_is_read_and_a_second_call_transfers_nothing(
     assert "complete, nothing to download" in capsys.readouterr().out
 
 
-def test_a_broken_connection_is_continued_where_it_broke(hub: LocalHub) -> None:
+@pytest.mark.parametrize(("ranges", "expected"), [(True, [0, 4096, 8192]), (False, [0, 0, 0])])
+def test_a_broken_connection_is_continued_where_it_broke(hub: LocalHub, ranges: bool, expected: list[int]) -> None:
     hub.add("org/m", MODEL)
+    hub.ranges = ranges
     hub.cuts["model-2-of-2.safetensors"] = [5000, 9000]
     main(["org/m", "--out", "m"])
     assert files_in(Path("m")) == MODEL
     # Whole blocks of 1024 bytes were kept each time.
     starts = [start for name, start, _ in hub.transfers if name == "model-2-of-2.safetensors"]
-    assert starts == [0, 4096, 8192]
+    assert starts == expected
 
 
 def test_a_later_call_continues_a_part_and_fetches_only_what_is_missing(hub: LocalHub) -> None:
@@ -242,7 +250,7 @@ def test_a_hub_that_is_away_or_forbidden_is_reported(hub: LocalHub, monkeypatch:
     monkeypatch.setenv("HF_ENDPOINT", ended.url)
     with pytest.raises(ValueError, match="HF_ENDPOINT"):
         main(["org/m"])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         main(["org/m"])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
