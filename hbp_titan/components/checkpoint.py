@@ -50,6 +50,7 @@ from hbp_titan.components.dcp_storage import (
 from hbp_titan.distributed.world import SLOW_WORK_SECONDS, gather_values, new_group, set_timeout
 from hbp_titan.errors import UserError, WorkerGroup, format_error
 from hbp_titan.job_config import Checkpoint
+from hbp_titan.models.lora import is_adapter
 from hbp_titan.utils import first_n, sha256_file
 
 ParamGroups = list[dict[str, Any]]
@@ -257,8 +258,11 @@ def completed_checkpoints(folder: Path) -> list[Path]:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a checkpoint contains, by name: all but frozen ones. A tied matrix has two names."""
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    """Return the parameters that a checkpoint contains, with LoRA the adapters, by name. A tied one has two names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    # A full training also saves what no gradient trains: the biases of DeepSeek-V3's routers.
+    adapted = any(map(is_adapter, named))
+    return {name: p for name, p in named.items() if p.requires_grad or not adapted}
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], ParamGroups]:

@@ -120,7 +120,9 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     found = HFTensors(load_path, args)
     names = ", ".join(str(TORCH_DTYPES.get(name, name)).removeprefix("torch.") for name in found.dtypes)
     ignored = f"; {len(found.ignored)} rotary_emb buffers ignored: they are computed" if found.ignored else ""
-    return f"{load_path}, {names} on disk, held in {dtype}{ignored}"
+    layers = len({name.split(".")[2] for name in found.dropped})
+    dropped = f"; {layers} layers that predict further tokens dropped" if layers else ""
+    return f"{load_path}, {names} on disk, held in {dtype}{ignored}{dropped}"
 
 
 @torch.no_grad()
@@ -214,7 +216,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     The elements of each tensor are summed as integers, times an odd number derived from its name, modulo 2^64. A
     collective on DTensors.
     """
-    total, group, device = 0, None, "cpu"
+    total, replicated, group, device = 0, 0, None, "cpu"
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if isinstance(tensor, DTensor):
@@ -222,10 +224,11 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
             group, device = group or fsdp_group([tensor]), tensor.device_mesh.device_type
         bits = local.contiguous().view({2: torch.int16, 4: torch.int32}[local.element_size()])
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") | 1
-        total += factor * int(bits.sum(dtype=torch.int64))
+        value = factor * int(bits.sum(dtype=torch.int64))
+        total, replicated = (total + value, replicated) if isinstance(tensor, DTensor) else (total, replicated + value)
     if group is not None:
         # torch has no sum of uint64; a signed sum wraps around in the same way.
         part = torch.tensor((total + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
         dist.all_reduce(part, group=group)
         total = int(part)
-    return f"{total % 2**64:016x}"
+    return f"{(total + replicated) % 2**64:016x}"

@@ -141,15 +141,17 @@ class _Run:
         block, mlp = self.block, self.block.mlp
         # The recomputation of a whole block does not need the block's output.
         only_saved = self.whole and self.calls > 1
-        norm, output = block.post_attention_layernorm, block.self_attn
+        before = (block.self_attn, block.attention_output_norm, block.post_attention_layernorm)
         if not block.has_experts:
-            return self._chunks(block.post_attention, (output, norm, mlp), (x_TH, o_TND), only_saved)
+            return self._chunks(block.post_attention, (*before, mlp, block.mlp_output_norm), (x_TH, o_TND), only_saved)
         mlp = block.experts_mlp
         # The balance losses count the choices of whole documents.
-        x_TH, scores_TE = self._chunks(block.post_scores, (output, norm, mlp.gate), (x_TH, o_TND))
+        x_TH, scores_TE = self._chunks(block.post_scores, (*before, mlp.gate), (x_TH, o_TND))
         weights_TK, experts_TK = mlp.choose(scores_TE)
         mlp.tokens_per_expert = mlp.sort(experts_TK)[1]
-        return self._chunks(block.post_experts, (norm, mlp), (x_TH, weights_TK, experts_TK), only_saved)
+        return self._chunks(
+            block.post_experts, (before[-1], mlp, block.mlp_output_norm), (x_TH, weights_TK, experts_TK), only_saved
+        )
 
     def _chunks(
         self,

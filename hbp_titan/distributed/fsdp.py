@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,9 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # Without a GPU nothing can be pinned, and nothing is copied.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
-    shard = partial(fully_shard, mp_policy=policy, offload_policy=offload)
+    # Replicated, because the shards of a module are gathered in one dtype.
+    biases = {block.experts_mlp.gate.e_score_correction_bias for block in model.blocks() if block.has_experts} - {None}
+    shard = partial(fully_shard, mp_policy=policy, offload_policy=offload, ignored_params=cast(Any, biases))
     # Tied embeddings stay in the root's group: the same parameter is used first and last.
     if model.tok_embeddings.weight is not model.head.output.weight:
         # An embedding's backward needs no weights, so they are gathered only once at every level.

@@ -11,7 +11,9 @@ from typing import Any
 
 from hbp_titan.models.layers import check_scaling, yarn_mscale
 
-TOPK_METHODS = ("greedy", "group_limited_greedy")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+NORM_PLACEMENTS = ("before", "after", "both")
+ACTIVATIONS = ("silu", "gelu_tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -39,18 +41,21 @@ class MLAArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEArgs:
-    """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2). Raises ValueError for unsupported values.
+    """Mixture of experts (DeepSeek-V2, arXiv 2405.04434, section 2.2; V3, arXiv 2412.19437, section 2.1.2).
 
     n_routed_experts, num_experts_per_tok, moe_intermediate_size: experts of a layer, experts per token, and the width
-        of each. n_shared_experts: experts of every token, computed as one wide expert.
+        of each. n_shared_experts: experts of every token, computed as one wide expert; may be 0.
     first_k_dense_replace, moe_layer_freq: layer i has experts if i is at least the first and a multiple of the second;
         the other layers are dense.
     topk_method: greedy, or group_limited_greedy: experts form n_group groups (the paper's devices), and a token chooses
-        from the topk_group groups with the best experts.
-    norm_topk_prob: normalize the chosen scores to a sum of 1, without routed_scaling_factor, as DeepSeek's own code
-        does (transformers ignores the key); otherwise they are multiplied by routed_scaling_factor.
+        from the topk_group groups with the best experts; noaux_tc (V3): as the second, but scores are sigmoids, experts
+        are chosen by score plus a bias that no gradient trains, and groups by the sum of their two best.
+    norm_topk_prob: normalize the chosen scores to a sum of 1. Only noaux_tc then multiplies by routed_scaling_factor,
+        as DeepSeek's own code does (transformers ignores the key in V2); without it, all do.
     aux_loss_alpha, device_aux_loss_alpha, comm_aux_loss_alpha: coefficients of the balance losses of experts, devices
         and communication (moe.balance_loss); 0 is off. seq_aux: losses per document, the only kind supported.
+
+    Raises ValueError for unsupported values.
     """
 
     n_routed_experts: int
@@ -81,6 +86,11 @@ class MoEArgs:
         candidates = experts if self.topk_method == "greedy" else self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= candidates:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to {candidates}")
+        if self.topk_method == "noaux_tc" and (self.balances or group_size < 2):
+            raise ValueError(
+                f"topk_method='noaux_tc' needs groups of at least 2 experts, not {group_size}, and balances by its "
+                "bias: aux_loss_alpha, device_aux_loss_alpha and comm_aux_loss_alpha must be 0"
+            )
         if self.balances and not self.seq_aux:
             raise ValueError(
                 "seq_aux=false would make the balance loss depend on the packing; set seq_aux to true or the "
@@ -101,11 +111,16 @@ class MoEArgs:
 class ModelArgs:
     """A decoder's architecture. Raises ValueError for one that this code does not build.
 
-    hf_model_type: llama, qwen2, qwen3 or deepseek_v2, for the exported config.json.
+    hf_model_type: a key of hf_families.FAMILIES, for the exported config.json.
     intermediate_size: width of the feed-forward network; with `moe`, of the dense layers.
     head_dim: width of queries and keys in attention; with `mla` its qk_head_dim, and num_kv_heads is num_heads.
     qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.
-    qk_norm: RMS norm over the head width of q and k (Qwen3).
+    qk_norm: RMS norm of q and k, over the width of a head (Qwen3), with qk_norm_all_heads over all heads (OLMo 2).
+    norm_placement: where RMS norms of attention and of the feed-forward network are: before (on their inputs), after
+        (on their outputs, OLMo 2) or both (Gemma 3). unit_offset_norms: norms multiply by 1 + weight (Gemma).
+    nope_layers: layers without rotary embedding (SmolLM3).
+    activation: of the feed-forward network, silu or gelu_tanh. scale_embeddings: by sqrt(hidden_size) (Gemma).
+    query_scalar: attention logits are divided by its square root, default head_dim.
     rope_scaling: None, or {"rope_type": "llama3" or "yarn", ...}, see layers.check_scaling.
     max_position_embeddings: tokens of the longest document; it bounds the data and allocates nothing.
     layer_types: full_attention or sliding_attention for each layer; () means full attention in all.
@@ -127,6 +142,13 @@ class ModelArgs:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
+    norm_placement: str = "before"
+    unit_offset_norms: bool = False
+    nope_layers: tuple[int, ...] = ()
+    activation: str = "silu"
+    scale_embeddings: bool = False
+    query_scalar: int | None = None
     tie_embeddings: bool = False
     hf_model_type: str = "llama"
     initializer_range: float = 0.02
@@ -138,6 +160,11 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         self._check_windows()
+        for name, choices in (("norm_placement", NORM_PLACEMENTS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"model {self.name}: {name}={getattr(self, name)!r} must be one of {', '.join(choices)}"
+                )
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
@@ -187,7 +214,8 @@ class ModelArgs:
         parts = {"mla": MLAArgs, "moe": MoEArgs}
         made = {key: kind(**values[key]) for key, kind in parts.items() if values.get(key) is not None}
         # JSON has no tuples.
-        return cls(**{**values, **made, "layer_types": tuple(values.get("layer_types", ()))})
+        tuples = {key: tuple(values.get(key, ())) for key in ("layer_types", "nope_layers")}
+        return cls(**{**values, **made, **tuples})
 
     @property
     def rope_dim(self) -> int:
@@ -197,7 +225,7 @@ class ModelArgs:
     @property
     def softmax_scale(self) -> float:
         """Factor of the attention logits: 1 / sqrt(head_dim), with DeepSeek's YaRN times the square of its mscale."""
-        scale = self.head_dim**-0.5
+        scale = (self.query_scalar or self.head_dim) ** -0.5
         if self.mla is None or self.rope_scaling is None:
             return scale
         all_dim = self.rope_scaling.get("mscale_all_dim")

@@ -1,4 +1,4 @@
-"""The decoder of Llama 3.x, Qwen2.5, Qwen3 and DeepSeek-V2 on packed sequences.
+"""The decoder of all model families on packed sequences.
 
 Owns Decoder, its attention projections and the initialization of weights. Single-device code: sharding, context
 parallelism, recomputation and compilation act on it from outside, through three seams: every block holds its attention
@@ -25,11 +25,13 @@ from hbp_titan.models.documents import BalanceState, Documents
 from hbp_titan.models.layers import (
     FeedForward,
     Slices,
+    UnitOffsetRMSNorm,
     apply_rope,
     attention_factor,
     inverse_frequencies,
     normal,
     rope_cos_sin,
+    rounded,
 )
 
 if TYPE_CHECKING:
@@ -43,57 +45,80 @@ HeadFn = Callable[[Tensor, Tensor], Any]
 class Attention(nn.Module):
     """The projections around attention: hidden states to rotated q, k and v, and heads back to hidden states."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.head_dim = args.head_dim
+        self.rotates = layer not in args.nope_layers
+        self.norms_all_heads = args.qk_norm_all_heads
         q_width, kv_width = args.num_heads * args.head_dim, args.num_kv_heads * args.head_dim
         self.q_proj = nn.Linear(args.hidden_size, q_width, bias=args.qkv_bias)
         self.k_proj = nn.Linear(args.hidden_size, kv_width, bias=args.qkv_bias)
         self.v_proj = nn.Linear(args.hidden_size, kv_width, bias=args.qkv_bias)
         self.o_proj = nn.Linear(q_width, args.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
+        q_normed, k_normed = (q_width, kv_width) if args.qk_norm_all_heads else (args.head_dim, args.head_dim)
+        self.q_norm = rms_norm(args, q_normed) if args.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(args, k_normed) if args.qk_norm else nn.Identity()
 
     def queries(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        q_TND = self.q_norm(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
-        return apply_rope(q_TND, cos_TD, sin_TD)
+        return self._rotated(self.q_norm, self.q_proj(x_TH), cos_TD, sin_TD)
 
     def keys_values(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
-        k_TKD = self.k_norm(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)))
         v_TKD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
-        return apply_rope(k_TKD, cos_TD, sin_TD), v_TKD
+        return self._rotated(self.k_norm, self.k_proj(x_TH), cos_TD, sin_TD), v_TKD
+
+    def _rotated(self, norm: nn.Module, x_TM: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        if self.norms_all_heads:
+            x_TM = norm(x_TM)
+        x_TND = x_TM.unflatten(-1, (-1, self.head_dim))
+        if not self.norms_all_heads:
+            x_TND = norm(x_TND)
+        return apply_rope(x_TND, cos_TD, sin_TD) if self.rotates else x_TND
 
     def output(self, o_TND: Tensor) -> Tensor:
         return self.o_proj(o_TND.flatten(-2))
 
 
-def _attention(args: ModelArgs) -> Attention | LatentAttention:
+def rms_norm(args: ModelArgs, width: int) -> nn.RMSNorm:
+    """Return the architecture's norm of `width` elements."""
+    return (UnitOffsetRMSNorm if args.unit_offset_norms else nn.RMSNorm)(width, eps=args.norm_eps)
+
+
+def _attention(args: ModelArgs, layer: int) -> Attention | LatentAttention:
     if args.mla is None:
-        return Attention(args)
+        return Attention(args, layer)
     from hbp_titan.models.latent_attention import LatentAttention
 
     return LatentAttention(args, args.mla)
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm layer `layer`, whose two halves around `inner_attention` may be recomputed or compiled.
+    """Layer `layer`, whose two halves around `inner_attention` may be recomputed or compiled.
+
+    Norms that the architecture does not have are identities.
 
     balance: the pack's documents, for layers with experts (BalanceState).
     """
 
     def __init__(self, args: ModelArgs, layer: int = 0, balance: BalanceState | None = None) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
-        self.self_attn = _attention(args)
+        before, after = args.norm_placement != "after", args.norm_placement != "before"
+
+        def norm(present: bool) -> nn.Module:
+            return rms_norm(args, args.hidden_size) if present else nn.Identity()
+
+        self.input_layernorm = norm(before)
+        self.self_attn = _attention(args, layer)
         self.inner_attention: nn.Module = VarlenAttention(args.softmax_scale, args.window(layer))
-        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.attention_output_norm = norm(after)
+        self.post_attention_layernorm = norm(before)
         self.mlp: nn.Module
         if args.moe is not None and args.is_sparse(layer):
             from hbp_titan.models.moe import MixtureOfExperts
 
             self.mlp = MixtureOfExperts(args.hidden_size, args.moe, balance or BalanceState())
         else:
-            self.mlp = FeedForward(args.hidden_size, args.intermediate_size)
+            self.mlp = FeedForward(args.hidden_size, args.intermediate_size, args.activation)
+        self.mlp_output_norm = norm(after)
 
     @property
     def has_experts(self) -> bool:
@@ -128,28 +153,32 @@ class DecoderBlock(nn.Module):
 
     def post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
         """Return the block's output, given its input and the output of attention."""
-        x_TH = x_TH + self.self_attn.output(o_TND)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        x_TH = self._add_attention(x_TH, o_TND)
+        return x_TH + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x_TH)))
 
     def post_hidden(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arguments of `last_product`, [T, H] and [T, F]: post_attention of a dense block in two parts."""
         assert isinstance(self.mlp, FeedForward)
-        x_TH = x_TH + self.self_attn.output(o_TND)
+        x_TH = self._add_attention(x_TH, o_TND)
         return x_TH, self.mlp.hidden(self.post_attention_layernorm(x_TH))
 
     def last_product(self, x_TH: Tensor, hidden_TF: Tensor) -> Tensor:
         """Return the block's output, given post_hidden's."""
         assert isinstance(self.mlp, FeedForward)
-        return x_TH + self.mlp.down_proj(hidden_TF)
+        return x_TH + self.mlp_output_norm(self.mlp.down_proj(hidden_TF))
 
     def post_scores(self, x_TH: Tensor, o_TND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input of the experts' half, x_TH, and its scores_TE: the first part of a block with experts."""
-        x_TH = x_TH + self.self_attn.output(o_TND)
+        x_TH = self._add_attention(x_TH, o_TND)
         return x_TH, self.experts_mlp.scores(self.post_attention_layernorm(x_TH))
 
     def post_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Return the block's output, given post_scores' x_TH and MixtureOfExperts.choose's weights and experts."""
-        return x_TH + self.experts_mlp.chosen_experts(self.post_attention_layernorm(x_TH), weights_TK, experts_TK)
+        normed_TH = self.post_attention_layernorm(x_TH)
+        return x_TH + self.mlp_output_norm(self.experts_mlp.chosen_experts(normed_TH, weights_TK, experts_TK))
+
+    def _add_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
+        return x_TH + self.attention_output_norm(self.self_attn.output(o_TND))
 
 
 class Head(nn.Module):
@@ -157,7 +186,7 @@ class Head(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
+        self.norm = rms_norm(args, args.hidden_size)
         self.output = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def forward(self, hidden_TH: Tensor, head_fn: HeadFn | None = None) -> Any:
@@ -200,6 +229,9 @@ class Decoder(nn.Module):
         if self.args.sliding_rope_theta is not None:
             sliding = rope_cos_sin(self.sliding_inverse_frequencies, position_ids_T)
         x_TH = self.tok_embeddings(input_ids_T)
+        if self.args.scale_embeddings:
+            # Rounded, as in Gemma.
+            x_TH = x_TH * rounded(self.args.hidden_size**0.5, x_TH.dtype)
         for layer, block in enumerate(self.layers):
             x_TH = block(x_TH, *(full if self.args.window(layer) is None else sliding), documents)
         return self.head(x_TH, head_fn)
@@ -245,14 +277,14 @@ def init_parameter(
 
     A function of (seed, fqn) alone: it does not depend on the order of parameters, their sharding, the world size or
     the device, and a shard costs no more than its own elements. Matrices are normal with std initializer_range, divided
-    by sqrt(2 * num_layers) if they write to the residual stream (GPT-2); norm weights are 1, biases 0.
+    by sqrt(2 * num_layers) if they write to the residual stream (GPT-2); norms multiply by 1, biases are 0.
     """
     part = part or tuple(slice(0, size) for size in shape)
     size = [len(range(*dim.indices(length))) for dim, length in zip(part, shape, strict=True)]
     if fqn.endswith("bias"):
         return torch.zeros(size, device=device)
     if "norm" in fqn.rpartition(".")[0].rpartition(".")[2]:
-        return torch.ones(size, device=device)
+        return torch.full(size, 0.0 if args.unit_offset_norms else 1.0, device=device)
     std = args.initializer_range
     if fqn.removesuffix(".weight").endswith(("o_proj", "down_proj")):
         std /= (2 * args.num_layers) ** 0.5

@@ -1,7 +1,8 @@
 """HF model folders: names and shapes of tensors, and lazy reading of safetensors. hf_export.py writes them.
 
-Owns the mapping between HF's tensors and our parameters: the experts of a layer are one parameter here and one tensor
-per expert on disk; everything else is one to one. config.json is read by hf_config.py.
+Owns the mapping between HF's tensors and our parameters. The experts of a layer are one parameter here and one tensor
+per expert on disk; several of our matrices may be one on disk (hf_families.py); the rest
+is one to one. config.json is read by hf_config.py.
 """
 
 from __future__ import annotations
@@ -39,25 +40,25 @@ _PREFIXES = (
 )
 # layers.3.mlp.experts.up_proj <-> model.layers.3.mlp.experts.0.up_proj.weight, ...1...
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+_LAYER = re.compile(r"(layers\.\d+\.)(.*)")
 # Buffers that older Llama folders store; transformers ignores them as well.
 _RECOMPUTED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)")
-_OF_EXPERT = re.compile(r"(.*\.mlp\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
+_KEPT_IN_FP32 = "e_score_correction_bias"
 
 
-def to_hf_name(fqn: str) -> str:
+def to_hf_name(fqn: str, model_type: str = "llama") -> str:
     """Return HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
+    from hbp_titan.models.hf_families import FAMILIES
+
+    if layer := _LAYER.fullmatch(fqn):
+        inside = layer[2]
+        for ours, theirs in FAMILIES[model_type].names.items():
+            if inside.startswith(f"{ours}."):
+                fqn = f"{layer[1]}{theirs}{inside[len(ours) :]}"
     for ours, theirs in _PREFIXES:
         if fqn.startswith(ours):
             return theirs + fqn[len(ours) :]
     raise ValueError(f"{fqn!r} is not a parameter of a decoder")
-
-
-def from_hf_name(name: str) -> str:
-    """Return our name of HF's parameter `name`, the fused one for an expert's. Raises ValueError for other names."""
-    for ours, theirs in _PREFIXES:
-        if name.startswith(theirs):
-            return _OF_EXPERT.sub(r"\1.\2", ours + name[len(theirs) :])
-    raise ValueError(f"{name!r} is not a parameter of a Llama, Qwen2, Qwen3 or DeepSeek-V2 model")
 
 
 def is_fused(fqn: str) -> bool:
@@ -65,21 +66,50 @@ def is_fused(fqn: str) -> bool:
     return _FUSED.fullmatch(fqn) is not None
 
 
-def hf_names(fqn: str, shape: Sequence[int]) -> list[str]:
-    """Return HF's names of the tensors of our parameter `fqn`: one, or one per row of fused experts."""
+def parts_of_matrix(fqn: str, model_type: str) -> tuple[str, list[str]] | None:
+    """Return HF's matrix that holds `fqn` among others, and the names of all that it holds in order; None for others.
+
+    The name of the matrix is HF's but for its prefix.
+    """
+    from hbp_titan.models.hf_families import FAMILIES
+
+    layer = _LAYER.fullmatch(fqn)
+    for theirs, parts in FAMILIES[model_type].fused.items() if layer else ():
+        assert layer is not None
+        module, _, leaf = layer[2].rpartition(".")
+        if module in parts:
+            return f"{layer[1]}{theirs}.{leaf}", [f"{layer[1]}{part}.{leaf}" for part in parts]
+    return None
+
+
+def hf_names(fqn: str, shape: Sequence[int], model_type: str = "llama") -> list[str]:
+    """Return HF's names of the tensors that hold our parameter `fqn`: one, or one per row of fused experts."""
+    from hbp_titan.models.hf_families import FAMILIES
+
     fused = _FUSED.fullmatch(fqn)
     if fused is None:
-        return [to_hf_name(fqn)]
-    experts, projection = to_hf_name(fused[1]), fused[2]
+        matrix = parts_of_matrix(fqn, model_type)
+        return [to_hf_name(matrix[0] if matrix else fqn, model_type)]
+    ours = ("gate_proj", "up_proj", "down_proj")
+    experts = to_hf_name(fused[1], model_type)
+    projection = FAMILIES[model_type].projections[ours.index(fused[2])]
     return [f"{experts}.{expert}.{projection}.weight" for expert in range(shape[0])]
+
+
+def export_dtype(fqn: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of our parameter `fqn` in a folder of `dtype`; transformers keeps routers' biases in float32."""
+    return torch.float32 if fqn.endswith(_KEPT_IN_FP32) else dtype
 
 
 def hf_shapes(args: ModelArgs) -> dict[str, list[int]]:
     """Return the shape of every tensor on disk by HF's name, without a tied output matrix."""
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for fqn, shape in parameter_shapes(args).items():
         of_one = shape[1:] if is_fused(fqn) else shape
-        shapes.update({name: list(of_one) for name in hf_names(fqn, shape)})
+        for name in hf_names(fqn, shape, args.hf_model_type):
+            # The parts of a matrix lie one after another in its rows.
+            before = shapes.get(name, [0])[0]
+            shapes[name] = [before + of_one[0], *of_one[1:]]
     return shapes
 
 
@@ -97,8 +127,9 @@ class HFTensors(Mapping[str, Tensor]):
     """The weights of an HF folder by our names, each read on access (memory-mapped, on the CPU).
 
     args: the architecture to compare with, default that of config.json. dtypes: safetensors' names of the dtypes on
-    disk, that of the most elements first. ignored: names of tensors that are recomputed. The constructor raises
-    ValueError, before it reads any tensor, listing all missing, unknown and misshapen tensors.
+    disk, that of the most elements first. ignored: names of tensors that are recomputed. dropped: names of tensors of
+    layers that predict further tokens (DeepSeek-V3), which are not trained. The constructor raises ValueError, before
+    it reads any tensor, listing all missing, unknown and misshapen tensors.
     """
 
     def __init__(self, folder: str | Path, args: ModelArgs | None = None) -> None:
@@ -106,12 +137,16 @@ class HFTensors(Mapping[str, Tensor]):
         self.args = args_from_hf(folder) if args is None else args
         self._files: dict[str, Any] = {}
         self.ignored: list[str] = []
+        self.dropped: list[str] = []
         shapes: dict[str, tuple[list[int], str]] = {}
         for path in _weight_files(self.folder):
             handle = _open(path)
             for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 if _RECOMPUTED.fullmatch(name):
                     self.ignored.append(name)
+                    continue
+                if self._predicts_further(name):
+                    self.dropped.append(name)
                     continue
                 if name in self._files:
                     raise ValueError(f"{path}: {name} is also in another file of the folder; restore the folder")
@@ -125,7 +160,16 @@ class HFTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
-        return {fqn: hf_names(fqn, shape) for fqn, shape in parameter_shapes(self.args).items()}
+        return {fqn: hf_names(fqn, shape, self.args.hf_model_type) for fqn, shape in self._shapes.items()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return parameter_shapes(self.args)
+
+    def _predicts_further(self, name: str) -> bool:
+        # transformers ignores them, too.
+        layer = re.match(r"model\.layers\.(\d+)\.", name) if self.args.hf_model_type == "deepseek_v3" else None
+        return layer is not None and int(layer[1]) >= self.args.num_layers
 
     def __getitem__(self, fqn: str) -> Tensor:
         return self.part(fqn, ())
@@ -137,6 +181,10 @@ class HFTensors(Mapping[str, Tensor]):
             experts, inside = (dims[0], dims[1:]) if dims else (slice(None), ())
             read = [self._read(name, inside) for name in names[experts]]
             return torch.stack(read) if read else torch.empty(0)
+        if matrix := parts_of_matrix(fqn, self.args.hf_model_type):
+            start = sum(self._shapes[part][0] for part in matrix[1][: matrix[1].index(fqn)])
+            rows = range(*(dims[0] if dims else slice(None)).indices(self._shapes[fqn][0]))
+            dims = (slice(start + rows.start, start + rows.stop), *dims[1:])
         tensor = self._read(names[0], dims)
         if self.args.tie_embeddings and fqn == "tok_embeddings.weight":
             self._check_tied_output(names[0], tensor, dims)

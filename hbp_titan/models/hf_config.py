@@ -1,49 +1,25 @@
 """HF config.json <-> ModelArgs.
 
-Owns the supported model types and features, the defaults of absent keys (transformers', else DeepSeek's own code's),
-and the rejection of everything that would silently change the mathematics.
+Owns the keys that families share, the defaults of absent ones (transformers', else DeepSeek's own code's), and the
+rejection of everything that would silently change the mathematics. hf_families.py has what differs between families.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from hbp_titan.models.configs import LAYER_TYPES, MLAArgs, ModelArgs, MoEArgs
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf_files import describe_other_weights, read_json, require_folder
 from hbp_titan.models.layers import ROPE_KEYS, attention_factor, check_scaling, yarn_mscale
 
-
-class Family(NamedTuple):
-    """Features that a model_type implies without a key in its config."""
-
-    architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    latent_experts: bool = False
-    """Latent attention and experts (DeepSeek-V2)."""
-    windows: str = ""
-    """Sliding windows: "" has none, "all" on every layer unless sliding_window is null, "switch" on the layers of
-    layer_types, or from max_window_layers on, if use_sliding_window is true."""
-    default_window: int | None = 4096
-    """What transformers assumes where the config has no sliding_window."""
+if TYPE_CHECKING:
+    from hbp_titan.models.hf_families import Family
 
 
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, windows="switch"),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, windows="switch"),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", latent_experts=True),
-}
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The fields of MLAArgs and MoEArgs have the names of DeepSeek-V2's keys.
-_LATENT_SIZES = (
-    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
-)  # fmt: skip
 _REQUIRED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
@@ -51,15 +27,23 @@ _REQUIRED = (
 # Optional keys by what their values must be.
 _KINDS: dict[str, tuple[str, ...]] = {
     "a whole number above 0": (
-        *_REQUIRED, *_LATENT_SIZES, "num_key_value_heads", "head_dim", "q_lora_rank", "n_group", "topk_group",
-        "moe_layer_freq", "original_max_position_embeddings", "sliding_window",
+        *_REQUIRED, "num_key_value_heads", "head_dim", "q_lora_rank", "n_group", "topk_group",
+        "moe_layer_freq", "original_max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
+        "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "kv_lora_rank",
+        "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "no_rope_layer_interval", "query_pre_attn_scalar",
+        "sliding_window_pattern",
     ),
     "a whole number of at least 0": ("first_k_dense_replace", "max_window_layers"),
-    "a number above 0": ("rms_norm_eps", "rope_theta", "routed_scaling_factor"),
+    "a number above 0": (
+        "rms_norm_eps", "rope_theta", "routed_scaling_factor", "rope_local_base_freq",
+    ),
     "a number of at least 0": (
         "initializer_range", "aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha",
+        "router_aux_loss_coef",
     ),
-    "true or false": ("tie_word_embeddings", "norm_topk_prob", "seq_aux", "use_sliding_window"),
+    "true or false": (
+        "tie_word_embeddings", "norm_topk_prob", "seq_aux", "use_sliding_window", "output_router_logits",
+    ),
 }  # fmt: skip
 _ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "a whole number above 0": ("original_max_position_embeddings",),
@@ -80,6 +64,10 @@ _ONLY_SUPPORTED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+_FIXES = {
+    "quantization_config": "; convert the weights first (of DeepSeek-V3: its inference/fp8_cast_bf16.py), or take "
+    "a bfloat16 copy, and remove the key"
+}
 _DEFAULT_THETA = 10000.0
 
 
@@ -90,69 +78,77 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     Raises ValueError with `key` if there is no such folder, and with the file and its key for a model type, feature or
     value that is not supported.
     """
+    from hbp_titan.models.hf_families import latent_args, more_fields
+
     require_folder(Path(folder), key)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{key}: {folder} has no config.json{describe_other_weights(Path(folder))}")
-    published = read_json(path)
-    values = {name: value for name, value in published.items() if value is not None}
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{path}: model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
-    _check_supported(values, path)
+    raw = read_json(path)
+    family = _family(raw.get("model_type"), f"{path}: ")
+    absent = {key: value for key, value in family.defaults.items() if key not in raw and key != "rope_theta"}
+    values = {name: value for name, value in raw.items() if value is not None} | absent
+    _check_supported(values, family, path)
     num_heads = values["num_attention_heads"]
-    family = FAMILIES[model_type]
-    theta, scaling = _rope(values, path, [] if notes is None else notes)
-    # If it is absent, transformers uses 128 for Qwen3 and hidden_size // num_heads for the others.
-    head_dim = values.get("head_dim") or (128 if model_type == "qwen3" else values["hidden_size"] // num_heads)
-    mla, moe = _mla_and_moe(values, path) if family.latent_experts else (None, None)
-    # Only for this key null differs from an absent key.
-    window = published.get("sliding_window", family.default_window)
-    layer_types = _layer_types(values, window, family, path)
+    theta, scaling = _rope(
+        values, path, family.defaults.get("rope_theta", _DEFAULT_THETA), [] if notes is None else notes
+    )
+    try:
+        layer_types, window = family.windows(values)
+        mla = latent_args(values) if family.mla else None
+        moe = None if family.moe is None else family.moe(values)
+        more = more_fields(values, raw["model_type"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return ModelArgs(
         name=Path(folder).resolve().name,
-        hf_model_type=model_type,
+        hf_model_type=raw["model_type"],
         hidden_size=values["hidden_size"],
         intermediate_size=values["intermediate_size"],
         num_layers=values["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=values.get("num_key_value_heads") or num_heads,
-        head_dim=head_dim if mla is None else mla.qk_head_dim,
+        head_dim=mla.qk_head_dim if mla else values.get("head_dim") or values["hidden_size"] // num_heads,
         vocab_size=values["vocab_size"],
         max_position_embeddings=_longest(values["max_position_embeddings"], scaling),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=values.get("rms_norm_eps", 1e-6),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         tie_embeddings=values.get("tie_word_embeddings", False),
         initializer_range=values.get("initializer_range", 0.02),
         mla=mla,
         moe=moe,
         layer_types=layer_types,
-        sliding_window=window if layer_types else None,
+        sliding_window=window,
+        sliding_rope_theta=_sliding_theta(values, theta, path) if family.layer_rope else None,
+        **family.implied,
+        **more,
     )
+
+
+def _family(model_type: Any, where: str) -> Family:
+    from hbp_titan.models.hf_families import FAMILIES
+
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{where}model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
     """Return config.json for `args`. Raises ValueError if the family cannot express the architecture."""
     # RoPE is written for transformers 4.x and vLLM and again for 5.x, with equal values. Token ids are null, because
     # transformers' defaults (1 and 2) would be wrong for most tokenizers.
-    family = FAMILIES.get(args.hf_model_type)
-    if family is None:
-        raise ValueError(
-            f"model {args.name}: hf_model_type {args.hf_model_type!r} must be one of {', '.join(FAMILIES)}"
-        )
-    if (args.qkv_bias, args.qk_norm) != (family.qkv_bias, family.qk_norm):
-        raise ValueError(
-            f"model {args.name}: {args.hf_model_type} requires qkv_bias={family.qkv_bias}, qk_norm={family.qk_norm}, "
-            f"not {args.qkv_bias}, {args.qk_norm}"
-        )
-    if {args.mla is not None, args.moe is not None} != {family.latent_experts}:
-        raise ValueError(
-            f"model {args.name}: {args.hf_model_type} requires {'' if family.latent_experts else 'no '}mla and moe"
-        )
+    from hbp_titan.models.hf_families import feature_fields
+
+    family = _family(args.hf_model_type, f"model {args.name}: ")
+    if different := feature_fields(args):
+        required = ", ".join(f"{name}={implied}, not {own}" for name, (own, implied) in different.items())
+        raise ValueError(f"model {args.name}: {args.hf_model_type} requires {required}")
+    rope_parameters: dict[str, Any]
     rope_parameters = {"rope_type": "default", **(args.rope_scaling or {}), "rope_theta": args.rope_theta}
+    if family.layer_rope:
+        sliding = {"rope_type": "default", "rope_theta": args.sliding_rope_theta}
+        rope_parameters = {"full_attention": rope_parameters, "sliding_attention": sliding}
     return {
         "architectures": [family.architecture],
         "model_type": args.hf_model_type,
@@ -174,13 +170,7 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
         **dict.fromkeys(TOKEN_ID_KEYS),
-        **({} if args.hf_model_type.startswith("qwen") else {"mlp_bias": False}),
-        **_window_keys(args, family),
-        **({} if args.hf_model_type == "qwen2" else {"attention_bias": False}),
-        **(asdict(args.mla) if args.mla is not None else {}),
-        **(asdict(args.moe) if args.moe is not None else {}),
-        # transformers' head_dim is the width of rotary embedding.
-        **({"head_dim": args.rope_dim, "scoring_func": "softmax", "ep_size": 1} if family.latent_experts else {}),
+        **family.keys(args),
     }
 
 
@@ -227,63 +217,35 @@ def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]]
                 raise ValueError(f"{where}{key} = {_short(value)} must be {kind}")
 
 
-def _check_supported(values: dict[str, Any], path: Path) -> None:
-    if missing := [key for key in _REQUIRED if key not in values]:
+def _check_supported(values: dict[str, Any], family: Family, path: Path) -> None:
+    if missing := [key for key in (*_REQUIRED, *family.required) if key not in values]:
         raise ValueError(f"{path}: has no {', '.join(missing)}")
     _check_kinds(values, _KINDS, f"{path}: ")
     numbers = [key for kind, keys in _KINDS.items() if kind.startswith("a number") for key in keys if key in values]
     # transformers refuses 1 for 1.0 in what is written back.
     values |= {key: float(values[key]) for key in numbers}
-    for key, supported in _ONLY_SUPPORTED.items():
+    for key, supported in {**_ONLY_SUPPORTED, **family.only}.items():
         if values.get(key, supported) != supported:
-            raise ValueError(f"{path}: {key} = {_short(values[key])} must be {supported!r}")
+            raise ValueError(f"{path}: {key} = {_short(values[key])} must be {supported!r}{_FIXES.get(key, '')}")
 
 
-def _layer_types(values: dict[str, Any], window: int | None, family: Family, path: Path) -> tuple[str, ...]:
-    """Return the type of each layer as transformers reads it, () if all have full attention."""
-    depth, types, switched = values["num_hidden_layers"], values.get("layer_types"), values.get("use_sliding_window")
-    if types is not None and (not isinstance(types, list) or len(types) != depth or set(types) - set(LAYER_TYPES)):
-        raise ValueError(
-            f"{path}: layer_types = {_short(types)} must list {' or '.join(LAYER_TYPES)} for each of {depth} layers"
-        )
-    if family.windows == "all":
-        found = ["sliding_attention" if window else "full_attention"] * depth
-        # transformers ignores the list; other programs may not.
-        if types not in (None, found):
-            raise ValueError(f"{path}: layer_types = {_short(types)} must be {found[0]} in every layer")
-    elif family.windows == "switch":
-        first = values.get("max_window_layers", 28) if switched and window else depth
-        found = types or ["sliding_attention" if layer >= first else "full_attention" for layer in range(depth)]
-    else:
-        found = types or []
-    windowed = "sliding_attention" in found
-    if windowed and family.windows == "switch" and not (switched and window):
-        raise ValueError(f"{path}: layer_types has sliding_attention; set use_sliding_window and sliding_window")
-    if (windowed or switched) and not family.windows:
-        key = "layer_types has sliding_attention" if windowed else "use_sliding_window = True"
-        raise ValueError(f"{path}: {key}, but {values['model_type']} has no sliding windows")
-    return tuple(found) if windowed else ()
+def _sliding_theta(values: dict[str, Any], theta: float, path: Path) -> float:
+    """Return theta of the layers with a window: rope_parameters' (5.x), rope_local_base_freq (4.x), else `theta`."""
+    nested = (values.get("rope_parameters") or {}).get("sliding_attention") or {}
+    where = f"{path}: rope_parameters.sliding_attention"
+    _check_kinds(nested, _ROPE_KINDS, f"{where}.")
+    if nested.get("rope_type", "default") != "default":
+        raise ValueError(f"{where}.rope_type = {_short(nested['rope_type'])} must be 'default'")
+    return float(nested.get("rope_theta") or values.get("rope_local_base_freq") or theta)
 
 
-def _window_keys(args: ModelArgs, family: Family) -> dict[str, Any]:
-    """Return the keys of config.json that `_layer_types` reads."""
-    types, windowed = list(args.layer_types), "sliding_attention" in args.layer_types
-    if windowed and (not family.windows or (family.windows == "all" and "full_attention" in types)):
-        raise ValueError(f"model {args.name}: {args.hf_model_type} cannot have the layer_types {_short(types)}")
-    window = {"sliding_window": args.sliding_window if windowed else None}
-    if family.windows != "switch":
-        return window if family.windows else {}
-    layers = {"max_window_layers": types.index("sliding_attention"), "layer_types": types} if windowed else {}
-    return {"use_sliding_window": windowed, **window, **layers}
-
-
-def _rope(values: dict[str, Any], path: Path, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
+def _rope(values: dict[str, Any], path: Path, default: float, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
     """Return theta and the scaling from rope_parameters (5.x), rope_theta and rope_scaling (4.x), or both if equal."""
     readings = {
-        key: _rope_reading(values, values.get(key) or {}, f"{path}: {key}", notes)
+        key: _rope_reading(values, values.get(key) or {}, f"{path}: {key}", default, notes)
         for key in ("rope_parameters", "rope_scaling")
         if values.get(key)
-    } or {"rope_theta": _rope_reading(values, {}, f"{path}: rope_theta", notes)}
+    } or {"rope_theta": _rope_reading(values, {}, f"{path}: rope_theta", default, notes)}
     theta, scaling = next(iter(readings.values()))
     if len(readings) == 2 and readings["rope_parameters"] != readings["rope_scaling"]:
         raise ValueError(f"{path}: rope_parameters and rope_scaling disagree: {readings}")
@@ -293,7 +255,7 @@ def _rope(values: dict[str, Any], path: Path, notes: list[str]) -> tuple[float, 
 
 
 def _rope_reading(
-    config: Mapping[str, Any], values: Any, where: str, notes: list[str]
+    config: Mapping[str, Any], values: Any, where: str, default: float, notes: list[str]
 ) -> tuple[float, dict[str, Any] | None]:
     """Return theta and the scaling of one key of `config`, an object or one such object per layer type."""
     if isinstance(values, dict) and (nested := [key for key in values if key.endswith("_attention")]):
@@ -305,7 +267,7 @@ def _rope_reading(
     # transformers reads null as false here, and as absent elsewhere.
     values = {key: value for key, value in values.items() if value is not None or key == "truncate"}
     _check_kinds(values, _ROPE_KINDS, f"{where}.")
-    theta = float(values.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_THETA)
+    theta = float(values.pop("rope_theta", None) or config.get("rope_theta") or default)
     kind = values.pop("rope_type", None) or values.get("type") or "default"
     values.pop("type", None)
     if values.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -348,20 +310,6 @@ def agrees_with_vllm(published: Mapping[str, Any], scaling: Mapping[str, Any]) -
         return True
     theirs = yarn_mscale(scaling["factor"]) * published["attn_factor"]
     return math.isclose(theirs, attention_factor(dict(scaling)), rel_tol=1e-3)
-
-
-def _mla_and_moe(values: dict[str, Any], path: Path) -> tuple[MLAArgs, MoEArgs]:
-    if missing := [key for key in _LATENT_SIZES if key not in values]:
-        raise ValueError(f"{path}: has no {', '.join(missing)}")
-    scoring = values.get("scoring_func", "softmax")
-    if scoring != "softmax":
-        raise ValueError(f"{path}: scoring_func = {scoring!r} must be 'softmax'")
-    try:
-        mla = MLAArgs(**{item.name: values[item.name] for item in fields(MLAArgs) if item.name in values})
-        moe = MoEArgs(**{item.name: values[item.name] for item in fields(MoEArgs) if item.name in values})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return mla, moe
 
 
 def _longest(max_position_embeddings: int, scaling: dict[str, Any] | None) -> int:

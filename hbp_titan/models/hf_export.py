@@ -25,9 +25,11 @@ from hbp_titan.models.hf import (
     MAX_LISTED,
     SINGLE_FILE,
     TIED_OUTPUT,
+    export_dtype,
     hf_names,
     is_fused,
     parameter_shapes,
+    parts_of_matrix,
     to_hf_name,
 )
 from hbp_titan.models.hf_config import TOKEN_ID_KEYS, agrees_with_vllm, args_to_hf_config
@@ -120,11 +122,14 @@ def exported_config(
     decided = [key for key in _BASE_DECIDES if published.get(key) is not None]
     kept = {key: value for key, value in published.items() if key not in own or key in decided}
     for key in ("rope_scaling", "rope_parameters"):
-        theirs = {name: value for name, value in (published.get(key) or {}).items() if value is not None}
-        if own[key] and own[key]["rope_type"] in (theirs.get("rope_type"), theirs.get("type")):
-            if not agrees_with_vllm(theirs, own[key]):
+        full, of_base = own[key] or {}, published.get(key) or {}
+        if "full_attention" in full:
+            full, of_base = full["full_attention"], of_base.get("full_attention") or of_base
+        theirs = {name: value for name, value in of_base.items() if value is not None}
+        if full and full["rope_type"] in (theirs.get("rope_type"), theirs.get("type")):
+            if not agrees_with_vllm(theirs, full):
                 del theirs["attn_factor"]
-            own[key] = {**theirs, **own[key]}
+            full |= {**theirs, **full}
     name = str(dtype).removeprefix("torch.")
     # transformers before 4.56 and vLLM read torch_dtype, later versions dtype.
     return {**own, **kept, **token_ids, "dtype": name, "torch_dtype": name}
@@ -180,7 +185,7 @@ def _sound_generation(values: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(
     args: ModelArgs, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    expected = parameter_shapes(args)
+    expected, matrices = parameter_shapes(args), dict[str, dict[str, Tensor]]()
     for fqn, tensor in tensors:
         if args.tie_embeddings and fqn == TIED_OUTPUT:
             continue
@@ -189,14 +194,23 @@ def _checked(
             raise ValueError(f"model {args.name}: tensor {fqn} is unknown or repeated")
         if tensor.shape != shape:
             raise ValueError(f"model {args.name}: tensor {fqn} is of shape {list(tensor.shape)}, not {list(shape)}")
-        tensor = tensor.detach().to("cpu", dtype)
+        tensor = tensor.detach().to("cpu", export_dtype(fqn, dtype))
         if dtype == torch.float16 and not tensor.isfinite().all():
             raise ValueError(f"tensor {fqn} exceeds the range of float16; use bfloat16 (checkpoint.export_dtype)")
         if is_fused(fqn):
             # Cloned, because safetensors rejects tensors that share memory.
-            yield from ((name, part.clone()) for name, part in zip(hf_names(fqn, shape), tensor, strict=True))
+            yield from (
+                (name, part.clone())
+                for name, part in zip(hf_names(fqn, shape, args.hf_model_type), tensor, strict=True)
+            )
+        elif matrix := parts_of_matrix(fqn, args.hf_model_type):
+            name, parts = matrix
+            found = matrices.setdefault(name, {})
+            found[fqn] = tensor
+            if len(found) == len(parts):
+                yield to_hf_name(name), torch.cat([matrices[name].pop(part) for part in parts])
         else:
-            yield to_hf_name(fqn), tensor.contiguous()
+            yield to_hf_name(fqn, args.hf_model_type), tensor.contiguous()
     if expected:
         raise ValueError(f"model {args.name}: missing tensors {first_n(list(expected), MAX_LISTED)}")
 

@@ -1,4 +1,4 @@
-"""Building blocks of every model family: rotary position embedding, SwiGLU, and the random numbers of initial weights.
+"""Building blocks of every model family: rotary position embedding, norm, feed-forward, random initial weights.
 
 Owns the rotary formulas (Su et al. 2021, RoFormer), with the scalings of transformers' modeling_rope_utils (YaRN: Peng
 et al. 2023, arXiv 2309.00071). The convention is HF's half rotation: element i pairs with i + D/2; DeepSeek's weights
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -129,11 +129,26 @@ def halves_from_pairs(x_TND: Tensor) -> Tensor:
     return x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU of width `intermediate_size`."""
+class UnitOffsetRMSNorm(nn.RMSNorm):
+    """RMS norm that multiplies by 1 + weight, computed in float32 (Gemma)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """Return `value` rounded to `dtype`, without a tensor."""
+    fraction, exponent = math.frexp(value)
+    steps = 2.0 / torch.finfo(dtype).eps
+    return math.ldexp(round(fraction * steps) / steps, exponent)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward network of width `intermediate_size`: SwiGLU, or with the activation gelu_tanh GeGLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -143,7 +158,7 @@ class FeedForward(nn.Module):
 
     def hidden(self, x_TH: Tensor) -> Tensor:
         """Return the input of down_proj, [T, F]."""
-        return F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH)
+        return self.activation(self.gate_proj(x_TH)) * self.up_proj(x_TH)
 
 
 Slices = tuple[slice, ...]

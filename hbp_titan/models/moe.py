@@ -11,6 +11,7 @@ G groups of experts, N documents of the pack. Of a grouped product: S rows, E gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.moe = moe
         self.balance = balance
-        self.gate = nn.Linear(hidden_size, moe.n_routed_experts, bias=False)
+        self.gate = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe.moe_intermediate_size, moe.n_routed_experts)
-        self.shared_experts = FeedForward(hidden_size, moe.n_shared_experts * moe.moe_intermediate_size)
+        shared = moe.n_shared_experts * moe.moe_intermediate_size
+        self.shared_experts = FeedForward(hidden_size, shared) if shared else None
         self.tokens_per_expert: Tensor | None = None
 
     def forward(self, x_TH: Tensor) -> Tensor:
@@ -45,27 +47,32 @@ class MixtureOfExperts(nn.Module):
         self.tokens_per_expert = counts_E
         return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), shared_TH)
 
-    def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return weights_TK, order_S and counts_E (see sort_by_expert), and the shared experts' output."""
+    def send(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return weights_TK, order_S and counts_E (see sort_by_expert), and the shared experts' output, if any."""
         weights_TK, experts_TK = self.choose(self.scores(x_TH))
         order_S, counts_E = self.sort(experts_TK)
         # The shared experts run here so that recomputation may stop before the copies are returned.
-        return weights_TK, order_S, counts_E, self.shared_experts(x_TH)
+        return weights_TK, order_S, counts_E, self.shared(x_TH)
+
+    def shared(self, x_TH: Tensor) -> Tensor | None:
+        """Return the shared experts' output, None without any."""
+        return None if self.shared_experts is None else self.shared_experts(x_TH)
 
     def scores(self, x_TH: Tensor) -> Tensor:
-        """Return the softmax over the experts, scores_TE in float32."""
+        """Return the softmax over the experts, or with noaux_tc their sigmoids, scores_TE in float32."""
         # float32 as in DeepSeek's code, because the choice of experts depends on small differences.
-        return F.linear(x_TH.float(), self.gate.weight.float()).softmax(dim=-1)
+        logits_TE = F.linear(x_TH.float(), self.gate.weight.float())
+        return logits_TE.softmax(dim=-1) if self.gate.e_score_correction_bias is None else logits_TE.sigmoid()
 
     def choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights_TK and experts_TK of all tokens of the shard, with the gradient of the balance losses."""
-        weights_TK, experts_TK = route(scores_TE, self.moe)
+        weights_TK, experts_TK = route(scores_TE, self.moe, self.gate.e_score_correction_bias)
         return with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe), experts_TK
 
     def chosen_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """Return the layer's output for some of the tokens of `choose`."""
         order_S, counts_E = self.sort(experts_TK)
-        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), self.shared_experts(x_TH))
+        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), self.shared(x_TH))
 
     def sort(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Return order_S and counts_E of sort_by_expert."""
@@ -76,9 +83,27 @@ class MixtureOfExperts(nn.Module):
         x_SH, weights_S = dispatch(x_TH, weights_TK, order_S)
         return combine(self.experts(x_SH, weights_S, counts_E), order_S, self.moe.num_experts_per_tok)
 
-    def receive(self, y_TH: Tensor, shared_TH: Tensor) -> Tensor:
+    def receive(self, y_TH: Tensor, shared_TH: Tensor | None) -> Tensor:
         """Return the layer's output."""
-        return y_TH + shared_TH
+        return y_TH if shared_TH is None else y_TH + shared_TH
+
+
+class Router(nn.Linear):
+    """The router's matrix, and with noaux_tc each expert's bias, fp32 [E], which no gradient trains."""
+
+    def __init__(self, hidden_size: int, moe: MoEArgs) -> None:
+        super().__init__(hidden_size, moe.n_routed_experts, bias=False)
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if moe.topk_method == "noaux_tc":
+            bias_E = torch.zeros(moe.n_routed_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # Where a model is cast to bfloat16, on the meta device: the bias moves by steps that bfloat16 cannot hold.
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.data = self.e_score_correction_bias.data.float()
+        return self
 
 
 class Experts(nn.Module):
@@ -106,17 +131,27 @@ class Experts(nn.Module):
         return (F.silu(gate_SF) * up_SF * weights_S[:, None]).to(gate_SF.dtype)
 
 
-def route(scores_TE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
-    """Return weights_TK and experts_TK (int64) of each token, in any order. scores_TE: softmax over the experts."""
-    candidates_TE = scores_TE
-    if moe.topk_method == "group_limited_greedy":
-        scores_TGe = scores_TE.unflatten(-1, (moe.n_group, -1))
-        groups_T = scores_TGe.amax(dim=-1).topk(moe.topk_group, dim=-1, sorted=False).indices
-        other_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter(1, groups_T, False)
-        candidates_TE = scores_TGe.masked_fill(other_TG.unsqueeze(-1), 0.0).flatten(-2)
+def route(scores_TE: Tensor, moe: MoEArgs, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return weights_TK and experts_TK (int64) of each token, in any order.
+
+    scores_TE: of MixtureOfExperts.scores. bias_E: with noaux_tc, of the choice but not of the weights.
+    """
+    candidates_TE = scores_TE if bias_E is None else scores_TE + bias_E.to(scores_TE.device)
+    if moe.topk_method != "greedy":
+        scores_TGe = candidates_TE.unflatten(-1, (moe.n_group, -1))
+        best_TG = scores_TGe.amax(dim=-1) if bias_E is None else scores_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        groups_T = best_TG.topk(moe.topk_group, dim=-1, sorted=False).indices
+        other_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, groups_T, False)
+        # A score with a bias may be below 0.
+        least = 0.0 if bias_E is None else -torch.inf
+        candidates_TE = scores_TGe.masked_fill(other_TG.unsqueeze(-1), least).flatten(-2)
     weights_TK, experts_TK = candidates_TE.topk(moe.num_experts_per_tok, dim=-1, sorted=False)
+    if bias_E is not None:
+        weights_TK = scores_TE.gather(1, experts_TK)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
-        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20), experts_TK
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if bias_E is None:
+            return weights_TK, experts_TK
     return weights_TK * moe.routed_scaling_factor, experts_TK
 
 

@@ -104,7 +104,7 @@ def _assert_equal(expected: Outcome, found: Outcome) -> None:
 
 @pytest.mark.parametrize("name", [case.name for args, case in CASES if args is PLAIN])
 def test_gradients_equal_transformers(found: dict[str, Outcome], name: str) -> None:
-    _assert_equal(_transformers(), Outcome(found[name].loss, in_hf_memory(found[name].grads)))
+    _assert_equal(_transformers(), Outcome(found[name].loss, in_hf_memory(found[name].grads, PLAIN)))
 
 
 @pytest.mark.parametrize(("args", "case"), [pytest.param(a, c, id=c.name) for a, c in CASES if a is not PLAIN])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hbp_titan.models.configs import MLAArgs, ModelArgs, MoEArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
-from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf import parts_of_matrix, to_hf_name
 from hbp_titan.models.hf_config import args_to_hf_config
 
 YARN = {
@@ -80,20 +80,23 @@ def hf_model(model: Decoder) -> nn.Module:
 
     config = transformers.AutoConfig.for_model(**args_to_hf_config(model.args))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    keys = theirs.load_state_dict(in_hf_memory(model.state_dict()), strict=False)
+    keys = theirs.load_state_dict(in_hf_memory(model.state_dict(), model.args), strict=False)
     assert keys.missing_keys == []
     assert keys.unexpected_keys == []
     return theirs.eval()
 
 
-def in_hf_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_hf_memory(tensors: Mapping[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
     """Return weights or gradients by the names of transformers' parameters, given ours."""
-    # In memory, transformers keeps the gate and up projections of all experts in one tensor.
+    # In memory, transformers keeps the gate and up projections of all experts in one tensor, in a module `mlp`.
+    model_type = "llama" if args.hf_model_type == "mixtral" else args.hf_model_type
     result = {}
     for name, tensor in tensors.items():
         layer, fused, projection = name.rpartition(".experts.")
-        if not fused or projection == "down_proj":
-            result[to_hf_name(name)] = tensor
+        if matrix := parts_of_matrix(name, model_type):
+            result[to_hf_name(matrix[0])] = torch.cat([tensors[part] for part in matrix[1]])
+        elif not fused or projection == "down_proj":
+            result[to_hf_name(name, model_type)] = tensor
         elif projection == "gate_proj":
             both = torch.cat([tensor, tensors[f"{layer}.experts.up_proj"]], dim=1)
             result[to_hf_name(f"{layer}.experts.gate_up_proj")] = both

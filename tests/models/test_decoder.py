@@ -16,7 +16,7 @@ from hbp_titan.models.attention import VarlenAttention, varlen_attention
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, init_parameter
 from hbp_titan.models.documents import Documents, pack_documents
-from tests.models import deepseek_tiny
+from tests.models import deepseek_tiny, families
 from tests.models.deepseek_tiny import hf_model, in_hf_memory, random_model
 
 LENGTHS = (1, 23, 9, 40)
@@ -81,7 +81,7 @@ def largest_difference(ours: Decoder, theirs: nn.Module, pack: dict[str, Any]) -
         model.zero_grad()
         F.cross_entropy(scores, targets).backward()
     wanted = {"logits": expected.detach(), **_grads(theirs)}
-    found = {"logits": logits.detach(), **in_hf_memory(_grads(ours))}
+    found = {"logits": logits.detach(), **in_hf_memory(_grads(ours), ours.args)}
     assert found.keys() == wanted.keys()
     return max(((found[name] - grad).norm() / grad.norm()).item() for name, grad in wanted.items())
 
@@ -111,6 +111,7 @@ LAYOUTS = {
     "no dense layer, one shared expert": deepseek(moe={"first_k_dense_replace": 0, "n_shared_experts": 1}),
     "values as wide as keys": deepseek(2, mla={"v_head_dim": 24}),
     "one head, plain rope": deepseek(1, rope_scaling=None),
+    **families.TINY,
 }
 
 
@@ -174,7 +175,7 @@ def test_a_pad_token_inside_documents_learns_here_but_not_in_transformers() -> N
     assert largest_difference(ours, theirs, pack) < 1e-5
     theirs.model.embed_tokens.padding_idx = pad
     assert largest_difference(ours, theirs, pack) > 1e-3
-    found, expected = in_hf_memory(_grads(ours)), _grads(theirs)
+    found, expected = in_hf_memory(_grads(ours), ours.args), _grads(theirs)
     rows = (found["model.embed_tokens.weight"] - expected["model.embed_tokens.weight"]).norm(dim=1)
     assert rows.argmax() == pad
     assert rows.sum() - rows[pad] < 1e-4 * rows[pad]

@@ -218,7 +218,9 @@ def test_tokens_per_expert_are_those_of_the_last_forward_by_layer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe": {"topk_method": "noaux_tc"}}, "noaux_tc"),
+        ({"moe": {"topk_method": "best"}}, "best"),
+        ({"moe": {"topk_method": "noaux_tc", "aux_loss_alpha": 0.1}}, "noaux_tc"),
+        ({"moe": {"topk_method": "noaux_tc", "n_group": 8, "topk_group": 8}}, "noaux_tc"),
         ({"moe": {"n_group": 3}}, "n_group=3"),
         ({"moe": {"topk_group": 5}}, "topk_group=5"),
         ({"moe": {"num_experts_per_tok": 5}}, "num_experts_per_tok=5"),
