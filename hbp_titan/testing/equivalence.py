@@ -326,7 +326,7 @@ def reference(
         block.inner_attention = _OneDocumentAttention(args.softmax_scale, args.window(layer))
     model.to(device, dtype)
     total = int(samples.loss_tokens.sum())
-    grads = {name: torch.zeros(p.shape, device=device) for name, p in model.named_parameters()}
+    grads = {name: torch.zeros(p.shape, device=device) for name, p in _trained(model)}
     losses = []
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -338,7 +338,7 @@ def reference(
         loss = F.cross_entropy(logits[:-1][kept].float(), ids[1:][kept], reduction="sum")
         (loss / total).backward()
         losses.append(loss.item())
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model):
             # In float32: sums in bfloat16 would lose the gradients of short samples.
             grads[name] += _grad(parameter)
         model.zero_grad()
@@ -388,7 +388,7 @@ def run_case(
     shapes = BatchShapes.from_plan(plan, args.num_kv_heads)
     batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.loss_normalization])
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
-    joined = {name: torch.zeros(p.shape, device=world.device) for name, p in engine.model.named_parameters()}
+    joined = {name: torch.zeros(p.shape, device=world.device) for name, p in _trained(engine.model)}
     loss_sum = 0.0
     for step in range(plan.num_steps):
         end = int(plan.step_offsets[step + 1])
@@ -397,7 +397,7 @@ def run_case(
             loss_sum += losses_S.sum().item()
         # A step's gradient is that of its own mean; the reference's is that of the mean over all samples.
         share = int(plan.step_loss_tokens[step]) / int(samples.loss_tokens.sum())
-        for name, parameter in engine.model.named_parameters():
+        for name, parameter in _trained(engine.model):
             joined[name] += share * _grad(parameter)
         engine.model.zero_grad()
     (loss_sum,) = all_reduce_values([loss_sum], "sum", world.device)
@@ -427,6 +427,11 @@ def run_cases(
         # An engine is part of reference cycles, and the next case needs its memory.
         gc.collect()
     return [(difference.loss, difference.grads) for difference in found]
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with gradients: all but the biases of DeepSeek-V3's routers."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _grad(parameter: Tensor) -> Tensor:
@@ -508,6 +513,8 @@ def shrunk(args: ModelArgs) -> ModelArgs:
         moe = dataclasses.replace(
             moe, moe_intermediate_size=16, first_k_dense_replace=min(moe.first_k_dense_replace, 1), moe_layer_freq=1
         )
+    # Both kinds of layers, where the architecture has two.
+    kinds = sorted(set(args.layer_types), reverse=True)
     return dataclasses.replace(
         args,
         name=f"{args.name}, shrunk",
@@ -515,6 +522,10 @@ def shrunk(args: ModelArgs) -> ModelArgs:
         head_dim=16,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
+        query_scalar=args.query_scalar and 24,
+        nope_layers=(1,) if args.nope_layers else (),
+        layer_types=tuple((kinds * 2)[:2]),
+        sliding_window=args.sliding_window and min(args.sliding_window, 24),
         mla=mla,
         moe=moe,
     )

@@ -72,5 +72,5 @@ TINY: dict[str, ModelArgs] = {
     "qwen3_moe, first layer dense": dense(
         "qwen3_moe", moe=dataclasses.replace(EXPERTS, first_k_dense_replace=1, norm_topk_prob=False)
     ),
-    "deepseek_v3": deepseek_tiny.tiny_args(hf_model_type="deepseek_v3", mla=vars(V3_MLA), moe=vars(V3_EXPERTS)),
+    "deepseek_v3": deepseek_tiny.tiny_args(4, hf_model_type="deepseek_v3", mla=vars(V3_MLA), moe=vars(V3_EXPERTS)),
 }
