@@ -43,6 +43,7 @@ _QWEN3: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "qk_norm": True,
 }
+_QWEN3_MOE: dict[str, Any] = {**_QWEN3, "hf_model_type": "qwen3_moe"}
 _DEEPSEEK_V2: dict[str, Any] = {
     "hf_model_type": "deepseek_v2",
     "vocab_size": 102400,
@@ -58,6 +59,73 @@ _DEEPSEEK_V2: dict[str, Any] = {
         "mscale_all_dim": 0.707,
     },
 }
+_DEEPSEEK_V3: dict[str, Any] = {
+    **_DEEPSEEK_V2,
+    "hf_model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "rope_scaling": {**_DEEPSEEK_V2["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
+    "mla": MLAArgs(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+    "moe": MoEArgs(
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        n_shared_experts=1,
+        first_k_dense_replace=3,
+        topk_method="noaux_tc",
+        n_group=8,
+        topk_group=4,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    ),
+}
+_MISTRAL: dict[str, Any] = {
+    "hf_model_type": "mistral",
+    "vocab_size": 32768,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "norm_eps": 1e-5,
+}
+_MIXTRAL: dict[str, Any] = {**_MISTRAL, "hf_model_type": "mixtral", "vocab_size": 32000}
+_OLMO2: dict[str, Any] = {
+    "hf_model_type": "olmo2",
+    "vocab_size": 100352,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000.0,
+    "qk_norm": True,
+    "qk_norm_all_heads": True,
+    "norm_placement": "after",
+}
+_SMOLLM3: dict[str, Any] = {
+    "hf_model_type": "smollm3",
+    "vocab_size": 128256,
+    "max_position_embeddings": 65536,
+    "rope_theta": 5000000.0,
+    "nope_layers": tuple(range(3, 36, 4)),
+    "tie_embeddings": True,
+}
+_PHI4: dict[str, Any] = {
+    "hf_model_type": "phi3",
+    "vocab_size": 100352,
+    "max_position_embeddings": 16384,
+    "rope_theta": 250000.0,
+    "norm_eps": 1e-5,
+}
+_GEMMA3: dict[str, Any] = {
+    "hf_model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "sliding_rope_theta": 10000.0,
+    "sliding_window": 512,
+    "layer_types": tuple("full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(26)),
+    "qk_norm": True,
+    "norm_placement": "both",
+    "unit_offset_norms": True,
+    "activation": "gelu_tanh",
+    "scale_embeddings": True,
+    "query_scalar": 256,
+    "tie_embeddings": True,
+}
 _DIMS = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -69,6 +137,12 @@ def _to_128k(args: ModelArgs) -> ModelArgs:
     """Return a Qwen2.5 with the YaRN that its model card prescribes for more than 32,768 tokens."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     return replace(args, name=f"{args.name}_128k", max_position_embeddings=131072, rope_scaling=scaling)
+
+
+def _experts(number: int, per_token: int, width: int) -> dict[str, Any]:
+    """Return experts whose chosen scores are normalized, without shared ones (Mixtral, Qwen3-MoE)."""
+    sizes = {"n_routed_experts": number, "num_experts_per_tok": per_token, "moe_intermediate_size": width}
+    return {"moe": MoEArgs(**sizes, n_shared_experts=0, norm_topk_prob=True)}
 
 
 def _deepseek_experts(q_lora_rank: int | None, **moe: Any) -> dict[str, Any]:
@@ -151,7 +225,18 @@ FLAVORS: dict[str, ModelArgs] = {
         _flavor(_QWEN3, "qwen3_4b", 2560, 9728, 36, 32, 8, 128, tie_embeddings=True),
         _flavor(_QWEN3, "qwen3_8b", 4096, 12288, 36, 32, 8, 128),
         _flavor(_QWEN3, "qwen3_32b", 5120, 25600, 64, 64, 8, 128),
+        _flavor(_QWEN3_MOE, "qwen3_30b_a3b", 2048, 6144, 48, 32, 4, 128, **_experts(128, 8, 768)),
+        _flavor(_QWEN3_MOE, "qwen3_235b_a22b", 4096, 12288, 94, 64, 4, 128, **_experts(128, 8, 1536)),
+        _flavor(_MISTRAL, "mistral_7b", 4096, 14336, 32, 32, 8, 128),
+        _flavor(_MISTRAL, "mistral_small_24b", 5120, 32768, 40, 32, 8, 128, vocab_size=131072, rope_theta=100000000.0),
+        _flavor(_MIXTRAL, "mixtral_8x7b", 4096, 14336, 32, 32, 8, 128, **_experts(8, 2, 14336)),
+        _flavor(_OLMO2, "olmo2_7b", 4096, 11008, 32, 32, 32, 128),
+        _flavor(_OLMO2, "olmo2_32b", 5120, 27648, 64, 40, 8, 128),
+        _flavor(_SMOLLM3, "smollm3_3b", 2048, 11008, 36, 16, 4, 128),
+        _flavor(_PHI4, "phi4_14b", 5120, 17920, 40, 40, 10, 128),
+        _flavor(_GEMMA3, "gemma3_1b", 1152, 6912, 26, 4, 1, 256),
         _flavor(_DEEPSEEK_V2, "deepseek_v2_236b", 5120, 12288, 60, 128, 128, 192, **_EXPERTS_236B),
         _flavor(_DEEPSEEK_V2, "deepseek_v2_lite_16b", 2048, 10944, 27, 16, 16, 192, **_EXPERTS_16B),
+        _flavor(_DEEPSEEK_V3, "deepseek_v3_671b", 7168, 18432, 61, 128, 128, 192),
     )
 }

@@ -44,12 +44,17 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _full_rope(config: Any) -> dict[str, Any]:
+    # Gemma 3 has one for each kind of layer.
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
 def _rope(config: Any) -> tuple[torch.Tensor, float]:
     """Return transformers' inverse frequencies and factor of cosines and sines."""
-    kind = config.rope_parameters["rope_type"]
+    kind = _full_rope(config)["rope_type"]
     if kind == "default":
         dim = _head_dim(config)
-        return config.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2) / dim), 1.0
+        return _full_rope(config)["rope_theta"] ** -(torch.arange(0, dim, 2) / dim), 1.0
     return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
 
 
@@ -58,7 +63,7 @@ def _facts(config: Any) -> tuple[Any, ...]:
     dims = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads)
     heads = (config.num_key_value_heads, _head_dim(config))
     rest = (config.rms_norm_eps, config.tie_word_embeddings, config.vocab_size, config.initializer_range)
-    return (*dims, *heads, *rest, float(config.rope_parameters["rope_theta"]))
+    return (*dims, *heads, *rest, float(_full_rope(config)["rope_theta"]))
 
 
 def _own_facts(args: ModelArgs) -> tuple[Any, ...]:
