@@ -12,14 +12,17 @@ from torch import Tensor
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import load_config
+from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
+from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors
 from hbp_titan.models.hf_export import save_hf_folder
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
-from tests.models.deepseek_tiny import tiny_args
+from tests.models.deepseek_tiny import random_model, tiny_args
+from tests.models.families import TINY
 from tests.runs import equal, read_metrics
 from tests.tiny_run import VOCAB_SIZE, write_tiny_run
 
@@ -39,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _argv(folder: Path, name: str, degree: int, *more: str) -> list[str]:
+def _argv(folder: Path, name: str, degree: int, *more: str, args: ModelArgs = ARGS) -> list[str]:
     return [
-        *write_tiny_run(folder, num_rows=30, levels="", args=ARGS),
+        *write_tiny_run(folder, num_rows=30, levels="", args=args),
         f"--job.dump_folder={folder / name}",
         f"--checkpoint.initial_load_path={folder / 'base'}",
         f"--parallelism.expert_parallel_degree={degree}",
@@ -59,7 +62,7 @@ def _argv(folder: Path, name: str, degree: int, *more: str) -> list[str]:
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     named = dict(model.named_parameters())
     moments = {f"{name} moment": optimizer.state[p]["exp_avg"] for name, p in named.items() if p.requires_grad}
-    return {name: value.detach().full_tensor() for name, value in {**named, **moments}.items()}  # type: ignore[attr-defined]
+    return {name: whole_tensor(value.detach()) for name, value in {**named, **moments}.items()}
 
 
 def _train(world: World, argv: list[str]) -> Tensors:
@@ -68,9 +71,9 @@ def _train(world: World, argv: list[str]) -> Tensors:
     return _state(trainer.model, trainer.optimizer)
 
 
-def _load(world: World, argv: list[str], checkpoints: Path) -> Tensors:
+def _load(world: World, argv: list[str], checkpoints: Path, args: ModelArgs = ARGS) -> Tensors:
     config = load_config(argv)
-    engine = Engine(config, ARGS, world)
+    engine = Engine(config, args, world)
     optimizer = build_optimizer(engine.model, config.optimizer)
     assert Checkpointer(checkpoints, engine.model, optimizer, config.checkpoint).load()
     return _state(engine.model, optimizer)
@@ -127,3 +130,27 @@ def test_load_of_each_expert_is_logged(folder: Path, trained: Tensors) -> None:
         assert load["ranks"] == pytest.approx(ranks)
         assert load["idle"] == sum(counts.count(0) for counts in table.values())
         assert load["mean"] <= load["worst"]
+
+
+V3 = dataclasses.replace(TINY["deepseek_v3"], vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
+
+
+def test_biases_of_deepseek_v3_stay_exact_from_folder_over_checkpoint_to_folder(tmp_path: Path) -> None:
+    # In float32, although the folder and the export are in bfloat16.
+    base = random_model(V3, 7)
+    save_hf_folder(V3, base.named_parameters(), tmp_path / "base", dtype=torch.bfloat16)
+    words = ["--levels=128:1,512:2:ulysses:full", "--checkpoint.export_dtype=bfloat16"]
+    trained = run_distributed(_train, 2, _argv(tmp_path, "v3", 2, *words, args=V3))[0]
+    alone = _argv(tmp_path, "elsewhere", 1, "--levels=512:1", args=V3)
+    again = run_distributed(_load, 1, alone, tmp_path / "v3" / "checkpoint", V3)[0]
+    biases = {name: value for name, value in base.named_parameters() if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 2
+    exported = HFTensors(tmp_path / "v3" / "hf")
+    for name, value in biases.items():
+        assert exported[name].dtype == torch.float32
+        assert value.equal(exported[name])
+        assert value.equal(trained[name])
+        assert value.equal(again[name])
+    router = "layers.1.mlp.gate.weight"
+    assert exported[router].dtype == torch.bfloat16
+    assert not exported[router].equal(base.get_parameter(router).bfloat16())

@@ -141,7 +141,11 @@ def _to_128k(args: ModelArgs) -> ModelArgs:
 
 def _experts(number: int, per_token: int, width: int) -> dict[str, Any]:
     """Return experts whose chosen scores are normalized, without shared ones (Mixtral, Qwen3-MoE)."""
-    sizes = {"n_routed_experts": number, "num_experts_per_tok": per_token, "moe_intermediate_size": width}
+    sizes: dict[str, Any] = {
+        "n_routed_experts": number,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": width,
+    }
     return {"moe": MoEArgs(**sizes, n_shared_experts=0, norm_topk_prob=True)}
 
 
