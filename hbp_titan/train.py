@@ -84,7 +84,7 @@ class Trainer:
             preflight.check(config, world.size, self.device, self.args)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.oom_advice.plan = self.plans.plan_for(0)
-        self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads)
+        self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads, self.args.sliding_window)
         self.validator = None
         if config.validation.enable and held_out:
             plan = EpochPlans(config, held_out[0], world.size, cost).plan_for(0)

@@ -67,7 +67,9 @@ def loader(config: JobConfig, world_size: int, workers: list[int], rounds: int) 
     args = model_args(config)
     store = open_stores(config, max_sample_tokens(config, args))[0]
     plan = EpochPlans(config, store, world_size, cost_model(args)).plan_for(0)
-    return loader_speeds(plan, store, BatchShapes.from_plan(plan, args.num_kv_heads), workers, rounds)
+    return loader_speeds(
+        plan, store, BatchShapes.from_plan(plan, args.num_kv_heads, args.sliding_window), workers, rounds
+    )
 
 
 if __name__ == "__main__":

@@ -147,11 +147,14 @@ def make_batch(
     )
 
 
-def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1) -> PackedBatch:
+def shard_batch(
+    batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree: int = 1, window: int | None = None
+) -> PackedBatch:
     """Return the sequence shard of `cp_rank`. Labels are shifted already, so a shard boundary loses none.
 
     gather_degree: number of groups of cp ranks between which keys and values are all-gathered. Each group holds a
     head-tail shard, each rank a contiguous part of its group's shard. 1 means contiguous shards of the pack itself.
+    window: the model's sliding window, which saves layers that have it gathered keys.
     """
     if cp_degree == 1:
         return batch
@@ -159,7 +162,7 @@ def shard_batch(batch: PackedBatch, cp_rank: int, cp_degree: int, gather_degree:
     tokens, documents = torch.arange(len(batch.input_ids)), batch.documents
     group, part = divmod(cp_rank, cp_degree // gather_degree)
     if gather_degree > 1:
-        positions, documents = head_tail_shard(batch.lengths, group, gather_degree)
+        positions, documents = head_tail_shard(batch.lengths, group, gather_degree, window)
         tokens = torch.from_numpy(positions)
     size = len(batch.input_ids) // cp_degree
     tokens = tokens[part * size : (part + 1) * size]

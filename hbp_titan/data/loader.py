@@ -31,17 +31,18 @@ class BatchShapes:
     """What determines the shapes of each level's batches in addition to max_tokens; one entry per level.
 
     gather_degrees: groups between which keys and values are gathered (`shard_batch`). max_documents: power of two that
-    is at least the number of documents of any pack.
+    is at least the number of documents of any pack. window: the model's sliding window.
     """
 
     gather_degrees: tuple[int, ...]
     max_documents: tuple[int, ...]
+    window: int | None = None
 
     @classmethod
-    def from_plan(cls, plan: Plan, num_kv_heads: int) -> BatchShapes:
-        """Return the shapes that `plan` needs for a model with `num_kv_heads`."""
+    def from_plan(cls, plan: Plan, num_kv_heads: int, window: int | None = None) -> BatchShapes:
+        """Return the shapes that `plan` needs for a model with `num_kv_heads` and this sliding window."""
         gather_degrees = tuple(level.cp_shape(num_kv_heads)[0] for level in plan.levels)
-        return cls(gather_degrees, (1,) * len(plan.levels)).enlarged_for(plan)
+        return cls(gather_degrees, (1,) * len(plan.levels), window).enlarged_for(plan)
 
     def enlarged_for(self, plan: Plan) -> BatchShapes:
         """Return these shapes, or larger ones if a pack of `plan` has more documents."""
@@ -88,7 +89,7 @@ class PlanDataset(Dataset[PackedBatch]):
                 f"micro-batch {micro_batch}, samples {sample_ids.tolist()}: the batch has {batch.num_loss_tokens} loss "
                 f"tokens, the plan {planned}"
             )
-        return shard_batch(batch, cp_rank, level.cp_degree, self.shapes.gather_degrees[index])
+        return shard_batch(batch, cp_rank, level.cp_degree, self.shapes.gather_degrees[index], self.shapes.window)
 
 
 class PackLoader:

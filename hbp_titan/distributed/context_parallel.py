@@ -131,6 +131,8 @@ class ContextParallelAttention(nn.Module):
         super().__init__()
         self.inner = inner
         self.state = state
+        window = getattr(inner, "window", None)
+        self.window: int | None = window
 
     @property
     def exchanges(self) -> bool:
@@ -154,11 +156,11 @@ class ContextParallelAttention(nn.Module):
             q_SND = self.scatter_queries(q_SND)
         if isinstance(documents, HeadTailShard):
             (heads_k, heads_v), (tails_k, tails_v) = keys_values.passes()
-            split = documents.heads.documents.whole.num_queries
-            q_heads, q_tails = q_SND.split([split, len(q_SND) - split])
+            heads, tails = documents.passes(self.window)
+            q_heads, q_tails = q_SND.split([part.documents.whole.num_queries for part in (heads, tails)])
             # Two passes: a head's keys are also keys of its document's tail, and one varlen call cannot share rows.
-            o_heads = self.inner(q_heads, heads_k, heads_v, documents.heads.documents)
-            o_SND = torch.cat([o_heads, self.inner(q_tails, tails_k, tails_v, documents.tails.documents)])
+            o_heads = self.inner(q_heads, heads_k, heads_v, heads.documents)
+            o_SND = torch.cat([o_heads, self.inner(q_tails, tails_k, tails_v, tails.documents)])
         else:
             o_SND = self.inner(q_SND, *keys_values.sequence(), documents)
         return self.gather_heads(o_SND) if scatters else o_SND
@@ -279,7 +281,7 @@ def _gather_passes(attention: ContextParallelAttention, shard: HeadTailShard) ->
 
     Gradients of both passes and of all ranks are summed in fp32: in bf16 each of 2G additions would round.
     """
-    head_rows, tail_rows = shard.heads.key_rows, shard.tails.key_rows
+    head_rows, tail_rows = (part.key_rows for part in shard.passes(attention.window))
     num_rows = 0
 
     def rows(kv_T2KD: Tensor) -> tuple[Tensor, Tensor]:

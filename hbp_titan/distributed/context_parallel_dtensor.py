@@ -57,7 +57,7 @@ class DTensorKeysValues(KeysValues):
         v_SKD: Tensor,
         documents: Documents | HeadTailShard,
     ) -> None:
-        self.documents = documents
+        self.documents, self.window = documents, attention.window
         # DTensor cannot shard fewer kv heads than ranks evenly.
         repeats = max(attention.state.ulysses_degree // k_SKD.shape[1], 1)
         # [S, K, D] -> [T, K/C, D]
@@ -76,7 +76,8 @@ class DTensorKeysValues(KeysValues):
 
     def passes(self) -> list[tuple[Tensor, Tensor]]:
         assert isinstance(self.documents, HeadTailShard)
-        return [(self.k_TKD[part.key_rows], self.v_TKD[part.key_rows]) for part in self.documents]
+        parts = self.documents.passes(self.window)
+        return [(self.k_TKD[part.key_rows], self.v_TKD[part.key_rows]) for part in parts]
 
 
 def redistribute(

@@ -121,7 +121,7 @@ def random_batches(
         weights = np.full(len(lengths), 1.0 / max(int((lengths - 1).sum()), 1))
         batch = make_batch(source, range(len(lengths)), level, level_index, max_documents, weights)
         gather_degree = level.cp_shape(args.num_kv_heads)[0]
-        batches.append(shard_batch(batch, cp_rank, level.cp_degree, gather_degree))
+        batches.append(shard_batch(batch, cp_rank, level.cp_degree, gather_degree, args.sliding_window))
     return batches
 
 

@@ -157,16 +157,27 @@ class ShardPass(NamedTuple):
 
 
 class HeadTailShard(NamedTuple):
-    """The two attention passes of one rank's shard."""
+    """The two attention passes of one rank's shard.
+
+    windowed: the same for layers with a sliding window, without keys that no query of the pass attends to.
+    """
 
     heads: ShardPass
     tails: ShardPass
+    windowed: tuple[ShardPass, ShardPass] | None = None
+
+    def passes(self, window: int | None) -> tuple[ShardPass, ShardPass]:
+        """Return the passes of heads and of tails of a layer with this window."""
+        return (self.heads, self.tails) if window is None or self.windowed is None else self.windowed
 
 
-def head_tail_shard(lengths: IntArray, rank: int, degree: int) -> tuple[IntArray, HeadTailShard]:
+def head_tail_shard(
+    lengths: IntArray, rank: int, degree: int, window: int | None = None
+) -> tuple[IntArray, HeadTailShard]:
     """Return the tokens of `rank` (positions in the pack, int64 [T / degree]) and its attention passes.
 
-    lengths: of the pack's documents, padding included; they sum to T, a multiple of `degree` = C. Every document is cut
+    lengths: of the pack's documents, padding included; they sum to T, a multiple of `degree` = C. window: of the
+    model's layers that have one (ModelArgs.sliding_window). Every document is cut
     into 2C chunks whose sizes differ by at most one token; rank r holds chunk r (a cheap head) and chunk 2C-1-r (an
     expensive tail). Tokens that 2C does not divide go to one chunk each, round-robin, continuing in the next document.
     So every rank holds T / C tokens, first ceil(T / 2C) of heads, then floor(T / 2C) of tails: static shapes.
@@ -183,8 +194,11 @@ def head_tail_shard(lengths: IntArray, rank: int, degree: int) -> tuple[IntArray
     num_tokens = int(lengths.sum())
     rows = np.empty(num_tokens, dtype=np.int64)
     rows[np.concatenate(shards)] = np.arange(num_tokens)
-    passes = (_pass(bounds, chunk, rows) for chunk in (rank, 2 * degree - 1 - rank))
-    return shards[rank], HeadTailShard(*passes)
+
+    def passes(window: int | None) -> tuple[ShardPass, ShardPass]:
+        return _pass(bounds, rank, rows, window), _pass(bounds, 2 * degree - 1 - rank, rows, window)
+
+    return shards[rank], HeadTailShard(*passes(None), windowed=passes(window) if window else None)
 
 
 def chunk_bounds(lengths: IntArray, degree: int) -> IntArray:
@@ -205,12 +219,15 @@ def _shard_tokens(bounds: IntArray, rank: int) -> IntArray:
     return _ranges(starts, np.concatenate([bounds[:, rank + 1], bounds[:, tail + 1]]) - starts)
 
 
-def _pass(bounds: IntArray, chunk: int, rows: IntArray) -> ShardPass:
+def _pass(bounds: IntArray, chunk: int, rows: IntArray, window: int | None) -> ShardPass:
     """Return the attention pass of one chunk of all documents. rows: row of each token among the gathered keys."""
     # Documents too short to have tokens in this chunk have no query here, and kernels would launch blocks for them.
     bounds = bounds[bounds[:, chunk + 1] > bounds[:, chunk]]
-    queries, keys = bounds[:, chunk + 1] - bounds[:, chunk], bounds[:, chunk + 1] - bounds[:, 0]
-    return ShardPass(pack_documents(queries, keys), torch.from_numpy(rows[_ranges(bounds[:, 0], keys)]))
+    ends = bounds[:, chunk + 1]
+    queries, keys = ends - bounds[:, chunk], ends - bounds[:, 0]
+    if window is not None:
+        keys = np.minimum(keys, queries + window - 1)
+    return ShardPass(pack_documents(queries, keys), torch.from_numpy(rows[_ranges(ends - keys, keys)]))
 
 
 def _ranges(starts: IntArray, sizes: IntArray) -> IntArray:

@@ -272,8 +272,9 @@ def _merge_documents(batch: PackedBatch) -> PackedBatch:
         return pack_documents([documents.whole.num_queries], [documents.whole.num_keys])
 
     if isinstance(batch.documents, HeadTailShard):
-        parts = (part._replace(documents=merged(part.documents)) for part in batch.documents)
-        return dataclasses.replace(batch, documents=HeadTailShard(*parts))
+        parts = batch.documents.passes(None)
+        heads, tails = (part._replace(documents=merged(part.documents)) for part in parts)
+        return dataclasses.replace(batch, documents=HeadTailShard(heads, tails))
     return dataclasses.replace(batch, documents=merged(batch.documents))
 
 
@@ -385,7 +386,7 @@ def run_case(
         global_batch_tokens=case.global_batch_tokens,
         level_order=case.level_order,
     )
-    shapes = BatchShapes.from_plan(plan, args.num_kv_heads)
+    shapes = BatchShapes.from_plan(plan, args.num_kv_heads, args.sliding_window)
     batches = PlanDataset(plan, samples, world.rank, shapes, NORMALIZERS[case.loss_normalization])
     breakage = BREAKAGES.get(case.broken, lambda batch: batch)
     joined = {name: torch.zeros(p.shape, device=world.device) for name, p in _trained(engine.model)}

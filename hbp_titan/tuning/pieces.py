@@ -309,10 +309,11 @@ def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
     # As `head_tail_shard` cuts it; a shard may be odd.
     heads = -(-level.max_tokens // (2 * gather_degree))
     tails = level.max_tokens // gather_degree - heads
-    passes = ((heads, gather_degree * heads), (tails, gather_degree * heads + tails))
-    return HeadTailShard(
-        *(ShardPass(pack_documents([own], [keys]), torch.empty(keys, dtype=torch.int64)) for own, keys in passes)
-    )
+
+    def chunk(own: int, keys: int) -> ShardPass:
+        return ShardPass(pack_documents([own], [keys]), torch.empty(keys, dtype=torch.int64))
+
+    return HeadTailShard(chunk(heads, gather_degree * heads), chunk(tails, gather_degree * heads + tails))
 
 
 @contextmanager

@@ -264,7 +264,7 @@ class Packs:
         weights = np.full(len(samples), 1.0 / max(float(self.loads[number, 1]), 1.0))
         whole = make_batch(self.samples, samples, level, level_index, self.max_documents, weights)
         gather_degree = level.cp_shape(args.num_kv_heads)[0]
-        return shard_batch(whole, rank % level.cp_degree, level.cp_degree, gather_degree)
+        return shard_batch(whole, rank % level.cp_degree, level.cp_degree, gather_degree, args.sliding_window)
 
 
 class RandomSamples:

@@ -26,7 +26,10 @@ DOCUMENTS = {
     "one document": [60],
     "single tokens": [1] * 60,
     "shorter than the chunks are many": [2, 3, 4, 5, 6, 7, 33],
+    "longer than a window": [33, 7, 20],
+    "one window of a document": [60],
 }
+WINDOWS = {name: 5 if "window" in name else None for name in DOCUMENTS}
 
 
 def _inputs(num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,7 +84,8 @@ CASES = {
 
 def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
     """Return tokens, output and gradients of this rank's shard for each case, one level switch after another."""
-    attention = cp_attention(backend)(VarlenAttention(), state := ContextParallelState())
+    state = ContextParallelState()
+    attention = {window: cp_attention(backend)(VarlenAttention(None, window), state) for window in {*WINDOWS.values()}}
     # DTensor does each exchange in many small steps: only the reference's first layouts of each form.
     most = 2 if backend == "dtensor" else None
     cases = [(Level(T, degree, style), x) for style, degree, layouts in CASES[world.size] for x in layouts[:most]]
@@ -90,10 +94,11 @@ def _rank(world: World, backend: str) -> dict[object, list[Tensor]]:
     for level, layout in cases:
         shape = level.cp_shape(layout[1])
         state.set_mesh(meshes.mesh_for(shape))
-        for name, lengths in DOCUMENTS.items():
+        for name, window in WINDOWS.items():
             cp_rank = world.rank % level.cp_degree
-            batch = shard_batch(_numbered_pack(lengths), cp_rank, level.cp_degree, shape[0])
-            outcome = _attend(attention, batch.input_ids, batch.documents, *layout)
+            # Layers with and without a window share the batches of a model.
+            batch = shard_batch(_numbered_pack(DOCUMENTS[name]), cp_rank, level.cp_degree, shape[0], window=5)
+            outcome = _attend(attention[window], batch.input_ids, batch.documents, *layout)
             results[level.cp_style, level.cp_degree, layout, name] = [batch.input_ids, *outcome]
     return results
 
@@ -104,7 +109,8 @@ def test_shards_equal_unsharded_attention(world_size: int, backend: str) -> None
     results = run_distributed(_rank, world_size, backend)
     for case in results[0]:
         _, degree, layout, name = case
-        expected = _attend(VarlenAttention(), torch.arange(T), pack_documents(DOCUMENTS[name]), *layout)
+        whole = VarlenAttention(None, WINDOWS[name])
+        expected = _attend(whole, torch.arange(T), pack_documents(DOCUMENTS[name]), *layout)
         for first in range(0, world_size, degree):
             parts = [results[first + cp_rank][case] for cp_rank in range(degree)]
             tokens, *found = (torch.cat(pieces) for pieces in zip(*parts, strict=True))

@@ -25,25 +25,28 @@ from hbp_titan.models import attention
 
 STUBS = Path(__file__).parent / "stubs"
 CALLS: list[dict[str, Any]] = []
-"""Arguments of the kernels' calls: max_seqlen of queries and keys if they take it; in backward deterministic."""
+"""Arguments of the kernels' calls: max_seqlen of queries and keys if they take it, left; in backward deterministic."""
 _PACKAGES = ("flash_attn", "flash_attn_interface")
 _LOADED: dict[str, dict[str, Any]] = {}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, left: int
 ) -> tuple[Tensor, Tensor]:
-    """Return o_TND and the float32 logsumexp_NT of causal attention per document, aligned at the bottom right."""
+    """Return o_TND and the float32 logsumexp_NT of causal attention per document, aligned at the bottom right.
+
+    left: keys before its own that a query attends to, -1 for all.
+    """
     outputs, sums = [], []
     for q_NLD, k_NMD, v_NMD in _documents(q, k, v, cu_seqlens_q, cu_seqlens_k):
-        scores_NLM = _scores(q_NLD, k_NMD, scale)
+        scores_NLM = _scores(q_NLD, k_NMD, scale, left)
         outputs.append((scores_NLM.softmax(-1) @ v_NMD).transpose(0, 1).to(q.dtype))
         sums.append(scores_NLM.logsumexp(-1))
     return torch.cat(outputs), torch.cat(sums, dim=1)
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, left: int
 ) -> tuple[Tensor, ...]:
     """Return dq, dk and dv of `forward`, written out because operators run below autograd."""
     parts: tuple[list[Tensor], ...] = ([], [], [])
@@ -51,7 +54,7 @@ def backward(
     documents = _documents(q, k, v, cu_seqlens_q, cu_seqlens_k)
     for (q_NLD, k_NMD, v_NMD), dout_LND in zip(documents, dout.float().split(lengths), strict=True):
         dout_NLD = dout_LND.transpose(0, 1)
-        weights_NLM = _scores(q_NLD, k_NMD, scale).softmax(-1)
+        weights_NLM = _scores(q_NLD, k_NMD, scale, left).softmax(-1)
         dweights_NLM = dout_NLD @ v_NMD.transpose(1, 2)
         center_NL1 = (dweights_NLM * weights_NLM).sum(-1, keepdim=True)
         dscores_NLM = weights_NLM * (dweights_NLM - center_NL1) * scale
@@ -82,18 +85,22 @@ def _documents(
         yield q_LND.float().transpose(0, 1), k_NMD, v_NMD
 
 
-def _scores(q_NLD: Tensor, k_NMD: Tensor, scale: float) -> Tensor:
+def _scores(q_NLD: Tensor, k_NMD: Tensor, scale: float, left: int) -> Tensor:
     scores_NLM = q_NLD @ k_NMD.transpose(1, 2) * scale
     length, width = scores_NLM.shape[1:]
     future_LM = torch.ones(length, width, dtype=torch.bool).triu(1 + width - length)
+    if left >= 0:
+        future_LM |= torch.ones(length, width, dtype=torch.bool).tril(width - length - left - 1)
     return scores_NLM.masked_fill(future_LM, -torch.inf)
 
 
-def check_causal(causal: bool, left: int | None, right: int | None) -> None:
-    """Assert a causal mask, as a flag or a right bound of 0, and no other window."""
+def causal_left(causal: bool, left: int | None, right: int | None) -> int:
+    """Assert a causal mask, as a flag or a right bound of 0, and return the left bound, -1 without one."""
     assert causal or right == 0, "the causal mask is lost"
-    assert left in (None, -1)
     assert right in (None, -1, 0)
+    left = -1 if left is None else left
+    CALLS[-1]["left"] = left
+    return left
 
 
 @contextmanager
@@ -160,13 +167,13 @@ def _torch_kernels() -> torch.library.Library:
 def _torch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     cu_seqlens_q, cu_seqlens_k, max_q, max_k, _, causal, _ = rest
     CALLS.append({"max_seqlen": (max_q, max_k)})
-    check_causal(causal, options["window_size_left"], options["window_size_right"])
-    out, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options["scale"])
+    left = causal_left(causal, options["window_size_left"], options["window_size_right"])
+    out, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options["scale"], left)
     return out, lse, torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64), q.new_empty(0)
 
 
 def _torch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     _, _, cu_seqlens_q, cu_seqlens_k, max_q, max_k, _, causal, *_ = rest
     CALLS.append({"max_seqlen": (max_q, max_k), "deterministic": torch.are_deterministic_algorithms_enabled()})
-    check_causal(causal, options["window_size_left"], options["window_size_right"])
-    return backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, options["scale"])
+    left = causal_left(causal, options["window_size_left"], options["window_size_right"])
+    return backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, options["scale"], left)

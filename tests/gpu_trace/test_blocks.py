@@ -46,7 +46,11 @@ def blocks(plan: Plan, index: int, level: Level, ranks: Sequence[int]) -> tuple[
         whole = make_batch(store, ids, level, index, len(ids))
         for rank in ranks:
             documents = shard_batch(whole, rank, level.cp_degree, level.cp_shape(8)[0]).documents
-            passes = [part.documents for part in documents] if isinstance(documents, HeadTailShard) else [documents]
+            passes = (
+                [part.documents for part in documents.passes(None)]
+                if isinstance(documents, HeadTailShard)
+                else [documents]
+            )
             total += sum(launched_and_useful(part) for part in passes)
             calls = max(calls, *(len(part.groups) for part in passes))
     return total[0] / total[1], calls

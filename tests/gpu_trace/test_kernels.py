@@ -29,18 +29,18 @@ def inputs(queries: int, keys: int) -> list[Tensor]:
     return [q_T6D, *kv_S4D.chunk(2, dim=1)]
 
 
-def attend(documents: Documents, dtype: torch.dtype) -> list[Tensor]:
+def attend(documents: Documents, dtype: torch.dtype, window: int | None) -> list[Tensor]:
     """Return the output and the gradients of q, k and v."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs(documents.whole.num_queries, documents.whole.num_keys)]
-    o_TND = varlen_attention(*leaves, documents, scale=0.3)
+    o_TND = varlen_attention(*leaves, documents, scale=0.3, window=window)
     o_TND.backward(torch.linspace(-1, 1, o_TND.numel()).view(o_TND.shape).to(dtype))
     return [o_TND.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def expected(documents: Documents) -> list[Tensor]:
+def expected(documents: Documents, window: int | None = None) -> list[Tensor]:
     attention.set_backend("reference")
     try:
-        return attend(documents, torch.float32)
+        return attend(documents, torch.float32, window)
     finally:
         attention.set_backend("auto")
 
@@ -53,14 +53,14 @@ def assert_close(found: list[Tensor], right: list[Tensor]) -> None:
         assert (one.float() - other).norm() < 0.01 * other.norm() + 1e-6
 
 
-def run(backend: str, documents: Documents) -> list[Tensor]:
+def run(backend: str, documents: Documents, window: int | None = None) -> list[Tensor]:
     kernels.CALLS.clear()
     with kernels.installed(backend):
         if TORCH < (2, 12) and backend == "fa4":
             pytest.skip(attention.missing("fa4"))
         attention.set_backend(backend)
         try:
-            return attend(documents, torch.bfloat16)
+            return attend(documents, torch.bfloat16, window)
         finally:
             attention.set_backend("auto")
 
@@ -73,6 +73,14 @@ def test_each_kernel_equals_the_reference(backend: str) -> None:
     assert len(kernels.CALLS) == 2
     # FlashAttention-4's backward takes no max_seqlen.
     assert [call.get("max_seqlen", (70, 70)) for call in kernels.CALLS] == [(70, 70), (70, 70)]
+
+
+@backends
+def test_windows_reach_each_kernel_in_forward_and_backward(backend: str) -> None:
+    for documents in (pack_documents(LENGTHS), pack_documents(LENGTHS, [n + 20 for n in LENGTHS])):
+        for window, left in ((1, 0), (9, 8), (90, -1)):
+            assert_close(run(backend, documents, window), expected(documents, window))
+            assert [call["left"] for call in kernels.CALLS] == [left, left]
 
 
 @backends

@@ -28,13 +28,22 @@ def test_each_rank_holds_a_head_and_a_tail_of_each_document() -> None:
 
 def test_a_pass_attends_to_the_keys_up_to_the_end_of_its_chunks() -> None:
     # The two shards end to end are tokens 0 1 2 9 7 8 14 15 3 4 10 11 5 6 12 13: token 3 is the ninth, in row 8.
-    heads, tails = head_tail_shard(np.array([9, 7]), 0, 2)[1]
+    heads, tails = head_tail_shard(np.array([9, 7]), 0, 2)[1].passes(None)
     assert heads.documents.whole.cu_seqlens_q.tolist() == [0, 3, 4]
     assert heads.documents.whole.cu_seqlens_k.tolist() == [0, 3, 4]
     assert heads.key_rows.tolist() == [0, 1, 2, 3]
     assert tails.documents.whole.cu_seqlens_q.tolist() == [0, 2, 4]
     assert tails.documents.whole.cu_seqlens_k.tolist() == [0, 9, 16]
     assert tails.key_rows.tolist() == [0, 1, 2, 8, 9, 12, 13, 4, 5, 3, 10, 11, 14, 15, 6, 7]
+
+
+def test_a_pass_of_a_window_has_only_keys_that_its_queries_attend_to() -> None:
+    heads, tails = head_tail_shard(np.array([9, 7]), 0, 2, window=3)[1].passes(3)
+    assert heads.key_rows.tolist() == [0, 1, 2, 3]
+    # The tails 7, 8 and 14, 15 attend to tokens from 5 and from 12 on.
+    assert tails.documents.whole.cu_seqlens_q.tolist() == [0, 2, 4]
+    assert tails.documents.whole.cu_seqlens_k.tolist() == [0, 4, 8]
+    assert tails.key_rows.tolist() == [12, 13, 4, 5, 14, 15, 6, 7]
 
 
 def test_causal_pairs_of_one_even_document_are_equal() -> None:
@@ -52,26 +61,30 @@ def packs(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 @examples(200)
-@given(packs())
-def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(pack: tuple[np.ndarray, int]) -> None:
+@given(packs(), st.sampled_from([None, 1, 7, 60]))
+def test_shards_are_equal_parts_whose_queries_see_exactly_their_past(
+    pack: tuple[np.ndarray, int], window: int | None
+) -> None:
     lengths, degree = pack
     total = int(lengths.sum())
     start = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    shards = [head_tail_shard(lengths, rank, degree) for rank in range(degree)]
+    shards = [head_tail_shard(lengths, rank, degree, window) for rank in range(degree)]
     gathered = np.concatenate([tokens for tokens, _ in shards])
     assert sorted(gathered.tolist()) == list(range(total))
     heads = (total // degree + 1) // 2
     for tokens, shard in shards:
         assert len(tokens) == total // degree
-        for queries, (documents, key_rows) in zip((tokens[:heads], tokens[heads:]), shard, strict=True):
+        for queries, (documents, key_rows) in zip((tokens[:heads], tokens[heads:]), shard.passes(window), strict=True):
             whole, keys = documents.whole, gathered[key_rows.numpy()]
             assert (whole.num_queries, whole.num_keys) == (len(queries), len(keys))
             for i in range(len(whole.cu_seqlens_q) - 1):
                 mine = queries[whole.cu_seqlens_q[i] : whole.cu_seqlens_q[i + 1]].tolist()
                 seen = keys[whole.cu_seqlens_k[i] : whole.cu_seqlens_k[i + 1]].tolist()
-                # The keys are the document from its start to the last query; the queries are the last of them.
+                # The keys are the document from its start (or the first query's window) to the last query; the queries
+                # are the last of them.
                 assert mine == seen[-len(mine) :]
-                assert seen == list(range(start[mine[0]], mine[-1] + 1))
+                first = start[mine[0]] if window is None else max(start[mine[0]], mine[0] + 1 - window)
+                assert seen == list(range(first, mine[-1] + 1))
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4, 8, 16])

@@ -36,8 +36,8 @@ _LIBRARY.define(
 def _fwd(*positional: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     get = _arguments("fwd", positional, named)
     kernels.CALLS.append({"max_seqlen": (get["max_seqlen_q"], get["max_seqlen_k"])})
-    kernels.check_causal(get["is_causal"], get["window_size_left"], get["window_size_right"])
-    out, lse = kernels.forward(*(get[name] for name in ("q", "k", "v", *_LENGTHS)))
+    left = kernels.causal_left(get["is_causal"], get["window_size_left"], get["window_size_right"])
+    out, lse = kernels.forward(*(get[name] for name in ("q", "k", "v", *_LENGTHS)), left)
     return out, lse, out.new_empty(0), out.new_empty(0)
 
 
@@ -45,8 +45,8 @@ def _bwd(*positional: Any, **named: Any) -> tuple[Tensor, ...]:
     get = _arguments("bwd", positional, named)
     longest = (get["max_seqlen_q"], get["max_seqlen_k"])
     kernels.CALLS.append({"max_seqlen": longest, "deterministic": get["deterministic"]})
-    kernels.check_causal(get["is_causal"], get["window_size_left"], get["window_size_right"])
-    grads = kernels.backward(*(get[name] for name in ("dout", "q", "k", "v", *_LENGTHS)))
+    left = kernels.causal_left(get["is_causal"], get["window_size_left"], get["window_size_right"])
+    grads = kernels.backward(*(get[name] for name in ("dout", "q", "k", "v", *_LENGTHS)), left)
     for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
         get[name].copy_(grad)
     return tuple(get["q"].new_empty(0) for _ in range(5))

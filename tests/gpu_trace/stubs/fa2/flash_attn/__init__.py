@@ -32,8 +32,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The dispatcher leaves out defaults at the end.
     left, right = [*rest, -1, -1][:2]
     kernels.CALLS.append({"max_seqlen": (max_q, max_k)})
-    kernels.check_causal(causal, left, right)
-    out, lse = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    left = kernels.causal_left(causal, left, right)
+    out, lse = kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left)
     return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64, device=q.device)
 
 
@@ -56,8 +56,8 @@ def _backward(*args: Any) -> Tensor:
     dout, q, k, v, _, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, _, scale, causal, *rest = args
     left, right, _, _, deterministic = rest[:5]
     kernels.CALLS.append({"max_seqlen": (max_q, max_k), "deterministic": deterministic})
-    kernels.check_causal(causal, left, right)
-    grads = kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    left = kernels.causal_left(causal, left, right)
+    grads = kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left)
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad)
     return torch.empty_like(lse)

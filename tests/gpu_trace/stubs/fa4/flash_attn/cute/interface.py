@@ -38,8 +38,8 @@ def _flash_attn_fwd(
     assert cu_seqlens_k is not None
     assert softmax_scale is not None
     kernels.CALLS.append({"max_seqlen": (max_seqlen_q, max_seqlen_k)})
-    kernels.check_causal(causal, window_size_left, window_size_right)
-    return kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    left = kernels.causal_left(causal, window_size_left, window_size_right)
+    return kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left)
 
 
 def _flash_attn_bwd(
@@ -62,5 +62,5 @@ def _flash_attn_bwd(
     assert cu_seqlens_k is not None
     assert softmax_scale is not None
     kernels.CALLS.append({"deterministic": deterministic})
-    kernels.check_causal(causal, window_size_left, window_size_right)
-    return kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    left = kernels.causal_left(causal, window_size_left, window_size_right)
+    return kernels.backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left)
