@@ -194,6 +194,7 @@ class TracedEngine:
     """A preset's engine on rank 0 of a fake world, as a context manager.
 
     preset: a file of train_configs. argv: overrides. levels: replace the preset's. backend: model.attention_backend.
+    model: changes of the architecture.
     """
 
     def __init__(
@@ -204,6 +205,7 @@ class TracedEngine:
         backend: str = "torch",
         world_size: int = 32,
         layers: int = 2,
+        model: dict[str, Any] | None = None,
     ) -> None:
         self.config = load_config(
             [
@@ -217,7 +219,7 @@ class TracedEngine:
         )
         if levels is not None:
             self.config.levels = tuple(levels)
-        self.args = dataclasses.replace(model_args(self.config), num_layers=layers)
+        self.args = dataclasses.replace(model_args(self.config), num_layers=layers, **(model or {}))
         self.attention_backend = backend
         self.world_size = world_size
         self.backend = RecordingBackend()
@@ -269,7 +271,8 @@ class TracedEngine:
         """Return this rank's shard of a pack of documents of `lengths`, as fake tensors."""
         shape = self.config.levels[level]
         whole = make_batch(TokenCounts(lengths), range(len(lengths)), shape, level, MAX_DOCUMENTS)
-        shard = shard_batch(whole, 0, shape.cp_degree, shape.cp_shape(self.args.num_kv_heads)[0])
+        gather_degree = shape.cp_shape(self.args.num_kv_heads)[0]
+        shard = shard_batch(whole, 0, shape.cp_degree, gather_degree, self.args.sliding_window)
         fields = {item.name: getattr(shard, item.name) for item in dataclasses.fields(shard)}
         return PackedBatch(**tree_map_only(Tensor, self._fake, fields))
 
@@ -338,16 +341,19 @@ class KernelCall:
     window: tuple[int, ...]
     scale: float
 
-    def check(self, scale: float) -> None:
-        """Assert the preconditions of every flash kernel, and that max_seqlen is no larger than needed."""
+    def check(self, scale: float, window: int | None) -> None:
+        """Assert the preconditions of every flash kernel, and that max_seqlen is no larger than needed.
+
+        window: of the model's layers that have one.
+        """
         q_TND, k_SKD, v_SKD = self.tensors
         assert min(self.lengths_q) > 0, "a document without a query reached a kernel"
         assert all(queries <= keys for queries, keys in zip(self.lengths_q, self.lengths_k, strict=True))
         assert (sum(self.lengths_q), sum(self.lengths_k)) == (len(q_TND), len(k_SKD))
         assert len(v_SKD) == len(k_SKD)
         assert self.max_seqlen == (max(self.lengths_q), max(self.lengths_k))
-        assert self.causal
-        assert self.window in ((-1, 0), (-1, -1))
+        # A window's right bound of 0 is a causal mask, too.
+        assert (self.causal and self.window in ((-1, 0), (-1, -1))) or self.window == ((window or 0) - 1, 0)
         assert self.scale == scale
         assert q_TND.shape[1] % k_SKD.shape[1] == 0
         assert k_SKD.shape == v_SKD.shape

@@ -55,7 +55,7 @@ def run_all_levels(engine: TracedEngine, packs: Sequence[Sequence[int]] = PACKS)
         calls = engine.kernel_calls(recorder)
         assert {call.backward for call in calls} == ({False, True} if CAN_DIFFERENTIATE else {False})
         for call in calls:
-            call.check(scale)
+            call.check(scale, engine.args.sliding_window)
     check_regions(engine)
     return rounds[-1]
 
@@ -116,6 +116,22 @@ def test_all_policies_and_cp_styles_share_one_graph_per_region() -> None:
         }
         assert {call.tensors[0].shape[1:] for call in engine.kernel_calls(ulysses)} == {(4, 128)}
         assert {call.tensors[1].shape[1:] for call in engine.kernel_calls(hybrid)} == {(1, 128)}
+
+
+@pytest.mark.parametrize("backend", ["fa2", pytest.param("torch", marks=pytest.mark.slow)])
+def test_windows_on_some_layers_share_the_graphs_and_reach_every_kernel(backend: str) -> None:
+    levels = (ALL_FORMS[2], ALL_FORMS[4])
+    window = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 1024}
+    with TracedEngine("llama3_1_8b_hbp", levels=levels, backend=backend, model=window) as engine:
+        recorders = run_all_levels(engine, PACKS[:1])
+        assert set(graphs_by_region(engine).values()) == {1}
+        for recorder in recorders:
+            calls = engine.kernel_calls(recorder)
+            bounds = {call.window[0] for call in calls if max(call.lengths_k) > 1024}
+            assert bounds == {-1, 1023}
+        # Gathered keys that no query of a pass attends to are left out.
+        windowed = [call for recorder in recorders[1:] for call in engine.kernel_calls(recorder) if call.window[0] > 0]
+        assert all(k < q + 1024 for call in windowed for q, k in zip(call.lengths_q, call.lengths_k, strict=True))
 
 
 WORLD_SIZES = {"debug_model": 2, "deepseek_v2_236b_hbp": 256, "deepseek_v2_lite_hbp": 8}
