@@ -204,6 +204,9 @@ class Optimizer:
     """AdamW epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on every matrix; norms and biases have none."""
+    router_bias_rate: float = 0.0
+    """DeepSeek-V3: each step moves the router bias of experts with fewer tokens than their layer's mean up by this, and
+    of others down (0.001 in its pretraining); 0 keeps the biases, as its last 500B tokens did."""
 
 
 @dataclass

@@ -87,6 +87,9 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
 
         shards = world_size // config.parallelism.dp_replicate
         check_experts(args, config.parallelism.expert_parallel_degree, shards, config.levels)
+    if config.optimizer.router_bias_rate and (config.lora.rank or not (args.moe and args.moe.has_router_bias)):
+        reason = "lora.rank freezes them" if config.lora.rank else f"the model {args.name} has none"
+        raise ValueError(f"optimizer.router_bias_rate moves router biases, but {reason}; remove it")
     longest = max_sample_tokens(config, args)
     if longest > args.max_position_embeddings:
         raise ValueError(

@@ -234,6 +234,8 @@ class Trainer:
         with oom.out_of_memory_in(oom.UPDATE):
             # Skipped on the device, by a value that all ranks share: a step that is not finite changes nothing.
             optim.step_unless(self.optimizer, skip)
+            if rate := self.config.optimizer.router_bias_rate:
+                self.model.move_router_biases(self.stats.tokens_per_expert(), rate * (1 - skip))
         self.optimizer.zero_grad()
 
         # The step's one wait for the device.

@@ -392,6 +392,10 @@ class StepStats:
         levels = self._reduced[1 : 1 + self.num_levels]
         return norm.float(), (norm + levels.sum()).isfinite().logical_not().float()
 
+    def tokens_per_expert(self) -> Tensor:
+        """Return the step's tokens per expert of all ranks, float64 [L, E] on the device, after `reduce`."""
+        return self._reduced[1 + self._num_losses :].view(len(self.experts.layers), -1)
+
     def result(self, seconds: Sequence[tuple[float, float]], flags: Sequence[float]) -> StepResult:
         """Return the step's result on every rank and end its time. A collective that waits for the device.
 

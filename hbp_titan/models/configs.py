@@ -86,7 +86,7 @@ class MoEArgs:
         candidates = experts if self.topk_method == "greedy" else self.topk_group * group_size
         if not 1 <= self.num_experts_per_tok <= candidates:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to {candidates}")
-        if self.topk_method == "noaux_tc" and (self.balances or group_size < 2):
+        if self.has_router_bias and (self.balances or group_size < 2):
             raise ValueError(
                 f"topk_method='noaux_tc' needs groups of at least 2 experts, not {group_size}, and balances by its "
                 "bias: aux_loss_alpha, device_aux_loss_alpha and comm_aux_loss_alpha must be 0"
@@ -101,6 +101,11 @@ class MoEArgs:
     def balances(self) -> bool:
         """Whether any balance loss is enabled."""
         return any((self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha))
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether experts are chosen by their scores plus a bias."""
+        return self.topk_method == "noaux_tc"
 
     def is_sparse(self, layer: int) -> bool:
         """Return whether layer `layer` has experts."""

@@ -251,6 +251,19 @@ class Decoder(nn.Module):
         counts = {i: block.experts_mlp.tokens_per_expert for i, block in blocks if block.has_experts}
         return {i: counts_E for i, counts_E in counts.items() if counts_E is not None}
 
+    @torch.no_grad()
+    def move_router_biases(self, counts_LE: Tensor, step: Tensor) -> None:
+        """Move each bias by `step`, up for experts with fewer tokens than their layer's mean, down for others.
+
+        DeepSeek-V3, arXiv 2412.19437, section 2.1.2. counts_LE: rows as in tokens_per_expert, of all ranks. step:
+        scalar on the device.
+        """
+        routers = [block.experts_mlp.gate for block in self.blocks() if block.has_experts]
+        for router, counts_E in zip(routers, counts_LE, strict=True):
+            bias_E = router.e_score_correction_bias
+            assert bias_E is not None
+            bias_E.add_(((counts_E.mean() - counts_E).sign().float() * step).to(bias_E.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         # to_empty makes a new Parameter for each module that holds a shared one, so they are tied again.
         super()._apply(fn, recurse)

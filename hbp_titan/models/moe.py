@@ -94,7 +94,7 @@ class Router(nn.Linear):
     def __init__(self, hidden_size: int, moe: MoEArgs) -> None:
         super().__init__(hidden_size, moe.n_routed_experts, bias=False)
         self.e_score_correction_bias: nn.Parameter | None = None
-        if moe.topk_method == "noaux_tc":
+        if moe.has_router_bias:
             bias_E = torch.zeros(moe.n_routed_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
 
