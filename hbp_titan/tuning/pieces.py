@@ -208,6 +208,7 @@ def _shape(args: ModelArgs) -> ModelArgs:
         moe=moe,
         layer_types=(),
         sliding_window=None,
+        nope_layers=(),
     )
 
 
