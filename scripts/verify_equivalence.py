@@ -37,17 +37,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype [bfloat16 on cuda]")
     parser.add_argument("--num_samples", type=int, default=24, help="samples to run [24]")
     parser.add_argument("--max_tokens", type=int, default=1024, help="scale the largest level to this; 0: keep [1024]")
-    parser.add_argument("--shrink", action="store_true", help="use two layers and narrow heads, not the whole model")
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="use two layers, narrow heads and the tokens that occur, not the whole model",
+    )
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     world_sizes = parse_world_sizes(options.world_sizes, options.device)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     validate(config, max(level.cp_degree for level in config.levels) if config.levels else 1)
-    args = shrunk(model_args(config)) if options.shrink else model_args(config)
     store = TokenStore.open(prepare(config)[0])
     levels = scaled_levels(config.levels, options.max_tokens)
     samples = choose_samples(store, options.num_samples, levels[-1].max_tokens)
+    args = model_args(config)
+    if options.shrink:
+        args = shrunk(args, vocab_size=1 + max(int(tokens.max()) for tokens, _ in samples.rows))
     cases = [case for case in build_cases(levels, world_sizes, args) if options.only in case.name]
     print(
         f"{args.name}: {len(samples.lengths)} samples, {samples.lengths.sum():,} tokens, the longest has "

@@ -142,6 +142,7 @@ def export(model: nn.Module, args: ModelArgs, config: JobConfig, settings: dict[
             # Named one by one: PEFT may count other matrices as all-linear.
             modules = list(dict.fromkeys(name.split(".")[-3] for name in adapter))
             save_adapter_folder(
+                args,
                 adapter,
                 folder / "hf_adapter",
                 rank=lora.rank,

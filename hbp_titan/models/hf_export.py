@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shar
 
 
 def save_adapter_folder(
+    args: ModelArgs,
     adapter: Mapping[str, Tensor],
     out: Path,
     *,
@@ -258,12 +260,13 @@ def save_adapter_folder(
 ) -> None:
     """Write `adapter` (whole tensors by our names) as a folder of HF PEFT's format, atomically, replacing `out`.
 
-    In fp32: adapters are small, and rounded ones would not give the merged weights.
+    In fp32: adapters are small, and rounded ones would not give the merged weights. Where HF has one matrix for several
+    of ours (Phi-3), so has the folder: an adapter of the sum of their ranks.
 
     target_modules: last parts of the adapted matrices' names. base: the base model's HF folder, None if it has none.
     tokenizer_path: folder from which tokenizer, chat template and licence files are copied.
     """
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -280,9 +283,14 @@ def save_adapter_folder(
         "use_dora": False,
         "use_rslora": False,
     }
-    tensors = {
-        _PEFT_PREFIX + to_hf_name(fqn): t.detach().to("cpu", torch.float32).contiguous() for fqn, t in adapter.items()
-    }
+    whole = {fqn: tensor.detach().to("cpu", torch.float32).contiguous() for fqn, tensor in adapter.items()}
+    if parts := {matrix for fqn in whole if (matrix := _matrix_of_adapter(fqn, args.hf_model_type))}:
+        whole, ranks = _joined_adapters(whole, args, sorted(parts))
+        # With r and alpha of the joined matrices both k times as large, the scaling alpha / r is the same.
+        config["target_modules"] = sorted({name.removesuffix(".weight").rpartition(".lora_")[0] for name in whole})
+        config["rank_pattern"] = ranks
+        config["alpha_pattern"] = {name: alpha * joined // rank for name, joined in ranks.items()}
+    tensors = {_PEFT_PREFIX + to_hf_name(fqn, args.hf_model_type): tensor for fqn, tensor in whole.items()}
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -291,6 +299,29 @@ def save_adapter_folder(
     _copy_files(tokenizer_path, temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def _matrix_of_adapter(fqn: str, model_type: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return `parts_of_matrix` of the matrix that an adapter's parameter adapts, both without "weight"."""
+    matrix = parts_of_matrix(re.sub(r"lora_[AB]\.weight$", "weight", fqn), model_type)
+    return matrix and (matrix[0].removesuffix("weight"), tuple(part.removesuffix("weight") for part in matrix[1]))
+
+
+def _joined_adapters(
+    adapter: dict[str, Tensor], args: ModelArgs, matrices: Sequence[tuple[str, tuple[str, ...]]]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the adapters by the names of HF's matrices but for their prefix, and the rank of each joined one."""
+    shapes, ranks = parameter_shapes(args), {}
+    for name, parts in matrices:
+        adapted = [part for part in parts if f"{part}lora_A.weight" in adapter]
+        a_RI = torch.cat([adapter.pop(f"{part}lora_A.weight") for part in adapted])
+        # Each part's rows meet the rows of A that are its own.
+        blocks = [
+            adapter.pop(f"{p}lora_B.weight") if p in adapted else torch.zeros(shapes[f"{p}weight"][0], 0) for p in parts
+        ]
+        adapter |= {f"{name}lora_A.weight": a_RI, f"{name}lora_B.weight": torch.block_diag(*blocks)}
+        ranks[name.removesuffix(".")] = len(a_RI)
+    return adapter, ranks
 
 
 def _copy_files(source: Path, out: Path, more: Sequence[str] = (), tokenizer: bool = True) -> None:

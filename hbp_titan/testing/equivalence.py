@@ -502,8 +502,8 @@ def row(result: Result) -> str:
     return f"{result.case.name:<44}{figures}  {verdict}{where}"
 
 
-def shrunk(args: ModelArgs) -> ModelArgs:
-    """Return the architecture with 2 layers and heads of width 16, and the same heads, experts and vocabulary."""
+def shrunk(args: ModelArgs, vocab_size: int) -> ModelArgs:
+    """Return the architecture with 2 layers, heads of width 16 and `vocab_size`, and the same heads and experts."""
     # The numbers of heads and experts stay: cp styles and expert parallelism depend on them.
     hidden = 16 * args.num_heads
     mla, moe = args.mla, args.moe
@@ -523,6 +523,7 @@ def shrunk(args: ModelArgs) -> ModelArgs:
         head_dim=16,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
+        vocab_size=vocab_size,
         query_scalar=args.query_scalar and 24,
         nope_layers=(1,) if args.nope_layers else (),
         layer_types=tuple((kinds * 2)[:2]),

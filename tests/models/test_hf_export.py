@@ -76,7 +76,7 @@ def test_every_file_has_the_mode_of_the_umask(tmp_path: Path, tokenizer: Path) -
         _export(tmp_path / "out", tokenizer_path=tokenizer, max_shard_bytes=20000)
         adapter = {"layers.0.self_attn.q_proj.lora_A.weight": torch.tensor([[1.0009765625]])}
         options: Any = {"rank": 1, "alpha": 1.0, "target_modules": ["q_proj"], "base": None}
-        save_adapter_folder(adapter, tmp_path / "adapter", tokenizer_path=tmp_path / "out", **options)
+        save_adapter_folder(ARGS, adapter, tmp_path / "adapter", tokenizer_path=tmp_path / "out", **options)
     finally:
         os.umask(before)
     files = [path for folder in ("out", "adapter") for path in (tmp_path / folder).iterdir() if path.is_file()]

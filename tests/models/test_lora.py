@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import to_hf_name
+from hbp_titan.models.hf_export import save_adapter_folder
 from hbp_titan.models.lora import LoRALinear, apply_lora, init_lora_parameter, is_adapter, lora_targets, merged
 from tests.models import deepseek_tiny
+from tests.models.families import TINY
 from tests.models.test_decoder import build_pair, hf_logits, make_pack, tiny_args
 
 DEFAULT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,6 +98,36 @@ def test_adapters_of_latent_attention_equal_peft(targets: list[str]) -> None:
     documents = zip(pack["input_ids_T"].split(lengths), pack["position_ids_T"].split(lengths), strict=True)
     expected = torch.cat([theirs(input_ids=i[None], position_ids=p[None]).logits[0] for i, p in documents])
     assert assert_equal(ours, theirs, ours(**pack), expected, pack["input_ids_T"].roll(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("phi3", ["all-linear"]),
+        # Of three matrices in one, and of two on one layer only.
+        ("phi3", ["q_proj", "v_proj", "1.mlp.up_proj", "down_proj"]),
+        ("mixtral", ["all-linear"]),
+        ("olmo2", ["all-linear"]),
+        ("deepseek_v3", ["q_b_proj", "o_proj"]),
+    ],
+)
+def test_peft_loads_the_exported_adapter_of_a_family(tmp_path: Path, family: str, targets: list[str]) -> None:
+    args = TINY[family]
+    ours, theirs = build_pair(args, 0)
+    apply_lora(ours, 3, 7.0, targets)
+    generator = torch.Generator().manual_seed(1)
+    adapter = {
+        fqn: p.detach().normal_(std=0.2, generator=generator) for fqn, p in ours.named_parameters() if is_adapter(fqn)
+    }
+    names = sorted({fqn.split(".")[-3] for fqn in adapter})
+    options: Any = {"rank": 3, "alpha": 7.0, "target_modules": names, "base": None, "tokenizer_path": tmp_path}
+    save_adapter_folder(args, adapter, tmp_path / "adapter", **options)
+    import peft
+
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    pack = make_pack(args, 0)
+    expected = hf_logits(adapted, pack)
+    assert (ours(**pack) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_comparison_detects_a_wrong_scaling() -> None:

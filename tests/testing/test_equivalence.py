@@ -242,9 +242,13 @@ def test_levels_and_model_can_be_shrunk() -> None:
     assert [(level.max_tokens, level.cp_degree) for level in levels] == [(128, 1), (1024, 8)]
     assert scaled_levels(levels, 0) == levels
     assert scaled_levels((Level(16384), Level(131073, 3)), 1024)[1] == Level(1008, 3)
-    small = shrunk(get_flavor("llama3_1_8b"))
+    small = shrunk(get_flavor("llama3_1_8b"), 500)
     assert (small.num_layers, small.num_heads, small.num_kv_heads, small.hidden_size) == (2, 32, 8, 512)
-    sparse = shrunk(get_flavor("deepseek_v2_236b"))
+    assert small.vocab_size == 500
+    # Both kinds of layers, and a window that samples exceed.
+    windows = shrunk(get_flavor("gemma3_1b"), 500)
+    assert [windows.window(layer) for layer in range(2)] == [24, None]
+    sparse = shrunk(get_flavor("deepseek_v2_236b"), 500)
     assert sparse.moe is not None
     assert [sparse.is_sparse(layer) for layer in range(2)] == [False, True]
     assert (sparse.num_heads, sparse.head_dim, sparse.moe.n_routed_experts, sparse.moe.topk_group) == (128, 16, 160, 3)
