@@ -45,6 +45,8 @@ def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
         num_heads=args.num_heads,
         # Latent attention has narrower values, which the kernel sees padded to the width of keys.
         head_dim=args.head_dim,
+        window=args.sliding_window,
+        window_share=args.window_share,
         # Two of three products remain. The model has one FLOP count, so a frozen matrix counts as a faster one.
         linear_efficiency=1.5 if frozen else 1.0,
     )

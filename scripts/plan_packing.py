@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarra
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     if options.beta is not None:
-        settings["cost"] = CostModel(1.0, options.beta)
+        settings["cost"] = replace(settings.get("cost", CostModel()), alpha=1.0, beta=options.beta)
     if options.overlong == "truncate":
         lengths = np.minimum(lengths, settings["levels"][-1].max_tokens)
         if "loss_tokens" in settings:

@@ -54,7 +54,7 @@ from hbp_titan.experiments.paper.scale import (
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
-from hbp_titan.preflight import model_args
+from hbp_titan.preflight import cost_model, model_args
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.memory import with_policy
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
@@ -145,7 +145,9 @@ def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Le
         line = f"{name:<18}{recomputed:<22}{peak:>9.1f}{fits:>6}"
         if candidate.time is not None:
             trained = level.max_tokens
-            loads = np.array([[1, trained, trained * 1000.0, trained / 1000], [1, trained, float(trained) ** 2, 1]])
+            of_short, of_long = model.dims.squares(np.array([1000, trained])).tolist()
+            documents = trained / 1000
+            loads = np.array([[1, trained, documents * of_short, documents], [1, trained, of_long, 1.0]])
             short, long = candidate.time.seconds(loads)
             line += f"{short:>9.3f}{long:>9.3f}{trained / level.cp_degree / short:>14,.0f}"
         print(line)
@@ -219,10 +221,11 @@ def report_speed(options: argparse.Namespace) -> None:
     """Print the seconds that planner and simulator take."""
     lengths = tulu3_longcite_like(10_000_000, options.seed)
     config = configuration(options, [])
-    model = time_model(get_flavor(config.model.flavor), config, get_hardware(options.hardware), 4096)
+    args = get_flavor(config.model.flavor)
+    model = time_model(args, config, get_hardware(options.hardware), 4096)
     for name in ("isf", "flat_sorted", "hbp_paper", "hbp"):
         start = time.perf_counter()
-        plan = build_plan(lengths, config.levels, 4096, name, options.seed)
+        plan = build_plan(lengths, config.levels, 4096, name, options.seed, cost=cost_model(args))
         planned = time.perf_counter()
         replay(plan, model)
         print(f"{name:<12} planned in {planned - start:.1f} s, simulated in {time.perf_counter() - planned:.1f} s")

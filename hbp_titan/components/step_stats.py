@@ -496,7 +496,8 @@ class StepStats:
             return None
         lengths = plan.lengths[samples]
         # The documents' own squares, not the packed length's: attention does not cross documents.
-        flops = training_flops(self.args, int(lengths.sum()), int((lengths * lengths).sum()), self.adapter_params)
+        squares = plan.costs[0].squares(lengths)
+        flops = training_flops(self.args, int(lengths.sum()), int(squares.sum()), self.adapter_params)
         return 100 * flops / (seconds * self.world_peak_flops)
 
 

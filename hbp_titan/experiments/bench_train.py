@@ -31,6 +31,7 @@ from hbp_titan.models.registry import last_params, linear_params, training_flops
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.packing.ragged import IntArray
+from hbp_titan.preflight import cost_model
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import with_policy
 
@@ -329,7 +330,7 @@ class Bench:
     def _describe(self, index: int, documents: Documents, lengths: np.ndarray) -> Measurement:
         level, args = self.levels[index], self.measured.args
         dp_degree = level.dp_degree(self.world.size)
-        sum_squared = int((lengths * lengths).sum())
+        sum_squared = int(cost_model(args).squares(lengths).sum())
         return Measurement(
             model=args.name,
             layers=args.num_layers,

@@ -244,6 +244,11 @@ class ModelArgs:
         """Return the tokens that a query of layer `layer` attends to, itself included; None means all before it."""
         return self.sliding_window if self.layer_types and self.layer_types[layer] == "sliding_attention" else None
 
+    @property
+    def window_share(self) -> float:
+        """Share of the layers that have a sliding window."""
+        return self.layer_types.count("sliding_attention") / max(self.num_layers, 1)
+
     def with_layers(self, layers: int) -> ModelArgs:
         """Return the architecture with `layers` layers, the first ones (or, if there are fewer, these repeated)."""
         return replace(self, num_layers=layers, layer_types=(self.layer_types * layers)[:layers])

@@ -60,10 +60,10 @@ def last_params(args: ModelArgs) -> int:
     return args.hidden_size * ((args.num_layers - sparse) * args.intermediate_size + sparse * chosen)
 
 
-def training_flops(args: ModelArgs, num_tokens: int, sum_squared_lengths: int, adapter_params: int = 0) -> int:
+def training_flops(args: ModelArgs, num_tokens: int, sum_squares: int, adapter_params: int = 0) -> int:
     """Return the floating-point operations of one forward and backward without recomputation.
 
-    num_tokens: tokens of the batch. sum_squared_lengths: sum over its documents of len^2. adapter_params: of LoRA, if
+    num_tokens: tokens of the batch. sum_squares: of its documents (CostModel.squares). adapter_params: of LoRA, if
     it is used; the model's own parameters are then frozen.
     """
     # Per token and parameter 2 in forward and 4 in backward, 2 if it is frozen.
@@ -72,4 +72,4 @@ def training_flops(args: ModelArgs, num_tokens: int, sum_squared_lengths: int, a
     # in backward. Latent attention's zero padding of values, which a kernel multiplies too, does not count as work.
     value_dim = args.head_dim if args.mla is None else args.mla.v_head_dim
     width = args.num_heads * (args.head_dim + value_dim) // 2
-    return per_token * num_tokens + 6 * args.num_layers * width * sum_squared_lengths
+    return per_token * num_tokens + 6 * args.num_layers * width * sum_squares

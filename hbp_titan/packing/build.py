@@ -197,7 +197,7 @@ def _pack_and_schedule(template: Plan, sample_ids: IntArray | None = None) -> Pl
     bounds = offsets_of(np.array([p.num_rows for p in per_level]))
     packs = concatenated(per_level)
     del per_level  # a fifth of the peak memory
-    tokens, sum_sq = packs.sums(lengths), packs.sums_of_squares(lengths)
+    tokens, sum_sq = packs.sums(lengths), template.costs[0].squares(lengths, packs)
 
     balanced = []
     for level, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):

@@ -1,7 +1,8 @@
 """CostModel: the time of a pack, up to a unit, from its tokens and its squared document lengths.
 
 Owns the coefficients alpha and beta and their derivation from a model's dimensions. The form is that of the paper
-(section 2.1, after Megatron-LM's FLOP count): linear layers cost per token, causal attention per squared length.
+(section 2.1, after Megatron-LM's FLOP count): linear layers cost per token, causal attention per squared length. A
+sliding window of W tokens leaves len^2 - (len - W)^2 of the squares of a document longer than W.
 """
 
 from __future__ import annotations
@@ -13,25 +14,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.packing.ragged import IntArray, Ragged
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """cost = alpha * tokens + beta * sum(len^2 of the documents).
+    """cost = alpha * tokens + beta * sum(squares of the documents), where a document's squares are len^2.
 
     Only the ratio of the two matters to a plan. The default is that of an 8B Llama on one device: a document
     of 50,000 tokens spends as much in attention as in linear layers.
+
+    window, window_share: sliding window of a model in tokens, and the share of its layers that have it; None without.
     """
 
     alpha: float = 1.0
     beta: float = 2e-5
+    window: int | None = None
+    window_share: float | None = None
 
     def __post_init__(self) -> None:
+        if (self.window is None) != (self.window_share is None):
+            raise ValueError(f"cost model: window={self.window} needs window_share, not {self.window_share}")
         if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta <= 0:
             raise ValueError(f"cost model: alpha={self.alpha}, beta={self.beta} must not be negative, nor both 0")
 
-    def cost(self, tokens: NDArray[np.int64], sum_sq: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the cost of packs, float64 [n], from tokens [n] and sums of squared document lengths [n]."""
+    def squares(self, lengths: IntArray, packs: Ragged | None = None) -> IntArray:
+        """Return the squares of documents of these lengths, int64 [n]; with `packs`, their sum over each pack."""
+
+        def sums(values: IntArray) -> IntArray:
+            return values * values if packs is None else packs.sums_of_squares(values)
+
+        if self.window is None or self.window_share is None:
+            return sums(lengths)
+        beyond = sums(np.maximum(lengths - self.window, 0))
+        return sums(lengths) - (self.window_share * beyond).astype(np.int64)
+
+    def cost(self, tokens: IntArray, sum_sq: IntArray) -> NDArray[np.float64]:
+        """Return the cost of packs, float64 [n], from their tokens [n] and squares [n]."""
         return self.alpha * np.asarray(tokens, np.float64) + self.beta * np.asarray(sum_sq, np.float64)
 
     @classmethod
@@ -51,6 +70,8 @@ class CostModel:
         backward: bool = True,
         linear_efficiency: float = 1.0,
         attention_efficiency: float = 1.0,
+        window: int | None = None,
+        window_share: float = 0.0,
     ) -> CostModel:
         """Return the FLOPs of one forward and backward over a pack, for a decoder with causal attention.
 
@@ -63,6 +84,7 @@ class CostModel:
         chunked: whether each layer runs in chunks that are recomputed in backward (Level.mlp_chunk_tokens).
         backward: False counts the forward pass alone.
         linear_efficiency, attention_efficiency: achieved share of peak FLOP/s; FLOPs are divided by it.
+        window, window_share: sliding window, and the share of the layers that have it.
         """
         if ac_policy not in AC_POLICIES:
             raise ValueError(f"ac_policy={ac_policy!r} must be one of {', '.join(AC_POLICIES)}")
@@ -78,7 +100,8 @@ class CostModel:
         # QK^T and PV take 2 * len^2 * width each, of which a causal kernel does half.
         width = num_heads * (head_dim + (head_dim if v_head_dim is None else v_head_dim))
         attention = width * (passes * num_layers + attention_recomputed)
-        return cls(alpha=linear / linear_efficiency, beta=attention / attention_efficiency)
+        windows = (window, window_share) if window_share else (None, None)
+        return cls(linear / linear_efficiency, attention / attention_efficiency, *windows)
 
 
 def costs_per_level(cost: CostModel | Sequence[CostModel] | None, num_levels: int) -> tuple[CostModel, ...]:
@@ -88,4 +111,6 @@ def costs_per_level(cost: CostModel | Sequence[CostModel] | None, num_levels: in
     costs = (cost,) * num_levels if isinstance(cost, CostModel) else tuple(cost)
     if len(costs) != num_levels:
         raise ValueError(f"{len(costs)} cost models for {num_levels} levels; give one, or one per level")
+    if len({(cost.window, cost.window_share) for cost in costs}) > 1:
+        raise ValueError("cost models of one plan have different windows; give all of them that of the model")
     return costs

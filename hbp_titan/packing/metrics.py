@@ -22,7 +22,7 @@ LOWEST_BUCKET = 256
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of a plan or of one of its levels. T: tokens of a group in an iteration. A: its sum(len^2).
+    """Metrics of a plan or of one of its levels. T: tokens of a group in an iteration. A: CostModel.squares of it.
 
     dbr: dist balance ratio, mean over iterations of 1 - mean(T) / max(T) over the groups; 0 is best.
     pr: padding ratio, padding / (padding + real tokens) if packs are padded to their level's max_tokens.

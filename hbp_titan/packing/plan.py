@@ -100,8 +100,9 @@ class Plan:
 
     @cached_property
     def pack_sum_sq(self) -> IntArray:
-        """Sum of squared document lengths of each pack, int64 [num_packs]."""
-        return self.packs.sums_of_squares(self.lengths)
+        """Squares of each pack's documents, in which attention's work is counted (CostModel.squares), int64."""
+        # The costs of all levels have the same window.
+        return self.costs[0].squares(self.lengths, self.packs)
 
     @cached_property
     def pack_levels(self) -> IntArray:
@@ -186,7 +187,8 @@ class Plan:
             "global_batch_tokens": self.global_batch_tokens,
             "level_order": self.level_order,
             "curriculum_steps": self.curriculum_steps,
-            "costs": [dataclasses.asdict(cost) for cost in self.costs],
+            # Without None, so that models without windows keep their plan files.
+            "costs": [{k: v for k, v in dataclasses.asdict(cost).items() if v is not None} for cost in self.costs],
         }
 
     def arrays(self) -> dict[str, IntArray]:

@@ -27,6 +27,7 @@ from hbp_titan.engine import level_meshes
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan, build_plan
 from hbp_titan.packing.ragged import IntArray
+from hbp_titan.preflight import cost_model
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers, with_policy
 from hbp_titan.tuning.profile_file import Measurement, Profile, fit_level_time, profile_key
@@ -73,7 +74,7 @@ def profile_levels(
     key = profile_key(config, args, world, lengths, loss_tokens, candidates=list(candidates), **settings)
     run = _ProfileRun(config, args, world, candidates, int(limit * (1 - margin)))
     for max_tokens in sorted({level.max_tokens for level in candidates}):
-        run.packs[max_tokens] = Packs.draw(max_tokens, lengths, loss_tokens, iterations, args.vocab_size)
+        run.packs[max_tokens] = Packs.draw(max_tokens, lengths, loss_tokens, iterations, args)
     results = run.time(run.find_fitting(), iterations)
     if any(result.fits for result in results):
         resident, step_seconds = run.measured.held_bytes(), run.measured.step_seconds()
@@ -228,20 +229,28 @@ class Packs:
     samples: RandomSamples
 
     @classmethod
-    def draw(cls, max_tokens: int, lengths: IntArray, loss_tokens: IntArray, count: int, vocab_size: int) -> Packs:
+    def draw(cls, max_tokens: int, lengths: IntArray, loss_tokens: IntArray, count: int, args: ModelArgs) -> Packs:
         """Return `count` packs of the samples that fit, evenly spaced from the least attention to the most.
 
         If there are fewer packs, some are used more than once.
         """
         # Best-fit decreasing packs samples of similar length together, so that packs differ as much as the data allow.
-        plan = build_plan(lengths, [Level(max_tokens)], 1, "flat_sorted", loss_tokens=loss_tokens, overlong="skip")
+        plan = build_plan(
+            lengths,
+            [Level(max_tokens)],
+            1,
+            "flat_sorted",
+            loss_tokens=loss_tokens,
+            cost=cost_model(args),
+            overlong="skip",
+        )
         order = np.argsort(plan.pack_sum_sq, kind="stable")
         # The last packs may be nearly empty.
         half_full = order[2 * plan.pack_tokens[order] >= max_tokens]
         order = half_full if len(half_full) else order
         chosen = order[np.linspace(0, len(order) - 1, count).round().astype(int)].tolist()
         documents = max(int(plan.packs.counts[pack]) for pack in chosen)
-        samples = RandomSamples(plan.lengths, plan.loss_tokens, vocab_size)
+        samples = RandomSamples(plan.lengths, plan.loss_tokens, args.vocab_size)
         return cls(plan, chosen, pack_loads(plan)[chosen], documents, samples)
 
     @property

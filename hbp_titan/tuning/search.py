@@ -413,7 +413,8 @@ def _seconds_per_token(candidate: Candidate, workload: Workload) -> float:
     capacity = candidate.level.max_tokens
     # The paper packs each length with the samples that it can hold.
     held = workload.lengths <= capacity
-    lengths = workload.lengths[held].astype(np.float64)
-    sums = np.array([workload.loss_tokens[held].sum(), (lengths**2).sum(), len(lengths)]) / max(lengths.sum(), 1)
+    lengths = workload.lengths[held]
+    squares = workload.cost.squares(lengths).sum()
+    sums = np.array([workload.loss_tokens[held].sum(), squares, len(lengths)]) / max(lengths.sum(), 1)
     seconds = float(np.array([1.0, *(sums * capacity)]) @ np.array(dataclasses.astuple(candidate.time)))
     return seconds / (capacity * candidate.level.dp_degree(workload.world_size))

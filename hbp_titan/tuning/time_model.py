@@ -22,6 +22,7 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
+from hbp_titan.packing.ragged import IntArray, Ragged
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
 from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
@@ -46,7 +47,8 @@ class ModelDims:
     recomputed runs twice again. head_params: of the output projection. embedding_params: 0 if tied. num_heads,
     num_kv_heads, head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection,
     where all heads have keys and values). expert_params: part of body_params that expert parallelism shards.
-    experts_per_token: routed experts of a token, 0 for a dense model.
+    experts_per_token: routed experts of a token, 0 for a dense model. window, window_share: the sliding window, and the
+    share of the layers that have it, or None.
     """
 
     name: str
@@ -64,11 +66,17 @@ class ModelDims:
     expert_params: int = 0
     experts_per_token: int = 0
     first_params: int = 0
+    window: int | None = None
+    window_share: float | None = None
 
     @property
     def params(self) -> int:
         """The number of all parameters."""
         return self.body_params + self.head_params + self.embedding_params
+
+    def squares(self, lengths: IntArray, packs: Ragged | None = None) -> IntArray:
+        """Return the squares in which attention's work on documents or packs is counted (CostModel.squares)."""
+        return CostModel(window=self.window, window_share=self.window_share).squares(lengths, packs)
 
     @classmethod
     def from_args(cls, args: ModelArgs) -> ModelDims:
@@ -91,6 +99,8 @@ class ModelDims:
             expert_params=expert_params(args),
             experts_per_token=args.moe.num_experts_per_tok if args.moe else 0,
             first_params=_first_params(args),
+            window=args.sliding_window if args.window_share else None,
+            window_share=args.window_share or None,
         )
 
 
@@ -128,7 +138,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class TimeModel:
-    """Predictor of the micro-batches of any level.
+    """Predictor of the micro-batches of any level, from loads whose squares count the model's windows.
 
     fixed_seconds: of each micro-batch independent of its content (data, synchronization). overlaps: whether keys and
     values are exchanged while queries are projected (distributed/context_parallel.py).

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hbp_titan.packing import CostModel
+from hbp_titan.packing import CostModel, Level, build_plan
+from hbp_titan.packing.ragged import Ragged
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 3, 64, 4, 2, 24, 160, 256
 
@@ -67,6 +69,37 @@ def test_heads_of_unequal_width_count_each_product_once():
 
 def test_a_slower_attention_kernel_weighs_attention_more():
     assert model_cost(attention_efficiency=0.5).beta == 2 * model_cost().beta
+
+
+def test_windows_reduce_the_squares_of_longer_documents():
+    cost = CostModel(window=4, window_share=0.5)
+    # 10^2 less half of (10 - 4)^2.
+    assert cost.squares(np.array([3, 4, 10])).tolist() == [9, 16, 82]
+    assert cost.squares(np.array([3, 4, 10]), Ragged(np.array([2, 0, 1]), np.array([0, 2, 2, 3]))).tolist() == [
+        91,
+        0,
+        16,
+    ]
+    # Pairs of query and key are half of the squares, in each layer.
+    pairs = sum(min(i, 128) for i in range(1, 5001)) + 3 * 5000 * 5001 // 2
+    squares = CostModel(window=128, window_share=0.25).squares(np.array([5000]))[0]
+    assert squares / 2 == pytest.approx(pairs / 4, rel=1e-3)
+
+
+def test_packs_are_balanced_by_the_work_inside_windows():
+    # Squares of 12^2 and 2 * 8^2; with a window of 2 they are 44 and 2 * 28.
+    lengths = np.array([12, 8, 8])
+    for cost, heaviest in ((CostModel(0.0, 1.0), 144), (CostModel(0.0, 1.0, 2, 1.0), 56)):
+        plan = build_plan(lengths, [Level(16)], 1, cost=cost)
+        assert sorted(plan.pack_sum_sq.tolist())[-1] == heaviest
+        assert plan.pack_costs(plan.costs)[plan.heaviest_iteration(0)] == heaviest
+
+
+def test_windows_differ_between_models_not_levels():
+    with pytest.raises(ValueError, match="window_share"):
+        CostModel(window=8)
+    with pytest.raises(ValueError, match="windows"):
+        build_plan([3], [Level(8), Level(16)], 1, cost=[CostModel(), CostModel(window=8, window_share=1.0)])
 
 
 def test_a_negative_coefficient_raises():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hbp_titan.packing import build_plan, load_plan, parse_levels, save_plan
+from hbp_titan.packing import CostModel, build_plan, load_plan, parse_levels, save_plan
 from hbp_titan.tuning.simulate import tulu3_longcite_like
 
 LEVELS = parse_levels("16384:1,131072:8")
@@ -28,6 +28,17 @@ def test_a_saved_plan_loads_equal_and_memory_mapped(plan, tmp_path):
     assert loaded.iteration(3).level == plan.iteration(3).level
     for ours, theirs in zip(loaded.iteration(3).packs, plan.iteration(3).packs, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_windows_of_the_cost_model_are_kept_only_if_there_are_any(plan, tmp_path):
+    assert plan.settings()["costs"] == [{"alpha": 1.0, "beta": 2e-5}] * 2
+    cost = CostModel(1.0, 1e-5, 4096, 0.75)
+    windowed = build_plan(plan.lengths, LEVELS, 8, global_batch_tokens=10**6, cost=cost)
+    save_plan(windowed, tmp_path / "p")
+    loaded = load_plan(tmp_path / "p", windowed.settings())
+    assert loaded.costs == (cost, cost)
+    np.testing.assert_array_equal(loaded.pack_sum_sq, windowed.pack_sum_sq)
+    assert windowed.pack_sum_sq.sum() < plan.pack_sum_sq.sum()
 
 
 def test_files_are_safetensors_and_equal_plans_are_equal_bytes(plan, tmp_path):

@@ -79,7 +79,7 @@ def _measured_and_resident(world: World, args: ModelArgs, levels: list[Level], e
 
 
 def _one_document(tokens: int, args: ModelArgs) -> Packs:
-    return Packs.draw(tokens, np.array([tokens]), np.array([tokens - 1]), 1, args.vocab_size)
+    return Packs.draw(tokens, np.array([tokens]), np.array([tokens - 1]), 1, args)
 
 
 CASES = [
@@ -297,7 +297,7 @@ def _device_and_host_bytes(world: World, args: ModelArgs, levels: list[Level]) -
     """Return the peak on the device and the bytes of host memory of a pack of many documents at each level."""
     engine = MeasuredEngine(JobConfig(), args, world, levels, accumulate=True)
     tokens, documents = levels[0].max_tokens, levels[0].max_tokens // 512
-    packs = Packs.draw(tokens, np.full(documents, 512), np.full(documents, 511), 1, args.vocab_size)
+    packs = Packs.draw(tokens, np.full(documents, 512), np.full(documents, 511), 1, args)
     sizes = []
     for index, level in enumerate(levels):
         peak = engine.peak_bytes(packs.batch(0, level, index, args, world.rank), warm_up=level.offloads)

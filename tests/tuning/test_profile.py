@@ -46,7 +46,7 @@ SHORT, LONG = Level(128), Level(256, cp_degree=2)
 
 def _estimate(policy: str, layers: int | None) -> int:
     level = dataclasses.replace(SHORT, ac_policy=policy, ac_layers=layers)
-    tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP.vocab_size).max_loss_tokens
+    tokens = Packs.draw(128, LENGTHS, LOSS_TOKENS, 3, DEEP).max_loss_tokens
     return estimate_memory(DEEP, level, JobConfig(), 2, device_type="cpu", loss_tokens=tokens).peak_bytes
 
 
@@ -189,7 +189,7 @@ def test_invalid_file(tmp_path: Path) -> None:
 
 
 def test_timed_packs_range_from_light_to_heavy() -> None:
-    packs = Packs.draw(128, LENGTHS, LOSS_TOKENS, 4, ARGS.vocab_size)
+    packs = Packs.draw(128, LENGTHS, LOSS_TOKENS, 4, ARGS)
     squares = packs.loads[:, 2]
     assert (np.diff(squares) >= 0).all()
     assert squares[-1] > 1.5 * squares[0]

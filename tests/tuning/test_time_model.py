@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from hbp_titan.components.step_stats import peak_flops
+from hbp_titan.components.timing import pack_loads
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor, training_flops
-from hbp_titan.packing import Level
+from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES
+from hbp_titan.preflight import cost_model
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, estimate_candidates, get_dims, time_model
 from tests.tuning.toy import MACHINE, TOY
@@ -203,6 +205,22 @@ def test_flops_equal_those_of_the_metrics() -> None:
     parts = TimeModel(ModelDims.from_args(args), machine, 1).parts(Level(1000), pack(1000, 300_000))
     seconds = parts["linear"][0] + parts["attention"][0]
     assert seconds * 989e12 == pytest.approx(training_flops(args, 1000, 300_000))
+
+
+def test_windows_shorten_attention_alone() -> None:
+    windows = {"layer_types": (("full_attention",) + ("sliding_attention",) * 3) * 8, "sliding_window": 4096}
+    args = get_flavor("llama3_1_8b")
+    plain, windowed = args, dataclasses.replace(args, **windows)
+    found = {}
+    for model in (plain, windowed):
+        plan = build_plan([131072], [Level(131072)], 1, cost=cost_model(model))
+        time = TimeModel(ModelDims.from_args(model), get_hardware("h100-80gb"), 8)
+        assert time.dims.squares(np.array([131072])) == plan.pack_sum_sq
+        found[model.sliding_window] = time.parts(Level(131072), pack_loads(plan))
+    # Three of four layers attend to 4096 tokens of up to 131072: 1/4 + 3/4 * (1 - (31/32)^2).
+    share = found[4096]["attention"] / found[None]["attention"]
+    assert share == pytest.approx(1 / 4 + 3 / 4 * (1 - (31 / 32) ** 2), rel=0.01)
+    assert found[4096]["linear"] == found[None]["linear"]
 
 
 def test_published_parameter_counts() -> None:

@@ -236,7 +236,7 @@ class _Planner:
 
 def sample_seconds(model: TimeModel, level: Level, tokens: IntArray) -> FloatArray:
     """Return the seconds that single samples add to a group of this level, [n], without its fixed parts."""
-    loads = np.stack([np.ones(len(tokens)), tokens - 1, tokens.astype(float) ** 2, np.ones(len(tokens))], axis=1)
+    loads = np.stack([np.ones(len(tokens)), tokens - 1, model.dims.squares(tokens), np.ones(len(tokens))], axis=1)
     parts = model.parts(level, loads, tokens.astype(float))
     return np.sum([parts[name] for name in ("linear", "attention", "recompute", "sp", "experts")], axis=0)
 
@@ -247,7 +247,7 @@ def replay_concurrent(plan: FlexSPPlan, model: TimeModel) -> Replay:
     Groups are not padded, and all ranks take part in the FSDP collectives of each micro-batch.
     """
     tokens = plan.groups.sums(plan.lengths)
-    squares = plan.groups.sums_of_squares(plan.lengths).astype(float)
+    squares = model.dims.squares(plan.lengths, plan.groups)
     counts = plan.groups.counts
     loads = np.stack([np.ones(len(tokens)), tokens - counts, squares, counts], axis=1).astype(float)
     degrees = np.array([level.cp_degree for level in plan.levels])[plan.level_of_group]

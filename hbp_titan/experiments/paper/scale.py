@@ -71,7 +71,7 @@ def level_cost(model: TimeModel, level: Level) -> CostModel:
     tiles are ignored: packs of a level hardly differ in them.
     """
     time = model.level_time(level)
-    return CostModel(time.per_loss_token, time.per_square)
+    return CostModel(time.per_loss_token, time.per_square, model.dims.window, model.dims.window_share)
 
 
 def flexsp_levels(largest: Level) -> list[Level]:

@@ -33,6 +33,7 @@ from hbp_titan.models.documents import Documents, launched_blocks, pack_document
 from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
+from hbp_titan.preflight import cost_model
 from hbp_titan.testing.gpu_check.blocks import base_config, one_rank, usable_backends
 from hbp_titan.testing.gpu_check.runner import Found, Settings, Table
 from hbp_titan.tuning.hardware import HARDWARE, hardware_of
@@ -274,8 +275,9 @@ def predicted_seconds(
     """Return the time of a micro-batch by the time model, on this hardware or, if unknown, on an H100."""
     # Only the time budget depends on it then.
     hardware = hardware_of(world.device) or HARDWARE["h100-80gb"]
-    lengths = documents.lengths(level.max_tokens, seed=0).astype(float)
-    loads = np.array([[1.0, float((lengths - 1).sum()), float((lengths**2).sum()), float(len(lengths))]])
+    lengths = documents.lengths(level.max_tokens, seed=0)
+    squares = cost_model(args).squares(lengths)
+    loads = np.array([[1.0, float((lengths - 1).sum()), float(squares.sum()), float(len(lengths))]])
     model = time_model(args, base_config(settings, compiled=True), hardware, 1)
     return float(model.level_time(level).seconds(loads)[0])
 
