@@ -88,7 +88,7 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         from hbp_titan.distributed.expert_parallel import check_experts
 
         shards = world_size // config.parallelism.dp_replicate
-        check_experts(args, config.parallelism.expert_parallel_degree, shards, config.levels)
+        check_experts(args, config.parallelism.expert_parallel_degree, shards)
     if config.optimizer.router_bias_rate and (config.lora.rank or not (args.moe and args.moe.has_router_bias)):
         reason = "lora.rank freezes them" if config.lora.rank else f"the model {args.name} has none"
         raise ValueError(f"optimizer.router_bias_rate moves router biases, but {reason}; remove it")

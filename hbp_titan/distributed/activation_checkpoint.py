@@ -106,6 +106,8 @@ class _Run:
         self.chunk_tokens = chunk_tokens
         self.head_groups = head_groups
         self.calls = 0
+        # Of the chunks of a block with experts; kept, because counting makes the host wait for the device.
+        self.splits: list[tuple[Any, ...]] | None = None
 
     def __call__(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, documents: Any) -> Tensor:
         self.calls += 1
@@ -144,14 +146,21 @@ class _Run:
         before = (block.self_attn, block.attention_output_norm, block.post_attention_layernorm)
         if not block.has_experts:
             return self._chunks(block.post_attention, (*before, mlp, block.mlp_output_norm), (x_TH, o_TND), only_saved)
+        from hbp_titan.distributed.chunks import chunk_slices
+
         mlp = block.experts_mlp
         # The balance losses count the choices of whole documents.
         x_TH, scores_TE = self._chunks(block.post_scores, (*before, mlp.gate), (x_TH, o_TND))
         weights_TK, experts_TK = mlp.choose(scores_TE)
-        mlp.tokens_per_expert = mlp.sort(experts_TK)[1]
-        return self._chunks(
-            block.post_experts, (before[-1], mlp, block.mlp_output_norm), (x_TH, weights_TK, experts_TK), only_saved
-        )
+        counts_CE = mlp.count_chunks(experts_TK, chunk_slices(len(experts_TK), self.chunk_tokens))
+        self.splits = self.splits or mlp.split_chunks(counts_CE)
+        modules = (before[-1], mlp, block.mlp_output_norm)
+
+        def region(*inputs: Tensor) -> Tensor:
+            return self._chunks(block.post_experts, modules, inputs, only_saved, self.splits)
+
+        # With expert parallelism FSDP2 gathers the experts separately: once for all chunks.
+        return mlp.experts(x_TH, weights_TK, experts_TK, region=region)
 
     def _chunks(
         self,
@@ -159,11 +168,12 @@ class _Run:
         modules: Sequence[nn.Module],
         inputs: Sequence[Tensor],
         only_saved: bool = False,
+        extras: Sequence[tuple[Any, ...]] | None = None,
     ) -> Any:
         # Imported where a level uses it. Chunks recompute by themselves, so no other checkpoint surrounds them.
         from hbp_titan.distributed.chunks import in_chunks
 
-        return in_chunks(region, modules, self.chunk_tokens, inputs, only_saved=only_saved)
+        return in_chunks(region, modules, self.chunk_tokens, inputs, only_saved=only_saved, extras=extras)
 
     def _post_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
         # The last product stays out of the compiled region: checkpoint stops a recomputation once all saved tensors are

@@ -10,7 +10,8 @@ Shape suffixes: T tokens of a shard, C tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def in_chunks(
     inputs: Sequence[Tensor],
     *,
     only_saved: bool = False,
+    extras: Sequence[tuple[Any, ...]] | None = None,
 ) -> Any:
     """Return region(*inputs), computed over chunks of about `chunk_tokens` tokens.
 
@@ -31,41 +33,65 @@ def in_chunks(
     modules: whose parameters it uses; inputs: [T, ...] each.
     only_saved: for a recomputation, which needs what backward reads but not the result: returns an uninitialized
         tensor like the first input, as the region's one output must be.
+    extras: for each of `chunk_slices`, further arguments of `region`, without gradients.
     """
+    chunks = _Chunks(region, modules, chunk_slices(len(inputs[0]), chunk_tokens), extras)
     if not torch.is_grad_enabled():
-        return _single(_forward(region, chunk_tokens, inputs))
-    parameters = _trained(modules)
-    return _single(_InChunks.apply(region, modules, chunk_tokens, only_saved, len(inputs), *inputs, *parameters))
+        return _single(chunks.forward(inputs))
+    return _single(_InChunks.apply(chunks, only_saved, len(inputs), *inputs, *chunks.trained()))
+
+
+def chunk_slices(tokens: int, chunk_tokens: int) -> list[slice]:
+    """Return chunks of nearly equal size: compiled regions then have one shape, or two."""
+    size = -(-tokens // -(-tokens // chunk_tokens))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    region: Callable[..., Any]
+    modules: Sequence[nn.Module]
+    slices: Sequence[slice]
+    extras: Sequence[tuple[Any, ...]] | None
+
+    def parts(self) -> Iterable[tuple[slice, tuple[Any, ...]]]:
+        """Return each chunk and its further arguments."""
+        return zip(self.slices, self.extras or [()] * len(self.slices), strict=True)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for module in self.modules for parameter in module.parameters() if parameter.requires_grad]
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = ()
+        for part, extra in self.parts():
+            results = _tuple(self.region(*(x[part] for x in inputs), *extra))
+            if not outputs:
+                outputs = tuple(result.new_empty(len(inputs[0]), *result.shape[1:]) for result in results)
+            for output, result in zip(outputs, results, strict=True):
+                output[part] = result
+        return outputs
 
 
 class _InChunks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        region: Callable[..., Any],
-        modules: Sequence[nn.Module],
-        chunk_tokens: int,
-        only_saved: bool,
-        num_inputs: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chunks: _Chunks, only_saved: bool, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = tensors[:num_inputs]
-        ctx.region, ctx.modules, ctx.chunk_tokens = region, modules, chunk_tokens
+        ctx.chunks = chunks
         ctx.save_for_backward(*inputs)
-        return (torch.empty_like(inputs[0]),) if only_saved else _forward(region, chunk_tokens, inputs)
+        return (torch.empty_like(inputs[0]),) if only_saved else chunks.forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         # The modules' own, as gathered for this backward: what forward used may have been freed in between.
-        parameters = _trained(ctx.modules)
-        needed = ctx.needs_input_grad[5 : 5 + len(inputs)]
+        parameters = ctx.chunks.trained()
+        needed = ctx.needs_input_grad[3 : 3 + len(inputs)]
         input_grads = [torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
         sums: list[Tensor | None] = [None] * len(parameters)
-        for part in _parts(len(inputs[0]), ctx.chunk_tokens):
+        for part, extra in ctx.chunks.parts():
             leaves = [x[part].detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
             with torch.enable_grad():
-                outputs = _tuple(ctx.region(*leaves))
+                outputs = _tuple(ctx.chunks.region(*leaves, *extra))
             wanted = [leaf for leaf in leaves if leaf.requires_grad] + parameters
             # A region may use some of the modules' parameters only.
             found = list(torch.autograd.grad(outputs, wanted, [grad[part] for grad in grads], allow_unused=True))
@@ -77,28 +103,7 @@ class _InChunks(torch.autograd.Function):
                     # In bf16 each addition would round.
                     sums[i] = _wide(grad) if sums[i] is None else sums[i].add_(grad)  # type: ignore[union-attr]
         rounded = (s if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
-        return None, None, None, None, None, *input_grads, *rounded
-
-
-def _forward(region: Callable[..., Any], chunk_tokens: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = ()
-    for part in _parts(len(inputs[0]), chunk_tokens):
-        results = _tuple(region(*(x[part] for x in inputs)))
-        if not outputs:
-            outputs = tuple(result.new_empty(len(inputs[0]), *result.shape[1:]) for result in results)
-        for output, result in zip(outputs, results, strict=True):
-            output[part] = result
-    return outputs
-
-
-def _parts(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Yield chunks of nearly equal size: compiled regions then have one shape, or two."""
-    size = -(-tokens // -(-tokens // chunk_tokens))
-    return (slice(start, start + size) for start in range(0, tokens, size))
-
-
-def _trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        return None, None, None, *input_grads, *rounded
 
 
 def _wide(grad: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """Expert parallelism: the experts of a layer are sharded over adjacent ranks, and tokens travel to them and back.
 
 Owns the sharding of stacked experts over the axis "ep" and the exchange of rows (GShard, arXiv 2006.16668). A row has
-neither document nor context parallelism, so nothing here depends on the level. No token is dropped at any load. How
-many rows each rank gets depends on the data: each forward reads these counts from the device once, its recomputation
-does not.
+neither document nor context parallelism, so of a level only its chunks matter. No token is dropped at any load. How
+many rows each rank gets depends on the data: each forward reads these counts from the device once, also those of all
+chunks; its recomputation does not.
 
 Shape suffixes: T tokens, K experts per token, S = T * K copies of a rank's tokens, H hidden width, E experts of a
-layer, P ranks of the axis, L = E / P experts per rank, R rows that a rank receives, W a row with its weight.
+layer, P ranks of the axis, L = E / P experts per rank, R rows that a rank receives, W a row with its weight, C chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
-from hbp_titan.packing.level import Level
 
 # A float32 weight follows each row, padded so that rows stay aligned for wide loads.
 _TAIL_BYTES = 16
@@ -48,7 +46,8 @@ class ExpertExchange:
 
     experts: their parameters are DTensors of which this rank has L experts. group: the ranks of the axis.
     A forward has three all-to-alls (row counts; rows with their weights; outputs), a backward two. The recomputation of
-    a checkpointed forward repeats only that of the rows: the counts are kept, and it stops before the outputs.
+    a checkpointed forward repeats only that of the rows: the counts are kept, and it stops before the outputs. So does
+    that of a chunk.
     """
 
     def __init__(self, experts: Experts, group: ProcessGroup) -> None:
@@ -57,36 +56,50 @@ class ExpertExchange:
         self.splits: Splits | None = None
         self.pending_backwards = 0
 
-    def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
-        """Return y_TH, as `run_experts` does."""
-        splits = self._splits(counts_E)
+    def attach(self, mlp: MixtureOfExperts) -> None:
+        """Make the layer `mlp` use this exchange."""
+        mlp.run_experts, mlp.split_chunks = self, self.split_chunks  # type: ignore[method-assign]
+
+    def __call__(
+        self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, chunk: Splits | None = None
+    ) -> Tensor:
+        """Return y_TH, as `run_experts` does. chunk: of `split_chunks`; the experts' parameters are then gathered."""
+        splits, run = chunk, self.experts.products
+        if splits is None:
+            splits, run = self._splits(counts_E), self.experts
+        else:
+            self.pending_backwards += torch.is_grad_enabled()
         order_R = order_by_expert(splits.arriving_PL, sum(splits.received_P))
         x_RH, weights_R = _ToExperts.apply(x_TH, weights_TK, order_S, order_R, splits, self)
-        y_RH = self.experts(x_RH, weights_R, splits.arriving_PL.sum(0))
+        y_RH = run(x_RH, weights_R, splits.arriving_PL.sum(0))
+        if chunk is not None and _in_backward():
+            return _Unread.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
         return _FromExperts.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
+
+    def split_chunks(self, counts_CE: Tensor) -> list[tuple[Splits]]:
+        """Replacement of `MixtureOfExperts.split_chunks`; waits for the device once for all chunks."""
+        return [(splits,) for splits in self.count(counts_CE)]
 
     def _splits(self, counts_E: Tensor) -> Splits:
         """Return the splits of this forward; of a recomputation those of its forward, without waiting for the device.
 
         Only with one pending forward is it known which one is recomputed.
         """
-        # FSDP2 detects a recomputation the same way.
-        recomputes = torch._C._current_graph_task_id() != -1
-        if recomputes and self.pending_backwards == 1 and self.splits is not None:
+        if _in_backward() and self.pending_backwards == 1 and self.splits is not None:
             return self.splits
-        if not recomputes:
+        if not _in_backward():
             self.pending_backwards += torch.is_grad_enabled()
-        self.splits = self.count(counts_E)
+        (self.splits,) = self.count(counts_E[None])
         return self.splits
 
-    def count(self, counts_E: Tensor) -> Splits:
-        """Exchange the row counts; waits for the device."""
-        # [E] -> [P, L] -> all-to-all over dim 0 -> [P, L]
-        counts_PL = counts_E.view(self.group.size(), -1)
-        arriving_PL = wait_tensor(collectives.all_to_all_single(counts_PL, None, None, self.group))
-        # One copy to the host for both lists.
-        received_P, sent_P = torch.stack([arriving_PL.sum(1), counts_PL.sum(1)]).tolist()
-        return Splits(arriving_PL, received_P, sent_P)
+    def count(self, counts_CE: Tensor) -> list[Splits]:
+        """Exchange the row counts of each of C chunks; waits for the device."""
+        # [C, E] -> [C, P, L] -> [P, C, L] -> all-to-all over dim 0 -> [P, C, L]
+        counts_PCL = counts_CE.view(len(counts_CE), self.group.size(), -1).transpose(0, 1).contiguous()
+        arriving_PCL = wait_tensor(collectives.all_to_all_single(counts_PCL, None, None, self.group))
+        # One copy to the host for all lists.
+        lists_CP = torch.stack([arriving_PCL.sum(2).T, counts_PCL.sum(2).T], dim=1).tolist()
+        return [Splits(*pair) for pair in zip(arriving_PCL.unbind(1), *zip(*lists_CP, strict=True), strict=True)]
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
         """Send sent_P rows to each rank and return the received_P rows from each, by rank; not differentiable."""
@@ -156,6 +169,21 @@ class _FromExperts(torch.autograd.Function):
         return grad_RH.index_select(0, order_R), None, None, None, None, None
 
 
+class _Unread(_FromExperts):
+    """_FromExperts in the recomputation of a chunk, whose backward does not read the outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RH: Tensor, order_S: Tensor, order_R: Tensor, *rest: Any) -> Tensor:
+        ctx.orders, (ctx.splits, ctx.exchange, ctx.chosen) = (order_S, order_R), rest
+        # Not a number: what does read them is visible in every gradient.
+        return y_RH.new_full((len(order_S) // ctx.chosen, y_RH.shape[1]), torch.nan)
+
+
+def _in_backward() -> bool:
+    """Return whether a recomputation runs; FSDP2 detects it the same way."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _join(x_NH: Tensor, rows_M: Tensor, weights_M: Tensor) -> Tensor:
     """Return x[rows] with the bits of a float32 weight after each row, [M, W] in the dtype of x, for one exchange."""
     # Eager only: a compiler that computes bfloat16 in float32 would change bits that are not a bfloat16 number.
@@ -193,24 +221,14 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         for name, parameter in list(experts.named_parameters()):
             sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        block.mlp.run_experts = ExpertExchange(experts, mesh.get_group())  # type: ignore[method-assign]
+        ExpertExchange(experts, mesh.get_group()).attach(block.mlp)
 
 
-def check_experts(args: ModelArgs, degree: int, shards: int, levels: Sequence[Level] = ()) -> None:
-    """Raise ValueError if the experts of `args` cannot be sharded over `degree` of the `shards` ranks of a copy.
-
-    Also if one of `levels` cannot be trained with them.
-    """
+def check_experts(args: ModelArgs, degree: int, shards: int) -> None:
+    """Raise ValueError if the experts of `args` cannot be sharded over `degree` of the `shards` ranks of a copy."""
     if degree == 1:
         return
     key = f"parallelism.expert_parallel_degree={degree}"
-    for level in levels:
-        if level.mlp_chunk_tokens:
-            # Each chunk would exchange its rows, and the host would wait for the device twice per chunk.
-            raise ValueError(
-                f"level of max_tokens={level.max_tokens}: mlp_chunk_tokens={level.mlp_chunk_tokens} cannot be combined "
-                f"with {key}; set one of them to its default"
-            )
     if args.moe is None:
         raise ValueError(f"{key}: the model {args.name} has no experts; leave it at 1")
     if shards % degree:

@@ -111,7 +111,7 @@ def apply_compile(model: Decoder, backend: str, num_levels: int, expert_parallel
         regions: tuple[str, ...] = BEFORE_ATTENTION + AFTER_ATTENTION
         if expert_parallel and block.has_experts:
             # The sizes of the experts' exchange depend on the data, so only the pieces around it are compiled.
-            regions = BEFORE_ATTENTION
+            regions = (*BEFORE_ATTENTION, EXPERTS_IN_CHUNKS[0])
             mlp, experts = block.experts_mlp, block.experts_mlp.experts
             mlp.send = compiled(mlp.send)  # type: ignore[method-assign]
             mlp.receive = compiled(mlp.receive)  # type: ignore[method-assign]

@@ -172,10 +172,10 @@ class DecoderBlock(nn.Module):
         x_TH = self._add_attention(x_TH, o_TND)
         return x_TH, self.experts_mlp.scores(self.post_attention_layernorm(x_TH))
 
-    def post_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """Return the block's output, given post_scores' x_TH and MixtureOfExperts.choose's weights and experts."""
+    def post_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, *split: Any) -> Tensor:
+        """Return a chunk of the block's output, given post_scores' x_TH, and `choose` and `split_chunks` of the mlp."""
         normed_TH = self.post_attention_layernorm(x_TH)
-        return x_TH + self.mlp_output_norm(self.experts_mlp.chosen_experts(normed_TH, weights_TK, experts_TK))
+        return x_TH + self.mlp_output_norm(self.experts_mlp.chosen_experts(normed_TH, weights_TK, experts_TK, *split))
 
     def _add_attention(self, x_TH: Tensor, o_TND: Tensor) -> Tensor:
         return x_TH + self.attention_output_norm(self.self_attn.output(o_TND))

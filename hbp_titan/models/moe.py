@@ -11,7 +11,7 @@ G groups of experts, N documents of the pack. Of a grouped product: S rows, E gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,10 +69,20 @@ class MixtureOfExperts(nn.Module):
         weights_TK, experts_TK = route(scores_TE, self.moe, self.gate.e_score_correction_bias)
         return with_balance_loss(weights_TK, scores_TE, experts_TK, self.balance, self.moe), experts_TK
 
-    def chosen_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """Return the layer's output for some of the tokens of `choose`."""
+    def chosen_experts(self, x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, *split: Any) -> Tensor:
+        """Return the layer's output for a chunk of the tokens of `choose`. split: of `split_chunks`."""
         order_S, counts_E = self.sort(experts_TK)
-        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E), self.shared(x_TH))
+        return self.receive(self.run_experts(x_TH, weights_TK, order_S, counts_E, *split), self.shared(x_TH))
+
+    def count_chunks(self, experts_TK: Tensor, slices: Sequence[slice]) -> Tensor:
+        """Return the copies per expert of each of C chunks of the shard, counts_CE, int32; set tokens_per_expert."""
+        counts_CE = torch.stack([count_copies(experts_TK[part], self.moe.n_routed_experts) for part in slices])
+        self.tokens_per_expert = counts_CE.sum(0, dtype=torch.int32)
+        return counts_CE
+
+    def split_chunks(self, counts_CE: Tensor) -> list[tuple[Any, ...]]:
+        """Return what `run_experts` needs in addition for each chunk of `count_chunks`."""
+        return [()] * len(counts_CE)
 
     def sort(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Return order_S and counts_E of sort_by_expert."""
@@ -116,7 +126,12 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(wide))
         self.down_proj = nn.Parameter(torch.empty(wide[0], wide[2], wide[1]))
 
-    def forward(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, region: Callable[..., Tensor] | None = None) -> Tensor:
+        """Return `products` of the inputs, or region(*inputs), which may use `products` any number of times."""
+        # FSDP2 gathers the parameters and reduces their gradients around each call of the module.
+        return (region or self.products)(*inputs)
+
+    def products(self, x_SH: Tensor, weights_S: Tensor, counts_E: Tensor) -> Tensor:
         """Return weights_S times the expert of each row; the first counts_E[0] rows are expert 0's, and so on."""
         parameters = (self.gate_proj, self.up_proj, self.down_proj)
         # Under expert parallelism, this rank's experts.
@@ -157,10 +172,14 @@ def route(scores_TE: Tensor, moe: MoEArgs, bias_E: Tensor | None = None) -> tupl
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return order_S, the copies (token * K + choice) by expert, then by token, int64; and counts per expert, int32."""
+    return experts_TK.flatten().argsort(stable=True), count_copies(experts_TK, num_experts)
+
+
+def count_copies(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Return the copies of each expert, counts_E, int32."""
     experts_S = experts_TK.flatten()
     counts_E = torch.zeros(num_experts, dtype=torch.int32, device=experts_S.device)
-    ones_S = torch.ones_like(experts_S, dtype=torch.int32)
-    return experts_S.argsort(stable=True), counts_E.scatter_add(0, experts_S, ones_S)
+    return counts_E.scatter_add(0, experts_S, torch.ones_like(experts_S, dtype=torch.int32))
 
 
 def dispatch(x_TH: Tensor, weights_TK: Tensor, order_S: Tensor) -> tuple[Tensor, Tensor]:

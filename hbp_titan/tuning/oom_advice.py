@@ -423,7 +423,7 @@ class ChangeSearch:
         while 2 * degree <= largest:
             degree *= 2
             try:
-                check_experts(self.args, degree, shards, self.config.levels)
+                check_experts(self.args, degree, shards)
             except ValueError:
                 continue
             yield _with_value(self.config, "parallelism.expert_parallel_degree", degree)

@@ -13,7 +13,6 @@ Shape suffixes: S tokens of a rank's shard, H hidden size, D head width.
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import weakref
 from collections.abc import Callable, Iterator
@@ -225,8 +224,7 @@ def _block(args: ModelArgs, expert_parallel: int, adapters: Adapters) -> Decoder
         own = args.moe.n_routed_experts // expert_parallel
         trained = next(block.mlp.experts.parameters()).requires_grad
         block.mlp.experts = Experts(args.hidden_size, args.moe.moe_intermediate_size, own).requires_grad_(trained)
-        exchange = _ExchangeWithoutRanks(block.mlp.experts, expert_parallel)
-        block.mlp.run_experts = exchange  # type: ignore[method-assign]
+        _ExchangeWithoutRanks(block.mlp.experts, expert_parallel).attach(block.mlp)
     return block
 
 
@@ -320,12 +318,12 @@ def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
 @contextmanager
 def _few_chunks() -> Iterator[None]:
     """Run only the first chunks of a region: the others allocate and free the same, one after another."""
-    every = chunks._parts
-    chunks._parts = lambda tokens, chunk_tokens: itertools.islice(every(tokens, chunk_tokens), 3)
+    every = chunks.chunk_slices
+    chunks.chunk_slices = lambda tokens, chunk_tokens: every(tokens, chunk_tokens)[:3]
     try:
         yield
     finally:
-        chunks._parts = every
+        chunks.chunk_slices = every
 
 
 class _HostWithoutDevice(HostActivations):
@@ -372,15 +370,20 @@ class _ExchangeWithoutRanks(ExpertExchange):
         group: Any = None
         super().__init__(experts, group)
         self.ranks = ranks
+        self.sent_P: list[int] = []
 
-    def __call__(self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, chunk: Splits | None = None
+    ) -> Tensor:
         # Equal loads: an expert with twice its share would need as much more for the rows that it receives.
         rows, rest = divmod(len(order_S), self.ranks)
         self.sent_P = [rows + (rank < rest) for rank in range(self.ranks)]
-        return super().__call__(x_TH, weights_TK, order_S, counts_E)
+        if chunk is not None:
+            (chunk,) = self.count(counts_E[None])
+        return super().__call__(x_TH, weights_TK, order_S, counts_E, chunk)
 
-    def count(self, counts_E: Tensor) -> Splits:
-        return Splits(counts_E.view(self.ranks, -1), self.sent_P, self.sent_P)
+    def count(self, counts_CE: Tensor) -> list[Splits]:
+        return [Splits(counts_E.view(self.ranks, -1), self.sent_P, self.sent_P) for counts_E in counts_CE]
 
     def exchange(self, x: Tensor, received_P: list[int], sent_P: list[int]) -> Tensor:
         # As many rows arrive as are sent.

@@ -344,10 +344,3 @@ def _check(args: ModelArgs, words: Sequence[str] = (), **fields: Any) -> None:
 def test_memory_plan_that_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _check(DEBUG, **fields)
-
-
-def test_chunks_with_expert_parallelism_are_refused() -> None:
-    degree = ["--parallelism.expert_parallel_degree=2"]
-    _check(EXPERTS, degree)
-    with pytest.raises(ValueError, match="mlp_chunk_tokens=64 cannot be combined"):
-        _check(EXPERTS, degree, mlp_chunk_tokens=64)

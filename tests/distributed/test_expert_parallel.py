@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from hbp_titan.config import load_config
+from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.distributed.expert_parallel import ExpertExchange, apply_expert_parallel, check_experts, order_by_expert
+from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.models.configs import ModelArgs
@@ -41,6 +45,15 @@ LEVELS = (
     Level(128, 2, ac_policy="full"),
     Level(256, 4, cp_style="hybrid", ac_policy="keep_attention", ac_layers=2),
 )
+# A level without chunks, and one in chunks of each policy, most of them of unequal size. The samples need all of them.
+CHUNKED = (
+    Level(32, 1, ac_policy="full"),
+    Level(40, 1, mlp_chunk_tokens=24),
+    Level(64, 2, "allgather", ac_policy="keep_attention", mlp_chunk_tokens=12),
+    Level(128, 2, ac_policy="offload", mlp_chunk_tokens=20, attention_head_groups=2),
+    Level(256, 2, ac_policy="offload_attention", offload_layers=2, ac_layers=3, mlp_chunk_tokens=128),
+)
+FULL_IN_CHUNKS = Level(256, 2, ac_policy="full", mlp_chunk_tokens=50)
 # test_fsdp.py has the same model on 4 ranks without expert parallelism, with ep 2, and with ep 2 and two copies.
 CASES = [
     (PLAIN, Case("ulysses, full", 2, (Level(64, 1), UPPER))),
@@ -51,6 +64,12 @@ CASES = [
     (ODD, Case("9 experts", 2, (Level(64, 1), UPPER))),
     (BALANCED, Case("ep 4", 4, LEVELS, expert_parallel=4)),
     (BALANCED, Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2)),
+    (BALANCED, Case("ep 2, chunks", 2, CHUNKED, global_batch_tokens=300, expert_parallel=2)),
+    (BALANCED, Case("compiled, ep 2, chunks", 2, CHUNKED[1:], compile=True, expert_parallel=2)),
+    (PLAIN, Case("ep 2, chunks, full", 2, (FULL_IN_CHUNKS,), expert_parallel=2)),
+    (BALANCED, Case("ep 4, chunks", 4, CHUNKED, expert_parallel=4)),
+    (BALANCED, Case("ep 2, chunks, host memory", 4, CHUNKED, expert_parallel=2, cpu_offload=True)),
+    (BALANCED, Case("ep 2, chunks, 2 copies", 4, CHUNKED, expert_parallel=2, dp_replicate=2)),
 ]
 
 
@@ -177,18 +196,44 @@ def test_degree_that_does_not_fit(args: ModelArgs, degree: int, shards: int, mes
     check_experts(dataclasses.replace(BALANCED, moe=None), 1, 4)
 
 
-def _count_exchanges(world: World) -> dict[str, tuple[list[str], list[str]]]:
-    return {policy: _count_with(world, policy) for policy in AC_POLICIES}
-
-
-def _count_with(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
-    """Return the exchanges of a forward and of its backward."""
-    config = load_config(["--parallelism.expert_parallel_degree=2", f"--training.seed={SEED}"])
-    config.levels = [Level(64, 1, ac_policy=ac_policy)]
+def _engine_and_batch(world: World, level: Level, *options: str) -> tuple[Engine, PackedBatch]:
+    config = load_config(["--parallelism.expert_parallel_degree=2", f"--training.seed={SEED}", *options])
+    config.levels = [level]
     engine = Engine(config, BALANCED, world)
     plan = build_plan(np.array([64, 60]), config.levels, world.size, loss_tokens=np.array([34, 30]))
     samples = SimpleNamespace(sample=lambda i: (np.arange(64)[: [64, 60][i]] % 97, np.arange([64, 60][i]) > 29))
-    batch = PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, BALANCED.num_kv_heads))[0]  # type: ignore[arg-type]
+    return engine, PlanDataset(plan, samples, world.rank, BatchShapes.from_plan(plan, BALANCED.num_kv_heads))[0]  # type: ignore[arg-type]
+
+
+def _lora_grads(world: World) -> list[dict[str, Tensor]]:
+    found = []
+    for chunk_tokens in (0, 24):
+        level = Level(64, 1, ac_policy="offload", mlp_chunk_tokens=chunk_tokens)
+        engine, batch = _engine_and_batch(world, level, "--lora.rank=2", "--lora.target_modules=all-linear")
+        trained = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+        torch.manual_seed(world.rank)
+        for parameter in trained.values():
+            # Half of the adapters start at zero, and then the gradients of the others are zero.
+            parameter.data.to_local().normal_(std=0.3)
+        engine.forward_backward(batch)
+        found.append({name: whole_tensor(p.grad) for name, p in trained.items()})
+    return found
+
+
+def test_chunks_leave_the_gradients_of_lora_unchanged() -> None:
+    plain, chunked = run_distributed(_lora_grads, 2)[0]
+    assert max(float(grad.norm()) for grad in plain.values()) > 0.01
+    for name, grad in plain.items():
+        assert float((chunked[name] - grad).norm()) <= 1e-6 * float(grad.norm()), name
+
+
+def _count_exchanges(world: World) -> list[tuple[list[str], list[str]]]:
+    return [_count_with(world, Level(64, 1, ac_policy=policy, mlp_chunk_tokens=chunk)) for policy, chunk in PLANS]
+
+
+def _count_with(world: World, level: Level) -> tuple[list[str], list[str]]:
+    """Return the exchanges of a forward and of its backward."""
+    engine, batch = _engine_and_batch(world, level)
     calls: list[str] = []
     exchange, count = ExpertExchange.exchange, ExpertExchange.count
 
@@ -209,9 +254,14 @@ def _count_with(world: World, ac_policy: str) -> tuple[list[str], list[str]]:
     return forward, kept
 
 
+PLANS = [*itertools.product(AC_POLICIES, (0, 24)), ("none", 64)]
+
+
 def test_exchanges_of_a_layer() -> None:
     sparse = sum(BALANCED.is_sparse(layer) for layer in range(BALANCED.num_layers))
-    for policy, (forward, backward) in run_distributed(_count_exchanges, 2)[0].items():
-        assert forward == ["count", "rows", "rows"] * sparse
+    for (policy, chunk), (forward, backward) in zip(PLANS, run_distributed(_count_exchanges, 2)[0], strict=True):
+        # One wait for the device, for all chunks.
+        chunks = math.ceil(64 / (chunk or 64))
+        assert forward == ["count", *["rows", "rows"] * chunks] * sparse
         # Gradients of both; a recomputation sends the rows to the experts again and stops before the outputs.
-        assert backward == ["rows"] * (2 if policy == "none" else 3) * sparse, policy
+        assert backward == ["rows"] * (3 if chunk or policy != "none" else 2) * chunks * sparse, (policy, chunk)

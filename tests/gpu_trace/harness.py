@@ -422,12 +422,12 @@ def _even_exchange(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return an expert exchange with even row counts, which the host then need not read from the device."""
 
     def exchange_rows(
-        exchange: ExpertExchange, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor
+        exchange: ExpertExchange, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, *chunk: Splits
     ) -> Tensor:
         ranks = exchange.group.size()
         rows = [len(order_S) // ranks + (rank < len(order_S) % ranks) for rank in range(ranks)]
         splits = Splits(counts_E.view(ranks, -1), rows, rows)
-        with mock.patch.object(exchange, "count", return_value=splits):
-            return run(exchange, x_TH, weights_TK, order_S, counts_E)
+        with mock.patch.object(exchange, "count", return_value=[splits]):
+            return run(exchange, x_TH, weights_TK, order_S, counts_E, *(splits for _ in chunk))
 
     return exchange_rows
