@@ -53,7 +53,7 @@ CHUNKED = (
     Level(128, 2, ac_policy="offload", mlp_chunk_tokens=20, attention_head_groups=2),
     Level(256, 2, ac_policy="offload_attention", offload_layers=2, ac_layers=3, mlp_chunk_tokens=128),
 )
-FULL_IN_CHUNKS = Level(256, 2, ac_policy="full", mlp_chunk_tokens=50)
+FULL_IN_CHUNKS = dataclasses.replace(UPPER, mlp_chunk_tokens=50)
 # test_fsdp.py has the same model on 4 ranks without expert parallelism, with ep 2, and with ep 2 and two copies.
 CASES = [
     (PLAIN, Case("ulysses, full", 2, (Level(64, 1), UPPER))),
@@ -65,8 +65,7 @@ CASES = [
     (BALANCED, Case("ep 4", 4, LEVELS, expert_parallel=4)),
     (BALANCED, Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2)),
     (BALANCED, Case("ep 2, chunks", 2, CHUNKED, global_batch_tokens=300, expert_parallel=2)),
-    (BALANCED, Case("compiled, ep 2, chunks", 2, CHUNKED[1:], compile=True, expert_parallel=2)),
-    (PLAIN, Case("ep 2, chunks, full", 2, (FULL_IN_CHUNKS,), expert_parallel=2)),
+    (BALANCED, Case("compiled, ep 2, full, chunks", 2, (FULL_IN_CHUNKS,), compile=True, expert_parallel=2)),
     (BALANCED, Case("ep 4, chunks", 4, CHUNKED, expert_parallel=4)),
     (BALANCED, Case("ep 2, chunks, host memory", 4, CHUNKED, expert_parallel=2, cpu_offload=True)),
     (BALANCED, Case("ep 2, chunks, 2 copies", 4, CHUNKED, expert_parallel=2, dp_replicate=2)),
@@ -214,7 +213,7 @@ def _lora_grads(world: World) -> list[dict[str, Tensor]]:
         torch.manual_seed(world.rank)
         for parameter in trained.values():
             # Half of the adapters start at zero, and then the gradients of the others are zero.
-            parameter.data.to_local().normal_(std=0.3)
+            parameter.data.to_local().normal_(std=0.1)
         engine.forward_backward(batch)
         found.append({name: whole_tensor(p.grad) for name, p in trained.items()})
     return found
@@ -224,7 +223,7 @@ def test_chunks_leave_the_gradients_of_lora_unchanged() -> None:
     plain, chunked = run_distributed(_lora_grads, 2)[0]
     assert max(float(grad.norm()) for grad in plain.values()) > 0.01
     for name, grad in plain.items():
-        assert float((chunked[name] - grad).norm()) <= 1e-6 * float(grad.norm()), name
+        assert float((chunked[name] - grad).norm()) <= 2e-6 * float(grad.norm()), name
 
 
 def _count_exchanges(world: World) -> list[tuple[list[str], list[str]]]:

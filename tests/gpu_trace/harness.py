@@ -233,6 +233,7 @@ class TracedEngine:
         with ExitStack() as stack:
             stack.enter_context(_attention_backend(self.attention_backend))
             stack.enter_context(mock.patch.object(ExpertExchange, "__call__", _even_exchange(ExpertExchange.__call__)))
+            stack.enter_context(mock.patch.object(ExpertExchange, "split_chunks", _unknown_splits))
             stack.enter_context(_without_streams())
             world = stack.enter_context(fake_world(self.world_size, torch.device(DEVICE)))
             # A backend object cannot be given in TOML or on the command line.
@@ -416,6 +417,11 @@ def _without_streams() -> Iterator[None]:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "_get_device_handle", return_value=handle))
         yield
+
+
+def _unknown_splits(exchange: ExpertExchange, counts_CE: Tensor) -> list[tuple[Splits]]:
+    # Each chunk's are made even by _even_exchange.
+    return [(Splits(counts_E, [], []),) for counts_E in counts_CE]
 
 
 def _even_exchange(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

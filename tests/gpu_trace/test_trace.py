@@ -144,14 +144,20 @@ def traced(preset: str, *argv: str, **options: Any) -> TracedEngine:
 
 @pytest.mark.slow
 def test_expert_parallelism_traces_with_its_exchanges() -> None:
-    with traced("deepseek_v2_236b_hbp", backend="torch") as engine:
-        short, long = run_all_levels(engine)
-        assert set(graphs_by_region(engine).values()) == {1}
+    preset = traced("deepseek_v2_236b_hbp").config.levels
+    chunked = replace(preset[0], mlp_chunk_tokens=preset[0].max_tokens // preset[0].cp_degree // 2)
+    with traced("deepseek_v2_236b_hbp", levels=(*preset, chunked), backend="torch") as engine:
+        short, long, in_chunks = run_all_levels(engine)
+        # Whole shards; chunks with gradients and without.
+        assert max(graphs_by_region(engine).values()) == 3
         if not CAN_DIFFERENTIATE:
             return
         # A dense layer and one with experts. Rows with their weights, and outputs, in forward and backward; rows again
         # because the preset recomputes blocks. The exchange of the row counts is not traced.
         assert short.collectives() == {"all_to_all_single": 5}
+        # Each of two chunks does the same, and FSDP2 gathers the experts and reduces their gradients once for both.
+        assert in_chunks.collectives() == {"all_to_all_single": 2 * 5}
+        assert in_chunks.fsdp_collectives() == short.fsdp_collectives()
         # Keys with values, queries, and the output of two layers; tokens per expert of one.
         assert long.collectives() == {"all_to_all_single": 5 + 2 * 9, "all_reduce": 2}
 
