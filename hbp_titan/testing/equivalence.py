@@ -196,8 +196,7 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
         cases.append(Case(f"configured levels, {world} ranks", world, fitted))
         cases += [
             Case(f"configured levels, {world} ranks, experts over {ep}", world, fitted, expert_parallel=ep)
-            for ep in divisors
-            if args.moe is not None and args.moe.n_routed_experts % ep == 0
+            for ep in _expert_degrees(args, world)
         ]
         if world % 2 == 0:
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
@@ -211,6 +210,8 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     most, plan = list(_MEMORY_PLANS.items())[-1]
     all_plans = _with_plan(fitted, plan, args)
     cases.append(Case(f"compiled, {most}", world, all_plans, compile=True))
+    for ep in _expert_degrees(args, world)[-1:]:
+        cases.append(Case(f"experts over {ep}, {most}", world, all_plans, expert_parallel=ep))
     cases.append(Case("parameters in host memory", world, fitted, cpu_offload=True))
     cases.append(Case(f"parameters in host memory, {most}", world, all_plans, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
@@ -254,6 +255,12 @@ def _with_plan(levels: Sequence[Level], plan: dict[str, Any], args: ModelArgs) -
             fields["attention_head_groups"] = next((g for g in range(2, 129) if head_groups_fit(g, *shape)), 1)
         changed.append(dataclasses.replace(level, **fields))
     return tuple(changed)
+
+
+def _expert_degrees(args: ModelArgs, world_size: int) -> list[int]:
+    """Return the degrees above 1 over which the experts, if any, can be sharded."""
+    experts = 1 if args.moe is None else args.moe.n_routed_experts
+    return [degree for degree in range(2, world_size + 1) if experts % degree == world_size % degree == 0]
 
 
 def _fitting_cp(level: Level, world_size: int, args: ModelArgs) -> int:

@@ -248,9 +248,9 @@ class TimeModel:
         if degree == 1 or not self.dims.experts_per_token:
             return 0.0
         sent = 2 * self.sharding.param_bytes * self.dims.experts_per_token * self.dims.hidden_size
-        # Recomputation sends tokens to their experts again and stops before they return; that of chunks does not stop.
-        again = self.dims.num_layers if level.mlp_chunk_tokens else self._recomputed(level) / 2
-        passes = 2 * self.dims.num_layers + again
+        # Recomputation, which chunks have in every layer, sends tokens to their experts again, but not back.
+        again = self.dims.num_layers if level.mlp_chunk_tokens else self._recomputed(level)
+        passes = 2 * self.dims.num_layers + again / 2
         return self._scatter_seconds(sent, degree) * passes / self.hardware.exchange_efficiency
 
     def fsdp_seconds(self, level: Level) -> tuple[float, float]:

@@ -184,6 +184,9 @@ def test_gathers_and_exchange_of_experts() -> None:
     assert model.fsdp_seconds(Level(16))[0] == pytest.approx(15.0 + 20.0)
     # To and fro, 8 wide, bf16: 32 bytes, half to the other rank of the node, forward and backward in two layers.
     assert model.parts(Level(16), pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 4)
+    # Chunks and recomputation send rows to the experts once more, not back.
+    for level in (Level(16, mlp_chunk_tokens=4), Level(16, ac_policy="full")):
+        assert model.parts(level, pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 5)
 
 
 @pytest.mark.parametrize("policy", AC_POLICIES)
