@@ -1,4 +1,4 @@
-"""Memory of one decoder block and of the head, counted by running the real code under FakeTensorMode.
+"""Memory of one decoder block and of the head, counted by running the real code on meta tensors.
 
 Owns the count of live bytes on the device and in host memory, and what replaces ranks, kernels and copies to the host
 in that run. So any policy, cp style or new model is covered without a formula, at any length, without a GPU.
@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -135,7 +134,7 @@ def _block_memory(
 ) -> PieceMemory:
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
     tracker = AllocationTracker(_attention_workspaces(args, level, dtype, device_type))
-    with FakeTensorMode():
+    with torch.device("meta"):
         block = _make(lambda: _block(args, expert_parallel, adapters), dtype, device_type)
         block.inner_attention = _AttentionWithoutRanks(block.inner_attention, _cp_state(args, level), gather_degree)
         host = _HostWithoutDevice(tracker, pinned=device_type == "cuda") if level.offloads else None
@@ -182,7 +181,7 @@ def _head_memory(
     device_type: str,
     frozen: bool = False,
 ) -> PieceMemory:
-    with FakeTensorMode():
+    with torch.device("meta"):
         head = _make(lambda: Head(args).requires_grad_(not frozen), dtype, device_type)
         index = torch.empty(loss_tokens, dtype=torch.int64)
         weights = torch.empty(loss_tokens)
@@ -229,14 +228,9 @@ def _block(args: ModelArgs, expert_parallel: int, adapters: Adapters) -> Decoder
 
 
 def _make(piece: Callable[[], Piece], dtype: torch.dtype, device_type: str) -> Piece:
-    """Return a piece of the model with fake parameters and the norm that `device_type` would run."""
-    with torch.device("meta"):
-        module = piece()
-    # nn.Module.to does not work on fake tensors.
+    """Return a piece of the model on the current device with the norm that `device_type` would run."""
+    module = piece().to(dtype)
     for part in list(module.modules()):
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            fake = torch.empty(parameter.shape, dtype=dtype)
-            setattr(part, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
         if device_type == "cuda" and isinstance(part, nn.RMSNorm):
             # On a GPU the norm is one fused kernel; the CPU's is made of several operators, which keep more.
             part.forward = lambda x, norm=part: _FusedNorm.apply(x, norm.weight)  # type: ignore[method-assign, misc]
@@ -330,7 +324,7 @@ class _HostWithoutDevice(HostActivations):
     """Activations in host memory, not counted by `tracker`; what is copied stays on the device until `end_copies`."""
 
     def __init__(self, tracker: AllocationTracker, pinned: bool) -> None:
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("meta"))
         self.tracker, self.pinned = tracker, pinned
 
     @property
@@ -343,6 +337,9 @@ class _HostWithoutDevice(HostActivations):
     def end_copies(self) -> None:
         for block in self._blocks:
             self._free_sources(block)
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
     def _buffer(self, key: tuple[int, int], tensor: Tensor) -> Tensor:
         with self.tracker.ignoring():
