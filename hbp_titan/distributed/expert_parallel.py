@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.decoder import Decoder, DecoderBlock
 from hbp_titan.models.moe import Experts, MixtureOfExperts, gather_copies, inverse_order, sum_copies
 
 # A float32 weight follows each row, padded so that rows stay aligned for wide loads.
@@ -55,10 +55,14 @@ class ExpertExchange:
         self.group = group
         self.splits: Splits | None = None
         self.pending_backwards = 0
+        self.output_is_read = False
 
-    def attach(self, mlp: MixtureOfExperts) -> None:
-        """Make the layer `mlp` use this exchange."""
+    def attach(self, block: DecoderBlock) -> None:
+        """Make the experts of `block` use this exchange."""
+        mlp = block.experts_mlp
         mlp.run_experts, mlp.split_chunks = self, self.split_chunks  # type: ignore[method-assign]
+        # By the backward of a norm that follows.
+        self.output_is_read = not isinstance(block.mlp_output_norm, nn.Identity)
 
     def __call__(
         self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, chunk: Splits | None = None
@@ -72,7 +76,7 @@ class ExpertExchange:
         order_R = order_by_expert(splits.arriving_PL, sum(splits.received_P))
         x_RH, weights_R = _ToExperts.apply(x_TH, weights_TK, order_S, order_R, splits, self)
         y_RH = run(x_RH, weights_R, splits.arriving_PL.sum(0))
-        if chunk is not None and _in_backward():
+        if chunk is not None and _in_backward() and not self.output_is_read:
             return _Unread.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
         return _FromExperts.apply(y_RH, order_S, order_R, splits, self, weights_TK.shape[1])
 
@@ -175,7 +179,7 @@ class _Unread(_FromExperts):
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, order_S: Tensor, order_R: Tensor, *rest: Any) -> Tensor:
         ctx.orders, (ctx.splits, ctx.exchange, ctx.chosen) = (order_S, order_R), rest
-        # Not a number: what does read them is visible in every gradient.
+        # Not a number, so that a reader would show in every gradient.
         return y_RH.new_full((len(order_S) // ctx.chosen, y_RH.shape[1]), torch.nan)
 
 
@@ -221,7 +225,7 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         for name, parameter in list(experts.named_parameters()):
             sharded = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        ExpertExchange(experts, mesh.get_group()).attach(block.mlp)
+        ExpertExchange(experts, mesh.get_group()).attach(block)
 
 
 def check_experts(args: ModelArgs, degree: int, shards: int) -> None:

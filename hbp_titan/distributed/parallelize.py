@@ -116,7 +116,7 @@ def apply_compile(model: Decoder, backend: str, num_levels: int, expert_parallel
             mlp.send = compiled(mlp.send)  # type: ignore[method-assign]
             mlp.receive = compiled(mlp.receive)  # type: ignore[method-assign]
             # Part of `send`, but chunks run it by itself.
-            mlp.shared_experts.forward = compiled(mlp.shared_experts.forward)  # type: ignore[method-assign]
+            mlp.shared = compiled(mlp.shared)  # type: ignore[method-assign]
             experts.activation = compiled(experts.activation, dynamic=True)  # type: ignore[method-assign]
         elif block.has_experts:
             regions += EXPERTS_IN_CHUNKS

@@ -223,7 +223,7 @@ def _block(args: ModelArgs, expert_parallel: int, adapters: Adapters) -> Decoder
         own = args.moe.n_routed_experts // expert_parallel
         trained = next(block.mlp.experts.parameters()).requires_grad
         block.mlp.experts = Experts(args.hidden_size, args.moe.moe_intermediate_size, own).requires_grad_(trained)
-        _ExchangeWithoutRanks(block.mlp.experts, expert_parallel).attach(block.mlp)
+        _ExchangeWithoutRanks(block.mlp.experts, expert_parallel).attach(block)
     return block
 
 

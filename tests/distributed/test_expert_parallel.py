@@ -38,6 +38,8 @@ PLAIN = tiny_args(4)
 BALANCED = tiny_args(4, moe={"aux_loss_alpha": 0.3, "device_aux_loss_alpha": 0.2, "comm_aux_loss_alpha": 0.1})
 # 9 experts are not divisible by 2 ranks, so each rank has a half of every expert.
 ODD = tiny_args(4, moe={"n_routed_experts": 9, "n_group": 3})
+# A norm reads the experts' output in backward.
+NORMED = dataclasses.replace(BALANCED, norm_placement="both")
 UPPER = Level(256, 2, ac_policy="full")
 GATHER = dataclasses.replace(UPPER, cp_style="allgather", ac_policy="keep_attention")
 LEVELS = (
@@ -66,6 +68,7 @@ CASES = [
     (BALANCED, Case("ep 2, several steps", 4, LEVELS, global_batch_tokens=300, expert_parallel=2)),
     (BALANCED, Case("ep 2, chunks", 2, CHUNKED, global_batch_tokens=300, expert_parallel=2)),
     (BALANCED, Case("compiled, ep 2, full, chunks", 2, (FULL_IN_CHUNKS,), compile=True, expert_parallel=2)),
+    (NORMED, Case("ep 2, chunks, norms after experts", 2, (FULL_IN_CHUNKS,), expert_parallel=2)),
     (BALANCED, Case("ep 4, chunks", 4, CHUNKED, expert_parallel=4)),
     (BALANCED, Case("ep 2, chunks, host memory", 4, CHUNKED, expert_parallel=2, cpu_offload=True)),
     (BALANCED, Case("ep 2, chunks, 2 copies", 4, CHUNKED, expert_parallel=2, dp_replicate=2)),
@@ -152,7 +155,7 @@ def _send_all_to_one(world: World) -> list[float]:
     for parameter in together.parameters():
         torch.nn.init.normal_(parameter)
     sharded.load_state_dict(together.state_dict())
-    block = SimpleNamespace(mlp=sharded)
+    block = SimpleNamespace(mlp=sharded, experts_mlp=sharded, mlp_output_norm=torch.nn.Identity())
     apply_expert_parallel(
         SimpleNamespace(blocks=lambda: [block]), init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     )
