@@ -121,7 +121,7 @@ def describe_weights(load_path: str, args: ModelArgs, dtype: str) -> str:
     names = ", ".join(str(TORCH_DTYPES.get(name, name)).removeprefix("torch.") for name in found.dtypes)
     ignored = f"; {len(found.ignored)} rotary_emb buffers ignored: they are computed" if found.ignored else ""
     layers = len({name.split(".")[2] for name in found.dropped})
-    dropped = f"; {layers} layers that predict further tokens dropped" if layers else ""
+    dropped = f"; {layers} layer(s) that predict further tokens dropped" if layers else ""
     return f"{load_path}, {names} on disk, held in {dtype}{ignored}{dropped}"
 
 

@@ -28,6 +28,7 @@ from hbp_titan.models.documents import pack_documents
 from hbp_titan.models.hf_export import save_hf_folder
 from tests.data.preparing import byte_tokenizer
 from tests.models import deepseek_tiny
+from tests.models.families import TINY
 from tests.models.test_decoder import build_pair, tiny_args
 
 LENGTHS = (1, 7, 40, 23, 100)
@@ -80,6 +81,14 @@ def test_answers_equal_those_of_transformers(family: str) -> None:
     rows = ours.args.vocab_size
     with pytest.raises(ValueError, match=f"prompt 2 has the token id {rows}"):
         Generator(ours, ()).answers([[rows - 1], [1, rows]], [1, 1])
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_first_tokens_of_every_family_equal_those_of_transformers(family: str) -> None:
+    ours, theirs = build_pair(TINY[family], 0)
+    # Longer than the windows.
+    prompts = random_prompts(ours.args.vocab_size)
+    assert Generator(ours, ()).answers(prompts, [8] * len(prompts)) == [hf_greedy(theirs, p, None, 8) for p in prompts]
 
 
 def test_answers_do_not_depend_on_batches_and_limits() -> None:

@@ -17,13 +17,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hbp_titan.components.weights import check_load_path
+from hbp_titan.components.weights import check_load_path, describe_weights
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.flavors import FLAVORS
 from hbp_titan.models.hf import HFTensors, hf_names, to_hf_name
 from hbp_titan.models.hf_config import args_from_hf, args_to_hf_config, token_ids_from_hf
-from hbp_titan.models.hf_export import save_hf_folder
+from hbp_titan.models.hf_export import exported_config, save_hf_folder
 from tests.models import families
 from tests.models.deepseek_tiny import hf_model, make_pack, random_model
 from tests.models.deepseek_tiny import tiny_args as deepseek_args
@@ -577,3 +577,27 @@ def test_code_and_pickles_of_a_folder_are_never_executed(tmp_path: Path) -> None
     # Negative control: loading the pickle does create the file.
     pickle.loads(pickle.dumps(_Harm(tmp_path)))
     assert (tmp_path / "harm").exists()
+
+
+def test_layers_of_deepseek_v3_that_predict_further_tokens_are_dropped_with_a_line(tmp_path: Path) -> None:
+    args = families.TINY["deepseek_v3"]
+    write_folder(tmp_path, args)
+    tensors = load_file(tmp_path / "model.safetensors")
+    # The published folder has them as one more layer.
+    further = {"model.layers.3.eh_proj.weight": torch.zeros(4, 4), "model.layers.3.mlp.gate.weight": torch.zeros(8, 48)}
+    save_file(tensors | further, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    found = HFTensors(tmp_path)
+    assert sorted(found.dropped) == sorted(further)
+    assert "1 layer(s) that predict" in describe_weights(str(tmp_path), args, "float32")
+    assert exported_config(args, tmp_path, {}, torch.float32)["num_nextn_predict_layers"] == 0
+    with pytest.raises(ValueError, match="eh_proj"):
+        HFTensors(tmp_path, dataclasses.replace(args, hf_model_type="deepseek_v2"))
+
+
+def test_weights_in_fp8_are_refused_with_the_conversion(tmp_path: Path) -> None:
+    values = args_to_hf_config(families.TINY["deepseek_v3"]) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="fp8_cast_bf16"):
+        args_from_hf(tmp_path)

@@ -99,6 +99,16 @@ def test_counts_of_deepseek_include_only_the_chosen_experts(name: str) -> None:
     assert training_flops(args, 100, 5000) == 600 * active + 6 * layers * heads * 160 * 5000
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3_30b_a3b", 3.3), ("qwen3_235b_a22b", 22), ("mixtral_8x7b", 12.9), ("deepseek_v3_671b", 37)],
+)
+def test_active_parameters_are_the_published_ones(name: str, billions: float) -> None:
+    args = get_flavor(name)
+    lookup = args.vocab_size * args.hidden_size
+    assert (linear_params(args) + lookup) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
 def test_qwen_with_yarn_extends_the_original_context() -> None:
     args = get_flavor("qwen2_5_72b_128k")
     assert args.rope_scaling is not None
