@@ -131,6 +131,7 @@ class ModelArgs:
     layer_types: full_attention or sliding_attention for each layer; () means full attention in all.
     sliding_window: tokens that a query of a sliding_attention layer attends to, itself included.
     sliding_rope_theta: if set, sliding_attention layers rotate with this theta and without rope_scaling.
+    hf_config: text of config.json if transformers builds the model (model.backend); the other fields only describe it.
     """
 
     name: str
@@ -162,8 +163,11 @@ class ModelArgs:
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     sliding_rope_theta: float | None = None
+    hf_config: str | None = None
 
     def __post_init__(self) -> None:
+        if self.hf_config is not None:
+            return
         self._check_windows()
         for name, choices in (("norm_placement", NORM_PLACEMENTS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
