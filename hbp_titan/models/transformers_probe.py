@@ -198,7 +198,8 @@ def logit_scale(hf: Any) -> float:
 
     The model's own forward runs between a base and a head that return known numbers.
     """
-    hidden, logits = torch.linspace(-3, 3, hf.config.hidden_size), torch.linspace(-50, 50, hf.config.vocab_size)
+    hidden = torch.linspace(-3, 3, hf.config.hidden_size, device="cpu")
+    logits = torch.linspace(-50, 50, hf.config.vocab_size, device="cpu")
     base, head = _KnownBase(hidden), _KnownHead(logits)
     prefix = hf.base_model_prefix
     own_base, own_head = getattr(hf, prefix), hf.get_output_embeddings()
@@ -206,7 +207,7 @@ def logit_scale(hf: Any) -> float:
     setattr(hf, prefix, base)
     hf.set_submodule(name, head)
     try:
-        found = hf(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+        found = hf(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), use_cache=False).logits
         seen = head.seen
     except Exception as error:
         raise Unsupported(f"computes logits in a way that is not known: {_line(error)}") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from hbp_titan.components.loss import linear_cross_entropy
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.documents import pack_documents
-from hbp_titan.models.transformers_backend import TransformersDecoder, causal_lm
-from hbp_titan.models.transformers_probe import Unsupported, args_from_config, checked
+from hbp_titan.models.transformers_backend import TransformersDecoder
+from hbp_titan.models.transformers_probe import Unsupported, args_from_config
 
 VOCAB = 96
 LENGTHS = (23, 17, 9, 1)
@@ -45,6 +45,10 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "head_dim": 8,
+}  # fmt: skip
 # What an architecture needs in addition.
 _OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
@@ -54,8 +58,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "minicpm3": {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16},
-    "youtu": {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
 }
 
 
@@ -65,7 +69,9 @@ def tiny_config(model_type: str) -> Any:
 
     kind = CONFIG_MAPPING[model_type]
     known, aliases = kind().to_dict(), getattr(kind, "attribute_map", {})
-    sizes = {key: value for key, value in _SIZES.items() if key in known and known[key] is not None or key in aliases}
+    sizes = {key: value for key, value in _SIZES.items() if key in known or key in aliases}
+    if known.get("sliding_window") is None:
+        sizes.pop("sliding_window", None)
     for alias, name in aliases.items():
         if alias in sizes and name in sizes:
             del sizes[alias]
@@ -81,19 +87,23 @@ def config_text(config: Any) -> str:
     return json.dumps({**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"})
 
 
-def tiny_model(model_type: str, seed: int = 0) -> tuple[str, Any]:
-    """Return config.json and transformers' own model with random weights, norms and biases included."""
+def tiny_model(model_type: str, seed: int = 0) -> tuple[ModelArgs, Any]:
+    """Return its description and transformers' own model with random weights, norms and biases included.
+
+    Raises Unsupported.
+    """
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(model_type)
-    text = config_text(config)
+    # Before it takes memory: not every size of a refused model is known.
+    args = args_from_config(config_text(config), model_type)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms start at 1 or 0, and biases at 0, where a mistake could hide.
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return text, model
+    return args, model
 
 
 def documents_of(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -144,8 +154,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def largest_difference(model_type: str) -> float:
     """Return the largest relative difference of logits and gradients; raise Unsupported."""
-    text, model = tiny_model(model_type)
-    args = args_from_config(text, model_type)
+    args, model = tiny_model(model_type)
     documents = documents_of()
     logits, grads = reference(model, documents)
     own_logits, own_grads = packed(args, model.state_dict(), documents)
@@ -153,22 +162,20 @@ def largest_difference(model_type: str) -> float:
     return max(relative(own_logits, logits), *(relative(own_grads[name], grads[name]) for name in grads))
 
 
-def try_all() -> dict[str, float | str]:
-    """Return the difference, or why it is refused, of every architecture."""
+def try_all() -> Iterator[tuple[str, float | str]]:
+    """Yield every architecture with the difference or the reason why it is refused."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found: dict[str, float | str] = {}
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
-            found[model_type] = largest_difference(model_type)
+            yield model_type, largest_difference(model_type)
         except Unsupported as error:
-            found[model_type] = str(error)
+            yield model_type, str(error)
         except Exception as error:
-            found[model_type] = f"no tiny model: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
-    return found
+            yield model_type, f"no tiny model: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    for name, result in (try_all() if len(sys.argv) < 2 else {n: largest_difference(n) for n in sys.argv[1:]}).items():
+    for name, result in ((name, largest_difference(name)) for name in sys.argv[1:]) if sys.argv[1:] else try_all():
         print(f"{name:26s} {result if isinstance(result, str) else f'{result:.1e}'}", flush=True)
