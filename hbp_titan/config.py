@@ -32,6 +32,7 @@ else:
     import tomli as tomllib
 
 CHOICES = {
+    "model.backend": ("native", "transformers"),
     "model.attention_backend": ("auto", "fa3", "fa4", "fa2", "torch", "cpu", "reference"),
     "packing.level_order": ("alternate", "interleave"),
     "training.loss_normalization": ("ave_token", "token_mean", "sample_mean", "sum"),
@@ -362,6 +363,8 @@ def check_values(config: JobConfig) -> None:
             'data.max_length_policy = "split" with data.train_on = "last" would train the last turn of every piece, '
             "not of the conversation; change one of them"
         )
+    if config.model.backend == "transformers" and not config.model.hf_path:
+        raise ValueError('model.backend = "transformers" needs model.hf_path, a folder with config.json and weights')
     if config.compile.enable and config.parallelism.cp_backend != "fused":
         raise ValueError(
             f"compile.enable with parallelism.cp_backend = {config.parallelism.cp_backend!r}: DTensor's "

@@ -39,7 +39,7 @@ from hbp_titan.distributed.parallelize import (
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.models.attention import choose_backend
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.decoder import Decoder, build_decoder
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.packing.level import Level, level_name
 
@@ -99,7 +99,7 @@ def parallelized_on_meta(
     runtime = LevelRuntime(config.levels, meshes, args.num_layers, args.num_kv_heads, reshard_after_forward)
     # On meta: FSDP shards the shapes first, then each rank allocates its own shard only.
     with torch.device("meta"):
-        model = Decoder(args).to(stored_dtype(config, world.device))
+        model = build_decoder(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
             lora = config.lora
             apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])

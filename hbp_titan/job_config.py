@@ -27,6 +27,8 @@ class Job:
 
 @dataclass
 class Model:
+    backend: str = "native"
+    """Who builds the model: native (this code), or transformers for decoders of hf_path that native does not have."""
     flavor: str = "debug"
     """A named architecture of models/flavors.py; ignored when hf_path is set."""
     hf_path: str = ""

@@ -18,17 +18,21 @@ from hbp_titan.distributed.context_parallel import check_heads
 from hbp_titan.distributed.parallelize import compute_dtype
 from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.lora import lora_targets
 from hbp_titan.models.registry import get_flavor, linear_params
 from hbp_titan.packing import CostModel, Level
 
 
-def model_args(config: JobConfig) -> ModelArgs:
-    """Return the architecture: of model.hf_path's config.json, else of model.flavor."""
+def model_args(config: JobConfig, notes: list[str] | None = None) -> ModelArgs:
+    """Return the architecture: of model.hf_path's config.json, else of model.flavor. notes: as of args_from_hf."""
+    if config.model.backend == "transformers":
+        from hbp_titan.models.transformers_probe import args_from_transformers
+
+        return args_from_transformers(config.model.hf_path, "model.hf_path", notes)
     if config.model.hf_path:
-        return args_from_hf(config.model.hf_path, "model.hf_path")
+        return args_from_hf(config.model.hf_path, "model.hf_path", notes)
     return get_flavor(config.model.flavor)
 
 
@@ -84,6 +88,10 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     check_device(config, device)
     check_heads(config.levels, args.num_heads, args.num_kv_heads)
     check_layers(config.levels, args.num_layers)
+    if args.hf_config is not None:
+        from hbp_titan.models.transformers_probe import check_config
+
+        check_config(config)
     if config.parallelism.expert_parallel_degree > 1:
         from hbp_titan.distributed.expert_parallel import check_experts
 
@@ -101,7 +109,7 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     own = config.checkpoint.initial_load_path
     if config.lora.rank:
         with torch.device("meta"):
-            lora_targets(Decoder(args), config.lora.target_modules)
+            lora_targets(build_decoder(args), config.lora.target_modules)
     check_load_path(config.weights_path, args, "checkpoint.initial_load_path" if own else "model.hf_path")
 
 

@@ -20,9 +20,10 @@ from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import barrier
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf import HFTensors
-from hbp_titan.models.hf_config import TOKEN_ID_KEYS, args_from_hf, token_ids_from_hf
+from hbp_titan.models.hf_config import TOKEN_ID_KEYS, token_ids_from_hf
 from hbp_titan.models.hf_export import EXPORT_DTYPES, save_adapter_folder, save_hf_folder
 from hbp_titan.models.lora import ALL_LINEAR, merged
+from hbp_titan.preflight import model_args
 
 
 def export_settings(config: JobConfig, args: ModelArgs, store: TokenStore) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def warnings(config: JobConfig, store: TokenStore) -> list[str]:
     """Return a line for each thing that makes the exported model differ from what other programs may expect."""
     lines: list[str] = []
     if config.model.hf_path:
-        args_from_hf(config.model.hf_path, "model.hf_path", lines)
+        model_args(config, lines)
     return [*lines, *turn_end_warnings(config, store)]
 
 

@@ -28,7 +28,7 @@ from hbp_titan.distributed.mesh import fsdp_group
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.job_config import NEW_WEIGHTS
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder, init_parameter
+from hbp_titan.models.decoder import build_decoder, init_parameter
 from hbp_titan.models.hf import HFTensors, MissingWeights
 from hbp_titan.models.hf_files import require_folder
 from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter, merged
@@ -49,7 +49,7 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
                 f"scripts/convert_to_hf.py {path} OUT and pass OUT"
             )
         with torch.device("meta"):
-            named = Decoder(args).named_parameters(remove_duplicate=False)
+            named = build_decoder(args).named_parameters(remove_duplicate=False)
         check_model_shapes(folder, {name: parameter.shape for name, parameter in named})
         return
     if not (folder / "config.json").is_file():
@@ -178,7 +178,7 @@ def whole_tensors(step_folder: Path, state: Mapping[str, Any], args: ModelArgs) 
     Raises ValueError if the base is missing or is not the one that was trained on.
     """
     with torch.device("meta"):
-        model = Decoder(args)
+        model = build_decoder(args)
     lora = state.get("lora")
     if lora is None:
         return iter(load_model_tensors(step_folder, model).items())

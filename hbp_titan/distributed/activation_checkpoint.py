@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class ActivationCheckpointState:
 
 def apply_activation_checkpoint(model: Decoder, state: ActivationCheckpointState) -> None:
     """Make every block follow `state`; the module tree and its names do not change."""
+    if model.args.hf_config is not None:
+        cast(Any, model).recompute_blocks(lambda index: state.policy == "full" and index < state.layers)
+        return
     for index, block in enumerate(model.blocks()):
         # Replacing forward instead of the module keeps FSDP2's hooks outside.
         block.forward = BlockForward(block, index, state)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ then never contains a kernel's package, a process group or the lengths of docume
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -106,6 +107,9 @@ def apply_compile(model: Decoder, backend: str, num_levels: int, expert_parallel
     """Compile the regions of every block in place, with static shapes: levels of equal shard length share a graph."""
     # Each region needs one graph per level's shape (two if its last chunk is shorter), with gradients and without.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * num_levels)
+    if model.args.hf_config is not None:
+        cast(Any, model).compile_blocks(backend)
+        return
     compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     for block in model.blocks():
         regions: tuple[str, ...] = BEFORE_ATTENTION + AFTER_ATTENTION

@@ -198,6 +198,8 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """Token ids of a pack to logits, or to what `head_fn` makes of the last hidden states."""
 
+    layers_name = "layers"
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
@@ -276,6 +278,15 @@ class Decoder(nn.Module):
         """Fill every unsharded parameter with `init_parameter`."""
         for fqn, parameter in self.named_parameters():
             parameter.copy_(init_parameter(self.args, fqn, parameter.shape, seed, device=parameter.device))
+
+
+def build_decoder(args: ModelArgs) -> Decoder:
+    """Return the model of `args`, which transformers builds if it has an hf_config."""
+    if args.hf_config is None:
+        return Decoder(args)
+    from hbp_titan.models.transformers_backend import TransformersDecoder
+
+    return TransformersDecoder(args)
 
 
 def init_parameter(

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, indexed_files
 from hbp_titan.utils import first_n
 
-TIED_OUTPUT = "head.output.weight"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -47,7 +46,7 @@ _KEPT_IN_FP32 = "e_score_correction_bias"
 
 
 def to_hf_name(fqn: str, model_type: str = "llama") -> str:
-    """Return HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
+    """Return HF's name of our parameter `fqn`; those of a model that transformers builds (model.backend) are HF's."""
     from hbp_titan.models.hf_families import FAMILIES
 
     if layer := _LAYER.fullmatch(fqn):
@@ -58,7 +57,7 @@ def to_hf_name(fqn: str, model_type: str = "llama") -> str:
     for ours, theirs in _PREFIXES:
         if fqn.startswith(ours):
             return theirs + fqn[len(ours) :]
-    raise ValueError(f"{fqn!r} is not a parameter of a decoder")
+    return fqn
 
 
 def is_fused(fqn: str) -> bool:
@@ -116,7 +115,17 @@ def hf_shapes(args: ModelArgs) -> dict[str, list[int]]:
 def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
     """Return the shape of every parameter by our name, without a tied output matrix."""
     with torch.device("meta"):
-        return {fqn: parameter.shape for fqn, parameter in Decoder(args).named_parameters()}
+        return {fqn: parameter.shape for fqn, parameter in build_decoder(args).named_parameters()}
+
+
+def tied_names(args: ModelArgs) -> list[str]:
+    """Return our names of tied embeddings and of the output matrix that is the same parameter; [] if it is not."""
+    if not args.tie_embeddings:
+        return []
+    with torch.device("meta"):
+        model = build_decoder(args)
+    shared = model.head.output.weight
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is shared]
 
 
 class MissingWeights(ValueError):
@@ -135,6 +144,7 @@ class HFTensors(Mapping[str, Tensor]):
     def __init__(self, folder: str | Path, args: ModelArgs | None = None) -> None:
         self.folder = Path(folder)
         self.args = args_from_hf(folder) if args is None else args
+        self._tied = tied_names(self.args)
         self._files: dict[str, Any] = {}
         self.ignored: list[str] = []
         self.dropped: list[str] = []
@@ -186,21 +196,21 @@ class HFTensors(Mapping[str, Tensor]):
             rows = range(*(dims[0] if dims else slice(None)).indices(self._shapes[fqn][0]))
             dims = (slice(start + rows.start, start + rows.stop), *dims[1:])
         tensor = self._read(names[0], dims)
-        if self.args.tie_embeddings and fqn == "tok_embeddings.weight":
+        if fqn in self._tied[:1]:
             self._check_tied_output(names[0], tensor, dims)
         return tensor
 
     def check_tied(self) -> None:
         """Raise ValueError if the folder has an output matrix that differs from embeddings that config.json ties."""
-        if self.args.tie_embeddings and to_hf_name(TIED_OUTPUT) in self._files:
-            self["tok_embeddings.weight"]
+        if self._tied and to_hf_name(self._tied[1]) in self._files:
+            self[self._tied[0]]
 
     def _read(self, name: str, dims: Sequence[slice]) -> Tensor:
         handle = self._files[name]
         return handle.get_slice(name)[tuple(dims)] if dims else handle.get_tensor(name)
 
     def _check_tied_output(self, name: str, embedding: Tensor, dims: Sequence[slice]) -> None:
-        output_name = to_hf_name(TIED_OUTPUT)
+        output_name = to_hf_name(self._tied[1])
         if output_name in self._files and not torch.equal(embedding, self._read(output_name, dims)):
             raise ValueError(
                 f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ; "
@@ -239,8 +249,8 @@ def _open(path: Path) -> Any:
 
 def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: ModelArgs) -> None:
     expected = hf_shapes(args)
-    if args.tie_embeddings and to_hf_name(TIED_OUTPUT) in found:
-        expected[to_hf_name(TIED_OUTPUT)] = [args.vocab_size, args.hidden_size]
+    for name in set(map(to_hf_name, tied_names(args))) & found.keys():
+        expected[name] = [args.vocab_size, args.hidden_size]
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     both = [name for name in expected if name in found]

@@ -6,6 +6,7 @@ rejection of everything that would silently change the mathematics. hf_families.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     if not path.is_file():
         raise ValueError(f"{key}: {folder} has no config.json{describe_other_weights(Path(folder))}")
     raw = read_json(path)
-    family = _family(raw.get("model_type"), f"{path}: ")
+    family = _family(raw.get("model_type"), f"{path}: ", raw)
     absent = {key: value for key, value in family.defaults.items() if key not in raw and key != "rope_theta"}
     values = {name: value for name, value in raw.items() if value is not None} | absent
     _check_supported(values, family, path)
@@ -126,11 +127,14 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     )
 
 
-def _family(model_type: Any, where: str) -> Family:
+def _family(model_type: Any, where: str, config: dict[str, Any] | None = None) -> Family:
     from hbp_titan.models.hf_families import FAMILIES
 
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{where}model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}")
+        from hbp_titan.models.transformers_probe import advice
+
+        other = advice(config) if config else ""
+        raise ValueError(f"{where}model_type {_short(model_type)} must be one of {', '.join(FAMILIES)}{other}")
     return FAMILIES[model_type]
 
 
@@ -140,6 +144,8 @@ def args_to_hf_config(args: ModelArgs) -> dict[str, Any]:
     # transformers' defaults (1 and 2) would be wrong for most tokenizers.
     from hbp_titan.models.hf_families import feature_fields
 
+    if args.hf_config is not None:
+        return dict(json.loads(args.hf_config))
     family = _family(args.hf_model_type, f"model {args.name}: ")
     if different := feature_fields(args):
         required = ", ".join(f"{name}={implied}, not {own}" for name, (own, implied) in different.items())

@@ -65,7 +65,8 @@ def lora_targets(model: Decoder, target_modules: Sequence[str]) -> list[str]:
     ["all-linear"] means all of them; in a mixture of experts only those of attention. Raises ValueError, with the known
     names, for a target that matches none.
     """
-    linears = [f"layers.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
+    prefix = model.layers_name
+    linears = [f"{prefix}.{name}" for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)]
     if any(parameter.ndim == 3 for parameter in model.layers.parameters()):
         # Fused experts: PEFT would take gate_proj, up_proj and down_proj as theirs, wherever else the names occur, and
         # a router's weight is used without calling its module, which would skip an adapter.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.models.decoder import Decoder
+from hbp_titan.models.decoder import build_decoder
 from hbp_titan.utils import did_you_mean
 
 
@@ -45,7 +45,7 @@ def _counts(args: ModelArgs) -> tuple[int, int, int]:
     Kept, because every training step asks for them; not for arguments with rope_scaling, which have no hash.
     """
     with torch.device("meta"):
-        model = Decoder(args)
+        model = build_decoder(args)
     linear = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     experts = (p.numel() for b in model.blocks() if b.has_experts for p in b.experts_mlp.experts.parameters())
     return sum(p.numel() for p in model.parameters()), sum(linear), sum(experts)

@@ -202,6 +202,7 @@ class TransformersDecoder(Decoder):
             for module in block.modules():
                 module.__dict__["block_forward"] = self.runs[-1]
             block.forward = self.runs[-1]
+            block.has_experts = False
             block.inner_attention = VarlenAttention()
 
     def forward(

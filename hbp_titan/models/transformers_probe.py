@@ -14,7 +14,7 @@ import json
 import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf_config import read_json
 from hbp_titan.models.hf_files import require_folder
 from hbp_titan.models.transformers_backend import Mask, block_list, causal_lm, model_inputs, register
+
+if TYPE_CHECKING:
+    from hbp_titan.config import JobConfig
 
 _RECORDING = "hbp_titan_recording"
 _TOKENS = 8
@@ -90,8 +93,42 @@ def args_from_transformers(folder: str | Path, key: str = "model.hf_path", notes
     except Unsupported as error:
         raise ValueError(f"{path}: model_type {values.get('model_type')!r} {error}; {_NATIVE}") from None
     if notes is not None:
-        notes += [f"{path}: {name} = {rate} is not applied: training has no dropout" for name, rate in _dropouts(values)]
+        notes += [
+            f"{path}: {name} = {rate} is not applied: training has no dropout" for name, rate in _dropouts(values)
+        ]
     return args
+
+
+def advice(values: dict[str, Any]) -> str:
+    """Return whether model.backend = "transformers" takes a model with this config.json."""
+    try:
+        args_from_config(json.dumps(values), "")
+    except ImportError:
+        return '; model.backend = "transformers" may take it (install hbp_titan[hf])'
+    except Unsupported as error:
+        return f'; model.backend = "transformers" does not take it either: it {error}'
+    return '; set model.backend = "transformers"'
+
+
+def check_config(config: JobConfig) -> None:
+    """Raise ValueError for settings that act on the parts of our own blocks."""
+    found = [
+        (f"levels.ac_policy = {level.ac_policy!r}", "use none or full")
+        for level in config.levels
+        if level.ac_policy not in ("none", "full")
+    ]
+    found += [("levels.mlp_chunk_tokens", "remove it") for level in config.levels if level.mlp_chunk_tokens]
+    found += [
+        ("levels.attention_head_groups", "remove it") for level in config.levels if level.attention_head_groups > 1
+    ]
+    if config.parallelism.expert_parallel_degree > 1:
+        found.append(("parallelism.expert_parallel_degree", "set it to 1"))
+    if config.measures_levels:
+        found.append(("packing.auto_levels = true", "write [[levels]] blocks"))
+    if not config.weights_path:
+        found.append((f"checkpoint.initial_load_path = {config.checkpoint.initial_load_path!r}", "start from weights"))
+    for setting, fix in found:
+        raise ValueError(f'{setting} does not act on the blocks of model.backend = "transformers"; {fix}')
 
 
 def args_from_config(hf_config: str, name: str) -> ModelArgs:
@@ -155,7 +192,9 @@ def _check_config(values: dict[str, Any]) -> None:
 
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise Unsupported("is unknown to the installed transformers; a newer one may have it (code in the folder is never run)")
+        raise Unsupported(
+            "is unknown to the installed transformers; a newer one may have it (code in the folder is never run)"
+        )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise Unsupported("has no causal language model in transformers")
     if nested := [name for name in _NESTED if isinstance(values.get(name), dict)]:
@@ -179,7 +218,9 @@ def _check_parts(hf: Any) -> bool:
     tied = head.weight is embeddings.weight
     if len(parameters) - len(dict(hf.named_parameters())) != tied:
         raise Unsupported("ties other parameters than the output matrix")
-    if mixing := [name for name, module in hf.named_modules() if type(module).__module__.startswith("torch.nn.modules.conv")]:
+    if mixing := [
+        name for name, module in hf.named_modules() if type(module).__module__.startswith("torch.nn.modules.conv")
+    ]:
         raise Unsupported(f"mixes neighboring tokens by a convolution ({mixing[0]})")
     if experts := [name for name, p in parameters.items() if p.ndim == 3]:
         raise Unsupported(f"has experts, which are fused in memory ({experts[0]})")
