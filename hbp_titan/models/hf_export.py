@@ -25,19 +25,12 @@ from hbp_titan.models.hf import (
     INDEX_FILE,
     MAX_LISTED,
     SINGLE_FILE,
-<<<<<<< HEAD
-    TIED_OUTPUT,
     export_dtype,
     hf_names,
     is_fused,
     parameter_shapes,
     parts_of_matrix,
-=======
-    hf_names,
-    is_fused,
-    parameter_shapes,
     tied_names,
->>>>>>> 04a972a (Decoders of transformers: weights, settings)
     to_hf_name,
 )
 from hbp_titan.models.hf_config import TOKEN_ID_KEYS, agrees_with_vllm, args_to_hf_config
@@ -129,20 +122,13 @@ def exported_config(
     published = read_json(path) if path and path.is_file() else {}
     decided = [key for key in _BASE_DECIDES if published.get(key) is not None]
     kept = {key: value for key, value in published.items() if key not in own or key in decided}
-<<<<<<< HEAD
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ("rope_scaling", "rope_parameters") if args.hf_config is None else ():
         full, of_base = own[key] or {}, published.get(key) or {}
         if "full_attention" in full:
             full, of_base = full["full_attention"], of_base.get("full_attention") or of_base
         theirs = {name: value for name, value in of_base.items() if value is not None}
         if full and full["rope_type"] in (theirs.get("rope_type"), theirs.get("type")):
             if not agrees_with_vllm(theirs, full):
-=======
-    for key in ("rope_scaling", "rope_parameters") if args.hf_config is None else ():
-        theirs = {name: value for name, value in (published.get(key) or {}).items() if value is not None}
-        if own[key] and own[key]["rope_type"] in (theirs.get("rope_type"), theirs.get("type")):
-            if not agrees_with_vllm(theirs, own[key]):
->>>>>>> 04a972a (Decoders of transformers: weights, settings)
                 del theirs["attn_factor"]
             full |= {**theirs, **full}
     name = str(dtype).removeprefix("torch.")
@@ -200,11 +186,8 @@ def _sound_generation(values: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(
     args: ModelArgs, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-<<<<<<< HEAD
+    tied = tied_names(args)
     expected, matrices = parameter_shapes(args), dict[str, dict[str, Tensor]]()
-=======
-    expected, tied = parameter_shapes(args), tied_names(args)
->>>>>>> 04a972a (Decoders of transformers: weights, settings)
     for fqn, tensor in tensors:
         if fqn in tied[1:]:
             continue

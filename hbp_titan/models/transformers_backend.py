@@ -101,7 +101,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register_parameter(module, name, parameter if parameter is None else _to_meta(parameter))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -170,6 +170,10 @@ class HeadForward:
 class TransformersDecoder(Decoder):
     """A `transformers` model in the place of a Decoder; `args.hf_config` describes it."""
 
+    base: Any
+    head: Any
+    computed: list[tuple[nn.Module, str, Tensor]]
+
     def __init__(self, args: ModelArgs) -> None:
         from hbp_titan.models.transformers_probe import logit_scale
 
@@ -202,7 +206,7 @@ class TransformersDecoder(Decoder):
             for module in block.modules():
                 module.__dict__["block_forward"] = self.runs[-1]
             block.forward = self.runs[-1]
-            block.has_experts = False
+            block.__dict__["has_experts"] = False
             block.inner_attention = VarlenAttention()
 
     def forward(

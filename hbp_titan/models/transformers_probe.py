@@ -93,9 +93,7 @@ def args_from_transformers(folder: str | Path, key: str = "model.hf_path", notes
     except Unsupported as error:
         raise ValueError(f"{path}: model_type {values.get('model_type')!r} {error}; {_NATIVE}") from None
     if notes is not None:
-        notes += [
-            f"{path}: {name} = {rate} is not applied: training has no dropout" for name, rate in _dropouts(values)
-        ]
+        notes += [f"{path}: {key} = {rate} is not applied: training has no dropout" for key, rate in _dropouts(values)]
     return args
 
 
@@ -112,15 +110,12 @@ def advice(values: dict[str, Any]) -> str:
 
 def check_config(config: JobConfig) -> None:
     """Raise ValueError for settings that act on the parts of our own blocks."""
-    found = [
-        (f"levels.ac_policy = {level.ac_policy!r}", "use none or full")
-        for level in config.levels
-        if level.ac_policy not in ("none", "full")
-    ]
-    found += [("levels.mlp_chunk_tokens", "remove it") for level in config.levels if level.mlp_chunk_tokens]
-    found += [
-        ("levels.attention_head_groups", "remove it") for level in config.levels if level.attention_head_groups > 1
-    ]
+    found = []
+    for level in config.levels:
+        if level.ac_policy not in ("none", "full"):
+            found.append((f"levels.ac_policy = {level.ac_policy!r}", "use none or full"))
+        if level.mlp_chunk_tokens or level.attention_head_groups > 1:
+            found.append(("levels.mlp_chunk_tokens or levels.attention_head_groups", "remove it"))
     if config.parallelism.expert_parallel_degree > 1:
         found.append(("parallelism.expert_parallel_degree", "set it to 1"))
     if config.measures_levels:
@@ -134,6 +129,7 @@ def check_config(config: JobConfig) -> None:
 def args_from_config(hf_config: str, name: str) -> ModelArgs:
     """Return the architecture of the text of a config.json; raise Unsupported."""
     config, dims, tied = checked(hf_config)
+    windows = {window for window in dims.windows if window is not None}
     widths = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     return ModelArgs(
         name=name,
@@ -148,6 +144,8 @@ def args_from_config(hf_config: str, name: str) -> ModelArgs:
         max_position_embeddings=_first(config, "max_position_embeddings") or 1 << 20,
         rope_theta=10000.0,
         tie_embeddings=tied,
+        layer_types=tuple("full_attention" if window is None else "sliding_attention" for window in dims.windows),
+        sliding_window=max(windows, default=None),
         hf_config=hf_config,
     )
 
@@ -192,9 +190,7 @@ def _check_config(values: dict[str, Any]) -> None:
 
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise Unsupported(
-            "is unknown to the installed transformers; a newer one may have it (code in the folder is never run)"
-        )
+        raise Unsupported("is unknown to the installed transformers (code in the folder is never run)")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise Unsupported("has no causal language model in transformers")
     if nested := [name for name in _NESTED if isinstance(values.get(name), dict)]:
@@ -218,9 +214,8 @@ def _check_parts(hf: Any) -> bool:
     tied = head.weight is embeddings.weight
     if len(parameters) - len(dict(hf.named_parameters())) != tied:
         raise Unsupported("ties other parameters than the output matrix")
-    if mixing := [
-        name for name, module in hf.named_modules() if type(module).__module__.startswith("torch.nn.modules.conv")
-    ]:
+    convolutions = "torch.nn.modules.conv"
+    if mixing := [name for name, module in hf.named_modules() if type(module).__module__ == convolutions]:
         raise Unsupported(f"mixes neighboring tokens by a convolution ({mixing[0]})")
     if experts := [name for name, p in parameters.items() if p.ndim == 3]:
         raise Unsupported(f"has experts, which are fused in memory ({experts[0]})")
@@ -256,9 +251,12 @@ def logit_scale(hf: Any) -> float:
         setattr(hf, prefix, own_base)
         hf.set_submodule(name, own_head)
     factors = [_factor(seen, hidden), _factor(found, logits)]
-    if None in factors:
-        raise Unsupported("changes hidden states or logits next to the output matrix (a soft cap?)")
-    return float(factors[0]) * float(factors[1])
+    scale = 1.0
+    for factor in factors:
+        if factor is None:
+            raise Unsupported("changes hidden states or logits next to the output matrix (a soft cap?)")
+        scale *= factor
+    return scale
 
 
 class _KnownBase(nn.Module):
