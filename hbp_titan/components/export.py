@@ -23,7 +23,6 @@ from hbp_titan.models.hf import HFTensors
 from hbp_titan.models.hf_config import TOKEN_ID_KEYS, token_ids_from_hf
 from hbp_titan.models.hf_export import EXPORT_DTYPES, save_adapter_folder, save_hf_folder
 from hbp_titan.models.lora import ALL_LINEAR, merged
-from hbp_titan.preflight import model_args
 
 
 def export_settings(config: JobConfig, args: ModelArgs, store: TokenStore) -> dict[str, Any]:
@@ -86,6 +85,9 @@ def warnings(config: JobConfig, store: TokenStore) -> list[str]:
     """Return a line for each thing that makes the exported model differ from what other programs may expect."""
     lines: list[str] = []
     if config.model.hf_path:
+        # Not at the top: it is above this module.
+        from hbp_titan.preflight import model_args
+
         model_args(config, lines)
     return [*lines, *turn_end_warnings(config, store)]
 
