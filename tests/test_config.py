@@ -246,6 +246,7 @@ def _toml(value: Any) -> str:
 
 NEEDS = {
     "optimizer.momentum": ("optimizer.name", "muon"),
+    "model.backend": ("model.hf_path", "folder"),
     "validation.enable": ("validation.share", 0.1),
     "profiling.enable_profiling": ("profiling.last_step", 99),
 }

@@ -37,7 +37,11 @@ def _reference(argv: list[str], world_size: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("model_type", "world_size", "levels"),
-    [("granite", 2, "64:1,512:2:ulysses:full"), ("gemma3_text", 4, LEVELS), ("phi", 4, GATHERED)],
+    [
+        ("granite", 2, "64:1,512:2:ulysses:full"),
+        ("gemma3_text", 4, LEVELS),
+        pytest.param("phi", 4, GATHERED, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_and_levels_equal_transformers_on_one_process(
     tmp_path: Path, model_type: str, world_size: int, levels: str

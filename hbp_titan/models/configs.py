@@ -14,6 +14,8 @@ from hbp_titan.models.layers import check_scaling, yarn_mscale
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 NORM_PLACEMENTS = ("before", "after", "both")
 ACTIVATIONS = ("silu", "gelu_tanh")
+TRANSFORMERS = "transformers"
+"""In place of the model type if transformers builds the model: parameters have its names."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -116,7 +118,7 @@ class MoEArgs:
 class ModelArgs:
     """A decoder's architecture. Raises ValueError for one that this code does not build.
 
-    hf_model_type: a key of hf_families.FAMILIES, for the exported config.json.
+    hf_model_type: a key of hf_families.FAMILIES, for the exported config.json; TRANSFORMERS with hf_config.
     intermediate_size: width of the feed-forward network; with `moe`, of the dense layers.
     head_dim: width of queries and keys in attention; with `mla` its qk_head_dim, and num_kv_heads is num_heads.
     qkv_bias: biases on the q, k and v projections (Qwen2); no other layer has one.

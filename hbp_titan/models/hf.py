@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.configs import TRANSFORMERS, ModelArgs
 from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.hf_files import check_not_pointer, describe_other_weights, indexed_files
@@ -46,7 +46,9 @@ _KEPT_IN_FP32 = "e_score_correction_bias"
 
 
 def to_hf_name(fqn: str, model_type: str = "llama") -> str:
-    """Return HF's name of our parameter `fqn`; those of a model that transformers builds (model.backend) are HF's."""
+    """Return HF's name of our parameter `fqn`. Raises ValueError for a name that no decoder has."""
+    if model_type == TRANSFORMERS:
+        return fqn
     from hbp_titan.models.hf_families import FAMILIES
 
     if layer := _LAYER.fullmatch(fqn):
@@ -57,7 +59,7 @@ def to_hf_name(fqn: str, model_type: str = "llama") -> str:
     for ours, theirs in _PREFIXES:
         if fqn.startswith(ours):
             return theirs + fqn[len(ours) :]
-    return fqn
+    raise ValueError(f"{fqn!r} is not a parameter of a decoder")
 
 
 def is_fused(fqn: str) -> bool:
@@ -202,7 +204,7 @@ class HFTensors(Mapping[str, Tensor]):
 
     def check_tied(self) -> None:
         """Raise ValueError if the folder has an output matrix that differs from embeddings that config.json ties."""
-        if self._tied and to_hf_name(self._tied[1]) in self._files:
+        if self._tied and to_hf_name(self._tied[1], self.args.hf_model_type) in self._files:
             self[self._tied[0]]
 
     def _read(self, name: str, dims: Sequence[slice]) -> Tensor:
@@ -210,7 +212,7 @@ class HFTensors(Mapping[str, Tensor]):
         return handle.get_slice(name)[tuple(dims)] if dims else handle.get_tensor(name)
 
     def _check_tied_output(self, name: str, embedding: Tensor, dims: Sequence[slice]) -> None:
-        output_name = to_hf_name(self._tied[1])
+        output_name = to_hf_name(self._tied[1], self.args.hf_model_type)
         if output_name in self._files and not torch.equal(embedding, self._read(output_name, dims)):
             raise ValueError(
                 f"{self.folder}: config.json ties the embeddings, but {name} and {output_name} differ; "
@@ -249,7 +251,7 @@ def _open(path: Path) -> Any:
 
 def _compare(folder: Path, found: Mapping[str, tuple[list[int], str]], args: ModelArgs) -> None:
     expected = hf_shapes(args)
-    for name in set(map(to_hf_name, tied_names(args))) & found.keys():
+    for name in {to_hf_name(fqn, args.hf_model_type) for fqn in tied_names(args)} & found.keys():
         expected[name] = [args.vocab_size, args.hidden_size]
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]

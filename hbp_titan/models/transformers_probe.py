@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.configs import TRANSFORMERS, ModelArgs
 from hbp_titan.models.hf_config import read_json
 from hbp_titan.models.hf_files import require_folder
 from hbp_titan.models.transformers_backend import Mask, block_list, causal_lm, model_inputs, register
@@ -40,6 +40,7 @@ _UNSUPPORTED = {
     "position_bias": "a bias by position",
     "indices": "sparse attention",
 }
+_OWN_MASKS = "makes masks or biases of attention of its own"
 _NATIVE = 'use an architecture that model.backend = "native" builds, or another model'
 
 
@@ -133,7 +134,7 @@ def args_from_config(hf_config: str, name: str) -> ModelArgs:
     widths = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     return ModelArgs(
         name=name,
-        hf_model_type=config.model_type,
+        hf_model_type=TRANSFORMERS,
         hidden_size=config.hidden_size,
         intermediate_size=_first(config, *widths) or 4 * config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -176,6 +177,10 @@ def checked(hf_config: str) -> tuple[Any, Dims, bool]:
     register(_RECORDING, _recorder(recorded))
     try:
         hf = causal_lm(hf_config, _RECORDING)
+    except KeyError as error:
+        # A class for each attention function that its file knows.
+        what = "does not attend through transformers' AttentionInterface" if _RECORDING in error.args else ""
+        raise Unsupported(what or f"is not built by transformers: {_line(error)}") from None
     except Exception as error:
         raise Unsupported(f"is not built by transformers: {_line(error)}") from None
     tied = _check_parts(hf)
@@ -332,7 +337,7 @@ def _window(mask: Any) -> int | None:
     if mask is None:
         return None
     if not isinstance(mask, Mask):
-        raise Unsupported("makes masks or biases of attention of its own")
+        raise Unsupported(_OWN_MASKS)
     window = mask.window
     edges = [0, 1, 2, 5] if window is None else [0, 1, window - 1, window, window + 1, 2 * window, 3 * window + 1]
     query, key = torch.tensor(edges)[:, None], torch.tensor(edges)[None]
@@ -359,6 +364,8 @@ def _attention_dims(hf: Any, recorded: list[_Attended]) -> Dims:
     except Unsupported:
         raise
     except Exception as error:
+        if "Mask" in str(error):
+            raise Unsupported(_OWN_MASKS) from None
         raise Unsupported(f"cannot run without data: {_line(error)}") from None
     if not recorded:
         raise Unsupported("does not attend through transformers' AttentionInterface")
