@@ -307,6 +307,10 @@ FAMILIES: dict[str, tuple[list[str], list[str]]] = {
     "deepseek_v3": ([BOS_TEXT, EOS_TEXT], _DEEPSEEK_TURNS),
     "deepseek_v3_1": ([BOS_TEXT, EOS_TEXT], [*_DEEPSEEK_TURNS, "<think>", "</think>"]),
     "deepseek_r1": ([BOS_TEXT, EOS_TEXT], [*_DEEPSEEK_TURNS, "<think>", "</think>"]),
+    "mistral_small": (["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"], []),
+    "olmo2": (["<|endoftext|>", "<|endoftext|>"], []),
+    "gemma3": (["<bos>", "<end_of_turn>", "<start_of_turn>"], []),
+    "phi4": (["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|im_sep|>"], []),
 }
 
 
@@ -473,6 +477,10 @@ ANSWERS = {
     "deepseek_v2": lambda text: " " + text + EOS_TEXT,
     "deepseek_v3": lambda text: text + EOS_TEXT,
     "deepseek_v3_1": lambda text: text + EOS_TEXT,
+    "mistral_small": lambda text: text + "</s>",
+    "olmo2": lambda text: text + "<|endoftext|>",
+    "gemma3": lambda text: text.strip() + "<end_of_turn>",
+    "phi4": lambda text: text + "<|im_end|>",
 }
 
 
