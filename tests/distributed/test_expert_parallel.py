@@ -89,8 +89,8 @@ class RandomSamples:
         return self.rows[index]
 
 
-def _run(world: World, cases: list[tuple[ModelArgs, Case]]) -> list[Outcome]:
-    config = load_config(["--compile.backend=aot_eager", f"--training.seed={SEED}"])
+def _run(world: World, cases: list[tuple[ModelArgs, Case]], *argv: str) -> list[Outcome]:
+    config = load_config(["--compile.backend=aot_eager", f"--training.seed={SEED}", *argv])
     return [run_case(world, config, args, case, RandomSamples()) for args, case in cases]  # type: ignore[arg-type]
 
 

@@ -10,7 +10,8 @@ import torch
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level
-from hbp_titan.testing.equivalence import Case, Outcome
+from hbp_titan.packing.level import CP_STYLES
+from hbp_titan.testing.equivalence import Case, Outcome, compare
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_expert_parallel import SEED, RandomSamples, _assert_equal, _run
 from tests.models.deepseek_tiny import hf_model, in_hf_memory
@@ -53,3 +54,17 @@ def test_loss_and_gradients_equal_transformers(
 ) -> None:
     ours = found[family, name]
     _assert_equal(expected[family], Outcome(ours.loss, in_hf_memory(ours.grads, TINY[family])))
+
+
+@pytest.mark.parametrize("cp_backend", ["fused", pytest.param("dtensor", marks=pytest.mark.slow)])
+def test_windows_equal_transformers_in_every_cp_style(expected: dict[str, Outcome], cp_backend: str) -> None:
+    args = TINY["ministral"]
+    cases = [Case(style, 4, (Level(64, 2, style), Level(256, 4, style))) for style in CP_STYLES]
+    # Negative control: a window of another token.
+    wrong = (dataclasses.replace(args, sliding_window=8), cases[-1])
+    runs = [*((args, case) for case in cases), wrong]
+    *found, control = run_distributed(_run, 4, runs, f"--parallelism.cp_backend={cp_backend}")[0]
+    for outcome in found:
+        _assert_equal(expected["ministral"], Outcome(outcome.loss, in_hf_memory(outcome.grads, args)))
+    difference = compare(expected["ministral"], Outcome(control.loss, in_hf_memory(control.grads, args)))
+    assert max(difference.grads.values()) > 1e-3
