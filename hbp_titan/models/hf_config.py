@@ -67,7 +67,8 @@ _ONLY_SUPPORTED = {
 }
 _FIXES = {
     "quantization_config": "; convert the weights first (of DeepSeek-V3: its inference/fp8_cast_bf16.py), or take "
-    "a bfloat16 copy, and remove the key"
+    "a bfloat16 copy, and remove the key",
+    "attn_logit_softcapping": ": torch's attention kernels take no soft cap",
 }
 _DEFAULT_THETA = 10000.0
 

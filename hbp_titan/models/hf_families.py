@@ -31,8 +31,12 @@ def _no_windows(values: Values) -> Windows:
 
 
 def _every_layer(values: Values) -> Windows:
-    window = values.get("sliding_window")
-    return ((SLIDING,) * values["num_hidden_layers"], window) if window else ((), None)
+    layers, window = values["num_hidden_layers"], values.get("sliding_window")
+    types = [SLIDING if window else FULL] * layers
+    # transformers ignores the list of these families; other programs may not.
+    if values.get("layer_types", types) != types:
+        raise ValueError(f"layer_types = {values['layer_types']!r:.60} must be {types[0]} for each of {layers} layers")
+    return (tuple(types), window) if window else ((), None)
 
 
 def _typed(values: Values, default: Callable[[int], bool]) -> Windows:

@@ -53,7 +53,7 @@ def hf_greedy(model: Any, prompt: list[int], eos: list[int] | None, limit: int =
 
 
 # (query heads, key/value heads, seed); with these seeds the five answers differ and do not repeat one token.
-LAYOUTS = {"llama": (6, 2, 0), "qwen2": (3, 1, 2), "qwen3": (4, 2, 1), "deepseek_v2": (3, 3, 2)}
+LAYOUTS = {"llama": (6, 2, 0), "qwen2": (3, 1, 2), "qwen3": (4, 2, 1), "deepseek_v2": (3, 3, 2), "windows": (4, 2, 1)}
 
 
 def pair_of(family: str) -> tuple[Decoder, nn.Module]:
@@ -61,10 +61,12 @@ def pair_of(family: str) -> tuple[Decoder, nn.Module]:
     if family == "deepseek_v2":
         model = deepseek_tiny.random_model(deepseek_tiny.tiny_args(heads), seed)
         return model, deepseek_tiny.hf_model(model)
-    return build_pair(tiny_args(family, heads, kv_heads, tied=False), seed)
+    windows = {"layer_types": ("sliding_attention", "full_attention", "sliding_attention"), "sliding_window": 5}
+    changes = windows if family == "windows" else {}
+    return build_pair(tiny_args("qwen3" if changes else family, heads, kv_heads, tied=False, **changes), seed)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "deepseek_v2"])
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_answers_equal_those_of_transformers(family: str) -> None:
     ours, theirs = pair_of(family)
     kernels = [block.inner_attention for block in ours.blocks()]
