@@ -169,10 +169,11 @@ class Plan:
 
     def pack_costs(self, costs: Sequence[CostModel]) -> NDArray[np.float64]:
         """Return the cost of each pack by the model of its level, float64 [num_packs]; costs: one per level."""
-        result = np.zeros(self.packs.num_rows)
+        # Not pack_sum_sq: these costs may have another window than those that balanced the plan.
+        squares, result = costs[0].squares(self.lengths, self.packs), np.zeros(self.packs.num_rows)
         for k, cost in enumerate(costs):
             own = self.pack_levels == k
-            result[own] = cost.cost(self.pack_tokens[own], self.pack_sum_sq[own])
+            result[own] = cost.cost(self.pack_tokens[own], squares[own])
         return result
 
     def settings(self) -> dict[str, Any]:

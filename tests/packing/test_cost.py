@@ -93,6 +93,8 @@ def test_packs_are_balanced_by_the_work_inside_windows():
         plan = build_plan(lengths, [Level(16)], 1, cost=cost)
         assert sorted(plan.pack_sum_sq.tolist())[-1] == heaviest
         assert plan.pack_costs(plan.costs)[plan.heaviest_iteration(0)] == heaviest
+    # A plan that was balanced without the window, measured with it.
+    assert build_plan(lengths, [Level(16)], 1).pack_costs([cost]).max() == 56
 
 
 def test_windows_differ_between_models_not_levels():
