@@ -131,8 +131,12 @@ class ContextParallelAttention(nn.Module):
         super().__init__()
         self.inner = inner
         self.state = state
-        window = getattr(inner, "window", None)
-        self.window: int | None = window
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of the attention."""
+        window: int | None = getattr(self.inner, "window", None)
+        return window
 
     @property
     def exchanges(self) -> bool:

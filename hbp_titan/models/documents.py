@@ -159,16 +159,17 @@ class ShardPass(NamedTuple):
 class HeadTailShard(NamedTuple):
     """The two attention passes of one rank's shard.
 
-    windowed: the same for layers with a sliding window, without keys that no query of the pass attends to.
+    windowed: the same for layers with a sliding window of `window`, without keys that no query of the pass attends to.
     """
 
     heads: ShardPass
     tails: ShardPass
     windowed: tuple[ShardPass, ShardPass] | None = None
+    window: int | None = None
 
     def passes(self, window: int | None) -> tuple[ShardPass, ShardPass]:
-        """Return the passes of heads and of tails of a layer with this window."""
-        return (self.heads, self.tails) if window is None or self.windowed is None else self.windowed
+        """Return the passes of heads and of tails of a layer with this window, with all keys for another window."""
+        return (self.heads, self.tails) if window != self.window or self.windowed is None else self.windowed
 
 
 def head_tail_shard(
@@ -198,7 +199,7 @@ def head_tail_shard(
     def passes(window: int | None) -> tuple[ShardPass, ShardPass]:
         return _pass(bounds, rank, rows, window), _pass(bounds, 2 * degree - 1 - rank, rows, window)
 
-    return shards[rank], HeadTailShard(*passes(None), windowed=passes(window) if window else None)
+    return shards[rank], HeadTailShard(*passes(None), passes(window) if window else None, window)
 
 
 def chunk_bounds(lengths: IntArray, degree: int) -> IntArray:

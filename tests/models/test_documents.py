@@ -38,12 +38,15 @@ def test_a_pass_attends_to_the_keys_up_to_the_end_of_its_chunks() -> None:
 
 
 def test_a_pass_of_a_window_has_only_keys_that_its_queries_attend_to() -> None:
-    heads, tails = head_tail_shard(np.array([9, 7]), 0, 2, window=3)[1].passes(3)
+    shard = head_tail_shard(np.array([9, 7]), 0, 2, window=3)[1]
+    heads, tails = shard.passes(3)
     assert heads.key_rows.tolist() == [0, 1, 2, 3]
     # The tails 7, 8 and 14, 15 attend to tokens from 5 and from 12 on.
     assert tails.documents.whole.cu_seqlens_q.tolist() == [0, 2, 4]
     assert tails.documents.whole.cu_seqlens_k.tolist() == [0, 4, 8]
     assert tails.key_rows.tolist() == [12, 13, 4, 5, 14, 15, 6, 7]
+    # Layers without a window, or with another one, get all keys.
+    assert len(shard.passes(None)[1].key_rows) == len(shard.passes(4)[1].key_rows) == 16
 
 
 def test_causal_pairs_of_one_even_document_are_equal() -> None:

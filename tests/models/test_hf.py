@@ -245,7 +245,6 @@ def test_a_family_without_windows_cannot_be_written_with_them() -> None:
     ("family", "changes", "message"),
     [
         ("llama", {"model_type": "gpt2"}, "gpt2"),
-        ("llama", {"model_type": "gpt_oss"}, "sinks"),
         ("llama", {"model_type": "mistral", "sliding_window": 8, "layer_types": SLIDING}, "layer_types"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
