@@ -63,16 +63,19 @@ class Chart:
         self.left, self.top = (48, 12) if bare else (LEFT, TOP)
         self.x_ticks: list[tuple[float, str]] = []
         """(value, text) instead of round numbers along x."""
+        self.y_ticks: list[tuple[float, str]] = []
+        """(value, text) instead of round numbers along y."""
         self.marks: list[str] = []
         self.names: list[tuple[str, int]] = []
 
-    def bar(self, x0: float, x1: float, y0: float, y1: float, color: int, tip: str = "") -> None:
+    def bar(self, x0: float, x1: float, y0: float, y1: float, color: int, tip: str = "", opacity: float = 1.0) -> None:
         """Draw a rectangle over [x0, x1] from y0 to y1 with a tooltip."""
         left, right, top, bottom = self._px(x0), self._px(x1), self._py(y1), self._py(y0)
         title = f"<title>{html.escape(tip)}</title>" if tip else ""
+        faint = f' fill-opacity="{opacity:.2f}"' if opacity < 1 else ""
         self.marks.append(
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(0.4, right - left):.1f}" '
-            f'height="{max(0.0, bottom - top):.1f}" fill="var(--c{color})">{title}</rect>'
+            f'height="{max(0.0, bottom - top):.1f}" fill="var(--c{color})"{faint}>{title}</rect>'
         )
 
     def line(self, points: Sequence[tuple[float, float]], color: int) -> None:
@@ -148,10 +151,10 @@ class Chart:
         parts = []
         left, right = self.left, WIDTH - RIGHT
         values = _log_ticks(*self.y) if self.y_log else ticks(*self.y)
-        for value, text in zip(values, _tick_texts(values), strict=True):
+        for value, text in self.y_ticks or zip(values, _tick_texts(values), strict=True):
             at = self._py(value)
             parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--grid)"/>')
-            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{html.escape(text)}</text>')
         values = _powers_of_two(*self.x) if self.x_log else ticks(*self.x)
         texts = [human_count(value, 1024) for value in values] if self.x_log else _tick_texts(values)
         for value, text in self.x_ticks or zip(values, texts, strict=True):

@@ -1,4 +1,4 @@
-"""Report sections on learning: loss, gradient norm, loss by length and source, validation, expert load.
+"""Report sections on learning: loss, gradient norm, loss by length and source, validation.
 
 Owns the choice of these plots and tables.
 """
@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hbp_titan.packing.metrics import bucket_name
-from hbp_titan.report.charts import Chart, Curve, Plot, level_curves
+from hbp_titan.report.charts import Curve, Plot, level_curves
 from hbp_titan.report.html import (
     DASH,
     NUM_COLORS,
-    figure,
     missing,
     number,
     percent,
@@ -208,47 +207,3 @@ def _validation_cells(log: StepLog, values: Floats) -> Sequence[str]:
     lowest = known[int(values[known].argmin())]
     losses = [f"{values[index]:.4f}" for index in (known[0], lowest, known[-1])]
     return (f"{len(known):,}", *losses[:2], f"{log.steps[lowest]:,}", losses[2])
-
-
-def expert_section(run: Run) -> str:
-    """Return the section on how evenly tokens are spread over experts, "" for a model without experts."""
-    log = run.log
-    if not log.has("expert_load", "worst"):
-        return ""
-    steps = log.steps.astype(float)
-    loads = {name: log.column("expert_load", name) for name in ("worst", "mean", "ranks", "idle")}
-    names = {"worst": "worst layer", "mean": "mean of layers", "ranks": "ranks"}
-    curves = [Curve(title, loads[name], color) for color, (name, title) in enumerate(names.items())]
-    plot = Plot("Most loaded expert", "multiple of the mean; 1 is even", "step", steps, curves)
-    rows = []
-    for name, title in {**names, "idle": "experts without a token"}.items():
-        ends = edge_means(loads[name], np.ones(len(steps)))
-        if ends:
-            rows.append([title, f"{np.nanmax(loads[name]):.2f}", f"{ends[0]:.2f}", f"{ends[1]:.2f}"])
-    load_table = table(("load", "max", "first tenth", "last tenth"), rows)
-    intro = "The most loaded expert as a multiple of its layer's mean."
-    return section("Experts", intro, row(plot.figure(), _experts_by_layer(log), load_table))
-
-
-def _experts_by_layer(log: StepLog) -> str:
-    """Return the newest token counts of the experts of each layer, most loaded first."""
-    if log.experts is None:
-        return ""
-    step, layers = log.experts
-    # Sorted, because which expert is loaded most differs by layer; how uneven they are can be compared.
-    loads = {name: sorted(counts, reverse=True) for name, counts in layers.items() if sum(counts) > 0}
-    if not loads:
-        return ""
-    # The y axis is shared by all layers.
-    most = max(max(counts) * len(counts) / sum(counts) for counts in loads.values())
-    size = max(map(len, loads.values()))
-    chart = Chart(
-        f"Experts of each layer at step {step:,}", "experts, most loaded first", "multiple of the layer's mean",
-        (0.0, float(max(size, 2))), (0.0, most * 1.05), bare=True,
-    )  # fmt: skip
-    for index, (name, counts) in enumerate(loads.items()):
-        y: Floats = np.array(counts, np.float64) * len(counts) / sum(counts)
-        chart.curve(np.arange(len(counts), dtype=np.float64) + 0.5, y, index % NUM_COLORS, f"layer {name}")
-        if index < NUM_COLORS:
-            chart.name(f"layer {name}", index)
-    return figure(chart)

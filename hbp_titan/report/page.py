@@ -23,6 +23,7 @@ from hbp_titan.report.balance import (
     timeline_section,
 )
 from hbp_titan.report.charts import Curve, Plot
+from hbp_titan.report.experts import expert_section
 from hbp_titan.report.html import (
     DASH,
     PALETTE,
@@ -39,7 +40,7 @@ from hbp_titan.report.html import (
     table,
     text,
 )
-from hbp_titan.report.learning import expert_section, groups_section, loss_section, validation_section
+from hbp_titan.report.learning import groups_section, loss_section, validation_section
 from hbp_titan.report.run import Floats, Run, StepLog
 from hbp_titan.report.series import (
     applied,

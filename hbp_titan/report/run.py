@@ -34,21 +34,67 @@ Columns = dict[Key, tuple["array[int]", "array[float]"]]
 
 
 @dataclass
+class ExpertTables:
+    """Tokens of each expert by layer: of evenly spaced steps, at most MAX_TABLES, and of the newest step that has them.
+
+    layers: names of the layers with experts. kept: (step, float32 [L, E]), ascending; newest: the same of one step.
+    """
+
+    MAX_TABLES = 96
+
+    layers: list[str] = field(default_factory=list)
+    kept: list[tuple[int, NDArray[np.float32]]] = field(default_factory=list)
+    newest: tuple[int, NDArray[np.float32]] | None = None
+    _stride: int = 1
+    _skip: int = 0
+
+    @property
+    def all(self) -> list[tuple[int, NDArray[np.float32]]]:
+        """The kept tables and the newest one."""
+        extra = [] if self.newest is None or (self.kept and self.kept[-1][0] == self.newest[0]) else [self.newest]
+        return [*self.kept, *extra]
+
+    def add(self, step: int, value: object) -> None:
+        """Add what a line has at tokens_per_expert; what is not a table of the same layers and experts is ignored."""
+        if not isinstance(value, dict) or not value:
+            return
+        rows = list(value.values())
+        if not all(isinstance(row, list) and len(row) == len(rows[0]) and all(map(_is_number, row)) for row in rows):
+            return
+        table = np.array(rows, np.float32).reshape(len(rows), -1)
+        # A corrupt file may have any numbers.
+        if table.size == 0 or table.min() < 0 or not np.all((table.sum(1) > 0) & np.isfinite(table.sum(1))):
+            return
+        if self.newest and (list(value) != self.layers or table.shape != self.newest[1].shape):
+            return
+        self.layers, self.newest = list(value), (step, table)
+        # A resumed run returns to an earlier step.
+        self.kept = [(old, kept) for old, kept in self.kept if old < step]
+        if self._skip:
+            self._skip -= 1
+            return
+        self.kept.append(self.newest)
+        if len(self.kept) > self.MAX_TABLES:
+            self.kept, self._stride = self.kept[::2], 2 * self._stride
+        self._skip = self._stride - 1
+
+
+@dataclass
 class StepLog:
     """The steps of a run in ascending order; of a step that occurs twice the last line counts.
 
     steps: int64 [n]. level_names: level of each step, "1K/cp1+8K/cp2" if it mixes levels. skipped: reason by step.
-    work_by_rank: (step, seconds of each rank) of the timing checks. experts: (step, tokens of each expert by layer) as
-    last recorded. unreadable: number of lines that are not JSON objects with a step. cut: whether the last line is
-    incomplete. palette: level names in the order of their colors [the log's own levels]. columns: (rows, values) of
-    every key that has a number or null (NaN) in some step.
+    work_by_rank: (step, seconds of each rank) of the timing checks. experts: tokens of each expert by layer.
+    unreadable: number of lines that are not JSON objects with a step. cut: whether the last line is incomplete.
+    palette: level names in the order of their colors [the log's own levels]. columns: (rows, values) of every key that
+    has a number or null (NaN) in some step.
     """
 
     steps: NDArray[np.int64]
     level_names: list[str] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)
     work_by_rank: list[tuple[int, list[float]]] = field(default_factory=list)
-    experts: tuple[int, dict[str, list[float]]] | None = None
+    experts: ExpertTables = field(default_factory=ExpertTables)
     unreadable: int = 0
     cut: bool = False
     palette: list[str] = field(default_factory=list)
@@ -171,10 +217,7 @@ def _read_events(log: StepLog, values: dict[str, Any]) -> None:
     work = check.get("work_by_rank") if isinstance(check, dict) else None
     if isinstance(work, list) and work and all(_is_number(value) for value in work):
         log.work_by_rank.append((step, [float(value) for value in work]))
-    experts = values.pop("tokens_per_expert", None)
-    if isinstance(experts, dict) and experts:
-        layers = {name: row for name, row in experts.items() if isinstance(row, list) and all(map(_is_number, row))}
-        log.experts = (step, layers)
+    log.experts.add(step, values.pop("tokens_per_expert", None))
 
 
 def _add(columns: Columns, line: int, values: dict[str, Any], above: Key = ()) -> None:

@@ -260,3 +260,31 @@ def test_expert_section_only_with_experts(tmp_path: Path) -> None:
         ("layer 0", "1.5 1 1 0.5"),
         ("layer 1", "4 0 0 0"),
     ]
+    # 4 experts of 20 tokens: 1.5 and 4 times the mean. No expert parallelism, so no ranks.
+    assert _map(page, "Most loaded expert by layer") == {"step 20, layer 0": "1.5", "step 20, layer 1": "4"}
+    assert _map(page, "Experts without a token by layer") == {"step 20, layer 0": "0", "step 20, layer 1": "3"}
+    assert "Most loaded rank by layer" not in page
+
+
+def test_loads_of_expert_parallel_ranks_are_mapped_by_layer(tmp_path: Path) -> None:
+    load = {"worst": 2.0, "mean": 1.5, "idle": 0, "ranks": 1.5}
+    tables = [[30, 30, 10, 10], [10, 10, 30, 30]]
+    lines = [
+        {**step_of(step, 0), "expert_load": load, "tokens_per_expert": {"3": tables[step % 2], "4": tables[0]}}
+        for step in range(1, 5)
+    ]
+    start = {**start_of(), "config": {"parallelism": {"expert_parallel_degree": 2}}}
+    page = _page(write_run(tmp_path / "experts", lines, [start]))
+    # 60 of 80 tokens on one of two ranks: 1.5 times the mean.
+    ranks = _map(page, "Most loaded rank by layer")
+    assert ranks == {f"step {step}, layer {layer}": "1.5" for step in range(1, 5) for layer in (3, 4)}
+    # Layer 3 loads another rank in every second step.
+    assert _map(page, "Load of each rank, mean of the steps") == {
+        "rank 0, layer 3": "1.000", "rank 1, layer 3": "1.000", "rank 0, layer 4": "1.500", "rank 1, layer 4": "0.500",
+    }  # fmt: skip
+
+
+def _map(page: str, title: str) -> dict[str, str]:
+    """Return the value of each field of a map by its place."""
+    svg = page.split(f'aria-label="{title}"')[1].split("</svg>")[0]
+    return dict(tip.split(": ") for tip in re.findall("<title>([^<]*)</title>", svg))

@@ -75,4 +75,19 @@ def test_work_of_ranks_and_newest_expert_counts_are_kept(tmp_path: Path) -> None
         {"step": 2, "timing_check": {"work_by_rank": [3, 4.5]}, "tokens_per_expert": {"0": [5, 6]}},
     )
     assert log.work_by_rank == [(1, [1.0, 2.0]), (2, [3.0, 4.5])]
-    assert log.experts == (2, {"0": [5, 6]})
+    assert log.experts.newest is not None
+    assert (log.experts.layers, log.experts.newest[0], log.experts.newest[1].tolist()) == (["0"], 2, [[5, 6]])
+
+
+def test_expert_tables_of_a_long_run_are_evenly_spaced_and_those_of_repeated_steps_the_last(tmp_path: Path) -> None:
+    lines = [{"step": step, "tokens_per_expert": {"1": [step, 1]}} for step in range(1000)]
+    resumed = [{"step": step, "tokens_per_expert": {"1": [step, 2]}} for step in range(900, 1010)]
+    broken = [{"step": 2000, "tokens_per_expert": value} for value in ({"1": [1]}, {"1": ["x", 1]}, {"1": [0, 0]}, 3)]
+    experts = _read(tmp_path, *lines, *resumed, *broken).experts
+    steps = [step for step, _ in experts.all]
+    assert 48 <= len(experts.kept) <= 96
+    # 1010 tables at a distance of 16, then the newest one.
+    assert set(np.diff(steps[:-1]).tolist()) <= {16, *range(1, 32)}
+    assert np.diff(steps[:50]).tolist() == [16] * 49
+    assert steps[-1] == 1009
+    assert [table[0, 1] for step, table in experts.all if step >= 900] == [2] * sum(step >= 900 for step in steps)
