@@ -227,6 +227,8 @@ class Parallelism:
     """Copies of the parameters: each is sharded over world / dp_replicate adjacent ranks (HSDP); 1 shards over all."""
     expert_parallel_degree: int = 1
     """Adjacent ranks that share the experts of a layer: tokens travel to them; must divide world / dp_replicate."""
+    expert_load_deviation: float = 0.25
+    """Assumed by time estimates: standard deviation of the experts' loads over their mean (report.py measures it)."""
     reshard_after_forward: bool | int = True
     """FSDP2: free a block's gathered parameters after its forward (ZeRO-3), false: keep them (ZeRO-2), or an integer:
     keep them sharded over so many adjacent ranks, such as a node's. Levels may have their own."""

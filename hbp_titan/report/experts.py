@@ -85,7 +85,8 @@ def _over_steps(experts: ExpertTables, ranks: int) -> str:
             _step_map("Most loaded rank by layer", steps, experts.layers, load_NLP.max(2)),
             _rank_map(experts.layers, load_NLP.mean(0)),
         ]
-    heads = ["layer", "most loaded expert", "mean load", "max", "last", "without a token: mean", "last"]
+    deviation_L = load_NLE.std(2).mean(0)
+    heads = ["layer", "most loaded expert", "mean load", "max", "last", "deviation", "without a token: mean", "last"]
     rows = []
     for index, name in enumerate(experts.layers):
         load_NE, idle_N = load_NLE[:, index], idle_NL[:, index]
@@ -93,21 +94,20 @@ def _over_steps(experts: ExpertTables, ranks: int) -> str:
         # Averaged over the steps: an expert that is always loaded most, not one that once was.
         mean_E = load_NE.mean(0)
         values = [f"{value:.2f}" for value in (mean_E.max(), largest_N.max(), largest_N[-1])]
+        values.append(f"{deviation_L[index]:.2f}")
         rows.append([name, str(mean_E.argmax()), *values, f"{idle_N.mean():.1f}", str(idle_N[-1])])
         if divides:
             load_NP = load_NLP[:, index]
             rows[-1] += [f"{value:.2f}" for value in (load_NP.max(1).mean(), load_NP.max())]
     heads += ["most loaded rank: mean", "max"] if divides else []
     shown = table(heads, rows, "Over the steps of the maps", limit=MAX_TABLE_ROWS)
-    return row(*maps) + shown + note(_what_maps_show(steps, size, ranks if divides else 1))
-
-
-def _what_maps_show(steps: Sequence[int], size: int, ranks: int) -> str:
-    of_ranks = f" A rank holds {size // ranks} adjacent experts of a layer." if ranks > 1 else ""
-    return (
+    of_ranks = f" A rank holds {size // ranks} adjacent experts of a layer." if divides else ""
+    remark = (
         f"{len(steps):,} tables of tokens per expert, from step {steps[0]:,} to {steps[-1]:,} "
-        f"(metrics.expert_load_interval); padding counts.{of_ranks}"
+        f"(metrics.expert_load_interval); padding counts.{of_ranks} Standard deviation of the loads, mean of layers "
+        f"and steps: {deviation_L.mean():.2f} (parallelism.expert_load_deviation for time estimates)."
     )
+    return row(*maps) + shown + note(remark)
 
 
 def _over_mean(counts: np.ndarray) -> Floats:

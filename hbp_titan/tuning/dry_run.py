@@ -44,7 +44,7 @@ from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_b
 from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
-from hbp_titan.tuning.time_model import time_model
+from hbp_titan.tuning.time_model import most_loaded_rank, time_model
 from hbp_titan.utils import human_bytes, human_seconds
 
 DEFAULT_GPU = "h100-80gb"
@@ -331,7 +331,10 @@ def _model(found: DryRun) -> str:
     copies = config.parallelism.dp_replicate
     experts = config.parallelism.expert_parallel_degree
     shards = f"{found.world_size // copies} ranks" + (f", {copies} copies" if copies > 1 else "")
-    shards += f", experts over {experts}" if experts > 1 else ""
+    if experts > 1 and found.args.moe:
+        deviation = config.parallelism.expert_load_deviation
+        most = most_loaded_rank(found.args.moe.n_routed_experts, experts, deviation)
+        shards += f", experts over {experts} (assumed: the most loaded has {most:.2f} times the mean)"
     computed = str(compute_dtype(config, torch.device("cuda"))).removeprefix("torch.")
     lines = [
         f"dry run: {found.world_size} x {found.hardware.name}, {found.hardware.gpus_per_node} per node; nothing is "

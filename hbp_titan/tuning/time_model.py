@@ -9,8 +9,10 @@ content of the pack, so that a level with its static length T has the form of a 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -30,8 +32,8 @@ from hbp_titan.tuning.search import Candidate
 
 PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "host", "fixed")
 """Parts of a micro-batch's time: matrix products; attention; recomputation of both; collectives of context parallelism;
-all-to-alls of expert parallelism; exposed FSDP traffic; exposed copies between host and device; exposed launches and
-fixed costs."""
+all-to-alls of expert parallelism, and the work of its most loaded rank beyond the mean; exposed FSDP traffic; exposed
+copies between host and device; exposed launches and fixed costs."""
 LAYER_KERNELS = 150
 """Kernels of one layer's forward and backward in eager mode without recomputation; about a third are in forward."""
 _SQUARES_PER_DOCUMENT = 0.75
@@ -47,8 +49,8 @@ class ModelDims:
     recomputed runs twice again. head_params: of the output projection. embedding_params: 0 if tied. num_heads,
     num_kv_heads, head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection,
     where all heads have keys and values). expert_params: part of body_params that expert parallelism shards.
-    experts_per_token: routed experts of a token, 0 for a dense model. window, window_share: the sliding window, and the
-    share of the layers that have it, or None.
+    num_experts, experts_per_token: routed experts of a layer and of a token, 0 for a dense model. window, window_share:
+    the sliding window, and the share of the layers that have it, or None.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ModelDims:
     first_params: int = 0
     window: int | None = None
     window_share: float | None = None
+    num_experts: int = 0
 
     @property
     def params(self) -> int:
@@ -101,6 +104,7 @@ class ModelDims:
             first_params=_first_params(args),
             window=args.sliding_window if args.window_share else None,
             window_share=args.window_share or None,
+            num_experts=args.moe.n_routed_experts if args.moe else 0,
         )
 
 
@@ -124,7 +128,8 @@ class Sharding:
     """How parameters are sharded, as in the [parallelism] section.
 
     param_bytes, reduce_bytes, stored_bytes: of a parameter in computation, of a reduced gradient, and of a parameter,
-    its gradient or a moment between steps.
+    its gradient or a moment between steps. expert_load_deviation: standard deviation of the experts' loads over their
+    mean.
     """
 
     dp_replicate: int = 1
@@ -134,6 +139,7 @@ class Sharding:
     reduce_bytes: int = 4
     stored_bytes: int = 4
     cpu_offload: bool = False
+    expert_load_deviation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ class TimeModel:
             "attention": plain.beta * squares / square_rate,
             "recompute": recomputed + (full.beta - plain.beta) * squares / square_rate,
             "sp": own * self.exchange_seconds_per_token(level) + self._exchange_latency(level) * (own > 0),
-            "experts": own * self.expert_seconds_per_token(level),
+            "experts": own * self.expert_seconds_per_token(level) + self._expert_wait(linear + recomputed),
             "fsdp": self._exposed_fsdp(level, linear, recomputed),
             "host": self._exposed_copies(level, own, linear, recomputed),
             "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
@@ -242,12 +248,29 @@ class TimeModel:
         kv_heads = groups * max(-(-self.dims.num_kv_heads // groups), scatter)
         return self.sharding.param_bytes * kv_heads * (self.dims.head_dim + self.dims.v_head_dim)
 
+    @property
+    def expert_rank_load(self) -> float:
+        """Tokens of the most loaded rank of an expert group as a multiple of their mean; 1 without such groups."""
+        s = self.sharding
+        return most_loaded_rank(self.dims.num_experts, s.expert_parallel, s.expert_load_deviation)
+
+    def _expert_wait(self, products: FloatArray) -> FloatArray:
+        """Return the seconds by which the products of the most loaded rank of an expert group exceed the mean's.
+
+        Each layer's exchange waits for that rank, another one in each layer. products: seconds of matrix products.
+        """
+        d = self.dims
+        routed = d.expert_params * d.experts_per_token / max(1, d.num_experts) / d.active_body_params
+        return (self.expert_rank_load - 1) * routed * products
+
     def expert_seconds_per_token(self, level: Level) -> float:
         """Return the seconds of dispatch and combine per token of a rank's shard, over all layers."""
         degree = self.sharding.expert_parallel
         if degree == 1 or not self.dims.experts_per_token:
             return 0.0
-        sent = 2 * self.sharding.param_bytes * self.dims.experts_per_token * self.dims.hidden_size
+        # An exchange takes as long as its most loaded rank.
+        rows = self.dims.experts_per_token * self.expert_rank_load
+        sent = 2 * self.sharding.param_bytes * rows * self.dims.hidden_size
         # Recomputation, which chunks have in every layer, sends tokens to their experts again, but not back.
         again = self.dims.num_layers if level.mlp_chunk_tokens else self._recomputed(level)
         passes = 2 * self.dims.num_layers + again / 2
@@ -387,6 +410,18 @@ class TimeModel:
         return np.maximum(0, layers * LAYER_KERNELS * self.hardware.launch_seconds - matrix_seconds)
 
 
+def most_loaded_rank(num_experts: int, ranks: int, deviation: float) -> float:
+    """Return the expected tokens of the most loaded of `ranks` ranks with equal shares of the experts, over their mean.
+
+    deviation: standard deviation of the experts' loads over their mean; the loads are taken as independent. The largest
+    of n normal values is expected at the quantile (n - 3/8) / (n + 1/4) (Blom).
+    """
+    if ranks == 1 or num_experts == 0:
+        return 1.0
+    largest = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    return 1 + deviation * math.sqrt(ranks / num_experts) * largest
+
+
 def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_size: int) -> TimeModel:
     """Return the TimeModel of a run of this configuration."""
     # The configured kernel may be slower than the machine's best one.
@@ -406,6 +441,7 @@ def sharding(config: JobConfig) -> Sharding:
         reduce_bytes=bytes_of[config.training.mixed_precision_reduce],
         stored_bytes=bytes_of[config.training.dtype],
         cpu_offload=config.parallelism.cpu_offload,
+        expert_load_deviation=config.parallelism.expert_load_deviation,
     )
 
 

@@ -18,7 +18,16 @@ from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import cost_model
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
-from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel, estimate_candidates, get_dims, time_model
+from hbp_titan.tuning.time_model import (
+    PARTS,
+    ModelDims,
+    Sharding,
+    TimeModel,
+    estimate_candidates,
+    get_dims,
+    most_loaded_rank,
+    time_model,
+)
 from tests.tuning.toy import MACHINE, TOY
 
 
@@ -187,6 +196,28 @@ def test_gathers_and_exchange_of_experts() -> None:
     # Chunks and recomputation send rows to the experts once more, not back.
     for level in (Level(16, mlp_chunk_tokens=4), Level(16, ac_policy="full")):
         assert model.parts(level, pack(0, 0))["experts"][0] == pytest.approx(16 * 32 / 2 / 100 * 5)
+
+
+def test_a_layer_waits_for_the_most_loaded_rank_of_the_expert_group() -> None:
+    # A token uses 1 of 4 experts of 100 parameters.
+    moe = dataclasses.replace(
+        TOY, body_params=500, active_body_params=200, expert_params=400, experts_per_token=1, num_experts=4
+    )
+    even, uneven = (TimeModel(moe, MACHINE, 4, Sharding(expert_parallel=2, expert_load_deviation=d)) for d in (0, 0.5))
+    parts, more = (model.parts(Level(16, ac_policy="full"), pack(0, 0)) for model in (even, uneven))
+    # Two ranks of two experts each: the larger of two normal values is at 0.59.
+    assert uneven.expert_rank_load == pytest.approx(1 + 0.5 * 0.5**0.5 * 0.59, abs=1e-3)
+    products = parts["linear"][0] + parts["recompute"][0]
+    excess = uneven.expert_rank_load - 1
+    assert more.pop("experts")[0] == pytest.approx(parts.pop("experts")[0] * (1 + excess) + excess * products / 2)
+    assert more == parts
+    assert dataclasses.replace(uneven, sharding=Sharding(expert_load_deviation=0.5)).expert_rank_load == 1
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(160, 2), (160, 8), (256, 32), (64, 64)])
+def test_load_of_the_most_loaded_rank_is_that_of_random_experts(experts: int, ranks: int) -> None:
+    loads = np.random.default_rng(0).normal(1, 0.25, (20000, ranks, experts // ranks)).mean(2)
+    assert most_loaded_rank(experts, ranks, 0.25) == pytest.approx(loads.max(1).mean(), abs=0.005)
 
 
 @pytest.mark.parametrize("policy", AC_POLICIES)
