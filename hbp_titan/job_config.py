@@ -138,7 +138,7 @@ class Packing:
     auto_levels: bool = False
     """Choose the levels by a measurement at the start of the run, instead of [[levels]] blocks (docs/tuning.md)."""
     max_sample_tokens: int = 0
-    """With auto_levels: most tokens of a sample (data.max_length_policy); 0 means the model's limit."""
+    """Most tokens of a sample (data.max_length_policy); 0: the largest level's, with auto_levels the model's limit."""
     seed: int | None = None
     """Seed of sample order and packing shuffles, from which each epoch derives its own; none: training.seed."""
     level_order: str = "alternate"

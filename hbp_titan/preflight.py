@@ -57,10 +57,12 @@ def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
 
 
 def max_sample_tokens(config: JobConfig, args: ModelArgs) -> int:
-    """Return the most tokens of a sample: the largest level's, or the limit if levels are still to be chosen."""
-    if config.levels:
-        return config.levels[-1].max_tokens
-    return min(config.packing.max_sample_tokens or args.max_position_embeddings, args.max_position_embeddings)
+    """Return the most tokens of a sample: packing.max_sample_tokens, at most the largest level's.
+
+    While levels are still to be chosen, at most what the model's positions allow.
+    """
+    largest = config.levels[-1].max_tokens if config.levels else args.max_position_embeddings
+    return min(config.packing.max_sample_tokens or largest, largest)
 
 
 def check_device(config: JobConfig, device: torch.device) -> None:
@@ -104,7 +106,7 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
     if longest > args.max_position_embeddings:
         raise ValueError(
             f"levels.max_tokens={longest} exceeds the model's max_position_embeddings={args.max_position_embeddings}; "
-            "lower levels.max_tokens"
+            "lower levels.max_tokens, or limit samples by packing.max_sample_tokens (a pack may hold several)"
         )
     own = config.checkpoint.initial_load_path
     if config.lora.rank:

@@ -30,9 +30,11 @@ def argv(folder: Path) -> list[str]:
 
 
 def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, output, errors = run_script(capsys, "--world_size", "4", *argv)
-    assert code == 0, errors
-    assert "training store" in output
+    # A pack may be longer than the model's 1024 positions if no sample is.
+    for more in ([], ["--levels=2048:1", "--packing.max_sample_tokens=1024"]):
+        code, output, errors = run_script(capsys, "--world_size", "4", *argv, *more)
+        assert code == 0, errors
+        assert "training store" in output
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,7 @@ def test_valid_input_is_prepared(argv: list[str], capsys: pytest.CaptureFixture[
         (["--levels=128:1,513:3"], "world size 4"),
         (["--levels=128:1,512:8"], "4 attention heads"),
         (["--levels=32:1,64:2"], "largest level"),
+        (["--levels=128:1,512:2", "--packing.max_sample_tokens=64"], "longer than packing.max_sample_tokens"),
         (["--levels=128:1,2048:2"], "max_position_embeddings=1024"),
         (["--model.hf_path=", "--model.flavor=debugg", "--model.tokenizer_path={folder}/model"], "did you mean debug?"),
         (["--model.tokenizer_path=nowhere"], "nowhere"),

@@ -224,7 +224,8 @@ def _check(request: SetRequest, store: TokenStore) -> None:
         check_malformed(store, config.data.max_errors_shown)
     if config.data.strict:
         check_strict(store, config.data.max_errors_shown)
-    limit = () if config.levels else ("packing.max_sample_tokens (or the model's limit)",)
+    by_level = config.levels and request.max_sample_tokens == config.levels[-1].max_tokens
+    limit = () if by_level else ("packing.max_sample_tokens (or the model's limit)",)
     check_fits(store, request.max_sample_tokens, *limit)
 
 
