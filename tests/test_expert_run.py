@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.optimizer import build_optimizer
+from hbp_titan.components.weights import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.world import World
@@ -78,6 +79,10 @@ def _load(world: World, argv: list[str], checkpoints: Path, args: ModelArgs = AR
     optimizer = build_optimizer(engine.model, config.optimizer)
     assert Checkpointer(checkpoints, engine.model, optimizer, config.checkpoint).load()
     return _state(engine.model, optimizer)
+
+
+def _checksum(world: World, argv: list[str], args: ModelArgs) -> str:
+    return checksum((name, p.detach()) for name, p in Engine(load_config(argv), args, world).model.named_parameters())
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,11 @@ def args_from_hf(folder: str | Path, key: str = "folder", notes: list[str] | Non
     absent = {key: value for key, value in family.defaults.items() if key not in raw and key != "rope_theta"}
     values = {name: value for name, value in raw.items() if value is not None} | absent
     _check_supported(values, family, path)
+    if values.get("output_router_logits") and notes is not None:
+        notes.append(
+            f"{path}: output_router_logits, router_aux_loss_coef ignored: transformers' balance loss joins documents "
+            "and layers; aux_loss_alpha sets one per document and layer (docs/models.md)"
+        )
     num_heads = values["num_attention_heads"]
     theta, scaling = _rope(
         values, path, family.defaults.get("rope_theta", _DEFAULT_THETA), [] if notes is None else notes

@@ -100,13 +100,6 @@ def _named(kind: type, values: Values) -> dict[str, Any]:
     return {item.name: values[item.name] for item in fields(kind) if item.name in values}
 
 
-def _balance(values: Values) -> float:
-    # transformers' loss sums over the experts of a token instead of taking their mean, and only where it is asked to.
-    if not values.get("output_router_logits"):
-        return 0.0
-    return values["num_experts_per_tok"] * values.get("router_aux_loss_coef", 0.001)
-
-
 def _qwen3_moe(values: Values) -> MoEArgs:
     dense = values.get("mlp_only_layers") or []
     if dense != list(range(len(dense))) or values.get("decoder_sparse_step", 1) != 1:
@@ -125,7 +118,7 @@ def _qwen3_moe(values: Values) -> MoEArgs:
         n_shared_experts=0,
         first_k_dense_replace=len(dense),
         norm_topk_prob=values.get("norm_topk_prob", False),
-        aux_loss_alpha=_balance(values),
+        aux_loss_alpha=values.get("aux_loss_alpha", 0.0),
     )
 
 
@@ -136,7 +129,7 @@ def _mixtral(values: Values) -> MoEArgs:
         moe_intermediate_size=values["intermediate_size"],
         n_shared_experts=0,
         norm_topk_prob=True,
-        aux_loss_alpha=_balance(values),
+        aux_loss_alpha=values.get("aux_loss_alpha", 0.0),
     )
 
 
@@ -198,30 +191,23 @@ def _deepseek_keys(args: ModelArgs) -> dict[str, Any]:
     }
 
 
-def _expert_keys(args: ModelArgs, number: str, **keys: Any) -> dict[str, Any]:
+def _expert_keys(args: ModelArgs, number: str) -> dict[str, Any]:
     assert args.moe is not None
-    per_token, alpha = args.moe.num_experts_per_tok, args.moe.aux_loss_alpha
-    balance = {"output_router_logits": True, "router_aux_loss_coef": alpha / per_token} if alpha else {}
-    return {
-        number: args.moe.n_routed_experts,
-        "num_experts_per_tok": per_token,
-        "output_router_logits": False,
-        **balance,
-        **keys,
-    }
+    alpha = args.moe.aux_loss_alpha
+    keys = {number: args.moe.n_routed_experts, "num_experts_per_tok": args.moe.num_experts_per_tok}
+    return {**keys, **({"aux_loss_alpha": alpha} if alpha else {})}
 
 
 def _qwen3_moe_keys(args: ModelArgs) -> dict[str, Any]:
     assert args.moe is not None
-    return _expert_keys(
-        args,
-        "num_experts",
-        moe_intermediate_size=args.moe.moe_intermediate_size,
-        norm_topk_prob=args.moe.norm_topk_prob,
-        mlp_only_layers=list(range(args.moe.first_k_dense_replace)),
-        decoder_sparse_step=1,
+    return {
+        **_expert_keys(args, "num_experts"),
         **_qwen_keys(args),
-    )
+        "moe_intermediate_size": args.moe.moe_intermediate_size,
+        "norm_topk_prob": args.moe.norm_topk_prob,
+        "mlp_only_layers": list(range(args.moe.first_k_dense_replace)),
+        "decoder_sparse_step": 1,
+    }
 
 
 def _mixtral_keys(args: ModelArgs) -> dict[str, Any]:

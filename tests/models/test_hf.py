@@ -60,6 +60,9 @@ LAYOUTS = {
     **{family: tiny_args(family) for family in ("llama", "qwen2", "qwen3")},
     **{f"{family} tied": tiny_args(family, tied=True) for family in ("llama", "qwen2", "qwen3")},
     **families.TINY,
+    "mixtral, balanced": families.dense(
+        "mixtral", intermediate_size=16, moe=dataclasses.replace(families.EXPERTS, aux_loss_alpha=0.01)
+    ),
     "deepseek": deepseek_args(),
     "qwen2, window after one layer": tiny_args("qwen2", layer_types=SLIDING, sliding_window=5),
     "qwen3, windows": tiny_args("qwen3", layer_types=(SLIDING[1], SLIDING[0], SLIDING[1]), sliding_window=5),
@@ -602,3 +605,15 @@ def test_weights_in_fp8_are_refused_with_the_conversion(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="fp8_cast_bf16"):
         args_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_transformers_balance_loss_over_batches_is_noted_and_not_applied(tmp_path: Path, family: str) -> None:
+    values = args_to_hf_config(families.TINY[family]) | {"output_router_logits": True, "router_aux_loss_coef": 0.02}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    notes: list[str] = []
+    moe = args_from_hf(tmp_path, notes=notes).moe
+    assert moe is not None
+    assert not moe.balances
+    assert ["router_aux_loss_coef" in note for note in notes] == [True]
+    assert exported_config(families.TINY[family], tmp_path, {}, torch.float32)["output_router_logits"] is True
