@@ -134,13 +134,16 @@ def _calls(
         if past:
             yield slice(queries), slice(past), False, None
         return
-    size = max(_MIN_BAND_QUERIES, window // 4)
+    size = min(max(_MIN_BAND_QUERIES, window // 4), queries)
+    # Query i of a block attends to keys i to i + window - 1 of its band, which starts at the window of query 0.
+    visible_LM = torch.ones(size, size + window - 1, dtype=torch.bool).triu_().tril_(window - 1)
+    mask_LM = like.new_zeros(visible_LM.shape).masked_fill_(visible_LM.logical_not_(), -torch.inf)
     for start in range(0, queries, size):
-        end = min(start + size, queries)
-        band = slice(max(0, past + start + 1 - window), past + end)
-        distance_LM = torch.arange(past + start, past + end)[:, None] - torch.arange(band.start, band.stop)
-        hidden_LM = (distance_LM < 0) | (distance_LM >= window)
-        yield slice(start, end), band, False, torch.where(hidden_LM, -torch.inf, 0.0).to(like)
+        rows = min(size, queries - start)
+        first = past + start + 1 - window
+        # The first bands begin before the document, the last one is shorter.
+        keys_seen = slice(max(0, first), past + start + rows)
+        yield slice(start, start + rows), keys_seen, False, mask_LM[:rows, keys_seen.start - first : rows + window - 1]
 
 
 def _split(lengths: list[tuple[int, int]], side: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
