@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
@@ -34,8 +37,8 @@ from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.memory_plans import fits_hardware, needed_plans
 from hbp_titan.tuning.profile import cp_styles
-from hbp_titan.tuning.search import Candidate, Workload
-from hbp_titan.tuning.time_model import estimate_candidates
+from hbp_titan.tuning.search import Candidate, Workload, describe_level, shortest_holding
+from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -81,12 +84,46 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
     forms = named_forms(options.candidates, args, world_size)
     forms = forms or candidate_forms(workload.lengths, workload.max_sample_tokens, world_size, args)
 
-    def fits(level: Level) -> bool:
-        estimate = estimate_memory(args, level, config, world_size, device_type="cuda")
-        return fits_hardware(estimate, hardware, world_size)
+    def candidates(config: JobConfig) -> list[Candidate]:
+        def fits(level: Level) -> bool:
+            estimate = estimate_memory(args, level, config, world_size, device_type="cuda")
+            return fits_hardware(estimate, hardware, world_size)
 
-    levels = needed_plans(forms, args, fits)
-    return estimate_candidates(args, config, hardware, world_size, levels), workload
+        return estimate_candidates(args, config, hardware, world_size, needed_plans(forms, args, fits))
+
+    found, longest = candidates(config), workload.max_sample_tokens
+    try:
+        shortest_holding(found, longest)
+    except ValueError as error:
+        if config.parallelism.cpu_offload:
+            raise
+        # Only proposed, because it is a setting of the whole run.
+        offloaded = replace(config, parallelism=replace(config.parallelism, cpu_offload=True))
+        fitting = [candidate for candidate in candidates(offloaded) if candidate.fits]
+        holding = [candidate.level for candidate in fitting if candidate.level.max_tokens >= longest]
+        if not holding:
+            raise
+        model = time_model(args, offloaded, hardware, world_size)
+        raise ValueError(
+            f"{error}, or set parallelism.cpu_offload = true: {copies_over_pcie(model, holding)}"
+        ) from None
+    return found, workload
+
+
+def copies_over_pcie(model: TimeModel, levels: Sequence[Level]) -> str:
+    """Return the fastest of `levels` on a pack of one document, and what keeping parameters on the host costs there."""
+
+    def parts(level: Level) -> dict[str, float]:
+        tokens = float(level.max_tokens)
+        found = model.parts(level, np.array([[1.0, tokens, tokens**2, 1.0]]))
+        return {name: float(seconds[0]) for name, seconds in found.items()}
+
+    fastest = min(levels, key=lambda level: sum(parts(level).values()))
+    share = parts(fastest)["host"] / sum(parts(fastest).values())
+    return (
+        f"{describe_level(fastest)} then fits, waits for copies over PCIe {share:.0%} of the time, and an optimizer "
+        f"step takes {model.step_seconds():.2g} s"
+    )
 
 
 def measured_here(

@@ -125,10 +125,12 @@ class _Composition:
         self.kept_share = 0.0 if resharded is True else 1.0 if resharded is False else 1 / resharded
         tokens = level.max_tokens // level.cp_degree
         lora: Adapters = (config.lora.rank, tuple(config.lora.target_modules))
-        self.blocks: list[PieceMemory] = [
-            block_memory(args, with_policy(level, policy), dtype, device_type, expert_parallel, lora)
-            for policy in layer_policies(level, args.num_layers)
-        ]
+        policies = layer_policies(level, args.num_layers)
+        of_policy = {
+            policy: block_memory(args, with_policy(level, policy), dtype, device_type, expert_parallel, lora)
+            for policy in set(policies)
+        }
+        self.blocks: list[PieceMemory] = [of_policy[policy] for policy in policies]
         # Number of first blocks that keep their activations in host memory.
         self.offloaded = sum(block.host > 0 for block in self.blocks)
         loss_tokens = tokens if loss_tokens is None else min(loss_tokens, tokens)

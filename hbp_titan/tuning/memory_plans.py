@@ -1,12 +1,12 @@
 """Memory plans of a level: checkpointing, host memory, chunks and groups of heads, in stages of what they cost in time.
 
-Owns which plans a selection and an advice try, and whether an estimate fits a machine.
+Owns which plans a selection and an advice try, with how many layers, and whether an estimate fits a machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +17,7 @@ from hbp_titan.distributed.world import World, ranks_per_node
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, with_policy
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers, with_policy
 from hbp_titan.utils import human_bytes
 
 CHUNK_TOKENS = 8192
@@ -43,18 +43,18 @@ def memory_plans(form: Level, args: ModelArgs) -> list[list[Level]]:
 
     form: its own plan is ignored; reshard_after_forward stays.
     """
-    grouped = dataclasses.replace(form, attention_head_groups=HEAD_GROUPS)
+    grouped = replace(form, attention_head_groups=HEAD_GROUPS)
     try:
         check_heads([grouped], args.num_heads, args.num_kv_heads)
         groups = HEAD_GROUPS
     except ValueError:
         groups = 1
-    plain = dataclasses.replace(with_policy(form, "none"), mlp_chunk_tokens=0, attention_head_groups=1)
+    plain = replace(with_policy(form, "none"), mlp_chunk_tokens=0, attention_head_groups=1)
     stages = []
     for policies, chunked, in_groups in _STAGES:
         if in_groups and groups == 1:
             continue
-        base = dataclasses.replace(
+        base = replace(
             plain,
             mlp_chunk_tokens=CHUNK_TOKENS if chunked else 0,
             attention_head_groups=groups if in_groups else 1,
@@ -78,6 +78,55 @@ def needed_plans(forms: Sequence[Level], args: ModelArgs, fits: Callable[[Level]
             if any(not level.recomputes_attention for level in fitting) or (fitting and number):
                 break
     return found
+
+
+def depth_choices(
+    peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int
+) -> Iterator[tuple[Level, int]]:
+    """Yield `level` with the numbers of layers that may be the fastest to fit into `limit` bytes, each with its peak.
+
+    The fewest layers checkpointed; for host memory also all of them checkpointed and as few as possible kept there. A
+    level that sets ac_layers is unchanged.
+    """
+    yield least_recomputation(peak_bytes, level, depth, limit)
+    if level.offloads and level.ac_layers is None:
+        yield fewest_offloaded(peak_bytes, replace(level, ac_layers=depth), limit)
+
+
+def fewest_offloaded(peak_bytes: Callable[[Level], int], level: Level, limit: int) -> tuple[Level, int]:
+    """Return the level with the fewest of its ac_layers in host memory that fits into `limit`, or all; and its peak."""
+    assert level.ac_layers is not None
+
+    def at(layers: int) -> Level:
+        return replace(level, offload_layers=layers)
+
+    low, high = 0, level.ac_layers
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if peak_bytes(at(middle)) <= limit else (middle + 1, high)
+    return at(high), peak_bytes(at(high))
+
+
+def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int) -> tuple[Level, int]:
+    """Return the level with the fewest of `depth` layers checkpointed that fits into `limit`, or all; and its peak.
+
+    Then with the fewest in host memory. A level that sets ac_layers, or does not recompute, is unchanged.
+    """
+
+    def peak(layers: int) -> int:
+        return peak_bytes(replace(level, ac_layers=layers))
+
+    if level.ac_policy == "none" or level.ac_layers is not None:
+        return level, peak_bytes(level)
+    found = fewest_layers(peak(depth), peak(0), depth, 0, limit)
+    layers = depth if found is None else found
+    # Between its two ends the peak is not exactly linear.
+    while layers < depth and peak(layers) > limit:
+        layers += 1
+    while layers > 0 and peak(layers - 1) <= limit:
+        layers -= 1
+    level = replace(level, ac_layers=layers)
+    return fewest_offloaded(peak_bytes, level, limit) if level.offloads else (level, peak(layers))
 
 
 def usable_bytes(hardware: Hardware) -> int:

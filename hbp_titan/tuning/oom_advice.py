@@ -29,8 +29,8 @@ from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import format_level, level_name
 from hbp_titan.tuning.hardware import Hardware, hardware_like, total_memory
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_evaluation, estimate_memory, with_policy
-from hbp_titan.tuning.memory_plans import memory_plans, usable_bytes, usable_host_bytes
-from hbp_titan.tuning.time_model import TimeModel, least_recomputation, sharding, time_model
+from hbp_titan.tuning.memory_plans import depth_choices, memory_plans, usable_bytes, usable_host_bytes
+from hbp_titan.tuning.time_model import TimeModel, sharding, time_model
 from hbp_titan.utils import human_bytes
 
 MAX_RANKS_FACTOR = 64
@@ -193,6 +193,8 @@ class OOMContext:
             percent = round(100 * (change.slowdown - 1))
             speed = f"{abs(percent)}% {'slower' if percent > 0 else 'faster'}" if percent else "as fast"
             predicted += f", predicted {speed}"
+            if change.config.parallelism.cpu_offload and not self.config.parallelism.cpu_offload:
+                predicted += f", {self._step_seconds(change.config)}"
         return f"{change.instructions(self.config, level)}; as overrides: {' '.join(overrides)} ({predicted})"
 
     def _smaller_state(self, level: Level) -> str:
@@ -204,7 +206,10 @@ class OOMContext:
         offloaded = _with_value(self.config, "parallelism.cpu_offload", True)
         host = replace(self, config=offloaded).estimate(level).host_bytes
         if host <= usable_host_bytes(self.hardware, self.world_size) and self.device_type == "cuda":
-            ways.append(f"set parallelism.cpu_offload = true ({human_bytes(host)} of host memory per rank)")
+            search = self._search(level, self.limit)
+            now, then = (search.rank_seconds(k, self.world_size, level) for k in (self.config, offloaded))
+            cost = f"micro-batches of {level_name(level)} {then / now - 1:.0%} slower, {self._step_seconds(offloaded)}"
+            ways.append(f"set parallelism.cpu_offload = true ({human_bytes(host)} of host memory per rank, {cost})")
         if not self.config.lora.rank:
             lora = replace(self.config, lora=replace(self.config.lora, rank=LORA_RANK))
             state = replace(self, config=lora).estimate(level).resident_bytes
@@ -213,6 +218,12 @@ class OOMContext:
             "parameters and optimizer state alone exceed the memory, so changing levels will not help; "
             f"{', or '.join(ways) or 'use devices with more memory'}"
         )
+
+    def _step_seconds(self, config: JobConfig) -> str:
+        """Return the predicted time of the optimizer's update with `config`, and now."""
+        models = (time_model(self.args, k, self.hardware, self.world_size) for k in (config, self.config))
+        then, now = (model.step_seconds() for model in models)
+        return f"each optimizer step {then:.2g} s instead of {now:.2g}"
 
 
 def _state(num_bytes: int) -> str:
@@ -329,11 +340,11 @@ class ChangeSearch:
     def _fastest(self, variants: Iterable[Variant], before: ChangeSearch | None = None) -> Change | None:
         """Return the fastest of `variants` that fits. before: the search of the run as it is, if not this one."""
         best: tuple[float, Change] | None = None
-        now = self._rank_seconds((before or self).config, self.world_size, self.level)
+        now = self.rank_seconds((before or self).config, self.world_size, self.level)
 
         def least_seconds(variant: Variant) -> float:
             config, ranks, level = variant
-            return self._rank_seconds(config, ranks, with_policy(level, "none"))
+            return self.rank_seconds(config, ranks, with_policy(level, "none"))
 
         hopeless: dict[object, bool] = {}
         # In the order of their time without checkpointing, a lower bound: times are cheaper to compute than memory.
@@ -347,23 +358,24 @@ class ChangeSearch:
             def peak(at: Level, config: JobConfig = config, ranks: int = ranks) -> int:
                 return self.peak_bytes(at, config, ranks)
 
-            level, peak_bytes = least_recomputation(peak, level, self.args.num_layers, self.limit)
-            if peak_bytes > self.limit or not self._fits_host(level, config, ranks):
-                if form not in hopeless:
-                    # If this does not fit, no plan does.
-                    hopeless[form] = self._least_peak(config, ranks, level) > self.limit
-                continue
-            seconds = self._rank_seconds(config, ranks, level)
-            # Among equal times the first wins, which changes the least.
-            if best is None or seconds < best[0] * (1 - ROUNDING):
-                best = seconds, Change(level, config, ranks, peak_bytes, seconds / now)
+            fits = False
+            for found, peak_bytes in depth_choices(peak, level, self.args.num_layers, self.limit):
+                if peak_bytes > self.limit or not self._fits_host(found, config, ranks):
+                    continue
+                fits, seconds = True, self.rank_seconds(config, ranks, found)
+                # Among equal times the first wins, which changes the least.
+                if best is None or seconds < best[0] * (1 - ROUNDING):
+                    best = seconds, Change(found, config, ranks, peak_bytes, seconds / now)
+            if not fits and form not in hopeless:
+                # If this does not fit, no plan does.
+                hopeless[form] = self._least_peak(config, ranks, level) > self.limit
         return best[1] if best else None
 
     @cached_property
     def _time(self) -> TimeModel:
         return time_model(self.args, self.config, self.hardware, self.world_size)
 
-    def _rank_seconds(self, config: JobConfig, ranks: int, level: Level) -> float:
+    def rank_seconds(self, config: JobConfig, ranks: int, level: Level) -> float:
         """Return the seconds per pack times the ranks that work on it, which run other packs otherwise."""
         model = replace(self._time, sharding=sharding(config), world_size=ranks)
         return float(model.level_time(level).seconds(self.load)) * level.cp_degree

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -26,8 +26,8 @@ from hbp_titan.models.registry import expert_params, get_flavor, last_params, li
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray, Ragged
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
-from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
+from hbp_titan.tuning.memory_plans import depth_choices, usable_bytes, usable_host_bytes
 from hbp_titan.tuning.search import Candidate
 
 PARTS = ("linear", "attention", "recompute", "sp", "experts", "fsdp", "host", "fixed")
@@ -455,8 +455,8 @@ def estimate_candidates(
 ) -> list[Candidate]:
     """Return a candidate for each of `levels`, in order.
 
-    A level that recomputes with ac_layers=None gets the fewest layers that fit. A level that does not fit, on the GPU
-    or on the host, has time None and the peak that it would need. fixed_seconds: of each micro-batch.
+    Of a level with ac_layers=None the fastest of `depth_choices` is taken. A level that does not fit, on the GPU or on
+    the host, has time None and the peak that it would need. fixed_seconds: of each micro-batch.
     """
     model = dataclasses.replace(time_model(args, config, hardware, world_size), fixed_seconds=fixed_seconds)
     limit, host_limit = usable_bytes(hardware), usable_host_bytes(hardware, world_size)
@@ -466,28 +466,16 @@ def estimate_candidates(
         def estimate(at: Level) -> MemoryEstimate:
             return estimate_memory(args, at, config, world_size, device_type="cuda")
 
-        level, peak_bytes = least_recomputation(lambda at: estimate(at).peak_bytes, level, args.num_layers, limit)
-        fits = peak_bytes <= limit and estimate(level).host_bytes <= host_limit
-        candidates.append(Candidate(level, model.level_time(level) if fits else None, peak_bytes))
+        def candidate(at: Level, peak_bytes: int) -> Candidate:
+            fits = peak_bytes <= limit and estimate(at).host_bytes <= host_limit
+            return Candidate(at, model.level_time(at) if fits else None, peak_bytes)
+
+        choices = depth_choices(lambda at: estimate(at).peak_bytes, level, args.num_layers, limit)
+        candidates.append(min((candidate(*choice) for choice in choices), key=_full_pack_seconds))
     return candidates
 
 
-def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth: int, limit: int) -> tuple[Level, int]:
-    """Return the level with the fewest of `depth` layers checkpointed that fits into `limit`, or all; and its peak.
-
-    A level that sets ac_layers, or does not recompute, is unchanged.
-    """
-
-    def peak(layers: int) -> int:
-        return peak_bytes(dataclasses.replace(level, ac_layers=layers))
-
-    if level.ac_policy == "none" or level.ac_layers is not None:
-        return level, peak_bytes(level)
-    found = fewest_layers(peak(depth), peak(0), depth, 0, limit)
-    layers = depth if found is None else found
-    # Between its two ends the peak is not exactly linear.
-    while layers < depth and peak(layers) > limit:
-        layers += 1
-    while layers > 0 and peak(layers - 1) <= limit:
-        layers -= 1
-    return dataclasses.replace(level, ac_layers=layers), peak(layers)
+def _full_pack_seconds(candidate: Candidate) -> float:
+    """Return the seconds of one document that fills the pack; infinite if it does not fit in memory."""
+    tokens = float(candidate.level.max_tokens)
+    return float(candidate.time.seconds(np.array([1.0, tokens, tokens**2, 1.0]))) if candidate.time else math.inf

@@ -290,6 +290,15 @@ def test_script_writes_the_users_file_with_levels_that_hold_the_data(folder: Pat
     assert all(8 % level.cp_degree == 0 for level in config.levels)
 
 
+def test_script_proposes_host_memory_where_nothing_else_fits(folder: Path) -> None:
+    # 8B parameters with gradients and moments are 120 GiB.
+    model = ["--model.hf_path=", "--model.flavor=llama3_1_8b", f"--model.tokenizer_path={folder / 'model'}"]
+    words = [*ESTIMATE[:3], "1", "--candidates", "1024:1", *model]
+    with pytest.raises(ValueError, match=r"cpu_offload = true: 1K/cp1 then fits, waits for copies over PCIe \d+%"):
+        _main(folder, *words)
+    _main(folder, *words, "--parallelism.cpu_offload=true")
+
+
 def test_script_measures_on_two_ranks_and_prints_once(folder: Path) -> None:
     output, cache = folder / "measured.toml", folder / "profile.json"
     words = ["--job.config_file", folder / "run.toml", "--candidates", "128:1,1024:2", "--profile_cache", cache]

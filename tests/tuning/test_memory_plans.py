@@ -15,7 +15,14 @@ from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
 from hbp_titan.tuning.hardware import get_hardware
 from hbp_titan.tuning.memory import MemoryEstimate, with_policy
-from hbp_titan.tuning.memory_plans import CHUNK_TOKENS, check_host_memory, fits_hardware, memory_plans, needed_plans
+from hbp_titan.tuning.memory_plans import (
+    CHUNK_TOKENS,
+    check_host_memory,
+    depth_choices,
+    fits_hardware,
+    memory_plans,
+    needed_plans,
+)
 
 LLAMA = get_flavor("llama3_1_8b")
 DEVICE = ["none", "full", "keep_attention"]
@@ -48,6 +55,30 @@ def test_dearer_plans_are_tried_where_cheaper_ones_do_not_fit(fits: Callable[[Le
     assert _names(needed_plans([form], LLAMA, fits)) == tried
     # Each form once, however its plan was.
     assert len(needed_plans([form, with_policy(form, "full")], LLAMA, fits)) == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("limit", "choices"),
+    [
+        # Each of 8 layers keeps 10 bytes, 3 once it is checkpointed, none in host memory, next to 20 for all of them.
+        (100, [(0, 0), (8, 0)]),
+        (70, [(3, 3), (8, 0)]),
+        (43, [(6, 5), (8, 1)]),
+        (21, [(8, 8), (8, 8)]),
+        (19, [(8, 8), (8, 8)]),
+    ],
+)
+def test_fewest_layers_in_host_memory(limit: int, choices: list[tuple[int, int]]) -> None:
+    def peak(level: Level) -> int:
+        layers = 8 if level.ac_layers is None else level.ac_layers
+        offloaded = layers if level.offload_layers is None else level.offload_layers
+        return 20 + 10 * (8 - layers) + 3 * (layers - offloaded)
+
+    found = [level for level, _ in depth_choices(peak, Level(64, ac_policy="offload"), 8, limit)]
+    assert [(level.ac_layers, level.offload_layers) for level in found] == choices
+    assert [level.offload_layers for level, _ in depth_choices(peak, Level(64, ac_policy="full"), 8, limit)] == [None]
+    chosen = Level(64, ac_policy="offload", ac_layers=3, offload_layers=2)
+    assert [level for level, _ in depth_choices(peak, chosen, 8, limit)] == [chosen]
 
 
 def test_heads_that_cannot_be_grouped() -> None:
