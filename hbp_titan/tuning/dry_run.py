@@ -40,7 +40,14 @@ from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, optimizer_bytes, with_policy
+from hbp_titan.tuning.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    optimizer_bytes,
+    pinned_bytes,
+    pinned_max_round,
+    with_policy,
+)
 from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
@@ -177,8 +184,7 @@ class DryRun:
 
     def host_bytes(self, estimate: MemoryEstimate) -> int:
         """Return the bytes per rank in host memory."""
-        state = self.rank_state.total_bytes if self.rank_state.offloaded else 0
-        return state + estimate.host_activation_bytes
+        return self.rank_state.host_bytes + estimate.host_activation_bytes
 
     def fits(self, estimate: MemoryEstimate) -> bool:
         """Return whether it fits in the GPU's memory and in a rank's share of the node's."""
@@ -191,7 +197,7 @@ class DryRun:
         for index, memory in enumerate(self.levels):
             if self.fits(memory.configured):
                 continue
-            state, where = self.rank_state.total_bytes - self.rank_state.device_bytes, "host memory per rank"
+            state, where = self.rank_state.host_bytes, "host memory per rank"
             needed, usable = self.host_bytes(memory.configured), usable_host_bytes(self.hardware, self.world_size)
             if needed <= usable:
                 state, where = self.rank_state.device_bytes, "per rank"
@@ -226,13 +232,17 @@ class DryRun:
 
 @dataclass(frozen=True)
 class RankState:
-    """What one rank keeps between steps: parameter elements, and bytes."""
+    """What one rank keeps between steps: parameter elements, and bytes.
+
+    pinned_rounding: in host memory, bytes that the allocator adds to those of parameters and gradients.
+    """
 
     parameters: int
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     offloaded: bool = False
+    pinned_rounding: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -242,6 +252,11 @@ class RankState:
     def device_bytes(self) -> int:
         """Bytes of it that are not in host memory."""
         return 0 if self.offloaded else self.total_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of it in host memory, as allocated."""
+        return self.total_bytes + self.pinned_rounding if self.offloaded else 0
 
 
 def rank_state(model: nn.Module, config: JobConfig) -> RankState:
@@ -253,12 +268,14 @@ def rank_state(model: nn.Module, config: JobConfig) -> RankState:
         shard.numel() * (DTYPES[config.training.gradient_dtype] if narrow else shard.dtype).itemsize
         for shard in trained
     ]
+    pinned = [shard.nbytes for shard, _ in shards] + gradients
     return RankState(
         parameters=sum(shard.numel() for shard, _ in shards),
         parameter_bytes=sum(shard.nbytes for shard, _ in shards),
         gradient_bytes=sum(gradients),
         optimizer_bytes=optimizer_bytes(model, config.optimizer),
         offloaded=config.parallelism.cpu_offload,
+        pinned_rounding=sum(pinned_bytes(size, pinned_max_round()) - size for size in pinned),
     )
 
 
@@ -369,7 +386,7 @@ def _host_memory(found: DryRun) -> list[str]:
         return []
     ranks = min(found.world_size, found.hardware.gpus_per_node)
     usable = ranks * usable_host_bytes(found.hardware, found.world_size)
-    state = found.rank_state.total_bytes if found.rank_state.offloaded else 0
+    state = found.rank_state.host_bytes
     return [
         f"host memory per node, GiB: {_gib(ranks * needed)} of {_gib(usable)} to use ({ranks} ranks, each with state "
         f"{_gib(state)} and activations {_gib(needed - state)})"

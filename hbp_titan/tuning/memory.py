@@ -7,6 +7,8 @@ of activations to and from host memory.
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
@@ -151,6 +153,9 @@ class _Composition:
         self.resident, self.host = (trained + frozen) // shards, 0
         if config.parallelism.cpu_offload:
             self.resident, self.host = 0, self.resident
+            if device_type == "cuda":
+                stored = (dtypes[0], stored_dtype(config, torch.device(device_type)))
+                self.host += _pinned_rounding(unscaled, lora, stored, dtypes[1], shards, pinned_max_round())
             if config.parallelism.dp_replicate > 1:
                 # Each copy's sum over the micro-batches of a step stays on the device until the copies are summed.
                 self.resident = sizes.model.trained * reduce_dtype.itemsize // shards
@@ -315,6 +320,45 @@ def _trained_bytes(args: ModelArgs, adapters: Adapters, dtypes: tuple[str, str],
         parameter.grad_dtype = gradient_dtype
     bytes_each = dtype.itemsize + gradient_dtype.itemsize
     return Count.of(model).trained * bytes_each + optimizer_bytes(model, Optimizer(*optimizer))
+
+
+@lru_cache(maxsize=64)
+def _pinned_rounding(
+    args: ModelArgs,
+    adapters: Adapters,
+    dtypes: tuple[str, torch.dtype],
+    gradient_dtype: str,
+    shards: int,
+    largest: float,
+) -> int:
+    """Return the bytes that pinned memory takes in addition to the shards of parameters and gradients.
+
+    dtypes: of trained and of frozen parameters. largest: of `pinned_max_round`, so that a change of it is noticed.
+    """
+    trained, total = DTYPES[dtypes[0]], 0
+    for parameter in _meta_model(args, adapters).parameters():
+        own = -(-parameter.numel() // shards)
+        kinds = [trained, DTYPES.get(gradient_dtype, trained)] if parameter.requires_grad else [dtypes[1]]
+        total += sum(pinned_bytes(own * dtype.itemsize, largest) - own * dtype.itemsize for dtype in kinds)
+    return total
+
+
+def pinned_bytes(nbytes: int, largest: float) -> int:
+    """Return the bytes that torch takes for a pinned tensor: the next power of two, above `largest` its own size.
+
+    As at::CachingHostAllocator of torch 2.11 to 2.13, which has all blocks of FSDP2's parameters and gradients.
+    """
+    return 1 << (nbytes - 1).bit_length() if 0 < nbytes <= largest else nbytes
+
+
+def pinned_max_round() -> float:
+    """Return the largest tensor, in bytes, whose pinned memory is rounded up.
+
+    All of them by default; torch 2.13 has a setting, which older versions refuse.
+    """
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    found = re.search(r"pinned_max_round_threshold_mb:(\d+)", settings)
+    return int(found[1]) * 2**20 if found else math.inf
 
 
 def optimizer_bytes(model: nn.Module, config: Optimizer) -> int:

@@ -98,7 +98,7 @@ def fewest_offloaded(peak_bytes: Callable[[Level], int], level: Level, limit: in
     assert level.ac_layers is not None
 
     def at(layers: int) -> Level:
-        return replace(level, offload_layers=layers)
+        return replace(level, offload_layers=None if layers == level.ac_layers else layers)
 
     low, high = 0, level.ac_layers
     while low < high:

@@ -127,6 +127,17 @@ STATES = [
 """Words that change what is held between steps, or where."""
 
 
+@pytest.mark.parametrize(("setting", "rounds"), [("", True), ("1", True), ("0", False)])
+def test_pinned_shards_take_powers_of_two(setting: str, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 4 layers the three matrices of 704 x 256 numbers, 720,896 bytes, take 1 MiB each, and so do their gradients.
+    words = f"expandable_segments:True,pinned_max_round_threshold_mb:{setting}" if setting else ""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", words)
+    config = load_config(["--parallelism.cpu_offload=true"])
+    pinned, plain = (estimate_memory(WIDE, Level(64), config, 1, device_type=d).host_bytes for d in ("cuda", "cpu"))
+    assert plain == 16 * num_params(WIDE)
+    assert pinned - plain == rounds * 4 * 3 * 2 * (2**20 - 720_896)
+
+
 def _held_and_peak(world: World, runs: list[list[str]]) -> list[tuple[int, int]]:
     torch.set_num_threads(1)
     found = []

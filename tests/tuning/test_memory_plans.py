@@ -61,14 +61,14 @@ def test_dearer_plans_are_tried_where_cheaper_ones_do_not_fit(fits: Callable[[Le
     ("limit", "choices"),
     [
         # Each of 8 layers keeps 10 bytes, 3 once it is checkpointed, none in host memory, next to 20 for all of them.
-        (100, [(0, 0), (8, 0)]),
-        (70, [(3, 3), (8, 0)]),
+        (100, [(0, None), (8, 0)]),
+        (70, [(3, None), (8, 0)]),
         (43, [(6, 5), (8, 1)]),
-        (21, [(8, 8), (8, 8)]),
-        (19, [(8, 8), (8, 8)]),
+        (21, [(8, None), (8, None)]),
+        (19, [(8, None), (8, None)]),
     ],
 )
-def test_fewest_layers_in_host_memory(limit: int, choices: list[tuple[int, int]]) -> None:
+def test_fewest_layers_in_host_memory(limit: int, choices: list[tuple[int, int | None]]) -> None:
     def peak(level: Level) -> int:
         layers = 8 if level.ac_layers is None else level.ac_layers
         offloaded = layers if level.offload_layers is None else level.offload_layers
