@@ -164,7 +164,9 @@ def test_state_between_steps_is_counted_where_it_is() -> None:
 def test_sum_over_micro_batches_of_a_copy_stays_on_the_device() -> None:
     words = ["--parallelism.cpu_offload=true", "--parallelism.dp_replicate=2"]
     found = estimate_memory(WIDE, Level(512), load_config(words), 4, device_type="cuda")
-    assert (found.resident_bytes, found.host_bytes) == (4 * num_params(WIDE) // 2, 16 * num_params(WIDE) // 2)
+    # As above, pinned shards of 360,448 bytes take 512 KiB.
+    rounding = 4 * 3 * 2 * (2**19 - 720_896 // 2)
+    assert (found.resident_bytes, found.host_bytes - rounding) == (2 * num_params(WIDE), 8 * num_params(WIDE))
 
 
 def test_saved_bytes_of_a_gpu_layer_by_hand() -> None:
