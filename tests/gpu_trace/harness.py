@@ -219,7 +219,7 @@ class TracedEngine:
         )
         if levels is not None:
             self.config.levels = tuple(levels)
-        self.args = dataclasses.replace(model_args(self.config), num_layers=layers, **(model or {}))
+        self.args = dataclasses.replace(model_args(self.config).with_layers(layers), **(model or {}))
         self.attention_backend = backend
         self.world_size = world_size
         self.backend = RecordingBackend()

@@ -70,7 +70,7 @@ HEADS = ((4, 4), (4, 2), (4, 1), (6, 3))
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("boundaries", BOUNDARIES)
-@pytest.mark.parametrize("window", [None, 1, 7, 280])
+@pytest.mark.parametrize("window", [None, 7, 280])
 def test_outputs_and_gradients_equal_plain_attention(
     backend: str, heads: int, kv_heads: int, boundaries: list[int], window: int | None
 ) -> None:
@@ -131,7 +131,7 @@ def _chunks_and_whole(
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize("window", [None, 1, 6, 10])
+@pytest.mark.parametrize("window", [None, 1, 10])
 def test_queries_at_the_end_of_longer_keys_equal_whole_documents(
     backend: str, heads: int, kv_heads: int, window: int | None
 ) -> None:
