@@ -134,7 +134,16 @@ def test_windows_on_some_layers_share_the_graphs_and_reach_every_kernel(backend:
         assert all(k < q + 1024 for call in windowed for q, k in zip(call.lengths_q, call.lengths_k, strict=True))
 
 
-WORLD_SIZES = {"debug_model": 2, "deepseek_v2_236b_hbp": 256, "deepseek_v2_lite_hbp": 8}
+WORLD_SIZES = {
+    "debug_model": 2,
+    "deepseek_v2_236b_hbp": 256,
+    "deepseek_v2_lite_hbp": 8,
+    "deepseek_v3_hbp": 256,
+    "mistral_small_24b_hbp": 8,
+    "olmo2_32b_hbp": 16,
+    "qwen3_235b_a22b_hbp": 128,
+    "qwen3_30b_a3b_hbp": 8,
+}
 """Number of ranks in the presets' headers, if not 32."""
 
 

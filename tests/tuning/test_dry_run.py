@@ -276,8 +276,8 @@ def test_host_memory_is_reported_and_refused(monkeypatch: pytest.MonkeyPatch) ->
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 # The others are of the same families with other sizes.
 QUICK = ("debug_model", "deepseek_v2_236b_hbp", "llama3_1_8b_hbp")
-# Its epoch has fewer steps than the paper's 500.
-CURRICULUM = {"deepseek_v2_236b_hbp": 100}
+# Their epochs have fewer steps than the paper's 500.
+CURRICULUM = {"deepseek_v2_236b_hbp": 100, "deepseek_v3_hbp": 100, "qwen3_235b_a22b_hbp": 100}
 MAX_MEMORY_SHARE = 0.9
 """The estimate does not include fragmentation."""
 
