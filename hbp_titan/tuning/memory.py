@@ -299,6 +299,12 @@ def _model_sizes(args: ModelArgs, adapters: Adapters) -> _ModelSizes:
     return _ModelSizes(Count.of(model), Count.of(model.head), Count.of(block), Count.of(*experts))
 
 
+def adapter_params(args: ModelArgs, config: JobConfig) -> int:
+    """Return the number of LoRA's parameters, 0 without it."""
+    adapters: Adapters = (config.lora.rank, tuple(config.lora.target_modules))
+    return _model_sizes(replace(args, rope_scaling=None), adapters).model.trained if adapters[0] else 0
+
+
 def _meta_model(args: ModelArgs, adapters: Adapters) -> Decoder:
     with torch.device("meta"):
         model = Decoder(args)

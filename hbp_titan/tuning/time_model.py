@@ -20,13 +20,14 @@ from torch import nn
 
 from hbp_titan.components.timing import FloatArray, LevelTimeModel
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.parallelize import stored_dtype
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray, Ragged
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
+from hbp_titan.tuning.memory import MemoryEstimate, adapter_params, estimate_memory
 from hbp_titan.tuning.memory_plans import depth_choices, usable_bytes, usable_host_bytes
 from hbp_titan.tuning.search import Candidate
 
@@ -50,7 +51,8 @@ class ModelDims:
     num_kv_heads, head_dim, v_head_dim: as the attention kernel gets them (DeepSeek's MLA: after the up-projection,
     where all heads have keys and values). expert_params: part of body_params that expert parallelism shards.
     num_experts, experts_per_token: routed experts of a layer and of a token, 0 for a dense model. window, window_share:
-    the sliding window, and the share of the layers that have it, or None.
+    the sliding window, and the share of the layers that have it, or None. adapter_params: of LoRA, which freezes all
+    others; 0 without it.
     """
 
     name: str
@@ -71,11 +73,22 @@ class ModelDims:
     window: int | None = None
     window_share: float | None = None
     num_experts: int = 0
+    adapter_params: int = 0
 
     @property
     def params(self) -> int:
-        """The number of all parameters."""
+        """The number of the model's own parameters."""
         return self.body_params + self.head_params + self.embedding_params
+
+    @property
+    def trained_params(self) -> int:
+        """The number of parameters that have gradients."""
+        return self.adapter_params or self.params
+
+    @property
+    def products(self) -> int:
+        """The products of a matrix: with its input, for the input's gradient, and for its own unless it is frozen."""
+        return 2 if self.adapter_params else 3
 
     def squares(self, lengths: IntArray, packs: Ragged | None = None) -> IntArray:
         """Return the squares in which attention's work on documents or packs is counted (CostModel.squares)."""
@@ -127,9 +140,9 @@ def get_dims(name: str) -> ModelDims:
 class Sharding:
     """How parameters are sharded, as in the [parallelism] section.
 
-    param_bytes, reduce_bytes, stored_bytes: of a parameter in computation, of a reduced gradient, and of a parameter,
-    its gradient or a moment between steps. expert_load_deviation: standard deviation of the experts' loads over their
-    mean.
+    param_bytes, reduce_bytes, stored_bytes: of a parameter in computation, of a reduced gradient, and of a trained
+    parameter, its gradient or a moment between steps. frozen_bytes: of a parameter that LoRA freezes.
+    expert_load_deviation: standard deviation of the experts' loads over their mean.
     """
 
     dp_replicate: int = 1
@@ -140,6 +153,7 @@ class Sharding:
     stored_bytes: int = 4
     cpu_offload: bool = False
     expert_load_deviation: float = 0.0
+    frozen_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,7 @@ class TimeModel:
         # Positions per rank: cp ranks share a pack evenly (head-tail shards).
         own = tokens / level.cp_degree
         plain, full = self._flops(Level(level.max_tokens)), self._flops(level)
-        head = 6 * self.dims.head_params * trained / level.cp_degree / self._linear_rate
+        head = 2 * self.dims.products * self.dims.head_params * trained / level.cp_degree / self._linear_rate
         linear = plain.alpha * own / self._linear_rate
         recomputed = (full.alpha - plain.alpha) * own / self._linear_rate
         square_rate = level.cp_degree * self.hardware.attention_rate(self.dims.head_dim)
@@ -195,7 +209,7 @@ class TimeModel:
     def step_seconds(self) -> float:
         """Return the seconds of AdamW on a rank's shard and of the sum of gradients over parameter copies."""
         # AdamW reads parameter, gradient and two moments and writes all but the gradient: 28 bytes in fp32.
-        s, own = self.sharding, self.dims.params / self._shards
+        s, own = self.sharding, self.dims.trained_params / self._shards
         copies = 2 * own * s.reduce_bytes * (s.dp_replicate - 1) / s.dp_replicate
         bandwidth = self.hardware.host_bandwidth if s.cpu_offload else self.hardware.memory_bandwidth
         return 7 * s.stored_bytes * own / bandwidth + copies / self.hardware.inter_node_bandwidth
@@ -212,21 +226,21 @@ class TimeModel:
         kv_bytes = float(self.kv_bytes_per_token(scatter, groups))
         keys_values = self._scatter_seconds(kv_bytes, scatter) / rate
         forward = backward = queries
-        # Seconds of q's projection per token in forward; backward takes twice as long.
+        # Seconds of q's projection per token in forward; backward takes as long for each of its products.
         projection = 2 * d.hidden_size * d.num_heads * d.head_dim / self._linear_rate if self.overlaps else 0.0
         if groups > 1:
             # Queries are projected before, and the other groups' keys and values travel during attention.
             projection, keys_values, kv_bytes = 0.0, keys_values / groups, kv_bytes / groups
         if gather == 1:
             forward += max(0.0, keys_values - projection)
-            backward += max(0.0, keys_values - 2 * projection)
+            backward += max(0.0, keys_values - (d.products - 1) * projection)
         else:
             # Heads are scattered first, inside groups of `scatter` ranks; gradients are summed in fp32.
             bus = self.hardware.bus_bandwidth(gather, max(1, self.hardware.gpus_per_node // scatter))
             gathered = kv_bytes * (gather - 1) / bus / rate
             summed = gathered * 4 / self.sharding.param_bytes
             forward += keys_values + max(0.0, gathered - projection)
-            backward += keys_values + max(0.0, summed - 2 * projection)
+            backward += keys_values + max(0.0, summed - (d.products - 1) * projection)
         again = self._recomputed(level) if level.recomputes_attention else 0
         return d.num_layers * (forward + backward) + again * forward
 
@@ -283,14 +297,15 @@ class TimeModel:
         """
         s, d = self.sharding, self.dims
         node = self.hardware.gpus_per_node
-        body = d.body_params - d.expert_params
+        body = d.body_params + d.adapter_params - d.expert_params
         rest = self._ring(d.head_params + d.embedding_params, self._shards, node)
         dense = self._ring(body, self._shards, node)
         # A layer's experts are on expert_parallel adjacent ranks, so their shards are that far apart.
         ep = s.expert_parallel
         experts = self._ring(d.expert_params / ep, max(1, self._shards // ep), max(1, node // ep))
         gather = (rest + dense + experts) * s.param_bytes + self._fsdp_hops(self._shards)
-        reduce = (rest + dense + experts) * s.reduce_bytes + self._fsdp_hops(self._shards)
+        trained = self._ring(d.adapter_params, self._shards, node) if d.adapter_params else rest + dense + experts
+        reduce = trained * s.reduce_bytes + self._fsdp_hops(self._shards)
         resharded = level.reshard_setting(s.reshard_after_forward)
         if resharded is False:
             return gather, reduce
@@ -323,7 +338,7 @@ class TimeModel:
         # The head runs on trained tokens only, so `parts` counts it separately.
         cost = CostModel.from_dims(
             num_layers=d.num_layers,
-            layer_params=d.active_body_params // d.num_layers,
+            layer_params=(d.active_body_params + d.adapter_params) // d.num_layers,
             head_params=0,
             num_heads=d.num_heads,
             head_dim=d.head_dim,
@@ -333,6 +348,8 @@ class TimeModel:
             last_params=d.last_params // d.num_layers,
             chunked=level.mlp_chunk_tokens > 0,
         )
+        if d.adapter_params:
+            cost = dataclasses.replace(cost, alpha=cost.alpha - 2 * d.active_body_params)
         if level.mlp_chunk_tokens and level.recomputes_attention:
             # Once for the recomputed attention, and once for the gradients of each chunk.
             first = 2 * d.first_params * self._recomputed(level) / d.num_layers
@@ -385,22 +402,27 @@ class TimeModel:
     def _exposed_fsdp(self, level: Level, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
         """Return the traffic that the matrix products of the same direction do not hide; attention hides nothing."""
         forward, backward = self.fsdp_seconds(level)
-        return np.maximum(0, forward - linear / 3) + np.maximum(0, backward - linear * 2 / 3 - recomputed)
+        linear_forward = linear / self.dims.products
+        return np.maximum(0, forward - linear_forward) + np.maximum(
+            0, backward - (linear - linear_forward) - recomputed
+        )
 
     def _exposed_copies(self, level: Level, own: FloatArray, linear: FloatArray, recomputed: FloatArray) -> FloatArray:
         """Return the copies to and from host memory that the matrix products of the same direction do not hide."""
-        s, layers = self.sharding, self.dims.num_layers
+        s, d, layers = self.sharding, self.dims, self.dims.num_layers
         rate = self.hardware.pcie_bandwidth * self.hardware.pcie_efficiency
         activations = own * self._offloaded(level) * self.kept_bytes_per_token(level)
         # The link works in both directions at once. Parameters come back as stored, gradients leave as reduced.
-        shard = (own > 0) * self.dims.params / self._shards if s.cpu_offload else np.zeros_like(own)
+        stored = d.trained_params * s.stored_bytes + (d.params * s.frozen_bytes if d.adapter_params else 0)
+        shard = (own > 0) * stored / self._shards * s.cpu_offload
+        gradients = (own > 0) * d.trained_params * s.reduce_bytes / self._shards * s.cpu_offload
         again = shard * (level.reshard_setting(s.reshard_after_forward) is not False)
-        forward = np.maximum(activations, shard * s.stored_bytes) / rate
-        backward = np.maximum(activations + again * s.stored_bytes, shard * s.reduce_bytes) / rate
+        forward, backward = np.maximum(activations, shard) / rate, np.maximum(activations + again, gradients) / rate
         # The copies of the first block to run have nothing to hide behind.
         hidden = (layers - 1) / layers
-        exposed = np.maximum(0, forward - hidden * linear / 3)
-        return exposed + np.maximum(0, backward - hidden * (linear * 2 / 3 + recomputed))
+        first = linear / d.products
+        exposed = np.maximum(0, forward - hidden * first)
+        return exposed + np.maximum(0, backward - hidden * (linear - first + recomputed))
 
     def _exposed_launches(self, matrix_seconds: FloatArray, level: Level) -> FloatArray:
         """Return the CPU's time for launches beyond the GPU's time for the matrix products."""
@@ -426,7 +448,8 @@ def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_siz
     """Return the TimeModel of a run of this configuration."""
     # The configured kernel may be slower than the machine's best one.
     hardware = hardware.with_attention(config.model.attention_backend)
-    return TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config))
+    dims = dataclasses.replace(ModelDims.from_args(args), adapter_params=adapter_params(args, config))
+    return TimeModel(dims, hardware, world_size, sharding(config))
 
 
 def sharding(config: JobConfig) -> Sharding:
@@ -442,6 +465,7 @@ def sharding(config: JobConfig) -> Sharding:
         stored_bytes=bytes_of[config.training.dtype],
         cpu_offload=config.parallelism.cpu_offload,
         expert_load_deviation=config.parallelism.expert_load_deviation,
+        frozen_bytes=stored_dtype(config, torch.device("cuda")).itemsize,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from hbp_titan.components.step_stats import peak_flops
 from hbp_titan.components.timing import pack_loads
+from hbp_titan.config import load_config
 from hbp_titan.job_config import JobConfig
 from hbp_titan.models.registry import get_flavor, training_flops
 from hbp_titan.packing import Level, build_plan
@@ -90,6 +91,26 @@ def test_copies_to_and_from_the_host_that_products_do_not_hide(
     level = Level(16, ac_policy=policy, offload_layers=layers)
     assert model.parts(level, pack(0, 0))["host"][0] == pytest.approx(seconds)
     assert model.step_seconds() == pytest.approx(200 * 28 / (700 if sharding.cpu_offload else 1400))
+
+
+def test_adapters_leave_out_what_is_frozen() -> None:
+    machine = dataclasses.replace(MACHINE, pcie_bandwidth=200.0, pcie_efficiency=0.5, host_bandwidth=700.0)
+    model = TimeModel(dataclasses.replace(TOY, adapter_params=10), machine, 1, Sharding(cpu_offload=True))
+    parts = model.parts(Level(16, ac_policy="full"), pack(10, 0))
+    # 4 FLOPs x 100 frozen parameters and 6 x 10 of adapters for 16 tokens, 4 x 50 of the head for 10 tokens.
+    assert parts["linear"][0] == pytest.approx(7.36 + 2.0)
+    assert parts["recompute"][0] == pytest.approx(2 * (100 + 10 - 20) * 16 / 1000)
+    # 200 parameters of 2 bytes and 10 of 4 come twice, 4.4 s each; half of 3.68 s of products hide the first.
+    assert parts["host"][0] == pytest.approx((4.4 - 1.84) + max(0, 4.4 - (3.68 + 2.88) / 2))
+    assert model.step_seconds() == pytest.approx(10 * 28 / 700)
+    sharded = TimeModel(model.dims, MACHINE, 4)
+    # Gradients of 10 parameters of 4 bytes, instead of 200; all parameters are gathered again.
+    forward, backward = sharded.fsdp_seconds(Level(16, reshard_after_forward=False))
+    assert backward * 210 == pytest.approx(forward * 10 * 2)
+    config = load_config(["--lora.rank=16", "--model.flavor=llama3_1_8b", "--data.train_files=absent.jsonl"])
+    # Rank 16 on all seven matrices of each of 32 layers: 16 x (4096 + 4096) for q and o, and so on.
+    widths = [8192, 8192, 5120, 5120, 18432, 18432, 18432]
+    assert time_model(get_flavor("llama3_1_8b"), config, MACHINE, 1).dims.adapter_params == 32 * 16 * sum(widths)
 
 
 def test_head_groups_send_keys_and_values_of_every_group() -> None:
@@ -232,13 +253,15 @@ def test_level_time_is_the_sum_of_the_parts(policy: str, cp: int, style: str) ->
     np.testing.assert_allclose(model.level_time(level).seconds(loads), sum(parts.values()), rtol=1e-12)
 
 
-def test_flops_equal_those_of_the_metrics() -> None:
+@pytest.mark.parametrize("adapters", [0, 41_943_040])
+def test_flops_equal_those_of_the_metrics(adapters: int) -> None:
     args = get_flavor("llama3_1_8b")
     machine = dataclasses.replace(get_hardware("h100-80gb"), linear_efficiency=1.0)
     machine = dataclasses.replace(machine, attention_efficiency=1.0, attention_block=0)
-    parts = TimeModel(ModelDims.from_args(args), machine, 1).parts(Level(1000), pack(1000, 300_000))
+    dims = dataclasses.replace(ModelDims.from_args(args), adapter_params=adapters)
+    parts = TimeModel(dims, machine, 1).parts(Level(1000), pack(1000, 300_000))
     seconds = parts["linear"][0] + parts["attention"][0]
-    assert seconds * 989e12 == pytest.approx(training_flops(args, 1000, 300_000))
+    assert seconds * 989e12 == pytest.approx(training_flops(args, 1000, 300_000, adapters))
 
 
 def test_windows_shorten_attention_alone() -> None:
