@@ -25,7 +25,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import apply_lora
 from hbp_titan.models.moe import Experts
 from hbp_titan.packing import Level
-from hbp_titan.tuning.pieces import Adapters, PieceMemory, block_memory, head_memory
+from hbp_titan.tuning.pieces import Adapters, HeadRun, PieceMemory, block_memory, head_memory
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class _Composition:
         self.offloaded = sum(block.host > 0 for block in self.blocks)
         loss_tokens = tokens if loss_tokens is None else min(loss_tokens, tokens)
         chunk_tokens = config.training.loss_chunk_tokens
-        self.head = head_memory(args, tokens, loss_tokens, chunk_tokens, dtype, device_type, frozen=lora[0] > 0)
+        head = HeadRun(tokens, loss_tokens, chunk_tokens, dtype, device_type, frozen=lora[0] > 0)
+        self.head = head_memory(args, head)
         self.hidden = tokens * args.hidden_size * dtype.itemsize
         # cos and sin in float32, shared by all layers.
         self.rope = 2 * tokens * args.rope_dim * 4

@@ -149,47 +149,45 @@ def _block_memory(
             return _measure(block, forward, (x_SH, *rope_SD, documents), tracker, host)
 
 
-def head_memory(
-    args: ModelArgs,
-    tokens: int,
-    loss_tokens: int,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    device_type: str,
-    frozen: bool = False,
-) -> PieceMemory:
-    """Return the memory of the final norm and the loss over `tokens` hidden states, `loss_tokens` of them trained."""
+@dataclass(frozen=True)
+class HeadRun:
+    """How the head runs: over `tokens` hidden states, `loss_tokens` of them trained, `chunk_tokens` logits at a time.
 
-    def run(count: int) -> PieceMemory:
-        return _head_memory(_shape(args), tokens, count, chunk_tokens, dtype, device_type, frozen)
+    dtype, device_type: as of block_memory. frozen: whether its weights have no gradients.
+    """
 
+    tokens: int
+    loss_tokens: int
+    chunk_tokens: int
+    dtype: torch.dtype
+    device_type: str
+    frozen: bool = False
+
+
+def head_memory(args: ModelArgs, run: HeadRun) -> PieceMemory:
+    """Return the memory of the final norm and the loss."""
+    shape = _shape(args)
     # Beyond a few chunks every size is linear in their number, so long losses are extrapolated.
-    few, more = 4 * chunk_tokens, 8 * chunk_tokens
-    if loss_tokens <= more:
-        return run(loss_tokens)
-    sizes = zip(astuple(run(few)), astuple(run(more)), strict=True)
-    return PieceMemory(*(low + (high - low) * (loss_tokens - few) // (more - few) for low, high in sizes))
+    few, more = 4 * run.chunk_tokens, 8 * run.chunk_tokens
+    if run.loss_tokens <= more:
+        return _head_memory(shape, run)
+    lows, highs = (astuple(_head_memory(shape, replace(run, loss_tokens=count))) for count in (few, more))
+    sizes = zip(lows, highs, strict=True)
+    return PieceMemory(*(low + (high - low) * (run.loss_tokens - few) // (more - few) for low, high in sizes))
 
 
 @lru_cache(maxsize=1024)
-def _head_memory(
-    args: ModelArgs,
-    tokens: int,
-    loss_tokens: int,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    device_type: str,
-    frozen: bool = False,
-) -> PieceMemory:
+def _head_memory(args: ModelArgs, run: HeadRun) -> PieceMemory:
     with torch.device("meta"):
-        head = _make(lambda: Head(args).requires_grad_(not frozen), dtype, device_type)
-        index = torch.empty(loss_tokens, dtype=torch.int64)
-        weights = torch.empty(loss_tokens)
+        head = _make(lambda: Head(args).requires_grad_(not run.frozen), run.dtype, run.device_type)
+        index = torch.empty(run.loss_tokens, dtype=torch.int64)
+        weights = torch.empty(run.loss_tokens)
 
         def loss(hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
-            return linear_cross_entropy(select_rows(hidden_SH, index), weight_VH, index, weights, chunk_tokens)[0]
+            trained_SH = select_rows(hidden_SH, index)
+            return linear_cross_entropy(trained_SH, weight_VH, index, weights, run.chunk_tokens)[0]
 
-        x_SH = torch.empty(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
+        x_SH = torch.empty(run.tokens, args.hidden_size, dtype=run.dtype, requires_grad=True)
         return _measure(head, head, (x_SH, loss), AllocationTracker())
 
 

@@ -24,7 +24,7 @@ from hbp_titan.components.loss import (
 )
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, Plan, build_plan
-from hbp_titan.tuning.pieces import head_memory
+from hbp_titan.tuning.pieces import HeadRun, head_memory
 
 
 def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,7 +175,7 @@ def test_chunk_takes_three_products_and_few_passes_over_its_logits(dtype: torch.
 
 def test_head_memory_is_one_chunk_of_logits_and_one_fp32_gradient() -> None:
     args, tokens, chunk = get_flavor("llama3_1_8b"), 16384, 2048
-    found = head_memory(args, tokens, tokens, chunk, torch.bfloat16, "cuda")
+    found = head_memory(args, HeadRun(tokens, tokens, chunk, torch.bfloat16, "cuda"))
     matrix, states = args.vocab_size * args.hidden_size, 2 * tokens * args.hidden_size
     # fp32 logits with their bf16 gradient; normed states, those of the loss tokens, and the gradient of these.
     assert found.forward == pytest.approx(4 * matrix + 6 * chunk * args.vocab_size + 3 * states, rel=0.01)

@@ -20,7 +20,7 @@ from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.measured_engine import MeasuredEngine
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
-from hbp_titan.tuning.pieces import _head_memory, _shape, block_memory, head_memory
+from hbp_titan.tuning.pieces import HeadRun, _head_memory, _shape, block_memory, head_memory
 from hbp_titan.tuning.profile import Packs
 
 WIDE = dataclasses.replace(
@@ -251,9 +251,8 @@ def test_saved_bytes_of_each_cp_style_by_hand() -> None:
 
 
 def test_many_loss_chunks_are_extrapolated_exactly() -> None:
-    few, many = (head_memory(DEBUG, 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000))
-    whole = [_head_memory(_shape(DEBUG), 4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000)]
-    assert [few, many] == whole
+    runs = [HeadRun(4096, tokens, 128, torch.float32, "cpu") for tokens in (4096, 4000)]
+    assert [head_memory(DEBUG, run) for run in runs] == [_head_memory(_shape(DEBUG), run) for run in runs]
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
