@@ -28,7 +28,14 @@ from hbp_titan.data.disk import free_bytes, is_full
 from hbp_titan.data.files import SUFFIXES
 from hbp_titan.errors import format_error
 from hbp_titan.hub import Hub, HubFile, Repository
-from hbp_titan.models.hf_files import LICENSE, MODEL_CODE, download_folder, indexed_files, is_tokenizer_file
+from hbp_titan.models.hf_files import (
+    LICENSE,
+    MODEL_CODE,
+    download_folder,
+    indexed_files,
+    is_tokenizer_file,
+    read_json,
+)
 from hbp_titan.utils import atomic_write, first_n, human_bytes, sha256_text
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -72,6 +79,7 @@ def download(request: Request) -> Path:
     try:
         chosen = _choose_files(repository, request, local, transfer)
         transfer.fetch(chosen, show=True)
+        local.remove_leftovers()
     finally:
         local.close()
     _print_settings(folder, request)
@@ -240,12 +248,11 @@ class LocalFolder:
         self._lock: IO[str] | None = None
         self._verified: dict[str, dict[str, Any]] = {}
         if self._record.is_file():
-            state = json.loads(self._record.read_text(encoding="utf-8"))
-            if (state["repo_type"], state["repo_id"]) != (repository.repo_type, repository.repo_id):
-                raise ValueError(
-                    f"{folder}: has files of the {state['repo_type']} {state['repo_id']}; set --out to another folder"
-                )
-            self._verified = state["files"]
+            state = read_json(self._record)
+            repo_type, repo_id = state.get("repo_type"), state.get("repo_id")
+            if (repo_type, repo_id) != (repository.repo_type, repository.repo_id):
+                raise ValueError(f"{folder}: has files of the {repo_type} {repo_id}; set --out to another folder")
+            self._verified = state.get("files", {})
 
     def partial(self, file: HubFile) -> Path:
         """Return the path of a file's part that has arrived."""
@@ -276,9 +283,12 @@ class LocalFolder:
         unchanged = _stamp(path) == recorded.get("stamp")
         if unchanged and recorded["oid"] == file.oid:
             return True
-        if path.stat().st_size == file.size and _content_id(path, file.oid) == file.oid:
-            self.note_verified(file)
-            return True
+        if path.stat().st_size == file.size:
+            if file.size >= _LARGE:
+                print(f"{path}: comparing with the hub's hash", flush=True)
+            if _content_id(path, file.oid) == file.oid:
+                self.note_verified(file)
+                return True
         # An older version that this command downloaded is replaced; what someone else wrote is not.
         if not unchanged and not self.overwrite:
             raise ValueError(f"{path}: differs from the hub's; remove it, or replace it by --overwrite")
@@ -294,6 +304,23 @@ class LocalFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
         self.note_verified(file)
+
+    def remove_leftovers(self) -> None:
+        """Delete parts, and files of earlier calls that this revision does not have: a data source would read them.
+
+        Of files that were changed since, only their names are printed.
+        """
+        # Without the lock, they may be another process's.
+        for part in self._record.parent.glob("*.part") if self._lock else ():
+            part.unlink()
+        for name in [name for name in self._verified if name not in self.repository.files]:
+            path = self.folder / name
+            if path.is_file() and _stamp(path) == self._verified[name]["stamp"]:
+                path.unlink()
+                print(f"removed {path}: not in this revision")
+            elif path.is_file():
+                print(f"note: {path} is not in this revision, but was changed here; it stays")
+            del self._verified[name]
 
     def note_verified(self, file: HubFile) -> None:
         """Record that the file has the hub's content."""

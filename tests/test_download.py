@@ -142,6 +142,20 @@ def test_files_of_others_are_adopted_if_equal_and_never_replaced_unasked(hub: Lo
     assert files_in(Path("m")) == MODEL
 
 
+def test_files_that_a_newer_revision_lacks_do_not_stay_among_the_data(
+    hub: LocalHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = hub.add("org/d", {"a.jsonl": b"a", "b.jsonl": b"b", "c.jsonl": b"c"}, "dataset")
+    repo.revisions["v2"] = {"a.jsonl": b"new"}
+    main(["org/d", "--dataset", "--out", "d"])
+    Path("d/c.jsonl").write_text("mine")
+    main(["org/d", "--dataset", "--out", "d", "--revision", "v2"])
+    assert files_in(Path("d")) == {"a.jsonl": b"new", "c.jsonl": b"mine"}
+    printed = capsys.readouterr().out
+    assert "removed d/b.jsonl" in printed
+    assert "note: d/c.jsonl" in printed
+
+
 def test_a_token_opens_a_restricted_repository_and_stays_on_the_hub(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
