@@ -207,7 +207,8 @@ class TransformersDecoder(Decoder):
                 module.__dict__["block_forward"] = self.runs[-1]
             block.forward = self.runs[-1]
             block.__dict__["has_experts"] = False
-            block.inner_attention = VarlenAttention()
+            # Context parallelism gathers fewer keys for layers with a window.
+            block.inner_attention = VarlenAttention(window=args.window(index))
 
     def forward(
         self,

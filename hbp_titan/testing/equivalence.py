@@ -216,7 +216,14 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     cases.append(Case(f"parameters in host memory, {most}", world, all_plans, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
     cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
-    return cases
+    if args.hf_config is None:
+        return cases
+    # Of the memory plans, transformers' blocks have recomputation only.
+    return [case for case in cases if all(map(_whole_blocks, case.levels))]
+
+
+def _whole_blocks(level: Level) -> bool:
+    return level.ac_policy in ("none", "full") and not level.mlp_chunk_tokens and level.attention_head_groups == 1
 
 
 _MEMORY_PLANS: dict[str, dict[str, Any]] = {
@@ -321,27 +328,45 @@ class _OneDocumentAttention(nn.Module):
         return o_NTD.squeeze(0).transpose(0, 1)
 
 
-def reference(
-    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Outcome]:
-    """Run one sample at a time in one process, entirely in `dtype`; sum gradients over samples in float32.
+def _reference_model(args: ModelArgs, seed: int, weights: str) -> nn.Module:
+    """Return a model with plain attention; for model.backend = "transformers" its own model with these weights."""
+    if args.hf_config is not None:
+        from transformers import AutoModelForCausalLM
 
-    Returns the sum of the token losses of each sample, float64 [S], and the outcome.
-    """
+        return AutoModelForCausalLM.from_pretrained(weights, attn_implementation="eager", dtype=torch.float32).eval()
     model = Decoder(args)
     model.init_weights(seed)
     for layer, block in enumerate(model.blocks()):
         block.inner_attention = _OneDocumentAttention(args.softmax_scale, args.window(layer))
-    model.to(device, dtype)
+    return model
+
+
+def reference(
+    args: ModelArgs,
+    seed: int,
+    samples: Samples,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    weights: str = "",
+) -> tuple[Tensor, Outcome]:
+    """Run one sample at a time in one process, entirely in `dtype`; sum gradients over samples in float32.
+
+    weights: HF folder of a model that transformers builds; others get new weights from `seed`.
+    Returns the sum of the token losses of each sample, float64 [S], and the outcome.
+    """
+    model = _reference_model(args, seed, weights).to(device, dtype)
     total = int(samples.loss_tokens.sum())
     grads = {name: torch.zeros(p.shape, device=device) for name, p in _trained(model)}
     losses = []
     for tokens, mask in samples.rows:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
         share = torch.tensor([int(mask[1:].sum()) / total], device=device)
-        # The balance losses of experts are means per document, weighted like its tokens.
-        model.balance.set_documents(torch.zeros_like(ids), share)
-        logits = model(ids, torch.arange(len(ids), device=device), pack_documents([len(ids)]))
+        if isinstance(model, Decoder):
+            # The balance losses of experts are means per document, weighted like its tokens.
+            model.balance.set_documents(torch.zeros_like(ids), share)
+            logits = model(ids, torch.arange(len(ids), device=device), pack_documents([len(ids)]))
+        else:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
         kept = torch.from_numpy(mask[1:].astype(bool)).to(device)
         loss = F.cross_entropy(logits[:-1][kept].float(), ids[1:][kept], reduction="sum")
         (loss / total).backward()
@@ -355,13 +380,13 @@ def reference(
 
 
 def reference_and_tolerance(
-    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype
+    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype, weights: str = ""
 ) -> tuple[Outcome, Tolerance]:
-    """Return the fp32 reference, and the tolerance of a case that computes in `dtype`."""
-    losses_S, expected = reference(args, seed, samples, device)
+    """Return the fp32 reference, and the tolerance of a case that computes in `dtype`. weights: as of `reference`."""
+    losses_S, expected = reference(args, seed, samples, device, weights=weights)
     if dtype == torch.float32:
         return expected, Tolerance.of_fp32([*expected.grads])
-    rounded_S, rounded = reference(args, seed, samples, device, dtype)
+    rounded_S, rounded = reference(args, seed, samples, device, dtype, weights)
     # In the mean loss the errors of samples cancel by chance; the sum of their absolute values bounds it.
     noise = float((rounded_S - losses_S).abs().sum() / losses_S.sum())
     return expected, Tolerance.of_noise(Difference(noise, compare(expected, rounded).grads))
@@ -375,7 +400,8 @@ def run_case(
     config = copy.deepcopy(config)
     config.levels = list(case.levels)
     config.compile.enable = case.compile
-    config.checkpoint.initial_load_path = NEW_WEIGHTS
+    if args.hf_config is None:
+        config.checkpoint.initial_load_path = NEW_WEIGHTS
     config.parallelism.expert_parallel_degree = case.expert_parallel
     config.parallelism.dp_replicate = case.dp_replicate
     config.parallelism.cpu_offload = case.cpu_offload
@@ -480,7 +506,7 @@ def verify(
     device_type: "cpu", or "cuda" with one GPU per rank. dtype: of the cases' computation.
     """
     expected, tolerance = reference_and_tolerance(
-        args, config.training.seed, samples, torch.device(device_type), DTYPES[dtype]
+        args, config.training.seed, samples, torch.device(device_type), DTYPES[dtype], config.weights_path
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "expected")
@@ -511,6 +537,8 @@ def row(result: Result) -> str:
 
 def shrunk(args: ModelArgs, vocab_size: int) -> ModelArgs:
     """Return the architecture with 2 layers, heads of width 16 and `vocab_size`, and the same heads and experts."""
+    if args.hf_config is not None:
+        raise ValueError('--shrink: not for model.backend = "transformers"; write a smaller config.json and weights')
     # The numbers of heads and experts stay: cp styles and expert parallelism depend on them.
     hidden = 16 * args.num_heads
     mla, moe = args.mla, args.moe

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from hbp_titan.components.metrics import describe_plan
+from hbp_titan.components.metrics import describe_plan, wrap
 from hbp_titan.components.timing import pack_loads
 from hbp_titan.config import JobConfig, help_text, load_config
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
@@ -122,7 +122,9 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         hardware=hardware,
         num_params=count,
         rank_state=state,
-        levels=tuple(level_memory(config, args, world_size, level) for level in config.levels),
+        levels=tuple(
+            level_memory(config, args, world_size, level) for level in config.levels if args.hf_config is None
+        ),
         warnings=warnings,
         samples=samples,
         plan=plans.plan_for(0),
@@ -365,6 +367,11 @@ def _model(found: DryRun) -> str:
 
 
 def _memory(found: DryRun) -> str:
+    if not found.levels:
+        return wrap(
+            'memory of activations: NOT ESTIMATED for model.backend = "transformers", so this dry run does not say '
+            "whether the levels fit; the warm-up of a start does. Times below are a guess from the model's dimensions"
+        )
     total, usable = found.hardware.memory_bytes, usable_bytes(found.hardware)
     lines = [
         f"memory per rank, GiB: {_gib(usable)} of {_gib(total)} to use; activations are those of all layers",

@@ -62,8 +62,10 @@ def estimate_memory(
 
     Assumes that one document fills the pack, the most that attention needs, and equal loads of expert-parallel ranks.
     device_type: "cpu" or "cuda", which need not exist here. loss_tokens: trained tokens of a rank's shard; by default
-    all of them.
+    all of them. Raises ValueError for a model that transformers builds.
     """
+    if args.hf_config is not None:
+        raise ValueError('the memory of models with model.backend = "transformers" is not estimated')
     return _Composition(args, level, config, world_size, device_type, loss_tokens).estimate()
 
 

@@ -142,7 +142,7 @@ def usable_host_bytes(hardware: Hardware, world_size: int) -> int:
 def check_host_memory(config: JobConfig, args: ModelArgs, world: World) -> None:
     """Raise ValueError if the run keeps more in host memory than this machine has."""
     on_device = not config.parallelism.cpu_offload and not any(level.offloads for level in config.levels)
-    if on_device or world.device.type == "cpu":
+    if on_device or world.device.type == "cpu" or args.hf_config is not None:
         return
     estimates = (estimate_memory(args, k, config, world.size, device_type=world.device.type) for k in config.levels)
     needed = max(estimate.host_bytes for estimate in estimates)

@@ -71,6 +71,14 @@ def advice(
     hardware = hardware_like(device, total, local_ranks)
     # Other processes may hold a part of the device.
     limit = min(usable_bytes(hardware), usable)
+    if args.hf_config is not None:
+        level = error.level
+        where = "" if level is None else f" at level {level_name(level)}"
+        return [
+            f"rank {world.rank}: out of memory in {error.work}{where}; memory is not estimated for model.backend = "
+            '"transformers"; set levels.ac_policy = "full", raise levels.cp_degree, lower levels.max_tokens, or use '
+            "more ranks"
+        ]
     context = OOMContext(config, args, world.size, hardware, device.type, limit, plan)
     lines = context.lines(error, measures_levels)
     lines[0] = f"rank {world.rank}: {lines[0]}"

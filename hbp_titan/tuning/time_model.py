@@ -122,6 +122,9 @@ class ModelDims:
 
 
 def _first_params(args: ModelArgs) -> int:
+    if args.hf_config is not None:
+        # A guess: names of projections differ between the architectures of transformers.
+        return args.num_layers * args.hidden_size * args.head_dim * (args.num_heads + 2 * args.num_kv_heads)
     with torch.device("meta"):
         modules = Decoder(args).named_modules()
         return sum(
