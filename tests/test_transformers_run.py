@@ -41,6 +41,7 @@ def _reference(argv: list[str], world_size: int) -> dict[str, torch.Tensor]:
         ("granite", 2, "64:1,512:2:ulysses:full"),
         ("gemma3_text", 4, LEVELS),
         pytest.param("phi", 4, GATHERED, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", 4, LEVELS, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_and_levels_equal_transformers_on_one_process(

@@ -104,6 +104,8 @@ def export_dtype(fqn: str, dtype: torch.dtype) -> torch.dtype:
 
 def hf_shapes(args: ModelArgs) -> dict[str, list[int]]:
     """Return the shape of every tensor on disk by HF's name, without a tied output matrix."""
+    if layout := _disk_layout(args):
+        return dict(layout.shapes)
     shapes: dict[str, list[int]] = {}
     for fqn, shape in parameter_shapes(args).items():
         of_one = shape[1:] if is_fused(fqn) else shape
@@ -118,6 +120,15 @@ def parameter_shapes(args: ModelArgs) -> dict[str, torch.Size]:
     """Return the shape of every parameter by our name, without a tied output matrix."""
     with torch.device("meta"):
         return {fqn: parameter.shape for fqn, parameter in build_decoder(args).named_parameters()}
+
+
+def _disk_layout(args: ModelArgs) -> Any:
+    """Return the layout of the tensors on disk of a model that transformers builds, None for others."""
+    if args.hf_config is None:
+        return None
+    from hbp_titan.models.transformers_weights import disk_layout
+
+    return disk_layout(args.hf_config)
 
 
 def tied_names(args: ModelArgs) -> list[str]:
@@ -146,23 +157,26 @@ class HFTensors(Mapping[str, Tensor]):
     def __init__(self, folder: str | Path, args: ModelArgs | None = None) -> None:
         self.folder = Path(folder)
         self.args = args_from_hf(folder) if args is None else args
-        self._tied = tied_names(self.args)
+        self._tied, self._layout = tied_names(self.args), _disk_layout(self.args)
         self._files: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}  # name on disk, if it is an older one
         self.ignored: list[str] = []
         self.dropped: list[str] = []
         shapes: dict[str, tuple[list[int], str]] = {}
         for path in _weight_files(self.folder):
             handle = _open(path)
-            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if _RECOMPUTED.fullmatch(name):
-                    self.ignored.append(name)
+            for stored in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                name = self._layout.read_name(stored) if self._layout else stored
+                if name is None or _RECOMPUTED.fullmatch(name):
+                    self.ignored.append(stored)
                     continue
                 if self._predicts_further(name):
                     self.dropped.append(name)
                     continue
                 if name in self._files:
                     raise ValueError(f"{path}: {name} is also in another file of the folder; restore the folder")
-                header = handle.get_slice(name)
+                header = handle.get_slice(stored)
+                self._stored[name] = stored
                 self._files[name], shapes[name] = handle, (header.get_shape(), header.get_dtype())
         elements: Counter[str] = Counter()
         for shape, dtype in shapes.values():
@@ -172,6 +186,8 @@ class HFTensors(Mapping[str, Tensor]):
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
+        if self._layout:
+            return dict(self._layout.names)
         return {fqn: hf_names(fqn, shape, self.args.hf_model_type) for fqn, shape in self._shapes.items()}
 
     @cached_property
@@ -189,7 +205,10 @@ class HFTensors(Mapping[str, Tensor]):
     def part(self, fqn: str, dims: Sequence[slice]) -> Tensor:
         """Read the part of parameter `fqn` in these slices of its first dims, and nothing else."""
         names = self._names[fqn]
-        if is_fused(fqn):
+        if len(names) > 1 and self._layout:
+            experts_EFH: Tensor = self._layout.part(fqn, dims, self._read)
+            return experts_EFH
+        if is_fused(fqn) and not self._layout:
             experts, inside = (dims[0], dims[1:]) if dims else (slice(None), ())
             read = [self._read(name, inside) for name in names[experts]]
             return torch.stack(read) if read else torch.empty(0)
@@ -208,7 +227,7 @@ class HFTensors(Mapping[str, Tensor]):
             self[self._tied[0]]
 
     def _read(self, name: str, dims: Sequence[slice]) -> Tensor:
-        handle = self._files[name]
+        handle, name = self._files[name], self._stored[name]
         return handle.get_slice(name)[tuple(dims)] if dims else handle.get_tensor(name)
 
     def _check_tied_output(self, name: str, embedding: Tensor, dims: Sequence[slice]) -> None:

@@ -199,7 +199,11 @@ def _checked(
         tensor = tensor.detach().to("cpu", export_dtype(fqn, dtype))
         if dtype == torch.float16 and not tensor.isfinite().all():
             raise ValueError(f"tensor {fqn} exceeds the range of float16; use bfloat16 (checkpoint.export_dtype)")
-        if is_fused(fqn):
+        if args.hf_config is not None:
+            from hbp_titan.models.transformers_weights import disk_layout
+
+            yield from disk_layout(args.hf_config).split(fqn, tensor)
+        elif is_fused(fqn):
             # Cloned, because safetensors rejects tensors that share memory.
             yield from (
                 (name, part.clone())

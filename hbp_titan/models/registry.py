@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ def _counts(args: ModelArgs) -> tuple[int, int, int]:
         model = build_decoder(args)
     linear = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     experts = (p.numel() for b in model.blocks() if b.has_experts for p in b.experts_mlp.experts.parameters())
+    if args.hf_config is not None:
+        return sum(p.numel() for p in model.parameters()), cast(Any, model).multiplied_params(), 0
     return sum(p.numel() for p in model.parameters()), sum(linear), sum(experts)
 
 

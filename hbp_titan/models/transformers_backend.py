@@ -72,10 +72,11 @@ def _attention(
     return run.attend(q_TND, k_TKD, v_TKD, scale, window).unsqueeze(0), None
 
 
-def causal_lm(hf_config: str, attention: str) -> Any:
+def causal_lm(hf_config: str, attention: str, experts: str | None = None) -> Any:
     """Return transformers' model for the text of a config.json: fp32 parameters on meta, buffers on the CPU.
 
-    attention: name of a registered attention function. Code of the model folder is never run. Raises ValueError.
+    attention: name of a registered attention function. experts: of transformers' implementations of experts, default
+    the fastest. Code of the model folder is never run. Raises what transformers raises.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,7 +88,11 @@ def causal_lm(hf_config: str, attention: str) -> Any:
         # use_cache off: nothing is kept from one pack to the next.
         config.use_cache = False
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            config,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **({"experts_implementation": experts} if experts else {}),
         )
     # No dropout and no jitter: recomputation and cp ranks would draw other masks than a single process.
     return model.eval()
@@ -172,6 +177,7 @@ class TransformersDecoder(Decoder):
 
     base: Any
     head: Any
+    experts_per_token: int
     computed: list[tuple[nn.Module, str, Tensor]]
 
     def __init__(self, args: ModelArgs) -> None:
@@ -195,6 +201,7 @@ class TransformersDecoder(Decoder):
             layers_name=f"{hf.base_model_prefix}.{within}",
             tok_embeddings=hf.get_input_embeddings(),
             head=head,
+            experts_per_token=getattr(hf.config, "num_experts_per_tok", None) or 1,
             # As parts of transformers' models may be in bf16 by then, buffers keep the values that they have now.
             computed=[(m, name, value) for m in hf.modules() for name, value in m.named_buffers(recurse=False)],
         )
@@ -231,6 +238,17 @@ class TransformersDecoder(Decoder):
     def tokens_per_expert(self) -> dict[int, Tensor]:
         """Return nothing: transformers' experts are not counted."""
         return {}
+
+    def multiplied_params(self) -> int:
+        """Return the parameters that multiply a token: all matrices, of the experts those that it is sent to."""
+        tables = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
+        total = self.head.weight.numel() if self.head.weight in tables else 0
+        for parameter in self.parameters():
+            if parameter.ndim == 3:
+                total += parameter.numel() * self.experts_per_token // len(parameter)
+            elif parameter.ndim == 2 and parameter not in tables:
+                total += parameter.numel()
+        return total
 
     def recompute_blocks(self, recomputes: Callable[[int], bool]) -> None:
         """Recompute a block in backward whenever `recomputes`(index) is true at its forward."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hbp_titan.components.weights import initialize
@@ -16,8 +17,11 @@ from hbp_titan.config import load_config
 from hbp_titan.models.configs import TRANSFORMERS, ModelArgs
 from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.documents import pack_documents
+from hbp_titan.models.hf import HFTensors
 from hbp_titan.models.hf_config import args_from_hf
+from hbp_titan.models.hf_export import save_hf_folder
 from hbp_titan.models.lora import lora_targets
+from hbp_titan.models.registry import linear_params, num_params
 from hbp_titan.models.transformers_backend import TransformersDecoder
 from hbp_titan.models.transformers_probe import args_from_transformers
 from hbp_titan.preflight import check
@@ -26,8 +30,9 @@ from hbp_titan.testing import transformers_sweep as sweep
 # Each has something that the others do not.
 EQUAL = (
     "arcee", "biogpt", "bitnet", "codegen", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text",
-    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "jais2", "minicpm3",
-    "nemotron", "olmo", "olmo3", "persimmon", "phi", "seed_oss", "stablelm", "starcoder2", "youtu",
+    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "jais2",
+    "minicpm3", "nemotron", "olmo", "olmo3", "persimmon", "phi", "phimoe", "qwen2_moe", "seed_oss", "stablelm",
+    "starcoder2", "youtu",
 )  # fmt: skip
 
 
@@ -49,7 +54,6 @@ def test_packed_documents_have_the_logits_and_gradients_of_transformers(model_ty
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic RoPE"),
         ("mamba", {}, "convolution"),
         ("opt", {}, "logits"),
-        ("qwen2_moe", {}, "experts"),
         ("t5", {}, "causal language model"),
         ("whisper", {}, "encoder"),
         ("no_such_type", {}, "unknown"),
@@ -87,6 +91,37 @@ def test_weights_of_a_folder_fill_the_model_and_its_buffers_stay_in_float32(tmp_
     for name, value in model.named_buffers():
         assert value.dtype == torch.float32
         assert value.equal(buffers[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["exaone", "gpt_neox", "granitemoe", "phimoe", "qwen2_moe"])
+def test_folders_that_transformers_converts_are_read_in_parts_and_written_equal(
+    tmp_path: Path, model_type: str
+) -> None:
+    args, expected = _saved(tmp_path, model_type)
+    published, found = load_file(tmp_path / "model.safetensors"), HFTensors(tmp_path, args)
+    parameters = dict(expected.named_parameters())
+    assert published.keys() != parameters.keys()
+    assert found.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        assert found[name].equal(parameter), name
+        # As FSDP shards it: along any dim, at any place.
+        for dims in [(slice(1, 3),), (slice(0, 2), slice(20, 150)), (slice(0, 2), slice(0, 96), slice(5, 9))]:
+            if parameter.ndim >= len(dims):
+                assert found.part(name, dims).equal(parameter[dims]), (name, dims)
+    save_hf_folder(args, found.items(), tmp_path / "out", dtype=torch.float32)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == published.keys()
+    assert all(value.equal(published[name]) for name, value in written.items())
+    assert linear_params(args) < num_params(args)
+
+
+def test_a_folder_with_missing_and_unknown_tensors_raises_with_their_names(tmp_path: Path) -> None:
+    args, _ = _saved(tmp_path, "qwen2_moe")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["other"] = tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: model.layers.1.mlp.experts.3.up_proj.weight; unknown: other"):
+        HFTensors(tmp_path, args)
 
 
 def test_blocks_hold_the_matrices_that_lora_adapts(tmp_path: Path) -> None:
