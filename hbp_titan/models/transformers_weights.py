@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hbp_titan.models.transformers_backend import ATTENTION, causal_lm
+from hbp_titan.models.transformers_backend import causal_lm
 
 
 class DiskLayout:
@@ -28,7 +28,7 @@ class DiskLayout:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightRenaming
 
-        self._hf = causal_lm(hf_config, ATTENTION)
+        self._hf = causal_lm(hf_config, "eager")
         conversions = get_model_conversion_mapping(self._hf, add_legacy=False)
         # As transformers does for a model that it has not loaded.
         self._hf._weight_conversions = [one for one in conversions if not isinstance(one, PrefixChange)] or None
