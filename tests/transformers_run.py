@@ -15,9 +15,9 @@ from tests.runs import before_step, whole_state
 from tests.tiny_run import VOCAB_SIZE, write_tiny_run
 
 
-def write_transformers_run(folder: Path, model_type: str, levels: str, **own: Any) -> list[str]:
+def write_transformers_run(folder: Path, model_type: str, levels: str, saves: bool = False, **own: Any) -> list[str]:
     """Write data and a tiny model of transformers into `folder`; return the arguments of a run."""
-    argv = write_tiny_run(folder, num_rows=30, levels=levels, saves=False)
+    argv = write_tiny_run(folder, num_rows=30, levels=levels, saves=saves)
     _, model = tiny_model(model_type, vocab_size=VOCAB_SIZE, max_position_embeddings=1024, **own)
     model.save_pretrained(folder / "model")
     return [
