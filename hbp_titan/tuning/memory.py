@@ -80,12 +80,12 @@ def estimate_evaluation(
 
 
 def with_policy(level: Level, ac_policy: str, ac_layers: int | None = None) -> Level:
-    """Return `level` with another checkpointing."""
+    """Return `level` with another policy, on the first ac_layers layers and with all of them offloaded, if any."""
     return replace(level, ac_policy=ac_policy, ac_layers=ac_layers, offload_layers=None)
 
 
 def layer_policies(level: Level, num_layers: int) -> list[str]:
-    """Return each layer's ac_policy; a layer without host memory has the policy that keeps the same on the device."""
+    """Return each layer's ac_policy. A layer that is not offloaded gets the policy that keeps the same on the device."""
     layers = num_layers if level.ac_layers is None else min(level.ac_layers, num_layers)
     offloaded = layers if level.offload_layers is None else min(level.offload_layers, layers)
     on_device = {"offload": "full", "offload_attention": "keep_attention"}.get(level.ac_policy, level.ac_policy)
@@ -198,7 +198,7 @@ class _Composition:
         """Return the bytes of earlier blocks on the device after block i's backward has begun."""
         if i >= self.offloaded:
             return self._copied(i)
-        # The next block's in backward order arrive meanwhile.
+        # Those of the next block in backward order are copied back at the same time.
         return self.blocks[i - 1].offloaded if i else 0
 
     def _head_moment(self, saved: list[int]) -> int:
@@ -208,8 +208,8 @@ class _Composition:
 
     def _backward_moment(self, i: int, saved: list[int]) -> int:
         last = i + 1 == len(self.blocks)
-        # Meanwhile the reduction of the following block, or of the head, holds its input, and the parameters of the
-        # next block in backward order arrive.
+        # At the same time the reduction of the following block, or of the head, holds its input, and the parameters of
+        # the next block in backward order are gathered.
         reduction = (0 if self.tied else self.vocab.reduce_input) if last else self.block.reduce_input
         prefetched = self.block.all_gather if i and self.kept_share < 1 else 0
         held = self._held(i, saved[: i + 1]) + self._root_gradient() + self._fetched(i)
@@ -251,7 +251,7 @@ class Gathered:
         parameters, gradients = count.total * dtype.itemsize, count.trained * dtype.itemsize
         reduce_input = count.trained * reduce_dtype.itemsize
         if shards == 1:
-            # No collective, but the gradients are copied twice (FSDPParamGroup, foreach_reduce).
+            # There is no collective, but the gradients are copied twice (FSDPParamGroup, foreach_reduce).
             return cls(parameters, gradients, 0, reduce_input, 3 * reduce_input)
         return cls(parameters, gradients, parameters, reduce_input, reduce_input + reduce_input // shards)
 

@@ -1,4 +1,4 @@
-"""Memory plans of a level: checkpointing, host memory, chunks and groups of heads, in stages of what they cost in time.
+"""Memory plans of a level: checkpointing, host memory, chunks and groups of heads, in stages of increasing time.
 
 Owns which plans a selection and an advice try, with how many layers, and whether an estimate fits a machine.
 """
@@ -28,8 +28,8 @@ MEMORY_MARGIN = 0.05
 HOST_MARGIN = 0.1
 """Share of a node's memory for the processes, the data loaders and the page cache."""
 
-# In a stage, plans that recompute less come first. Chunks recompute every layer outside of attention, so "none" keeps
-# with them what "keep_attention" does.
+# In a stage, plans that recompute less come first. Chunks recompute everything outside of attention, so with them "none"
+# would keep the same as "keep_attention".
 _STAGES: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
     (("none", "full", "keep_attention"), False, False),
     (("offload", "offload_attention"), False, False),
@@ -120,7 +120,7 @@ def least_recomputation(peak_bytes: Callable[[Level], int], level: Level, depth:
         return level, peak_bytes(level)
     found = fewest_layers(peak(depth), peak(0), depth, 0, limit)
     layers = depth if found is None else found
-    # Between its two ends the peak is not exactly linear.
+    # The peak is not exactly linear in the number of layers.
     while layers < depth and peak(layers) > limit:
         layers += 1
     while layers > 0 and peak(layers - 1) <= limit:

@@ -38,7 +38,7 @@ MAX_RANKS_FACTOR = 64
 MAX_CP_FACTOR = MAX_EXPERT_FACTOR = 8
 """Up to this many times the cp degree, and the ranks that share experts."""
 MIN_LOSS_TOKENS = 256
-"""Logits of fewer tokens at a time make matrix products too small for a GPU; down to here it hardly costs time."""
+"""Least tokens whose logits are computed at a time. Fewer make matrix products too small for a GPU."""
 ROUNDING = 1e-6
 """Times that differ by less are equal."""
 LORA_RANK = 16
@@ -294,10 +294,10 @@ class ChangeSearch:
         """Return the fastest change that keeps the length and the ranks; None if none fits."""
         configs = [self.config]
         if not self.config.parallelism.cpu_offload and not self.evaluating and self.device_type == "cuda":
-            # Last: the optimizer's step on the CPU is not part of the times that are compared.
+            # Tried last, because the compared times do not include the optimizer's step on the CPU.
             configs.append(_with_value(self.config, "parallelism.cpu_offload", True))
         for config in configs:
-            # Everything again with the fewest logits at a time.
+            # The same variants again with the fewest logits at a time.
             for chunk in self._loss_chunks():
                 tried = replace(self, config=_with_value(config, "training.loss_chunk_tokens", chunk))
                 found = tried._fastest(tried._variants(), self)
@@ -384,7 +384,7 @@ class ChangeSearch:
         return time_model(self.args, self.config, self.hardware, self.world_size)
 
     def rank_seconds(self, config: JobConfig, ranks: int, level: Level) -> float:
-        """Return the seconds per pack times the ranks that work on it, which run other packs otherwise."""
+        """Return the seconds per pack times the number of ranks that work on it."""
         model = replace(self._time, sharding=sharding(config), world_size=ranks)
         return float(model.level_time(level).seconds(self.load)) * level.cp_degree
 
@@ -397,7 +397,7 @@ class ChangeSearch:
         for config in self._expert_degrees():
             for variant in self._policies(self.level):
                 yield config, self.world_size, variant
-        # If the logits alone are the cause, everything else can stay.
+        # If only the logits are too large, no other setting has to change.
         for chunk in self._loss_chunks()[1:]:
             yield _with_value(self.config, "training.loss_chunk_tokens", chunk), self.world_size, self.level
 

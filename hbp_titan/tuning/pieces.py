@@ -123,7 +123,7 @@ def block_memory(
     dtype: of parameters and hidden states. device_type: "cpu" or "cuda", which need not exist here. expert_parallel:
     ranks that share the experts of a layer.
     """
-    # Without what differs between layers only, so that all of a kind share a cache entry.
+    # Fields that only select layers are cleared, so that all layers with the same plan share a cache entry.
     level = replace(level, ac_layers=None, offload_layers=None, reshard_after_forward=None)
     return _block_memory(_shape(args), level, dtype, device_type, expert_parallel, adapters)
 
@@ -192,8 +192,8 @@ def _head_memory(args: ModelArgs, run: HeadRun) -> PieceMemory:
 
 
 def _shape(args: ModelArgs) -> ModelArgs:
-    """Return `args` without what one piece's memory does not depend on, so that all depths share a cache entry."""
-    # With experts all layers count as sparse, as almost all are. A window saves work, not activations.
+    """Return `args` without the fields that do not affect one piece, so that models of any depth share a cache entry."""
+    # In a model with experts every layer is taken to have them; few do not. A window saves work, not activations.
     moe = args.moe and replace(args.moe, first_k_dense_replace=0)
     return replace(
         args,
@@ -230,7 +230,7 @@ def _make(piece: Callable[[], Piece], dtype: torch.dtype, device_type: str) -> P
     module = piece().to(dtype)
     for part in list(module.modules()):
         if device_type == "cuda" and isinstance(part, nn.RMSNorm):
-            # On a GPU the norm is one fused kernel; the CPU's is made of several operators, which keep more.
+            # On a GPU the norm is one fused kernel. On the CPU it is several operators, which keep more.
             part.forward = lambda x, norm=part: _FusedNorm.apply(x, norm.weight)  # type: ignore[method-assign, misc]
     return module
 
@@ -252,7 +252,7 @@ def _measure(
         saved = tracker.live - output_bytes
         grad = torch.empty_like(output)
         tracker.peak = start = tracker.live
-        # The engine drops the output of a block once the next block has it, so only its graph may stay alive here.
+        # In a run nothing holds the output of a block after the next block has run, so only its graph is kept here.
         graph = torch.autograd.graph.get_gradient_edge(output)
         del output
         torch.autograd.backward([graph], [grad])
@@ -293,11 +293,11 @@ def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
 
 
 def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
-    """Return one document that fills the pack; as a head-tail shard that of the last rank, which has the most keys."""
+    """Return one document that fills the pack. With gathered keys it is the shard of the last rank, which has most keys."""
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
     if gather_degree == 1:
         return pack_documents([level.max_tokens])
-    # As `head_tail_shard` cuts it; a shard may be odd.
+    # As in `head_tail_shard`; the tokens of a shard may be odd.
     heads = -(-level.max_tokens // (2 * gather_degree))
     tails = level.max_tokens // gather_degree - heads
 
@@ -309,7 +309,7 @@ def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
 
 @contextmanager
 def _few_chunks() -> Iterator[None]:
-    """Run only the first chunks of a region: the others allocate and free the same, one after another."""
+    """Run only the first three chunks of a region: the others allocate and free the same sizes."""
     every = chunks.chunk_slices
     chunks.chunk_slices = lambda tokens, chunk_tokens: every(tokens, chunk_tokens)[:3]
     try:
@@ -329,7 +329,7 @@ class _HostWithoutDevice(HostActivations):
     def allocated_bytes(self) -> int:
         """Bytes of host memory that the allocator takes for the buffers."""
         sizes = [buffer.nbytes for buffer in self._buffers.values()]
-        # Pinned buffers have whole pages (offload.pinned).
+        # Pinned buffers have whole pages (offload.host_memory).
         return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes) if self.pinned else sum(sizes)
 
     def end_copies(self) -> None:
@@ -370,7 +370,7 @@ class _ExchangeWithoutRanks(ExpertExchange):
     def __call__(
         self, x_TH: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, chunk: Splits | None = None
     ) -> Tensor:
-        # Equal loads: an expert with twice its share would need as much more for the rows that it receives.
+        # Loads are taken to be equal. A rank that receives twice as many rows needs twice the memory for them.
         rows, rest = divmod(len(order_S), self.ranks)
         self.sent_P = [rows + (rank < rest) for rank in range(self.ranks)]
         if chunk is not None:

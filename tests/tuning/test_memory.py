@@ -42,7 +42,7 @@ PLANS: tuple[dict[str, Any], ...] = (
     {"ac_policy": "offload", "ac_layers": 3, "attention_head_groups": 2, "mlp_chunk_tokens": 100},
     {"ac_policy": "offload_attention", "mlp_chunk_tokens": 64},
 )
-"""Chunks, groups of heads and, last because it stays, host memory. The debug model's vocabulary hides the blocks."""
+"""Host memory comes last, because it is not freed. Not for the debug model, whose vocabulary sets the peak."""
 READINGS = 3
 """With several ranks the CPU's records miss what gloo's threads free: a reading can be too high, never too low."""
 
@@ -124,7 +124,7 @@ STATES = [
     ["--optimizer.name=adamw8bit"],
     ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16", "--parallelism.cpu_offload=true"],
 ]
-"""Words that change what is held between steps, or where."""
+"""Options that change what is kept between steps, or where."""
 
 
 @pytest.mark.parametrize(("setting", "rounds"), [("", True), ("1", True), ("0", False)])

@@ -50,10 +50,10 @@ def _names(levels: list[Level]) -> list[str]:
         ),
     ],
 )
-def test_dearer_plans_are_tried_where_cheaper_ones_do_not_fit(fits: Callable[[Level], bool], tried: list[str]) -> None:
+def test_slower_plans_are_tried_where_faster_ones_do_not_fit(fits: Callable[[Level], bool], tried: list[str]) -> None:
     form = Level(131072, 8)
     assert _names(needed_plans([form], LLAMA, fits)) == tried
-    # Each form once, however its plan was.
+    # Each form is tried once, regardless of its own plan.
     assert len(needed_plans([form, with_policy(form, "full")], LLAMA, fits)) == len(tried)
 
 
