@@ -85,7 +85,7 @@ def with_policy(level: Level, ac_policy: str, ac_layers: int | None = None) -> L
 
 
 def layer_policies(level: Level, num_layers: int) -> list[str]:
-    """Return each layer's ac_policy. A layer that is not offloaded gets the policy that keeps the same on the device."""
+    """Return each layer's ac_policy; without host memory, that of the policy that keeps the same on the device."""
     layers = num_layers if level.ac_layers is None else min(level.ac_layers, num_layers)
     offloaded = layers if level.offload_layers is None else min(level.offload_layers, layers)
     on_device = {"offload": "full", "offload_attention": "keep_attention"}.get(level.ac_policy, level.ac_policy)

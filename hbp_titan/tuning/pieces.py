@@ -192,7 +192,7 @@ def _head_memory(args: ModelArgs, run: HeadRun) -> PieceMemory:
 
 
 def _shape(args: ModelArgs) -> ModelArgs:
-    """Return `args` without the fields that do not affect one piece, so that models of any depth share a cache entry."""
+    """Return `args` without fields that do not affect one piece, so that models of any depth share a cache entry."""
     # In a model with experts every layer is taken to have them; few do not. A window saves work, not activations.
     moe = args.moe and replace(args.moe, first_k_dense_replace=0)
     return replace(
@@ -293,7 +293,7 @@ def _cp_state(args: ModelArgs, level: Level) -> ContextParallelState:
 
 
 def _documents(level: Level, args: ModelArgs) -> Documents | HeadTailShard:
-    """Return one document that fills the pack. With gathered keys it is the shard of the last rank, which has most keys."""
+    """Return one document that fills the pack; with gathered keys the last rank's shard, which has the most keys."""
     gather_degree = level.cp_shape(args.num_kv_heads)[0]
     if gather_degree == 1:
         return pack_documents([level.max_tokens])
