@@ -28,8 +28,8 @@ MEMORY_MARGIN = 0.05
 HOST_MARGIN = 0.1
 """Share of a node's memory for the processes, the data loaders and the page cache."""
 
-# In a stage, plans that recompute less come first. Chunks recompute everything outside of attention, so "none" would keep
-# the same as "keep_attention".
+# In a stage, plans that recompute less come first. Chunks recompute everything outside of attention, so "none" would
+# keep the same as "keep_attention".
 _STAGES: tuple[tuple[tuple[str, ...], bool, bool], ...] = (
     (("none", "full", "keep_attention"), False, False),
     (("offload", "offload_attention"), False, False),

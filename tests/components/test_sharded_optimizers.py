@@ -96,6 +96,21 @@ def test_adamw_with_bfloat16_moments_computes_in_float32(dtype: torch.dtype, mon
                 torch.testing.assert_close(found.detach(), value, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [BF16, EIGHT_BITS], ids=["bfloat16", "8 bits"])
+def test_parameter_in_pieces_is_updated_as_in_one(config: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    # The largest matrix has 8192 elements.
+    for chunk in (8192, 1024):
+        monkeypatch.setattr(sharded_optimizers, "CHUNK", chunk)
+        model = _small()
+        optimizer = build_optimizer(model, config)
+        for seed in (1, 2):
+            _set_grads(model, seed)
+            optimizer.step()
+        states.append(_state(model, optimizer))
+    assert equal(*states)
+
+
 @NEEDS_TORCHAO
 def test_adamw_in_8_bits_follows_torchao_s(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.optim import AdamW8bit
