@@ -19,7 +19,7 @@ from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.measured_engine import MeasuredEngine
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, fewest_layers
+from hbp_titan.tuning.memory import MemoryEstimate, _Composition, estimate_memory, fewest_layers
 from hbp_titan.tuning.pieces import HeadRun, _head_memory, _shape, block_memory, head_memory
 from hbp_titan.tuning.profile import Packs
 
@@ -215,6 +215,23 @@ def test_device_memory_with_activations_on_the_host_by_hand() -> None:
     few, more = estimates("offload")
     assert more.peak_bytes == few.peak_bytes
     assert more.host_activation_bytes - few.host_activation_bytes == 2 * 8192 * tokens
+
+
+def test_moments_around_blocks_in_host_memory_by_hand() -> None:
+    # Of 4 blocks two keep their input, 1024 tokens of 256 numbers in bfloat16, in host memory.
+    level = Level(1024, ac_policy="offload", offload_layers=2)
+    found = _Composition(WIDE, level, JobConfig(), 4, "cuda", None)
+    hidden, nothing = 1024 * 256 * 2, [0] * 4
+    # Matrices of q and o, k and v, and the feed-forward network; two norms.
+    block = 2 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 704 + 2 * 256)
+    # Parameters and the buffer of their all-gather, the input, cos and sin.
+    around = 2 * block + hidden + 2 * 1024 * 32 * 4
+    # From the second block on, the copy of an earlier input may still run.
+    forward = [found._forward_moment(i, nothing) - around - found.blocks[i].forward for i in range(4)]
+    assert forward == [0, hidden, hidden, hidden]
+    # Gradients of the block after it in fp32; meanwhile the input and the parameters of the block before it arrive.
+    backward = [found._backward_moment(i, nothing) - found.blocks[i].backward - around for i in range(3)]
+    assert backward == [block, 2 * block + hidden, 2 * block + hidden]
 
 
 def test_head_groups_divide_what_attention_allocates() -> None:
