@@ -184,10 +184,12 @@ def checked(hf_config: str) -> tuple[Any, Dims, bool]:
         raise Unsupported(what or f"is not built by transformers: {_line(error)}") from None
     except Exception as error:
         raise Unsupported(f"is not built by transformers: {_line(error)}") from None
-    tied = _check_parts(hf)
-    logit_scale(hf)
-    dims = _attention_dims(hf, recorded)
-    return hf.config, dims, tied
+    try:
+        tied = _check_parts(hf)
+        logit_scale(hf)
+        return hf.config, _attention_dims(hf, recorded), tied
+    except AttributeError as error:
+        raise Unsupported(f"has other parts than a decoder: {_line(error)}") from None
 
 
 def _check_config(values: dict[str, Any]) -> None:
@@ -209,6 +211,8 @@ def _check_config(values: dict[str, Any]) -> None:
 
 def _check_parts(hf: Any) -> bool:
     """Return whether the output matrix is tied; raise Unsupported for parts that sharding or packing cannot handle."""
+    if hf.base_model is hf:
+        raise Unsupported("has no base model apart from its output matrix")
     if others := [name for name, _ in hf.named_parameters(recurse=False)]:
         raise Unsupported(f"has parameters outside of its modules: {', '.join(others)}")
     stored, parameters = hf.state_dict().keys(), dict(hf.named_parameters(remove_duplicate=False))

@@ -51,6 +51,8 @@ def test_packed_documents_have_the_logits_and_gradients_of_transformers(model_ty
         ("gemma3", {}, "more than a decoder"),
         ("granite_swa", {}, "sinks"),
         ("lfm3", {}, "convolution"),
+        ("blt", {}, "other parts"),
+        ("llama4_text", {}, "base model"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic RoPE"),
         ("mamba", {}, "convolution"),
         ("opt", {}, "logits"),
