@@ -7,6 +7,7 @@ and the gradient of every parameter, in fp32. Prints the table of docs/models.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -164,11 +165,11 @@ def largest_difference(model_type: str) -> float:
     return max(relative(own_logits, logits), *(relative(own_grads[name], grads[name], floor) for name in grads))
 
 
-def try_all() -> Iterator[tuple[str, float | str]]:
-    """Yield every architecture with the difference or the reason why it is refused."""
+def try_each(model_types: Sequence[str] = ()) -> Iterator[tuple[str, float | str]]:
+    """Yield architectures, by default all, with the difference or the reason why it is refused."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for model_type in model_types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             yield model_type, largest_difference(model_type)
         except Unsupported as error:
@@ -177,7 +178,15 @@ def try_all() -> Iterator[tuple[str, float | str]]:
             yield model_type, f"no tiny model: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Print one line per architecture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", nargs="*", help="architectures to try [all]")
+    options = parser.parse_args(argv)
     logging.disable(logging.WARNING)
-    for name, result in ((name, largest_difference(name)) for name in sys.argv[1:]) if sys.argv[1:] else try_all():
+    for name, result in try_each(options.model_types):
         print(f"{name:26s} {result if isinstance(result, str) else f'{result:.1e}'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
