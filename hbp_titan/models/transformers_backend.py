@@ -191,7 +191,10 @@ class TransformersDecoder(Decoder):
             self.add_module(name, child)
         base = hf.base_model
         within, layers = block_list(base, args.num_layers)
-        head = hf.get_output_embeddings()
+        head, embeddings = hf.get_output_embeddings(), hf.get_input_embeddings()
+        # It drops a token's gradient. Packs have no padding inside documents, and many models pad with the token that
+        # ends a turn, which is trained.
+        embeddings.padding_idx = None
         # Not registered a second time: parameters keep transformers' names.
         self.__dict__.update(
             args=args,
@@ -199,7 +202,7 @@ class TransformersDecoder(Decoder):
             base=base,
             layers=layers,
             layers_name=f"{hf.base_model_prefix}.{within}",
-            tok_embeddings=hf.get_input_embeddings(),
+            tok_embeddings=embeddings,
             head=head,
             experts_per_token=getattr(hf.config, "num_experts_per_tok", None) or 1,
             # As parts of transformers' models may be in bf16 by then, buffers keep the values that they have now.

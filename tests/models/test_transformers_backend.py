@@ -171,6 +171,21 @@ def test_dropout_is_reported_and_not_applied(tmp_path: Path) -> None:
     assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
 
 
+def test_a_pad_token_inside_a_document_is_trained_like_any_other(tmp_path: Path) -> None:
+    args, _ = _saved(tmp_path, "llama", pad_token_id=7)
+    model, native = build_decoder(args), build_decoder(args_from_hf(tmp_path))
+    ids = torch.tensor([5, 7, 6, 7, 9])
+    for decoder in (model, native):
+        decoder.to_empty(device="cpu")
+        initialize(decoder, decoder.args, torch.device("cpu"), 0, str(tmp_path))
+        decoder(ids, torch.arange(5), pack_documents([5])).square().sum().backward()
+    grads = [decoder.tok_embeddings.weight.grad for decoder in (model, native)]
+    assert grads[0] is not None
+    assert grads[1] is not None
+    assert grads[0][7].norm() > 0
+    assert sweep.relative(grads[0], grads[1]) < 1e-5
+
+
 def test_backend_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="hf_path"):
         load_config(["--model.backend=transformers"])
