@@ -59,8 +59,9 @@ def check_load_path(path: str, args: ModelArgs, key: str = "checkpoint.initial_l
     try:
         HFTensors(folder, args).check_tied()
     except MissingWeights as error:
-        new = f'to train new weights, set checkpoint.initial_load_path = "{NEW_WEIGHTS}"'
-        raise MissingWeights(f"{key}: {error}; {new}") from None
+        # transformers' decoders cannot be drawn.
+        new = "" if args.hf_config else f'; to train new weights, set checkpoint.initial_load_path = "{NEW_WEIGHTS}"'
+        raise MissingWeights(f"{key}: {error}{new}") from None
 
 
 def is_checkpoint(path: str) -> bool:
