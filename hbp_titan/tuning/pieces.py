@@ -251,10 +251,10 @@ def _measure(
         output_bytes = output.untyped_storage().nbytes()
         saved = tracker.live - output_bytes
         grad = torch.empty_like(output)
-        tracker.peak = start = tracker.live
         # In a run nothing holds the output of a block after the next block has run, so only its graph is kept here.
         graph = torch.autograd.graph.get_gradient_edge(output)
         del output
+        tracker.peak = start = tracker.live
         torch.autograd.backward([graph], [grad])
         backward_peak = tracker.peak - start
     offloaded, on_host = (0, 0) if host is None else (host.buffer_bytes, host.allocated_bytes)
