@@ -19,7 +19,7 @@ from hbp_titan.models.registry import get_flavor, num_params
 from hbp_titan.packing import Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.tuning.measured_engine import MeasuredEngine
-from hbp_titan.tuning.memory import MemoryEstimate, _Composition, estimate_memory, fewest_layers
+from hbp_titan.tuning.memory import Count, Gathered, MemoryEstimate, _Composition, estimate_memory, fewest_layers
 from hbp_titan.tuning.pieces import HeadRun, _head_memory, _shape, block_memory, head_memory
 from hbp_titan.tuning.profile import Packs
 
@@ -232,6 +232,13 @@ def test_moments_around_blocks_in_host_memory_by_hand() -> None:
     # Gradients of the block after it in fp32; meanwhile the input and the parameters of the block before it arrive.
     backward = [found._backward_moment(i, nothing) - found.blocks[i].backward - around for i in range(3)]
     assert backward == [block, 2 * block + hidden, 2 * block + hidden]
+
+
+def test_buffers_of_a_group_of_parameters() -> None:
+    # 10 parameters, 6 of them trained, computed in bfloat16; gradients are reduced in float32.
+    count, dtypes = Count(10, 6), (torch.bfloat16, torch.float32)
+    assert Gathered.of(count, *dtypes, 1) == Gathered(20, 12, 0, 24, 3 * 24)
+    assert Gathered.of(count, *dtypes, 4) == Gathered(20, 12, 20, 24, 24 + 6)
 
 
 def test_head_groups_divide_what_attention_allocates() -> None:
