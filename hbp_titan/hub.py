@@ -79,6 +79,8 @@ class Hub:
     def get(self, repository: Repository, file: HubFile, part: Path, report: Callable[[int], None]) -> None:
         """Write the content of a file to `part`, from where it ends; broken connections are continued.
 
+        Raises ValueError if they stay broken, or if the hub ends the file early.
+
         report: called with the bytes of each block, negative if a hub without ranges starts again. What it raises ends
         the transfer.
         """
@@ -94,6 +96,11 @@ class Hub:
             while (arrived := stream.tell()) < file.size:
                 try:
                     self._receive(url, stream, report)
+                    if stream.tell() <= arrived:
+                        raise ValueError(
+                            f"{repo_id}: {file.name}: the hub at {self.endpoint} ends the file after {stream.tell():,} "
+                            f"of {file.size:,} bytes; check HF_ENDPOINT and proxies, then {_AGAIN}"
+                        )
                 except HTTPError as error:
                     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                     # As long as something arrives, a bad connection is still worth it.

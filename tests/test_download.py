@@ -124,6 +124,16 @@ def test_content_with_another_hash_is_not_kept(hub: LocalHub) -> None:
     assert files_in(Path("m")) == MODEL
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("sent", [b"", BYTES[:1000]])
+def test_a_hub_that_ends_a_file_early_is_reported(hub: LocalHub, sent: bytes, ranges: bool) -> None:
+    hub.add("org/m", MODEL)
+    hub.ranges = ranges
+    hub.sent["model-1-of-2.safetensors"] = sent
+    with pytest.raises(ValueError, match="ends the file"):
+        main(["org/m", "--out", "m"])
+
+
 def test_files_of_others_are_adopted_if_equal_and_never_replaced_unasked(hub: LocalHub) -> None:
     repo = hub.add("org/m", MODEL)
     repo.revisions["v2"] = {**MODEL, "config.json": b'{"v": 2}'}

@@ -257,4 +257,5 @@ class ModelArgs:
 
     def with_layers(self, layers: int) -> ModelArgs:
         """Return the architecture with `layers` layers, the first ones (or, if there are fewer, these repeated)."""
-        return replace(self, num_layers=layers, layer_types=(self.layer_types * layers)[:layers])
+        nope = tuple(layer for layer in range(layers) if layer % self.num_layers in self.nope_layers)
+        return replace(self, num_layers=layers, layer_types=(self.layer_types * layers)[:layers], nope_layers=nope)

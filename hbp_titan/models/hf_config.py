@@ -245,6 +245,8 @@ def _sliding_theta(values: dict[str, Any], theta: float, path: Path) -> float:
     """Return theta of the layers with a window: rope_parameters' (5.x), rope_local_base_freq (4.x), else `theta`."""
     nested = (values.get("rope_parameters") or {}).get("sliding_attention") or {}
     where = f"{path}: rope_parameters.sliding_attention"
+    if not isinstance(nested, dict):
+        raise ValueError(f"{where} = {_short(nested)} must be an object")
     _check_kinds(nested, _ROPE_KINDS, f"{where}.")
     if nested.get("rope_type", "default") != "default":
         raise ValueError(f"{where}.rope_type = {_short(nested['rope_type'])} must be 'default'")

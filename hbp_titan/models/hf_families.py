@@ -102,7 +102,10 @@ def _named(kind: type, values: Values) -> dict[str, Any]:
 
 def _qwen3_moe(values: Values) -> MoEArgs:
     dense = values.get("mlp_only_layers") or []
-    if dense != list(range(len(dense))) or values.get("decoder_sparse_step", 1) != 1:
+    if (
+        dense not in [list(range(k)) for k in range(values["num_hidden_layers"])]
+        or values.get("decoder_sparse_step", 1) != 1
+    ):
         raise ValueError(
             f"mlp_only_layers = {dense!r:.60} must be the first layers, and decoder_sparse_step = "
             f"{values.get('decoder_sparse_step', 1)} must be 1"
@@ -111,6 +114,8 @@ def _qwen3_moe(values: Values) -> MoEArgs:
     num_experts = values.get("num_experts") or values.get("num_local_experts")
     if num_experts is None:
         raise ValueError("has no num_experts")
+    if values.get("norm_topk_prob"):
+        _check_normalized(values)
     return MoEArgs(
         n_routed_experts=num_experts,
         num_experts_per_tok=values["num_experts_per_tok"],
@@ -122,7 +127,14 @@ def _qwen3_moe(values: Values) -> MoEArgs:
     )
 
 
+def _check_normalized(values: Values) -> None:
+    # DeepSeek's code, which MoEArgs follows, does not normalize a single score; transformers makes it 1.
+    if values["num_experts_per_tok"] == 1:
+        raise ValueError("num_experts_per_tok = 1 must be at least 2: a normalized weight of 1 trains no router")
+
+
 def _mixtral(values: Values) -> MoEArgs:
+    _check_normalized(values)
     return MoEArgs(
         n_routed_experts=values["num_local_experts"],
         num_experts_per_tok=values["num_experts_per_tok"],
@@ -141,8 +153,9 @@ def _llama_keys(args: ModelArgs) -> dict[str, Any]:
 
 
 def _qwen_keys(args: ModelArgs) -> dict[str, Any]:
-    keys: dict[str, Any] = {"use_sliding_window": bool(args.layer_types), "sliding_window": args.sliding_window}
-    if args.layer_types:
+    windows = SLIDING in args.layer_types
+    keys: dict[str, Any] = {"use_sliding_window": windows, "sliding_window": args.sliding_window}
+    if windows:
         keys |= {"layer_types": list(args.layer_types), "max_window_layers": args.layer_types.index(SLIDING)}
     return keys if args.hf_model_type == "qwen2" else {**keys, "attention_bias": False}
 
@@ -158,7 +171,7 @@ def _layer_keys(args: ModelArgs) -> dict[str, Any]:
 
 def _smollm3_keys(args: ModelArgs) -> dict[str, Any]:
     rotated = [int(layer not in args.nope_layers) for layer in range(args.num_layers)]
-    windows = {"use_sliding_window": bool(args.layer_types), **_layer_keys(args)}
+    windows = {"use_sliding_window": SLIDING in args.layer_types, **_layer_keys(args)}
     return {**_llama_keys(args), **windows, "no_rope_layers": rotated}
 
 

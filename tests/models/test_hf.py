@@ -239,6 +239,18 @@ def test_windows_are_read_as_transformers_reads_them(tmp_path: Path, family: str
     assert args.layer_types == () or SLIDING[1] in args.layer_types
 
 
+@pytest.mark.parametrize("layers", [1, 3, 5])
+@pytest.mark.parametrize("name", ["qwen2, window after one layer", "smollm3"])
+def test_fewer_or_more_layers_keep_their_kind_through_config_json(tmp_path: Path, name: str, layers: int) -> None:
+    args = LAYOUTS[name].with_layers(layers)
+    (tmp_path / "config.json").write_text(json.dumps(args_to_hf_config(args)))
+    found = args_from_hf(tmp_path)
+    period = LAYOUTS[name].num_layers
+    for layer in range(layers):
+        assert found.window(layer) == LAYOUTS[name].window(layer % period)
+        assert (layer in found.nope_layers) == (layer % period in LAYOUTS[name].nope_layers)
+
+
 def test_a_family_without_windows_cannot_be_written_with_them() -> None:
     with pytest.raises(ValueError, match="layer_types"):
         args_to_hf_config(tiny_args(layer_types=SLIDING, sliding_window=8))
@@ -292,6 +304,11 @@ def test_a_family_without_windows_cannot_be_written_with_them() -> None:
         ("deepseek", {"q_lora_rank": "28"}, "q_lora_rank"),
         ("deepseek", {"num_key_value_heads": 1}, "num_kv_heads=1"),
         ("deepseek", {"aux_loss_alpha": 0.001, "seq_aux": False}, "seq_aux"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [*range(99)]}, "mlp_only_layers"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {}, "sliding_attention": [1]}}, "must be an object"),
     ],
 )
 def test_unsupported_configs_raise(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
