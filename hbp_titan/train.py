@@ -48,7 +48,8 @@ class Trainer:
         self.folder = config.dump_folder
         self.is_log_rank = world.rank == distributed.log_rank(world.size)
         set_determinism(config.seed_of("rng"), config.training.deterministic)
-        self.args = preflight.model_args(config)
+        self.notes: list[str] = []  # on what other programs may read otherwise in the model's folder
+        self.args = preflight.model_args(config, self.notes)
         preflight.check(config, world.size, self.device, self.args)
 
         self._open_data()
@@ -68,7 +69,7 @@ class Trainer:
         from hbp_titan.components import export
 
         self.exporter, self.export_settings = export.export, export.export_settings(config, self.args, self.store)
-        for line in export.warnings(config, self.store):
+        for line in [*self.notes, *export.turn_end_warnings(config, self.store)]:
             self._print(wrap(f"warning: {line}"))
 
     def _make_plans(self) -> None:

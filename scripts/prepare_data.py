@@ -13,7 +13,7 @@ import argparse
 import math
 import os
 
-from hbp_titan.components.export import warnings
+from hbp_titan.components.export import turn_end_warnings
 from hbp_titan.components.run_folder import check_not_in_use, check_run_folder
 from hbp_titan.config import JobConfig, help_text, load_config, validate
 from hbp_titan.data.prepare import open_stores
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     config.data.strict = config.data.strict or options.strict
-    args = model_args(config)
+    notes: list[str] = []
+    args = model_args(config, notes)
     if options.check_run_folder:
         check_not_in_use(config.dump_folder)
     if options.world_size:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"tokenizer: {config.tokenizer_path}")
     for name, store in zip(("training", "validation"), stores, strict=False):
         print(f"\n{name} store: {store.folder}\n{summary(store)}")
-    for line in warnings(config, stores[0]):
+    for line in [*notes, *turn_end_warnings(config, stores[0])]:
         print(f"warning: {line}")
     if options.show:
         print(template_line(config))

@@ -81,17 +81,6 @@ def eos_token(store: TokenStore) -> str:
     return ends.most_common(1)[0][0][1]
 
 
-def warnings(config: JobConfig, store: TokenStore) -> list[str]:
-    """Return a line for each thing that makes the exported model differ from what other programs may expect."""
-    lines: list[str] = []
-    if config.model.hf_path:
-        # Not at the top: it is above this module.
-        from hbp_titan.preflight import model_args
-
-        model_args(config, lines)
-    return [*lines, *turn_end_warnings(config, store)]
-
-
 def turn_end_warnings(config: JobConfig, store: TokenStore) -> list[str]:
     """Return a line for trained turns that end with no control token, and one for ends that do not stop the base."""
     lines = []

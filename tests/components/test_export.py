@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers
 
-from hbp_titan.components.export import export_settings, turn_end_warnings, warnings
+from hbp_titan.components.export import export_settings, turn_end_warnings
 from hbp_titan.data.tokenizer import CHATML_TEMPLATE
 from hbp_titan.evaluation.needles import stop_ids
 from hbp_titan.models.flavors import DEBUG
 from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.hf_export import save_hf_folder
+from hbp_titan.preflight import model_args
 from scripts.convert_from_hf import convert
 from tests.data.preparing import byte_tokenizer, job, line, prepared, write
 from tests.models.deepseek_tiny import random_model
@@ -103,10 +104,11 @@ def test_export_has_the_dtype_of_the_weights_that_the_run_starts_from(tmp_path: 
 
 def test_start_says_what_other_programs_read_otherwise(tmp_path: Path) -> None:
     config = job(tmp_path, train_files=[str(write(tmp_path / "a.jsonl", line("q", "a")))])
-    store = prepared(config)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     values = args_to_hf_config(dataclasses.replace(DEBUG, rope_scaling=scaling))
     values["rope_scaling"]["attn_factor"] = values["rope_parameters"]["attn_factor"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(values | {"eos_token_id": 3}))
     config.model.hf_path = str(tmp_path)
-    assert ["attn_factor" in text for text in warnings(config, store)] == [True, True]
+    notes: list[str] = []
+    model_args(config, notes)
+    assert ["attn_factor" in text for text in notes] == [True, True]
