@@ -363,7 +363,7 @@ def _open_data_slowly(world: World, config: JobConfig, release: Path) -> str:
         threading.Thread(target=release_late, daemon=True).start()
     train.distributed.worker_group = partial(worker_group, log_seconds=0.1)
     trainer = train.Trainer.__new__(train.Trainer)
-    trainer.config, trainer.world, trainer.args = config, world, get_flavor("debug")
+    trainer.config, trainer.world, trainer.args, trainer.notes = config, world, get_flavor("debug"), []
     with contextlib.redirect_stderr(printed):
         trainer._open_data()
     assert len(trainer.store) == 7
