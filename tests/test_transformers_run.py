@@ -49,7 +49,7 @@ def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     ("model_type", "world_size", "levels"),
     [
         ("granite", 2, "64:1,512:2:ulysses:full"),
-        ("gemma3_text", 4, LEVELS),
+        pytest.param("gemma3_text", 4, LEVELS, marks=pytest.mark.slow),
         pytest.param("phi", 4, GATHERED, marks=pytest.mark.slow),
         pytest.param("qwen2_moe", 4, LEVELS, marks=pytest.mark.slow),
     ],
