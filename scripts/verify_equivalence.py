@@ -19,7 +19,8 @@ from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.preflight import model_args
-from hbp_titan.testing.equivalence import HEADER, build_cases, choose_samples, row, scaled_levels, shrunk, verify
+from hbp_titan.testing.equivalence import HEADER, row, verify
+from hbp_titan.testing.equivalence_cases import build_cases, choose_samples, scaled_levels, shrunk
 
 
 def main(argv: list[str] | None = None) -> int:

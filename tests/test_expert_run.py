@@ -145,6 +145,10 @@ def test_biases_of_deepseek_v3_move_towards_idle_experts_in_float32(tmp_path: Pa
     # Also through the folder, the checkpoint and the export, all else of which is in bfloat16.
     base = random_model(V3, 7)
     save_hf_folder(V3, base.named_parameters(), tmp_path / "base", dtype=torch.bfloat16)
+    start = {name: value.float() for name, value in HFTensors(tmp_path / "base").items()}
+    # Replicated, next to sharded parameters.
+    argv = _argv(tmp_path, "start", 2, "--levels=512:1", args=V3)
+    assert run_distributed(_checksum, 2, argv, V3)[0] == checksum(start.items())
     words = [
         "--levels=128:1,512:2:ulysses:full",
         "--checkpoint.export_dtype=bfloat16",

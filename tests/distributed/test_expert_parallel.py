@@ -28,7 +28,8 @@ from hbp_titan.models.moe import MixtureOfExperts, sort_by_expert
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level, build_plan
 from hbp_titan.packing.level import AC_POLICIES
-from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
+from hbp_titan.testing.equivalence import Outcome, compare, reference, run_case
+from hbp_titan.testing.equivalence_cases import Case
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.models.deepseek_tiny import hf_model, in_hf_memory, tiny_args
 from tests.reference import token_losses

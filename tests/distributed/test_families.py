@@ -11,7 +11,8 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.packing import Level
 from hbp_titan.packing.level import CP_STYLES
-from hbp_titan.testing.equivalence import Case, Outcome, compare
+from hbp_titan.testing.equivalence import Outcome, compare
+from hbp_titan.testing.equivalence_cases import Case
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_expert_parallel import SEED, RandomSamples, _assert_equal, _run
 from tests.models.deepseek_tiny import hf_model, in_hf_memory

@@ -23,7 +23,8 @@ from hbp_titan.distributed.fsdp import apply_fsdp, whole_tensor
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.packing import Level, build_plan
-from hbp_titan.testing.equivalence import Case, Outcome, compare, reference, run_case
+from hbp_titan.testing.equivalence import Outcome, compare, reference, run_case
+from hbp_titan.testing.equivalence_cases import Case
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.distributed.test_expert_parallel import RandomSamples
 from tests.models.deepseek_tiny import tiny_args

@@ -236,6 +236,15 @@ def test_unsupported_mixtures_and_latent_attention_raise(changes: dict[str, Any]
         tiny_args(**changes)
 
 
+def test_a_group_whose_biased_scores_are_negative_is_still_chosen() -> None:
+    # Group 0 has the larger sum, -0.5 - 0.5 against -0.6 - 0.6; a mask of 0 would beat both.
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 0}
+    moe = MoEArgs(**sizes, topk_method="noaux_tc", n_group=2, topk_group=1, routed_scaling_factor=2.0)
+    weights, experts = route(torch.tensor([[0.5, 0.5, 0.4, 0.4]]), moe, torch.full((4,), -1.0))
+    assert sorted(experts[0].tolist()) == [0, 1]
+    assert weights.tolist() == [[1.0, 1.0]]
+
+
 def test_moe_layer_freq_gives_experts_to_every_second_layer() -> None:
     # transformers has no such key; in DeepSeek's own code layer i has experts where i >= first and i % freq == 0.
     model = Decoder(tiny_args(num_layers=6, moe={"first_k_dense_replace": 1, "moe_layer_freq": 2}))

@@ -27,20 +27,16 @@ from hbp_titan.testing.equivalence import (
     BF16_FACTOR,
     CAUGHT_FACTOR,
     GRAD_TOLERANCE,
-    Case,
     Difference,
     Outcome,
     Result,
     Tolerance,
-    build_cases,
-    choose_samples,
     compare,
     judge,
     row,
-    scaled_levels,
-    shrunk,
     verify,
 )
+from hbp_titan.testing.equivalence_cases import Case, build_cases, choose_samples, scaled_levels, shrunk
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
 from tests.programs import run_python

@@ -32,7 +32,8 @@ from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
-from hbp_titan.testing.equivalence import Samples, build_cases, verify
+from hbp_titan.testing.equivalence import verify
+from hbp_titan.testing.equivalence_cases import Samples, build_cases
 from hbp_titan.testing.gpu_check.runner import ROOT, Found, Settings, Table, end_group
 from hbp_titan.tuning.hardware import hardware_of
 
