@@ -40,7 +40,6 @@ from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.models.attention import choose_backend
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder, build_decoder
-from hbp_titan.models.lora import apply_lora
 from hbp_titan.packing.level import Level, level_name
 
 
@@ -101,6 +100,8 @@ def parallelized_on_meta(
     with torch.device("meta"):
         model = build_decoder(args).to(stored_dtype(config, world.device))
         if config.lora.rank:
+            from hbp_titan.models.lora import apply_lora
+
             lora = config.lora
             apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)

@@ -20,7 +20,6 @@ from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.hf_config import args_from_hf
-from hbp_titan.models.lora import lora_targets
 from hbp_titan.models.registry import get_flavor, linear_params
 from hbp_titan.packing import CostModel, Level
 
@@ -110,6 +109,8 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
         )
     own = config.checkpoint.initial_load_path
     if config.lora.rank:
+        from hbp_titan.models.lora import lora_targets
+
         with torch.device("meta"):
             lora_targets(build_decoder(args), config.lora.target_modules)
     check_load_path(config.weights_path, args, "checkpoint.initial_load_path" if own else "model.hf_path")

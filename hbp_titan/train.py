@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import hbp_titan.distributed.world as distributed
 from hbp_titan import errors, preflight
-from hbp_titan.components import oom, profiling, timing, weights
+from hbp_titan.components import oom, profiling, timing
 from hbp_titan.components import optimizer as optim
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.faults import NonFiniteGuard, Preempted, Preemption, Watchdog
@@ -113,7 +113,11 @@ class Trainer:
         # Position and schedule, tensors, and the samples that were trained.
         self.train_state = TrainState(config, self.args, self.plans, self.store.fingerprint)
         self.position = self.train_state.position
-        self.adapter = weights.describe_adapter(config, self.model)
+        self.adapter: dict[str, Any] | None = None
+        if config.lora.rank:
+            from hbp_titan.components.lora_checkpoint import describe_adapter
+
+            self.adapter = describe_adapter(config, self.model)
         self.checkpointer = Checkpointer(
             self.folder / "checkpoint",
             self.model,
@@ -346,7 +350,10 @@ class Trainer:
     def _check_checkpoint(self, state: dict[str, Any], path: Path) -> None:
         """Raise ValueError for a checkpoint of another run."""
         self.train_state.check(state, path)
-        weights.check_adapter(state.get("lora"), self.adapter, path)
+        if self.adapter and "lora" in state:
+            from hbp_titan.components.lora_checkpoint import check_adapter
+
+            check_adapter(state["lora"], self.adapter, path)
 
     def _resume(self) -> None:
         check_starts_over(self.config)

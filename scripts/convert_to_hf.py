@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from hbp_titan.components.checkpoint import completed_checkpoints, read_state
-from hbp_titan.components.weights import whole_tensors
+from hbp_titan.components.lora_checkpoint import whole_tensors
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf_export import EXPORT_DTYPES, save_hf_folder

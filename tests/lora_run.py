@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hbp_titan.components.weights import checksum
+from hbp_titan.components.lora_checkpoint import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf_export import save_hf_folder
-from hbp_titan.models.lora import is_adapter
+from hbp_titan.models.layers import is_adapter
 from hbp_titan.train import Trainer
 from tests.runs import before_step
 from tests.tiny_run import ARGS, write_tiny_run

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hbp_titan.components.checkpoint import Checkpointer
+from hbp_titan.components.lora_checkpoint import checksum
 from hbp_titan.components.optimizer import build_optimizer
-from hbp_titan.components.weights import checksum
 from hbp_titan.config import load_config
 from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.world import World

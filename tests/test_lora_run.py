@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hbp_titan.components.checkpoint import save_model_tensors
+from hbp_titan.components.lora_checkpoint import checksum, whole_tensors
 from hbp_titan.components.optimizer import lr_factor
-from hbp_titan.components.weights import check_load_path, checksum, initialize, whole_tensors
+from hbp_titan.components.weights import check_load_path, initialize
 from hbp_titan.config import JobConfig, load_config
 from hbp_titan.data.epoch import EpochPlans
 from hbp_titan.data.prepare import open_stores
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import HFTensors, to_hf_name
-from hbp_titan.models.lora import apply_lora, init_lora_parameter, is_adapter
+from hbp_titan.models.layers import is_adapter
+from hbp_titan.models.lora import apply_lora, init_lora_parameter
 from hbp_titan.preflight import check, cost_model
 from hbp_titan.testing.local_ranks import run_distributed
 from tests.lora_run import train_each, write_lora_run

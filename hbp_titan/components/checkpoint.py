@@ -50,7 +50,7 @@ from hbp_titan.components.dcp_storage import (
 from hbp_titan.distributed.world import SLOW_WORK_SECONDS, gather_values, new_group, set_timeout
 from hbp_titan.errors import UserError, WorkerGroup, format_error
 from hbp_titan.job_config import Checkpoint
-from hbp_titan.models.lora import is_adapter
+from hbp_titan.models.layers import is_adapter
 from hbp_titan.utils import first_n, sha256_file
 
 ParamGroups = list[dict[str, Any]]

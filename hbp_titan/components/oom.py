@@ -1,4 +1,4 @@
-"""Out of memory: recognizing the error, torch's figures in it, and how much memory a rank has and uses.
+"""Out of memory: recognizing the error, torch's figures in it, and how much memory a rank has.
 
 A GPU, a CPU and NCCL raise different errors for it. What to change in the configuration is tuning/oom_advice.py's
 knowledge, which is loaded only when memory has run out.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.world import World
@@ -127,38 +126,3 @@ def device_memory(device: torch.device, local_ranks: int) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
-
-
-@dataclass
-class MemoryUse:
-    """Peak and final bytes relative to the start of the measurement.
-
-    On the CPU, memory that was allocated before and is released inside does not count.
-    """
-
-    peak_bytes: int = 0
-    held_bytes: int = 0
-
-
-@contextmanager
-def measure_memory(device: torch.device) -> Iterator[MemoryUse]:
-    """Measure the body to the byte; the yielded MemoryUse is filled when it ends. Resets CUDA's peak statistics.
-
-    On the CPU torch's profiler reports every allocation, inside operators too; do not time the body at the same time.
-    """
-    use = MemoryUse()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield use
-        use.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-        use.held_bytes = torch.cuda.memory_allocated(device) - before
-        return
-    # torch has no allocation counters for the CPU; the profiler sees every one.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        yield use
-    assert prof.profiler is not None
-    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        use.held_bytes += event.nbytes()
-        use.peak_bytes = max(use.peak_bytes, use.held_bytes)

@@ -19,7 +19,6 @@ from hbp_titan.distributed.context_parallel import ContextParallelAttention, Con
 from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.lora import enable_input_require_grads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEFORE_ATTENTION = ("pre_attention", "pre_keys_values", "pre_queries")
@@ -64,6 +63,8 @@ def parallelize(
         cpu_offload=config.parallelism.cpu_offload,
     )
     if config.lora.rank:
+        from hbp_titan.models.lora import enable_input_require_grads
+
         # After FSDP2, which would otherwise gather the embeddings for a backward that they do not have.
         enable_input_require_grads(model)
 

@@ -29,6 +29,12 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """Required and optional keys of each rope_type, apart from "default"."""
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+
+
+def is_adapter(fqn: str) -> bool:
+    """Return whether the parameter `fqn` belongs to an adapter (models/lora.py)."""
+    return fqn.endswith((LORA_A, LORA_B))
 
 
 def check_scaling(scaling: dict[str, Any], where: str) -> None:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hbp_titan.models.decoder import Decoder
-from hbp_titan.models.layers import Slices, uniform
+from hbp_titan.models.layers import LORA_A, LORA_B, Slices, uniform
 
 # No dropout: recomputation keeps no random state (a second forward would draw another mask than the first), and the
 # ranks of a cp group would draw masks that no single process draws. Gradients would no longer be exact.
 ALL_LINEAR = "all-linear"
-_LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
 
 
 class LoRALinear(nn.Linear):
@@ -95,11 +94,6 @@ def enable_input_require_grads(model: Decoder) -> None:
     model.tok_embeddings.register_forward_hook(start)
 
 
-def is_adapter(fqn: str) -> bool:
-    """Return whether the parameter `fqn` belongs to an adapter."""
-    return fqn.endswith((_LORA_A, _LORA_B))
-
-
 def init_lora_parameter(
     fqn: str, shape: Sequence[int], seed: int, part: Slices | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -108,7 +102,7 @@ def init_lora_parameter(
     As PEFT: A uniform in +-1/sqrt(I) (kaiming_uniform with a = sqrt(5)), B zero, so the model starts as its base.
     """
     part = part or tuple(slice(0, size) for size in shape)
-    if fqn.endswith(_LORA_B):
+    if fqn.endswith(LORA_B):
         return torch.zeros(
             [len(range(*dim.indices(size))) for dim, size in zip(part, shape, strict=True)], device=device
         )
@@ -121,7 +115,7 @@ def merged(
     """Yield the (name, whole tensor) pairs of `base`, each adapted W as W + scaling * B A in fp32."""
     for fqn, tensor in base:
         module = fqn.removesuffix("weight")
-        if module + _LORA_A in adapter:
-            a_RI, b_OR = adapter[module + _LORA_A].float(), adapter[module + _LORA_B].float()
+        if module + LORA_A in adapter:
+            a_RI, b_OR = adapter[module + LORA_A].float(), adapter[module + LORA_B].float()
             tensor = tensor.float() + scaling * (b_OR @ a_RI)
         yield fqn, tensor

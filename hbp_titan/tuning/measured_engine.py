@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
-from hbp_titan.components.oom import OutOfMemory, is_out_of_memory, measure_memory
+from hbp_titan.components.oom import OutOfMemory, is_out_of_memory
 from hbp_titan.components.optimizer import build_optimizer, clip_grad_norm
 from hbp_titan.config import JobConfig
 from hbp_titan.data.batch import PackedBatch
@@ -215,3 +218,38 @@ class MeasuredEngine:
     def _synchronize(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
+
+
+@dataclass
+class MemoryUse:
+    """Peak and final bytes relative to the start of the measurement.
+
+    On the CPU, memory that was allocated before and is released inside does not count.
+    """
+
+    peak_bytes: int = 0
+    held_bytes: int = 0
+
+
+@contextmanager
+def measure_memory(device: torch.device) -> Iterator[MemoryUse]:
+    """Measure the body to the byte; the yielded MemoryUse is filled when it ends. Resets CUDA's peak statistics.
+
+    On the CPU torch's profiler reports every allocation, inside operators too; do not time the body at the same time.
+    """
+    use = MemoryUse()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield use
+        use.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        use.held_bytes = torch.cuda.memory_allocated(device) - before
+        return
+    # torch has no allocation counters for the CPU; the profiler sees every one.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        yield use
+    assert prof.profiler is not None
+    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        use.held_bytes += event.nbytes()
+        use.peak_bytes = max(use.peak_bytes, use.held_bytes)

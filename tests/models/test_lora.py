@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.hf import to_hf_name
 from hbp_titan.models.hf_export import save_adapter_folder
-from hbp_titan.models.lora import LoRALinear, apply_lora, init_lora_parameter, is_adapter, lora_targets, merged
+from hbp_titan.models.layers import is_adapter
+from hbp_titan.models.lora import LoRALinear, apply_lora, init_lora_parameter, lora_targets, merged
 from tests.models import deepseek_tiny
 from tests.models.families import TINY
 from tests.models.test_decoder import build_pair, hf_logits, make_pack, tiny_args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hbp_titan.components.oom import measure_memory
+from hbp_titan.tuning.measured_engine import measure_memory
 
 CPU = torch.device("cpu")
 
