@@ -43,6 +43,7 @@ CHOICES = {
     "training.on_nonfinite": ("stop", "skip"),
     "lora.base_dtype": ("auto", "float32", "bfloat16"),
     "parallelism.cp_backend": ("fused", "dtensor"),
+    "float8.recipe": ("", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
     "optimizer.name": ("adamw", "adamw8bit", "muon"),
     "optimizer.state_dtype": ("auto", "bfloat16"),
     "lr_scheduler.decay": ("cosine", "linear", "constant"),
@@ -145,7 +146,9 @@ def help_text() -> str:
     """Return every key with its type, default and meaning."""
     lines = ["options (command line > TOML file > default):", "  --job.config_file X.toml"]
     lines.append("  --levels 1024:1,8192:2    max_tokens:cp_degree:cp_style:ac_policy:ac_layers:reshard_after_forward:")
-    lines.append("                            offload_layers:mlp_chunk_tokens:attention_head_groups; empty: default;")
+    lines.append(
+        "                            offload_layers:mlp_chunk_tokens:attention_head_groups:float8; empty: default;"
+    )
     lines.append("                            only max_tokens is required; in TOML, [[levels]] blocks")
     for section in dataclasses.fields(JobConfig):
         if section.name == "levels":

@@ -64,6 +64,7 @@ class LevelRuntime:
         self.ac_state = ActivationCheckpointState()
         self.reshard_default = reshard_after_forward
         self.reshard_state = ReshardState({level.reshard_setting(reshard_after_forward) for level in levels})
+        self.float8_state: Any = None  # Float8State with float8.recipe
         self.active: int | None = None
 
     def activate(self, index: int) -> None:
@@ -73,6 +74,8 @@ class LevelRuntime:
         self.ac_state.set_level(level, self.num_layers)
         # Without a backward nothing frees what a forward keeps, and the next level may need that memory.
         self.reshard_state.set_value(level.reshard_setting(self.reshard_default) if torch.is_grad_enabled() else True)
+        if self.float8_state:
+            self.float8_state.active = level.float8 is not False
         self.active = index
 
 
@@ -104,6 +107,10 @@ def parallelized_on_meta(
 
             lora = config.lora
             apply_lora(model, lora.rank, lora.alpha, lora.target_modules, DTYPES[config.training.dtype])
+        if config.float8.recipe:
+            from hbp_titan.distributed.float8 import apply_float8
+
+            runtime.float8_state = apply_float8(model, config.float8)
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)
     return model, runtime
 

@@ -245,6 +245,18 @@ class Parallelism:
 
 
 @dataclass
+class Float8:
+    recipe: str = ""
+    """Scales of FP8 products: "" (none), tensorwise (fastest), rowwise, or rowwise_with_gw_hp; needs torchao."""
+    fsdp_all_gather: bool = False
+    """FSDP2 gathers the converted weights in float8 (tensorwise only); their scales are computed after each step."""
+    filter_fqns: list[str] = field(default_factory=lambda: ["auto_filter_small_kn", "q_a_proj", "kv_a_proj"])
+    """Layers of the blocks to leave out, by parts of names; auto_filter_small_kn: those too small to gain (torchao)."""
+    emulate: bool = False
+    """Multiply the rounded values in float32: for CPUs and older GPUs, slow."""
+
+
+@dataclass
 class Compile:
     enable: bool = False
     """torch.compile each block."""
@@ -330,6 +342,7 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    float8: Float8 = field(default_factory=Float8)
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)

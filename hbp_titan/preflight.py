@@ -98,6 +98,10 @@ def check(config: JobConfig, world_size: int, device: torch.device, args: ModelA
 
         shards = world_size // config.parallelism.dp_replicate
         check_experts(args, config.parallelism.expert_parallel_degree, shards)
+    if config.float8 != type(config.float8)() or any(level.float8 is not None for level in config.levels):
+        from hbp_titan.distributed.float8 import check_float8
+
+        check_float8(config, world_size, device, args)
     if config.optimizer.router_bias_rate and (config.lora.rank or not (args.moe and args.moe.has_router_bias)):
         reason = "lora.rank freezes them" if config.lora.rank else f"the model {args.name} has none"
         raise ValueError(f"optimizer.router_bias_rate moves router biases, but {reason}; remove it")

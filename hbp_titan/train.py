@@ -106,6 +106,9 @@ class Trainer:
             self.engine = Engine(config, self.args, world, read_weights=not self.resumes or config.lora.rank > 0)
             self.model = self.engine.model
             self.optimizer = optim.build_optimizer(self.model, config.optimizer)
+            if float8 := self.engine.runtime.float8_state:
+                float8.track(self.optimizer, self.model)
+                self._print(wrap(float8.description))
 
     def _build_state(self) -> None:
         """Build what a resumed run needs, what is measured, and what handles faults."""

@@ -295,7 +295,8 @@ def set_rng_state(tensors: Mapping[str, Tensor]) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, or any other tensor as it is."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return getattr(local, "_tensor", local)  # what a weight that FSDP2 gathers in float8 wraps
 
 
 class PinnedStaging:

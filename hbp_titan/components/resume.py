@@ -48,7 +48,7 @@ PARTS = ("data.", "validation.")
 """Keys that are compared only to say why the data differ."""
 PACKAGES = (
     "torch", "torchdata", "numpy", "tokenizers", "safetensors", "jinja2", "tensorboard", "tqdm", "triton", "flash-attn",
-    "pyarrow", "zstandard", "pyyaml",
+    "torchao", "pyarrow", "zstandard", "pyyaml",
 )  # fmt: skip
 """Packages that affect a run's numbers or read its files."""
 CODE = ("hbp_titan", "scripts", "run_train.sh", "pyproject.toml")

@@ -38,6 +38,7 @@ class Level:
     reshard_after_forward: what FSDP2 does with a block's gathered parameters between forward and backward: free them
         (True), keep them (False), or keep them sharded over this number of adjacent ranks (an integer above 1); None
         uses parallelism.reshard_after_forward. It trades memory for traffic and changes neither numbers nor the plan.
+    float8: whether linear layers multiply in float8; None means the run's float8.recipe. It does not change the plan.
 
     Raises ValueError for values outside these domains and for a max_tokens that cp_degree does not divide.
     """
@@ -51,6 +52,7 @@ class Level:
     offload_layers: int | None = None
     mlp_chunk_tokens: int = 0
     attention_head_groups: int = 1
+    float8: bool | None = None
 
     def __post_init__(self) -> None:
         name = f"level of max_tokens={self.max_tokens}"
@@ -158,6 +160,7 @@ def parse_levels(text: str) -> tuple[Level, ...]:
         "offload_layers": _number,
         "mlp_chunk_tokens": _number,
         "attention_head_groups": _number,
+        "float8": lambda word: bool(("false", "true").index(word)),
     }
     levels = []
     for part in text.split(","):
