@@ -9,6 +9,9 @@ In bfloat16 a case cannot equal an fp32 reference, so the effect of rounding is 
 bfloat16, unpacked, and a case may differ by BF16_FACTOR times the difference of the two, parameter by parameter. A
 control must exceed its tolerance by BF16_CAUGHT_FACTOR; otherwise it is reported as below the noise.
 
+With float8.recipe the reference has the same products, emulated. Scales per row make a token's product independent of
+other tokens; those of a whole tensor do not, so "tensorwise" is not comparable with an unpacked run.
+
 Shape suffixes: T tokens of one sample, N query heads, K key/value heads, D head width, S samples.
 """
 
@@ -32,20 +35,23 @@ from torch.nn import functional as F
 from hbp_titan.components.loss import NORMALIZERS
 from hbp_titan.config import JobConfig
 from hbp_titan.data.loader import BatchShapes, PlanDataset
+from hbp_titan.distributed.float8 import apply_float8
 from hbp_titan.distributed.fsdp import whole_tensor
 from hbp_titan.distributed.parallelize import DTYPES
 from hbp_titan.distributed.world import World, all_reduce_values
 from hbp_titan.engine import Engine
-from hbp_titan.job_config import NEW_WEIGHTS
+from hbp_titan.job_config import NEW_WEIGHTS, Float8
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.documents import pack_documents
 from hbp_titan.packing import build_plan
-from hbp_titan.testing.equivalence_cases import BREAKAGES, Case, Samples
+from hbp_titan.testing.equivalence_cases import BREAKAGES, PLAIN_PRODUCTS, Case, Samples
 from hbp_titan.testing.local_ranks import run_distributed
 
 LOSS_TOLERANCE = 1e-5
 GRAD_TOLERANCE = 1e-4
+FLOAT8_GRAD_TOLERANCE = 2e-3
+"""Of FP8 products in float32 with scales per row: a sum in another order may change which float8 value is nearest."""
 CAUGHT_FACTOR = 10.0
 """A control must differ by this multiple of a sound case's tolerance."""
 BF16_FACTOR = 3.0
@@ -79,9 +85,9 @@ class Tolerance:
     caught_factor: float
 
     @classmethod
-    def of_fp32(cls, names: Sequence[str]) -> Tolerance:
-        """Return the fixed tolerance in float32."""
-        return cls(LOSS_TOLERANCE, dict.fromkeys(names, GRAD_TOLERANCE), CAUGHT_FACTOR)
+    def of_fp32(cls, names: Sequence[str], gradient: float = GRAD_TOLERANCE) -> Tolerance:
+        """Return a fixed tolerance in float32."""
+        return cls(LOSS_TOLERANCE, dict.fromkeys(names, gradient), CAUGHT_FACTOR)
 
     @classmethod
     def of_noise(cls, noise: Difference) -> Tolerance:
@@ -108,7 +114,7 @@ class Result:
     @property
     def control(self) -> bool:
         """Whether the case is broken on purpose, or normalizes the loss differently, so that it must differ."""
-        return bool(self.case.broken) or self.case.loss_normalization != "ave_token"
+        return bool(self.case.broken) or self.case.loss_normalization != "ave_token" or self.case.name == PLAIN_PRODUCTS
 
     @property
     def passed(self) -> bool:
@@ -156,13 +162,17 @@ def reference(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     weights: str = "",
+    float8: Float8 | None = None,
 ) -> tuple[Tensor, Outcome]:
     """Run one sample at a time in one process, entirely in `dtype`; sum gradients over samples in float32.
 
-    weights: HF folder of a model that transformers builds; others get new weights from `seed`.
+    weights: HF folder of a model that transformers builds; others get new weights from `seed`. float8: of FP8 products.
     Returns the sum of the token losses of each sample, float64 [S], and the outcome.
     """
     model = _reference_model(args, seed, weights).to(device, dtype)
+    if float8 and float8.recipe:
+        assert isinstance(model, Decoder)
+        apply_float8(model, dataclasses.replace(float8, fsdp_all_gather=False))
     total = int(samples.loss_tokens.sum())
     grads = {name: torch.zeros(p.shape, device=device) for name, p in _trained(model)}
     losses = []
@@ -188,13 +198,20 @@ def reference(
 
 
 def reference_and_tolerance(
-    args: ModelArgs, seed: int, samples: Samples, device: torch.device, dtype: torch.dtype, weights: str = ""
+    args: ModelArgs,
+    seed: int,
+    samples: Samples,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str = "",
+    float8: Float8 | None = None,
 ) -> tuple[Outcome, Tolerance]:
-    """Return the fp32 reference, and the tolerance of a case that computes in `dtype`. weights: as of `reference`."""
-    losses_S, expected = reference(args, seed, samples, device, weights=weights)
+    """Return the fp32 reference, and the tolerance of a case that computes in `dtype`; the rest as of `reference`."""
+    losses_S, expected = reference(args, seed, samples, device, weights=weights, float8=float8)
     if dtype == torch.float32:
-        return expected, Tolerance.of_fp32([*expected.grads])
-    rounded_S, rounded = reference(args, seed, samples, device, dtype, weights)
+        gradient = FLOAT8_GRAD_TOLERANCE if float8 and float8.recipe else GRAD_TOLERANCE
+        return expected, Tolerance.of_fp32([*expected.grads], gradient)
+    rounded_S, rounded = reference(args, seed, samples, device, dtype, weights, float8)
     # In the mean loss the errors of samples cancel by chance; the sum of their absolute values bounds it.
     noise = float((rounded_S - losses_S).abs().sum() / losses_S.sum())
     return expected, Tolerance.of_noise(Difference(noise, compare(expected, rounded).grads))
@@ -314,7 +331,13 @@ def verify(
     device_type: "cpu", or "cuda" with one GPU per rank. dtype: of the cases' computation.
     """
     expected, tolerance = reference_and_tolerance(
-        args, config.training.seed, samples, torch.device(device_type), DTYPES[dtype], config.weights_path
+        args,
+        config.training.seed,
+        samples,
+        torch.device(device_type),
+        DTYPES[dtype],
+        config.weights_path,
+        config.float8,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "expected")

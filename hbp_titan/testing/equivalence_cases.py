@@ -41,6 +41,10 @@ class Case:
     cpu_offload: bool = False
 
 
+PLAIN_PRODUCTS = "CONTROL products in the compute dtype"
+"""Name of the control of a run with FP8 products."""
+
+
 class Samples:
     """Some of a store's samples, renumbered from 0."""
 
@@ -78,8 +82,13 @@ def scaled_levels(levels: Sequence[Level], max_tokens: int) -> tuple[Level, ...]
     )
 
 
-def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: ModelArgs) -> list[Case]:
-    """Return the cases: one level, each cp degree, the configured levels, each policy, steps, compile, controls."""
+def build_cases(
+    levels: Sequence[Level], world_sizes: Sequence[int], args: ModelArgs, float8: bool = False
+) -> list[Case]:
+    """Return the cases: one level, each cp degree, the configured levels, each policy, steps, compile, controls.
+
+    float8: whether the run has FP8 products; a control then has none.
+    """
     largest = levels[-1].max_tokens
     cases = []
     for world in world_sizes:
@@ -106,8 +115,10 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     world = world_sizes[-1]
     cases += [Case(name, world, _with_plan(fitted, plan, args)) for name, plan in _MEMORY_PLANS.items()]
     tokens = 2 * largest
-    cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
-    cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
+    if not float8:
+        # A step's loss is divided by its own tokens, and float8 rounds gradients of another size otherwise.
+        cases.append(Case("several steps, levels alternate", world, fitted, "alternate", tokens))
+        cases.append(Case("several steps, levels mixed", world, fitted, "interleave", tokens))
     cases.append(Case("compiled", world, fitted, compile=True))
     most, plan = list(_MEMORY_PLANS.items())[-1]
     all_plans = _with_plan(fitted, plan, args)
@@ -117,6 +128,9 @@ def build_cases(levels: Sequence[Level], world_sizes: Sequence[int], args: Model
     cases.append(Case("parameters in host memory", world, fitted, cpu_offload=True))
     cases.append(Case(f"parameters in host memory, {most}", world, all_plans, cpu_offload=True))
     cases += [Case(f"CONTROL {name}", world, fitted, broken=name) for name in BREAKAGES]
+    if float8:
+        plain = tuple(dataclasses.replace(level, float8=False) for level in fitted)
+        cases.append(Case(PLAIN_PRODUCTS, world, plain))
     cases.append(Case("CONTROL mean per rank", world, fitted, loss_normalization="token_mean"))
     if args.hf_config is None:
         return cases
