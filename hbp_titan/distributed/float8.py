@@ -73,7 +73,7 @@ def apply_float8(model: Decoder, config: Float8) -> Float8State:
 
     Parameters keep their names. Raises ValueError without a torchao that fits, and as `selected_names`.
     """
-    float8 = _torchao()
+    float8 = torchao_float8()
     recipe = dataclasses.replace(
         float8.Float8LinearConfig.from_recipe_name(config.recipe),
         enable_fsdp_float8_all_gather=config.fsdp_all_gather,
@@ -106,7 +106,7 @@ def _switched_linear() -> type[nn.Linear]:
     return SwitchedFloat8Linear
 
 
-def _torchao() -> Any:
+def torchao_float8() -> Any:
     """Return the module torchao.float8; raise ValueError if it is missing or of another version."""
     found = torchao_version()
     if not found or ".".join(found.split(".")[:2]) not in TORCHAO:
@@ -213,7 +213,7 @@ def check_float8(config: JobConfig, world_size: int, device: torch.device, args:
             )
     if float8.fsdp_all_gather:
         _check_all_gather(config, world_size, {name: block_linears(model)[name].out_features for name in names})
-    _torchao()
+    torchao_float8()
 
 
 def check_capability(capability: tuple[int, int], recipe: str) -> None:
