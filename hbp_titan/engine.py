@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import PlanDataset
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState
 from hbp_titan.distributed.context_parallel import ContextParallelState
-from hbp_titan.distributed.fsdp import ReshardState, reshard
+from hbp_titan.distributed.fsdp import MicroBatchOverlap, ReshardState, has_separate_reductions, reshard
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.distributed.parallelize import (
     DTYPES,
@@ -118,6 +119,9 @@ def parallelized_on_meta(
 class Engine:
     """The sharded model and one micro-batch on it, at the level that the batch names."""
 
+    overlap: MicroBatchOverlap | None = None
+    """Of the micro-batches of an optimizer step, where reductions have a communicator of their own."""
+
     def __init__(self, config: JobConfig, args: ModelArgs, world: World, read_weights: bool = True) -> None:
         """read_weights: false leaves the weights uninitialized, for a caller that loads a checkpoint."""
         self.device = world.device
@@ -127,6 +131,8 @@ class Engine:
         self.chunk_tokens = config.training.loss_chunk_tokens
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
+        if has_separate_reductions(config.parallelism, world.device) and not config.parallelism.cpu_offload:
+            self.overlap = MicroBatchOverlap(cast(FSDPModule, self.model))
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
         if read_weights:
@@ -151,7 +157,8 @@ class Engine:
         Returns the sum of this rank's token losses of each of `batch.sample_ids`, float64 [S] on its device.
         Raises OutOfMemory.
         """
-        with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]):
+        overlap = self.overlap.micro_batch(last) if self.overlap else nullcontext()
+        with out_of_memory_in(TRAINING, self.runtime.levels[batch.level]), overlap:
             objective, losses_S = self.forward(batch)
             if self.replicated:
                 cast(FSDPModule, self.model).set_requires_all_reduce(last)

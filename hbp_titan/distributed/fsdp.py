@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 
 from hbp_titan.distributed.mesh import partial_shard_mesh, reduce_group
+from hbp_titan.job_config import Parallelism
 from hbp_titan.models.decoder import Decoder, DecoderBlock
 
 
@@ -93,8 +95,7 @@ def apply_fsdp(
 
     expert_mesh: with expert parallelism `LevelMeshes.experts`; experts are sharded further over its axes before "ep".
     reshard: gets control of the blocks.
-    separate_reduce_scatter: reduce gradients on a separate process group where torch can (2.13); on one NCCL
-        communicator reductions and all-gathers run one after another.
+    separate_reduce_scatter: reduce gradients on a separate process group (has_separate_reductions).
     cpu_offload: keep the shards of parameters and gradients in host memory, pinned if `mesh` is of GPUs. Parameters
         must then be allocated on the CPU.
     """
@@ -131,7 +132,7 @@ def apply_fsdp(
             # Neither call recurses. gloo has no pre-multiplied sum, so the factor 1 must not be a multiplication.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if separate_reduce_scatter and hasattr(root, "set_separate_reduce_scatter_group"):
+    if separate_reduce_scatter:
         for module in model.modules():
             for group in param_groups(module):
                 # torch uses a group that is already set; its own would be a new one per engine, with torch's timeout.
@@ -154,6 +155,63 @@ def _prefetch(blocks: list[FSDPModule]) -> None:
         following = next((k for k in starts if k > end), len(blocks))
         prefetched = blocks[end:following]
         blocks[start].set_modules_to_forward_prefetch(blocks[1:end] + prefetched if start == 0 else prefetched)
+
+
+def has_separate_reductions(parallelism: Parallelism, device: torch.device) -> bool:
+    """Return whether gradients are reduced on a process group of their own: on GPUs, if configured, from torch 2.13 on.
+
+    On one NCCL communicator reductions and all-gathers run one after another; gloo has no such queue.
+    """
+    can = device.type == "cuda" and hasattr(FSDPModule, "set_separate_reduce_scatter_group")
+    return can and parallelism.separate_reduce_scatter
+
+
+class MicroBatchOverlap:
+    """Lets the micro-batches of an optimizer step follow each other without waiting for FSDP2's collectives.
+
+    By default a backward ends by waiting for all reductions, and the next forward's first gather waits for that
+    backward: nothing computes while the embeddings are reduced, gathered again, and the first block with them. But only
+    the optimizer reads the gradients and changes the parameters.
+
+    model: with its reductions on a communicator of their own (apply_fsdp's separate_reduce_scatter): on a shared one
+        the gathers would queue behind them. Not with cpu_offload, whose gradients arrive on the host at that wait.
+    """
+
+    def __init__(self, model: FSDPModule) -> None:
+        self.root = model
+        self._updated: Any = None  # event: the parameters are those of this step
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Surround the forward and backward of a micro-batch. last: whether it is the last of its optimizer step."""
+        state: Any = self.root._get_fsdp_state()
+        if self._updated is None:
+            self._updated = state._device_handle.current_stream().record_event()
+        else:
+            self.root.set_post_optim_event(self._updated)
+        self.root.set_is_last_backward(last)
+        ended = False
+        try:
+            yield
+            ended = True
+        finally:
+            if last or not ended:
+                self._updated = None
+        if not last:
+            self._release(state._comm_ctx)
+
+    def _release(self, comm: Any) -> None:
+        """Release what FSDP2 keeps until the last backward."""
+        for reduction in comm.reduce_scatter_states:
+            # Instead of the reference, which would keep the embeddings' gradient through the next forward.
+            if reduction.reduce_scatter_input.is_cuda:
+                reduction.reduce_scatter_input.record_stream(comm.reduce_scatter_stream)
+        comm.reduce_scatter_states.clear()
+        # Otherwise the next backward would end by gathering the head, as if this micro-batch's backward followed.
+        comm.post_forward_order.clear()
+        for module in cast(nn.Module, self.root).modules():
+            for group in param_groups(module):
+                group._post_forward_indices.clear()
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

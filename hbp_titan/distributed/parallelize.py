@@ -16,7 +16,7 @@ import torch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.activation_checkpoint import ActivationCheckpointState, apply_activation_checkpoint
 from hbp_titan.distributed.context_parallel import ContextParallelAttention, ContextParallelState
-from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp
+from hbp_titan.distributed.fsdp import ReshardState, apply_fsdp, has_separate_reductions
 from hbp_titan.distributed.mesh import LevelMeshes
 from hbp_titan.models.decoder import Decoder
 
@@ -58,8 +58,7 @@ def parallelize(
         param_dtype=compute_dtype(config, device),
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
         reshard=reshard,
-        # gloo has no communicator on which collectives would queue.
-        separate_reduce_scatter=config.parallelism.separate_reduce_scatter and device.type == "cuda",
+        separate_reduce_scatter=has_separate_reductions(config.parallelism, device),
         cpu_offload=config.parallelism.cpu_offload,
     )
     if config.lora.rank:

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hbp_titan import engine
 from hbp_titan.components.optimizer import square_norm
 from hbp_titan.config import load_config, validate
 from hbp_titan.data.batch import PackedBatch
 from hbp_titan.data.loader import BatchShapes, PlanDataset
 from hbp_titan.distributed import parallelize
-from hbp_titan.distributed.fsdp import apply_fsdp, whole_tensor
+from hbp_titan.distributed.fsdp import has_separate_reductions, whole_tensor
 from hbp_titan.distributed.world import World
 from hbp_titan.engine import Engine
 from hbp_titan.packing import Level, build_plan
@@ -101,12 +102,15 @@ def _run(world: World, cases: list[Case], separate: bool) -> list[tuple[Outcome,
         passes: Passes = []
         whole = Engine.forward_backward
         Engine.forward_backward = _counted(passes)  # type: ignore[method-assign, assignment]
-        if separate:
-            parallelize.apply_fsdp = lambda *a, **k: apply_fsdp(*a, **{**k, "separate_reduce_scatter": True})
+        # As on GPUs from torch 2.13 on: the micro-batches of a step then overlap, too.
+        for module in (parallelize, engine):
+            module.has_separate_reductions = lambda *_: separate  # type: ignore[attr-defined]
         try:
             results.append((run_case(world, config, ARGS, case, Samples()), passes))  # type: ignore[arg-type]
         finally:
-            Engine.forward_backward, parallelize.apply_fsdp = whole, apply_fsdp  # type: ignore[method-assign]
+            Engine.forward_backward = whole  # type: ignore[method-assign]
+            for module in (parallelize, engine):
+                module.has_separate_reductions = has_separate_reductions  # type: ignore[attr-defined]
     return results
 
 
@@ -184,9 +188,13 @@ def _separate(world: World) -> tuple[Outcome, Passes, int]:
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp.FSDPModule, "set_separate_reduce_scatter_group"), reason="torch 2.13 has it"
 )
-def test_separate_reduce_scatter_group_changes_no_gradient() -> None:
-    result, _, groups = run_distributed(_separate, 2)[0]
+def test_separate_reductions_and_overlapping_micro_batches_change_no_gradient() -> None:
+    result, passes, groups = run_distributed(_separate, 2)[0]
     assert groups == 1
+    # A step has several micro-batches, and none gathers more than the others of its level.
+    assert {last for _, last, _ in passes} == {False, True}
+    gathers = {(level, calls["gather", 2]) for level, _, calls in passes}
+    assert len(gathers) == len({level for level, _ in gathers})
     assert max(compare(_expected(), result).grads.values()) < 1e-5
 
 
