@@ -121,10 +121,14 @@ class Engine:
 
     overlap: MicroBatchOverlap | None = None
     """Of the micro-batches of an optimizer step, where reductions have a communicator of their own."""
+    copies: torch.cuda.Stream | None = None
+    """On a GPU: copies a batch while the micro-batch before it is computed."""
 
     def __init__(self, config: JobConfig, args: ModelArgs, world: World, read_weights: bool = True) -> None:
         """read_weights: false leaves the weights uninitialized, for a caller that loads a checkpoint."""
         self.device = world.device
+        if world.device.type == "cuda":
+            self.copies = torch.cuda.Stream(world.device)
         self.replicated = config.parallelism.dp_replicate > 1
         dtype = compute_dtype(config, world.device)
         choose_backend(config.model.attention_backend, world.device, args.head_dim, dtype)
@@ -184,7 +188,7 @@ class Engine:
     def _run(self, batch: PackedBatch, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Any:
         """Run the model at the batch's level with `loss` as its head; sum the token losses of each sample."""
         self.runtime.activate(batch.level)
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, self.copies)
         self.model.balance.set_documents(batch.document_ids, batch.document_shares)
         index = batch.loss_index
 

@@ -68,9 +68,24 @@ class PackedBatch:
     document_ids: Tensor
     document_shares: Tensor
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """Return the batch on `device`; copies from pinned memory are asynchronous."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> PackedBatch:
+        """Return the batch on `device`; copies from pinned memory are asynchronous.
+
+        stream: a stream for the copies, which then do not wait for what the current stream still has to compute.
+        """
+        if stream is None:
+            return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        with torch.cuda.stream(stream):
+            moved = self.to(device)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+
+        def used(tensor: Tensor) -> Tensor:
+            # It was allocated on `stream`, whose next copies would otherwise reuse its memory too early.
+            tensor.record_stream(current)
+            return tensor
+
+        return moved._map(used)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in pinned memory (called by the DataLoader)."""

@@ -117,6 +117,37 @@ def test_moving_a_batch_moves_every_tensor() -> None:
     assert moved.num_tokens == 5
 
 
+def test_copies_on_a_stream_of_their_own_are_waited_for_and_keep_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            log.append(f"off {self.name}")
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    copies, compute = Stream("copies"), Stream("compute")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, non_blocking: log.append("copy") or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"used on {stream.name}"))
+    batch = make_batch(Samples(), [0, 1], Level(8), 0, max_documents=2)
+    moved = batch.to(torch.device("cpu"), copies)  # type: ignore[arg-type]
+    tensors = sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(dataclasses.astuple(batch)))
+    assert log == [
+        *("on copies", *["copy"] * tensors, "off copies", "compute waits for copies"),
+        *["used on compute"] * tensors,
+    ]
+    assert moved.input_ids.equal(batch.input_ids)
+
+
 def test_a_batch_names_the_samples_of_the_whole_pack_on_the_host() -> None:
     batch = make_batch(Samples(), [1, 0], Level(8, 2), 0, max_documents=2)
     for shard in (shard_batch(batch, rank, 2) for rank in range(2)):

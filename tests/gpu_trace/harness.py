@@ -125,6 +125,18 @@ class Recorder(TorchDispatchMode):
             "reduced": [call.arguments["input_tensor"].numel() for call in self.named("_reduce_scatter_base_")],
         }
 
+    def order(self) -> str:
+        """Return exchanges of context parallelism with their waits, attention and products, one word each, in order."""
+        words = {
+            "_c10d_functional::all_to_all_single": "scatter",
+            "_c10d_functional::all_gather_into_tensor": "gather",
+            "_c10d_functional::reduce_scatter_tensor": "sum",
+            "_c10d_functional::wait_tensor": "wait",
+            "aten::mm": "product",
+        }
+        names = (words.get(call.name) or ("attention" if call.name in _KERNELS else "") for call in self.calls)
+        return " ".join(filter(None, names))
+
     @property
     def unfinished(self) -> int:
         """Number of collectives without a wait."""

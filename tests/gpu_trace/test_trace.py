@@ -114,6 +114,14 @@ def test_all_policies_and_cp_styles_share_one_graph_per_region() -> None:
             "all_gather_into_tensor": 2,
             "reduce_scatter_tensor": 1,
         }
+        # Keys and values travel while queries are projected, their gradients during the two products of q's.
+        forward = "product product scatter product scatter wait wait attention"
+        assert forward in ulysses.order()
+        assert "scatter scatter wait product product wait" in ulysses.order()
+        assert "product product gather product wait attention" in allgather.order()
+        assert "attention sum product product product wait" in allgather.order()
+        assert "scatter wait gather product scatter wait wait attention" in hybrid.order()
+        assert "attention sum scatter wait product product wait scatter wait product" in hybrid.order()
         assert {call.tensors[0].shape[1:] for call in engine.kernel_calls(ulysses)} == {(4, 128)}
         assert {call.tensors[1].shape[1:] for call in engine.kernel_calls(hybrid)} == {(1, 128)}
 
