@@ -5,8 +5,8 @@
 
 Measures (or estimates) time and memory of a micro-batch for candidates of length, context parallelism and memory plan
 (checkpointing; where that is not enough host memory, chunks and groups of heads), predicts the epoch of this data for
-sets of them, and prints the best set, that of the paper's two stages, and packing to one length. The levels of the TOML
-file are ignored. Further arguments are configuration overrides.
+sets of them, and prints the best set, that of the paper's two stages, and packing to one length, then what each choice
+of the selection contributes. The levels of the TOML file are ignored. Further arguments are configuration overrides.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from hbp_titan.tuning.auto import (
     replace_levels,
     select_all,
 )
-from hbp_titan.tuning.hardware import HARDWARE, get_hardware
+from hbp_titan.tuning.contributions import contributions
+from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware, hardware_of
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.memory_plans import fits_hardware, needed_plans
 from hbp_titan.tuning.profile import cp_styles
-from hbp_titan.tuning.search import Candidate, Workload, describe_level, shortest_holding
+from hbp_titan.tuning.search import Candidate, Workload, baselines, describe_level, shortest_holding
 from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
 
 
@@ -145,13 +146,26 @@ def measured_here(
     return profile.candidates, Workload.of(config, world.size, cost_model(args), stores, profile.step_seconds)
 
 
-def report(options: argparse.Namespace, config: JobConfig, candidates: Sequence[Candidate], workload: Workload) -> None:
-    """Print both selections and the baselines; write or print the blocks of the requested one."""
+def report(
+    options: argparse.Namespace,
+    config: JobConfig,
+    args: ModelArgs,
+    hardware: Hardware | None,
+    candidates: Sequence[Candidate],
+    workload: Workload,
+) -> None:
+    """Print both selections, the baselines, and what each choice contributes; write or print the requested blocks."""
     selections, text = select_all(candidates, workload)
     print(
         f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest has "
         f"{workload.max_sample_tokens:,}; world size {workload.world_size}\n{text}\n"
     )
+    if hardware is None:
+        print("what each choice contributes: not in the hardware table; use --estimate HARDWARE\n")
+    else:
+        compared = baselines(candidates, workload)
+        found = contributions(selections[options.method], compared, workload, config, args, hardware)
+        print(found.describe(hardware.name) + "\n")
     levels = selections[options.method].levels
     if options.output is None:
         print(levels_block(levels), end="")
@@ -171,13 +185,13 @@ def main(argv: list[str] | None = None) -> None:
     config.clear_levels()
     args = model_args(config)
     if options.estimate:
-        report(options, config, *estimated(options, config, args))
+        report(options, config, args, get_hardware(options.estimate), *estimated(options, config, args))
         return
     world = init_world(config.parallelism.init_timeout_seconds)
     try:
         candidates, workload = measured_here(options, config, args, world)
         # All ranks end with the same message if no level can be selected.
-        from_rank_0(world, lambda: report(options, config, candidates, workload))
+        from_rank_0(world, lambda: report(options, config, args, hardware_of(world.device), candidates, workload))
     finally:
         close_world()
 
