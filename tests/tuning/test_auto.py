@@ -278,7 +278,7 @@ def test_script_writes_the_users_file_with_levels_that_hold_the_data(folder: Pat
     _main(folder, *ESTIMATE, "--candidates", "128:1,1024:1,1024:2", "--output", output)
     printed = capsys.readouterr().out
     assert " of 9 candidates fit in memory" in printed
-    for row in ("search", "paper", "ISF", r"flat \+ sort", "activation checkpointing|not used: activation", "levels and"):
+    for row in ("search", "paper", "ISF", r"flat \+ sort", "levels and balance"):
         assert re.search(rf"^{row} .*%", printed, re.MULTILINE), printed
     text = output.read_text()
     assert text.startswith("# The user's own file.\n[data]\n")
