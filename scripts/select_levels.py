@@ -20,6 +20,7 @@ import numpy as np
 
 from hbp_titan.config import JobConfig, load_config, validate
 from hbp_titan.data.prepare import open_stores
+from hbp_titan.distributed.float8 import check_float8
 from hbp_titan.distributed.world import World, close_world, init_world, worker_group
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
@@ -34,6 +35,7 @@ from hbp_titan.tuning.auto import (
     select_all,
 )
 from hbp_titan.tuning.contributions import contributions
+from hbp_titan.tuning.float8_time import with_plain_levels
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware, hardware_of
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.memory_plans import fits_hardware, needed_plans
@@ -90,7 +92,8 @@ def estimated(options: argparse.Namespace, config: JobConfig, args: ModelArgs) -
             estimate = estimate_memory(args, level, config, world_size, device_type="cuda")
             return fits_hardware(estimate, hardware, world_size)
 
-        return estimate_candidates(args, config, hardware, world_size, needed_plans(forms, args, fits))
+        levels = with_plain_levels(needed_plans(forms, args, fits), config)
+        return estimate_candidates(args, config, hardware, world_size, levels)
 
     found, longest = candidates(config), workload.max_sample_tokens
     try:
@@ -133,6 +136,8 @@ def measured_here(
     """Return candidates and workload, measured on this world."""
     validate(config, world.size)
     check_device(config, world.device)
+    if config.float8.recipe:
+        check_float8(config, world.size, world.device, args)
     limit = max_sample_tokens(config, args)
     stores = open_stores(config, limit, worker_group(world))
     forms = named_forms(options.candidates, args, world.size)

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -200,9 +200,9 @@ def check_float8(config: JobConfig, world_size: int, device: torch.device, args:
     with torch.device("meta"):
         model = Decoder(args)
     names = selected_names(model, float8)
-    if device.type == "cuda" and not float8.emulate:
+    if device.type == "cuda" and torch.cuda.is_available() and not float8.emulate:
         check_capability(torch.cuda.get_device_capability(device), float8.recipe)
-    elif not float8.emulate:
+    elif device.type != "cuda" and not float8.emulate:
         raise ValueError(f"float8.recipe = {float8.recipe!r} needs a GPU; set float8.emulate = true on a CPU")
     for level in config.levels:
         if level.float8 is not False and not fits_tokens(level):
@@ -265,19 +265,26 @@ class Float8Params:
     """Parameters of converted layers, summed over all layers of the model.
 
     body: all of them. first: of the projections to queries, keys and values. last: of MLPs' down projections.
-    gathered: `body`, of which FSDP2 gathers a byte each, 0 if it gathers them in the compute dtype.
+    inputs, outputs: widths of the layers, summed. gathered: `body` if FSDP2 gathers them in float8, else 0.
     """
 
     body: int = 0
     first: int = 0
     last: int = 0
+    inputs: int = 0
+    outputs: int = 0
     gathered: int = 0
 
 
 def float8_params(args: ModelArgs, config: Float8) -> Float8Params:
     """Count the parameters of the layers that `apply_float8` converts; none without a recipe."""
-    if not config.recipe:
-        return Float8Params()
+    key = (config.recipe, config.fsdp_all_gather, tuple(config.filter_fqns))
+    return _float8_params(dataclasses.replace(args, rope_scaling=None), *key) if config.recipe else Float8Params()
+
+
+@lru_cache(maxsize=64)
+def _float8_params(args: ModelArgs, recipe: str, gathers: bool, filter_fqns: tuple[str, ...]) -> Float8Params:
+    config = Float8(recipe, gathers, list(filter_fqns))
     with torch.device("meta"):
         model = Decoder(args)
     linears, names = block_linears(model), selected_names(model, config)
@@ -287,7 +294,10 @@ def float8_params(args: ModelArgs, config: Float8) -> Float8Params:
 
     first = [name for name in names if ".self_attn." in name and not name.endswith(".o_proj")]
     last = [name for name in names if name.endswith(".mlp.down_proj")]
-    return Float8Params(count(names), count(first), count(last), count(names) if config.fsdp_all_gather else 0)
+    widths = (sum(linears[name].in_features for name in names), sum(linears[name].out_features for name in names))
+    return Float8Params(
+        count(names), count(first), count(last), *widths, gathered=count(names) if config.fsdp_all_gather else 0
+    )
 
 
 def describe_float8(model: Decoder, config: Float8) -> str:

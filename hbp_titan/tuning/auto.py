@@ -28,6 +28,7 @@ from hbp_titan.errors import format_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray
+from hbp_titan.tuning.float8_time import with_plain_levels
 from hbp_titan.tuning.hardware import total_memory
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN, needed_plans
@@ -99,7 +100,7 @@ def plans_here(config: JobConfig, args: ModelArgs, world: World, forms: Sequence
         # On a CPU the device's memory is the host's.
         return found.peak_bytes + (found.host_bytes if world.device.type == "cpu" else 0) <= limit
 
-    return needed_plans(forms, args, fits)
+    return with_plain_levels(needed_plans(forms, args, fits), config)
 
 
 def measured_profile(

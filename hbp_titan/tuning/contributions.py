@@ -12,6 +12,7 @@ from typing import Any
 from hbp_titan.components.timing import predict_epoch
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.context_parallel import check_heads
+from hbp_titan.job_config import Float8
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.packing import Level, Plan
 from hbp_titan.packing.level import level_name
@@ -61,6 +62,14 @@ def _run(**changes: Any) -> Callable[[JobConfig], JobConfig]:
     return lambda config: replace(config, parallelism=replace(config.parallelism, **changes))
 
 
+def _float8_everywhere(level: Level, args: ModelArgs) -> Level:
+    return replace(level, float8=None)
+
+
+def _float8(**changes: Any) -> Callable[[JobConfig], JobConfig]:
+    return lambda config: replace(config, float8=replace(config.float8, **changes))
+
+
 CHOICES = (
     Choice("activation checkpointing", "full, on all layers", lambda level, args: with_policy(level, "full")),
     Choice("activations on the host", "on the device", _on_device),
@@ -72,6 +81,11 @@ CHOICES = (
         _run(reshard_after_forward=True),
     ),
     Choice("cp_style", "allgather, or ulysses for it", _other_style),
+    Choice(
+        "float8 products", "none", lambda level, _: replace(level, float8=None), lambda c: replace(c, float8=Float8())
+    ),
+    Choice("float8 by level", "on every level", _float8_everywhere),
+    Choice("float8 all-gather", "false", config=_float8(fsdp_all_gather=False)),
     Choice("cpu_offload", "false", config=_run(cpu_offload=False)),
     Choice("expert parallelism", "none", config=_run(expert_parallel_degree=1)),
     Choice("loads of experts", "even", config=_even_loads),

@@ -90,6 +90,11 @@ class Hardware:
             self, pcie_bandwidth=pcie_bandwidth, host_bandwidth=host_bandwidth, host_memory_bytes=memory_bytes
         )
 
+    @property
+    def fp8_peak_flops(self) -> float:
+        """Dense float8 FLOP/s by the data sheets: twice those in bf16 from Ada and Hopper on, 0 before."""
+        return 0.0 if self.name.startswith("a100") else 2 * self.peak_flops
+
     def attention_rate(self, head_dim: int) -> float:
         """Return the FLOP/s of attention with heads of this width."""
         factors = (factor for width, factor in _HEAD_EFFICIENCY if head_dim <= width)

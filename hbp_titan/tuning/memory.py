@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
@@ -18,8 +19,9 @@ from torch import nn
 from hbp_titan.components.checkpoint import local_part
 from hbp_titan.components.optimizer import build_optimizer
 from hbp_titan.config import JobConfig
+from hbp_titan.distributed.float8 import block_linears, selected_names
 from hbp_titan.distributed.parallelize import DTYPES, compute_dtype, stored_dtype
-from hbp_titan.job_config import Optimizer
+from hbp_titan.job_config import Float8, Optimizer
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.lora import apply_lora
@@ -148,6 +150,12 @@ class _Composition:
         sizes = _model_sizes(unscaled, lora)
         reduce_dtype = DTYPES[config.training.mixed_precision_reduce]
         self.block = _gathered_block(sizes, dtype, reduce_dtype, shards, expert_parallel)
+        # Float8Linear keeps the same tensors for backward as a plain layer.
+        self.casts = 0
+        if config.float8.recipe:
+            float8 = _float8_sizes(unscaled, config.float8)
+            self.block = self.block.in_float8(float8.gathered, dtype)
+            self.casts = float8.cast_bytes(level.mlp_chunk_tokens or tokens) if level.float8 is not False else 0
         self.vocab = Gathered.of(sizes.head, dtype, reduce_dtype, shards)
         dtypes = (config.training.dtype, config.training.gradient_dtype)
         optimizer = (config.optimizer.name, config.optimizer.state_dtype)
@@ -187,7 +195,8 @@ class _Composition:
     def _forward_moment(self, i: int, saved: list[int]) -> int:
         # The buffer of its all-gather, or of the next block's, is still held.
         parameters = self.block.parameters + self.block.all_gather
-        return self._held(i, saved[:i]) + parameters + self.hidden + self.blocks[i].forward + self._copied(i)
+        work = self.hidden + self.blocks[i].forward + self.casts
+        return self._held(i, saved[:i]) + parameters + work + self._copied(i)
 
     def _copied(self, i: int) -> int:
         """Return the bytes that an earlier block holds while block i runs, until their copy to the host has ended."""
@@ -213,7 +222,8 @@ class _Composition:
         reduction = (0 if self.tied else self.vocab.reduce_input) if last else self.block.reduce_input
         prefetched = self.block.all_gather if i and self.kept_share < 1 else 0
         held = self._held(i, saved[: i + 1]) + self._root_gradient() + self._fetched(i)
-        return held + self.block.parameters + reduction + prefetched + self.hidden + self.blocks[i].backward
+        work = self.hidden + self.blocks[i].backward + self.casts
+        return held + self.block.parameters + reduction + prefetched + work
 
     def _reduce_moment(self, i: int, saved: list[int]) -> int:
         held = self._held(i, saved[:i]) + self._root_gradient() + self.hidden + self._fetched(i)
@@ -255,6 +265,11 @@ class Gathered:
             return cls(parameters, gradients, 0, reduce_input, 3 * reduce_input)
         return cls(parameters, gradients, parameters, reduce_input, reduce_input + reduce_input // shards)
 
+    def in_float8(self, count: int, dtype: torch.dtype) -> Gathered:
+        """Return the bytes if `count` of the parameters, in `dtype`, are gathered with one byte each."""
+        saved = count * (dtype.itemsize - 1)
+        return replace(self, parameters=self.parameters - saved, all_gather=max(self.all_gather - saved, 0))
+
     def __add__(self, other: Gathered) -> Gathered:
         """Return the bytes of both groups at the same time."""
         return Gathered(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -292,6 +307,38 @@ class _ModelSizes:
     head: Count
     block: Count
     experts: Count
+
+
+@dataclass(frozen=True)
+class _Float8Sizes:
+    """Converted layers of the block with most of them.
+
+    gathered: parameters that FSDP2 gathers in float8. inputs, outputs: widths of the largest layer.
+    """
+
+    gathered: int
+    inputs: int
+    outputs: int
+
+    def cast_bytes(self, tokens: int) -> int:
+        """Return the bytes of float8 copies at one time: of a layer's input, weight and gradient, in one layout."""
+        return tokens * (self.inputs + self.outputs) + self.inputs * self.outputs
+
+
+def _float8_sizes(args: ModelArgs, config: Float8) -> _Float8Sizes:
+    return _cached_float8_sizes(args, config.recipe, config.fsdp_all_gather, tuple(config.filter_fqns))
+
+
+@lru_cache(maxsize=64)
+def _cached_float8_sizes(args: ModelArgs, recipe: str, gathers: bool, filter_fqns: tuple[str, ...]) -> _Float8Sizes:
+    model = _meta_model(args, (0, ()))
+    linears = block_linears(model)
+    chosen = selected_names(model, Float8(recipe, gathers, list(filter_fqns)))
+    sums: Counter[str] = Counter()
+    for name in chosen:
+        sums[".".join(name.split(".")[:2])] += linears[name].weight.numel()
+    largest = max((linears[name] for name in chosen), key=lambda linear: linear.weight.numel())
+    return _Float8Sizes(max(sums.values()) if gathers else 0, largest.in_features, largest.out_features)
 
 
 @lru_cache(maxsize=64)

@@ -124,7 +124,7 @@ def block_memory(
     ranks that share the experts of a layer.
     """
     # Fields that only select layers are cleared, so that all layers with the same plan share a cache entry.
-    level = replace(level, ac_layers=None, offload_layers=None, reshard_after_forward=None)
+    level = replace(level, ac_layers=None, offload_layers=None, reshard_after_forward=None, float8=None)
     return _block_memory(_shape(args), level, dtype, device_type, expert_parallel, adapters)
 
 

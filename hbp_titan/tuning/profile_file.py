@@ -103,6 +103,7 @@ def profile_key(
         "deterministic": config.training.deterministic,
         "loss_chunk_tokens": config.training.loss_chunk_tokens,
         "compile": dataclasses.asdict(config.compile),
+        "float8": dataclasses.asdict(config.float8),
         "optimizer": [config.optimizer.name, config.optimizer.state_dtype, config.training.gradient_dtype],
         "cpu_offload": config.parallelism.cpu_offload,
         "dp_replicate": config.parallelism.dp_replicate,

@@ -234,6 +234,8 @@ def describe_level(level: Level) -> str:
         words.append(memory)
     if level.reshard_after_forward is not None:
         words.append(f"reshard_after_forward {str(level.reshard_after_forward).lower()}")
+    if level.float8 is False:
+        words.append("no float8 products")
     return ", ".join(words)
 
 

@@ -26,6 +26,7 @@ from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import expert_params, get_flavor, last_params, linear_params, num_params
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.packing.ragged import IntArray, Ragged
+from hbp_titan.tuning.float8_time import Float8Products
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import MemoryEstimate, adapter_params, estimate_memory
 from hbp_titan.tuning.memory_plans import depth_choices, usable_bytes, usable_host_bytes
@@ -164,7 +165,7 @@ class TimeModel:
     """Predictor of the micro-batches of any level, from loads whose squares count the model's windows.
 
     fixed_seconds: of each micro-batch independent of its content (data, synchronization). overlaps: whether keys and
-    values are exchanged while queries are projected (distributed/context_parallel.py).
+    values are exchanged while queries are projected (distributed/context_parallel.py). float8: of [float8], if any.
     """
 
     dims: ModelDims
@@ -173,6 +174,7 @@ class TimeModel:
     sharding: Sharding = field(default_factory=Sharding)
     fixed_seconds: float = 0.0
     overlaps: bool = True
+    float8: Float8Products | None = None
 
     def parts(self, level: Level, loads: FloatArray, tokens: FloatArray | None = None) -> dict[str, FloatArray]:
         """Return the seconds of each of PARTS for each pack, float64 [n].
@@ -188,17 +190,33 @@ class TimeModel:
         head = 2 * self.dims.products * self.dims.head_params * trained / level.cp_degree / self._linear_rate
         linear = plain.alpha * own / self._linear_rate
         recomputed = (full.alpha - plain.alpha) * own / self._linear_rate
+        waits = self._expert_wait(linear + recomputed)
+        if self.float8 is not None and level.float8 is not False:
+            linear, recomputed = self._with_float8(level, own, linear, recomputed)
         square_rate = level.cp_degree * self.hardware.attention_rate(self.dims.head_dim)
         return {
             "linear": linear + head,
             "attention": plain.beta * squares / square_rate,
             "recompute": recomputed + (full.beta - plain.beta) * squares / square_rate,
             "sp": own * self.exchange_seconds_per_token(level) + self._exchange_latency(level) * (own > 0),
-            "experts": own * self.expert_seconds_per_token(level) + self._expert_wait(linear + recomputed),
+            "experts": own * self.expert_seconds_per_token(level) + waits,
             "fsdp": self._exposed_fsdp(level, linear, recomputed),
             "host": self._exposed_copies(level, own, linear, recomputed),
             "fixed": self._exposed_launches(linear + recomputed, level) + self.fixed_seconds,
         }
+
+    def _with_float8(
+        self, level: Level, own: FloatArray, linear: FloatArray, recomputed: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the seconds of products, and of those that are repeated, of a level with float8 products."""
+        assert self.float8 is not None
+        converted = dataclasses.replace(self, dims=self.float8.dims(self.dims))
+        plain, full = (converted._flops(k).alpha for k in (Level(level.max_tokens), level))
+        share = 1.0 if level.mlp_chunk_tokens else self._recomputed(level) / self.dims.num_layers
+        casts = self.float8.cast_seconds_per_token(share) * own
+        casts = casts + self.float8.cast_seconds_of_weights(level, share) * (own > 0)
+        saved = self.float8.saved_seconds(plain, recomputed=False) * own
+        return linear - saved + casts, recomputed - self.float8.saved_seconds(full - plain, recomputed=True) * own
 
     def level_time(self, level: Level) -> LevelTimeModel:
         """Return the same as a LevelTimeModel: the time of an empty pack, and of each trained or squared token."""
@@ -301,12 +319,17 @@ class TimeModel:
         s, d = self.sharding, self.dims
         node = self.hardware.gpus_per_node
         body = d.body_params + d.adapter_params - d.expert_params
+        if self.float8 is not None:
+            # A byte each. The gradients are reduced as before.
+            gathered = body - self.float8.params.gathered * (1 - 1 / s.param_bytes)
+        else:
+            gathered = float(body)
         rest = self._ring(d.head_params + d.embedding_params, self._shards, node)
-        dense = self._ring(body, self._shards, node)
+        dense, gathers = (self._ring(count, self._shards, node) for count in (body, gathered))
         # A layer's experts are on expert_parallel adjacent ranks, so their shards are that far apart.
         ep = s.expert_parallel
         experts = self._ring(d.expert_params / ep, max(1, self._shards // ep), max(1, node // ep))
-        gather = (rest + dense + experts) * s.param_bytes + self._fsdp_hops(self._shards)
+        gather = (rest + gathers + experts) * s.param_bytes + self._fsdp_hops(self._shards)
         trained = self._ring(d.adapter_params, self._shards, node) if d.adapter_params else rest + dense + experts
         reduce = trained * s.reduce_bytes + self._fsdp_hops(self._shards)
         resharded = level.reshard_setting(s.reshard_after_forward)
@@ -314,7 +337,7 @@ class TimeModel:
             return gather, reduce
         # The head stays gathered and the embedding's backward needs no weights, so only blocks are gathered twice.
         ranks = self._shards if resharded is True else resharded
-        again = self._ring(body, ranks, min(node, ranks)) if ranks < self._shards else dense
+        again = self._ring(gathered, ranks, min(node, ranks)) if ranks < self._shards else gathers
         if ep == 1 and ranks < self._shards:
             experts = self._ring(d.expert_params, ranks, min(node, ranks))
         return gather, reduce + (again + experts) * s.param_bytes + self._fsdp_hops(ranks)
@@ -452,7 +475,8 @@ def time_model(args: ModelArgs, config: JobConfig, hardware: Hardware, world_siz
     # The configured kernel may be slower than the machine's best one.
     hardware = hardware.with_attention(config.model.attention_backend)
     dims = dataclasses.replace(ModelDims.from_args(args), adapter_params=adapter_params(args, config))
-    return TimeModel(dims, hardware, world_size, sharding(config))
+    float8 = Float8Products.of(args, config, hardware)
+    return TimeModel(dims, hardware, world_size, sharding(config), float8=float8)
 
 
 def sharding(config: JobConfig) -> Sharding:
