@@ -4,7 +4,7 @@
     python scripts/simulate.py --job.config_file train_configs/X.toml --lengths L.npy --world_size 32 --methods isf,hbp
     python scripts/simulate.py --calibrate measured.json [--lengths L.npy]
     python scripts/simulate.py --validate compared.json --profile profile.json | --fit "isf@8192:1;hbp@1024:1,8192:2"
-    python scripts/simulate.py --paper | --scale | --speed
+    python scripts/simulate.py --paper | --scale | --sensitivity | --efficiencies | --speed
 
 Only the input of --calibrate and --validate and the seconds of --speed are measured. Without --lengths the data is a
 synthetic mixture like the paper's (Tulu3 with LongCite). The file of --calibrate is JSON: {"levels": [{"max_tokens":
@@ -42,15 +42,9 @@ from hbp_titan.experiments.paper.figures import (
     predict_models,
     prediction_table,
 )
-from hbp_titan.experiments.paper.scale import (
-    DEFAULT_METHODS,
-    EXTRA_METHODS,
-    check_methods,
-    replay_methods,
-    scale_svg,
-    scale_table,
-    simulate_scale,
-)
+from hbp_titan.experiments.paper.methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
+from hbp_titan.experiments.paper.scale import scale_svg, scale_table, simulate_scale
+from hbp_titan.experiments.paper.sensitivity import sensitivity, sensitivity_table
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
@@ -59,6 +53,7 @@ from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.memory import with_policy
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
 from hbp_titan.tuning.profile_file import read_profile
+from hbp_titan.tuning.published import efficiency_tables
 from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
 from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
 
@@ -95,6 +90,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, and predict its comparison")
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
+    parser.add_argument("--sensitivity", action="store_true", help="ratios over the range of each assumed figure")
+    parser.add_argument("--efficiencies", action="store_true", help="published figures that efficiencies come from")
     parser.add_argument("--speed", action="store_true", help="time planner and simulator: 10M samples, 4096 ranks")
     return parser.parse_known_args(argv)
 
@@ -217,6 +214,15 @@ def report_scale(options: argparse.Namespace) -> None:
         print(f"wrote {options.svg}")
 
 
+def report_sensitivity(options: argparse.Namespace) -> None:
+    """Print ours over each baseline, one figure of the hardware table at a time at both ends of its range."""
+    config, hardware = configuration(options, []), get_hardware(options.hardware)
+    levels = [with_policy(level, "none") for level in config.levels]
+    rows = sensitivity(config.model.flavor, levels, options.world_size, hardware, load_lengths(options), options.seed)
+    print(f"{config.model.flavor} on {options.world_size} x {hardware.name}; simulated, not measured\n")
+    print(sensitivity_table(list(rows)))
+
+
 def report_speed(options: argparse.Namespace) -> None:
     """Print the seconds that planner and simulator take."""
     lengths = tulu3_longcite_like(10_000_000, options.seed)
@@ -241,6 +247,10 @@ def main(argv: list[str] | None = None) -> None:
         return report_paper(options)
     if options.scale:
         return report_scale(options)
+    if options.sensitivity:
+        return report_sensitivity(options)
+    if options.efficiencies:
+        return print(efficiency_tables())
     if options.speed:
         return report_speed(options)
     config = configuration(options, overrides)

@@ -1,8 +1,8 @@
 """Hardware table: what a GPU and its node can do, for planning without one.
 
 Owns the machines that the time model (time_model.py) and the memory limit use. Peaks and bandwidths are the vendor's;
-the shares of attention kernels follow from published measurements; other efficiencies are assumptions until
-`scripts/simulate.py --calibrate` replaces them by measured ones.
+efficiencies follow from published measurements (published.py) or are assumed there with a range.
+`scripts/simulate.py --calibrate` fits measured ones instead.
 """
 
 from __future__ import annotations
@@ -16,24 +16,45 @@ from hbp_titan.components.oom import device_memory
 from hbp_titan.components.step_stats import PEAK_FLOPS
 from hbp_titan.utils import did_you_mean
 
-# Share of peak_flops in causal attention, forward and backward together, long documents, heads of 128. Computed from
-# published TFLOP/s of forward f and backward b as 3 / (1 / f + 2.5 / b) of the peak: the backward kernel multiplies 2.5
-# times as much as the forward, and the time model counts 2 times. H100, 8K tokens (flash-attention PR #1893): FA2 306
-# and 330, FA3 660 and 575. A100 (arXiv 2307.08691, figures 5 and 6): about 195 and 165. B200: FA4 about 1400 and 1000
-# (flash-attention's README and release notes); FA2, which lacks the new matrix instructions, about 330 in both.
-ATTENTION_EFFICIENCY: dict[str, dict[str, float]] = {
-    "a100": {"fa2": 0.47},
-    "h100": {"fa2": 0.28, "fa3": 0.52},
-    "h200": {"fa2": 0.28, "fa3": 0.52},
-    "b200": {"fa2": 0.13, "fa4": 0.41},
-    # Assumed: FA2 was tuned for this generation's instructions.
-    "rtx4090": {"fa2": 0.55},
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What an attention kernel reaches on a GPU in causal attention, forward and backward together.
+
+    efficiency: share of peak_flops with long documents and heads of 128. block: tokens by which a document of L tokens
+    is effectively longer: it takes the time of L^2 + 2 * block * L + 3/4 * block^2 squares. head_factors: (head dim up
+    to, share of the rate at 128). DeepSeek's MLA, keys of 192 and values of 128, counts as 192.
+    """
+
+    efficiency: float
+    block: int
+    head_factors: tuple[tuple[int, float], ...]
+
+
+# Derived in published.py from the figures of the kernels' authors; tests/tuning/test_published.py repeats it. Of heads:
+# FA2 at 256 and FA4 at 64 are published in forward only, and the backward is assumed to scale in the same way. Assumed:
+# FA2 at 192, FA3 at 192 and 256, FA4 at 256 (published.ASSUMED has the ranges), and the whole of rtx4090, whose
+# instructions FA2 was tuned for. FA2 on B200, which lacks the new matrix instructions: about 330 TFLOP/s, issue #1589.
+ATTENTION: dict[str, dict[str, AttentionKernel]] = {
+    "a100": {"fa2": AttentionKernel(0.525, 210, ((64, 0.91), (128, 1.0), (256, 0.88)))},
+    "h100": {
+        "fa2": AttentionKernel(0.285, 230, ((64, 0.88), (128, 1.0), (256, 0.88))),
+        "fa3": AttentionKernel(0.525, 210, ((64, 0.82), (128, 1.0), (192, 0.9), (256, 0.9))),
+    },
+    "b200": {
+        "fa2": AttentionKernel(0.13, 230, ((64, 0.88), (128, 1.0), (256, 0.88))),
+        "fa4": AttentionKernel(0.525, 390, ((64, 0.66), (128, 1.0), (192, 0.86), (256, 0.75))),
+    },
+    "rtx4090": {"fa2": AttentionKernel(0.55, 210, ((64, 0.91), (128, 1.0), (256, 0.88)))},
 }
+# The same chip with more memory; flash-attention issue #1438 measured 4% less in forward and 3.5% more in backward.
+ATTENTION["h200"] = ATTENTION["h100"]
+# Share of peak_flops in matrix products, and of the NVLink bandwidth in exchanges with their copies (published.py). Of
+# H200 and B200 the first is assumed to be the H100's, all of rtx4090.
+_LINEAR = {"a100": 0.65, "h100": 0.52, "h200": 0.52, "b200": 0.52, "rtx4090": 0.6}
+_EXCHANGE = {"a100": 0.5, "h100": 0.52, "h200": 0.57, "b200": 0.54, "rtx4090": 0.5}
 BEST_KERNEL = {"a100": "fa2", "h100": "fa3", "h200": "fa3", "b200": "fa4", "rtx4090": "fa2"}
 """The kernel that the documentation recommends, which model.attention_backend = "auto" then selects."""
-# (head dim up to, share of the rate at 128). Assumed: narrow heads have less work per load and per exponential, wide
-# heads have fewer registers.
-_HEAD_EFFICIENCY = ((64, 0.75), (128, 1.0), (256, 0.85))
 
 
 @dataclass(frozen=True)
@@ -46,13 +67,13 @@ class Hardware:
     pcie_bandwidth: byte/s between a GPU and host memory in one direction (half of the bidirectional figure).
     host_bandwidth: byte/s of host memory per GPU. host_memory_bytes: of a node, as usually bought.
 
-    Assumed unless measured: linear_efficiency: share of peak_flops in the matrix products (with the norms and
-    activations between them). attention_efficiency: the same in causal attention, forward and backward together, with
-    attention_kernel. exchange_efficiency: share of bandwidth in the collectives inside attention, with the copies
-    around them. gather_efficiency: in FSDP's collectives. pcie_efficiency: in copies of pinned memory.
-    launch_seconds: CPU time of one kernel launch. hop_seconds: latency of a collective per doubling of its ranks.
-    attention_block: tokens of a thread block's tile, which takes its whole time even if a document fills only part of
-    it; 0: no waste.
+    Derived from published figures (published.py): linear_efficiency: share of peak_flops in the matrix products (with
+    the norms and activations between them). attention_efficiency, attention_block, head_factors: of attention_kernel,
+    as in AttentionKernel. exchange_efficiency: share of bandwidth in the collectives inside attention, with the copies
+    around them. gather_efficiency: in FSDP's collectives.
+
+    Assumed: pcie_efficiency: in copies of pinned memory. launch_seconds: CPU time of one kernel launch. hop_seconds:
+    latency of a collective per doubling of its ranks.
     """
 
     name: str
@@ -62,10 +83,10 @@ class Hardware:
     intra_node_bandwidth: float
     inter_node_bandwidth: float
     gpus_per_node: int = 8
-    linear_efficiency: float = 0.6
+    linear_efficiency: float = 0.52
     attention_efficiency: float = 0.45
     exchange_efficiency: float = 0.5
-    gather_efficiency: float = 0.75
+    gather_efficiency: float = 0.8
     launch_seconds: float = 6e-6
     hop_seconds: float = 8e-6
     attention_kernel: str = ""
@@ -74,15 +95,28 @@ class Hardware:
     pcie_efficiency: float = 0.75
     host_bandwidth: float = 75e9
     host_memory_bytes: int = 2 * 10**12
+    head_factors: tuple[tuple[int, float], ...] = ((64, 0.75), (128, 1.0), (256, 0.85))
 
     def with_attention(self, backend: str) -> Hardware:
         """Return the machine with the kernel of `model.attention_backend`; "auto" keeps the table's."""
         # torch's varlen attention is the FA2 kernel.
         backend = "fa2" if backend == "torch" else backend
-        efficiency = ATTENTION_EFFICIENCY.get(self.name.split("-")[0], {}).get(backend)
-        if efficiency is None:
+        kernel = ATTENTION.get(self.name.split("-")[0], {}).get(backend)
+        if kernel is None:
             return self
-        return dataclasses.replace(self, attention_efficiency=efficiency, attention_kernel=backend)
+        return dataclasses.replace(
+            self,
+            attention_efficiency=kernel.efficiency,
+            attention_block=kernel.block,
+            head_factors=kernel.head_factors,
+            attention_kernel=backend,
+        )
+
+    def with_published(self) -> Hardware:
+        """Return the machine with its best attention kernel and the efficiencies derived from published figures."""
+        gpu = self.name.split("-")[0]
+        efficiencies = {"linear_efficiency": _LINEAR[gpu], "exchange_efficiency": _EXCHANGE[gpu]}
+        return dataclasses.replace(self, **efficiencies).with_attention(BEST_KERNEL[gpu])  # type: ignore[arg-type]
 
     def with_host(self, pcie_bandwidth: float, host_bandwidth: float, memory_bytes: int = 2 * 10**12) -> Hardware:
         """Return the machine with another link to the host and other memory there."""
@@ -97,8 +131,8 @@ class Hardware:
 
     def attention_rate(self, head_dim: int) -> float:
         """Return the FLOP/s of attention with heads of this width."""
-        factors = (factor for width, factor in _HEAD_EFFICIENCY if head_dim <= width)
-        return self.peak_flops * self.attention_efficiency * next(factors, _HEAD_EFFICIENCY[-1][1])
+        factors = (factor for width, factor in self.head_factors if head_dim <= width)
+        return self.peak_flops * self.attention_efficiency * next(factors, self.head_factors[-1][1])
 
     def bus_bandwidth(self, members: int, members_per_node: int) -> float:
         """Return the byte/s at which each of `members` ranks receives in a ring.
@@ -116,7 +150,7 @@ class Hardware:
 # the DGX H100. RTX 4090: Ada's data sheet (fp32 accumulation); its node is assumed: 8 GPUs that send to each other over
 # PCIe, 1 TB in 16 channels of DDR4-3200, 100 Gbit/s of network.
 HARDWARE: dict[str, Hardware] = {
-    hardware.name: hardware.with_attention(BEST_KERNEL[hardware.name.split("-")[0]])
+    hardware.name: hardware.with_published()
     for hardware in (
         #        name         peak                memory               bandwidth NVLink network
         Hardware("a100-80gb", PEAK_FLOPS["A100"], int(79.1 * 2**30), 2.039e12, 300e9, 25e9).with_host(32e9, 51e9),

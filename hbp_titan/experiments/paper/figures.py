@@ -18,7 +18,7 @@ import numpy as np
 from hbp_titan.components.timing import FloatArray
 from hbp_titan.experiments.paper.calibrate import relative_fit
 from hbp_titan.experiments.paper.flexsp import plan_flexsp, replay_concurrent
-from hbp_titan.experiments.paper.scale import replay_methods, without_balance
+from hbp_titan.experiments.paper.methods import replay_methods, without_balance
 from hbp_titan.packing import Level, Plan, build_plan, measure
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.tuning.hardware import get_hardware
