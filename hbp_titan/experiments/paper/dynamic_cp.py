@@ -103,6 +103,21 @@ def schedule_micro_batch(lengths: IntArray, ranks: int, tokens_per_rank: int) ->
     return _without_empty_ranks(filler.groups, ranks)
 
 
+@dataclass
+class _Choice:
+    """A group for a sample: number `index` of `groups`, a new one if there are as many.
+
+    work: of the slowest rank afterwards. below, most: what other choices give; a later sample of the same length makes
+    the same choice if it leaves the work below the first and at most the second.
+    """
+
+    work: float
+    groups: _Groups
+    index: int
+    below: float
+    most: float
+
+
 class _Filler:
     """Placement of samples, longest first, into the groups of one micro-batch."""
 
@@ -121,26 +136,58 @@ class _Filler:
 
     def place(self, length: int, samples: Sequence[int]) -> None:
         """Place samples of one length until no group takes the next."""
-        at, smallest = 0, needed_degree(length, self.capacity).bit_length() - 1
+        at = 0
         while at < len(samples):
-            work, groups, index = math.inf, self.by_degree[smallest], -1
-            # The first sample, the longest, gets the ranks that it needs; its work is what the others are held to.
-            for candidate in self.by_degree[smallest:] if self.groups else self.by_degree[smallest : smallest + 1]:
-                added, place = candidate.best(length, self.capacity, self.slowest)
-                opened = max(self.slowest, length * length / candidate.degree)
-                if self.free >= candidate.degree and opened < added:
-                    added, place = opened, candidate.count
-                if added < work:
-                    work, groups, index = added, candidate, place
-                # Nothing is below the slowest rank, and of equal choices the first one wins.
-                if work <= self.slowest:
-                    break
-            if index < 0 or work > self.cap:
+            found = self.choose(length)
+            if found.work > self.cap:
                 return
-            if index == groups.count:
-                self._open(groups)
-            at += self._add(groups, index, length, samples[at:])
-            self.slowest = max(self.slowest, float(groups.work[index]))
+            if found.index == found.groups.count:
+                self._open(found.groups)
+            # In both cases also the samples after the first for which the choice is known.
+            if found.work > self.slowest and len(self.groups) > 1:
+                at += self._spread(found, length, samples[at:])
+            else:
+                at += self._add(found, length, samples[at:])
+
+    def choose(self, length: int) -> _Choice:
+        """Return the group, existing or new, with which the slowest rank stays fastest; its work is infinite if none."""
+        smallest = needed_degree(length, self.capacity).bit_length() - 1
+        # The first sample, the longest, gets the ranks that it needs; its work is what the others are held to.
+        candidates = self.by_degree[smallest:] if self.groups else self.by_degree[smallest : smallest + 1]
+        best = _Choice(math.inf, candidates[0], -1, math.inf, math.inf)
+        for groups in candidates:
+            work, index = groups.best(length, self.capacity, self.slowest)
+            opened = max(self.slowest, length * length / groups.degree) if self.free >= groups.degree else math.inf
+            other = max(work, opened)
+            if opened < work:
+                work, index = opened, groups.count
+            if work < best.work:
+                best = _Choice(work, groups, index, best.work, min(other, self.cap))
+            else:
+                best.most = min(best.most, work)
+            # Nothing is below the slowest rank, and of equal choices the first one wins.
+            if best.work <= self.slowest:
+                break
+        return best
+
+    def _spread(self, found: _Choice, length: int, samples: Sequence[int]) -> int:
+        """Add the first of `samples`, and one sample each to the groups that take the next; return their number.
+
+        Each raises the work of the slowest rank.
+        """
+        groups = found.groups
+        share, cost = length / groups.degree, length * length / groups.degree
+        work = groups.work[: groups.count] + cost
+        work[groups.tokens[: groups.count] + share > self.capacity] = math.inf
+        order = np.argsort(work, kind="stable")[: len(samples)]
+        # A group comes again only after all that its new work exceeds.
+        taken = order[(work[order] < min(found.below, found.work + cost)) & (work[order] <= found.most)]
+        for place, sample in zip(taken.tolist(), samples, strict=False):
+            self.groups[groups.numbers[place]][1].append(sample)
+        groups.tokens[taken] += share
+        groups.work[taken] = work[taken]
+        self.slowest = float(work[taken[-1]])
+        return len(taken)
 
     def _open(self, groups: _Groups) -> None:
         groups.numbers.append(len(self.groups))
@@ -148,16 +195,27 @@ class _Filler:
         self.groups.append((groups.degree, []))
         self.free -= groups.degree
 
-    def _add(self, groups: _Groups, index: int, length: int, samples: Sequence[int]) -> int:
-        """Add the first of `samples`, and those after it that would go to the same group; return their number."""
+    def _add(self, found: _Choice, length: int, samples: Sequence[int]) -> int:
+        """Add the first of `samples` to a group, and the next to it and later ones that stay below the slowest rank.
+
+        Returns their number. Samples that leave the slowest rank as it is go to the first group with room for them.
+        """
+        groups, index = found.groups, found.index
         share, cost = length / groups.degree, length * length / groups.degree
-        fit = min((self.capacity - groups.tokens[index]) // share, (self.slowest - groups.work[index]) // cost)
-        # Those that leave the slowest rank as it is come back to this group: no earlier one took the first of them.
-        number = max(1, min(len(samples), int(fit)))
-        groups.tokens[index] += number * share
-        groups.work[index] += number * cost
-        self.groups[groups.numbers[index]][1].extend(samples[:number])
-        return number
+        own = slice(index, groups.count)
+        fit = np.minimum((self.capacity - groups.tokens[own]) // share, (self.slowest - groups.work[own]) // cost)
+        # The first may raise the slowest rank, if it is the first of its group.
+        fit[0] = max(fit[0], 1)
+        before = np.cumsum(np.maximum(fit, 0)) - np.maximum(fit, 0)
+        numbers = np.clip(len(samples) - before, 0, np.maximum(fit, 0)).astype(np.int64)
+        groups.tokens[own] += numbers * share
+        groups.work[own] += numbers * cost
+        start = 0
+        for place in np.flatnonzero(numbers).tolist():
+            self.groups[groups.numbers[index + place]][1].extend(samples[start : start + int(numbers[place])])
+            start += int(numbers[place])
+        self.slowest = max(self.slowest, float(groups.work[own].max()))
+        return start
 
 
 def _without_empty_ranks(groups: list[Group], ranks: int) -> list[Group]:
