@@ -150,7 +150,7 @@ class _Filler:
                 at += self._add(found, length, samples[at:])
 
     def choose(self, length: int) -> _Choice:
-        """Return the group, existing or new, with which the slowest rank stays fastest; its work is infinite if none."""
+        """Return the group, existing or new, with which the slowest rank stays fastest; infinite work if none."""
         smallest = needed_degree(length, self.capacity).bit_length() - 1
         # The first sample, the longest, gets the ranks that it needs; its work is what the others are held to.
         candidates = self.by_degree[smallest:] if self.groups else self.by_degree[smallest : smallest + 1]
