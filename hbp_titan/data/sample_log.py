@@ -444,7 +444,8 @@ def _check_pack(segment: PlanSegment, record: StepRecord, pack: Mapping[str, Any
     if dp_rank >= plan.dp_degrees[level] or record.rank != dp_rank * cp_degree:
         return f"logged by rank {record.rank}, which is not the first of the {cp_degree} ranks of that dp rank"
     planned = plan.pack(micro_batch, dp_rank)
-    if planned.tolist() == pack["samples"]:
+    # Without their order: a batch has its documents in descending length, a plan in the order of its method.
+    if sorted(planned.tolist()) == sorted(pack["samples"]):
         return None
     missing = np.setdiff1d(planned, pack["samples"]).tolist()
     unplanned = np.setdiff1d(pack["samples"], planned).tolist()

@@ -261,6 +261,22 @@ def test_a_missing_last_line_is_reported(run: Run) -> None:
     assert run.audit(run.epoch_steps)[0].startswith(f"start-0001/rank-1.jsonl: ends before step {run.epoch_steps}")
 
 
+def test_a_pack_may_be_trained_in_another_order_than_planned(run: Run) -> None:
+    # A batch sorts its documents by length; the packs of isf are not sorted.
+    run.start(1, 1, run.epoch_steps)
+    reverse = _change_pack("samples", lambda ids: ids[::-1])
+
+    def change(lines: list[str]) -> list[str]:
+        values = [json.loads(line) for line in lines]
+        for value in values:
+            reverse(value)
+        assert any(value != json.loads(line) for value, line in zip(values, lines, strict=True))
+        return [json.dumps(value) + "\n" for value in values]
+
+    run.change(1, 0, change)
+    assert run.audit(run.epoch_steps) == []
+
+
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_doubled_line_is_reported_with_its_samples(run: Run, number: int) -> None:
     run.start(1, 1, run.epoch_steps)
