@@ -159,7 +159,7 @@ class Recording:
             counted = trained[start:end].copy()
             outside = bool(counted[0]) and not (first and start == 0)
             counted[0] = False
-            whole = sample is not None and len(self.samples.tokens[sample]) == end - start
+            whole = sample is not None and self._is_whole(sample, end - start)
             return Piece(sample, whole, tokens[start:end], counted, int(wrong[start:end].sum()), outside)
 
         if (sample := self.samples.find(tokens)) is not None:
@@ -177,6 +177,12 @@ class Recording:
         if unknown < len(tokens):
             pieces.append(piece(None, unknown, len(tokens)))
         return pieces
+
+    def _is_whole(self, sample: int, length: int) -> bool:
+        """Return whether so many tokens are all of a sample, or all that predict a trained one of it."""
+        missing = len(self.samples.tokens[sample]) - length
+        # The last token of a sample predicts nothing: a peer with shifted labels need not feed it.
+        return missing == 0 or (self.labels_shifted and missing == 1 and not self.samples.trained[sample][-1])
 
     def leak(self) -> float | None:
         """Return the largest change of another document's logits over that of the changed document's own.
