@@ -111,7 +111,7 @@ def parallelized_on_meta(
         if config.float8.recipe:
             from hbp_titan.distributed.float8 import apply_float8
 
-            runtime.float8_state = apply_float8(model, config.float8)
+            runtime.float8_state = apply_float8(model, config.float8, config.compile)
     parallelize(model, config, world.device, meshes, runtime.cp_state, runtime.ac_state, runtime.reshard_state)
     return model, runtime
 

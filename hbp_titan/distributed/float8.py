@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.chunks import chunk_slices
-from hbp_titan.job_config import Float8
+from hbp_titan.job_config import Compile, Float8
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import linear_params
@@ -53,11 +53,13 @@ class Float8State:
     """Whether the active level multiplies in float8; a level switch sets it, and all converted layers read it.
 
     description: which layers are converted, for the user. fsdp_all_gather: whether FSDP2 gathers their weights in
-        float8.
+        float8. multiply, gradients: of layers outside of compiled regions.
     """
 
-    description: str = ""
-    fsdp_all_gather: bool = False
+    description: str
+    fsdp_all_gather: bool
+    multiply: Callable[..., Tensor]
+    gradients: Callable[..., tuple[Tensor, Tensor]]
     active: bool = True
 
     def track(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -68,10 +70,11 @@ class Float8State:
             optimizer.register_step_post_hook(lambda *_: precompute_float8_dynamic_scale_for_fsdp(model))
 
 
-def apply_float8(model: Decoder, config: Float8) -> Float8State:
+def apply_float8(model: Decoder, config: Float8, compile: Compile | None = None) -> Float8State:
     """Convert the selected layers of `model` (usually on the meta device) in place; return their switch.
 
-    Parameters keep their names. Raises ValueError without a torchao that fits, and as `selected_names`.
+    compile: how products outside of compiled regions are compiled, if it is enabled. Parameters keep their names.
+    Raises ValueError without a torchao that fits, and as `selected_names`.
     """
     float8 = torchao_float8()
     recipe = dataclasses.replace(
@@ -81,7 +84,10 @@ def apply_float8(model: Decoder, config: Float8) -> Float8State:
     )
     names, description = set(selected_names(model, config)), describe_float8(model, config)
     float8.convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: name in names)
-    state, switched = Float8State(description, config.fsdp_all_gather), _switched_linear()
+    state, switched = Float8State(description, config.fsdp_all_gather, *_product_steps()), _switched_linear()
+    if compile and compile.enable:
+        compiled = partial(torch.compile, backend=compile.backend, fullgraph=True, dynamic=False)
+        state.multiply, state.gradients = compiled(state.multiply), compiled(state.gradients)
     for linear in float8_linears(model):
         # torchao has no factory for a subclass; its own conversion also fixes the compiler for float8.
         linear.__class__ = switched
@@ -99,11 +105,81 @@ def _switched_linear() -> type[nn.Linear]:
         float8_state: Float8State
 
         def forward(self, input: Tensor) -> Tensor:
-            if self.float8_state.active:
+            if not self.float8_state.active:
+                return F.linear(input, self.weight, self.bias)
+            if torch.compiler.is_compiling():
                 return Float8Linear.forward(self, input)
-            return F.linear(input, self.weight, self.bias)
+            output = _product_apart(self, input)
+            return output if self.bias is None else output + self.bias.to(output.dtype)
 
     return SwitchedFloat8Linear
+
+
+# A block's last product runs outside of the compiled regions, so that a recomputation can stop before it: all that
+# backward reads of it is its input. Float8Linear's function saves after it has multiplied; here, `_Kept` saves and
+# `_Product` multiplies. Both are compiled by themselves, because eager casts write copies in float32.
+
+
+def _product_apart(linear: Any, x_TI: Tensor) -> Tensor:
+    """Return the float8 product of a layer, [T, O], by torchao's forward and backward."""
+    weight_IO = linear.weight.t()
+    kept_TO = _Kept.apply(x_TI, weight_IO, linear)
+    return _Product.apply(kept_TO, x_TI.detach(), weight_IO.detach(), linear)
+
+
+class _Kept(torch.autograd.Function):
+    """Save what backward needs; the result has the output's shape and no elements of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_IO: Tensor, linear: Any) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_IO)
+        ctx.linear = linear
+        return x_TI.new_empty(()).expand(*x_TI.shape[:-1], weight_IO.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.linear.float8_state.gradients(ctx.linear, grad_TO, *ctx.saved_tensors), None
+
+
+class _Product(torch.autograd.Function):
+    """Multiply; the gradient goes to `_Kept` as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, kept_TO: Tensor, x_TI: Tensor, weight_IO: Tensor, linear: Any) -> Tensor:
+        return linear.float8_state.multiply(linear, x_TI, weight_IO)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_TO, None, None, None
+
+
+class _Context:
+    """Stands for the context of torchao's function."""
+
+    def __init__(self, *saved_tensors: Tensor, **settings: Any) -> None:
+        self.saved_tensors = saved_tensors
+        self.__dict__ |= settings
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Ignore them: they are saved already."""
+
+
+@cache
+def _product_steps() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """Return the functions (layer, x_TI, weight_IO) -> product and (layer, grad_TO, x_TI, weight_IO) -> gradients."""
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    # As plain functions: the compiler refuses to call a function's backward.
+    forward, backward = (vars(matmul_with_hp_or_float8_args)[name].__func__ for name in ("forward", "backward"))
+
+    def multiply(linear: Any, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
+        return forward(_Context(), x_TI, weight_IO, linear.linear_mm_config, linear.config)
+
+    def gradients(linear: Any, grad_TO: Tensor, x_TI: Tensor, weight_IO: Tensor) -> tuple[Tensor, Tensor]:
+        context = _Context(x_TI, weight_IO, linear_mm_config=linear.linear_mm_config, config=linear.config)
+        return backward(context, grad_TO)[:2]
+
+    return multiply, gradients
 
 
 def torchao_float8() -> Any:
