@@ -17,7 +17,7 @@ import torch
 from hbp_titan.distributed.world import World
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
-from hbp_titan.testing.gpu_check import blocks, machine, runner, speed
+from hbp_titan.testing.gpu_check import blocks, float8, machine, runner, speed
 from hbp_titan.testing.gpu_check.runner import STEPS, Found, Settings, Step, Table
 from hbp_titan.tuning.hardware import HARDWARE
 from tests.programs import run_python
@@ -164,3 +164,29 @@ def test_pytest_report_lists_failures() -> None:
     assert found.problems == ["failed: a::y"]
     assert found.summary == "1 of 2 tests passed"
     assert machine._test_report(xml.replace('<failure message="m"/>', ""), 0).verdict == "PASS"
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "seconds", "word"),
+    [
+        ([4.01, 3.99], 1.1, 0.7, ""),
+        ([4.0, 4.0], 1.0, 0.7, "bit for bit"),
+        ([4.01, float("nan")], 1.0, 0.7, "losses"),
+        ([4.01, 3.99], 1.3, 0.7, "norm"),
+        ([4.01, 3.99], 1.0, 1.1, "1.10 times"),
+    ],
+)
+def test_float8_is_compared_with_bf16(
+    tmp_path: Path, losses: list[float], norm: float, seconds: float, word: str
+) -> None:
+    plain, run = float8._Run([4.0, 4.0], [1.0], [1.0], 6), float8._Run(losses, [norm], [seconds], 9)
+    problems = float8._problems(run, plain, "tensorwise", Settings("cuda", False, tmp_path, 60))
+    assert len(problems) == bool(word)
+    assert word in "".join(problems)
+
+
+@pytest.mark.slow
+def test_float8_step_trains_with_every_recipe(tmp_path: Path) -> None:
+    found = _step("float8", tmp_path)
+    assert found.verdict == "PASS", found.problems
+    assert [row[0] for row in found.tables[0].rows] == [*float8.RECIPES]

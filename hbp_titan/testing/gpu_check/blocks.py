@@ -215,7 +215,7 @@ def _small_run(settings: Settings) -> tuple[ModelArgs, JobConfig]:
     return args, config
 
 
-def _batches(args: ModelArgs, config: JobConfig, device: torch.device) -> list[PackedBatch]:
+def batches_of(args: ModelArgs, config: JobConfig, device: torch.device) -> list[PackedBatch]:
     """Return one batch per level."""
     batches = []
     for index, level in enumerate(config.levels):
@@ -225,7 +225,7 @@ def _batches(args: ModelArgs, config: JobConfig, device: torch.device) -> list[P
     return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
 
 
-def _step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch]) -> list[Tensor]:
+def optimizer_step(engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Run an optimizer step over `batches`; return the losses and the norm, still on the device."""
     losses = [engine.forward_backward(batch) for batch in batches]
     norm = clip_grad_norm(engine.model, 1.0)
@@ -241,14 +241,14 @@ def synchronizations(settings: Settings) -> Found:
     with one_rank(settings) as world:
         engine = Engine(config, args, world)
         optimizer = build_optimizer(engine.model, config.optimizer)
-        batches = _batches(args, config, world.device)
+        batches = batches_of(args, config, world.device)
         # Compilation, first allocations and the creation of AdamW's state synchronize, once.
         for _ in range(2):
-            _step(engine, optimizer, batches)
+            optimizer_step(engine, optimizer, batches)
         if settings.device_type != "cuda":
             return Found(skipped="synchronizations exist only with a GPU; the step itself ran")
         with _recorded_synchronizations() as places:
-            _step(engine, optimizer, batches)
+            optimizer_step(engine, optimizer, batches)
     counts = collections.Counter(places).most_common()
     rows = [[place, str(count)] for place, count in counts]
     problems = [f"{len(places)} synchronizations in a step, at {', '.join(place for place, _ in counts)}"] * bool(
@@ -302,10 +302,12 @@ def _train(args: ModelArgs, config: JobConfig, world: World) -> dict[str, Tensor
     torch._dynamo.reset()
     engine = Engine(config, args, world)
     optimizer = build_optimizer(engine.model, config.optimizer)
-    batches = _batches(args, config, world.device)
+    batches = batches_of(args, config, world.device)
     values: dict[str, Tensor] = {}
     for step in range(3):
-        values |= {f"step {step}, {i}": value.cpu() for i, value in enumerate(_step(engine, optimizer, batches))}
+        values |= {
+            f"step {step}, {i}": value.cpu() for i, value in enumerate(optimizer_step(engine, optimizer, batches))
+        }
     # On one rank the shard is the whole parameter.
     local = {name: getattr(p, "_local_tensor", p).detach().cpu() for name, p in engine.model.named_parameters()}
     return {**values, **local}

@@ -110,6 +110,7 @@ STEPS = (
     Step("gpu_tests", "pytest -m gpu", "machine:gpu_tests", 180),
     Step("varlen", "Attention by the arguments of its calls", "speed:varlen", 45, 2),
     Step("throughput", "Tokens/s, MFU and peak memory", "speed:throughput", 170, 2),
+    Step("float8", "FP8 products against bf16", "float8:float8", 120, 2),
     Step("transformers", "Side by side with transformers", "speed:side_by_side", 90, 2),
     Step("estimates", "Measured against estimated memory and time", "speed:estimates", 45, 3),
 )
