@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hbp_titan.distributed.world import World
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import Level
-from hbp_titan.testing.gpu_check import blocks, float8, machine, runner, speed
+from hbp_titan.testing.gpu_check import blocks, float8, kernels, machine, runner, speed
 from hbp_titan.testing.gpu_check.runner import STEPS, Found, Settings, Step, Table
 from hbp_titan.tuning.hardware import HARDWARE
 from tests.programs import run_python
@@ -75,6 +79,53 @@ def test_steps_are_deterministic(tmp_path: Path) -> None:
     assert "only with a GPU" in _step("synchronizations", tmp_path).skipped
     found = _step("deterministic", tmp_path)
     assert found.verdict == "PASS", found.problems
+
+
+class _Liger(torch.autograd.Function):
+    """One of Liger's functions, as the step calls it; the loss has a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        with torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
+            outputs, ctx.factor = _liger(inputs, ctx.inputs)
+        ctx.outputs, ctx.number = outputs, len(inputs)
+        return tuple(x.detach() for x in outputs) if len(outputs) > 1 else outputs[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = torch.autograd.grad(ctx.outputs, ctx.inputs[:2], grads[: len(ctx.outputs)])
+        return (*(ctx.factor * x for x in found), *[None] * (ctx.number - 2))
+
+
+def _liger(inputs: Any, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+    if len(inputs) == 2:
+        return [F.silu(x[0]) * x[1]], 1.0
+    if len(inputs) == 4:
+        halves = [torch.cat((-b, a), -1) for a, b in (part.chunk(2, -1) for part in x[:2])]
+        return [part * x[2][:, None] + half * x[3][:, None] for part, half in zip(x[:2], halves, strict=True)], 1.0
+    if len(inputs) == 6:
+        return [F.rms_norm(x[0], x[1].shape, x[1], inputs[2])], 1.0
+    loss = F.cross_entropy(x[0] @ x[1].T, x[2], reduction=inputs[8])
+    return [loss, loss.detach().clone().requires_grad_()], 1.1
+
+
+def test_ligers_kernels_are_compared_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings("cpu", True, tmp_path, 60)
+    found = kernels.fused_kernels(settings)
+    assert found.verdict == "PASS"
+    assert "not installed" in found.summary
+    package = ModuleType("liger_kernel")
+    package.__spec__ = ModuleSpec("liger_kernel", None)
+    names = ("RMSNorm", "Rope", "SiLUMul", "FusedLinearCrossEntropy")
+    package.ops = SimpleNamespace(**{f"Liger{name}Function": _Liger for name in names})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", package.ops)
+    found = kernels.fused_kernels(settings)
+    (problem,) = found.problems
+    assert problem.startswith("linear cross entropy")
+    assert all(row[4] != "-" for row in found.tables[0].rows)
 
 
 @pytest.mark.slow

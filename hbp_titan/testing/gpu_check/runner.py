@@ -112,6 +112,7 @@ STEPS = (
     Step("throughput", "Tokens/s, MFU and peak memory", "speed:throughput", 170, 2),
     Step("float8", "FP8 products against bf16", "float8:float8", 120, 2),
     Step("transformers", "Side by side with transformers", "speed:side_by_side", 90, 2),
+    Step("kernels", "Liger's kernels next to compiled ones", "kernels:fused_kernels", 60, 2),
     Step("estimates", "Measured against estimated memory and time", "speed:estimates", 45, 3),
 )
 

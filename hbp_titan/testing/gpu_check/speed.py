@@ -74,7 +74,7 @@ def varlen(settings: Settings) -> Found:
         for name, documents in calls.items():
             # Also the warm-up of the timed calls.
             outputs[name] = _attend(qkv, documents)
-            seconds[name] = median(_timed(partial(_attend, qkv, documents), device) for _ in range(repeats))
+            seconds[name] = median(timed(partial(_attend, qkv, documents), device) for _ in range(repeats))
         for name, documents in calls.items():
             difference = float((outputs[name] - outputs["real lengths"]).abs().max())
             blocks = launched_blocks(documents.groups)
@@ -121,7 +121,7 @@ def _allowed_difference(dtype: torch.dtype) -> float:
     return 0.1 if dtype == torch.bfloat16 else 1e-3
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
+def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of `work()`, including the device's."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -412,7 +412,7 @@ def _transformers_rows(
         run = partial(_packed if "packed" in form else _by_document, model, batch)
         try:
             loss = float(run())
-            seconds = median(_timed(run, batch.input_ids.device) for _ in range(REPEATS))
+            seconds = median(timed(run, batch.input_ids.device) for _ in range(REPEATS))
         except torch.OutOfMemoryError:
             print(f"transformers, {attention}, {form}: out of memory", flush=True)
             continue
