@@ -203,7 +203,7 @@ def test_separate_reductions_and_overlapping_micro_batches_change_no_gradient() 
     [
         (["--parallelism.reshard_after_forward=3"], "parallelism.reshard_after_forward=3"),
         (["--parallelism.reshard_after_forward=1"], "parallelism.reshard_after_forward=1"),
-        (["--levels=64:1::::::::"], "64:1::::::::"),
+        (["--levels=64:1" + 10 * ":"], "64:1::::::::"),
         (["--levels=64:1:ulysses:none::8"], "reshard_after_forward=8"),
     ],
 )
