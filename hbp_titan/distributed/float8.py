@@ -85,6 +85,8 @@ def apply_float8(model: Decoder, config: Float8, compile: Compile | None = None)
     names, description = set(selected_names(model, config)), describe_float8(model, config)
     float8.convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: name in names)
     state, switched = Float8State(description, config.fsdp_all_gather, *_product_steps()), _switched_linear()
+    if not config.emulate and not (compile and compile.enable):
+        state.description += "\nwarning: set compile.enable = true; eager casts take longer than float8 products gain"
     if compile and compile.enable:
         compiled = partial(torch.compile, backend=compile.backend, fullgraph=True, dynamic=False)
         state.multiply, state.gradients = compiled(state.multiply), compiled(state.gradients)

@@ -42,7 +42,13 @@ def _invariants(tokenizer: Path, *words: str, data: str = "a" * 64, **changes: A
 
 def test_settings_that_may_change_are_not_compared(tokenizer: Path) -> None:
     saved = json.loads(json.dumps(_invariants(tokenizer)))
-    changed = ["--levels=64,512:2", "--training.epochs=3", "--checkpoint.interval=7", "--compile.enable=true"]
+    changed = [
+        "--float8.recipe=rowwise",
+        "--levels=64,512:2",
+        "--training.epochs=3",
+        "--checkpoint.interval=7",
+        "--compile.enable=true",
+    ]
     check_resume_compatible(saved, _invariants(tokenizer, *changed), PATH)
     check_resume_compatible(saved, _invariants(tokenizer, "--parallelism.dp_replicate=2", name="renamed"), PATH)
 

@@ -25,7 +25,8 @@ from hbp_titan.engine import Engine
 from hbp_titan.job_config import Float8
 from hbp_titan.models.decoder import Decoder
 from hbp_titan.models.registry import get_flavor, linear_params
-from hbp_titan.packing import Level, Plan, build_plan
+from hbp_titan.packing import Level, Plan, build_plan, parse_levels
+from hbp_titan.packing.level import format_level
 from hbp_titan.testing.equivalence import (
     CAUGHT_FACTOR,
     FLOAT8_GRAD_TOLERANCE,
@@ -223,6 +224,8 @@ def test_switch_is_an_attribute_that_all_layers_share() -> None:
     assert [*dict(model.named_parameters())] == [*dict(plain.named_parameters())]
     assert "12 of 14" in state.description
     assert "down_proj" in state.description
+    assert "warning" not in state.description
+    assert "warning" in apply_float8(_plain(), Float8("rowwise", filter_fqns=[])).description
 
     def outputs(block: Decoder) -> list[Tensor]:
         x_TH = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
@@ -236,6 +239,35 @@ def test_switch_is_an_attribute_that_all_layers_share() -> None:
     assert different == [layer.in_features == 32 for layer in linears(model)]
     state.active = False
     assert all(one.equal(other) for one, other in zip(outputs(model), expected, strict=True))
+
+
+def _saved_bytes(model: Decoder) -> int:
+    """Return the bytes that a model keeps for backward, apart from its parameters."""
+    storages: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    batch = _batches((Level(64), Level(256)), 1)[1][0][0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits_TV = model(batch.input_ids, batch.position_ids, batch.documents)
+    assert logits_TV.requires_grad
+    return sum(storages.values())
+
+
+def test_float8_keeps_as_much_for_backward_as_a_plain_layer() -> None:
+    model, plain = _plain(), _plain()
+    apply_float8(model, _config("tensorwise").float8)
+    assert _saved_bytes(model) == _saved_bytes(plain)
+
+
+@pytest.mark.parametrize(("float8", "text"), [(None, "64:1:ulysses:none"), (False, "64:1:ulysses:none::::::false")])
+def test_short_form_of_a_level(float8: bool | None, text: str) -> None:
+    level = Level(64, float8=float8)
+    assert format_level(level) == text
+    assert parse_levels(text) == (level,)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
