@@ -136,7 +136,7 @@ class Engine:
         self.backend = config.compile.backend if config.compile.enable else ""
         self.model, self.runtime = parallelized_on_meta(config, args, world, world.device)
         if has_separate_reductions(config.parallelism, world.device) and not config.parallelism.cpu_offload:
-            self.overlap = MicroBatchOverlap(cast(FSDPModule, self.model))
+            self.overlap = MicroBatchOverlap(self.model)
         # Storage and weights come shard by shard, so that no rank ever holds the whole model.
         storage = torch.device("cpu") if config.parallelism.cpu_offload else world.device
         if read_weights:

@@ -235,7 +235,8 @@ class Parallelism:
     cpu_offload: bool = False
     """FSDP2: keep sharded parameters, gradients and optimizer state in host memory (pinned); the CPU updates them."""
     separate_reduce_scatter: bool = True
-    """On GPUs, where torch has it (2.13): gradients are reduced on a communicator of their own, next to all-gathers."""
+    """On GPUs, where torch has it (2.13): gradients are reduced on a communicator of their own, next to all-gathers;
+    micro-batches of an optimizer step then do not wait for each other's collectives."""
     cp_backend: str = "fused"
     """Exchanges between cp ranks: fused (few, written out) or dtensor (derived from placements: the reference)."""
     init_timeout_seconds: int = 600

@@ -177,9 +177,11 @@ class MicroBatchOverlap:
         the gathers would queue behind them. Not with cpu_offload, whose gradients arrive on the host at that wait.
     """
 
-    def __init__(self, model: FSDPModule) -> None:
-        self.root = model
+    def __init__(self, model: Decoder) -> None:
+        self.root = cast(FSDPModule, model)
         self._updated: Any = None  # event: the parameters are those of this step
+        blocks = list(model.blocks())
+        blocks[len(blocks) // 2].register_forward_pre_hook(self._free_reduced)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -197,21 +199,24 @@ class MicroBatchOverlap:
         finally:
             if last or not ended:
                 self._updated = None
-        if not last:
-            self._release(state._comm_ctx)
-
-    def _release(self, comm: Any) -> None:
-        """Release what FSDP2 keeps until the last backward."""
-        for reduction in comm.reduce_scatter_states:
-            # Instead of the reference, which would keep the embeddings' gradient through the next forward.
-            if reduction.reduce_scatter_input.is_cuda:
-                reduction.reduce_scatter_input.record_stream(comm.reduce_scatter_stream)
-        comm.reduce_scatter_states.clear()
+        if last:
+            return
         # Otherwise the next backward would end by gathering the head, as if this micro-batch's backward followed.
-        comm.post_forward_order.clear()
+        state._comm_ctx.post_forward_order.clear()
         for module in cast(nn.Module, self.root).modules():
             for group in param_groups(module):
                 group._post_forward_indices.clear()
+
+    def _free_reduced(self, *_: Any) -> None:
+        """Free the embeddings' gradient, which FSDP2 keeps until the next reduction, before the forward's peak.
+
+        record_stream instead would keep it for as long as the host is ahead of the device.
+        """
+        state: Any = self.root._get_fsdp_state()
+        for reduction in state._comm_ctx.reduce_scatter_states:
+            if reduction.event is not None:
+                state._device_handle.current_stream().wait_event(reduction.event)
+        state._comm_ctx.reduce_scatter_states.clear()
 
 
 def sharded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

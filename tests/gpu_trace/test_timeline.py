@@ -59,7 +59,7 @@ class Simulation(NamedTuple):
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(0, i - prefetch) : i][::-1])
-        engine.overlap = MicroBatchOverlap(cast(FSDPModule, engine.model)) if overlap else None
+        engine.overlap = MicroBatchOverlap(engine.model) if overlap else None
         batches = [self.traced.batch(level, (700, 60)) for level in (1, 0)]
         with self.traced.mode:
             for number, batch in enumerate(batches):
@@ -112,6 +112,20 @@ def test_micro_batches_of_a_step_follow_each_other_without_waiting(simulation: S
     assert idle(follows) == pytest.approx(around + 2)
     for kind in (GATHER, REDUCE):
         assert modules(follows[0], kind) == modules(waits[0], kind)
+
+
+def test_the_embeddings_gradient_is_free_before_the_end_of_the_next_forward(simulation: Simulation) -> None:
+    model = cast(Any, simulation.traced.engine.model)
+    held: list[int] = []
+
+    def count(*_: Any) -> None:
+        held.append(len(model._get_fsdp_state()._comm_ctx.reduce_scatter_states))
+
+    hooks = [block.register_forward_pre_hook(count) for block in (model.layers[0], model.layers[-1])]
+    simulation.step(overlap=True, block=4, gather=1)
+    for hook in hooks:
+        hook.remove()
+    assert held == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("simulation", [False], indirect=True)
