@@ -277,7 +277,10 @@ def test_first_fit_decreasing_by_hand() -> None:
 
 
 def _outcome(name: str, seconds: list[float], **wrong: int) -> Outcome:
-    audits = [Audit(tokens=20, padding=5, per_step=[10, 10], seconds=[9.0, s], **wrong) for s in seconds]  # type: ignore[arg-type]
+    audits = [
+        Audit(tokens=20, padding=5, per_step=[10, 10], seconds=[9.0, s], cpu_seconds=[9.0, 2.0], **wrong)
+        for s in seconds
+    ]  # type: ignore[arg-type]
     return Outcome(name, "", [Result() for _ in seconds], audits, [2.0 for _ in seconds])
 
 
@@ -287,8 +290,8 @@ def test_table_compares_within_a_round_and_refuses_other_tokens() -> None:
     other = _outcome("trl", [1.0], other_masks=3, extra_labels=7)
     broken = Outcome("swift", "", [Result("unavailable", "no FlashAttention")])
     text = table([slow, fast, other, broken], whole_epoch=True, max_doubled=0.1)
-    assert "| ours_hbp |  | 2.00 (2.00-4.00) | 5 | 20.0% | 2 | 2.0000 | none |" in text
-    assert "| trl |  | not comparable | - |" in text
+    assert "| ours_hbp |  | 2.00 (2.00-4.00) | 1.00 (1.00-1.00) | 5 | 20.0% | 2 | 2.0000 | none |" in text
+    assert "| trl |  | not comparable | - | - |" in text
     assert "3 samples with other masks; 7 labels too many (prompts)" in text
     assert "unavailable: no FlashAttention" in text
     with pytest.raises(ValueError, match="nothing to compare"):

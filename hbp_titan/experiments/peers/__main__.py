@@ -88,10 +88,8 @@ def _run(
         loss, tokens = sums["all"]["all"]
         outcome.held_out.append(loss / tokens)
     words = ", ".join(f"{name}: {word}" for name, word in outcome.verdicts(request.steps == 0).items())
-    print(
-        f"{outcome.name}: {outcome.tokens_per_second()[-1]:,.0f} tokens/s, held-out loss {outcome.held_out[0]:.4f}, {words}",
-        flush=True,
-    )
+    speed, loss = outcome.tokens_per_second()[-1], outcome.held_out[0]
+    print(f"{outcome.name}: {speed:,.0f} tokens/s, held-out loss {loss:.4f}, {words}", flush=True)
 
 
 def _request(options: argparse.Namespace, inputs: Inputs, name: str, folder: Path, device: torch.device) -> Request:

@@ -116,6 +116,10 @@ class Recording:
         """Return the seconds of each step, of the slowest rank."""
         return np.max([np.diff(rank["marks"]) for rank in self.ranks], axis=0)
 
+    def cpu_seconds(self) -> NDArray[np.float64]:
+        """Return the CPU seconds of each step, summed over the ranks: other programs do not change them much."""
+        return np.sum([np.diff(rank["cpu_marks"]) for rank in self.ranks], axis=0)
+
     def _rows(self) -> Iterator[Row]:
         parts = []
         for number, rank in enumerate(self.ranks):
@@ -241,7 +245,7 @@ class Audit:
     tokens differ, by extra_labels that should not be trained (prompts) and lost_labels. across: first tokens of
     documents that are predicted from another one. wrong_labels: labels that are not the next token. unknown: tokens of
     no sample. leak: see Recording.leak.
-    per_step: tokens of each optimizer step. seconds: of each step, slowest rank.
+    per_step: tokens of each optimizer step. seconds: of each step, slowest rank; cpu_seconds: sum over the ranks.
     """
 
     tokens: int = 0
@@ -260,6 +264,7 @@ class Audit:
     leak: float | None = None
     per_step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     def differences(self, whole_epoch: bool) -> list[str]:
         """Return how the trained tokens differ from those given, in words; a repeated sample is a difference."""
@@ -286,7 +291,7 @@ class Audit:
 def audit(recording: Recording) -> Audit:
     """Compare what reached the model with the samples it was given."""
     samples, found, seen = recording.samples, Audit(leak=recording.leak()), Counter[int]()
-    found.seconds = recording.seconds().tolist()
+    found.seconds, found.cpu_seconds = recording.seconds().tolist(), recording.cpu_seconds().tolist()
     found.per_step = [0] * len(found.seconds)
     for row in recording.rows:
         found.padding += row.padding

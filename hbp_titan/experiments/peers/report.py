@@ -39,6 +39,10 @@ class Outcome:
         """Return real tokens per second of each round, without the first step."""
         return [sum(audit.per_step[WARM_UP:]) / sum(audit.seconds[WARM_UP:]) for audit in self.audits]
 
+    def tokens_per_cpu_second(self) -> list[float]:
+        """Return real tokens per CPU second of each round, without the first step."""
+        return [sum(audit.per_step[WARM_UP:]) / max(sum(audit.cpu_seconds[WARM_UP:]), 1e-9) for audit in self.audits]
+
     def comparable(self, whole_epoch: bool, max_doubled: float) -> bool:
         """Return whether every round trained what it was given."""
         return self.ran and all(audit.comparable(whole_epoch, max_doubled) for audit in self.audits)
@@ -54,10 +58,10 @@ class Outcome:
         }
 
 
-def ratios(outcome: Outcome, base: Outcome) -> list[float]:
-    """Return the speed over the reference's in the same round: the machine's load changes more between rounds."""
-    pairs = zip(outcome.tokens_per_second(), base.tokens_per_second(), strict=False)
-    return [own / reference for own, reference in pairs]
+def ratios(own: Sequence[float], base: Sequence[float]) -> str:
+    """Return median and range of a speed over the reference's in the same round: load changes more between rounds."""
+    found = [value / reference for value, reference in zip(own, base, strict=False)]
+    return f"{median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
 def table(outcomes: Sequence[Outcome], whole_epoch: bool, max_doubled: float) -> str:
@@ -67,23 +71,23 @@ def table(outcomes: Sequence[Outcome], whole_epoch: bool, max_doubled: float) ->
         raise ValueError("no peer trained the samples that it was given, so there is nothing to compare")
     names = ("difference in samples and masks", "documents attend to each other", "loss")
     lines = [
-        f"| peer | setting | speed / {base.name} (range) | tokens/s | padding | steps | held-out loss | "
+        f"| peer | setting | speed / {base.name} (range) | the same by CPU time | tokens/s | padding | steps | held-out loss | "
         + " | ".join(names)
         + " |",
-        "|" + "---|" * (7 + len(names)),
+        "|" + "---|" * (8 + len(names)),
     ]
     for outcome in outcomes:
         if not outcome.ran:
             reason = next(result for result in outcome.results if result.status != "ok")
-            lines.append(f"| {outcome.name} | {outcome.note} | {reason.status}: {_cell(reason.reason)} |" + " - |" * 7)
+            lines.append(f"| {outcome.name} | {outcome.note} | {reason.status}: {_cell(reason.reason)} |" + " - |" * 8)
             continue
         audit, words = outcome.audits[0], outcome.verdicts(whole_epoch)
         if outcome.comparable(whole_epoch, max_doubled):
-            own = ratios(outcome, base)
-            speed = f"{median(own):.2f} ({min(own):.2f}-{max(own):.2f})"
+            speed = ratios(outcome.tokens_per_second(), base.tokens_per_second())
+            speed += " | " + ratios(outcome.tokens_per_cpu_second(), base.tokens_per_cpu_second())
             rate, loss = f"{median(outcome.tokens_per_second()):,.0f}", f"{median(outcome.held_out):.4f}"
         else:
-            speed, rate, loss = "not comparable", "-", "-"
+            speed, rate, loss = "not comparable | -", "-", "-"
         padding = audit.padding / max(audit.padding + audit.tokens, 1)
         lines.append(
             f"| {outcome.name} | {outcome.note} | {speed} | {rate} | {padding:.1%} | {len(audit.per_step)} | {loss} | "
@@ -105,6 +109,7 @@ def as_json(outcomes: Sequence[Outcome], whole_epoch: bool, max_doubled: float) 
             "setting": outcome.note,
             "comparable": outcome.comparable(whole_epoch, max_doubled),
             "tokens_per_second": outcome.tokens_per_second(),
+            "tokens_per_cpu_second": outcome.tokens_per_cpu_second(),
             "held_out_loss": outcome.held_out,
             "verdicts": outcome.verdicts(whole_epoch) if outcome.audits else {},
             "normalization": dataclasses.asdict(outcome.normalization) if outcome.normalization else None,

@@ -79,7 +79,8 @@ class Recorder:
 
         micro_batch, row, document, position, token, label: int32, one value per token that reached the model.
         steps: int64 [steps], micro-batches up to the end of each step.
-        marks: float64 [steps + 1], seconds at the start of training and at the end of each step.
+        marks, cpu_marks: float64 [steps + 1], seconds and CPU seconds of this process at the start of training and at
+            the end of each step.
         probe_*: document, position, token, label and row of the probed micro-batch; probe_delta: float32, largest
             change of a logit of each token after the first tokens of row 0 are replaced.
     """
@@ -94,6 +95,7 @@ class Recorder:
         self.num_micro_batches = 0
         self.steps: list[int] = []
         self.marks: list[float] = []
+        self.cpu_marks: list[float] = []
         self.enabled = True
         self.probed: dict[str, Any] | None = None
         self.probed_documents = 0
@@ -161,6 +163,7 @@ class Recorder:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
+        self.cpu_marks.append(time.process_time())
 
     @torch.no_grad()
     def probe(self, logits: Callable[[dict[str, Any]], Tensor], probe_tokens: int, vocab_size: int) -> None:
@@ -194,6 +197,7 @@ class Recorder:
             **probe,
             "steps": np.array(self.steps, dtype=np.int64),
             "marks": np.array(self.marks, dtype=np.float64),
+            "cpu_marks": np.array(self.cpu_marks, dtype=np.float64),
             "labels_shifted": np.array(self.labels_shifted),
             "spans_ranks": np.array(self.spans_ranks),
         }
