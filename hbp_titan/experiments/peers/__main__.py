@@ -56,17 +56,24 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             request = _request(options, inputs, outcome.name, options.out / f"round-{number}" / outcome.name, device)
             _run(outcome, launcher, request, samples, inputs, device)
-    whole = options.steps == 0
+        _report(options, inputs, outcomes, number + 1, device)
+
+
+def _report(
+    options: argparse.Namespace, inputs: Inputs, outcomes: list[Outcome], rounds: int, device: torch.device
+) -> None:
+    """Write and print the table, after every round."""
+    whole, count, total = options.steps == 0, len(inputs.lengths), sum(inputs.lengths)
     conditions = (
         f"{count:,} samples, {total:,} tokens, at most {options.max_tokens}, {options.nproc} ranks ({device.type}), "
-        f"about {options.global_batch_tokens:,} tokens per step, {options.rounds} rounds; speed without the first "
+        f"about {options.global_batch_tokens:,} tokens per step, {rounds} rounds; speed without the first "
         f"{WARM_UP} step. {versions_line(outcomes)}"
     )
     values = {"conditions": conditions, "peers": as_json(outcomes, whole, options.max_doubled)}
     (options.out / "peers.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     text = table(outcomes, whole, options.max_doubled)
     (options.out / "peers.md").write_text(f"{text}\n\n{conditions}\n", encoding="utf-8")
-    print(f"\n{text}\n\n{conditions}\nwrote {options.out / 'peers.json'}")
+    print(f"\n{text}\n\n{conditions}\nwrote {options.out / 'peers.json'}", flush=True)
 
 
 def _run(

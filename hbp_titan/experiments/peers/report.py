@@ -70,12 +70,9 @@ def table(outcomes: Sequence[Outcome], whole_epoch: bool, max_doubled: float) ->
     if base is None:
         raise ValueError("no peer trained the samples that it was given, so there is nothing to compare")
     names = ("difference in samples and masks", "documents attend to each other", "loss")
-    lines = [
-        f"| peer | setting | speed / {base.name} (range) | the same by CPU time | tokens/s | padding | steps | held-out loss | "
-        + " | ".join(names)
-        + " |",
-        "|" + "---|" * (8 + len(names)),
-    ]
+    speeds = (f"speed / {base.name} (range)", "the same by CPU time", "tokens/s")
+    columns = ("peer", "setting", *speeds, "padding", "steps", "held-out loss", *names)
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for outcome in outcomes:
         if not outcome.ran:
             reason = next(result for result in outcome.results if result.status != "ok")
