@@ -102,11 +102,6 @@ class Recording:
         self.spans_ranks = bool(self.ranks[0]["spans_ranks"])
         self.rows = list(self._rows())
 
-    @property
-    def step_ends(self) -> NDArray[np.int64]:
-        """Micro-batches up to the end of each step, of the rank with the most."""
-        return np.max([rank["steps"] for rank in self.ranks], axis=0)
-
     def step_of(self, row: Row) -> int:
         """Return the optimizer step, from 0, of a row."""
         rank = self.ranks[0 if self.spans_ranks else row.rank]

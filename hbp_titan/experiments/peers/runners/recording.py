@@ -100,15 +100,10 @@ class Recorder:
         self.probed: dict[str, Any] | None = None
         self.probed_documents = 0
         self._probe: dict[str, np.ndarray] = {}
-        self._labels: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Record what every later forward with gradients gets. model: a causal LM of transformers."""
         model.register_forward_pre_hook(self._hook, with_kwargs=True)
-
-    def set_labels(self, labels: Tensor | None) -> None:
-        """Give the labels of the next forward of a trainer that does not pass them to the model."""
-        self._labels = labels
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.enabled and torch.is_grad_enabled()):
@@ -116,10 +111,11 @@ class Recorder:
         arguments = dict(kwargs)
         if args:
             arguments["input_ids"] = args[0]
-        labels = arguments.get("labels", self._labels)
-        if labels is None:
-            raise ValueError("the forward got no labels; call Recorder.set_labels before it")
-        labels = whole_labels(labels, arguments)
+        if arguments.get("labels") is None:
+            raise ValueError(
+                "the model's forward got no labels; the peer's runner must pass them to Recorder.add itself"
+            )
+        labels = whole_labels(arguments["labels"], arguments)
         documents_BT = documents_of(arguments)
         positions = arguments.get("position_ids")
         if positions is None:
