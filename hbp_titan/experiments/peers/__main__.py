@@ -137,7 +137,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of inputs, runs and results")
+    add("--out", type=Path, default=Path("outputs/peers"), help="folder of inputs, runs and results [%(default)s]")
     add("--peers", default=DEFAULT_PEERS, help=f"comma-separated, of {', '.join(PEERS)} [%(default)s]")
     add("--python", action="append", default=[], metavar="PEER=PATH", help="Python of a peer's environment [this one]")
     add("--model", default=TINY, help="HF folder, or tiny: a random 1.2M-parameter Llama [%(default)s]")
