@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hbp_titan.experiments.peers.audit import LEAK, Audit, Recording, Samples, audit
 from hbp_titan.experiments.peers.normalization import WEIGHTS, Weighed, check, classify
 from hbp_titan.experiments.peers.peers import PEERS, Launcher, last_error, parse_peers, parse_pythons
+from hbp_titan.experiments.peers.prepare import Inputs, prepare
 from hbp_titan.experiments.peers.report import Outcome, table
 from hbp_titan.experiments.peers.runners.protocol import IGNORE_INDEX, Request, Result
 from hbp_titan.experiments.peers.runners.recording import Recorder, documents_of, replaced, whole_labels
@@ -318,12 +319,76 @@ def test_a_failed_run_is_a_result_with_its_error(tmp_path: Path) -> None:
     assert (result.status, "log.txt" in result.reason) == ("failed", True)
 
 
+@pytest.fixture(scope="module")
+def prepared(inputs: tuple[Path, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Return what prepare writes for the tiny model and 40 chat rows, of which the longest are over 128 tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_tiny_run(folder, num_rows=40)
+    (folder / "held_out.jsonl").write_text((folder / "train.jsonl").read_text())
+    data, held_out = [str(folder / "train.jsonl")], [str(folder / "held_out.jsonl")]
+    return prepare(folder, str(inputs[0] / "model"), data, held_out, 128, samples=0, multiple=4, seed=0)
+
+
+def test_prepared_samples_fit_and_come_with_their_messages(prepared: Inputs) -> None:
+    rows = [json.loads(line) for line in prepared.train.read_text().splitlines()]
+    assert len(rows) == len(prepared.lengths) > 0
+    assert len(rows) % 4 == 0
+    assert max(map(len, (row["input_ids"] for row in rows))) <= 128
+    assert prepared.left_out["over max_tokens"] >= 2
+    for row in rows:
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+        # The answer is trained, the question is not.
+        labels = row["labels"]
+        assert labels[0] == IGNORE_INDEX
+        assert any(label != IGNORE_INDEX for label in labels)
+        assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, row["input_ids"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out", "code", "key"),
+    [
+        (["x.jsonl"], [], False, "held_out"),
+        ([], [], True, "code"),
+        (["train.jsonl"], ["train.jsonl"], False, "at least 1000"),
+    ],
+)
+def test_prepare_refuses_what_it_cannot_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: list[str], held_out: list[str], code: bool, key: str
+) -> None:
+    write_tiny_run(tmp_path, num_rows=15)
+    if code:
+        (tmp_path / "model" / "modeling_own.py").write_text("")
+    monkeypatch.setattr("hbp_titan.experiments.peers.prepare.ensure_stdlib_corpus", lambda folder: False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=key):
+        prepare(tmp_path, "model", data, held_out, 128, samples=0, multiple=1000, seed=0)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("peer", "package"), [("trl", "trl"), ("llamafactory", "llamafactory"), ("swift", "swift")])
+@pytest.mark.parametrize("name", ["ours_flat", "ours_hbp"])
+def test_our_trainer_trains_what_it_is_given(prepared: Inputs, tmp_path: Path, name: str) -> None:
+    rows = [json.loads(line) for line in prepared.train.read_text().splitlines()]
+    levels = "64:1,128:2" if name == "ours_hbp" else "128:1"
+    request = dataclasses.replace(
+        _request(tmp_path, rows, name), model=str(prepared.model), train=str(prepared.train), max_tokens=128,
+        variant={**PEERS[name].variant, "levels": levels},
+    )  # fmt: skip
+    result = Launcher(tmp_path, 2, {}, 1, 600).run(PEERS[name], request)
+    assert result.status == "ok", result.reason
+    recording = Recording(request.folder, Samples(rows))
+    seen = audit(recording)
+    assert seen.differences(whole_epoch=True) == []
+    assert seen.leak == 0
+    assert result.grad_norms[0] is not None
+    assert check(recording, result.grad_norms[0], prepared.model, torch.device("cpu"), "float32").name == "tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("peer", "package"), [("trl", "trl"), ("llamafactory", "llamafactory"), ("swift", "ms-swift")])
 def test_installed_peer_trains_what_it_is_given(
     inputs: tuple[Path, list[dict[str, Any]]], peer: str, package: str
 ) -> None:
-    pytest.importorskip(package, reason=f"pip install {package}, or give the command --python {peer}=/path/to/python")
+    pytest.importorskip(peer, reason=f"pip install {package}, or give the command --python {peer}=/path/to/python")
     folder, rows = inputs
     launcher = Launcher(folder, 2, {peer: sys.executable}, 1, 600)
     launcher.copy_runners()

@@ -94,6 +94,9 @@ def _run(
         sums = perplexity.evaluate(load_model(Path(result.weights), device), inputs.held_out, request.max_tokens)
         loss, tokens = sums["all"]["all"]
         outcome.held_out.append(loss / tokens)
+    if device.type == "cuda":
+        # The next peer trains on the same GPU.
+        torch.cuda.empty_cache()
     words = ", ".join(f"{name}: {word}" for name, word in outcome.verdicts(request.steps == 0).items())
     speed, loss = outcome.tokens_per_second()[-1], outcome.held_out[0]
     print(f"{outcome.name}: {speed:,.0f} tokens/s, held-out loss {loss:.4f}, {words}", flush=True)
