@@ -247,7 +247,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         return tensor
     # NCCL cannot gather shards that are in host memory.
     moved: Any = tensor.to(tensor.device_mesh.device_type)
-    return moved.full_tensor()
+    whole = moved.full_tensor()
+    return getattr(whole, "_tensor", whole)  # as checkpoint.local_part, where one shard is the whole
 
 
 def reshard(model: nn.Module) -> None:

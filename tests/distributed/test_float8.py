@@ -336,6 +336,15 @@ def test_shards_widths_devices_and_versions_are_checked(monkeypatch: pytest.Monk
         check_float8(config, 8, torch.device("cpu"), ARGS)
 
 
+def _whole_on_one_rank(world: World) -> list[str]:
+    config = _config("tensorwise", "--float8.fsdp_all_gather=true", "--levels=64:1")
+    return [type(whole_tensor(p)).__name__ for p in Engine(config, ARGS, world).model.parameters()]
+
+
+def test_whole_tensors_of_one_shard_are_plain() -> None:
+    assert set(run_distributed(_whole_on_one_rank, 1)[0]) <= {"Tensor", "Parameter"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_run_with_float8_all_gather_resumes_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
