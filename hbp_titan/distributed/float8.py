@@ -250,7 +250,7 @@ def selected_names(model: Decoder, config: Float8) -> list[str]:
     if not names:
         raise ValueError(
             f"float8.recipe = {config.recipe!r} converts no layer of the model {model.args.name}: all are in "
-            "float8.filter_fqns or small; remove it, or remove {SMALL} from it"
+            f"float8.filter_fqns or small; unset it, or remove {SMALL} from float8.filter_fqns"
         )
     return names
 

@@ -307,7 +307,7 @@ def test_tokens_of_a_rank_and_of_chunks_are_divisible_by_16() -> None:
         (["--levels=64:1,264:1"], "264"),
         (["--levels=64:8"], "64/cp8"),
         (["--lora.rank=4"], "lora.rank"),
-        (["--float8.filter_fqns=auto_filter_small_kn"], "no layer"),
+        (["--float8.filter_fqns=auto_filter_small_kn"], "remove auto_filter_small_kn"),
         (["--float8.recipe="], "float8.recipe"),
         (["--float8.fsdp_all_gather=true", "--float8.recipe=rowwise"], "tensorwise"),
         (["--float8.fsdp_all_gather=true", "--parallelism.cpu_offload=true"], "cpu_offload"),
