@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hbp_titan.job_config import Data, DataSource, JobConfig, Optimizer, to_dict
+from hbp_titan.packing.build import check_side_by_side
 from hbp_titan.packing.level import Level, check_levels, check_reshard, parse_levels
+from hbp_titan.packing.schedule import LEVEL_ORDERS
 from hbp_titan.utils import did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -34,7 +36,7 @@ else:
 CHOICES = {
     "model.backend": ("native", "transformers"),
     "model.attention_backend": ("auto", "fa3", "fa4", "fa2", "torch", "cpu", "reference"),
-    "packing.level_order": ("alternate", "interleave"),
+    "packing.level_order": LEVEL_ORDERS,
     "training.loss_normalization": ("ave_token", "token_mean", "sample_mean", "sum"),
     "training.dtype": ("float32", "bfloat16"),
     "training.mixed_precision_param": ("auto", "float32", "bfloat16"),
@@ -96,8 +98,11 @@ def load_config(argv: Sequence[str]) -> JobConfig:
 
 def validate(config: JobConfig, world_size: int) -> None:
     """Raise ValueError if the configuration cannot run on `world_size` ranks."""
+    side_by_side = config.packing.level_order == "parallel"
     if not config.measures_levels:
-        check_levels(config.levels, world_size)
+        check_levels(config.levels, world_size, side_by_side)
+    if side_by_side:
+        _check_side_by_side(config)
     if world_size % config.parallelism.dp_replicate:
         raise ValueError(
             f"parallelism.dp_replicate = {config.parallelism.dp_replicate} does not divide the world size "
@@ -111,6 +116,27 @@ def validate(config: JobConfig, world_size: int) -> None:
         check_reshard(name, level.reshard_setting(True), shards)
     if not (config.data.train_files or config.data.sources):
         raise ValueError("data.train_files is empty; set at least one file, or add a [[data.sources]] block")
+
+
+def _check_side_by_side(config: JobConfig) -> None:
+    """Raise ValueError for what would make ranks of different levels run different collectives."""
+    if config.measures_levels:
+        raise ValueError(
+            'packing.level_order = "parallel" with packing.auto_levels: list the levels ("scripts/select_levels.py '
+            '--parallel" proposes them), or change level_order'
+        )
+    check_side_by_side(config.packing.method, config.packing.level_order, config.packing.curriculum_steps)
+    keys = ["reshard_after_forward"]
+    if config.parallelism.expert_parallel_degree > 1:
+        # Recomputation and chunks repeat the exchange of experts.
+        keys += ["ac_policy", "ac_layers", "mlp_chunk_tokens"]
+    for key in keys:
+        values = list(dict.fromkeys(getattr(level, key) for level in config.levels))
+        if len(values) > 1 or (key == "mlp_chunk_tokens" and values != [0]):
+            raise ValueError(
+                f'packing.level_order = "parallel" with levels.{key} = {", ".join(map(str, values))}: levels side by '
+                f"side share their collectives; {'set it to 0' if len(values) == 1 else 'give all levels one value'}"
+            )
 
 
 def to_toml(config: JobConfig) -> str:

@@ -142,7 +142,7 @@ class Packing:
     seed: int | None = None
     """Seed of sample order and packing shuffles, from which each epoch derives its own; none: training.seed."""
     level_order: str = "alternate"
-    """Levels of an optimizer step after the curriculum: "alternate" (one level) or "interleave" (a share of each)."""
+    """Levels of a step after the curriculum: alternate (one), interleave (a share of each) or parallel (at once)."""
     curriculum_steps: float = 0
     """Optimizer steps of the lowest level first; a value below 1 is a share of the first epoch's steps."""
     print_comparison: bool = True

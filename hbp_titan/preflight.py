@@ -8,6 +8,7 @@ torchrun can be called without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +21,11 @@ from hbp_titan.distributed.world import log_rank
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.decoder import build_decoder
 from hbp_titan.models.hf_config import args_from_hf
-from hbp_titan.models.registry import get_flavor, linear_params
+from hbp_titan.models.registry import get_flavor, last_params, linear_params
 from hbp_titan.packing import CostModel, Level
+
+if TYPE_CHECKING:
+    from hbp_titan.data.epoch import SampleLengths
 
 
 def model_args(config: JobConfig, notes: list[str] | None = None) -> ModelArgs:
@@ -35,10 +39,11 @@ def model_args(config: JobConfig, notes: list[str] | None = None) -> ModelArgs:
     return get_flavor(config.model.flavor)
 
 
-def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
+def cost_model(args: ModelArgs, frozen: bool = False, level: Level | None = None) -> CostModel:
     """Return the FLOPs of forward and backward by which the planner weighs packs.
 
-    frozen: the matrices have no gradients of their own (LoRA, whose adapters are neglected); attention has.
+    frozen: the matrices have no gradients of their own (LoRA, whose adapters are neglected); attention has. level:
+    counts what it recomputes; without it nothing, as the packs of one level differ little in that.
     """
     head_params = args.vocab_size * args.hidden_size
     return CostModel.from_dims(
@@ -52,7 +57,24 @@ def cost_model(args: ModelArgs, frozen: bool = False) -> CostModel:
         window_share=args.window_share,
         # Two of three products remain. The model has one FLOP count, so a frozen matrix counts as a faster one.
         linear_efficiency=1.5 if frozen else 1.0,
+        ac_policy=level.ac_policy if level else "none",
+        ac_layers=level.ac_layers if level else None,
+        last_params=last_params(args) // args.num_layers,
+        chunked=level is not None and level.mlp_chunk_tokens > 0,
     )
+
+
+def planner_costs(
+    config: JobConfig, args: ModelArgs, world_size: int, samples: SampleLengths, device: torch.device
+) -> CostModel | tuple[CostModel, ...]:
+    """Return the cost by which the planner weighs packs: one for all levels, or one each if they run side by side."""
+    if config.packing.level_order != "parallel":
+        return cost_model(args, frozen=config.lora.rank > 0)
+    # Not at the top: packs of one level at a time need no time model.
+    from hbp_titan.tuning.hardware import hardware_of
+    from hbp_titan.tuning.parallel_levels import costs_on
+
+    return costs_on(hardware_of(device), config, args, world_size, samples)
 
 
 def max_sample_tokens(config: JobConfig, args: ModelArgs) -> int:

@@ -76,13 +76,13 @@ class Trainer:
         """Choose the levels if they are to be measured, and plan the first epoch and the validation pass."""
         config, world, held_out = self.config, self.world, self.held_out
         self.oom_advice = oom.OOMAdvice(config, self.args, world)
-        cost = preflight.cost_model(self.args, frozen=config.lora.rank > 0)
         if config.measures_levels:
             # Not at the top: few runs measure their levels, and the search is a tool of its own.
             from hbp_titan.tuning.auto import resolve_levels
 
-            resolve_levels(config, self.args, world, cost, [self.store, *held_out], self._print)
+            resolve_levels(config, self.args, world, [self.store, *held_out], self._print)
             preflight.check(config, world.size, self.device, self.args)
+        cost = preflight.planner_costs(config, self.args, world.size, self.store, self.device)
         self.plans = EpochPlans(config, self.store, world.size, cost)
         self.oom_advice.plan = self.plans.plan_for(0)
         self.shapes = BatchShapes.from_plan(self.plans.plan_for(0), self.args.num_kv_heads, self.args.sliding_window)

@@ -46,7 +46,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
                         help="samples longer than the largest level [error]")  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed [0, or packing.seed]")
     parser.add_argument("--epoch", type=int, default=0, help="epoch [0]")
-    parser.add_argument("--level_order", help="alternate or interleave [alternate, or packing.level_order]")
+    parser.add_argument("--level_order", help="alternate, interleave or parallel [alternate, or packing.level_order]")
     parser.add_argument("--global_batch_tokens", type=int, help="tokens of an optimizer step [0: one micro-batch]")
     parser.add_argument("--curriculum_steps", type=float, help="first steps on only the lowest level [0]")
     parser.add_argument("--beta", type=float, help="cost of a squared token relative to a token [2e-5, or the model's]")

@@ -93,7 +93,8 @@ class NonFiniteGuard:
         packs = self._nonfinite_packs(plan)
         first, last = plan.step_offsets[step_in_plan : step_in_plan + 2].tolist()
         samples = plan.samples_of(first, last).tolist()
-        level_indices = [pack["level"] for pack in packs] or plan.level_of_iteration[first:last].tolist()
+        planned = plan.pack_levels[slice(*plan.pack_offsets[[first, last]])]
+        level_indices = [pack["level"] for pack in packs] or np.unique(planned).tolist()
         levels = list(dict.fromkeys(level_name(plan.levels[k]) for k in level_indices))
         skips = self.config.on_nonfinite == "skip" and self.steps < self.config.max_nonfinite_steps
         if self.world.rank == 0:

@@ -465,16 +465,20 @@ def describe_plan(plan: Plan, total_steps: int, config: JobConfig) -> str:
     # From the configuration: a resumed run may change what a level keeps, and its plan may be older. A finished run's
     # plan may have other levels.
     same = [level_name(level) for level in config.levels] == [level_name(level) for level in plan.levels]
-    micro_batches = np.bincount(plan.level_of_iteration, minlength=len(plan.levels))
-    for level, count in zip(config.levels if same else plan.levels, micro_batches, strict=True):
+    packs = np.bincount(plan.pack_levels, minlength=len(plan.levels))
+    for level, count in zip(config.levels if same else plan.levels, packs, strict=True):
         style = f" ({level.cp_style}, {config.parallelism.cp_backend})" if level.cp_degree > 1 else ""
         reshard = level.reshard_setting(config.parallelism.reshard_after_forward)
         # Numbers of ranks are above 1, which equals True.
         words: dict[bool | int, str] = {True: "", False: ", parameters stay gathered"}
         kept = words.get(reshard, f", resharded over {reshard} ranks")
+        dp = level.dp_degree(plan.world_size)
+        parallel = plan.level_order == "parallel"
+        # Side by side, the groups of a micro-batch differ in their level.
+        mesh, number = ("", f"{count} packs") if parallel else (f"dp {dp} x ", f"{count // dp} micro-batches")
         lines.append(
-            f"level {level_name(level)}: dp {level.dp_degree(plan.world_size)} x cp {level.cp_degree}{style}, "
-            f"checkpointing {describe_memory(level)}{kept}, {count} micro-batches"
+            f"level {level_name(level)}: {mesh}cp {level.cp_degree}{style}, checkpointing {describe_memory(level)}"
+            f"{kept}, {number}"
         )
     tokens = plan.step_tokens
     lines.append(

@@ -148,8 +148,8 @@ class LossSums:
         """Return the means over micro-batches first to last - 1 of `plan`. sums: of `pop`, added over all ranks."""
         ids = plan.samples_of(first, last)
         counts = plan.loss_tokens[ids]
-        per_pack = plan.packs.counts[plan.pack_offsets[first] : plan.pack_offsets[last]]
-        levels = np.repeat(plan.pack_levels[plan.pack_offsets[first] : plan.pack_offsets[last]], per_pack)
+        of = slice(*plan.pack_offsets[[first, last]])
+        levels = np.repeat(plan.pack_levels[of], plan.packs.counts[of])
         parts = np.split(np.array(sums), np.cumsum(self.group_sizes)[:-1])
         means = []
         for group, size, part in zip(self._groups(levels, ids), self.group_sizes, parts, strict=True):
@@ -305,8 +305,8 @@ class StepTimes:
         """Share of the ranks' time spent waiting, for a slower rank or for data."""
         return (float(self.waiting.sum()) + self.data_wait) / self.whole if self.measured else None
 
-    def shares(self, chosen: NDArray[np.bool_]) -> tuple[float, float]:
-        """Return (seconds, seconds of waiting) of the chosen micro-batches, bool [micro-batches], in the whole step.
+    def shares(self, chosen: NDArray[np.float64]) -> tuple[float, float]:
+        """Return (seconds, seconds of waiting) in the whole step. chosen: share of each micro-batch, [micro-batches].
 
         Time outside micro-batches (data, clipping, update) is divided in proportion to their time, or to their number
         if they were not timed.
@@ -314,8 +314,8 @@ class StepTimes:
         if not self.measured:
             return self.whole * float(chosen.mean()), 0.0
         wall = np.array(self.wall)
-        share = float(wall[chosen].sum() / wall.sum())
-        return self.whole * share, float(self.waiting[chosen].sum()) + self.data_wait * share
+        share = float(wall @ chosen / wall.sum())
+        return self.whole * share, float(self.waiting @ chosen) + self.data_wait * share
 
 
 @dataclass(frozen=True)
@@ -439,7 +439,8 @@ class StepStats:
         """
         first, last = int(plan.step_offsets[step_in_epoch]), int(plan.step_offsets[step_in_epoch + 1])
         times, means = result.times, self.losses.means(result.loss_sums, plan, first, last)
-        names = {k: level_name(plan.levels[k]) for k in np.unique(plan.level_of_iteration[first:last]).tolist()}
+        used = np.unique(plan.pack_levels[slice(*plan.pack_offsets[[first, last]])])
+        names = {k: level_name(plan.levels[k]) for k in used.tolist()}
         per_level = {name: self._of_level(plan, first, last, k, times) for k, name in names.items()}
         tokens, positions = (sum(level[key] for level in per_level.values()) for key in ("tokens", "positions"))
         samples = plan.samples_of(first, last)
@@ -447,7 +448,7 @@ class StepStats:
             "step": step,
             "epoch": plan.epoch,
             "level": next(iter(names)) if len(names) == 1 else None,
-            "level_name": "+".join(names.values()),
+            "level_name": "+".join(names.values()) if len(names) < 4 else f"{len(names)} levels",
             "micro_batches": last - first,
             "loss": finite(means.whole.loss),
             "loss_by_level": {
@@ -476,17 +477,23 @@ class StepStats:
         }
 
     def _of_level(self, plan: Plan, first: int, last: int, level: int, times: StepTimes) -> dict[str, Any]:
-        """Return the metrics of one level's micro-batches; positions: tokens including padding."""
-        chosen = plan.level_of_iteration[first:last] == level
-        samples = np.concatenate([plan.samples_of(i, i + 1) for i in (first + np.flatnonzero(chosen)).tolist()])
-        seconds, waiting = times.shares(chosen)
-        packs = int(chosen.sum()) * plan.levels[level].dp_degree(plan.world_size)
+        """Return the metrics of one level; positions: tokens including padding.
+
+        Levels side by side divide the time of a micro-batch in proportion to their ranks.
+        """
+        packs = np.arange(*plan.pack_offsets[[first, last]])
+        packs = packs[plan.pack_levels[packs] == level]
+        samples = np.concatenate([plan.samples_of_pack(at) for at in packs.tolist()])
+        ranks = np.bincount(plan.iteration_of_pack[packs] - first, plan.pack_degrees[packs], last - first)
+        share = ranks / plan.world_size
+        seconds, waiting = times.shares(share)
         return {
-            "micro_batches": int(chosen.sum()),
+            "micro_batches": int(np.count_nonzero(ranks)),
             "tokens": int(plan.lengths[samples].sum()),
-            "positions": packs * plan.levels[level].max_tokens,
+            "positions": len(packs) * plan.levels[level].max_tokens,
             "seconds": seconds,
             "waiting_seconds": waiting,
+            # While its ranks train the level, the others train another one.
             "mfu": self._mfu(plan, samples, seconds),
         }
 
@@ -503,12 +510,13 @@ class StepStats:
 
 def attention_balance(plan: Plan, first: int, last: int) -> float:
     """Return the attention balance ratio (ABR) of micro-batches first to last - 1 (packing/metrics.py); 0 is best."""
-    packs = plan.pack_sum_sq
-    ratios = []
-    for micro_batch in range(first, last):
-        attention = packs[plan.pack_offsets[micro_batch] : plan.pack_offsets[micro_batch + 1]]
-        ratios.append(1 - float(attention.mean() / attention.max()) if attention.any() else 0.0)
-    return sum(ratios) / len(ratios)
+    of = slice(*plan.pack_offsets[[first, last]])
+    starts = plan.pack_offsets[first:last] - of.start
+    own = plan.pack_sum_sq[of] / plan.pack_degrees[of]
+    mean = np.add.reduceat(own * plan.pack_degrees[of], starts) / plan.world_size
+    most = np.maximum.reduceat(own, starts)
+    # 1: a micro-batch of empty packs has no attention.
+    return float(np.mean(np.where(most > 0, 1 - mean / np.maximum(most, 1), 0.0)))
 
 
 def count_sources(

@@ -134,7 +134,7 @@ def pack_loads(plan: Plan) -> FloatArray:
 class EpochTime:
     """Predicted seconds of an epoch.
 
-    slowest, mean: of each micro-batch, over data-parallel ranks, [I]. steps: what optimizer steps take in addition.
+    slowest, mean: of each micro-batch, over the ranks, [I]. steps: what optimizer steps take in addition.
     """
 
     slowest: FloatArray
@@ -159,14 +159,8 @@ def predict_epoch(plan: Plan, times: Sequence[LevelTimeModel], step_seconds: flo
     seconds = np.zeros(len(loads))
     for k, level_time in enumerate(times):
         seconds[levels == k] = level_time.seconds(loads[levels == k])
-    # Packs of a micro-batch are adjacent, so per-micro-batch figures are segment reductions.
-    starts = plan.pack_offsets[:-1]
-    counts = np.diff(plan.pack_offsets)
-    return EpochTime(
-        slowest=np.maximum.reduceat(seconds, starts),
-        mean=np.add.reduceat(seconds, starts) / counts,
-        steps=step_seconds * plan.num_steps,
-    )
+    mean, slowest = plan.over_ranks(seconds)
+    return EpochTime(slowest=slowest, mean=mean, steps=step_seconds * plan.num_steps)
 
 
 def load_level_times(folder: Path, levels: Sequence[Level]) -> tuple[LevelTimeModel, ...] | None:
@@ -330,49 +324,56 @@ class TimingMonitor:
         wall_RI, work_RI = torch.stack(gathered).cpu().numpy().transpose(2, 0, 1)
         indices = np.array(self._indices)
         self._indices, self._seconds = [], []
-        model_RI = self._modelled(plan, indices)
-        levels = plan.level_of_iteration[indices]
-        for k in np.unique(levels).tolist():
+        slots_RI = indices * plan.world_size + np.arange(plan.world_size)[:, None]
+        packs_RI = np.searchsorted(plan.rank_slots, slots_RI, side="right") - 1
+        levels_RI, model_RI = plan.pack_levels[packs_RI], self._modelled(plan, packs_RI)
+        # Levels side by side share a micro-batch's time, so that their costs have one unit.
+        unit_RI = levels_RI * (plan.level_order != "parallel")
+        for k in np.unique(unit_RI).tolist():
             # Cost models count FLOPs; the first report measures the machine's speed at this level.
             if self.times is None and k not in self._units:
-                of = levels == k
-                self._units[k] = float(np.median(wall_RI[:, of].max(0) / model_RI[:, of].max(0)))
-        units = np.array([self._units.get(k, 1.0) for k in levels.tolist()])
-        return compare(levels, wall_RI, work_RI, model_RI * units)
+                self._units[k] = _ratio(wall_RI, model_RI, unit_RI == k)
+        units = np.array([self._units.get(k, 1.0) for k in range(len(plan.levels))])
+        return compare(levels_RI, wall_RI, work_RI, model_RI * units[unit_RI])
 
-    def _modelled(self, plan: Plan, indices: np.ndarray) -> FloatArray:
-        """Return the modelled seconds of each rank in each micro-batch, [R, I]; cp ranks are adjacent."""
-        loads = pack_loads(plan)
-        columns = []
-        for index in indices.tolist():
-            of = slice(*plan.pack_offsets[index : index + 2])
-            k = int(plan.level_of_iteration[index])
-            level = plan.levels[k]
+    def _modelled(self, plan: Plan, packs_RI: np.ndarray) -> FloatArray:
+        """Return the modelled seconds of each rank for its packs, [R, I]."""
+        packs, where = np.unique(packs_RI, return_inverse=True)
+        seconds, level_of = np.zeros(len(packs)), plan.pack_levels[packs]
+        loads = pack_loads(plan)[packs]
+        for k in np.unique(level_of).tolist():
+            of, level = level_of == k, plan.levels[k]
             if self.times is None:
-                # Padding is computed like tokens.
-                tokens = np.full(of.stop - of.start, level.max_tokens)
-                seconds = plan.costs[k].cost(tokens, plan.pack_sum_sq[of])
+                # Padding is computed like tokens; the ranks of a pack share it.
+                tokens = np.full(int(of.sum()), level.max_tokens)
+                seconds[of] = plan.costs[k].cost(tokens, plan.pack_sum_sq[packs[of]]) / level.cp_degree
             else:
-                seconds = self.times[k].seconds(loads[of])
-            columns.append(np.repeat(seconds, level.cp_degree))
-        return np.stack(columns, axis=1)
+                seconds[of] = self.times[k].seconds(loads[of])
+        return seconds[where].reshape(packs_RI.shape)
 
 
-def compare(levels: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_RI: FloatArray) -> TimingReport:
-    """Return the report of micro-batches I on ranks R, all in seconds. levels: level index of each micro-batch, [I]."""
+def _ratio(wall_RI: FloatArray, model_RI: FloatArray, of_RI: np.ndarray) -> float:
+    """Return the median over micro-batches of measured over modelled seconds of the chosen ranks, bool [R, I]."""
+    used = of_RI.any(0)
+    longest = [np.where(of_RI, seconds, 0.0).max(0)[used] for seconds in (wall_RI, model_RI)]
+    return float(np.median(longest[0] / longest[1]))
+
+
+def compare(levels_RI: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_RI: FloatArray) -> TimingReport:
+    """Return the report of micro-batches I on ranks R, all in seconds. levels_RI: level index, int [R, I]."""
     checks = {}
     paces = np.ones_like(work_RI)
-    for k in np.unique(levels).tolist():
-        of = levels == k
-        wall, work, model = wall_RI[:, of], work_RI[:, of], model_RI[:, of]
+    longest_work, longest_model = (np.broadcast_to(x.max(0), x.shape) for x in (work_RI, model_RI))
+    for k in np.unique(levels_RI).tolist():
+        of = levels_RI == k
         checks[k] = LevelCheck(
-            micro_batches=int(of.sum()),
-            ratio=float(np.median(wall.max(0) / model.max(0))),
-            waiting=1 - float(work.mean(0).sum() / work.max(0).sum()),
-            planned=1 - float(model.mean(0).sum() / model.max(0).sum()),
+            micro_batches=int(of.any(0).sum()),
+            ratio=_ratio(wall_RI, model_RI, of),
+            waiting=1 - float(work_RI[of].sum() / longest_work[of].sum()),
+            planned=1 - float(model_RI[of].sum() / longest_model[of].sum()),
         )
         # Work has a unit of its own, so only a rank's ratio to the other ranks is meaningful.
-        paces[:, of] = work / model / np.median(work / model)
+        paces[of] = (work_RI / model_RI)[of] / np.median((work_RI / model_RI)[of])
     # Weighted by modelled time, so that a level of few short micro-batches does not decide.
     pace_R = (paces * model_RI).sum(1) / model_RI.sum(1)
     slowest = int(pace_R.argmax())

@@ -45,7 +45,9 @@ class SampleLengths(Protocol):
 class EpochPlans:
     """The plan of each epoch, built when first asked for; the latest two are kept."""
 
-    def __init__(self, config: JobConfig, store: SampleLengths, world_size: int, cost: CostModel) -> None:
+    def __init__(
+        self, config: JobConfig, store: SampleLengths, world_size: int, cost: CostModel | tuple[CostModel, ...]
+    ) -> None:
         self.config = config
         self.store = store
         self.world_size = world_size

@@ -76,10 +76,10 @@ class PlanDataset(Dataset[PackedBatch]):
         return self.plan.num_iterations
 
     def __getitem__(self, micro_batch: int) -> PackedBatch:
-        index = int(self.plan.level_of_iteration[micro_batch])
+        pack = self.plan.pack_at(micro_batch, self.rank)
+        index = int(self.plan.pack_levels[pack])
         level = self.plan.levels[index]
-        dp_rank, cp_rank = divmod(self.rank, level.cp_degree)
-        sample_ids = self.plan.pack(micro_batch, dp_rank)
+        sample_ids = self.plan.samples_of_pack(pack)
         weights = self.sample_weights(self.plan, micro_batch, sample_ids) if self.sample_weights else None
         batch = make_batch(self.store, sample_ids, level, index, self.shapes.max_documents[index], weights)
         planned = int(self.plan.loss_tokens[sample_ids].sum())
@@ -89,6 +89,8 @@ class PlanDataset(Dataset[PackedBatch]):
                 f"micro-batch {micro_batch}, samples {sample_ids.tolist()}: the batch has {batch.num_loss_tokens} loss "
                 f"tokens, the plan {planned}"
             )
+        # A pack starts at a rank that its degree divides.
+        cp_rank = self.rank % level.cp_degree
         return shard_batch(batch, cp_rank, level.cp_degree, self.shapes.gather_degrees[index], self.shapes.window)
 
 

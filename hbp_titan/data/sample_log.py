@@ -420,13 +420,13 @@ def _audit_segment(segment: PlanSegment, last: int, records: Sequence[StepRecord
         for pack in record.micro_batches:
             (found.skipped if record.skipped else found.trained).append(np.array(pack["samples"], np.int64))
             problem = _check_pack(segment, record, pack)
-            key = (pack["micro_batch"], pack["dp_rank"])
+            key = (pack["micro_batch"], record.rank)
             if problem is None and key in packs:
                 problem = f"was trained before, {packs[key]}"
             # The first record stays, so that a third one names it too.
             packs.setdefault(key, record.where)
             if problem is not None:
-                found.problems.append(f"{record.where}: micro-batch {key[0]}, dp rank {key[1]}: {problem}")
+                found.problems.append(f"{record.where}: micro-batch {key[0]}, dp rank {pack['dp_rank']}: {problem}")
     found.problems += _missing_packs(segment, last, packs)
 
 
@@ -437,13 +437,14 @@ def _check_pack(segment: PlanSegment, record: StepRecord, pack: Mapping[str, Any
     micro_batch, dp_rank = pack["micro_batch"], pack["dp_rank"]
     if not first <= micro_batch < last:
         return f"the plan's step {record.step} has micro-batches {first} to {last - 1}"
-    level = int(plan.level_of_iteration[micro_batch])
+    at = plan.pack_at(micro_batch, record.rank)
+    level = int(plan.pack_levels[at])
     if pack["level"] != level:
         return f"level {pack['level']}, but the plan has level {level}"
     cp_degree = plan.levels[level].cp_degree
-    if dp_rank >= plan.dp_degrees[level] or record.rank != dp_rank * cp_degree:
+    if record.rank != dp_rank * cp_degree:
         return f"logged by rank {record.rank}, which is not the first of the {cp_degree} ranks of that dp rank"
-    planned = plan.pack(micro_batch, dp_rank)
+    planned = plan.samples_of_pack(at)
     # Without their order: a batch has its documents in descending length, a plan in the order of its method.
     if sorted(planned.tolist()) == sorted(pack["samples"]):
         return None
@@ -453,16 +454,16 @@ def _check_pack(segment: PlanSegment, record: StepRecord, pack: Mapping[str, Any
 
 
 def _missing_packs(segment: PlanSegment, last: int, packs: Mapping[tuple[int, int], str]) -> Iterator[str]:
-    """Yield one line per micro-batch before `last` that some dp rank did not log."""
+    """Yield one line per micro-batch before `last` of which a pack was not logged. packs: (micro-batch, first rank)."""
     plan = segment.plan
     for micro_batch in range(last):
-        dp_ranks = range(plan.dp_degrees[plan.level_of_iteration[micro_batch]])
-        missing = [dp_rank for dp_rank in dp_ranks if (micro_batch, dp_rank) not in packs]
+        ranks = (plan.rank_slots[slice(*plan.pack_offsets[micro_batch : micro_batch + 2])] % plan.world_size).tolist()
+        missing = [rank for rank in ranks if (micro_batch, rank) not in packs]
         if missing:
             step = segment.first_step + int(plan.step_of_iteration[micro_batch])
             yield (
-                f"epoch {plan.epoch}, micro-batch {micro_batch} (step {step}): not logged by {len(missing)} of "
-                f"{len(dp_ranks)} dp ranks: {_first(missing)}"
+                f"epoch {plan.epoch}, micro-batch {micro_batch} (step {step}): {len(missing)} of {len(ranks)} packs "
+                f"were not logged by their first rank: {_first(missing)}"
             )
 
 

@@ -172,8 +172,7 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
 def loads_of_ranks(plan: Plan) -> np.ndarray:
     """Return pack_loads of each rank's pack, [micro-batches, ranks, 4]; ranks of a cp group are adjacent."""
     loads = pack_loads(plan)
-    cp_degrees = np.array([level.cp_degree for level in plan.levels])
-    return np.repeat(loads, cp_degrees[plan.pack_levels], axis=0).reshape(plan.num_iterations, plan.world_size, 4)
+    return np.repeat(loads, plan.pack_degrees, axis=0).reshape(plan.num_iterations, plan.world_size, 4)
 
 
 def _gather(measured: Sequence[tuple[float, float]], world: World) -> np.ndarray:

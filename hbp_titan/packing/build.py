@@ -101,16 +101,18 @@ def build_plan(
     method: a key of METHODS. seed, epoch: select the random numbers; each epoch is packed and ordered differently.
     cost: balances the packs of an iteration, one model or one per level; default CostModel().
     global_batch_tokens: target real tokens of an optimizer step; 0 makes each iteration a step.
-    level_order: "alternate" (each step one level, in random order) or "interleave" (each step a share of each level).
+    level_order: "alternate" (each step one level, in random order), "interleave" (each step a share of each level) or
+        "parallel" (each iteration a share of each level, side by side on different ranks).
     curriculum_steps: steps of the lowest level that come first, in epoch 0 only; below 1 a share of all steps.
     overlong: a sample longer than the largest level is an "error", or "skip" lists it in plan.skipped.
 
     Raises ValueError for a sample longer than the largest level and for values outside these domains.
     """
     levels = tuple(levels)
-    check_levels(levels, world_size)
-    _check_choice("method", method, METHODS)
     _check_choice("level_order", level_order, LEVEL_ORDERS)
+    check_levels(levels, world_size, side_by_side=level_order == "parallel")
+    _check_choice("method", method, METHODS)
+    check_side_by_side(method, level_order, curriculum_steps)
     _check_choice("overlong", overlong, OVERLONG)
     _check_not_negative(
         seed=seed, epoch=epoch, global_batch_tokens=global_batch_tokens, curriculum_steps=curriculum_steps
@@ -133,7 +135,7 @@ def build_plan(
         lengths=lengths,
         loss_tokens=loss_tokens,
         packs=EMPTY,
-        level_of_iteration=EMPTY.ids,
+        pack_levels=EMPTY.ids,
         step_offsets=EMPTY.offsets,
     )
     return _pack_and_schedule(template, _ids_that_fit(lengths, levels[-1].max_tokens))
@@ -165,7 +167,7 @@ def replan(
         )
     levels = plan.levels if levels is None else tuple(levels)
     world_size = plan.world_size if world_size is None else world_size
-    check_levels(levels, world_size)
+    check_levels(levels, world_size, side_by_side=plan.level_order == "parallel")
     if cost is None:
         cost = plan.costs[0] if len(set(plan.costs)) == 1 else plan.costs
     # Packs are in training order, so the remaining ids are one slice. Sorted, they do not depend on the old packs.
@@ -192,36 +194,53 @@ def _pack_and_schedule(template: Plan, sample_ids: IntArray | None = None) -> Pl
     stream = (template.seed, template.epoch)
     method = METHODS[template.method]
     lengths = template.lengths if sample_ids is None else template.lengths[sample_ids]
-    per_level = method.pack(lengths, template.levels, template.world_size, (*stream, PACK_STREAM))
-    per_level = [_whole_iterations(p, int(dp)) for p, dp in zip(per_level, template.dp_degrees, strict=True)]
-    bounds = offsets_of(np.array([p.num_rows for p in per_level]))
-    packs = concatenated(per_level)
-    del per_level  # a fifth of the peak memory
-    tokens, sum_sq = packs.sums(lengths), template.costs[0].squares(lengths, packs)
+    if template.level_order == "parallel":
+        # Not at the top: few runs train levels side by side.
+        from hbp_titan.packing.parallel import mixed_iterations
 
-    balanced = []
-    for level, (start, end) in enumerate(itertools.pairwise(bounds.tolist())):
-        of_level, level_stream = slice(start, end), (*stream, BALANCE_STREAM, level)
-        cost = template.costs[level]
-        balanced.append(start + _balanced_order(method.balance, tokens[of_level], sum_sq[of_level], cost, level_stream))
-    level_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds) // template.dp_degrees)
-    iterations = Ragged(np.concatenate(balanced), offsets_of(template.dp_degrees[level_of]))
-
+        levels, costs = template.levels, template.costs
+        packs, level_of, mixed = mixed_iterations(lengths, levels, costs, template.world_size, (*stream, PACK_STREAM))
+        # Every iteration is a share of all levels, so that the schedule need not tell them apart.
+        order, of_iteration = "alternate", np.zeros(mixed.num_rows, np.int64)
+    else:
+        packs, level_of, mixed = _iterations_per_level(lengths, template, method, stream)
+        order, of_iteration = template.level_order, level_of[mixed.ids[mixed.offsets[:-1]]]
     steps = schedule(
-        level_of,
-        iterations.sums(tokens),
+        of_iteration,
+        mixed.sums(packs.sums(lengths)),
         global_batch_tokens=template.global_batch_tokens,
-        level_order=template.level_order,
+        level_order=order,
         curriculum_steps=template.curriculum_steps if template.epoch == 0 else 0,
         stream=(*stream, SCHEDULE_STREAM),
     )
-    packs = packs.take(iterations.take(steps.ids).ids)
+    in_order = mixed.take(steps.ids).ids
+    packs = packs.take(in_order)
     return dataclasses.replace(
         template,
         packs=packs if sample_ids is None else Ragged(sample_ids[packs.ids], packs.offsets),
-        level_of_iteration=level_of[steps.ids],
+        pack_levels=level_of[in_order],
         step_offsets=steps.offsets,
     )
+
+
+def _iterations_per_level(
+    lengths: IntArray, template: Plan, method: Method, stream: Stream
+) -> tuple[Ragged, IntArray, Ragged]:
+    """Return packs, the level of each, int64 [num_packs], and iterations of one level each, rows of pack indices."""
+    per_level = method.pack(lengths, template.levels, template.world_size, (*stream, PACK_STREAM))
+    degrees = np.array([level.dp_degree(template.world_size) for level in template.levels])
+    per_level = [_whole_iterations(p, dp) for p, dp in zip(per_level, degrees.tolist(), strict=True)]
+    num_packs = np.array([p.num_rows for p in per_level])
+    packs, level_of = concatenated(per_level), np.repeat(np.arange(len(degrees)), num_packs)
+    del per_level  # a fifth of the peak memory
+    tokens, sum_sq = packs.sums(lengths), template.costs[0].squares(lengths, packs)
+    balanced = []
+    for level, (start, end) in enumerate(itertools.pairwise(offsets_of(num_packs).tolist())):
+        of_level, level_stream = slice(start, end), (*stream, BALANCE_STREAM, level)
+        cost = template.costs[level]
+        balanced.append(start + _balanced_order(method.balance, tokens[of_level], sum_sq[of_level], cost, level_stream))
+    sizes = np.repeat(degrees, num_packs // degrees)
+    return packs, level_of, Ragged(np.concatenate(balanced), offsets_of(sizes))
 
 
 def _balanced_order(by: str, tokens: IntArray, sum_sq: IntArray, cost: CostModel, stream: Stream) -> IntArray:
@@ -237,6 +256,19 @@ def _whole_iterations(packs: Ragged, dp_degree: int) -> Ragged:
     """Append empty packs until the last iteration is complete."""
     missing = round_up(packs.num_rows, dp_degree) - packs.num_rows
     return Ragged(packs.ids, np.append(packs.offsets, np.full(missing, packs.offsets[-1])))
+
+
+def check_side_by_side(method: str, level_order: str, curriculum_steps: float) -> None:
+    """Raise ValueError for what level_order "parallel" excludes."""
+    if level_order != "parallel":
+        return
+    if method != "hbp":
+        raise ValueError(f'level_order="parallel" with method={method!r}: it has its own packer; use method="hbp"')
+    if curriculum_steps:
+        raise ValueError(
+            f'level_order="parallel" with curriculum_steps={curriculum_steps}: every step has a share of all levels; '
+            "set curriculum_steps = 0"
+        )
 
 
 def _check_choice(name: str, value: str, choices: Collection[str]) -> None:

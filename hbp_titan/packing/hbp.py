@@ -108,13 +108,13 @@ def pack_evenly(lengths: IntArray, capacity: int, multiple: int = 1) -> tuple[Pa
     if more <= num_packs * (1 + 4 * EXTRA_PACKS):
         attempts.append(more)
     for attempt in attempts:
-        even = _spread_over(lengths, capacity, attempt)
+        even = spread_over(lengths, capacity, attempt)
         if even is not None:
             return even, attempt
     return pack_of, num_packs
 
 
-def _spread_over(lengths: IntArray, capacity: int, num_packs: int) -> PackOf | None:
+def spread_over(lengths: IntArray, capacity: int, num_packs: int) -> PackOf | None:
     """Return the pack of each sample in an even distribution over `num_packs` packs, None if none of three ways fits.
 
     LPT for the longest samples and best fit for the tail up to the mean token count makes most packs equal to the

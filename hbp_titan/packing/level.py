@@ -106,19 +106,32 @@ class Level:
         return self.cp_degree // ulysses_degree, ulysses_degree
 
 
-def check_levels(levels: Sequence[Level], world_size: int) -> None:
-    """Raise ValueError unless `levels` ascend in max_tokens and each cp_degree divides `world_size`."""
+def check_levels(levels: Sequence[Level], world_size: int, side_by_side: bool = False) -> None:
+    """Raise ValueError unless `levels` ascend in max_tokens and each cp_degree divides `world_size`.
+
+    side_by_side: for levels that run at once. These may share a max_tokens if their cp_degree differs, the smaller of
+    two degrees must divide the larger, and the lowest level must have the smallest.
+    """
     if world_size < 1:
         raise ValueError(f"world size {world_size} must be at least 1")
     if not levels:
         raise ValueError("levels: none given; add at least one [[levels]] block")
     # Strictly: a sample belongs to the first level that holds it.
     for low, high in itertools.pairwise(levels):
-        if low.max_tokens >= high.max_tokens:
+        rank = [(level.max_tokens, level.cp_degree if side_by_side else 0) for level in (low, high)]
+        if rank[0] >= rank[1]:
             raise ValueError(
                 f"levels must ascend: max_tokens={high.max_tokens} follows max_tokens={low.max_tokens}; "
                 "order the [[levels]] blocks by max_tokens"
             )
+    degrees = sorted({level.cp_degree for level in levels})
+    unaligned = [pair for pair in itertools.pairwise(degrees) if pair[1] % pair[0]]
+    if side_by_side and (unaligned or levels[0].cp_degree > degrees[0]):
+        smaller, larger = unaligned[0] if unaligned else (degrees[0], levels[0].cp_degree)
+        raise ValueError(
+            f"levels side by side with cp_degree={smaller} and {larger}: each degree must divide the next "
+            "larger one, and the lowest level must have the smallest; change levels.cp_degree"
+        )
     for level in levels:
         if world_size % level.cp_degree:
             fitting = [str(degree) for degree in range(1, world_size + 1) if world_size % degree == 0]

@@ -1,8 +1,9 @@
 """Metrics of a plan (paper section 2.2): padding, balance, communication and the modelled wait of ranks.
 
 Owns the definitions. Each metric compares the N data-parallel groups of one iteration, where N is the dp degree of the
-level; tokens are real tokens, never padding. Also owns the length buckets by which losses are reported: powers of two,
-each from above half its upper bound to its upper bound, the lowest from 1.
+level; with levels side by side it compares what each rank has of its pack. Tokens are real tokens, never padding. Also
+owns the length buckets by which losses are reported: powers of two, each from above half its upper bound to its upper
+bound, the lowest from 1.
 """
 
 from __future__ import annotations
@@ -49,47 +50,48 @@ class Metrics:
 
 def measure(plan: Plan, cost: CostModel | Sequence[CostModel] | None = None) -> Metrics:
     """Return the metrics of a plan. cost: one model or one per level; default, those that balanced the plan."""
-    totals = _IterationTotals(plan, plan.costs if cost is None else costs_per_level(cost, len(plan.levels)))
-    level_of = plan.level_of_iteration
-    per_level = tuple(totals.metrics(level_of == k) if np.any(level_of == k) else None for k in range(len(plan.levels)))
-    return totals.metrics(np.ones(len(level_of), bool), per_level)
+    packs = _Packs(plan, plan.costs if cost is None else costs_per_level(cost, len(plan.levels)))
+    chosen = [plan.pack_levels == k for k in range(len(plan.levels))]
+    per_level = tuple(packs.metrics(own) if own.any() else None for own in chosen)
+    return packs.metrics(np.ones(plan.packs.num_rows, bool), per_level)
 
 
-class _IterationTotals:
-    """Sums and maxima over the packs of each iteration, one array element per iteration."""
+class _Packs:
+    """What each rank has of each pack, and the most that any rank has in the same iteration; one element per pack."""
 
     def __init__(self, plan: Plan, costs: Sequence[CostModel]) -> None:
-        level_of = plan.level_of_iteration
-        # Reductions from one first pack to the next: millions of packs without a loop in Python.
-        first_pack = plan.pack_offsets[:-1]
-        cost = plan.pack_costs(costs)
-        self.dp = plan.dp_degrees[level_of]
-        self.cp = np.array([level.cp_degree for level in plan.levels])[level_of]
-        self.capacity = np.array([level.max_tokens for level in plan.levels])[level_of] * self.dp
-        self.tokens = np.add.reduceat(plan.pack_tokens, first_pack)
-        self.samples = np.add.reduceat(plan.packs.counts, first_pack)
-        self.max_tokens = np.maximum.reduceat(plan.pack_tokens, first_pack)
-        self.attention = np.add.reduceat(plan.pack_sum_sq, first_pack)
-        self.max_attention = np.maximum.reduceat(plan.pack_sum_sq, first_pack)
-        # The ranks of a cp group share the cost of its pack.
-        self.work = np.add.reduceat(cost, first_pack) / self.dp / self.cp
-        self.time = np.maximum.reduceat(cost, first_pack) / self.cp
+        # Reductions over arrays: millions of packs without a loop in Python.
+        self.plan = plan
+        self.capacity = np.array([level.max_tokens for level in plan.levels])[plan.pack_levels]
+        # The ranks of a cp group share its pack.
+        totals = (plan.pack_tokens, plan.pack_sum_sq, plan.pack_costs(costs))
+        self.tokens, self.attention, self.work = (values / plan.pack_degrees for values in totals)
+        counts = np.diff(plan.pack_offsets)
+        self.groups = np.repeat(counts, counts)
+        self.max_tokens, self.max_attention, self.time = (
+            np.repeat(plan.over_ranks(values)[1], counts) for values in (self.tokens, self.attention, self.work)
+        )
 
     def metrics(self, chosen: NDArray[np.bool_], per_level: tuple[Metrics | None, ...] = ()) -> Metrics:
-        """Return the metrics over the chosen iterations, bool [num_iterations], at least one True."""
-        dp, tokens = self.dp[chosen], self.tokens[chosen]
-        num_packs, num_tokens = int(dp.sum()), int(tokens.sum())
+        """Return the metrics over the chosen packs, bool [num_packs], at least one True."""
+        plan, groups, ranks = self.plan, self.groups[chosen], self.plan.pack_degrees[chosen]
+        tokens, num_ranks = plan.pack_tokens[chosen], int(ranks.sum())
+        num_packs, num_tokens = len(tokens), int(tokens.sum())
+
+        def unused(own: NDArray[np.float64], most: NDArray[np.float64]) -> float:
+            return float(np.sum(ranks * (1 - own[chosen] / most[chosen]))) / num_ranks
+
         return Metrics(
-            dbr=float(np.mean(1 - tokens / (dp * self.max_tokens[chosen]))),
+            dbr=unused(self.tokens, self.max_tokens),
             pr=1 - num_tokens / int(self.capacity[chosen].sum()),
-            abr=float(np.mean(1 - self.attention[chosen] / (dp * self.max_attention[chosen]))),
-            cr=int(tokens[self.cp[chosen] > 1].sum()) / num_tokens,
+            abr=unused(self.attention, self.max_attention),
+            cr=int(tokens[ranks > 1].sum()) / num_tokens,
             ave_tokens=num_tokens / num_packs,
             # Rounding can make a perfect balance -1e-16.
-            time_imbalance=max(0.0, float(1 - self.work[chosen].sum() / self.time[chosen].sum())),
-            iterations=len(tokens),
-            samples_per_pack=int(self.samples[chosen].sum()) / num_packs,
-            groups=int(dp[0]) if np.all(dp == dp[0]) else 0,
+            time_imbalance=max(0.0, float(1 - np.sum(ranks * self.work[chosen]) / np.sum(ranks * self.time[chosen]))),
+            iterations=len(np.unique(plan.iteration_of_pack[chosen])),
+            samples_per_pack=int(plan.packs.counts[chosen].sum()) / num_packs,
+            groups=int(groups[0]) if np.all(groups == groups[0]) else 0,
             per_level=per_level,
         )
 

@@ -26,15 +26,24 @@ from hbp_titan.packing.level import Level
 from hbp_titan.packing.ragged import IntArray, Ragged, offsets_of
 
 # Increase it with every change that gives the same settings another plan: it makes stored plans stale.
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 
 
 class Iteration(NamedTuple):
-    """One micro-batch of the whole world: packs[dp_rank] is an int64 array of sample ids, perhaps empty."""
+    """One micro-batch of the whole world: packs[k] is an int64 array of sample ids, perhaps empty, of level levels[k].
 
-    level: int
+    Packs lie on the ranks in this order, each on as many as its level's cp_degree.
+    """
+
+    levels: tuple[int, ...]
     packs: tuple[IntArray, ...]
+
+    @property
+    def level(self) -> int:
+        """The level of all packs, each of which is one dp rank's; only level_order="parallel" mixes levels."""
+        (level,) = set(self.levels)
+        return level
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,9 @@ class Plan:
     levels, world_size, method, seed, epoch, global_batch_tokens, level_order, curriculum_steps: as in build_plan.
     costs: the cost model of each level that balanced the packs.
     lengths, loss_tokens: int64 [num_samples], per sample.
-    packs: all packs in training order; iteration i holds the next dp_degree packs of its level, one per dp rank.
-    level_of_iteration: int64 [num_iterations].
+    packs: all packs in training order. Each takes its level's cp_degree of ranks, one pack after the other, so that
+        iteration i holds the next packs that fill all ranks, each on ranks that its cp group shares.
+    pack_levels: int64 [num_packs]; one level per iteration unless level_order is "parallel".
     step_offsets: int64 [num_steps + 1]; optimizer step s trains iterations step_offsets[s] to step_offsets[s + 1].
     """
 
@@ -61,7 +71,7 @@ class Plan:
     lengths: IntArray
     loss_tokens: IntArray
     packs: Ragged
-    level_of_iteration: IntArray
+    pack_levels: IntArray
     step_offsets: IntArray
     planner_version: int = PLANNER_VERSION
 
@@ -72,7 +82,7 @@ class Plan:
 
     @property
     def num_iterations(self) -> int:
-        return len(self.level_of_iteration)
+        return int(self.rank_slots[-1]) // self.world_size
 
     @property
     def num_steps(self) -> int:
@@ -84,14 +94,29 @@ class Plan:
         return np.flatnonzero(self.lengths > self.levels[-1].max_tokens)
 
     @cached_property
-    def dp_degrees(self) -> IntArray:
-        """Packs of one iteration, per level, int64 [num_levels]."""
-        return np.array([level.dp_degree(self.world_size) for level in self.levels], np.int64)
+    def pack_degrees(self) -> IntArray:
+        """Ranks that share each pack, int64 [num_packs]."""
+        return np.array([level.cp_degree for level in self.levels], np.int64)[self.pack_levels]
+
+    @cached_property
+    def rank_slots(self) -> IntArray:
+        """First slot of each pack on the line of (iteration * world_size + rank), then its end, [num_packs + 1]."""
+        return offsets_of(self.pack_degrees)
 
     @cached_property
     def pack_offsets(self) -> IntArray:
         """Index of the first pack of each iteration, int64 [num_iterations + 1]."""
-        return offsets_of(self.dp_degrees[self.level_of_iteration])
+        return np.searchsorted(self.rank_slots, np.arange(self.num_iterations + 1) * self.world_size)
+
+    @cached_property
+    def level_of_iteration(self) -> IntArray:
+        """Level of the first pack of each iteration, and of the others unless level_order is "parallel"; int64 [n]."""
+        return self.pack_levels[self.pack_offsets[:-1]]
+
+    @cached_property
+    def iteration_of_pack(self) -> IntArray:
+        """Iteration of each pack, int64 [num_packs]."""
+        return self.rank_slots[:-1] // self.world_size
 
     @cached_property
     def pack_tokens(self) -> IntArray:
@@ -103,11 +128,6 @@ class Plan:
         """Squares of each pack's documents, in which attention's work is counted (CostModel.squares), int64."""
         # The costs of all levels have the same window.
         return self.costs[0].squares(self.lengths, self.packs)
-
-    @cached_property
-    def pack_levels(self) -> IntArray:
-        """Level of each pack, int64 [num_packs]."""
-        return np.repeat(self.level_of_iteration, self.dp_degrees[self.level_of_iteration])
 
     @cached_property
     def step_tokens(self) -> IntArray:
@@ -135,18 +155,27 @@ class Plan:
 
     def iteration(self, index: int) -> Iteration:
         """Return iteration `index`, 0 <= index < num_iterations."""
-        level = int(self.level_of_iteration[index])
-        return Iteration(level, tuple(self.pack(index, rank) for rank in range(self.dp_degrees[level])))
+        of = slice(*self.pack_offsets[index : index + 2])
+        levels = tuple(self.pack_levels[of].tolist())
+        return Iteration(levels, tuple(self.samples_of_pack(at) for at in range(of.start, of.stop)))
 
-    def pack(self, index: int, dp_rank: int) -> IntArray:
-        """Return the sample ids that rank `dp_rank` trains in iteration `index`, int64 [n], n may be 0."""
-        # NumPy would take a negative or too large dp_rank as a pack of another iteration.
-        if not 0 <= index < self.num_iterations:
-            raise IndexError(f"iteration {index} is out of range: the plan has {self.num_iterations}")
-        dp_degree = self.dp_degrees[self.level_of_iteration[index]]
-        if not 0 <= dp_rank < dp_degree:
-            raise IndexError(f"dp rank {dp_rank} is out of range: iteration {index} has {dp_degree}")
-        at = self.pack_offsets[index] + dp_rank
+    def pack_at(self, index: int, rank: int) -> int:
+        """Return the index in `packs` of the pack that `rank` shares in iteration `index`."""
+        # NumPy would take a negative or too large rank as a pack of another iteration.
+        if not (0 <= index < self.num_iterations and 0 <= rank < self.world_size):
+            raise IndexError(
+                f"iteration {index}, rank {rank}: out of range, the plan has {self.num_iterations} iterations of "
+                f"{self.world_size} ranks"
+            )
+        slot = index * self.world_size + rank
+        return int(np.searchsorted(self.rank_slots, slot, side="right")) - 1
+
+    def pack(self, index: int, rank: int) -> IntArray:
+        """Return the sample ids of the pack that `rank` shares in iteration `index`, int64 [n], n may be 0."""
+        return self.samples_of_pack(self.pack_at(index, rank))
+
+    def samples_of_pack(self, at: int) -> IntArray:
+        """Return the sample ids of pack `at`, int64 [n], n may be 0."""
         start, end = self.packs.offsets[at : at + 2]
         return np.asarray(self.packs.ids[start:end], np.int64)
 
@@ -160,12 +189,20 @@ class Plan:
         return int(self.packs.counts[self.pack_levels == level].max(initial=0))
 
     def heaviest_iteration(self, level: int) -> int | None:
-        """Return the iteration of `level` with the most expensive pack, None if the level has no iterations."""
-        own = np.flatnonzero(self.level_of_iteration == level)
+        """Return the iteration of `level` with the most expensive pack of it, None if the level has no iterations."""
+        own = np.flatnonzero(self.pack_levels == level)
         if not len(own):
             return None
-        largest = np.maximum.reduceat(self.pack_costs(self.costs), self.pack_offsets[:-1])
-        return int(own[np.argmax(largest[own])])
+        return int(self.iteration_of_pack[own[np.argmax(self.pack_costs(self.costs)[own])]])
+
+    def over_ranks(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return mean and maximum over the ranks of each iteration, [num_iterations] each.
+
+        values: of each rank that shares a pack, [num_packs].
+        """
+        starts = self.pack_offsets[:-1]
+        mean = np.add.reduceat(values * self.pack_degrees, starts) / self.world_size
+        return mean, np.maximum.reduceat(values, starts)
 
     def pack_costs(self, costs: Sequence[CostModel]) -> NDArray[np.float64]:
         """Return the cost of each pack by the model of its level, float64 [num_packs]; costs: one per level."""
@@ -199,7 +236,7 @@ class Plan:
             "loss_tokens": self.loss_tokens,
             "ids": self.packs.ids,
             "offsets": self.packs.offsets,
-            "level_of_iteration": self.level_of_iteration,
+            "pack_levels": self.pack_levels,
             "step_offsets": self.step_offsets,
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hbp_titan.packing.ragged import EMPTY, IntArray, Ragged, Stream, concatenated, grouped, shuffled
 
-LEVEL_ORDERS = ("alternate", "interleave")
+LEVEL_ORDERS = ("alternate", "interleave", "parallel")
 
 
 def schedule(

@@ -49,7 +49,11 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
         f"{plan.num_steps:,} optimizer steps. Plan {plan.fingerprint[:16]}."
     )
     # A level without packs has no charts.
-    used = [k for k in range(len(plan.levels)) if np.any(plan.level_of_iteration == k)]
+    used = np.unique(plan.pack_levels).tolist()
+    balance = "Left: the same packs in random order. Right: this plan. Both show"
+    charts = "".join(_row(_balance(plan, k)) for k in used)
+    if plan.level_order == "parallel":
+        balance, charts = "Ranks of all levels work side by side. The chart shows", _row([_side_by_side(plan)])
     sections = [
         f"<h1>Packing plan: {html.escape(plan.method)}</h1><p>{html.escape(facts)}</p>",
         "<h2>Methods compared</h2><p>Of DBR, PR, ABR, CR and idle 0 is best.</p>"
@@ -58,9 +62,8 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
         "<h2>The data</h2><p>Most samples are short, but most tokens may be in long ones.</p>"
         + _row([_lengths(plan, by_tokens=False), _lengths(plan, by_tokens=True)]),
         "<h2>Cost of the packs of a micro-batch</h2><p>Each bar spans the cheapest to the costliest pack of one "
-        "micro-batch; the line is the mean. The step waits for the top of the bar. Left: the same packs in random "
-        "order. Right: this plan. Both show evenly spaced micro-batches, from the costliest to the cheapest.</p>"
-        + "".join(_row(_balance(plan, k)) for k in used),
+        f"micro-batch; the line is the mean. The step waits for the top of the bar. {balance} evenly spaced "
+        f"micro-batches, from the costliest to the cheapest.</p>{charts}",
         "<h2>Packs and the epoch</h2>" + _row([*(_fill(plan, k) for k in used), _epoch(plan, used), _steps(plan)]),
     ]
     return (
@@ -129,7 +132,7 @@ def _axes(edges: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[tupl
 def _balance(plan: Plan, level: int) -> list[str]:
     """Return two charts of min, mean and max cost over the packs of a micro-batch: shuffled, and as planned."""
     planned = plan.pack_costs(plan.costs)[plan.pack_levels == level]
-    dp = int(plan.dp_degrees[level])
+    dp = plan.levels[level].dp_degree(plan.world_size)
     # The same packs shuffled: what balancing gains, without a second plan.
     random = planned[shuffled(len(planned), plan.seed, plan.epoch, level)]
     top = float(planned.max()) * 1.08
@@ -137,19 +140,38 @@ def _balance(plan: Plan, level: int) -> list[str]:
     for name, costs in (("before", random.reshape(-1, dp)), ("after", planned.reshape(-1, dp))):
         # Weighted by the time of each micro-batch, like time_imbalance.
         idle = 1 - costs.mean(axis=1).sum() / costs.max(axis=1).sum()
-        by_cost = np.argsort(-costs.max(axis=1), kind="stable")
-        shown = by_cost[np.linspace(0, len(by_cost) - 1, min(MAX_MICRO_BATCHES, len(by_cost))).astype(int)]
         size = human_count(plan.levels[level].max_tokens, 1024)
         title = f"{size} level, {dp} group{'s' * (dp > 1)}, {name}: {idle:.2%} idle"
-        chart = Chart(title, "micro-batches, costliest first", "modeled cost", (0, len(shown)), (0, top))
-        for index, row in enumerate(costs[shown]):
-            low, mean, high = float(row.min()), float(row.mean()), float(row.max())
-            chart.bar(
-                index + 0.15, index + 0.85, low - top * 0.004, high + top * 0.004, level % 6, f"{low:.4g} to {high:.4g}"
-            )
-            chart.line([(index + 0.1, mean), (index + 0.9, mean)], 5)
-        charts.append(chart.svg())
+        charts.append(_spans(title, costs.min(axis=1), costs.mean(axis=1), costs.max(axis=1), top, level % 6))
     return charts
+
+
+def _side_by_side(plan: Plan) -> str:
+    """Return a chart of min, mean and max cost over the ranks of a micro-batch, whose packs are of several levels."""
+    costs = plan.pack_costs(plan.costs) / plan.pack_degrees
+    mean, high = plan.over_ranks(costs)
+    low = np.minimum.reduceat(costs, plan.pack_offsets[:-1])
+    title = f"All levels side by side: {1 - mean.sum() / high.sum():.2%} idle"
+    return _spans(title, low, mean, high, float(high.max()) * 1.08, 0)
+
+
+def _spans(
+    title: str,
+    low: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    high: NDArray[np.float64],
+    top: float,
+    color: int,
+) -> str:
+    """Return a chart with a bar from `low` to `high` and a line at `mean` for evenly spaced micro-batches."""
+    by_cost = np.argsort(-high, kind="stable")
+    shown = by_cost[np.linspace(0, len(by_cost) - 1, min(MAX_MICRO_BATCHES, len(by_cost))).astype(int)]
+    chart = Chart(title, "micro-batches, costliest first", "modeled cost", (0, len(shown)), (0, top))
+    for index, k in enumerate(shown.tolist()):
+        text = f"{low[k]:.4g} to {high[k]:.4g}"
+        chart.bar(index + 0.15, index + 0.85, low[k] - top * 0.004, high[k] + top * 0.004, color, text)
+        chart.line([(index + 0.1, mean[k]), (index + 0.9, mean[k])], 5)
+    return chart.svg()
 
 
 def _fill(plan: Plan, level: int) -> str:
@@ -166,7 +188,7 @@ def _fill(plan: Plan, level: int) -> str:
 
 
 def _epoch(plan: Plan, used: list[int]) -> str:
-    """Return the share of each level in the micro-batches along the epoch."""
+    """Return the share of each level in the ranks' micro-batches along the epoch."""
     bins = min(EPOCH_BINS, plan.num_iterations)
     # Bins of nearly equal size; the last ones are not shorter.
     bin_of = np.arange(plan.num_iterations) * bins // plan.num_iterations
@@ -175,7 +197,9 @@ def _epoch(plan: Plan, used: list[int]) -> str:
     base = np.zeros(bins)
     starts: IntArray = np.searchsorted(bin_of, np.arange(bins + 1))
     for level in used:
-        share = np.bincount(bin_of[plan.level_of_iteration == level], minlength=bins) / size
+        own = plan.pack_levels == level
+        ranks = np.bincount(bin_of[plan.iteration_of_pack[own]], plan.pack_degrees[own], bins)
+        share = ranks / size / plan.world_size
         for b in np.flatnonzero(share):
             chart.bar(int(starts[b]), int(starts[b + 1]), base[b], base[b] + share[b], level % 6)
         base += share

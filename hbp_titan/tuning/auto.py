@@ -26,8 +26,9 @@ from hbp_titan.distributed.mesh import destroy_unused_groups
 from hbp_titan.distributed.world import World, broadcast_value, ranks_per_node
 from hbp_titan.errors import format_error
 from hbp_titan.models.configs import ModelArgs
-from hbp_titan.packing import CostModel, Level
+from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import IntArray
+from hbp_titan.preflight import cost_model
 from hbp_titan.tuning.float8_time import with_plain_levels
 from hbp_titan.tuning.hardware import total_memory
 from hbp_titan.tuning.memory import estimate_memory
@@ -52,7 +53,6 @@ def resolve_levels(
     config: JobConfig,
     args: ModelArgs,
     world: World,
-    cost: CostModel,
     stores: Sequence[TokenStore],
     log: Callable[[str], None],
 ) -> None:
@@ -69,6 +69,7 @@ def resolve_levels(
         profile = measured_profile(config, args, world, stores, folder / "profile.json", log)
 
         def select() -> tuple[Sequence[Level], str]:
+            cost = cost_model(args, frozen=config.lora.rank > 0)
             workload = Workload.of(config, world.size, cost, stores, profile.step_seconds)
             selections, text = select_all(profile.candidates, workload)
             save_level_times(folder, selections["search"])

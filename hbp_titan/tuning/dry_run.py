@@ -36,7 +36,7 @@ from hbp_titan.engine import parallelized_on_meta
 from hbp_titan.errors import UserError, exit_on_user_error
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf import MissingWeights
-from hbp_titan.packing import Level, Plan
+from hbp_titan.packing import CostModel, Level, Plan
 from hbp_titan.packing.level import AC_POLICIES, level_name
 from hbp_titan.preflight import check, check_vocabulary, cost_model, max_sample_tokens, model_args
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
@@ -50,6 +50,7 @@ from hbp_titan.tuning.memory import (
 )
 from hbp_titan.tuning.memory_plans import usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import MAX_RANKS_FACTOR, ChangeSearch
+from hbp_titan.tuning.parallel_levels import costs_on
 from hbp_titan.tuning.simulate import Replay, replay, tulu3_longcite_like
 from hbp_titan.tuning.time_model import most_loaded_rank, time_model
 from hbp_titan.utils import human_bytes, human_seconds
@@ -108,7 +109,10 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
             runtime.activate(index)
         state, count = rank_state(model, config), sum(parameter.numel() for parameter in model.parameters())
     node = min(world_size, hardware.gpus_per_node)
-    plans = EpochPlans(config, samples, world_size, cost_model(args, frozen=config.lora.rank > 0))
+    cost: CostModel | tuple[CostModel, ...] = cost_model(args, frozen=config.lora.rank > 0)
+    if config.packing.level_order == "parallel":
+        cost = costs_on(hardware, config, args, world_size, samples)
+    plans = EpochPlans(config, samples, world_size, cost)
     warnings = [
         *missing,
         *cross_node_warnings(config.levels, config.parallelism.expert_parallel_degree, node),
@@ -419,7 +423,7 @@ def _time(found: DryRun) -> str:
         f"{'level':<12}{'micro-batches':>15}{'steps':>8}{'tokens':>16}{'s each':>10}{'idle':>9}{'time':>14}",
     ]
     for index, (level, row) in enumerate(zip(plan.levels, whole.per_level, strict=True)):
-        steps = len(np.unique(plan.step_of_iteration[plan.level_of_iteration == index]))
+        steps = len(np.unique(plan.step_of_iteration[plan.iteration_of_pack[plan.pack_levels == index]]))
         if row is None:
             lines.append(f"{level_name(level):<12}{0:>15}")
             continue

@@ -156,7 +156,7 @@ def level_seconds(plan: Plan, level: int, candidates: Sequence[Candidate]) -> Fl
     candidates: of the cp degree of `level`.
     """
     of_level = plan.pack_levels == level
-    starts = np.arange(0, np.count_nonzero(of_level), plan.dp_degrees[level])
+    starts = np.arange(0, np.count_nonzero(of_level), plan.levels[level].dp_degree(plan.world_size))
     return slowest_sums(pack_loads(plan)[of_level], starts, candidates)
 
 

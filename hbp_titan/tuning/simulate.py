@@ -25,7 +25,8 @@ SECONDS_PER_DAY = 86400
 class Replay:
     """Simulated seconds of an epoch, or of one of its levels without the optimizer steps.
 
-    parts: mean over the data-parallel ranks, by name of PARTS. idle: mean wait for the slowest rank of a micro-batch.
+    parts: mean over the ranks, by name of PARTS. idle: mean wait for the slowest rank of a micro-batch. Levels that run
+    side by side share a micro-batch's seconds in proportion to their ranks.
     steps: clipping and optimizer. Their sum is `seconds`. tokens: without padding. cr: share of the tokens that take
     part in context-parallel communication (paper section 2.2).
     """
@@ -65,31 +66,30 @@ def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -
         # Without packing, a single sample of 100 tokens in a batch of 128K would only measure the padding.
         static_shapes = plan.method != "nopack"
     seconds = pack_seconds(plan, model, static_shapes)
-    starts = plan.pack_offsets[:-1]
-    dp = np.diff(plan.pack_offsets)
-    mean = {name: np.add.reduceat(part, starts) / dp for name, part in seconds.items()}
-    slowest = np.maximum.reduceat(np.sum(list(seconds.values()), axis=0), starts)
-    tokens = np.add.reduceat(plan.pack_tokens, starts)
-    cp = np.array([level.cp_degree for level in plan.levels])[plan.level_of_iteration]
+    whole = np.sum(list(seconds.values()), axis=0)
+    # Of all ranks, what the ranks of a pack take part in.
+    share = plan.pack_degrees / plan.world_size
+    slowest = np.repeat(plan.over_ranks(whole)[1], np.diff(plan.pack_offsets))
 
     def account(chosen: NDArray[np.bool_], steps: float, per_level: tuple[Replay | None, ...] = ()) -> Replay:
-        parts = {name: float(part[chosen].sum()) for name, part in mean.items()}
-        num_tokens = int(tokens[chosen].sum())
+        parts = {name: float((part * share)[chosen].sum()) for name, part in seconds.items()}
+        tokens = plan.pack_tokens[chosen]
+        num_tokens = int(tokens.sum())
         return Replay(
             world_size=plan.world_size,
-            micro_batches=int(np.count_nonzero(chosen)),
+            micro_batches=len(np.unique(plan.iteration_of_pack[chosen])),
             tokens=num_tokens,
-            cr=int(tokens[chosen & (cp > 1)].sum()) / num_tokens,
+            cr=int(tokens[plan.pack_degrees[chosen] > 1].sum()) / num_tokens,
             parts=parts,
             # Rounding errors can turn a perfect balance into -1e-16.
-            idle=max(0.0, float(slowest[chosen].sum()) - sum(parts.values())),
+            idle=max(0.0, float((slowest * share)[chosen].sum()) - sum(parts.values())),
             steps=steps,
             per_level=per_level,
         )
 
-    of_level = [plan.level_of_iteration == k for k in range(len(plan.levels))]
+    of_level = [plan.pack_levels == k for k in range(len(plan.levels))]
     per_level = tuple(account(chosen, 0.0) if chosen.any() else None for chosen in of_level)
-    everything = np.ones(plan.num_iterations, bool)
+    everything = np.ones(plan.packs.num_rows, bool)
     return account(everything, model.step_seconds() * plan.num_steps, per_level)
 
 

@@ -41,7 +41,7 @@ def test_micro_batch_takes_as_long_as_its_slowest_rank() -> None:
 
 
 NAMES = ["1K/cp1", "8K/cp2"]
-LEVELS = np.array([0, 1, 0])
+LEVELS = np.array([[0, 1, 0]] * 2)
 MODEL = np.array([[1.0, 4.0, 2.0], [1.0, 4.0, 1.0]])
 """Seconds of two ranks in three micro-batches: in the last, rank 1 has half the work."""
 
@@ -66,7 +66,7 @@ def test_waiting_under_a_balanced_plan_is_blamed_on_the_cost_model() -> None:
     # Each of two ranks is the slow one in turn, so that neither is slow over all.
     model = np.ones((2, 2))
     work = np.array([[1.0, 3.0], [3.0, 1.0]])
-    report = compare(np.array([0, 0]), np.ones((2, 2)), work, model)
+    report = compare(np.zeros((2, 2), int), np.ones((2, 2)), work, model)
     assert report.levels[0].waiting == pytest.approx(1 / 3)
     (warning,) = report.warnings(NAMES)
     assert "1K/cp1: ranks wait 33%" in warning
@@ -74,7 +74,7 @@ def test_waiting_under_a_balanced_plan_is_blamed_on_the_cost_model() -> None:
 
 def test_straggler_is_found_by_its_work_per_modelled_work() -> None:
     model = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
-    report = compare(np.array([0, 0]), np.full((3, 2), 2.0), model * np.array([[1.0], [1.3], [1.0]]), model)
+    report = compare(np.zeros((3, 2), int), np.full((3, 2), 2.0), model * np.array([[1.0], [1.3], [1.0]]), model)
     assert report.slowest == (1, pytest.approx(1.3))
     assert report.warnings(NAMES)[-1].startswith("warning: straggler: rank 1 is 1.30x slower")
 

@@ -47,8 +47,8 @@ def test_loader_yields_the_plan_of_its_rank_in_order() -> None:
     for rank in (0, 1):
         for micro_batch, batch in enumerate(PackLoader(plan, Samples(), rank, SHAPES)):
             level = plan.levels[batch.level]
-            dp_rank, cp_rank = divmod(rank, level.cp_degree)
-            tokens = np.concatenate([Samples().sample(i)[0] for i in plan.pack(micro_batch, dp_rank)] or [[]])
+            cp_rank = rank % level.cp_degree
+            tokens = np.concatenate([Samples().sample(i)[0] for i in plan.pack(micro_batch, rank)] or [[]])
             padded = np.zeros(level.max_tokens, np.int64)
             padded[: len(tokens)] = tokens
             share = level.max_tokens // level.cp_degree
@@ -124,7 +124,7 @@ def test_a_rank_reads_only_its_own_packs() -> None:
         store, wanted = Spied(), []
         batches = list(PackLoader(plan, store, rank, SHAPES, first_micro_batch=1))
         for micro_batch, batch in enumerate(batches, start=1):
-            own = plan.pack(micro_batch, rank // plan.levels[batch.level].cp_degree).tolist()
+            own = plan.pack(micro_batch, rank).tolist()
             assert batch.sample_ids.tolist() == own
             wanted += own
         assert store.read == wanted

@@ -215,7 +215,7 @@ def test_the_latest_start_that_trained_a_step_counts(run: Run) -> None:
     run.change(2, 0, lambda lines: ['{"step": 3, "epoch": 0, "micro_batches": []}\n', *lines[1:]])
     assert run.audit(last) == []
     run.change(1, 0, lambda lines: [lines[0], '{"step": 2, "epoch": 0, "micro_batches": []}\n', *lines[2:]])
-    assert "not logged by" in run.audit(last)[0]
+    assert "not logged by their first rank" in run.audit(last)[0]
 
 
 def test_steps_of_the_next_epoch_that_a_kill_has_lost_are_no_fault_of_the_finished_one(run: Run) -> None:
@@ -249,7 +249,7 @@ def test_a_missing_line_is_reported_with_its_step_and_samples(run: Run) -> None:
     run.change(1, 0, lambda lines: [lines[0], *lines[2:]])
     first, *others = run.audit(run.epoch_steps)
     assert first.startswith("start-0001/rank-0.jsonl:2: step 3")
-    assert any("(step 2): not logged by 1 of" in problem for problem in others)
+    assert any("(step 2): 1 of" in problem for problem in others)
     assert f"epoch 0: {len(lost)} samples were not trained: data.jsonl:" in others[-1]
     with pytest.raises(RuntimeError, match=r"epoch 0 .*rank-0.jsonl:2: step 3"):
         check_epoch(run.folder, run.segments[:1], Store())
@@ -422,7 +422,7 @@ def test_a_missing_and_a_doubled_line_of_a_segment_are_reported(elastic: Elastic
     path.write_text("")
     problems = elastic.audit(elastic.last)
     assert problems[0].startswith("start-0002/rank-0.jsonl: ends before step 3")
-    assert "(step 3): not logged by 1 of 1" in problems[1]
+    assert "(step 3): 1 of 1 packs" in problems[1]
     assert f"epoch 0: {len(lost)} samples were not trained: data.jsonl:" in problems[-1]
     path.write_text(line * 2)
     problems = elastic.audit(elastic.last)

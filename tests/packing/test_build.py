@@ -28,15 +28,22 @@ def check_plan(plan, lengths):
     """Fail unless the plan holds each sample once, in packs that fit, in whole and non-empty iterations."""
     seen = []
     for i in range(plan.num_iterations):
-        level, packs = plan.iteration(i)
-        assert level == plan.level_of_iteration[i]
-        assert len(packs) == plan.world_size // plan.levels[level].cp_degree
+        levels, packs = plan.iteration(i)
         assert any(len(pack) for pack in packs)
-        for rank, pack in enumerate(packs):
+        rank = 0
+        for level, pack in zip(levels, packs, strict=True):
+            degree = plan.levels[level].cp_degree
+            # cp groups are aligned: ranks 0 to 3, 4 to 7, ...
+            assert rank % degree == 0
             assert lengths[pack].sum() <= plan.levels[level].max_tokens
             assert pack.dtype == np.int64
-            np.testing.assert_array_equal(plan.pack(i, rank), pack)
+            for sharing in range(rank, rank + degree):
+                np.testing.assert_array_equal(plan.pack(i, sharing), pack)
+            rank += degree
             seen.extend(pack.tolist())
+        assert rank == plan.world_size
+        if plan.level_order != "parallel":
+            assert set(levels) == {plan.iteration(i).level}
     assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -70,6 +77,56 @@ def test_fewer_samples_than_a_global_batch_make_one_step(lengths, level_order):
     levels = [Level(1024), Level(4096, 8)]
     plan = build_plan(lengths, levels, 32, global_batch_tokens=10**8, level_order=level_order)
     assert (plan.num_steps, plan.step_tokens.tolist()) == (1, [sum(lengths)])
+
+
+SIDE_BY_SIDE = parse_levels("100:1,150:2,200:4,400:4,800:4")
+
+
+@examples(150)
+@given(
+    lengths=lengths_strategy,
+    world_size=st.sampled_from(WORLDS),
+    global_batch_tokens=st.sampled_from([0, 1, 2000, 10**6]),
+    beta=st.sampled_from([0.0, 0.001, 0.1]),
+    epoch=st.integers(0, 1),
+)
+def test_levels_side_by_side_hold_each_sample_once_on_aligned_ranks(lengths, world_size, beta, **options):
+    lengths, cost = np.array(lengths), CostModel(1.0, beta)
+    plan = build_plan(lengths, SIDE_BY_SIDE, world_size, cost=cost, level_order="parallel", **options)
+    check_plan(plan, lengths)
+    assert plan.step_tokens.sum() == lengths.sum()
+    # No more iterations than their ranks need.
+    assert plan.pack_degrees[plan.packs.counts > 0].sum() > (plan.num_iterations - 1) * world_size // 2
+    rest = replan(plan, 1, world_size=4) if plan.num_iterations > 1 else plan
+    assert len(rest.packs.ids) + len(plan.samples_of(0, 1)) * (rest is not plan) == len(lengths)
+
+
+def test_levels_side_by_side_share_every_iteration_and_wait_little():
+    lengths = tulu3_longcite_like(100_000, seed=2)
+    levels = parse_levels("16384:1,24576:2,49152:4,65536:8,98304:8,98304:16,131072:16,131072:32,163840:32,196608:32")
+    plan = build_plan(lengths, levels, 256, level_order="parallel")
+    m = measure(plan)
+    # The mixture's long documents lie on a fifth of the ranks, in every iteration.
+    ranks = np.bincount(plan.iteration_of_pack, plan.pack_degrees * (plan.pack_levels > 0)) / 256
+    assert ranks.min() > 0.1
+    assert ranks.max() < 0.5
+    assert m.time_imbalance < 0.04
+    assert m.pr < 0.02
+    assert plan.step_tokens.std() < 0.05 * plan.step_tokens.mean()
+
+
+def test_a_small_plan_of_levels_side_by_side_equals_one_made_by_hand():
+    # Cost of a rank: (max_tokens + squares / 16) / degree. A short pack {4, 4} costs 8 + 2 = 10, the long document of
+    # 12 tokens on four ranks (16 + 9) / 4, which leaves tokens and squares for another 4: (16 + 10) / 4 = 6.5.
+    levels = [Level(8), Level(16, 4)]
+    plan = build_plan([12, *[4] * 9], levels, 8, cost=CostModel(1.0, 1 / 16), level_order="parallel")
+    assert plan.num_iterations == 1
+    assert [plan.lengths[pack].tolist() for pack in plan.iteration(0).packs] == [[12, 4], *[[4, 4]] * 4]
+    assert plan.iteration(0).levels == (1, 0, 0, 0, 0)
+    assert [plan.pack_at(0, rank) for rank in range(8)] == [0, 0, 0, 0, 1, 2, 3, 4]
+    mean, most = plan.over_ranks(plan.pack_costs(plan.costs) / plan.pack_degrees)
+    assert (mean.tolist(), most.tolist()) == ([8.25], [10.0])
+    assert measure(plan).time_imbalance == pytest.approx(1 - 8.25 / 10)
 
 
 def test_a_small_plan_equals_one_made_by_hand():
@@ -121,6 +178,11 @@ def test_random_numbers_do_not_depend_on_the_machine():
         (([3, 9, 2], [Level(4), Level(8)], 1), {}, "sample 1 has 9 tokens"),
         (([1], [Level(4, 2)], 3), {}, "cp_degree=2"),
         (([1], [Level(4)], 0), {}, "world size"),
+        (([1], [Level(4), Level(4)], 2), {"level_order": "parallel"}, "ascend"),
+        (([1], [Level(4, 2), Level(6, 3)], 6), {"level_order": "parallel"}, "divide"),
+        (([1], [Level(4, 2), Level(6, 1)], 6), {"level_order": "parallel"}, "lowest"),
+        (([1], [Level(4)], 2), {"level_order": "parallel", "method": "isf"}, "isf"),
+        (([1], [Level(4)], 2), {"level_order": "parallel", "curriculum_steps": 3}, "curriculum_steps"),
         (([1], [Level(4)], 1), {"method": "hpb"}, "did you mean hbp"),
         (([1], [Level(4)], 1), {"level_order": "both"}, "level_order"),
         (([1], [Level(4)], 1), {"epoch": -1}, "epoch"),

@@ -18,7 +18,7 @@ def hand_made_plan():
     return dataclasses.replace(
         plan,
         packs=Ragged(np.array([0, 1, 2, 3, 4]), np.array([0, 2, 3, 5])),
-        level_of_iteration=np.array([0, 1]),
+        pack_levels=np.array([0, 0, 1]),
         step_offsets=np.array([0, 1, 2]),
     )
 

@@ -62,7 +62,7 @@ class FlexSPPlan:
             dp = level.dp_degree(self.world_size)
             missing = round_up(own.num_rows, dp) - own.num_rows
             parts.append(Ragged(own.ids, np.append(own.offsets, np.full(missing, own.offsets[-1]))))
-            level_of += [k] * (parts[-1].num_rows // dp)
+            level_of += [k] * parts[-1].num_rows
         return Plan(
             levels=self.levels,
             world_size=self.world_size,
@@ -76,8 +76,8 @@ class FlexSPPlan:
             lengths=self.lengths,
             loss_tokens=self.lengths - 1,
             packs=concatenated(parts),
-            level_of_iteration=np.array(level_of, np.int64),
-            step_offsets=np.arange(len(level_of) + 1),
+            pack_levels=np.array(level_of, np.int64),
+            step_offsets=np.arange(sum(self.levels[k].cp_degree for k in level_of) // self.world_size + 1),
         )
 
 

@@ -35,7 +35,7 @@ def single_process_plan(plan: Plan) -> Plan:
         levels=_without_cp(plan.levels),
         world_size=1,
         packs=plan.packs.take(filled),
-        level_of_iteration=plan.pack_levels[filled],
+        pack_levels=plan.pack_levels[filled],
         step_offsets=np.searchsorted(filled, plan.pack_offsets[plan.step_offsets]),
     )
 
