@@ -66,8 +66,12 @@ class EpochPlans:
         return costs_per_level(self.cost, len(self.config.levels))
 
     def build(self, method: str, epoch: int) -> Plan:
-        """Build the plan of `epoch` by `method`: a pure function of configuration, data and world size."""
+        """Build the plan of `epoch` by `method`: a pure function of configuration, data and world size.
+
+        Only the configured method has levels side by side; others, for comparison, train one level at a time.
+        """
         packing = self.config.packing
+        one_at_a_time = packing.level_order == "parallel" and method != packing.method
         return build_plan(
             self.store.lengths,
             self.config.levels,
@@ -77,7 +81,7 @@ class EpochPlans:
             loss_tokens=self.store.loss_tokens,
             cost=self.cost,
             global_batch_tokens=self.config.training.global_batch_tokens,
-            level_order=packing.level_order,
+            level_order="alternate" if one_at_a_time else packing.level_order,
             curriculum_steps=packing.curriculum_steps,
             epoch=epoch,
         )

@@ -111,8 +111,13 @@ def build_cases(
         ]
         if world % 2 == 0:
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
+        if world > 1:
+            beside = _side_by_side(levels, world, args)
+            cases.append(Case(f"levels side by side, {world} ranks", world, beside, "parallel"))
     # What follows does not depend on the number of ranks, so it is checked at the largest only.
     world = world_sizes[-1]
+    if world > 1:
+        cases += _side_by_side_cases(beside, world, args)
     cases += [Case(name, world, _with_plan(fitted, plan, args)) for name, plan in _MEMORY_PLANS.items()]
     tokens = 2 * largest
     if not float8:
@@ -136,6 +141,34 @@ def build_cases(
         return cases
     # Of the memory plans, transformers' blocks have recomputation only.
     return [case for case in cases if all(map(_whole_blocks, case.levels))]
+
+
+def _side_by_side(levels: Sequence[Level], world_size: int, args: ModelArgs) -> tuple[Level, ...]:
+    """Return levels for level_order "parallel": half the largest on one rank, and the largest on every other degree."""
+    largest = levels[-1].max_tokens
+    found = [Level(-(-largest // 2))]
+    for number, degree in enumerate(2**k for k in range(1, world_size.bit_length()) if world_size % 2**k == 0):
+        # Every style, on neighboring ranks at the same time.
+        for style in (CP_STYLES * 2)[number : number + len(CP_STYLES)]:
+            level = Level(-(-largest // degree) * degree, degree, style)
+            if _fitting_cp(level, world_size, args) == degree:
+                found.append(level)
+                break
+    return tuple(sorted(found, key=lambda level: (level.max_tokens, level.cp_degree)))
+
+
+def _side_by_side_cases(beside: tuple[Level, ...], world: int, args: ModelArgs) -> list[Case]:
+    """Return the cases and controls of levels side by side that do not depend on the number of ranks."""
+    plans = [_MEMORY_PLANS[name] for name in ("full on all layers", "keep_attention on 1 layer", "in chunks")]
+    mixed = tuple(_with_plan([level], plans[k % 3], args)[0] for k, level in enumerate(beside))
+    name = "levels side by side"
+    cases = [
+        Case(f"{name}, a memory plan each", world, mixed, "parallel"),
+        Case(f"{name}, compiled", world, beside, "parallel", compile=True),
+        Case(f"CONTROL {name}, mean per rank", world, beside, "parallel", loss_normalization="token_mean"),
+    ]
+    broken = next(iter(BREAKAGES))
+    return [*cases, Case(f"CONTROL {name}, {broken}", world, beside, "parallel", broken=broken)]
 
 
 def _whole_blocks(level: Level) -> bool:
