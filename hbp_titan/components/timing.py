@@ -327,14 +327,15 @@ class TimingMonitor:
         slots_RI = indices * plan.world_size + np.arange(plan.world_size)[:, None]
         packs_RI = np.searchsorted(plan.rank_slots, slots_RI, side="right") - 1
         levels_RI, model_RI = plan.pack_levels[packs_RI], self._modelled(plan, packs_RI)
-        # Levels side by side share a micro-batch's time, so that their costs have one unit.
-        unit_RI = levels_RI * (plan.level_order != "parallel")
-        for k in np.unique(unit_RI).tolist():
+        if plan.level_order == "parallel":
+            # Levels side by side share the wall time; what each of them takes shows in the work of its ranks.
+            wall_RI = work_RI * (wall_RI.max(0).sum() / work_RI.max(0).sum())
+        for k in np.unique(levels_RI).tolist():
             # Cost models count FLOPs; the first report measures the machine's speed at this level.
             if self.times is None and k not in self._units:
-                self._units[k] = _ratio(wall_RI, model_RI, unit_RI == k)
+                self._units[k] = _ratio(wall_RI, model_RI, levels_RI == k)
         units = np.array([self._units.get(k, 1.0) for k in range(len(plan.levels))])
-        return compare(levels_RI, wall_RI, work_RI, model_RI * units[unit_RI])
+        return compare(levels_RI, wall_RI, work_RI, model_RI * units[levels_RI])
 
     def _modelled(self, plan: Plan, packs_RI: np.ndarray) -> FloatArray:
         """Return the modelled seconds of each rank for its packs, [R, I]."""

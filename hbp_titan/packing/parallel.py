@@ -34,6 +34,8 @@ from hbp_titan.packing.hbp import pack_evenly, spread_over
 from hbp_titan.packing.level import Level
 from hbp_titan.packing.ragged import IntArray, Ragged, Stream, concatenated, grouped, longest_first, offsets_of, runs
 
+# Squares that a pack whose document alone exceeds the budget may take in addition, as a share of the document's.
+OVER_BUDGET = 0.1
 # Open packs that a long document is compared with, from the one that it fills best.
 TRIES = 32
 
@@ -100,11 +102,13 @@ class _LongPacks:
         self.rate = float(costs[0].squares(lengths[tail]).sum()) / max(1, int(lengths[tail].sum())) if tokens else 0.0
         base, per_square = _terms(levels, costs)
         budget = self._budget(short, base, per_square)
-        # Largest net squares of a pack, by level; negative: the level's static length alone exceeds the budget.
+        # Largest net squares of a pack, by level. The static length of a level may exceed the budget by itself: such
+        # packs are filled by their tokens alone.
         self.net = [
-            (budget - b) / s - self.rate * level.max_tokens if s else (0.0 if b > budget else np.inf)
+            (budget - b) / s - self.rate * level.max_tokens if s and b <= budget else np.inf
             for b, s, level in zip(base, per_square, levels, strict=True)
         ]
+        self.fits = [b <= budget for b in base]
         # Fewest ranks first: they exchange the least. Then the largest static length, which is the easiest to fill.
         above = range(1, len(levels))
         self.preferred = sorted(above, key=lambda k: (levels[k].cp_degree, -levels[k].max_tokens))
@@ -142,15 +146,15 @@ class _LongPacks:
                 self._put(sample, length, pack, free - need)
                 return
         holding = [k for k in self.preferred if self.levels[k].max_tokens >= length]
-        k = next((k for k in holding if self.net[k] >= need), None)
+        k = next((k for k in holding if self.fits[k] and self.net[k] >= need), None)
         if k is None:
-            # No level has enough ranks: the one with the shortest time, and nothing long in addition.
+            # No level has enough ranks: the one with the shortest time.
             squares = need + self.rate * length
             k = min(holding, key=lambda k: self.base[k] + self.per_square[k] * squares)
         self.level_of.append(k)
         self.free_tokens.append(self.levels[k].max_tokens)
         self.members.append([])
-        self._put(sample, length, len(self.members) - 1, max(0.0, self.net[k] - need))
+        self._put(sample, length, len(self.members) - 1, max(OVER_BUDGET * need, self.net[k] - need))
 
     def _put(self, sample: int, length: int, pack: int, free: float) -> None:
         self.members[pack].append(sample)
@@ -167,9 +171,10 @@ class _LongPacks:
         first = bisect_left(sizes, self.rate)
         stays = np.ones(len(short), bool)
         for free, pack in reversed(self.open):
-            tokens = self.free_tokens[pack]
+            tokens, at = self.free_tokens[pack], len(sizes) - 1
             while sizes and tokens >= sizes[0]:
-                at = min(bisect_right(sizes, tokens), bisect_right(needs, free, lo=first)) - 1
+                # Not longer than the one before: a pack's samples descend in length.
+                at = min(at, bisect_right(sizes, tokens) - 1, bisect_right(needs, free, lo=first) - 1)
                 if at < 0:
                     break
                 size = sizes[at]
@@ -181,6 +186,7 @@ class _LongPacks:
                 if not left[at]:
                     del sizes[at], needs[at], left[at]
                     first -= at < first
+                    at -= 1
         return stays
 
     def packs(self) -> tuple[Ragged, IntArray]:
