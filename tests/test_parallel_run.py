@@ -20,13 +20,14 @@ def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sam
     argv = [
         *write_tiny_run(tmp_path, levels=""),
         "--packing.level_order=parallel",
-        "--checkpoint.interval=2",
+        "--checkpoint.interval=1",
+        "--training.global_batch_tokens=1000",
         "--checkpoint.export_hf=false",
         "--validation.enable=true",
         "--validation.share=0.1",
         "--validation.interval=100",
     ]
-    run_distributed(train_until, 4, [*argv, "--levels=128:1,256:2,512:2,512:4:allgather"], 3)
+    run_distributed(train_until, 4, [*argv, "--levels=128:1,256:2,512:2,512:4:allgather"], 2)
     ended = run_distributed(train_until, 2, [*argv, "--levels=128:1,512:2"], None)[0]
     assert ended["resumed"].startswith("resumed from step 2, with 2 ranks instead of 4 and levels")
     starts = read_starts(tmp_path / "run", ended["step"])
