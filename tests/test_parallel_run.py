@@ -37,7 +37,7 @@ def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sam
     assert (audit.samples, audit.finished) == (len(store), True)
 
     steps = read_metrics(tmp_path / "run")
-    step = max(steps, key=lambda step: len(step["per_level"]))
+    step = max(steps[:2], key=lambda step: len(step["per_level"]))
     levels = step["per_level"]
     assert len(levels) > 1
     # A step's seconds and positions are divided between the levels that ran at once.
