@@ -122,8 +122,8 @@ def _check_side_by_side(config: JobConfig) -> None:
     """Raise ValueError for what would make ranks of different levels run different collectives."""
     if config.measures_levels:
         raise ValueError(
-            'packing.level_order = "parallel" with packing.auto_levels: list the levels ("scripts/select_levels.py '
-            '--parallel" proposes them), or change level_order'
+            'packing.level_order = "parallel" with packing.auto_levels: list the levels, '
+            'as "scripts/select_levels.py --method parallel" proposes them, or change level_order'
         )
     check_side_by_side(config.packing.method, config.packing.level_order, config.packing.curriculum_steps)
     keys = ["reshard_after_forward"]

@@ -39,6 +39,7 @@ from hbp_titan.tuning.float8_time import with_plain_levels
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware, hardware_of
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.memory_plans import fits_hardware, needed_plans
+from hbp_titan.tuning.parallel_levels import propose
 from hbp_titan.tuning.profile import cp_styles
 from hbp_titan.tuning.search import Candidate, Workload, baselines, describe_level, shortest_holding
 from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
@@ -53,9 +54,10 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--method",
-        choices=("search", "paper"),
+        choices=("search", "paper", "parallel"),
         default="search",
-        help="selection to write: lowest predicted time, or the paper's two stages [search]",
+        help="selection to write: lowest predicted time, the paper's two stages, or levels that train side by side "
+        "(only with --estimate) [search]",
     )
     parser.add_argument(
         "--estimate", metavar="HARDWARE", help=f"estimate, do not measure: one of {', '.join(HARDWARE)}"
@@ -160,6 +162,7 @@ def report(
     workload: Workload,
 ) -> None:
     """Print both selections, the baselines, and what each choice contributes; write or print the requested blocks."""
+    side_by_side, method = options.method == "parallel", options.method.replace("parallel", "search")
     selections, text = select_all(candidates, workload)
     print(
         f"{len(workload.lengths):,} samples, {workload.lengths.sum():,} tokens, the longest has "
@@ -169,9 +172,14 @@ def report(
         print("what each choice contributes: not in the hardware table; use --estimate HARDWARE\n")
     else:
         compared = baselines(candidates, workload)
-        found = contributions(selections[options.method], compared, workload, config, args, hardware)
+        found = contributions(selections[method], compared, workload, config, args, hardware)
         print(found.describe(hardware.name) + "\n")
-    levels = selections[options.method].levels
+    levels = selections[method].levels
+    if side_by_side:
+        assert hardware is not None
+        proposal = propose(replace(config, levels=[levels[0]]), args, hardware, workload)
+        levels = proposal.levels
+        print(f"{proposal.describe(selections[method].predicted.seconds)}\n")
     if options.output is None:
         print(levels_block(levels), end="")
         return
@@ -186,8 +194,13 @@ def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     if (options.estimate is None) != (options.world_size is None):
         raise ValueError("--estimate HARDWARE needs --world_size N; without it torchrun sets the number of ranks")
+    if options.method == "parallel" and not options.estimate:
+        raise ValueError("--method parallel compares levels by the time model; add --estimate HARDWARE --world_size N")
     config = load_config(overrides)
     config.clear_levels()
+    if config.packing.level_order == "parallel":
+        # The search is for levels that train one at a time, of which side by side takes the lowest.
+        config.packing.level_order = "interleave"
     args = model_args(config)
     if options.estimate:
         report(options, config, args, get_hardware(options.estimate), *estimated(options, config, args))

@@ -314,7 +314,9 @@ def cp_styles(cp_degree: int, args: ModelArgs) -> list[str]:
     """Return the styles that divide the model's heads over `cp_degree` ranks, "ulysses" or else "hybrid" first."""
     heads, kv_heads = args.num_heads, args.num_kv_heads
     if heads % cp_degree == 0 and (kv_heads % cp_degree == 0 or cp_degree % kv_heads == 0):
-        return ["ulysses"] if cp_degree == 1 else ["ulysses", "allgather"]
+        # Beyond the kv heads "ulysses" sends copies of them; "hybrid" gathers them once, from other nodes.
+        hybrid = ["hybrid"] if cp_degree > kv_heads > 1 else []
+        return ["ulysses"] if cp_degree == 1 else ["ulysses", *hybrid, "allgather"]
     # Without a common divisor "hybrid" is the same as "allgather".
     return ["hybrid", "allgather"] if math.gcd(cp_degree, kv_heads) > 1 else ["allgather"]
 

@@ -522,11 +522,11 @@ def estimate_candidates(
             return Candidate(at, model.level_time(at) if fits else None, peak_bytes)
 
         choices = depth_choices(lambda at: estimate(at).peak_bytes, level, args.num_layers, limit)
-        candidates.append(min((candidate(*choice) for choice in choices), key=_full_pack_seconds))
+        candidates.append(min((candidate(*choice) for choice in choices), key=full_pack_seconds))
     return candidates
 
 
-def _full_pack_seconds(candidate: Candidate) -> float:
+def full_pack_seconds(candidate: Candidate) -> float:
     """Return the seconds of one document that fills the pack; infinite if it does not fit in memory."""
     tokens = float(candidate.level.max_tokens)
     return float(candidate.time.seconds(np.array([1.0, tokens, tokens**2, 1.0]))) if candidate.time else math.inf
