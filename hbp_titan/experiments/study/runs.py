@@ -64,6 +64,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("isf", "one length, packs in random order", {"packing.method": "isf"}),
         Variant("curriculum", "first 15% of the steps: lowest level only", {"packing.curriculum_steps": 0.15}),
         Variant("interleave", "every step trains its share of every level", {"packing.level_order": "interleave"}),
+        Variant("parallel", "every micro-batch trains all levels side by side", {"packing.level_order": "parallel"}),
         Variant("token_mean", "loss normalization", {NORMALIZATION: "token_mean"}),
         Variant("sample_mean", "loss normalization", {NORMALIZATION: "sample_mean"}),
         # AdamW's update does not depend on the gradients' scale if clipping norm and epsilon are scaled too. The
