@@ -1,8 +1,8 @@
 """FP8 training: linear layers of the blocks multiply in float8, by torchao's Float8Linear, where the level asks for it.
 
 Owns which layers are converted, the switch of a level, float8 all-gathers of FSDP2, and what hardware and shapes allow.
-Everything else stays in the compute dtype: embeddings, head, norms, router, attention, and routed experts, whose
-grouped products torchao has as a prototype only, with float8 of other shapes and torch versions.
+Everything else stays in the compute dtype: embeddings, head, norms, router, attention, and routed experts: torchao's
+grouped float8 products are a prototype (0.18) that takes groups of a multiple of 16 rows and cannot be emulated.
 
 Scales are dynamic: of the whole tensor on this rank ("tensorwise"), or of each row ("rowwise": a token's result does
 not depend on other tokens, so packing, context parallelism and chunks change nothing; "rowwise_with_gw_hp": the same
