@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hbp_titan.experiments.peers import main
 from hbp_titan.experiments.peers.audit import LEAK, Audit, Recording, Samples, audit
 from hbp_titan.experiments.peers.normalization import WEIGHTS, Weighed, check, classify
 from hbp_titan.experiments.peers.peers import PEERS, Launcher, last_error, parse_peers, parse_pythons
@@ -309,6 +310,12 @@ def test_peers_are_known_and_different(text: str) -> None:
 def test_pythons_are_of_known_peers_and_executable(entry: str) -> None:
     with pytest.raises(ValueError, match="--python"):
         parse_pythons([entry])
+
+
+@pytest.mark.parametrize("option", ["nproc", "rounds", "max_tokens"])
+def test_counts_below_one_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        main([f"--{option}=0"])
 
 
 def test_a_failed_run_is_a_result_with_its_error(tmp_path: Path) -> None:
