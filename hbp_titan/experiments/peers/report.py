@@ -60,7 +60,7 @@ class Outcome:
 
 def ratios(own: Sequence[float], base: Sequence[float]) -> str:
     """Return median and range of a speed over the reference's in the same round: load changes more between rounds."""
-    found = [value / reference for value, reference in zip(own, base, strict=False)]
+    found = [value / reference for value, reference in zip(own, base, strict=True)]
     return f"{median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
