@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hbp_titan.experiments.peers import main
 from hbp_titan.experiments.peers.audit import LEAK, Audit, Recording, Samples, audit
 from hbp_titan.experiments.peers.normalization import WEIGHTS, Weighed, check, classify
-from hbp_titan.experiments.peers.peers import PEERS, Launcher, last_error, parse_peers, parse_pythons
+from hbp_titan.experiments.peers.peers import PEERS, Launcher, failure, last_error, parse_peers, parse_pythons
 from hbp_titan.experiments.peers.prepare import Inputs, prepare
 from hbp_titan.experiments.peers.report import Outcome, table
 from hbp_titan.experiments.peers.runners.protocol import IGNORE_INDEX, Request, Result
@@ -324,6 +324,8 @@ def test_a_failed_run_is_a_result_with_its_error(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path, 1, {"trl": "/bin/false"}, 1, 60)
     result = launcher.run(PEERS["trl"], _request(tmp_path, ROWS, "trl"))
     assert (result.status, "log.txt" in result.reason) == ("failed", True)
+    missing = failure(PEERS["trl"], "[rank1]: ModuleNotFoundError: No module named 'trl'", tmp_path)
+    assert (missing.status, "--python trl=" in missing.reason) == ("unavailable", True)
 
 
 @pytest.fixture(scope="module")

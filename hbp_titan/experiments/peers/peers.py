@@ -136,8 +136,17 @@ class Launcher:
             except subprocess.TimeoutExpired:
                 return Result("failed", f"not finished after {self.timeout:.0f} s; raise --timeout ({log})")
         if status or not (request.folder / RESULT).exists():
-            return Result("failed", f"{last_error(log.read_text(encoding='utf-8', errors='replace'))} ({log})")
+            return failure(peer, log.read_text(encoding="utf-8", errors="replace"), log)
         return read_result(request.folder)
+
+
+def failure(peer: Peer, text: str, log: Path) -> Result:
+    """Return the result of a run that failed; a package that is not there makes the peer unavailable."""
+    error = last_error(text)
+    if "ModuleNotFoundError" in error or "PackageNotFoundError" in error:
+        advice = f"install it, or pass --python {peer.environment}=PATH"
+        return Result("unavailable", f"{error}; {advice} ({log})")
+    return Result("failed", f"{error} ({log})")
 
 
 def last_error(log: str) -> str:
