@@ -65,21 +65,28 @@ def level_cost(model: TimeModel, level: Level, loss_share: float) -> CostModel:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Levels side by side for one mixture and machine, and the estimated epoch."""
+    """Levels side by side for one mixture and machine, and the estimated epoch.
+
+    max_sample_tokens: the model's positions if a pack is longer than they are, else 0.
+    """
 
     levels: tuple[Level, ...]
     plan: Plan
     replay: Replay
+    max_sample_tokens: int = 0
 
     def describe(self, one_at_a_time: float) -> str:
         """Return the verdict in words. one_at_a_time: seconds of the epoch with the levels of the search."""
         whole, tokens = self.replay, self.plan.step_tokens
+        keys = {"level_order": '"parallel"', "curriculum_steps": 0}
+        if self.max_sample_tokens:
+            keys["max_sample_tokens"] = self.max_sample_tokens
         return (
             f"side by side: {whole.seconds:,.0f} s per epoch, {whole.seconds / one_at_a_time - 1:+.1%} against levels "
             f"one at a time; idle {whole.share('idle'):.1%}, context parallelism {whole.share('sp'):.1%}, "
             f"recomputation {whole.share('recompute'):.1%}; {self.plan.num_steps:,} steps of {tokens.mean():,.0f} +- "
-            f'{tokens.std():,.0f} tokens, each with a share of all levels; set packing.level_order = "parallel" and '
-            "packing.curriculum_steps = 0"
+            f"{tokens.std():,.0f} tokens, each with a share of all levels; set "
+            + ", ".join(f"packing.{key} = {value}" for key, value in keys.items())
         )
 
 
@@ -104,7 +111,9 @@ def propose(config: JobConfig, args: ModelArgs, hardware: Hardware, workload: Wo
             f"{hardware.name} next to packs of {lowest.max_tokens} tokens; use more ranks or lower the lowest level"
         )
     fastest = min(found, key=lambda proposal: proposal.replay.seconds)
-    return _planned(fastest.levels, model, workload)
+    limit = args.max_position_embeddings
+    found_for_all = _planned(fastest.levels, model, workload)
+    return dataclasses.replace(found_for_all, max_sample_tokens=limit * (limit < fastest.levels[-1].max_tokens))
 
 
 def _sampled(workload: Workload) -> Workload:
@@ -162,7 +171,10 @@ def fastest_that_fit(
     for k in range(0, len(forms), len(policies)):
         fitting = [candidate for candidate in candidates[k : k + len(policies)] if candidate.time is not None]
         if fitting:
-            fastest.append(min(fitting, key=full_pack_seconds).level)
+            level = min(fitting, key=full_pack_seconds).level
+            # No policy reads better than one of no layers.
+            plain = dataclasses.replace(level, ac_policy="none", ac_layers=None, offload_layers=None)
+            fastest.append(level if level.ac_layers else plain)
     return fastest
 
 
