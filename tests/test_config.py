@@ -199,7 +199,8 @@ PRESETS = sorted(Path(__file__).resolve().parents[1].glob("train_configs/*.toml"
 def test_each_preset_loads_and_fits_its_world(path: Path) -> None:
     config = load_config(["--job.config_file", str(path)])
     assert config.packing.method in METHODS
-    for world_size in (2,) if path.stem == "debug_model" else (8, 32, 256):
+    few, side_by_side = path.stem == "debug_model", config.packing.level_order == "parallel"
+    for world_size in (2,) if few else (32, 512) if side_by_side else (8, 32, 256):
         validate(config, world_size)
 
 

@@ -147,6 +147,7 @@ WORLD_SIZES = {
     "deepseek_v2_236b_hbp": 256,
     "deepseek_v2_lite_hbp": 8,
     "deepseek_v3_hbp": 256,
+    "llama3_1_8b_parallel": 512,
     "mistral_small_24b_hbp": 8,
     "olmo2_32b_hbp": 16,
     "qwen3_235b_a22b_hbp": 128,

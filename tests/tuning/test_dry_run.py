@@ -293,7 +293,9 @@ def test_preset_fits_its_hardware(name: str, tmp_path: Path, monkeypatch: pytest
     for memory in found.levels:
         assert found.peak_bytes(memory.configured) <= MAX_MEMORY_SHARE * found.hardware.memory_bytes, memory.level
     found.check_memory()
-    assert found.warnings == []
+    # Side by side, the longest documents are meant for the ranks of several nodes.
+    expected = ["cross nodes"] if found.plan.level_order == "parallel" else []
+    assert [word for warning in found.warnings for word in re.findall("cross nodes", warning) or [warning]] == expected
     assert found.plan.num_steps == found.total_steps > 100
     text = describe(found)
     assert f"dry run: {header[1]} x {header[2]}" in text
