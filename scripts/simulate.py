@@ -42,8 +42,15 @@ from hbp_titan.experiments.paper.figures import (
     predict_models,
     prediction_table,
 )
-from hbp_titan.experiments.paper.methods import DEFAULT_METHODS, EXTRA_METHODS, check_methods, replay_methods
-from hbp_titan.experiments.paper.scale import scale_svg, scale_table, simulate_scale
+from hbp_titan.experiments.paper.methods import (
+    DEFAULT_METHODS,
+    EXTRA_METHODS,
+    MemoryChoice,
+    check_methods,
+    memory_choice,
+    replay_methods,
+)
+from hbp_titan.experiments.paper.scale import MODELS, scale_svg, scale_table, simulate_scale
 from hbp_titan.experiments.paper.sensitivity import sensitivity, sensitivity_table
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
@@ -55,7 +62,7 @@ from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
 from hbp_titan.tuning.profile_file import read_profile
 from hbp_titan.tuning.published import efficiency_tables
 from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
-from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, time_model
+from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, get_dims, time_model
 
 PAPER_SAMPLES = 941_344
 
@@ -75,7 +82,10 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--flavor", help="model [llama3_1_8b, or the TOML's]")
     parser.add_argument("--levels", help="max_tokens:cp_degree, ascending [16384:1,131072:8, or the TOML's]")
     parser.add_argument(
-        "--ac_policy", default="full", help=f"checkpointing of --levels: {', '.join(AC_POLICIES)} [full]"
+        "--ac_policy",
+        default="full",
+        help=f"checkpointing of --levels: {', '.join(AC_POLICIES)}, or best: for each method the fastest memory plans "
+        "that fit [full]",
     )
     parser.add_argument("--ac_layers", type=int, help="recomputed layers [the fewest that fit in memory]")
     parser.add_argument("--config", help="a TOML file, as --job.config_file")
@@ -89,6 +99,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--fit", default="", help="with --validate: predict from these runs, separated by semicolons")
     parser.add_argument("--paper", action="store_true", help="fit to the paper's trade-off, and predict its comparison")
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
+    parser.add_argument("--float8", default="", help="with --scale: FP8 products of all methods, as float8.recipe")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
     parser.add_argument("--sensitivity", action="store_true", help="ratios over the range of each assumed figure")
     parser.add_argument("--efficiencies", action="store_true", help="published figures that efficiencies come from")
@@ -114,9 +125,9 @@ def configuration(options: argparse.Namespace, overrides: list[str]) -> JobConfi
         config.model.hf_path, config.model.flavor = "", options.flavor or "llama3_1_8b"
     if options.levels or not config.levels:
         levels = parse_levels(options.levels or "16384:1,131072:8")
+        policy = "none" if options.ac_policy == "best" else options.ac_policy
         config.levels = [
-            with_policy(level, options.ac_policy, None if options.ac_policy == "none" else options.ac_layers)
-            for level in levels
+            with_policy(level, policy, None if policy == "none" else options.ac_layers) for level in levels
         ]
     return config
 
@@ -151,13 +162,32 @@ def estimated(config: JobConfig, machine: str, world_size: int) -> tuple[list[Le
     return [candidate.level for candidate in candidates if candidate.fits], model
 
 
-def compare(options: argparse.Namespace, config: JobConfig, levels: list[Level], model: TimeModel) -> None:
+def compare(options: argparse.Namespace, levels: list[Level], model: TimeModel, choice: MemoryChoice | None) -> None:
     """Simulate the methods and print the table."""
     names = options.methods.split(",") if options.methods else list(DEFAULT_METHODS)
     check_methods(names)
     lengths = load_lengths(options)
-    print(f"{len(lengths):,} samples, {lengths.sum():,} tokens, one epoch; simulated, speed-up over {names[0]}")
-    print(replay_table(replay_methods(lengths, levels, model, names, options.seed)))
+    print(
+        f"{len(lengths):,} samples, {lengths.sum():,} tokens, one epoch; simulated, speed-up per token over {names[0]}"
+    )
+    replays = replay_methods(lengths, levels, model, names, options.seed, choice)
+    print(replay_table(replays))
+    if absent := [name for name in names if name not in replays]:
+        print(f"not simulated, because they do not fit or do not support the model: {', '.join(absent)}")
+
+
+def compare_best(options: argparse.Namespace, config: JobConfig) -> None:
+    """Simulate the methods, each with the fastest memory plan of each level that fits."""
+    args, hardware = model_args(config), get_hardware(options.estimate or options.hardware)
+    check_levels(config.levels, options.world_size)
+    check_heads(config.levels, args.num_heads, args.num_kv_heads)
+    choice = memory_choice(args, hardware, options.world_size, config.levels)
+    if choice is None:
+        raise ValueError("levels: not every level fits; use a larger world size or cp_degree")
+    print(
+        f"{args.name} on {options.world_size} x {hardware.name}, fastest memory plans that fit; simulated, not measured"
+    )
+    compare(options, config.levels, choice.model, choice)
 
 
 def report_calibration(options: argparse.Namespace) -> None:
@@ -207,7 +237,10 @@ def report_paper(options: argparse.Namespace) -> None:
 
 
 def report_scale(options: argparse.Namespace) -> None:
-    scenarios = list(simulate_scale(get_hardware(options.hardware)))
+    hardware, float8 = get_hardware(options.hardware), options.float8
+    # Without the models that have no FP8 products of experts.
+    models = [name for name in MODELS if not float8 or not get_dims(name).expert_params]
+    scenarios = list(simulate_scale(hardware, models, float8=float8))
     print(f"simulated on {options.hardware}, not measured\n\n{scale_table(scenarios)}")
     if options.svg:
         options.svg.write_text(scale_svg(scenarios), encoding="utf-8")
@@ -254,11 +287,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.speed:
         return report_speed(options)
     config = configuration(options, overrides)
+    if options.ac_policy == "best":
+        return compare_best(options, config)
     levels, model = estimated(config, options.estimate or options.hardware, options.world_size)
     if len(levels) < len(config.levels):
         raise ValueError("not every level fits; use a larger world size or cp_degree, or recompute more layers")
     if options.methods or options.lengths or not options.estimate:
-        compare(options, config, levels, model)
+        compare(options, levels, model, None)
     return None
 
 

@@ -108,25 +108,29 @@ def pack_seconds(plan: Plan, model: TimeModel, static_shapes: bool) -> dict[str,
 
 
 def replay_table(replays: Mapping[str, Replay], baseline: str | None = None) -> str:
-    """Return one line per method and per level of it; speed-up over `baseline`, by default the first method."""
-    base = replays[baseline or next(iter(replays))].seconds
+    """Return one line per method and per level of it; speed-up over `baseline`, by default the first method.
+
+    Of a method that saw a part of the samples, GPU days are those of all.
+    """
+    first = replays[baseline or next(iter(replays))]
     lines = [
         f"{'method':<18}{'GPU days':>10}{'speed-up':>10}{'idle':>8}{'SP':>8}{'recomp.':>9}{'FSDP':>8}{'experts':>9}"
         f"{'fixed':>8}{'CR':>7}{'micro-batches':>15}"
     ]
     for name, whole in replays.items():
-        lines.append(_line(name, whole, f"{base / whole.seconds:>9.2f}x"))
+        share = whole.tokens / first.tokens
+        lines.append(_line(name, whole, f"{first.seconds / whole.seconds * share:>9.2f}x", 1 / share))
         used: Sequence[tuple[int, Replay]] = [(k, r) for k, r in enumerate(whole.per_level) if r is not None]
         if len(used) > 1:
             lines += [_line(f"  level {k}", r, " " * 10) for k, r in used]
     return "\n".join(lines)
 
 
-def _line(name: str, r: Replay, speed_up: str) -> str:
+def _line(name: str, r: Replay, speed_up: str, scale: float = 1.0) -> str:
     return (
-        f"{name:<18}{r.gpu_days:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
+        f"{name:<18}{r.gpu_days * scale:>10.3f}{speed_up}{r.share('idle'):>8.1%}{r.share('sp'):>8.1%}"
         f"{r.share('recompute'):>9.1%}{r.share('fsdp'):>8.1%}{r.share('experts'):>9.1%}{r.share('fixed'):>8.1%}"
-        f"{r.cr:>7.3f}{r.micro_batches:>15,}"
+        f"{r.cr:>7.3f}{round(r.micro_batches * scale):>15,}"
     )
 
 

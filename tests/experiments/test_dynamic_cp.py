@@ -20,7 +20,7 @@ from hbp_titan.experiments.paper.dynamic_cp import (
 from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import Ragged
 from hbp_titan.tuning.hardware import get_hardware
-from hbp_titan.tuning.time_model import ModelDims, get_dims
+from hbp_titan.tuning.time_model import TimeModel, get_dims
 from tests.properties import examples
 from tests.tuning.toy import MACHINE, TOY
 
@@ -86,7 +86,7 @@ def toy_plan(lengths: list[int], degrees: list[int], micro_batch_of: list[int], 
     return DynamicCPPlan(4, np.array(lengths), packs, np.array(degrees), np.array(micro_batch_of), np.array(step_of))
 
 
-TOY_RANKS = Megatron.of(TOY, dataclasses.replace(MACHINE, gpus_per_node=4), 4, 1)
+TOY_RANKS = Megatron.of(TimeModel(TOY, dataclasses.replace(MACHINE, gpus_per_node=4), 4), 1)
 
 
 def toy_level(degree: int) -> Level:
@@ -131,21 +131,21 @@ LLAMA, H100 = get_dims("llama3_1_8b"), get_hardware("h100-80gb")
 
 def test_state_has_all_parameters_and_gradients_and_a_share_of_the_optimizer() -> None:
     params = LLAMA.params
-    assert Megatron.of(LLAMA, H100, 8, 1).state_bytes() == 6 * params + 12 * params // 8
+    assert Megatron.of(TimeModel(LLAMA, H100, 8), 1).state_bytes() == 6 * params + 12 * params // 8
     # Two GPUs work as one rank of twice the memory.
-    halves = Megatron.of(LLAMA, H100, 8, 2)
+    halves = Megatron.of(TimeModel(LLAMA, H100, 8), 2)
     assert halves.model.world_size == 4
     assert halves.model.hardware.memory_bytes == 2 * H100.memory_bytes
 
 
-def tensor_seconds(dims: ModelDims, degree: int, policy: str = "none", tensor_parallel: int = 8) -> float:
-    megatron = Megatron.of(dims, H100, 64, tensor_parallel)
+def tensor_seconds(degree: int, policy: str = "none", tensor_parallel: int = 8) -> float:
+    megatron = Megatron.of(TimeModel(LLAMA, H100, 64), tensor_parallel)
     return float(megatron.tensor_seconds(Level(16384 * degree, degree, ac_policy=policy), np.array([16384.0]))[0])
 
 
 def test_tensor_parallelism_costs_eight_exchanges_of_hidden_states_per_layer() -> None:
     sent = 16384 * LLAMA.hidden_size * 2 * 7 / 8
-    assert tensor_seconds(LLAMA, 1) == pytest.approx(0.5 * 8 * LLAMA.num_layers * sent / (450e9 * 0.8))
-    assert tensor_seconds(LLAMA, 1, "full") == pytest.approx(1.5 * tensor_seconds(LLAMA, 1))
-    assert tensor_seconds(LLAMA, 2) == pytest.approx(tensor_seconds(LLAMA, 1) / 2)
-    assert tensor_seconds(LLAMA, 1, tensor_parallel=1) == 0
+    assert tensor_seconds(1) == pytest.approx(0.5 * 8 * LLAMA.num_layers * sent / (450e9 * 0.8))
+    assert tensor_seconds(1, "full") == pytest.approx(1.5 * tensor_seconds(1))
+    assert tensor_seconds(2) == pytest.approx(tensor_seconds(1) / 2)
+    assert tensor_seconds(1, tensor_parallel=1) == 0

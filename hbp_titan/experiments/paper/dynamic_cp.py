@@ -25,9 +25,8 @@ from numpy.typing import ArrayLike
 from hbp_titan.components.timing import FloatArray
 from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import IntArray, Ragged, offsets_of, runs, shuffled
-from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.simulate import Replay
-from hbp_titan.tuning.time_model import PARTS, ModelDims, Sharding, TimeModel
+from hbp_titan.tuning.time_model import PARTS, Sharding, TimeModel
 
 # Tokens of a global batch over those that all ranks hold at once: NVIDIA's benchmark of the scheduler has 8
 # micro-batches per step. Not quite full, because no packing fills every rank.
@@ -268,28 +267,24 @@ class Megatron:
     tensor_exposed: float = TENSOR_EXPOSED
 
     @classmethod
-    def of(
-        cls,
-        dims: ModelDims,
-        hardware: Hardware,
-        world_size: int,
-        tensor_parallel: int,
-        tensor_exposed: float = TENSOR_EXPOSED,
-    ) -> Megatron:
-        """Return the parallelism on these GPUs."""
-        t = tensor_parallel
+    def of(cls, gpus: TimeModel, tensor_parallel: int, tensor_exposed: float = TENSOR_EXPOSED) -> Megatron:
+        """Return the parallelism on the GPUs of a TimeModel, with its model and FP8 products."""
+        t, gpu = tensor_parallel, gpus.hardware
         rank = dataclasses.replace(
-            hardware,
-            peak_flops=t * hardware.peak_flops,
-            memory_bytes=t * hardware.memory_bytes,
-            memory_bandwidth=t * hardware.memory_bandwidth,
-            intra_node_bandwidth=t * hardware.intra_node_bandwidth,
-            inter_node_bandwidth=t * hardware.inter_node_bandwidth,
-            pcie_bandwidth=t * hardware.pcie_bandwidth,
-            host_bandwidth=t * hardware.host_bandwidth,
-            gpus_per_node=hardware.gpus_per_node // t,
+            gpu,
+            peak_flops=t * gpu.peak_flops,
+            memory_bytes=t * gpu.memory_bytes,
+            memory_bandwidth=t * gpu.memory_bandwidth,
+            intra_node_bandwidth=t * gpu.intra_node_bandwidth,
+            inter_node_bandwidth=t * gpu.inter_node_bandwidth,
+            pcie_bandwidth=t * gpu.pcie_bandwidth,
+            host_bandwidth=t * gpu.host_bandwidth,
+            gpus_per_node=gpu.gpus_per_node // t,
         )
-        return cls(TimeModel(dims, rank, world_size // t, Sharding(reshard_after_forward=False)), t, tensor_exposed)
+        float8 = gpus.float8 and dataclasses.replace(gpus.float8, hardware=rank)
+        sharding = Sharding(reshard_after_forward=False)
+        model = TimeModel(gpus.dims, rank, gpus.world_size // t, sharding, float8=float8)
+        return cls(model, t, tensor_exposed)
 
     def state_bytes(self) -> int:
         """Return the bytes of parameters, gradients and optimizer state of a rank."""

@@ -15,12 +15,13 @@ import numpy as np
 
 from hbp_titan.experiments.paper.dynamic_cp import TENSOR_EXPOSED, Megatron, plan_dynamic_cp, replay_dynamic_cp
 from hbp_titan.experiments.paper.flexsp import FlexSPPlan, plan_flexsp, replay_concurrent
-from hbp_titan.job_config import JobConfig, Parallelism
+from hbp_titan.job_config import Float8, JobConfig, Parallelism
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS as PLAN_METHODS
 from hbp_titan.packing import CostModel, Level, Plan, build_plan
 from hbp_titan.packing.ragged import IntArray, shuffled
+from hbp_titan.tuning.float8_time import Float8Products
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
 from hbp_titan.tuning.memory_plans import depth_choices, needed_plans, usable_bytes, usable_host_bytes
@@ -75,7 +76,10 @@ class MemoryChoice:
         def estimate(level: Level) -> MemoryEstimate:
             return estimate_memory(args, level, config, world_size, device_type="cuda")
 
-        return cls(args, TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config)), estimate)
+        # Not time_model: the machine's attention kernel is already chosen.
+        float8 = Float8Products.of(args, config, hardware)
+        model = TimeModel(ModelDims.from_args(args), hardware, world_size, sharding(config), float8=float8)
+        return cls(args, model, estimate)
 
     def peak_bytes(self, level: Level) -> int:
         """Return the most bytes that a rank holds on its GPUs."""
@@ -123,15 +127,18 @@ class MemoryChoice:
         return all(self.candidates(form) for form in forms)
 
 
-def memory_choice(args: ModelArgs, hardware: Hardware, world_size: int, forms: Sequence[Level]) -> MemoryChoice | None:
+def memory_choice(
+    args: ModelArgs, hardware: Hardware, world_size: int, forms: Sequence[Level], float8: str = ""
+) -> MemoryChoice | None:
     """Return the memory plans of our runtime, with parameters on the host only if nothing else fits; None if even so.
 
-    Experts are sharded over the GPUs of a node.
+    Experts are sharded over the GPUs of a node. float8: as float8.recipe.
     """
     expert_parallel = min(8, world_size) if args.moe else 1
     for cpu_offload in (False, True):
         parallelism = Parallelism(expert_parallel_degree=expert_parallel, cpu_offload=cpu_offload)
-        choice = MemoryChoice.of_run(args, JobConfig(parallelism=parallelism), hardware, world_size)
+        config = JobConfig(parallelism=parallelism, float8=Float8(recipe=float8))
+        choice = MemoryChoice.of_run(args, config, hardware, world_size)
         if choice.hold(forms):
             return choice
     return None
@@ -211,7 +218,7 @@ def replay_megatron(
     for tensor_parallel in TENSOR_PARALLEL:
         if model.world_size % tensor_parallel or tensor_parallel > model.hardware.gpus_per_node:
             continue
-        megatron = Megatron.of(model.dims, model.hardware, model.world_size, tensor_parallel, tensor_exposed)
+        megatron = Megatron.of(model, tensor_parallel, tensor_exposed)
         found = MegatronLevels(args, megatron, per_gpu * tensor_parallel)
         if found.fits(int(lengths.max())):
             fitting.append(found)
@@ -229,10 +236,11 @@ class MegatronLevels:
 
     def __init__(self, args: ModelArgs, megatron: Megatron, tokens: int) -> None:
         self.megatron, self.tokens = megatron, tokens
-        ranks = megatron.model.world_size
+        ranks, float8 = megatron.model.world_size, megatron.model.float8
+        config = JobConfig(float8=Float8(recipe=float8.recipe if float8 else ""))
 
         def estimate(level: Level) -> MemoryEstimate:
-            return estimate_memory(args, level, JobConfig(), ranks, device_type="cuda")
+            return estimate_memory(args, level, config, ranks, device_type="cuda")
 
         self.plans = MemoryChoice(args, megatron.model, estimate, megatron.state_bytes())
 

@@ -80,18 +80,24 @@ def simulate_scale(
     models: Sequence[str] = MODELS,
     contexts: Sequence[int] = CONTEXTS,
     world_sizes: Sequence[int] = WORLD_SIZES,
+    float8: str = "",
 ) -> Iterator[Scenario]:
-    """Yield every scenario, by context and world size (models share their data), then by model."""
+    """Yield every scenario, by context and world size (models share their data), then by model.
+
+    float8: recipe of FP8 products, of all methods, as float8.recipe.
+    """
     for context in contexts:
         for world_size in world_sizes:
             lengths = scale_lengths(context, world_size)
             for name in models:
-                yield _scenario(get_dims(name), context, world_size, lengths, hardware)
+                yield _scenario(get_dims(name), context, world_size, lengths, hardware, float8)
 
 
-def _scenario(dims: ModelDims, context: int, world_size: int, lengths: IntArray, hardware: Hardware) -> Scenario:
+def _scenario(
+    dims: ModelDims, context: int, world_size: int, lengths: IntArray, hardware: Hardware, float8: str
+) -> Scenario:
     levels = scale_levels(dims, context, world_size)
-    choice = memory_choice(get_flavor(dims.name), hardware, world_size, levels)
+    choice = memory_choice(get_flavor(dims.name), hardware, world_size, levels, float8)
     if choice is None:
         return Scenario(dims, context, world_size, None)
     return Scenario(dims, context, world_size, replay_methods(lengths, levels, choice.model, METHODS, choice=choice))
