@@ -119,7 +119,7 @@ def replay_table(replays: Mapping[str, Replay], baseline: str | None = None) -> 
     ]
     for name, whole in replays.items():
         share = whole.tokens / first.tokens
-        lines.append(_line(name, whole, f"{first.seconds / whole.seconds * share:>9.2f}x", 1 / share))
+        lines.append(_line(name, whole, f"{first.gpu_days / whole.gpu_days * share:>9.2f}x", 1 / share))
         used: Sequence[tuple[int, Replay]] = [(k, r) for k, r in enumerate(whole.per_level) if r is not None]
         if len(used) > 1:
             lines += [_line(f"  level {k}", r, " " * 10) for k, r in used]

@@ -23,7 +23,7 @@ from hbp_titan.packing import CostModel, Level, Plan, build_plan
 from hbp_titan.packing.ragged import IntArray, shuffled
 from hbp_titan.tuning.float8_time import Float8Products
 from hbp_titan.tuning.hardware import Hardware
-from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
+from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory, with_policy
 from hbp_titan.tuning.memory_plans import depth_choices, needed_plans, usable_bytes, usable_host_bytes
 from hbp_titan.tuning.search import Candidate, level_seconds
 from hbp_titan.tuning.simulate import Replay, replay
@@ -44,8 +44,9 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 """Degrees that Megatron may use, inside a node."""
 MEAN_DOCUMENT = 1000
 """Tokens of the documents of a pack on which levels of methods without a Plan choose their memory plans."""
-# Scheduling a step is slow for many ranks: enough samples for a mean within a percent.
-MAX_SCHEDULED_SAMPLES = 100_000
+# FlexSP's planner and Megatron's scheduler are slow: enough samples for a mean within a percent, and no more ranks,
+# because idle time hardly grows beyond (it would be worse for both).
+MAX_SCHEDULED_SAMPLES, MAX_SCHEDULED_RANKS = 100_000, 512
 
 
 def check_methods(names: Sequence[str]) -> None:
@@ -118,7 +119,7 @@ class MemoryChoice:
         """Return the plan's levels, each with the memory plan that is fastest on its packs."""
         levels = []
         for k, form in enumerate(plan.levels):
-            found = self.candidates(dataclasses.replace(form, ac_policy="none", ac_layers=None))
+            found = self.candidates(_plain(form))
             levels.append(found[int(level_seconds(plan, k, found).argmin())].level)
         return tuple(levels)
 
@@ -156,7 +157,8 @@ def replay_methods(
     """Return the simulated epoch of each method over the same samples, by name in the given order.
 
     choice: chooses the memory plan of each level for each method; without it all methods use those of `levels`. A
-    method that does not support the model, or does not fit, is left out. tensor_exposed: as in Megatron.
+    method that does not support the model, or does not fit, is left out. FlexSP and dynamic_cp are planned for at most
+    MAX_SCHEDULED_RANKS ranks, and dynamic_cp for a part of the samples. tensor_exposed: as in Megatron.
     """
     check_methods(names)
     replays: dict[str, Replay | None] = {}
@@ -164,8 +166,9 @@ def replay_methods(
     for name in names:
         if name.startswith("flexsp"):
             # Planned once for both of its forms: it is the slowest planner.
-            flexsp = flexsp or plan_flexsp(lengths, _flexsp_levels(levels[-1], choice), model, seed)
-            replays[name] = replay_concurrent(flexsp, model) if name == "flexsp" else replay(flexsp.as_plan(), model)
+            ranks = dataclasses.replace(model, world_size=_scheduled_ranks(model, levels[-1]))
+            flexsp = flexsp or plan_flexsp(lengths, _flexsp_levels(levels[-1], choice), ranks, seed)
+            replays[name] = replay_concurrent(flexsp, ranks) if name == "flexsp" else replay(flexsp.as_plan(), ranks)
         elif name == "dynamic_cp":
             replays[name] = replay_megatron(lengths, levels[-1], model, seed, choice, tensor_exposed)
         else:
@@ -178,12 +181,21 @@ def _planned(
     lengths: IntArray, levels: Sequence[Level], model: TimeModel, name: str, seed: int, choice: MemoryChoice | None
 ) -> Plan:
     method = "hbp_paper" if name == "hbp_unbalanced" else name
-    plan = build_plan(lengths, levels, model.world_size, method, seed, cost=[level_cost(model, k) for k in levels])
+
+    # Steps of equal tokens: those of a micro-batch of the largest level. On the host an optimizer step is slow.
+    step_tokens = levels[-1].max_tokens * levels[-1].dp_degree(model.world_size)
+
+    def planned(levels: Sequence[Level]) -> Plan:
+        costs = [level_cost(model, k) for k in levels]
+        return build_plan(lengths, levels, model.world_size, method, seed, cost=costs, global_batch_tokens=step_tokens)
+
     if choice is None:
-        return plan
+        return planned(levels)
+    first = tuple(choice.fastest(_plain(form)) or form for form in levels)
+    plan = planned(first)
     chosen = choice.fastest_for(plan)
     # Packs are balanced by the time that they take with the chosen plans.
-    return build_plan(lengths, chosen, model.world_size, method, seed, cost=[level_cost(model, k) for k in chosen])
+    return plan if chosen == first else planned(chosen)
 
 
 def _flexsp_levels(largest: Level, choice: MemoryChoice | None) -> list[Level]:
@@ -193,8 +205,13 @@ def _flexsp_levels(largest: Level, choice: MemoryChoice | None) -> list[Level]:
     return [level for form in levels if (level := choice.fastest(_plain(form)))]
 
 
+def _scheduled_ranks(model: TimeModel, largest: Level) -> int:
+    return min(model.world_size, max(MAX_SCHEDULED_RANKS, largest.cp_degree))
+
+
 def _plain(form: Level) -> Level:
-    return dataclasses.replace(form, ac_policy="none", ac_layers=None, offload_layers=None)
+    """Return the level without memory plan."""
+    return dataclasses.replace(with_policy(form, "none"), mlp_chunk_tokens=0, attention_head_groups=1)
 
 
 def replay_megatron(
@@ -214,6 +231,7 @@ def replay_megatron(
     if model.dims.expert_params or args.mla is not None:
         return None
     per_gpu = largest.max_tokens // largest.cp_degree
+    model = dataclasses.replace(model, world_size=_scheduled_ranks(model, largest))
     fitting = []
     for tensor_parallel in TENSOR_PARALLEL:
         if model.world_size % tensor_parallel or tensor_parallel > model.hardware.gpus_per_node:

@@ -29,8 +29,8 @@ METHODS = ("isf", "flat_sorted", "flexsp", "dynamic_cp", "hbp_paper", "hbp")
 # Of each level, as in the paper's two levels.
 TOKENS_PER_RANK = 16_384
 BASE_CONTEXT = 131_072
-# Enough for many micro-batches of every level.
-MICRO_BATCHES, MAX_SAMPLES = 100, 8_000_000
+# Enough for many micro-batches of every level; 27 on 4096 ranks.
+MICRO_BATCHES, MAX_SAMPLES = 100, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Scenario:
     replays: dict[str, Replay] | None
 
     def speed_up(self, method: str) -> float:
-        """Return the speed-up over ISF, per token: slow planners see a part of the samples."""
+        """Return the speed-up over ISF, in GPU days per token: slow planners see a part of samples and ranks."""
         assert self.replays is not None
         isf, other = self.replays["isf"], self.replays[method]
-        return isf.seconds / isf.tokens / (other.seconds / other.tokens)
+        return isf.gpu_days / isf.tokens / (other.gpu_days / other.tokens)
 
 
 def scale_levels(dims: ModelDims, context: int, world_size: int) -> list[Level]:

@@ -47,7 +47,7 @@ def sensitivity(
 def over(replays: dict[str, Replay], baseline: str) -> float:
     """Return the speed-up of ours over a baseline, per token."""
     ours, other = replays["hbp"], replays[baseline]
-    return other.seconds / other.tokens / (ours.seconds / ours.tokens)
+    return other.gpu_days / other.tokens / (ours.gpu_days / ours.tokens)
 
 
 def sensitivity_table(rows: Sequence[tuple[str, dict[str, Replay]]]) -> str:
