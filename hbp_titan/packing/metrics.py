@@ -85,7 +85,8 @@ class _Packs:
             dbr=unused(self.tokens, self.max_tokens),
             pr=1 - num_tokens / int(self.capacity[chosen].sum()),
             abr=unused(self.attention, self.max_attention),
-            cr=int(tokens[ranks > 1].sum()) / num_tokens,
+            # Side by side, a level may have empty packs only, which complete an iteration.
+            cr=int(tokens[ranks > 1].sum()) / max(1, num_tokens),
             ave_tokens=num_tokens / num_packs,
             # Rounding can make a perfect balance -1e-16.
             time_imbalance=max(0.0, float(1 - np.sum(ranks * self.work[chosen]) / np.sum(ranks * self.time[chosen]))),

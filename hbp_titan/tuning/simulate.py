@@ -79,7 +79,7 @@ def replay(plan: Plan, model: TimeModel, *, static_shapes: bool | None = None) -
             world_size=plan.world_size,
             micro_batches=len(np.unique(plan.iteration_of_pack[chosen])),
             tokens=num_tokens,
-            cr=int(tokens[plan.pack_degrees[chosen] > 1].sum()) / num_tokens,
+            cr=int(tokens[plan.pack_degrees[chosen] > 1].sum()) / max(1, num_tokens),
             parts=parts,
             # Rounding errors can turn a perfect balance into -1e-16.
             idle=max(0.0, float((slowest * share)[chosen].sum()) - sum(parts.values())),

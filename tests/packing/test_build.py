@@ -101,6 +101,13 @@ def test_levels_side_by_side_hold_each_sample_once_on_aligned_ranks(lengths, wor
     assert len(rest.packs.ids) + len(plan.samples_of(0, 1)) * (rest is not plan) == len(lengths)
 
 
+def test_a_level_of_empty_packs_only_has_metrics():
+    # Three packs on two ranks each are an iteration and a half; without short samples, the rest stays empty.
+    plan = build_plan([200, 200, 200], (*SIDE_BY_SIDE[:1], Level(200, 2)), 4, level_order="parallel")
+    lowest, long = measure(plan).per_level
+    assert (lowest.ave_tokens, lowest.cr, lowest.pr, long.ave_tokens) == (0, 0, 1, 200)
+
+
 def test_levels_side_by_side_share_every_iteration_and_wait_little():
     lengths = tulu3_longcite_like(100_000, seed=2)
     levels = parse_levels("16384:1,24576:2,49152:4,65536:8,98304:8,98304:16,131072:16,131072:32,163840:32,196608:32")
