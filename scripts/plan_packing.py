@@ -23,6 +23,7 @@ import numpy as np
 from hbp_titan.config import load_config
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import METHODS, CostModel, Metrics, Plan, build_plan, comparison_table, measure, parse_levels
+from hbp_titan.packing.level import one_at_a_time
 from hbp_titan.packing.plan import save_plan
 from hbp_titan.report.plan_page import html_report
 
@@ -142,7 +143,11 @@ def main(argv: list[str] | None = None) -> None:
     seconds: dict[str, float] = {}
     for name in dict.fromkeys([chosen, *(METHODS if options.compare else ())]):
         start = time.perf_counter()
-        plan = build_plan(lengths, method=name, **settings)
+        own = dict(settings)
+        if name != chosen and own.get("level_order") == "parallel":
+            # The other methods train one level at a time.
+            own |= {"level_order": "alternate", "levels": [own["levels"][k] for k in one_at_a_time(own["levels"])]}
+        plan = build_plan(lengths, method=name, **own)
         seconds[name] = time.perf_counter() - start
         compared[name] = measure(plan)
         if name == chosen:

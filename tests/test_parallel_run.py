@@ -19,6 +19,8 @@ from tests.tiny_run import ARGS, write_tiny_run
 def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sample_once(tmp_path: Path) -> None:
     argv = [
         *write_tiny_run(tmp_path, levels=""),
+        # Other methods train these levels one at a time.
+        "--packing.print_comparison=true",
         "--packing.level_order=parallel",
         "--checkpoint.interval=1",
         "--training.global_batch_tokens=1000",
@@ -27,7 +29,7 @@ def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sam
         "--validation.share=0.1",
         "--validation.interval=100",
     ]
-    run_distributed(train_until, 4, [*argv, "--levels=128:1,256:2:allgather,512:2"], 2)
+    run_distributed(train_until, 4, [*argv, "--levels=128:1,256:2:allgather,256:4,512:2"], 2)
     ended = run_distributed(train_until, 2, [*argv, "--levels=128:1,512:2"], None)[0]
     assert ended["resumed"].startswith("resumed from step 2, with 2 ranks instead of 4 and levels")
     starts = read_starts(tmp_path / "run", ended["step"])

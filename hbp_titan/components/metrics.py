@@ -431,7 +431,7 @@ def _comparison(plans: EpochPlans) -> str:
     """Return the table of methods and metrics on the training data: the usual baselines and the configured method."""
     configured = plans.config.packing.method
     names = COMPARED if configured in COMPARED else {**COMPARED, configured: configured}
-    return comparison_table({name: measure(plans.build(method, 0), cost=plans.cost) for method, name in names.items()})
+    return comparison_table({name: measure(plans.build(method, 0)) for method, name in names.items()})
 
 
 def describe_model(config: JobConfig, args: ModelArgs, model: nn.Module, device: torch.device, step: int = 0) -> str:

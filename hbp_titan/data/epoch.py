@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from hbp_titan.config import JobConfig
 from hbp_titan.packing import CostModel, Level, Plan, build_plan, replan
 from hbp_titan.packing.cost import costs_per_level
-from hbp_titan.packing.level import format_level
+from hbp_titan.packing.level import format_level, one_at_a_time
 from hbp_titan.packing.plan import load_plan, save_plan
 
 
@@ -71,17 +71,18 @@ class EpochPlans:
         Only the configured method has levels side by side; others, for comparison, train one level at a time.
         """
         packing = self.config.packing
-        one_at_a_time = packing.level_order == "parallel" and method != packing.method
+        compared = packing.level_order == "parallel" and method != packing.method
+        used = one_at_a_time(self.levels) if compared else range(len(self.levels))
         return build_plan(
             self.store.lengths,
-            self.config.levels,
+            [self.levels[k] for k in used],
             self.world_size,
             method=method,
             seed=self.config.seed_of("packing"),
             loss_tokens=self.store.loss_tokens,
-            cost=self.cost,
+            cost=[self.costs[k] for k in used],
             global_batch_tokens=self.config.training.global_batch_tokens,
-            level_order="alternate" if one_at_a_time else packing.level_order,
+            level_order="alternate" if compared else packing.level_order,
             curriculum_steps=packing.curriculum_steps,
             epoch=epoch,
         )

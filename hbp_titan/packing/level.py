@@ -141,6 +141,11 @@ def check_levels(levels: Sequence[Level], world_size: int, side_by_side: bool = 
             )
 
 
+def one_at_a_time(levels: Sequence[Level]) -> list[int]:
+    """Return the indices of levels that ascend strictly: of those with equal max_tokens the one with fewest ranks."""
+    return [k for k, level in enumerate(levels) if k == 0 or level.max_tokens > levels[k - 1].max_tokens]
+
+
 def check_reshard(name: str, value: bool | int, shards: int | None = None) -> None:
     """Raise ValueError unless `value` is a bool or a number of ranks above 1 that divides `shards`, if given.
 

@@ -50,10 +50,11 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
     )
     # A level without packs has no charts.
     used = np.unique(plan.pack_levels).tolist()
-    balance = "Left: the same packs in random order. Right: this plan. Both show"
-    charts = "".join(_row(_balance(plan, k)) for k in used)
     if plan.level_order == "parallel":
         balance, charts = "Ranks of all levels work side by side. The chart shows", _row([_side_by_side(plan)])
+    else:
+        balance = "Left: the same packs in random order. Right: this plan. Both show"
+        charts = "".join(_row(_balance(plan, k)) for k in used)
     sections = [
         f"<h1>Packing plan: {html.escape(plan.method)}</h1><p>{html.escape(facts)}</p>",
         "<h2>Methods compared</h2><p>Of DBR, PR, ABR, CR and idle 0 is best.</p>"

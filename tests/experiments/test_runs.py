@@ -73,6 +73,7 @@ def test_each_variant_changes_only_its_setting(tmp_path: Path) -> None:
         "isf": ['method = "isf"'],
         "curriculum": ["curriculum_steps = 0.15"],
         "interleave": ['level_order = "interleave"'],
+        "parallel": ['level_order = "parallel"'],
         "token_mean": ['loss_normalization = "token_mean"'],
         "sample_mean": ['loss_normalization = "sample_mean"'],
         # 64 samples in 4 steps are 800 trained tokens a step.

@@ -26,6 +26,18 @@ def run(*words):
     exit_on_user_error(lambda: plan_packing.main([str(word) for word in words]))
 
 
+def test_levels_side_by_side_are_compared_with_levels_one_at_a_time(lengths_file, tmp_path):
+    levels = "16384:1,32768:2,32768:4,131072:8"
+    words = ["--lengths", lengths_file, "--world_size", 8, "--levels", levels, "--level_order", "parallel"]
+    run(*words, "--compare", "--json", tmp_path / "out.json", "--html", tmp_path / "out.html")
+    found = json.loads((tmp_path / "out.json").read_text())["methods"]
+    lengths, largest = LENGTHS, parse_levels("131072:8")
+    assert found["isf"]["iterations"] == build_plan(lengths, largest, 8, "isf").num_iterations
+    chosen = build_plan(lengths, parse_levels(levels), 8, level_order="parallel")
+    assert found["hbp"]["time_imbalance"] == measure(chosen).time_imbalance
+    assert "side by side" in (tmp_path / "out.html").read_text()
+
+
 def test_compare_writes_every_method(lengths_file, tmp_path, capsys):
     run("--lengths", lengths_file, "--world_size", 8, "--compare", "--json", tmp_path / "out.json")
     written = json.loads((tmp_path / "out.json").read_text())
