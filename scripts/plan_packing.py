@@ -88,7 +88,8 @@ def inputs(options: argparse.Namespace, overrides: list[str]) -> tuple[np.ndarra
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     if options.beta is not None:
-        settings["cost"] = replace(settings.get("cost", CostModel()), alpha=1.0, beta=options.beta)
+        first = np.atleast_1d(settings.get("cost", CostModel()))[0]
+        settings["cost"] = replace(first, alpha=1.0, beta=options.beta)
     if options.overlong == "truncate":
         lengths = np.minimum(lengths, settings["levels"][-1].max_tokens)
         if "loss_tokens" in settings:
@@ -108,6 +109,11 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
 
     config = load_config([*overrides, *(("--levels", options.levels) if options.levels else ())])
     folder, _ = prepare(config)
+    args, frozen = model_args(config), config.lora.rank > 0
+    costs: CostModel | list[CostModel] = cost_model(args, frozen)
+    if config.packing.level_order == "parallel":
+        # As a start on a machine that the hardware table lacks.
+        costs = [cost_model(args, frozen, level) for level in config.levels]
     return load_lengths(folder / "lengths.npy"), {
         "levels": config.levels,
         "loss_tokens": load_lengths(folder / "loss_tokens.npy"),
@@ -116,7 +122,7 @@ def from_config(options: argparse.Namespace, overrides: list[str]) -> tuple[np.n
         "level_order": config.packing.level_order,
         "global_batch_tokens": config.training.global_batch_tokens,
         "curriculum_steps": config.packing.curriculum_steps,
-        "cost": cost_model(model_args(config)),
+        "cost": costs,
     }
 
 
@@ -146,7 +152,10 @@ def main(argv: list[str] | None = None) -> None:
         own = dict(settings)
         if name != chosen and own.get("level_order") == "parallel":
             # The other methods train one level at a time.
-            own |= {"level_order": "alternate", "levels": [own["levels"][k] for k in one_at_a_time(own["levels"])]}
+            kept = one_at_a_time(own["levels"])
+            own |= {"level_order": "alternate", "levels": [own["levels"][k] for k in kept]}
+            if isinstance(own.get("cost"), list):
+                own["cost"] = [own["cost"][k] for k in kept]
         plan = build_plan(lengths, method=name, **own)
         seconds[name] = time.perf_counter() - start
         compared[name] = measure(plan)
