@@ -352,7 +352,7 @@ def verify(
                 yield judge(case, Difference(loss, grads), tolerance)
 
 
-HEADER = f"{'case':<44}{'loss':>9}{'gradient':>10}{'limit':>9}  verdict"
+HEADER = f"{'case':<50}{'loss':>9}{'gradient':>10}{'limit':>9}  verdict"
 
 
 def row(result: Result) -> str:
@@ -363,4 +363,4 @@ def row(result: Result) -> str:
         verdict = "equal" if result.passed else "DIFFERS"
     where = "" if result.passed else f" ({result.worst})"
     figures = f"{result.loss_difference:>9.1e}{result.grad_difference:>10.1e}{result.grad_allowed:>9.1e}"
-    return f"{result.case.name:<44}{figures}  {verdict}{where}"
+    return f"{result.case.name:<50}{figures}  {verdict}{where}"

@@ -113,7 +113,7 @@ def build_cases(
             cases.append(Case(f"configured levels, {world} ranks, 2 copies", world, fitted, dp_replicate=2))
         if world > 1:
             beside = _side_by_side(levels, world, args)
-            cases.append(Case(f"levels side by side, {world} ranks", world, beside, "parallel"))
+            cases.append(Case(f"side by side, {world} ranks", world, beside, "parallel"))
     # What follows does not depend on the number of ranks, so it is checked at the largest only.
     world = world_sizes[-1]
     if world > 1:
@@ -161,7 +161,7 @@ def _side_by_side_cases(beside: tuple[Level, ...], world: int, args: ModelArgs) 
     """Return the cases and controls of levels side by side that do not depend on the number of ranks."""
     plans = [_MEMORY_PLANS[name] for name in ("full on all layers", "keep_attention on 1 layer", "in chunks")]
     mixed = tuple(_with_plan([level], plans[k % 3], args)[0] for k, level in enumerate(beside))
-    name = "levels side by side"
+    name = "side by side"
     cases = [
         Case(f"{name}, a memory plan each", world, mixed, "parallel"),
         Case(f"{name}, compiled", world, beside, "parallel", compile=True),

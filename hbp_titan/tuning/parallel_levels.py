@@ -23,6 +23,7 @@ from hbp_titan.tuning.profile import cp_styles
 from hbp_titan.tuning.search import Workload
 from hbp_titan.tuning.simulate import Replay, replay
 from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, full_pack_seconds, time_model
+from hbp_titan.utils import human_seconds
 
 # Tokens of a rank, as a share of those of the lowest level: a long document leaves time for fewer tokens than a short
 # pack has, the less the longer it is for its ranks.
@@ -82,8 +83,8 @@ class Proposal:
         if self.max_sample_tokens:
             keys["max_sample_tokens"] = self.max_sample_tokens
         return (
-            f"side by side: {whole.seconds:,.0f} s per epoch, {whole.seconds / one_at_a_time - 1:+.1%} against levels "
-            f"one at a time; idle {whole.share('idle'):.1%}, context parallelism {whole.share('sp'):.1%}, "
+            f"side by side: {human_seconds(whole.seconds)} per epoch, {whole.seconds / one_at_a_time - 1:+.1%} against "
+            f"levels one at a time; idle {whole.share('idle'):.1%}, context parallelism {whole.share('sp'):.1%}, "
             f"recomputation {whole.share('recompute'):.1%}; {self.plan.num_steps:,} steps of {tokens.mean():,.0f} +- "
             f"{tokens.std():,.0f} tokens, each with a share of all levels; set "
             + ", ".join(f"packing.{key} = {value}" for key, value in keys.items())

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hbp_titan.components.timing import LEVEL_TIMES, LevelTimeModel, load_level_times
-from hbp_titan.config import load_config
+from hbp_titan.config import load_config, validate
 from hbp_titan.data.prepare import prepare
 from hbp_titan.data.token_store import TokenStore
 from hbp_titan.distributed.world import World, all_reduce_values, control_group
@@ -21,7 +21,7 @@ from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import CostModel, Level
 from hbp_titan.testing.local_ranks import run_distributed
 from hbp_titan.train import Trainer
-from hbp_titan.tuning import auto, measured_engine
+from hbp_titan.tuning import auto, measured_engine, parallel_levels
 from hbp_titan.tuning.auto import candidate_forms, replace_levels, save_level_times
 from hbp_titan.tuning.profile_file import Profile, profile_key
 from hbp_titan.tuning.search import Candidate, Workload, selected
@@ -271,6 +271,22 @@ def _main(folder: Path, *words: object) -> None:
 
 
 ESTIMATE = ("--estimate", "h100-80gb", "--world_size", "8")
+
+
+def test_levels_side_by_side_are_proposed_and_written(
+    folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_levels, "SHARES", (1,))
+    monkeypatch.setattr(parallel_levels, "LOWEST", (1,))
+    words = ("--method", "parallel", "--candidates", "128:1,512:2", "--output", tmp_path / "out.toml")
+    _main(folder, *ESTIMATE, *words, "--packing.level_order=parallel")
+    assert 'packing.level_order = "parallel"' in capsys.readouterr().out
+    overrides = ["--job.config_file", str(tmp_path / "out.toml"), "--packing.level_order=parallel"]
+    config = load_config(overrides)
+    validate(config, 8)
+    assert max(level.max_tokens for level in config.levels) >= 256
+    with pytest.raises(ValueError, match="estimate"):
+        _main(folder, "--method", "parallel")
 
 
 def test_script_writes_the_users_file_with_levels_that_hold_the_data(folder: Path, capsys: Capture) -> None:
