@@ -112,6 +112,7 @@ def test_parameter_in_pieces_is_updated_as_in_one(config: Optimizer, monkeypatch
 
 
 @NEEDS_TORCHAO
+@pytest.mark.slow  # torchao compiles each shape
 def test_adamw_in_8_bits_follows_torchao_s(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.optim import AdamW8bit
 
@@ -305,7 +306,7 @@ def _muon_reference(words: list[str], args: ModelArgs, start: Tensors) -> Tensor
     return {name: torch.stack([*split[name]]) if name in split else p for name, p in named.items()}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_muon_on_shards_is_torch_s_muon_on_whole_matrices(world_size: int) -> None:
     cases = [(words, args) for size, words, args in CASES if size == world_size]
     found = run_distributed(_steps, world_size, cases)[0]

@@ -288,6 +288,7 @@ MEMORY_PLANS = (
 
 
 @differentiates
+@pytest.mark.slow
 def test_memory_plans_add_no_gather_and_repeat_only_what_they_say() -> None:
     with TracedEngine("llama3_1_8b_hbp", levels=MEMORY_PLANS, backend="fa2", layers=1) as engine:
         recorders = run_all_levels(engine, PACKS[:1])

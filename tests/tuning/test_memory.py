@@ -85,7 +85,7 @@ def _one_document(tokens: int, args: ModelArgs) -> Packs:
 CASES = [
     (DEBUG, 1, 1, (512, 1024), [(1, "ulysses")]),
     (WIDE, 1, 1, (512,), [(1, "ulysses")]),
-    (EXPERTS, 1, 1, (512,), [(1, "ulysses")]),
+    pytest.param(*(EXPERTS, 1, 1, (512,), [(1, "ulysses")]), marks=pytest.mark.slow),
     pytest.param(*(DEBUG, 2, 1, (1024,), [(1, "ulysses"), (2, "ulysses"), (2, "allgather")]), marks=pytest.mark.slow),
     pytest.param(*(WIDE, 2, 1, (512,), [(2, "allgather")]), marks=pytest.mark.slow),
     pytest.param(*(EXPERTS, 2, 2, (512,), [(1, "ulysses")]), marks=pytest.mark.slow),
