@@ -1,4 +1,4 @@
-"""The longest document that fits, by the memory estimate: models and machines of docs/benchmarks.md.
+"""The longest document that fits, by the memory estimate: models and machines of longest_context.md.
 
     python -m hbp_titan.experiments.longest_context [--only h100-80gb] [--ranks 1,8,32,64]
 
