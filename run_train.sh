@@ -20,7 +20,7 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
 NNODES=${NNODES:-1}
 export LOG_RANK=${LOG_RANK:-0}
 
-source scripts/setup_env.sh run
+source scripts/setup_env.sh train
 
 for word in "$@"; do
     case "$word" in -h | --help) exec "$PY" -m hbp_titan train --help ;; esac

@@ -18,13 +18,13 @@ import textwrap
 from pathlib import Path
 
 from hbp_titan import __version__
-from hbp_titan.errors import exit_on_user_error
+from hbp_titan.errors import INSTALL_TRAIN, exit_on_user_error
 from hbp_titan.utils import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 MODULES = {"train": "hbp_titan.train", "dry_run": "hbp_titan.tuning.dry_run"}
-NOT_COMMANDS = ("check_env",)
-"""Scripts that only a checkout needs."""
+TRAIN_PACKAGES = ("torch", "torchdata", "tokenizers", "safetensors", "jinja2", "tqdm", "tensorboard")
+"""The extra "train", without which the planner works."""
 CONFIG_KEY = "--job.config_file"
 
 
@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
     elif argv[0] == "--version":
-        torch = importlib.metadata.version("torch")
+        try:
+            torch = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            torch = "not installed"
         print(f"hbp_titan {__version__}, torch {torch}, Python {platform.python_version()}")
     elif argv[0] == "presets":
         for path in presets().values():
@@ -56,22 +59,31 @@ def _run(word: str, argv: list[str]) -> int | None:
         print(_summary(commands()[name]), keys(), sep="\n\n")
         return None
     argv = with_presets(argv)
-    if name == "train" and "RANK" not in os.environ:
-        launcher = "python -m hbp_titan.launch --nproc_per_node N -m hbp_titan train ..."
-        print(f"running on one rank; for several: {launcher}", flush=True)
-    # The scripts are a subpackage where the package is installed, and a package next to it in a checkout that is not.
-    scripts = "hbp_titan.scripts" if importlib.util.find_spec("hbp_titan.scripts") else "scripts"
-    module = importlib.import_module(MODULES.get(name, f"{scripts}.{name}"))
+    # The scripts are a subpackage where the package is installed, and a package next to it in a checkout that is not,
+    # whose package may hide an editable installation of another checkout.
+    spec = importlib.util.find_spec("hbp_titan.scripts")
+    installed = spec is not None and Path(str(spec.origin)).resolve().parent == _folder("scripts").resolve()
+    scripts = "hbp_titan.scripts" if installed else "scripts"
     # For the usage line of argparse.
     sys.argv = [f"hbp-titan {name}", *argv]
-    return module.main(argv)
+    try:
+        module = importlib.import_module(MODULES.get(name, f"{scripts}.{name}"))
+        if name == "train" and "RANK" not in os.environ:
+            launcher = "python -m hbp_titan.launch --nproc_per_node N -m hbp_titan train ..."
+            print(f"running on one rank; for several: {launcher}", flush=True)
+        return module.main(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        raise ValueError(f"hbp-titan {name} needs {package}; {INSTALL_TRAIN}") from None
 
 
 def commands() -> dict[str, Path]:
     """Return the file of each subcommand."""
     modules = {name: PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py") for name, module in MODULES.items()}
     scripts = {path.stem: path for path in sorted(_folder("scripts").glob("[!_]*.py"))}
-    return modules | {name: path for name, path in scripts.items() if name not in NOT_COMMANDS}
+    return modules | scripts
 
 
 def presets() -> dict[str, Path]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 T = TypeVar("T")
+INSTALL_TRAIN = "install it with: pip install 'hbp-titan[train]'"
 
 
 class UserError(ValueError):

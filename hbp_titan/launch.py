@@ -9,11 +9,15 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-
+from hbp_titan.errors import INSTALL_TRAIN
 from hbp_titan.utils import first_n
+
+try:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: torchrun needs {error.name}; {INSTALL_TRAIN}") from None
 
 MAX_LISTED = 8
 

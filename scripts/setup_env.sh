@@ -1,10 +1,9 @@
 # Sourced by run_train.sh and run_tests.sh: creates .venv once, installs this checkout (editable), sets PY to its python.
-# Usage: source scripts/setup_env.sh run|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
+# Usage: source scripts/setup_env.sh train|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
 # A python that already has torch 2.11 to 2.13 is used as it is; otherwise torch is installed by an exact pin.
 
 hbp_setup() {
-    local kind="$1" base="${PYTHON:-python3}" target="." stamp torch_pin="torch==2.13.0"
-    [ "$kind" = dev ] && target=".[dev]"
+    local kind="$1" base="${PYTHON:-python3}" target=".[$1]" stamp torch_pin="torch==2.13.0"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
         echo "error: $base is missing or older than Python 3.10: set PYTHON to a newer one" >&2
         return 1
@@ -30,7 +29,7 @@ hbp_setup() {
     # One call with the pin: a second call, or a range, would let pip choose a build with gigabytes of CUDA.
     if ! "$PY" -m pip install --quiet --disable-pip-version-check $torch_pin --editable "$target"; then
         # A machine without a package index may have every package; then only this checkout must be made importable.
-        "$PY" scripts/check_env.py "$kind" || return 1
+        "$PY" -m hbp_titan doctor --packages "$kind" || return 1
         echo "$PWD" > "$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/hbp_titan.pth"
     fi
     touch "$stamp$kind"

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbp_titan.__main__ import NOT_COMMANDS, commands, main, presets, with_presets
+from hbp_titan.__main__ import TRAIN_PACKAGES, commands, main, presets, with_presets
+from hbp_titan.testing.machine_checks import requirements
 from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +55,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _hbp_titan(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return _call(sys.executable, "-m", "hbp_titan", *words, cwd=cwd, PYTHONPATH=str(installed))
-
-
 def test_wheel_has_the_package_the_scripts_and_the_presets(installed: Path) -> None:
     def files(folder: Path) -> set[str]:
         paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -78,18 +75,61 @@ def test_help_lists_each_script_without_importing_torch(installed: Path, tmp_pat
     help_of_train = _call(sys.executable, "-c", code, "train", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert help_of_train.returncode == 0, help_of_train.stderr
     assert "--checkpoint.interval" in help_of_train.stdout
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", *NOT_COMMANDS}
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"}
     assert {"train", "dry_run", "presets", *scripts} == set(re.findall(r"^  (\w+)  ", listed.stdout, re.MULTILINE))
 
 
-def test_installed_script_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    lengths = np.array([100, 200, 300, 400])
-    np.save(tmp_path / "lengths.npy", lengths)
-    words = ["--lengths", "lengths.npy", "--world_size", "1", "--levels", "1024:1", "--json", "plan.json"]
-    result = _hbp_titan(installed, tmp_path, "plan-packing", *words)
-    assert result.returncode == 0, result.stderr
+# Installed without the extra "train": only NumPy (and tomli) can be imported.
+PLANNER_ALONE = """
+import importlib.abc, json, sys
+missing, calls = map(json.loads, sys.argv[1:])
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import hbp_titan.packing.sampler
+from hbp_titan.__main__ import main
+for words in calls:
+    try:
+        main(words)
+    except SystemExit as end:
+        print("exit", end.code, file=sys.stderr)
+"""
+
+
+def test_installed_planner_works_in_an_empty_folder_without_the_packages_of_training(
+    installed: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "lengths.npy", np.array([100, 200, 300, 400]))
+    plan = ["--lengths", "lengths.npy", "--world_size", "1", "--levels", "1024:1", "--json", "plan.json"]
+    calls = [
+        ["--version"],
+        ["plan-packing", *plan],
+        ["train", *plan[:2]],
+        ["plan-packing", "--job.config_file", "debug_model", *plan[2:4]],
+    ]
+    words = (json.dumps(TRAIN_PACKAGES), json.dumps(calls))
+    done = _call(sys.executable, "-c", PLANNER_ALONE, *words, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "Python" in done.stdout, done.stderr
     # One pack of 1000 tokens.
     assert json.loads((tmp_path / "plan.json").read_text())["methods"]["hbp"]["ave_tokens"] == 1000
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("exit")] == ["exit 1", "exit 1"]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("pip install 'hbp-titan[train]'" in line for line in errors)
+    assert len(lines) == 4
+
+
+def test_extra_train_has_what_the_planner_does_not_need() -> None:
+    def names(texts: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", text)[0] for text in texts}
+
+    assert names(requirements("train")) == {"numpy", "tomli", *TRAIN_PACKAGES}
+    assert not names(requirements("hub")) & {"torch"}
+    for extra in ("flash", "float8", "data", "eval", "wandb", "dev"):
+        assert set(requirements("train")) <= set(requirements(extra))
 
 
 def test_checkout_runs_its_own_scripts_without_installation(tmp_path: Path) -> None:
@@ -190,7 +230,7 @@ def test_checkout_is_importable_where_pip_has_no_index(environment: Path, tmp_pa
     (tmp_path / "repository").mkdir()
     root = _copy_repository(tmp_path / "repository")
     shutil.move(environment.parent, root / ".venv")
-    setup = "source scripts/setup_env.sh run && echo $PY"
+    setup = "source scripts/setup_env.sh train && echo $PY"
     done = _call("bash", "-c", setup, cwd=root, PIP_NO_INDEX="1", PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     python = done.stdout.splitlines()[-1]

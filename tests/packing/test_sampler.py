@@ -129,6 +129,7 @@ def test_state_of_another_plan_is_rejected_by_the_name_of_what_differs() -> None
             other.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:.*set_vital")  # of torchdata, which torch 2.13 deprecates
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stateful_dataloader_resumes_what_was_trained_not_what_was_prefetched(num_workers: int) -> None:
     def loader() -> StatefulDataLoader:

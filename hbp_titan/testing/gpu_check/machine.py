@@ -35,6 +35,7 @@ from hbp_titan.packing import Level
 from hbp_titan.testing.equivalence import verify
 from hbp_titan.testing.equivalence_cases import Samples, build_cases
 from hbp_titan.testing.gpu_check.runner import ROOT, Found, Settings, Table, end_group
+from hbp_titan.testing.machine_checks import nvidia_smi
 from hbp_titan.tuning.hardware import hardware_of
 
 PACKAGES = ("torch", "triton", "transformers", "torchdata", "numpy", "safetensors", "tokenizers", "pytest")
@@ -97,12 +98,10 @@ def _gpu_rows() -> list[list[str]]:
 
 
 def _nvidia_smi(query: tuple[str, ...]) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", "--id=0"]
     try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return nvidia_smi(query, "--id=0")[0]
     except (OSError, subprocess.SubprocessError) as error:
         return [f"unknown ({type(error).__name__})"] * len(query)
-    return [value.strip() for value in text.strip().split(",")]
 
 
 def gpu_tests(settings: Settings) -> Found:
