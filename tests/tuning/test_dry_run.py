@@ -275,7 +275,7 @@ def test_host_memory_is_reported_and_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml"))
 # The others are of the same families with other sizes.
-QUICK = ("debug_model", "deepseek_v2_236b_hbp", "llama3_1_8b_hbp")
+QUICK = ("debug_model", "deepseek_v2_lite_hbp", "llama3_1_8b_hbp")
 # Their epochs have fewer steps than the paper's 500.
 CURRICULUM = {"deepseek_v2_236b_hbp": 100, "deepseek_v3_hbp": 100, "qwen3_235b_a22b_hbp": 100}
 MAX_MEMORY_SHARE = 0.9
