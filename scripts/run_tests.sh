@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up once, then runs ruff, mypy and the tests in three processes (waiting ranks leave cores idle).
-# Further arguments go to pytest: scripts/run_tests.sh -m slow; scripts/run_tests.sh -n 0 -m gpu
+# Further arguments go to pytest: scripts/run_tests.sh -m slow; scripts/run_tests.sh -n 0 -m gpu. The last lines list what
+# did not run, why, and the command that runs it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh dev

@@ -14,7 +14,7 @@ for version in ${TORCH_VERSIONS:-2.11.0 2.12.1 2.13.0}; do
     if [[ ! -e $venv/ready ]]; then
         echo "torch $version: installing into $venv"
         "${PYTHON:-python3}" -m venv "$venv"
-        "$venv/bin/pip" install --quiet "torch==$version" -e . "pytest>=8"
+        "$venv/bin/pip" install --quiet "torch==$version" -e ".[train]" "pytest>=8"
         touch "$venv/ready"
     fi
     echo "torch $version:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,22 @@ def pytest_collection_finish() -> None:
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name bytes by their argument: gzip writes the second into them, but every process must collect the same tests."""
     return argname if isinstance(val, bytes) else None
+
+
+RUN = "; run: "
+"""Between what a skipped test needs and the command that runs it: every reason has both (tests/test_skips.py)."""
+SETS = {"slow": "scripts/run_tests.sh -m slow", "gpu": "scripts/run_tests.sh -n 0 -m gpu    (on a machine with a GPU)"}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what did not run, why, and the command that runs it: skipped tests by reason, and sets of markers."""
+    counts = Counter(str(report.longrepr[-1]) for report in terminalreporter.stats.get("skipped", []))
+    rows = [
+        (str(count), *reason.removeprefix("Skipped: ").partition(RUN)[::2]) for reason, count in counts.most_common()
+    ]
+    rows += [("all", name, command) for name, command in SETS.items() if f"not {name}" in config.option.markexpr]
+    if rows:
+        terminalreporter.section("not run here")
+        width = max(len(why) for _, why, _ in rows)
+        for count, why, command in [("tests", "why", "to run them"), *rows]:
+            terminalreporter.write_line(f"{count:>5}  {why:<{width}}  {command}")

@@ -20,8 +20,11 @@ from hbp_titan.models.registry import get_flavor
 from scripts.download import main
 from tests.local_hub import TOKEN, LocalHub
 
-huggingface_hub = pytest.importorskip("huggingface_hub")
-constants = pytest.importorskip("huggingface_hub.constants")
+MISSING = (
+    "needs huggingface_hub; run: .venv/bin/pip install huggingface_hub && scripts/run_tests.sh tests/test_download.py"
+)
+huggingface_hub = pytest.importorskip("huggingface_hub", reason=MISSING)
+constants = pytest.importorskip("huggingface_hub.constants", reason=MISSING)
 
 BYTES = bytes(range(256))
 SHARDS = {

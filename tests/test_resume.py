@@ -38,7 +38,7 @@ from tests.runs import (
 )
 from tests.tiny_run import write_tiny_run
 
-NEEDS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc; run: scripts/run_tests.sh on Linux")
 # In the order of a save, one per start; each start saves further than the one before. Per save, rank 0 calls write_json
 # three times and sync_folder twice.
 MOMENTS = [

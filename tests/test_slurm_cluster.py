@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         os.name != "posix" or os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)),
-        reason="needs root, and the packages slurm-wlm and munge",
+        reason="needs root, slurm-wlm and munge; run: apt-get install slurm-wlm munge && "
+        "scripts/run_tests.sh -m slow tests/test_slurm_cluster.py",
     ),
 ]
 # Addresses as names: they resolve everywhere.

@@ -21,7 +21,7 @@ from tests.tiny_run import write_tiny_run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc"),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc; run: scripts/run_tests.sh on Linux"),
 ]
 
 

@@ -270,7 +270,7 @@ def test_last_checkpoint_without_optimizer_state_ends_a_run_and_cannot_be_traine
 def test_full_file_system_fails_the_save_with_the_bytes_needed_and_free(world: World, tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system")
+        pytest.skip("needs the right to mount a file system; run: sudo scripts/run_tests.sh tests/components")
     try:
         checkpointer = Checkpointer(tmp_path, *_model(world, seed=0), Checkpoint())
         _save_and_wait(checkpointer, 1)

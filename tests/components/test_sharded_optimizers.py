@@ -35,7 +35,10 @@ from hbp_titan.testing.local_ranks import run_distributed
 from tests.models.deepseek_tiny import tiny_args
 from tests.runs import equal
 
-NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+NEEDS_TORCHAO = pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao; run: .venv/bin/pip install --no-deps torchao==0.18.0 && scripts/run_tests.sh",
+)
 BF16 = Optimizer(lr=0.1, weight_decay=0.5, state_dtype="bfloat16")
 EIGHT_BITS = Optimizer(lr=0.1, weight_decay=0.5, name="adamw8bit")
 MUON = Optimizer(lr=0.1, weight_decay=0.5, name="muon")

@@ -407,7 +407,10 @@ def test_the_training_template_is_exported_where_the_own_asks_otherwise(tmp_path
 PUBLIC = {"llama3": ("llama3_1", "llama3_2"), "qwen2_5": ("qwen2_5",), "qwen3": ("qwen3",)}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl, which has public templates, is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None,
+    reason="needs trl, which has public templates; run: .venv/bin/pip install trl && scripts/run_tests.sh tests/data",
+)
 @pytest.mark.parametrize("name", PUBLIC)
 @given(messages=conversations, tools=st.sampled_from([None, TOOLS]), prompt=st.booleans(), variables=VARIABLES)
 @examples(100)

@@ -44,7 +44,7 @@ from tests.tiny_run import ARGS, write_tiny_run
 
 if not float8.torchao_version():
     pytest.skip(
-        "needs torchao: pip install --no-deps 'torchao==0.18.*'; pytest tests/distributed/test_float8.py",
+        "needs torchao; run: .venv/bin/pip install --no-deps torchao==0.18.0 && scripts/run_tests.sh tests/distributed",
         allow_module_level=True,
     )
 torchao_float8 = float8.torchao_float8()

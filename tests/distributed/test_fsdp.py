@@ -186,7 +186,8 @@ def _separate(world: World) -> tuple[Outcome, Passes, int]:
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.distributed.fsdp.FSDPModule, "set_separate_reduce_scatter_group"), reason="torch 2.13 has it"
+    not hasattr(torch.distributed.fsdp.FSDPModule, "set_separate_reduce_scatter_group"),
+    reason="needs torch 2.13; run: .venv/bin/pip install torch==2.13.0 && scripts/run_tests.sh tests/distributed",
 )
 def test_separate_reductions_and_overlapping_micro_batches_change_no_gradient() -> None:
     result, passes, groups = run_distributed(_separate, 2)[0]

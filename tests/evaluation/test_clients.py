@@ -65,7 +65,10 @@ def log_likelihood(folder: Path, text: str, answer: str) -> float:
     return float(chosen.sum())
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install lm_eval")
+@pytest.mark.skipif(
+    find_spec("lm_eval") is None,
+    reason="needs lm_eval; run: .venv/bin/pip install lm_eval && scripts/run_tests.sh -m slow tests/evaluation",
+)
 def test_lm_eval_gets_our_likelihoods_and_answers(
     tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +100,11 @@ def test_lm_eval_gets_our_likelihoods_and_answers(
 
 # transformers starts its server only where all of them are installed.
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]
-serving = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: pip install 'transformers[serving]'")
+serving = pytest.mark.skipif(
+    bool(MISSING),
+    reason=f"needs {MISSING}; run: .venv/bin/pip install 'transformers[serving]' && "
+    "scripts/run_tests.sh -m slow tests/evaluation",
+)
 
 
 @pytest.fixture(scope="module")

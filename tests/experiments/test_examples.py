@@ -104,7 +104,7 @@ def test_trainer_resumes_in_the_middle_of_the_second_epoch(tmp_path: Path) -> No
 def test_torchtitan_dataloader_loops_over_epochs_and_resumes_within_one() -> None:
     pytest.importorskip(
         "torchtitan",
-        reason="needs torchtitan: pip install torchtitan==0.3.0; pytest tests/experiments/test_examples.py",
+        reason="needs torchtitan; run: .venv/bin/pip install torchtitan && scripts/run_tests.sh tests/experiments",
     )
     from hbp_titan.experiments.examples.torchtitan_dataloader import PackedDataLoader
 

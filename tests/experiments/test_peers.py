@@ -397,7 +397,10 @@ def test_our_trainer_trains_what_it_is_given(prepared: Inputs, tmp_path: Path, n
 def test_installed_peer_trains_what_it_is_given(
     inputs: tuple[Path, list[dict[str, Any]]], peer: str, package: str
 ) -> None:
-    pytest.importorskip(peer, reason=f"pip install {package}, or give the command --python {peer}=/path/to/python")
+    pytest.importorskip(
+        peer,
+        reason=f"needs {peer}; run: .venv/bin/pip install {package} && scripts/run_tests.sh -m slow tests/experiments",
+    )
     folder, rows = inputs
     launcher = Launcher(folder, 2, {peer: sys.executable}, 1, 600)
     launcher.copy_runners()

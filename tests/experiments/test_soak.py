@@ -20,7 +20,7 @@ from hbp_titan.experiments.soak import (
 )
 from tests.tiny_run import write_tiny_run
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="watches processes in /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc; run: scripts/run_tests.sh on Linux")
 DEBUG = ["--job.config_file=train_configs/debug_model.toml", "--validation.enable=false"]
 
 

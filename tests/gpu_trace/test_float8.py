@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(
         not float8.torchao_version(),
-        reason="needs torchao: pip install --no-deps 'torchao==0.18.*'; pytest tests/gpu_trace/test_float8.py",
+        reason="needs torchao; run: .venv/bin/pip install --no-deps torchao==0.18.0 && scripts/run_tests.sh",
     ),
 ]
 # Shards of 16K tokens; the last level is without float8.

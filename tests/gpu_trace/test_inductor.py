@@ -9,7 +9,7 @@ from tests.gpu_trace.inductor import AVAILABLE, regions
 TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 16384, 4096, 14336, 32, 8, 128
 
 
-@pytest.mark.skipif(not AVAILABLE, reason="needs torch built for CUDA, without a GPU")
+@pytest.mark.skipif(not AVAILABLE, reason="needs torch built for CUDA, without a GPU; run: scripts/trace_all_torch.sh")
 def test_norms_rotation_activation_and_residuals_are_one_kernel_each() -> None:
     before, after, after_backward, before_backward = regions("llama3_1_8b_hbp")
     # The norm; q's rotation; k's. Then the norm, and the activation: products add the residuals.

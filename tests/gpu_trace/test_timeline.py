@@ -16,8 +16,13 @@ from tests.gpu_trace.harness import CAN_DIFFERENTIATE, TracedEngine
 from tests.gpu_trace.timeline import COMPUTE, GATHER, REDUCE, Timeline, Work, simulated
 
 pytestmark = [
-    pytest.mark.skipif(not CAN_DIFFERENTIATE, reason="autograd needs a GPU for tensors on cuda"),
-    pytest.mark.skipif(not hasattr(FSDPModule, "set_separate_reduce_scatter_group"), reason="torch 2.13 has it"),
+    pytest.mark.skipif(
+        not CAN_DIFFERENTIATE, reason="needs a GPU; run: HBP_TRACE_DEVICE=cuda scripts/trace_all_torch.sh"
+    ),
+    pytest.mark.skipif(
+        not hasattr(FSDPModule, "set_separate_reduce_scatter_group"),
+        reason="needs torch 2.13; run: TORCH_VERSIONS=2.13.0 scripts/trace_all_torch.sh",
+    ),
 ]
 LAYERS = 3
 UNTIED = {"tie_embeddings": False}

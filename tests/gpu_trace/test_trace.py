@@ -28,7 +28,9 @@ REGIONS = BEFORE_ATTENTION + AFTER_ATTENTION
 # Packs of every level: a long document with short ones, and one that nearly fills the lowest level.
 PACKS = ((700, 9000, 60, 3000, 1), (15000, 200, 130))
 
-differentiates = pytest.mark.skipif(not CAN_DIFFERENTIATE, reason="autograd needs a GPU for tensors on cuda")
+differentiates = pytest.mark.skipif(
+    not CAN_DIFFERENTIATE, reason="needs a GPU; run: HBP_TRACE_DEVICE=cuda scripts/trace_all_torch.sh"
+)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 

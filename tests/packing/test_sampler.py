@@ -157,7 +157,10 @@ def test_data_set_gets_the_level_and_the_loss_tokens_with_the_ids() -> None:
 
 
 def test_accelerate_distributes_the_packs_of_all_ranks_and_refuses_those_of_one() -> None:
-    data_loader = pytest.importorskip("accelerate.data_loader", reason="pip install accelerate")
+    data_loader = pytest.importorskip(
+        "accelerate.data_loader",
+        reason="needs accelerate; run: .venv/bin/pip install accelerate && scripts/run_tests.sh tests/packing",
+    )
     for rank in range(2):
         shard = data_loader.BatchSamplerShard(_sampler(rank=None), num_processes=2, process_index=rank)
         assert len(shard) == len(_sampler())
