@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch's profiler, which counts memory on a CPU, writes a line on stderr at each start and stop. It reads this when
 # torch is imported, so it has to be said first.

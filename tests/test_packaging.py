@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hbp_titan import __version__
 from hbp_titan.__main__ import TRAIN_PACKAGES, commands, main, presets, with_presets
 from hbp_titan.testing.machine_checks import requirements
 from tests.tiny_run import write_tiny_run
@@ -50,7 +51,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = _call(sys.executable, "-c", code, cwd=root)
     assert built.returncode == 0, built.stderr
     folder = tmp_path_factory.mktemp("site")
-    (wheel,) = (root / "dist").glob("hbp_titan-0.1.0-py3-none-any.whl")
+    (wheel,) = (root / "dist").glob(f"hbp_titan-{__version__}-py3-none-any.whl")
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
 
@@ -64,7 +65,7 @@ def test_wheel_has_the_package_the_scripts_and_the_presets(installed: Path) -> N
     scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
     configs = {f"train_configs/{path.name}" for path in (ROOT / "train_configs").glob("*.toml")}
     assert files(installed / "hbp_titan") == files(ROOT / "hbp_titan") | scripts | configs
-    assert {path.name for path in installed.iterdir()} == {"hbp_titan", "hbp_titan-0.1.0.dist-info"}
+    assert {path.name for path in installed.iterdir()} == {"hbp_titan", f"hbp_titan-{__version__}.dist-info"}
     assert (installed / "hbp_titan" / "py.typed").exists()
 
 
@@ -120,6 +121,16 @@ def test_installed_planner_works_in_an_empty_folder_without_the_packages_of_trai
     assert len(errors) == 2
     assert all("pip install 'hbp-titan[train]'" in line for line in errors)
     assert len(lines) == 4
+
+
+def test_changelog_begins_with_this_version_and_descends() -> None:
+    text = (ROOT / "docs" / "changelog.md").read_text()
+    versions = re.findall(r"^## ([\d.]+)", text, re.MULTILINE)
+    assert versions[0] == __version__
+    assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= {
+        "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security",
+    }  # fmt: skip
 
 
 def test_extra_train_has_what_the_planner_does_not_need() -> None:
