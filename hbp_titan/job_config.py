@@ -297,6 +297,8 @@ class Validation:
     """Hold out a seeded random share of the training rows, where data names no validation sources: never trained."""
     interval: int = 100
     """Optimizer steps between evaluations; also at the end."""
+    at_start: bool = True
+    """Evaluate the initial weights too, once, before step 1: the end is compared with it."""
     max_samples: int = 0
     """Evaluate a seeded random share of so many held-out samples; 0 evaluates all."""
 
@@ -315,6 +317,8 @@ class Metrics:
     """Log to Weights & Biases; the environment says where (WANDB_PROJECT, WANDB_TEAM) and how (WANDB_MODE=offline)."""
     progress_bar: bool = True
     """Progress bar with time to finish, on a terminal."""
+    report: bool = True
+    """At the end of the run, write report.html into the run folder and print what was gained."""
 
 
 @dataclass

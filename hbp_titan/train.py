@@ -20,7 +20,7 @@ from hbp_titan.components import oom, profiling, timing
 from hbp_titan.components import optimizer as optim
 from hbp_titan.components.checkpoint import Checkpointer
 from hbp_titan.components.faults import NonFiniteGuard, Preempted, Preemption, Watchdog
-from hbp_titan.components.metrics import MetricsLogger, describe_start, wrap
+from hbp_titan.components.metrics import MetricsLogger, describe_start, validation_lines, wrap
 from hbp_titan.components.resume import TrainState, can_resume, check_starts_over, record_start, set_determinism
 from hbp_titan.components.step_stats import StepStats
 from hbp_titan.components.validation import Validator
@@ -136,6 +136,7 @@ class Trainer:
         self.stats = StepStats(config, self.args, world, self.store, self.model)
         self.nonfinite = NonFiniteGuard(config.training, self.folder, world, self.store.where)
         self.preemption = Preemption(self.folder, config.checkpoint.enable)
+        self.at_start: dict[str, Any] = {}  # for the record of step 1
         self.signal = 0  # highest signal number received on any rank, agreed at the end of the last step
         self._write_metrics: Callable[[], None] | None = None  # writes the metrics of the last step
 
@@ -177,6 +178,10 @@ class Trainer:
                 if self.watchdog:
                     self.watchdog.signal_received = self.preemption.poll_signal
                 try:
+                    if self.validator and self.step == 0 and self.config.validation.at_start:
+                        means = self.validator.run("before step 1", self.engine.evaluate, self._heartbeat)
+                        metrics.write(validation_lines(0, means))
+                        self.at_start = {"validation_at_start": means}
                     while self.step < self.total_steps:
                         self._train_epoch(metrics, trace, garbage)
                 finally:
@@ -187,6 +192,11 @@ class Trainer:
             self._print(self.nonfinite.describe())
         self._print(f"run folder   {self.folder}")
         self._export()
+        if self.is_log_rank and self.config.metrics.report:
+            # Not at the top: a tool, which needs nothing but the run folder.
+            from hbp_titan.report.summary import write_report
+
+            write_report(self.folder)
 
     def _train_epoch(
         self, metrics: MetricsLogger, trace: profiling.StepTrace, garbage: profiling.GarbageCollection
@@ -265,15 +275,11 @@ class Trainer:
         If nothing is due, the step's metrics are written while the next step runs.
         """
         config, plan, last = self.config, self.position.plan, self.step == self.total_steps
-        values: dict[str, Any] = {}
+        values, self.at_start = self.at_start, {}
         # A signal leaves only seconds: no validation then.
         if self.validator and not self.signal and (self.step % config.validation.interval == 0 or last):
-            phase = f"validation after step {self.step}"
-            self._heartbeat(f"{phase}, data")
-            values["validation"] = self.validator.run(
-                self.engine.evaluate,
-                lambda where, level: self._heartbeat(f"{phase}, {where}", kind=f"validation {level}"),
-            )
+            phase = f"after step {self.step}"
+            values["validation"] = self.validator.run(phase, self.engine.evaluate, self._heartbeat)
         names = self.engine.level_names
         report = self.timing.report(plan, self.position.step_in_plan)
         if report:

@@ -28,6 +28,7 @@ def _argv(folder: Path, ranks: int) -> list[str]:
     files = {key: ",".join(str(folder / f"{name}.jsonl") for name in names) for key, names in FILES.items()}
     # Without a learning rate all steps see the weights that are exported.
     argv += ["--optimizer.lr=0", "--validation.enable=true", f"--job.dump_folder={folder / f'run{ranks}'}"]
+    argv.append(f"--metrics.report={ranks == 4}")
     argv += [f"--data.{key}={value}" for key, value in files.items()]
     # Batches come from the process itself, and from a worker.
     argv.append(f"--data.num_workers={int(ranks == 1)}")
@@ -81,6 +82,10 @@ def test_losses_by_group_in_validation_and_in_an_epoch_are_those_of_transformers
     whole = sum(total for total, _ in expected.values()) / means["trained_tokens"]
     assert means["loss"] == pytest.approx(whole, rel=1e-5)
     assert sum(mean["trained_tokens"] for mean in means["by_level"].values()) == means["trained_tokens"]
+    # The weights never change, so the initial ones have the same loss; it is recorded once, before step 1.
+    assert lines[0]["validation_at_start"] == means
+    assert not [line["step"] for line in lines[1:] if "validation_at_start" in line]
+    assert (folder / f"run{ranks}" / "report.html").exists() == (ranks == 4)
 
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for line in lines:

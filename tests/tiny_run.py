@@ -73,6 +73,7 @@ def write_tiny_run(
         "--data.num_workers=0",
         "--metrics.enable_tensorboard=false",
         "--metrics.progress_bar=false",
+        "--metrics.report=false",
         "--packing.print_comparison=false",
         "--optimizer.lr=1e-2",
         *([f"--levels={levels}"] if levels else []),

@@ -87,9 +87,9 @@ class MetricsLogger:
         for kept in truncate_after_step(path, first_step):
             self.totals.add(kept)
         self.file = path.open("a", encoding="utf-8")
-        tensorboard = config.metrics.enable_tensorboard
+        board, purge = str(folder / "tensorboard"), first_step and first_step + 1
         # purge_step hides the steps after the checkpoint, which this start repeats.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
+        self.writer = SummaryWriter(board, purge_step=purge) if config.metrics.enable_tensorboard else None
         self.wandb = WandbRun(folder, to_dict(config)) if config.metrics.enable_wandb else None
         show_bar = config.metrics.progress_bar and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if show_bar else None
@@ -118,12 +118,15 @@ class MetricsLogger:
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         self.totals.add(metrics)
-        figures = scalars(metrics, self.totals, self.world_size)
-        if self.writer:
+        points = {step: scalars(metrics, self.totals, self.world_size)}
+        if "validation_at_start" in metrics:
+            points[0] = {k: v for k, v in _of_validation(metrics["validation_at_start"]) if v is not None}
+        for at, figures in sorted(points.items()):
             for name, value in figures.items():
-                self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(step, figures)
+                if self.writer:
+                    self.writer.add_scalar(name, value, at)
+            if self.wandb:
+                self.wandb.log(at, figures)
         self.seconds += metrics["step_seconds"]
         if self.bar:
             self.bar.update(1)
@@ -134,7 +137,7 @@ class MetricsLogger:
         if "skipped" in metrics:
             self.write(f"warning: {metrics['skipped']}")
         if "validation" in metrics:
-            self.write(_validation_lines(step, metrics["validation"]))
+            self.write(validation_lines(step, metrics["validation"]))
 
     def write(self, text: str) -> None:
         """Print `text`, above the progress bar if there is one."""
@@ -227,7 +230,7 @@ def number(value: float | None, width: int, digits: int) -> str:
     return f"{'nan':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 
-def _validation_lines(step: int, means: Mapping[str, Any]) -> str:
+def validation_lines(step: int, means: Mapping[str, Any]) -> str:
     """Return the validation loss of all tokens, then by level and length band."""
     parts = [f"{name} {number(mean['loss'], 0, 4)}" for name, mean in means["by_level"].items()]
     parts += [f"{bucket_name(int(end))} {number(mean['loss'], 0, 4)}" for end, mean in means["by_length"].items()]

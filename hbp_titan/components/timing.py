@@ -281,8 +281,8 @@ class TimingReport:
 class TimingMonitor:
     """Measures each micro-batch and reports every `interval` optimizer steps; 0 measures nothing.
 
-    times: measured time models, one per level. None takes the plan's cost models, which have no unit: the first report
-    of each level sets it, and later ones show drift.
+    times: measured time models, one per level. None takes the plan's cost models, which have no unit: the median
+    micro-batch of each level so far sets it, and reports show drift from that.
     """
 
     def __init__(self, model: Decoder, world: World, times: Sequence[LevelTimeModel] | None, interval: int) -> None:
@@ -290,7 +290,7 @@ class TimingMonitor:
         self.times = times
         self.interval = interval
         self.timer = ComputeTimer(model, world.device)
-        self._units: dict[int, float] = {}
+        self._ratios: dict[int, list[float]] = {}
         self._indices: list[int] = []
         self._seconds: list[tuple[float, float]] = []
 
@@ -331,10 +331,10 @@ class TimingMonitor:
             # Levels side by side share the wall time; what each of them takes shows in the work of its ranks.
             wall_RI = work_RI * (wall_RI.max(0).sum() / work_RI.max(0).sum())
         for k in np.unique(levels_RI).tolist():
-            # Cost models count FLOPs; the first report measures the machine's speed at this level.
-            if self.times is None and k not in self._units:
-                self._units[k] = _ratio(wall_RI, model_RI, levels_RI == k)
-        units = np.array([self._units.get(k, 1.0) for k in range(len(plan.levels))])
+            # Cost models count FLOPs. All micro-batches so far measure the machine's speed: the first ones are slow.
+            if self.times is None:
+                self._ratios.setdefault(k, []).extend(_ratios(wall_RI, model_RI, levels_RI == k))
+        units = np.array([np.median(self._ratios.get(k, 1.0)) for k in range(len(plan.levels))])
         return compare(levels_RI, wall_RI, work_RI, model_RI * units[levels_RI])
 
     def _modelled(self, plan: Plan, packs_RI: np.ndarray) -> FloatArray:
@@ -353,11 +353,11 @@ class TimingMonitor:
         return seconds[where].reshape(packs_RI.shape)
 
 
-def _ratio(wall_RI: FloatArray, model_RI: FloatArray, of_RI: np.ndarray) -> float:
-    """Return the median over micro-batches of measured over modelled seconds of the chosen ranks, bool [R, I]."""
+def _ratios(wall_RI: FloatArray, model_RI: FloatArray, of_RI: np.ndarray) -> list[float]:
+    """Return measured / modelled seconds of each micro-batch that has any of the chosen ranks, bool [R, I]."""
     used = of_RI.any(0)
     longest = [np.where(of_RI, seconds, 0.0).max(0)[used] for seconds in (wall_RI, model_RI)]
-    return float(np.median(longest[0] / longest[1]))
+    return (longest[0] / longest[1]).tolist()
 
 
 def compare(levels_RI: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, model_RI: FloatArray) -> TimingReport:
@@ -369,7 +369,7 @@ def compare(levels_RI: np.ndarray, wall_RI: FloatArray, work_RI: FloatArray, mod
         of = levels_RI == k
         checks[k] = LevelCheck(
             micro_batches=int(of.any(0).sum()),
-            ratio=_ratio(wall_RI, model_RI, of),
+            ratio=float(np.median(_ratios(wall_RI, model_RI, of))),
             waiting=1 - float(work_RI[of].sum() / longest_work[of].sum()),
             planned=1 - float(model_RI[of].sum() / longest_model[of].sum()),
         )

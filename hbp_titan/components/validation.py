@@ -30,21 +30,21 @@ class Validator:
         self.latest: dict[str, Any] | None = None
 
     def run(
-        self,
-        losses_of: Callable[[PackedBatch], Tensor],
-        heartbeat: Callable[[str, str], None] = lambda where, level: None,
+        self, phase: str, losses_of: Callable[[PackedBatch], Tensor], heartbeat: Callable[..., None]
     ) -> dict[str, Any]:
         """Return the mean loss per trained token: whole, by level, length band and source. A collective.
 
-        losses_of: a batch (on the CPU) -> this rank's sum of token losses of each of its samples, [S].
-        heartbeat: called with (phase, level) before each micro-batch and before the final reduction.
+        phase: when it runs, as in "after step 7". losses_of: a batch (on the CPU) -> this rank's sum of token losses
+        of each of its samples, [S]. heartbeat: called with what begins, and with the kind of it if it is not data.
         """
-        plan = self.plan
+        plan, phase = self.plan, f"validation {phase}"
+        heartbeat(f"{phase}, data")
         for micro_batch, batch in enumerate(self.loader()):
             level = level_name(plan.levels[batch.level])
-            heartbeat(f"micro-batch {micro_batch} of {plan.num_iterations}, level {level}", level)
+            where = f"{phase}, micro-batch {micro_batch} of {plan.num_iterations}, level {level}"
+            heartbeat(where, kind=f"validation {level}")
             self.losses.add(batch, losses_of(batch))
-        heartbeat("sum of losses", "sum")
+        heartbeat(f"{phase}, sum of losses", kind="validation sum")
         # Once at the end: sums are on the device, and no micro-batch has to wait for another rank's.
         sums_G = self.losses.pop()
         dist.all_reduce(sums_G)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from hbp_titan.packing.level import level_name
 from hbp_titan.packing.metrics import Metrics, measure
 from hbp_titan.packing.plan import Plan, load_plan
+from hbp_titan.report.methods import Compared, with_baselines
 
 _LEVEL = re.compile(r"(\d{1,12})(K?)/cp(\d{1,9})")
 
@@ -295,11 +296,18 @@ class Run:
     exported: bool = False
     written: datetime | None = None
     missing: list[str] = field(default_factory=list)
+    _compared: list[Compared] = field(default_factory=list, repr=False)
 
     @property
     def last_start(self) -> dict[str, Any]:
         """Return the newest start, empty if none is known."""
         return self.starts[-1] if self.starts else {}
+
+    def compared(self) -> list[Compared]:
+        """Return the first plan and the baselines' plans of the same samples, empty if the run has no plan."""
+        if not self._compared and self.plans:
+            self._compared = with_baselines(self.plans[0].plan)
+        return self._compared
 
     def setting(self, *keys: str) -> Any:
         """Return a value of the newest start's configuration, None if there is none."""

@@ -120,6 +120,15 @@ def test_tensorboard_uses_torchtitans_names(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("n_tokens_seen")] == [30, 60]
 
 
+def test_losses_of_the_initial_weights_are_those_of_step_0(tmp_path: Path) -> None:
+    means = {"loss": 8.5, "by_level": {"1K/cp1": {"loss": None}}, "by_length": {}, "by_source": {}}
+    with _logger(tmp_path, 0, tensorboard=True) as logger:
+        logger.log({**_values(1), "validation_at_start": means})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("validation_metrics/loss")] == [(0, 8.5)]
+    assert "validation_metrics/level/1K/cp1" not in events.Tags()["scalars"]
+
+
 def test_validation_losses_are_named_by_group_without_nan() -> None:
     mean, none = {"loss": 1.5, "trained_tokens": 3}, {"loss": None, "trained_tokens": 3}
     groups = {"by_level": {"1K/cp1": mean}, "by_length": {"256": mean, "512": none}, "by_source": {"chat": mean}}

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hbp_titan.components.timing import LevelTimeModel, compare, pack_loads, predict_epoch, predicted_time
+from hbp_titan.components.timing import (
+    LevelTimeModel,
+    TimingMonitor,
+    compare,
+    pack_loads,
+    predict_epoch,
+    predicted_time,
+)
 from hbp_titan.config import load_config
 from hbp_titan.distributed.world import World
 from hbp_titan.job_config import JobConfig
@@ -77,6 +84,22 @@ def test_straggler_is_found_by_its_work_per_modelled_work() -> None:
     report = compare(np.zeros((3, 2), int), np.full((3, 2), 2.0), model * np.array([[1.0], [1.3], [1.0]]), model)
     assert report.slowest == (1, pytest.approx(1.3))
     assert report.warnings(NAMES)[-1].startswith("warning: straggler: rank 1 is 1.30x slower")
+
+
+def test_slow_first_micro_batch_of_a_level_does_not_set_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda out, own: out[0].copy_(own))
+    plan = build_plan([4] * 9, [Level(4)], 1)
+    monitor = TimingMonitor(torch.nn.Identity(), World(0, 1, torch.device("cpu")), None, 3)  # type: ignore[arg-type]
+    ratios = []
+    for step, seconds in enumerate([5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5]):
+        with monitor.micro_batch(step):
+            pass
+        monitor.timer._cpu = [(seconds, seconds)]
+        monitor.pop()
+        if report := monitor.report(plan, step + 1):
+            ratios.append(report.levels[0].ratio)
+    # The unit is 1 s: the median of all micro-batches so far.
+    assert ratios == [1.0, 1.0, 1.5]
 
 
 def _train(world: World, argv: list[str]) -> None:

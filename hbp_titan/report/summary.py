@@ -1,0 +1,103 @@
+"""What a run gained, at its end: held-out loss before and after, the plan next to the baselines, and report.html.
+
+Made from the run folder alone, so `scripts/report.py FOLDER --summary` prints the same of any run. Tables have at most
+80 columns.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hbp_titan.packing.metrics import bucket_name
+from hbp_titan.report.methods import Compared
+from hbp_titan.report.page import report_page
+from hbp_titan.report.run import Run, StepLog, read_runs
+from hbp_titan.report.series import bands_in_order, last
+from hbp_titan.utils import atomic_write, human_count
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss of a group of samples, in nats per token. group: all, level, length or source.
+
+    before: of the initial weights, None if they were not evaluated. tokens: those with a loss.
+    """
+
+    group: str
+    name: str
+    before: float | None
+    after: float
+    tokens: float
+
+    @property
+    def change(self) -> float | None:
+        """After minus before."""
+        return None if self.before is None else self.after - self.before
+
+
+def held_out(log: StepLog) -> list[HeldOut]:
+    """Return the first and the last validation of all samples, each level, each length band and each source."""
+    keys: list[tuple[str, str, tuple[str, ...]]] = [("all", "all samples", ())]
+    keys += [("level", name, ("by_level", name)) for name in log.names("validation", "by_level")]
+    bands = bands_in_order(log.names("validation", "by_length"))
+    keys += [("length", bucket_name(int(band)), ("by_length", band)) for band in bands]
+    keys += [("source", name, ("by_source", name)) for name in log.names("validation", "by_source")]
+    found = []
+    for group, name, key in keys:
+        after = last(log.column("validation", *key, "loss"))
+        if after is not None:
+            before = last(log.column("validation_at_start", *key, "loss"))
+            tokens = last(log.column("validation", *key, "trained_tokens"))
+            found.append(HeldOut(group, name, before, after, tokens or 0.0))
+    return found
+
+
+def write_report(folder: Path) -> None:
+    """Print the summary of the run in `folder`, write its report.html and print its path last.
+
+    Never raises: a finished run must not fail because of its report. A failure is one line on stderr.
+    """
+    path = folder / "report.html"
+    try:
+        runs = read_runs([folder])
+        print(summary(runs[0]))
+        atomic_write(path, report_page(runs))
+    # Whatever it is: the run is done, and its files can be read again later.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        print(f"warning: no report ({reason}); try python scripts/report.py {folder}", file=sys.stderr, flush=True)
+    else:
+        print(f"report       {path}", flush=True)
+
+
+def summary(run: Run) -> str:
+    """Return tables of held-out losses and of the plan next to the baselines, "" if the run has neither."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return "\n".join([*_held_out_lines(run.log), *_plan_lines(run.compared())])
+
+
+def _held_out_lines(log: StepLog) -> list[str]:
+    rows = [of for of in held_out(log) if of.group != "source"]
+    if not rows:
+        return []
+    lines = [f"{'held-out loss (nats per token)':<32}{'before':>10}{'after':>10}{'change':>10}{'tokens':>10}"]
+    for of in rows:
+        before = "-" if of.before is None else f"{of.before:.4f}"
+        change = "-" if of.change is None else f"{of.change:+.4f}"
+        name = of.name if of.group == "all" else f"  {of.name}" + " tokens" * (of.group == "length")
+        lines.append(f"{name:<32}{before:>10}{of.after:>10.4f}{change:>10}{human_count(of.tokens):>10}")
+    return lines
+
+
+def _plan_lines(compared: list[Compared]) -> list[str]:
+    if not compared:
+        return []
+    lines = [f"{'plan of the same samples':<32}{'padding':>10}{'idle':>10}{'shared':>10}{'batches':>10}"]
+    for of in compared:
+        name, m = f"  {of.label}" + ", this run" * of.own, of.metrics
+        lines.append(f"{name:<32}{m.pr:>10.2%}{m.time_imbalance:>10.2%}{m.cr:>10.1%}{m.iterations:>10,}")
+    return [*lines, "  idle: wait for the slowest rank, by model; shared: tokens in packs of >1 rank"]
