@@ -23,8 +23,8 @@ import numpy as np
 from hbp_titan.config import load_config
 from hbp_titan.errors import exit_on_user_error
 from hbp_titan.packing import METHODS, CostModel, Metrics, Plan, build_plan, comparison_table, measure, parse_levels
-from hbp_titan.packing.level import one_at_a_time
 from hbp_titan.packing.plan import save_plan
+from hbp_titan.report.methods import planned_by
 from hbp_titan.report.plan_page import html_report
 
 
@@ -145,22 +145,16 @@ def main(argv: list[str] | None = None) -> None:
     options, overrides = arguments(argv)
     lengths, settings = inputs(options, overrides)
     chosen = settings.pop("method", "hbp")
-    compared: dict[str, Metrics] = {}
-    seconds: dict[str, float] = {}
-    for name in dict.fromkeys([chosen, *(METHODS if options.compare else ())]):
-        start = time.perf_counter()
-        own = dict(settings)
-        if name != chosen and own.get("level_order") == "parallel":
-            # The other methods train one level at a time.
-            kept = one_at_a_time(own["levels"])
-            own |= {"level_order": "alternate", "levels": [own["levels"][k] for k in kept]}
-            if isinstance(own.get("cost"), list):
-                own["cost"] = [own["cost"][k] for k in kept]
-        plan = build_plan(lengths, method=name, **own)
-        seconds[name] = time.perf_counter() - start
-        compared[name] = measure(plan)
-        if name == chosen:
-            chosen_plan = plan
+    start = time.perf_counter()
+    chosen_plan = build_plan(lengths, method=chosen, **settings)
+    seconds = {chosen: time.perf_counter() - start}
+    compared = {chosen: measure(chosen_plan)}
+    for name in METHODS if options.compare else ():
+        if name != chosen:
+            start = time.perf_counter()
+            plan = planned_by(chosen_plan, name)
+            seconds[name] = time.perf_counter() - start
+            compared[name] = measure(plan)
     levels = ", ".join(f"{level.max_tokens}:{level.cp_degree}" for level in chosen_plan.levels)
     print(
         f"{len(chosen_plan.packs.ids):,} samples, {int(chosen_plan.pack_tokens.sum()):,} tokens; "

@@ -48,6 +48,7 @@ from hbp_titan.experiments.paper.methods import (
     MemoryChoice,
     check_methods,
     memory_choice,
+    method_plan,
     replay_methods,
 )
 from hbp_titan.experiments.paper.scale import MODELS, scale_svg, scale_table, simulate_scale
@@ -56,12 +57,13 @@ from hbp_titan.models.registry import get_flavor
 from hbp_titan.packing import METHODS, Level, build_plan, check_levels, parse_levels
 from hbp_titan.packing.level import AC_POLICIES
 from hbp_titan.preflight import cost_model, model_args
+from hbp_titan.report.timeline import panels_of, timeline_document
 from hbp_titan.tuning.hardware import HARDWARE, get_hardware
 from hbp_titan.tuning.memory import with_policy
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN
 from hbp_titan.tuning.profile_file import read_profile
 from hbp_titan.tuning.published import efficiency_tables
-from hbp_titan.tuning.simulate import replay, replay_table, tulu3_longcite_like
+from hbp_titan.tuning.simulate import pack_seconds, replay, replay_table, tulu3_longcite_like
 from hbp_titan.tuning.time_model import TimeModel, estimate_candidates, get_dims, time_model
 
 PAPER_SAMPLES = 941_344
@@ -101,6 +103,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--scale", action="store_true", help="8 to 4096 GPUs, 128K to 1M, 8B to 236B")
     parser.add_argument("--float8", default="", help="with --scale: FP8 products of all methods, as float8.recipe")
     parser.add_argument("--svg", type=Path, help="with --scale: write the chart there")
+    parser.add_argument("--timeline", type=Path, help="write a picture of the ranks over time, ISF and hbp (SVG)")
     parser.add_argument("--sensitivity", action="store_true", help="ratios over the range of each assumed figure")
     parser.add_argument("--efficiencies", action="store_true", help="published figures that efficiencies come from")
     parser.add_argument("--speed", action="store_true", help="time planner and simulator: 10M samples, 4096 ranks")
@@ -174,6 +177,13 @@ def compare(options: argparse.Namespace, levels: list[Level], model: TimeModel, 
     print(replay_table(replays))
     if absent := [name for name in names if name not in replays]:
         print(f"not simulated, because they do not fit or do not support the model: {', '.join(absent)}")
+    if options.timeline:
+        isf, hbp = (method_plan(lengths, levels, model, name, options.seed, choice) for name in ("isf", "hbp"))
+        machine, data = model.hardware.name, "" if options.lengths else ", synthetic lengths like the paper's"
+        text = f"seconds, estimated for {model.world_size} x {machine}{data}; from the middle of the epoch"
+        panels = panels_of(hbp, isf, lambda plan: np.sum([*pack_seconds(plan, model, True).values()], axis=0))
+        options.timeline.write_text(timeline_document(panels, text), encoding="utf-8")
+        print(f"wrote {options.timeline}")
 
 
 def compare_best(options: argparse.Namespace, config: JobConfig) -> None:
@@ -292,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     levels, model = estimated(config, options.estimate or options.hardware, options.world_size)
     if len(levels) < len(config.levels):
         raise ValueError("not every level fits; use a larger world size or cp_degree, or recompute more layers")
-    if options.methods or options.lengths or not options.estimate:
+    if options.methods or options.lengths or options.timeline or not options.estimate:
         compare(options, levels, model, None)
     return None
 

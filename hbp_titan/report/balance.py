@@ -6,6 +6,7 @@ page, so their labels are text of the page next to them.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from hbp_titan.report.charts import Chart, Curve, Plot, level_curves, ticks
 from hbp_titan.report.html import (
     DASH,
     NUM_COLORS,
+    caption,
     figure,
     legend,
     missing,
@@ -30,6 +32,7 @@ from hbp_titan.report.run import Floats, Run, StepLog
 from hbp_titan.report.series import (
     LevelSteps,
     Totals,
+    any_finite,
     combinations,
     level_steps,
     mean,
@@ -65,7 +68,19 @@ def timeline_section(run: Run) -> str:
     body = f'{_level_legend(log)}<div class="lanes">{"".join(lanes)}{_axis(first, last)}</div>'
     rows = [[f"{step:,}", text(reason)] for step, reason in log.skipped.items()]
     skipped = table(("skipped step", "why"), rows, limit=MAX_SKIPPED) if rows else ""
-    return section("Curriculum", _level_order(run), f'<figure class="wide">{body}{note(remark)}</figure>', skipped)
+    head = caption(_level_message(log), "level of each step, and events")
+    return section(
+        "Curriculum", _level_order(run), f'<figure class="wide">{head}{body}{note(remark)}</figure>', skipped
+    )
+
+
+def _level_message(log: StepLog) -> str:
+    """Return each level's share of the time as a sentence."""
+    seconds = {name: totals(of).seconds for name, of in level_steps(log).items()}
+    whole = sum(seconds.values())
+    if not whole:
+        return "Levels over the steps"
+    return "Share of the time: " + ", ".join(f"{name} {of / whole:.0%}" for name, of in seconds.items())
 
 
 def levels_side_by_side(runs: Sequence[Run]) -> str:
@@ -78,8 +93,8 @@ def levels_side_by_side(runs: Sequence[Run]) -> str:
         + _lane(f"{len(run.log):,} steps", _stacked(_level_shares(run), run.log), "tall")
         for run in known
     ]
-    caption = "<figcaption><b>Levels</b> <small>from the first step to the last</small></figcaption>"
-    return f'<figure class="wide">{caption}<div class="lanes">{"".join(lanes)}</div></figure>'
+    head = caption("Levels", "from the first step to the last")
+    return f'<figure class="wide">{head}<div class="lanes">{"".join(lanes)}</div></figure>'
 
 
 def _level_order(run: Run) -> str:
@@ -213,15 +228,24 @@ def speed_section(run: Run) -> str:
     speeds = [Curve(name, of.tokens / of.seconds, log.color(name), of.seconds) for name, of in levels.items()]
     rates = [Curve(name, of.mfu, log.color(name), of.seconds) for name, of in levels.items()]
     waits = [Curve("wait", 100 * log.column("data_wait_seconds") / seconds, 5, seconds)]
-    mfu = Plot("MFU", "% of the peak", "step", steps, rates, zero=True).figure()
+    whole, waited = totals(whole_steps(log)), mean(waits[0].y, seconds)
+    medians = {name: seconds[of] for name, of in combinations(log).items() if any_finite(seconds[of])}
+    mfu = Plot("MFU, model FLOPs utilization", "% of the peak", "step", steps, rates, zero=True)
+    mfu.message = f"The ranks reach {whole.mfu:.1%} of their peak" if whole.mfu is not None else ""
+    blocked = Plot("Waiting for data", "% of a step", "step", steps, waits, zero=True)
+    blocked.message = f"Steps wait for data {waited:.2f}% of the time" if waited is not None else ""
+    times = Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True)
+    times.message = "Median step: " + ", ".join(f"{name} {np.nanmedian(of):.3g} s" for name, of in medians.items())
+    tokens = Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True)
+    tokens.message = f"{whole.tokens_per_second:,.0f} tokens per second" if whole.tokens_per_second else ""
     return section(
         "Throughput",
         "Real tokens, without padding; the time of a step contains no validation and no checkpoint.",
         row(
-            Plot("Throughput", "real tokens per second, all ranks", "step", steps, speeds, zero=True).figure(),
-            Plot("Time of a step", "seconds", "step", steps, level_curves(log, seconds), log=True).figure(),
-            Plot("Waiting for data", "% of a step", "step", steps, waits, zero=True).figure(),
-            mfu or missing("No MFU: the peak of this device is not known, or the run did not record it."),
+            tokens.figure(),
+            times.figure(),
+            blocked.figure(),
+            mfu.figure() or missing("No MFU: the peak of this device is not known, or the run did not record it."),
         ),
         _level_table(log, levels),
         _checkpoints(log),
@@ -280,6 +304,7 @@ def _work(seconds: Floats, checks: int) -> str:
     ratios = seconds / average if average else np.ones(len(seconds))
     top = float(seconds.max()) * 1.1 or 1.0
     chart = Chart("Work of each rank", "rank", "seconds", (0.0, float(len(seconds))), (0.0, top), bare=True)
+    chart.message = f"Rank {slowest} has most work: {ratios[slowest]:.3f}x the mean of {len(seconds)} ranks"
     # With more ranks than pixels, each bar is the slowest rank of a group.
     groups = np.array_split(np.arange(len(seconds)), min(len(seconds), MAX_CHART_RANKS))
     for group in groups:
@@ -295,8 +320,8 @@ def _work(seconds: Floats, checks: int) -> str:
     for name, color in (("rank", 0), (f"slowest: rank {slowest}", 1), ("mean", 5)):
         chart.name(name, color)
     remark = (
-        f"Slowest: rank {slowest}, {ratios[slowest]:.3f}x the mean of {len(seconds)} ranks, over {checks} timing check"
-        f"{'s' * (checks > 1)}. These are sums: waiting within a micro-batch cancels out in them; see idle share."
+        f"Sums over {checks} timing check{'s' * (checks > 1)}: who is slowest changes between micro-batches, which "
+        "cancels out here and shows as waiting."
     )
     # Stable: equal ranks keep their order.
     order = np.argsort(-seconds, kind="stable").tolist()
@@ -320,17 +345,15 @@ def _timing_checks(log: StepLog) -> str:
         wait_curves.append(Curve(name, 100 * waiting, log.color(name)))
         cells = [number(mean(ratios, counts), 3), *(percent(mean(values, counts)) for values in (waiting, planned))]
         rows.append([text(name), number(float(np.nansum(counts))), *cells])
-    waits = Plot(
-        "Waiting in timing checks",
-        "% of the ranks' time in the checked steps",
-        "step",
-        steps,
-        [],
-        zero=True,
-        extra=wait_curves,
-    )
+    # A caption is plain text, in which a dash stays a dash.
+    plain = [[html.unescape(cell) for cell in cells] for cells in rows]
+    unit = "% of the ranks' time in the checked steps"
+    waits = Plot("Waiting in timing checks", unit, "step", steps, [], zero=True, extra=wait_curves)
+    waits.message = "Waiting in the checks: " + ", ".join(f"{cells[0]} {cells[3]} (plan {cells[4]})" for cells in plain)
+    paces = Plot("Measured / modeled time", "1: as modeled", "step", steps, [], extra=ratio_curves)
+    paces.message = "Measured / modeled time: " + ", ".join(f"{cells[0]} {cells[2]}" for cells in plain)
     return row(
-        Plot("Measured / modeled time", "1: as modeled", "step", steps, [], extra=ratio_curves).figure(),
+        paces.figure(),
         waits.figure(),
         table(
             ("level", "micro-batches", "measured / modeled", "waiting", "planned waiting"), rows, "Timing checks only"
@@ -351,9 +374,10 @@ def plan_section(run: Run) -> str:
     heads = ("plan", "micro-batches", "ABR", "DBR", "PR", "CR", "idle", "Ave-T", "samples per pack")
     return section(
         "Planned and measured",
-        "ABR: relative gap between the mean and the largest sum(len^2) of the groups; DBR: the same for tokens; PR and "
-        "padding: share of positions without a token; CR: share of tokens that need context parallelism; idle: share "
-        "of the modeled time that ranks wait for the slowest.",
+        "ABR, attention balance ratio: gap between the mean and the largest sum(len^2) of the groups; DBR, data "
+        "balance ratio: the same for tokens; PR, padding ratio: share of positions without a token; CR, communication "
+        "ratio: share of tokens that need context parallelism; Ave-T: mean tokens of a pack; idle: share of the "
+        "modeled time that ranks wait for the slowest.",
         table(heads, rows, "Planned; of ABR, DBR, PR, CR and idle 0 is best", marked)
         if rows
         else missing("plan/ contains no readable plan, so there are no planned metrics."),
@@ -426,11 +450,18 @@ def _measured_plots(run: Run) -> str:
     abr = [Curve("ABR", 100 * log.column("abr"), 0, log.column("micro_batches"))]
     padding = [Curve("padding", log.column("padding"), 5, log.column("tokens"))]
     unit = "% of computed positions"
-    return row(
-        Plot("Measured waiting", "% of the time", "step", steps, shares, zero=True, planned=planned[1]).figure(),
-        Plot("Measured attention balance", "%", "step", steps, abr, zero=True, planned=planned[0]).figure(),
-        Plot("Measured padding", unit, "step", steps, padding, zero=True, planned=planned[2]).figure(),
-    )
+    waiting = Plot("Measured waiting", "% of the time", "step", steps, shares, zero=True, planned=planned[1])
+    gap = "% that the mean group is below the largest"
+    balance = Plot("Attention balance ratio", gap, "step", steps, abr, zero=True, planned=planned[0])
+    empty = Plot("Measured padding", unit, "step", steps, padding, zero=True, planned=planned[2])
+    for plot, sentence, value, at in (
+        (waiting, "Ranks wait {:.2f}% of the time", mean(shares[1].y, seconds), 1),
+        (balance, "Attention work differs by {:.2f}% between ranks", mean(abr[0].y, log.column("micro_batches")), 0),
+        (empty, "{:.2f}% of the positions are padding", mean(padding[0].y, log.column("tokens")), 2),
+    ):
+        plan = f"; the plan has {planned[at][0][1]:.2f}%" if planned[at] else ""
+        plot.message = sentence.format(value) + plan if value is not None else ""
+    return row(waiting.figure(), balance.figure(), empty.figure())
 
 
 def memory_section(run: Run) -> str:
@@ -441,10 +472,12 @@ def memory_section(run: Run) -> str:
     peak = Curve("peak", log.column("peak_memory_gib"), 5)
     unit = "GiB, max over ranks"
     plot = Plot("Memory", unit, "step", log.steps.astype(float), [*curves, peak], smoothed=False, zero=True)
+    plot.message = f"The peak is {np.nanmax(peak.y):.2f} GiB" if any_finite(peak.y) else ""
     if not curves:
         return section("Memory", "", row(plot.figure(), missing("Memory by level is not in metrics.jsonl.")))
     peaks = [float(np.nanmax(curve.y)) for curve in curves]
-    chart = Chart("Memory by level", "", unit, (0.0, float(len(peaks))), (0.0, max(*peaks, 1e-6) * 1.1), bare=True)
+    chart = Chart("Memory by level", "level", unit, (0.0, float(len(peaks))), (0.0, max(*peaks, 1e-6) * 1.1), bare=True)
+    chart.message = f"{curves[int(np.argmax(peaks))].name} needs most memory: {max(peaks):.2f} GiB"
     chart.x_ticks = [(index + 0.5, curve.name) for index, curve in enumerate(curves)]
     rows = []
     for index, (curve, value) in enumerate(zip(curves, peaks, strict=True)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hbp_titan.report.html import NUM_COLORS, figure
+from hbp_titan.report.html import NUM_COLORS, PALETTE, figure
 from hbp_titan.report.run import Floats, StepLog
 from hbp_titan.report.series import combinations, smooth, window_of
 from hbp_titan.utils import human_count
@@ -23,8 +23,8 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 46
 BUCKET = 1.5
 """Pixels along x for which a curve shows its lowest and its highest value; more would be drawn over each other."""
 DOCUMENT_STYLE = (
-    "<style>svg{--ink:#1c2430;--grid:#e3e7ed;--c0:#2f6fb7;--c1:#e08a2e;--c2:#3a9a6b;--c3:#b0508e;"
-    "font:11px system-ui,sans-serif;fill:var(--ink)}.title{font-weight:600;font-size:13px}</style>"
+    f"<style>{PALETTE.replace(':root', 'svg')}svg{{font:11px system-ui,sans-serif;fill:var(--ink)}}"
+    ".title{font-weight:600;font-size:13px}</style>"
 )
 LEGEND_GAP = 14
 """Pixels between entries of a legend."""
@@ -60,6 +60,8 @@ class Chart:
         self.title, self.x_label, self.y_label = title, x_label, y_label
         self.x, self.y, self.x_log, self.y_log = x, y, x_log, y_log
         self.bare = bare
+        self.message = ""
+        """What the chart shows, as a sentence with its figures; the page's caption in place of the title."""
         self.left, self.top = (48, 12) if bare else (LEFT, TOP)
         self.x_ticks: list[tuple[float, str]] = []
         """(value, text) instead of round numbers along x."""
@@ -104,11 +106,14 @@ class Chart:
             f'<polyline points="{path}" fill="none" stroke="var(--c{color})" {stroke or DEFAULT_STROKE}{tips}/>'
         )
 
-    def dot(self, x: float, y: float, color: int, tip: str = "") -> None:
+    def dot(self, x: float, y: float, color: int, tip: str = "", radius: float = 3, hollow: bool = False) -> None:
         """Draw a round mark with a tooltip."""
         title = f"<title>{html.escape(tip)}</title>" if tip else ""
+        paint = (
+            f'fill="var(--panel)" stroke="var(--c{color})" stroke-width="2"' if hollow else f'fill="var(--c{color})"'
+        )
         center = f'cx="{self._px(x):.1f}" cy="{self._py(y):.1f}"'
-        self.marks.append(f'<circle {center} r="3" fill="var(--c{color})">{title}</circle>')
+        self.marks.append(f'<circle {center} r="{radius:g}" {paint}>{title}</circle>')
 
     def boundary(self, x: float, label: str) -> None:
         """Draw a dashed vertical line with a label at its top."""
@@ -156,6 +161,8 @@ class Chart:
             parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--grid)"/>')
             parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{html.escape(text)}</text>')
         values = _powers_of_two(*self.x) if self.x_log else ticks(*self.x)
+        # More labels would touch on a phone, where the text is larger.
+        values = values[:: -(-len(values) // 9)]
         texts = [human_count(value, 1024) for value in values] if self.x_log else _tick_texts(values)
         for value, text in self.x_ticks or zip(values, texts, strict=True):
             at, foot = self._px(value), HEIGHT - BOTTOM + 15
@@ -198,7 +205,7 @@ def side_by_side(charts: Sequence[Chart]) -> str:
     width = WIDTH * len(charts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
-        f'{DOCUMENT_STYLE}<rect width="{width}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'{DOCUMENT_STYLE}<rect width="{width}" height="{HEIGHT}" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
     )
 
 
@@ -274,6 +281,7 @@ class Plot:
         zero: whether y starts at 0; log: whether y is logarithmic.
         planned: (name, value, color) of dashed horizontal lines.
         extra: curves of few points, drawn with their points and not smoothed.
+        message: as in Chart.
     """
 
     title: str
@@ -287,6 +295,7 @@ class Plot:
     remark: str = ""
     planned: Sequence[tuple[str, float, int]] = ()
     extra: list[Curve] = field(default_factory=list)
+    message: str = ""
 
     def figure(self) -> str:
         """Return the plot as a <figure>, "" if no curve has a value."""
@@ -301,6 +310,7 @@ class Plot:
             self.title, self.x_label, self.unit, self._x_span([*curves, *extra]), self._y_span(full, raw),
             y_log=self.log, bare=True,
         )  # fmt: skip
+        chart.message = self.message
         # All raw curves first, so that they are behind the smoothed ones.
         if smoothed:
             for curve in curves:

@@ -7,9 +7,11 @@ them too.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
 
 NUM_COLORS = 8
 """Colors --c0 to --c7 of PALETTE."""
-PALETTE = """:root { color-scheme: light dark; --ink: #1c2430; --soft: #5c6675; --grid: #e3e7ed; --paper: #ffffff;
-  --panel: #f7f9fb; --c0: #2f6fb7; --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a;
-  --c6: #2b9aa8; --c7: #c4504a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa5b4; --grid: #2c3440; --paper: #12161c;
-  --panel: #1a2029; --c0: #6aa6e8; --c1: #f0a85a; --c2: #64c496; --c3: #d98abd; --c4: #a79df0; --c5: #c0ad88;
-  --c6: #5cc3d0; --c7: #ee8a84; } }
+_LIGHT = """color-scheme: light dark; --ink: #1c2430; --soft: #566070; --grid: #e3e7ed; --paper: #ffffff;
+  --panel: #f7f9fb; --back: var(--paper); --shade: #1c243038; --wait: #f3cbc5; --c0: #123f9e; --c1: #e0560b;
+  --c2: #279071; --c3: #702483; --c4: #8862ee; --c5: #5c4a2e; --c6: #2a71b7; --c7: #e34371;"""
+_DARK = """--ink: #e6eaf0; --soft: #9aa5b4; --grid: #2c3440; --paper: #12161c; --panel: #1a2029;
+  --shade: #000000b0; --wait: #6b3735;
+  --c0: #789eed; --c1: #eab14e; --c2: #4be0ae; --c3: #f777ad; --c4: #9a78f5; --c5: #e0c493; --c6: #93d9e2;
+  --c7: #f96488;"""
+# Chosen by the distance between any two colors as people with protanopia, deuteranopia and tritanopia perceive them
+# (CIELAB distance of at least 27 between the first three, 10 between the first five), and by contrast to the panel:
+# at least 3.5 for colors, 5.9 for text.
+PALETTE = f""":root {{ {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
 """
 """Colors of a page as CSS variables, light and dark."""
 STYLE = """
@@ -40,7 +48,8 @@ nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 0 0 16px; }
 article + article, nav + section { margin-top: 24px; }
 article + article, section + article { border-top: 3px solid var(--grid); padding-top: 32px; margin-top: 48px; }
 section { margin-top: 36px; padding-top: 20px; border-top: 1px solid var(--grid); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 10px; margin: 14px 0; }
+.cards { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 10px; margin: 14px 0; }
+.card:last-child { grid-column-end: span var(--rest); }
 .card { background: var(--panel); border: 1px solid var(--grid); border-radius: 10px; padding: 10px 14px;
   min-width: 0; }
 .card span, .card small { display: block; color: var(--soft); font-size: 12px; }
@@ -52,9 +61,9 @@ section { margin-top: 36px; padding-top: 20px; border-top: 1px solid var(--grid)
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; margin: 12px 0;
   align-items: start; }
 .row > * { min-width: 0; }
-figure { margin: 0; background: var(--panel); border: 1px solid var(--grid); border-radius: 10px;
+figure { --back: var(--panel); margin: 0; background: var(--panel); border: 1px solid var(--grid); border-radius: 10px;
   padding: 12px 14px 8px; min-width: 0; }
-figcaption { font-size: 14px; } figcaption small { color: var(--soft); margin-left: 4px; }
+figcaption { font-size: 14px; } figcaption small { display: block; color: var(--soft); font-size: 12.5px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--soft); margin: 2px 0 4px; }
 .legend i { font-style: normal; overflow-wrap: anywhere; } .legend s { display: inline-block; width: 10px;
   height: 10px; border-radius: 3px; margin-right: 5px; vertical-align: -1px; }
@@ -67,11 +76,17 @@ figcaption { font-size: 14px; } figcaption small { color: var(--soft); margin-le
 .lanes .legend { margin: 0; }
 .lanes .name { font-size: 12px; color: var(--soft); text-align: right; }
 .lane { display: block; width: 100%; height: 18px; background: var(--paper); border-radius: 4px; overflow: hidden; }
-.lane.tall { height: 64px; } .lane line { vector-effect: non-scaling-stroke; stroke-width: 2; }
+.lane.tall { height: 64px; } figure > .lane { background: none; border-radius: 0; }
+.panel { margin: 10px 0 3px; font-size: 13px; } .lane line { vector-effect: non-scaling-stroke; stroke-width: 2; }
 .axis { position: relative; height: 16px; font-size: 11px; color: var(--soft); font-variant-numeric: tabular-nums; }
 .axis span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .axis .end { right: 0; transform: none; }
-.scroll { overflow-x: auto; margin: 12px 0; max-width: 100%; }
+/* Shadows at the ends of a table that scrolls; covers that scroll along hide them where the table ends. */
+.scroll { overflow-x: auto; margin: 12px 0; max-width: 100%; background:
+  linear-gradient(to right, var(--back) 40%, transparent) 0 0 / 48px 100% no-repeat local,
+  linear-gradient(to left, var(--back) 40%, transparent) 100% 0 / 48px 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / 16px 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / 16px 100% no-repeat scroll; }
 .row .scroll { margin: 0; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding: 0 0 4px; }
@@ -79,7 +94,13 @@ th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid va
 thead th { color: var(--soft); font-size: 12px; vertical-align: bottom; }
 tbody th { max-width: 340px; overflow: hidden; text-overflow: ellipsis; }
 th:first-child { text-align: left; } .marked th, .marked td { font-weight: 600; }
+th:last-child, td:last-child { padding-right: 4px; }
 td small { color: var(--soft); }
+.bars { width: 100%; } .bars td { width: 22%; }
+.bar { display: block; height: 6px; margin: 2px 0 3px auto; border-radius: 3px; background: var(--soft); }
+.marked .bar { background: var(--c0); }
+.terms { max-width: 84ch; margin: 8px 0; font-size: 13.5px; } .terms dt { font-weight: 600; }
+.terms dd { margin: 0 0 6px; color: var(--soft); }
 .note { font-size: 12.5px; margin: 6px 0 4px; }
 .missing { font-size: 13.5px; border-left: 3px solid var(--grid); padding: 2px 0 2px 10px; margin: 10px 0; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
@@ -90,23 +111,28 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
   white-space: pre-line;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 #tip[hidden] { display: none; }
+@media (max-width: 900px) {
+  .cards { grid-template-columns: 1fr 1fr; } .card:last-child { grid-column-end: auto; }
+  .card:last-child:nth-child(odd) { grid-column-end: span 2; }
+}
 @media (max-width: 600px) {
   main { padding: 18px 14px 48px; } .chart { font-size: 15px; } figure { padding: 10px 10px 6px; }
-  .facts dt { flex-basis: 92px; } .cards { grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); }
+  .facts dt { flex-basis: 92px; }
+  /* The names stay while the figures scroll. */
+  .scroll th:first-child { position: sticky; left: 0; background: var(--back); max-width: 132px; white-space: normal; }
   .lanes { grid-template-columns: 1fr; gap: 2px; } .lanes .legend { margin: 0; }
 .lanes .name { text-align: left; margin-top: 6px; }
   .axis span:nth-child(even) { display: none; }
 }
 @media print {
-  :root { color-scheme: light; --ink: #000; --soft: #444; --grid: #ccc; --paper: #fff; --panel: #fff; --c0: #2f6fb7;
-    --c1: #e08a2e; --c2: #3a9a6b; --c3: #b0508e; --c4: #7a6fc0; --c5: #8c7a5a; --c6: #2b9aa8; --c7: #c4504a; }
+  :root { LIGHT color-scheme: light; --ink: #000; --soft: #444; --grid: #ccc; --panel: #fff; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11px; } main { max-width: none; padding: 0; } nav, #tip { display: none; }
   .row { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
   table { white-space: normal; font-size: 10px; }
   figure, table, .card { break-inside: avoid; } h3 { break-after: avoid; } article { break-before: auto; }
 }
-"""
+""".replace("LIGHT", _LIGHT)
 
 SCRIPT = """
 'use strict';
@@ -183,6 +209,8 @@ SCRIPT = """
 })();
 """
 DASH = "&ndash;"
+LEAST_FULL_BAR = 0.05
+"""Share whose bar may fill its column: a long bar for a share of nothing would exaggerate it."""
 
 
 def text(value: object) -> str:
@@ -249,26 +277,72 @@ def section(name: str, intro: str, *bodies: str) -> str:
 
 
 def cards(figures: Sequence[tuple[str, str, str]]) -> str:
-    """Return key figures: (name, value, explanation), values are HTML."""
+    """Return key figures: (name, value, explanation), values are HTML. The rows are full: the last card fills up."""
+    columns = min((6, 5, 4), key=lambda count: -len(figures) % count) if len(figures) > 6 else max(1, len(figures))
     boxes = [
         f'<div class="card"><span>{text(name)}</span><b>{value}</b><small>{text(meaning)}</small></div>'
         for name, value, meaning in figures
     ]
-    return f'<div class="cards">{"".join(boxes)}</div>'
+    style = f"--columns: {columns}; --rest: {1 + -len(figures) % columns}"
+    return f'<div class="cards" style="{style}">{"".join(boxes)}</div>'
 
 
 def figure(chart: Chart, remark: str = "") -> str:
-    """Return a bare chart with its title, unit and legend as text around it."""
-    unit = f"<small>{text(chart.y_label)}</small>" if chart.y_label else ""
+    """Return a bare chart with its message or title, its unit and its legend as text around it."""
+    unit = ", ".join(filter(None, [chart.title if chart.message else "", chart.y_label]))
     return (
-        f"<figure><figcaption><b>{text(chart.title)}</b> {unit}</figcaption>{legend(chart.names)}"
+        f"<figure>{caption(chart.message or chart.title, unit)}{legend(chart.names)}"
         f"{chart.svg()}{note(remark) if remark else ''}</figure>"
     )
 
 
-def legend(names: Iterable[tuple[str, int]]) -> str:
-    """Return the legend of (name, color) pairs."""
-    keys = "".join(
-        f'<i><s style="background:var(--c{color % NUM_COLORS})"></s>{text(name)}</i>' for name, color in names
+def caption(message: str, unit: str = "") -> str:
+    """Return the caption of a figure: what it shows, as a sentence with its figures, then the quantity and its unit."""
+    small = f" <small>{text(unit)}</small>" if unit else ""
+    return f"<figcaption><b>{text(message)}</b>{small}</figcaption>"
+
+
+def bar_table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float], Sequence[str]]]) -> str:
+    """Return a table with a bar below each share; the first row stands out.
+
+    rows: (name, shares, 0 to 1, with a bar each, further cells). heads are HTML. A bar is as long as its share is of
+    the column's largest, or of LEAST_FULL_BAR if all are smaller.
+    """
+    tops = [max(LEAST_FULL_BAR, *column) for column in zip(*(shares for _, shares, _ in rows), strict=True)]
+    shown = []
+    for name, shares, further in rows:
+        cells = [
+            f'{percent(share)}<s class="bar" style="width:{100 * share / top:.1f}%"></s>'
+            for share, top in zip(shares, tops, strict=True)
+        ]
+        shown.append([text(name), *cells, *further])
+    return table(heads, shown, marked=[0]).replace("<table>", '<table class="bars">', 1)
+
+
+def terms(summary: str, meanings: Mapping[str, str]) -> str:
+    """Return a list of terms and what they mean, which opens on a click."""
+    parts = "".join(f"<dt>{text(term)}</dt><dd>{text(meaning)}</dd>" for term, meaning in meanings.items())
+    return details(summary, f'<dl class="terms">{parts}</dl>')
+
+
+def document(title: str, body: str, script: str = "") -> str:
+    """Return the whole page. Its content security policy forbids every request and every other script."""
+    # Even text of a run that was not escaped could not run as a script.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"; script-src 'sha256-{digest}'" if script else ""
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{allowed}"
+    tip = f'<div id="tip" role="status" hidden></div><script>{script}</script>' if script else ""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
+        f'content="light dark"><title>{text(title)}</title><style>{PALETTE}{STYLE}</style></head><body><main>'
+        f"{body}</main>{tip}</body></html>\n"
     )
-    return f'<div class="legend">{keys}</div>'
+
+
+def legend(names: Iterable[tuple[str, int | str]]) -> str:
+    """Return the legend of (name, color) pairs; a color is a number or the name of a CSS variable."""
+    variables = [(name, color if isinstance(color, str) else f"c{color % NUM_COLORS}") for name, color in names]
+    keys = "".join(f'<i><s style="background:var(--{color})"></s>{text(name)}</i>' for name, color in variables)
+    return f'<div class="legend">{keys}</div>' if keys else ""

@@ -7,8 +7,6 @@ become a script.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,13 +22,13 @@ from hbp_titan.report.balance import (
 )
 from hbp_titan.report.charts import Curve, Plot
 from hbp_titan.report.experts import expert_section
+from hbp_titan.report.gains import gains_section
 from hbp_titan.report.html import (
     DASH,
-    PALETTE,
     SCRIPT,
-    STYLE,
     cards,
     details,
+    document,
     missing,
     note,
     number,
@@ -45,6 +43,7 @@ from hbp_titan.report.run import Floats, Run, StepLog
 from hbp_titan.report.series import (
     applied,
     end_figures,
+    held_out_loss,
     loss_at,
     seconds_so_far,
     tokens_so_far,
@@ -56,8 +55,9 @@ from hbp_titan.utils import first_n, human_count, human_seconds
 
 MAX_STARTS = 5
 MAX_SOURCES = 4
-# In the order of the page: what was trained and learned, then what it cost.
+# In the order of the page: what it gained, what was trained and learned, then what it cost.
 SECTIONS = (
+    gains_section,
     timeline_section,
     loss_section,
     groups_section,
@@ -94,21 +94,11 @@ def report_page(runs: Sequence[Run]) -> str:
 
 
 def _page(runs: Sequence[Run]) -> str:
-    title = "Run report: " + ", ".join(run.name for run in runs)
     body = [f'<article id="run-{index}">{_article(run)}</article>' for index, run in enumerate(runs)]
     if len(runs) > 1:
         links = "".join(f'<a href="#run-{index}">{text(run.name)}</a>' for index, run in enumerate(runs))
         body.insert(0, f"<h1>{len(runs)} runs</h1><nav>{links}</nav>{comparison(runs)}")
-    # Even text of a run that was not escaped could not run as a script.
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>{text(title)}</title><style>{PALETTE}{STYLE}</style></head><body><main>'
-        f'{"".join(body)}</main><div id="tip" role="status" hidden></div><script>{SCRIPT}</script></body></html>\n'
-    )
+    return document("Run report: " + ", ".join(run.name for run in runs), "".join(body), SCRIPT)
 
 
 def _article(run: Run) -> str:
@@ -159,19 +149,21 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
     log = run.log
     ends, all_steps = end_figures(log), totals(whole_steps(log))
     trained = np.nansum(log.column("trained_tokens"))
-    figures = [("loss", number(ends["loss"], 4), "last tenth of the steps")]
+    figures = [("training loss", number(ends["loss"], 4), "last tenth of the steps")]
     if ends["validation loss"] is not None:
-        figures.append(("validation loss", number(ends["validation loss"], 4), "last validation"))
+        before = held_out_loss(log)[0]
+        meaning = f"was {before:.4f} before step 1" if np.isfinite(before) else "last validation"
+        figures.append(("held-out loss", number(ends["validation loss"], 4), meaning))
     figures += [
         ("tokens", number(all_steps.tokens), f"{trained:,.0f} trained"),
         ("time in steps", human_seconds(all_steps.seconds), f"{all_steps.micro_batches:,} micro-batches"),
-        ("tokens per second", number(ends["tokens per second"]), "all ranks, no padding"),
+        ("tokens per second", number(ends["tokens per second"]), "all ranks, without padding"),
     ]
     if ends["MFU"] is not None:
         figures.append(("MFU", percent(ends["MFU"], 1), "of the peak, averaged over time"))
     figures.append(("padding", percent(ends["padding"]), "of computed positions"))
     if ends["idle"] is not None:
-        figures.append(("idle", percent(ends["idle"], 1), "of the ranks' time"))
+        figures.append(("waiting", percent(ends["idle"], 1), "of the ranks' time, measured"))
     if ends["memory"] is not None:
         figures.append(("memory", f"{ends['memory']:.2f} GiB", "max over ranks"))
     work = np.array(total_seconds_by_rank(log))
@@ -379,8 +371,8 @@ def _plot(
 
 def _validation(runs: Sequence[Run]) -> str:
     curves = [
-        Curve(run.name, run.log.column("validation", "loss"), _color(run, index), None, tokens_so_far(run.log))
+        Curve(run.name, held_out_loss(run.log), _color(run, index), None, np.append(0.0, tokens_so_far(run.log)))
         for index, run in enumerate(runs)
         if len(run.log)
     ]
-    return Plot("Validation loss", "nats per token", "tokens", np.zeros(0), [], extra=curves).figure()
+    return Plot("Held-out loss", "nats per token", "tokens", np.zeros(0), [], extra=curves).figure()

@@ -54,6 +54,11 @@ def mean(values: Floats, weights: Floats | None = None) -> float | None:
     return float((values[known] * weights[known]).sum() / total) if total > 0 else None
 
 
+def any_finite(values: Floats) -> bool:
+    """Return whether any value is finite."""
+    return bool(np.isfinite(values).any())
+
+
 def last(values: Floats) -> float | None:
     """Return the last finite value."""
     known = values[np.isfinite(values)]
@@ -184,9 +189,18 @@ def edge_means(values: Floats, weights: Floats) -> tuple[float, float] | None:
     return (float(means[0] or 0.0), float(means[1] or 0.0))
 
 
+def held_out_loss(log: StepLog, *group: str) -> Floats:
+    """Return the held-out loss before step 1 and after each step, float64 [1 + n]; NaN where it was not evaluated.
+
+    group: nothing for all samples, or by_level, by_length or by_source and a name.
+    """
+    before = last(log.column("validation_at_start", *group, "loss"))
+    return np.append(np.nan if before is None else before, log.column("validation", *group, "loss"))
+
+
 def validation_series(log: StepLog, kind: str) -> dict[str, Floats]:
-    """Return the validation loss of each group, float64 [n] each. kind: by_level, by_length or by_source."""
-    found = {name: log.column("validation", kind, name, "loss") for name in log.names("validation", kind)}
+    """Return `held_out_loss` of each group. kind: by_level, by_length or by_source."""
+    found = {name: held_out_loss(log, kind, name) for name in log.names("validation", kind)}
     return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
 

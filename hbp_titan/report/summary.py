@@ -7,53 +7,15 @@ Made from the run folder alone, so `scripts/report.py FOLDER --summary` prints t
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hbp_titan.packing.metrics import bucket_name
+from hbp_titan.report.gains import held_out
 from hbp_titan.report.methods import Compared
 from hbp_titan.report.page import report_page
 from hbp_titan.report.run import Run, StepLog, read_runs
-from hbp_titan.report.series import bands_in_order, last
 from hbp_titan.utils import atomic_write, human_count
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out loss of a group of samples, in nats per token. group: all, level, length or source.
-
-    before: of the initial weights, None if they were not evaluated. tokens: those with a loss.
-    """
-
-    group: str
-    name: str
-    before: float | None
-    after: float
-    tokens: float
-
-    @property
-    def change(self) -> float | None:
-        """After minus before."""
-        return None if self.before is None else self.after - self.before
-
-
-def held_out(log: StepLog) -> list[HeldOut]:
-    """Return the first and the last validation of all samples, each level, each length band and each source."""
-    keys: list[tuple[str, str, tuple[str, ...]]] = [("all", "all samples", ())]
-    keys += [("level", name, ("by_level", name)) for name in log.names("validation", "by_level")]
-    bands = bands_in_order(log.names("validation", "by_length"))
-    keys += [("length", bucket_name(int(band)), ("by_length", band)) for band in bands]
-    keys += [("source", name, ("by_source", name)) for name in log.names("validation", "by_source")]
-    found = []
-    for group, name, key in keys:
-        after = last(log.column("validation", *key, "loss"))
-        if after is not None:
-            before = last(log.column("validation_at_start", *key, "loss"))
-            tokens = last(log.column("validation", *key, "trained_tokens"))
-            found.append(HeldOut(group, name, before, after, tokens or 0.0))
-    return found
 
 
 def write_report(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_page_needs_no_other_file(tmp_path, lengths):
     np.save(tmp_path / "l.npy", np.array(lengths))
     run("--lengths", tmp_path / "l.npy", "--world_size", 2, "--levels", "16384:1,131072:2", "--html", tmp_path / "p")
     text = (tmp_path / "p").read_text()
-    for word in ("http", "<script", "url(", "nan"):
+    for word in ("://", "<script", "url(", "nan"):
         assert word not in text
     assert text.count("<svg") == text.count("</svg>") > 0
 

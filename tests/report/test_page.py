@@ -130,16 +130,16 @@ def test_page_has_every_plot_requests_nothing_and_keeps_hostile_names_as_text(tm
     }
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
     assert hostile in html.unescape(page)
-    # Seven of the comparison; per run four of loss, two of groups, three of validation, four of speed, one of ranks,
-    # two of timing checks, three of balance, two of memory.
-    assert sum(attributes.get("class") == "chart" for _, attributes in tags) == 7 + 2 * 21
+    # Seven of the comparison; per run one of held-out loss, four of loss, two of groups, three of validation, four of
+    # speed, one of ranks, two of timing checks, three of balance, two of memory.
+    assert sum(attributes.get("class") == "chart" for _, attributes in tags) == 7 + 2 * 22
 
 
 def test_eight_sources_have_a_color_each_and_the_ninth_is_named_as_missing(tmp_path: Path) -> None:
     names = tuple(f"source{number}" for number in range(9))
     page = _page(write_usual_run(tmp_path / "run", sources=names))
     for title in ("Loss by source", "Validation loss by source"):
-        figure = page[page.index(f"<b>{title}</b>") :].split("</figure>")[0]
+        figure = next(part for part in page.split("<figure>") if f'aria-label="{title}"' in part)
         legend = re.findall(r'var\(--c(\d)\)"></s>(\w+)', figure)
         assert legend == [(str(number), names[number]) for number in range(8)]
         assert "table has 1 more" in figure

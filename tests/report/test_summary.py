@@ -11,8 +11,9 @@ import pytest
 
 from hbp_titan.packing import Level, build_plan, measure, replan
 from hbp_titan.report import read_runs
+from hbp_titan.report.gains import held_out
 from hbp_titan.report.methods import planned_by, with_baselines
-from hbp_titan.report.summary import held_out, summary, write_report
+from hbp_titan.report.summary import summary, write_report
 from tests.report.sample_run import levels_of, start_of, step_of, write_run, write_usual_run
 
 

@@ -172,14 +172,15 @@ def replay_methods(
         elif name == "dynamic_cp":
             replays[name] = replay_megatron(lengths, levels[-1], model, seed, choice, tensor_exposed)
         else:
-            plan = _planned(lengths, levels, model, name, seed, choice)
+            plan = method_plan(lengths, levels, model, name, seed, choice)
             replays[name] = replay(without_balance(plan) if name == "hbp_unbalanced" else plan, model)
     return {name: found for name, found in replays.items() if found is not None}
 
 
-def _planned(
+def method_plan(
     lengths: IntArray, levels: Sequence[Level], model: TimeModel, name: str, seed: int, choice: MemoryChoice | None
 ) -> Plan:
+    """Return the plan of a method of METHODS. choice: chooses the memory plans of the levels [their own]."""
     method = "hbp_paper" if name == "hbp_unbalanced" else name
 
     # Steps of equal tokens: those of a micro-batch of the largest level. On the host an optimizer step is slow.
