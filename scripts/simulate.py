@@ -180,7 +180,7 @@ def compare(options: argparse.Namespace, levels: list[Level], model: TimeModel, 
     if options.timeline:
         isf, hbp = (method_plan(lengths, levels, model, name, options.seed, choice) for name in ("isf", "hbp"))
         machine, data = model.hardware.name, "" if options.lengths else ", synthetic lengths like the paper's"
-        text = f"seconds, estimated for {model.world_size} x {machine}{data}; from the middle of the epoch"
+        text = f"seconds, estimated for {model.world_size} x {machine}{data}"
         panels = panels_of(hbp, isf, lambda plan: np.sum([*pack_seconds(plan, model, True).values()], axis=0))
         options.timeline.write_text(timeline_document(panels, text), encoding="utf-8")
         print(f"wrote {options.timeline}")

@@ -12,15 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hbp_titan.report.balance import (
-    levels_side_by_side,
-    memory_section,
-    plan_section,
-    ranks_section,
-    speed_section,
-    timeline_section,
-)
+from hbp_titan.report.balance import memory_section, plan_section, ranks_section, speed_section
 from hbp_titan.report.charts import Curve, Plot
+from hbp_titan.report.curriculum import curriculum_section, levels_side_by_side
 from hbp_titan.report.experts import expert_section
 from hbp_titan.report.gains import gains_section
 from hbp_titan.report.html import (
@@ -58,7 +52,7 @@ MAX_SOURCES = 4
 # In the order of the page: what it gained, what was trained and learned, then what it cost.
 SECTIONS = (
     gains_section,
-    timeline_section,
+    curriculum_section,
     loss_section,
     groups_section,
     validation_section,

@@ -89,25 +89,20 @@ def panels_of(plan: Plan, isf: Plan | None = None, cost_of: Callable[[Plan], Flo
 
 
 def _window(plan: Plan, slowest_I: Floats, span: float) -> tuple[int, int]:
-    """Return the first and the end micro-batch of a window of `span`, with all levels if there is such a window."""
+    """Return the first and the end micro-batch of the window of `span` whose levels share its time as in the epoch."""
     ends = np.cumsum(slowest_I)
     firsts = plan.step_offsets[:-1]
-    # From the middle of the epoch, where no curriculum is.
-    firsts = np.roll(firsts, -int(np.searchsorted(firsts, plan.num_iterations // 2)))
-    used = len(np.unique(plan.pack_levels))
-    best = (0, 0, 1)
-    for first in firsts[:2000].tolist():
-        begin = float(ends[first] - slowest_I[first])
-        end = min(int(np.searchsorted(ends, begin + span * 1.0001)) + 1, plan.num_iterations)
-        packs = plan.pack_levels[plan.pack_offsets[first] : plan.pack_offsets[end]]
-        # A window that the end of the epoch cuts off is short.
-        full = ends[end - 1] - begin >= 0.98 * span
-        found = len(np.unique(packs)) + (len(plan.levels) if full else 0)
-        if found > best[0]:
-            best = (found, first, end)
-        if full and found == used + len(plan.levels):
-            break
-    return best[1], best[2]
+    # A window that the end of the epoch cuts off is short.
+    whole = firsts[ends[firsts] - slowest_I[firsts] <= ends[-1] - 0.999 * span]
+    firsts = whole if len(whole) else firsts[:1]
+    lasts = np.minimum(np.searchsorted(ends, ends[firsts] - slowest_I[firsts] + 0.999 * span), len(ends) - 1)
+    differs = np.zeros(len(firsts))
+    for k in np.unique(plan.pack_levels).tolist():
+        ranks = np.add.reduceat((plan.pack_levels == k) * plan.pack_degrees, plan.pack_offsets[:-1])
+        time = np.append(0.0, np.cumsum(ranks / plan.world_size * slowest_I))
+        differs += np.abs((time[lasts + 1] - time[firsts]) / span - time[-1] / ends[-1])
+    best = int(differs.argmin())
+    return int(firsts[best]), int(lasts[best]) + 1
 
 
 def window_span(panels: Sequence[Panel]) -> float:
@@ -181,7 +176,7 @@ def timeline_figure(plan: Plan) -> str:
     shown = f"The first {ranks} of {plan.world_size:,} ranks" if ranks < plan.world_size else f"{ranks} ranks"
     remark = (
         f"A row is a rank, a box its pack; the same time from left to right in all panels, by the plan's cost model. "
-        f"{shown}, from the middle of the epoch; the percentages are of the whole plan."
+        f"{shown}, in a stretch with all levels; the percentages are of the whole plan."
     )
     return (
         f'<figure class="wide"><figcaption><b>{text(title)}</b> <small>ranks over modeled time</small></figcaption>'
