@@ -144,7 +144,8 @@ def train_once(config: JobConfig, world: World, run: Run) -> Outcome:
     # Their time would be part of the epoch.
     config.checkpoint.enable = config.checkpoint.export_hf = config.metrics.enable_tensorboard = False
     # Only at the last step.
-    config.validation.interval = 1 << 40
+    config.validation.interval, config.validation.at_start = 1 << 40, False
+    config.metrics.report = False
     with tempfile.TemporaryDirectory() as folder:
         # A folder for each rank and run, so that none resumes another.
         config.job.dump_folder = str(Path(folder) / "run")

@@ -55,6 +55,7 @@ def arguments(request: Request) -> list[str]:
         "--checkpoint.export_dtype=float32",
         "--metrics.enable_tensorboard=false",
         "--metrics.progress_bar=false",
+        "--metrics.report=false",
         "--packing.print_comparison=false",
         *request.variant.get("overrides", []),
     ]

@@ -25,7 +25,7 @@ from hbp_titan.models.flavors import DEBUG
 from hbp_titan.models.hf_config import args_to_hf_config
 from hbp_titan.packing.metrics import bucket_name
 from hbp_titan.preflight import max_sample_tokens, model_args
-from hbp_titan.report.charts import ticks
+from hbp_titan.report.charts import DOCUMENT_STYLE, ticks
 
 _COMMON = (
     "--job.config_file=train_configs/debug_model.toml",
@@ -86,7 +86,7 @@ def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: in
         config.packing.seed = config.training.seed = seed
         # One level has no curriculum.
         config.packing.curriculum_steps = 0.0
-        config.packing.print_comparison = config.metrics.progress_bar = False
+        config.packing.print_comparison = config.metrics.progress_bar = config.metrics.report = False
         config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
         runs.append(Run(Variant("base", "the model that the runs start from"), seed, config, launch))
     # Prepared once: parallel runs would all prepare it.
@@ -107,7 +107,8 @@ def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
     if config.packing.auto_levels or not config.levels:
         raise ValueError("a study compares runs on the same levels; set [[levels]] or --levels")
     config.validation.enable = True
-    config.checkpoint.export_hf = config.metrics.progress_bar = config.packing.print_comparison = False
+    config.checkpoint.export_hf = config.packing.print_comparison = False
+    config.metrics.progress_bar = config.metrics.report = False
     # Again, because validation was switched on after load_config checked.
     check_values(config)
     return config
@@ -303,10 +304,9 @@ def _interval(found: Difference) -> str:
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _WIDTH = 96, 16, 30, 40, 22, 420
-_STYLE = (
-    "<style>svg{font:11px system-ui,sans-serif;fill:#1c2430}.title{font-weight:600;font-size:13px}"
-    ".axis{stroke:#e3e7ed}.zero{stroke:#1c2430;stroke-dasharray:4 3}.interval{stroke:#2f6fb7;stroke-width:2}"
-    ".mean{fill:#2f6fb7}.seed{fill:#e08a2e;fill-opacity:.8}</style>"
+_STYLE = DOCUMENT_STYLE + (
+    "<style>.axis{stroke:var(--grid)}.zero{stroke:var(--ink);stroke-dasharray:4 3}"
+    ".interval{stroke:var(--c0);stroke-width:2}.mean{fill:var(--c0)}.seed{fill:var(--c1);fill-opacity:.8}</style>"
 )
 
 
@@ -341,7 +341,7 @@ def draw(study: dict[str, Any]) -> str:
     width = _WIDTH * len(panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'{_STYLE}<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'{_STYLE}<rect width="{width}" height="{height}" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
     )
 
 
