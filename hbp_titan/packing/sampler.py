@@ -92,7 +92,9 @@ class HBPBatchSampler:
             "levels": levels,
             "seed": seed,
         }
+        self._num_iterations = 0
         self.plan = self._plan(0)
+        self._num_iterations = self.plan.num_iterations
         self._yielded = 0
         self._resume_at = 0
 
@@ -172,6 +174,11 @@ class HBPBatchSampler:
     def _plan(self, epoch: int) -> Plan:
         """Return the plan of an epoch with the steps and without the empty packs of build_plan's."""
         plan = without_empty_packs(build_plan(world_size=self.world_size, epoch=epoch, **self._options))
+        if self._num_iterations not in (0, plan.num_iterations):
+            raise RuntimeError(
+                f"epoch {epoch} has {plan.num_iterations} micro-batches, epoch 0 has {self._num_iterations}: a trainer "
+                "that read the length once would lose samples; report it with the levels and the method"
+            )
         empty = int(np.count_nonzero(plan.packs.counts == 0))
         if empty and self.padding_index is None:
             raise ValueError(

@@ -2,8 +2,8 @@
 
     hbp-titan doctor                                       this machine; the planner alone needs no torch
     hbp-titan doctor --folder /shared/outputs --json       the folder that runs will write to; JSON
-    torchrun --nnodes 4 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint node0:29500 \\
-        -m hbp_titan doctor --folder /shared/outputs       all nodes: each alone, then versions, clocks, the folder
+    python -m hbp_titan.launch --nnodes 4 --rdzv-backend c10d --rdzv-endpoint node0:29500 \\
+        -m hbp_titan doctor --folder /shared/outputs       the same on each of 4 nodes: also versions, clocks, the folder
 
 Verdicts: ok; warn, a run may be slow or fail; fail, it will fail. The exit code is 1 if any check fails.
 """

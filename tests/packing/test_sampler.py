@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from hbp_titan.packing import Level
+from hbp_titan.packing import METHODS, Level
 from hbp_titan.packing.sampler import RANDOM_NUMBER_OF_PACKS, HBPBatchSampler, PackIndices
+from tests.properties import examples
 
 LENGTHS = np.random.default_rng(0).integers(10, 400, size=97)
 
 
 def _sampler(rank: int | None = 0, world_size: int = 2, levels: Any = "128,512", **options: Any) -> HBPBatchSampler:
     return HBPBatchSampler(LENGTHS, levels, rank=rank, world_size=world_size, **options)
-
-
-def _trained(samplers: list[HBPBatchSampler]) -> list[int]:
-    return sorted(index for sampler in samplers for pack in sampler for index in pack)
 
 
 class Seen(Dataset[tuple[int, ...]]):
@@ -31,15 +30,37 @@ class Seen(Dataset[tuple[int, ...]]):
         return [(pack.level, pack.micro_batch, pack.step_loss_tokens, *pack)]
 
 
-@pytest.mark.parametrize("method", ["hbp", "flat_sorted", "bfd", "sorted", "next_fit"])
-@pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_every_epoch_trains_each_sample_once_in_as_many_packs_on_each_rank(method: str, world_size: int) -> None:
-    samplers = [_sampler(rank, world_size, method=method) for rank in range(world_size)]
+@given(
+    lengths=st.lists(st.integers(1, 512), min_size=1, max_size=80),
+    world_size=st.integers(1, 5),
+    method=st.sampled_from(sorted(set(METHODS) - set(RANDOM_NUMBER_OF_PACKS))),
+    level_order=st.sampled_from(["alternate", "interleave"]),
+)
+@examples(40)
+def test_every_epoch_trains_each_sample_once_in_as_many_packs_on_each_rank(
+    lengths: list[int], world_size: int, method: str, level_order: str
+) -> None:
+    padding = len(lengths)
+    samplers = [
+        HBPBatchSampler(lengths, "128,512", rank=rank, world_size=world_size, padding_index=padding, method=method,
+                        level_order=level_order)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    sizes = set()
     for epoch in (0, 1):
         for sampler in samplers:
             sampler.set_epoch(epoch)
-        assert len({len(list(sampler)) for sampler in samplers} | {len(samplers[0])}) == 1
-        assert _trained(samplers) == list(range(97))
+        packs = [list(sampler) for sampler in samplers]
+        sizes |= {len(own) for own in packs} | {len(sampler) for sampler in samplers}
+        trained = [index for own in packs for pack in own for index in pack]
+        assert sorted(index for index in trained if index != padding) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in pack if i != padding) <= pack.max_tokens for own in packs for pack in own)
+        for level in {pack.level for own in packs for pack in own}:
+            counts = [len(pack) for own in packs for pack in own if pack.level == level]
+            used = any(pack == [padding] for own in packs for pack in own if pack.level == level)
+            # Padding only where no pack of the level has two samples.
+            assert not used or max(counts) == 1
+    assert len(sizes) == 1
 
 
 def test_ranks_of_a_level_share_their_pack() -> None:
