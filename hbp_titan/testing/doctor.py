@@ -3,7 +3,7 @@
     hbp-titan doctor                                       this machine; the planner alone needs no torch
     hbp-titan doctor --folder /shared/outputs --json       the folder that runs will write to; JSON
     python -m hbp_titan.launch --nnodes 4 --rdzv-backend c10d --rdzv-endpoint node0:29500 \\
-        -m hbp_titan doctor --folder /shared/outputs       the same on each of 4 nodes: also versions, clocks, the folder
+        -m hbp_titan doctor --folder /shared/outputs       on each of 4 nodes: also versions, clocks, the folder
 
 Verdicts: ok; warn, a run may be slow or fail; fail, it will fail. The exit code is 1 if any check fails.
 """
