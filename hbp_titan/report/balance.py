@@ -138,12 +138,12 @@ def _work(seconds: Floats, checks: int) -> str:
         # Gaps between bars of a few pixels would be most of the picture.
         gap = 0.1 if len(groups) <= 64 else 0.0
         tip = f"rank {rank}: {seconds[rank]:.2f} s, {ratios[rank]:.3f}x the mean"
-        chart.bar(group[0] + gap, group[-1] + 1 - gap, 0, float(seconds[rank]), 1 if rank == slowest else 0, tip)
+        chart.bar(group[0] + gap, group[-1] + 1 - gap, 0, float(seconds[rank]), 7 if rank == slowest else 4, tip)
     if len(seconds) <= 16:
         # Every bar has its rank below; with more ranks round numbers are enough.
         chart.x_ticks = [(rank + 0.5, str(rank)) for rank in range(len(seconds))]
     chart.curve(np.array(chart.x), np.array([average] * 2), 5, "mean", 'stroke-width="1.4" stroke-dasharray="5 4"')
-    for name, color in (("rank", 0), (f"slowest: rank {slowest}", 1), ("mean", 5)):
+    for name, color in (("rank", 4), (f"slowest: rank {slowest}", 7), ("mean", 5)):
         chart.name(name, color)
     remark = (
         f"Sums over {checks} timing check{'s' * (checks > 1)}: who is slowest changes between micro-batches, which "
@@ -270,10 +270,10 @@ def _measured_plots(run: Run) -> str:
     means = _planned_by_name(run).get("all", ())
     planned = [[("planned", 100 * value, 7)] for value in means] or [[], [], []]
     shares = [
-        Curve("time imbalance", 100 * log.column("time_imbalance"), 1, seconds),
+        Curve("time imbalance", 100 * log.column("time_imbalance"), 6, seconds),
         Curve("idle share", 100 * log.column("idle_share"), 3, seconds),
     ]
-    abr = [Curve("ABR", 100 * log.column("abr"), 0, log.column("micro_batches"))]
+    abr = [Curve("ABR", 100 * log.column("abr"), 4, log.column("micro_batches"))]
     padding = [Curve("padding", log.column("padding"), 5, log.column("tokens"))]
     unit = "% of computed positions"
     waiting = Plot("Measured waiting", "% of the time", "step", steps, shares, zero=True, planned=planned[1])

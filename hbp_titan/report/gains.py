@@ -18,12 +18,14 @@ from hbp_titan.report.timeline import timeline_figure
 
 METRICS = {
     "padding": "PR, padding ratio: share of computed positions without a token.",
-    "waiting": "Share of the ranks' time that they wait for the slowest one of their micro-batch, by the cost model.",
+    "idle share": "Share of the ranks' time that they wait for the slowest one of a micro-batch, by the cost model.",
     "shared": "CR, communication ratio: share of the tokens in packs that several ranks share (context parallelism, "
     "cp). Their attention exchanges data between ranks.",
     "micro-batches": "Forward and backward passes of an epoch: in each, every rank works on one pack.",
 }
 MAX_ROWS = 16
+COLOR = 3
+"""Not one of the first colors, which stand for levels."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def _held_out_figure(groups: Sequence[HeldOut]) -> str:
         y = len(shown) - at - 0.5
         if of.before is not None:
             low, high = sorted((of.before, of.after))
-            chart.bar(low, high, y - 0.05, y + 0.05, 0, opacity=0.45)
-            chart.dot(of.before, y, 0, f"{of.name}: {of.before:.4f} before step 1", 5, hollow=True)
-        chart.dot(of.after, y, 0, f"{of.name}: {of.after:.4f} after the last step, {of.tokens:,.0f} tokens", 5)
+            chart.bar(low, high, y - 0.05, y + 0.05, COLOR, opacity=0.45)
+            chart.dot(of.before, y, COLOR, f"{of.name}: {of.before:.4f} before step 1", 5, hollow=True)
+        chart.dot(of.after, y, COLOR, f"{of.name}: {of.after:.4f} after the last step, {of.tokens:,.0f} tokens", 5)
     whole = groups[0]
     if whole.before is None:
         chart.message = f"Held-out loss is {whole.after:.2f} at the end"
@@ -124,7 +126,7 @@ def methods_figure(compared: Sequence[Compared]) -> str:
     return (
         f"<figure>{caption(methods_message(compared), unit)}"
         f"{bar_table(['method', *METRICS], rows)}"
-        f"{note('Counted from the plans, waiting by the cost model. Bars compare the methods within a column.')}"
+        f"{note('Counted from the plans, idle share by the cost model. Bars compare the methods within a column.')}"
         f"{terms('What the methods and columns are', meanings)}</figure>"
     )
 

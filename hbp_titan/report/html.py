@@ -98,7 +98,7 @@ th:last-child, td:last-child { padding-right: 4px; }
 td small { color: var(--soft); }
 .bars { width: 100%; } .bars td { width: 22%; }
 .bar { display: block; height: 6px; margin: 2px 0 3px auto; border-radius: 3px; background: var(--soft); }
-.marked .bar { background: var(--c0); }
+.marked .bar { background: var(--c3); }
 .terms { max-width: 84ch; margin: 8px 0; font-size: 13.5px; } .terms dt { font-weight: 600; }
 .terms dd { margin: 0 0 6px; color: var(--soft); }
 .note { font-size: 12.5px; margin: 6px 0 4px; }

@@ -48,7 +48,7 @@ def loss_section(run: Run) -> str:
     loss = np.where(applied(log), log.column("loss"), np.nan)
     # In the same plot as the training loss, to show overfitting.
     held_out = [Curve("held-out", held_out_loss(log), 2, x=with_start(steps))]
-    whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 0, trained)], extra=held_out)
+    whole = Plot("Loss", "nats per trained token", "step", steps, [Curve("training", loss, 3, trained)], extra=held_out)
     ends = edge_means(loss, np.nan_to_num(trained))
     whole.message = fell("Training loss", *ends) if ends else ""
     by_level = [

@@ -157,7 +157,7 @@ def _key_figures(run: Run) -> list[tuple[str, str, str]]:
         figures.append(("MFU", percent(ends["MFU"], 1), "of the peak, averaged over time"))
     figures.append(("padding", percent(ends["padding"]), "of computed positions"))
     if ends["idle"] is not None:
-        figures.append(("waiting", percent(ends["idle"], 1), "of the ranks' time, measured"))
+        figures.append(("idle share", percent(ends["idle"], 1), "ranks waiting for others, measured"))
     if ends["memory"] is not None:
         figures.append(("memory", f"{ends['memory']:.2f} GiB", "max over ranks"))
     work = np.array(total_seconds_by_rank(log))

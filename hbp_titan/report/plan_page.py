@@ -30,7 +30,7 @@ _METRICS = {
     "ABR": "Attention balance ratio: as DBR, for sum(len^2), to which the work of attention is proportional.",
     "CR": "Communication ratio: share of tokens in packs that several ranks share (context parallelism, cp).",
     "Ave-T": "Average tokens: mean real tokens of a pack.",
-    "waiting": "Share of the modeled time that ranks wait for the slowest one of their micro-batch.",
+    "idle share": "Share of the modeled time that ranks wait for the slowest one of their micro-batch.",
 }
 
 
@@ -68,7 +68,7 @@ def html_report(plan: Plan, compared: Mapping[str, Metrics]) -> str:
 def _cards(plan: Plan, compared: Mapping[str, Metrics]) -> str:
     m = compared[plan.method]
     return cards([
-        ("waiting", percent(m.time_imbalance), "of the ranks' modeled time"),
+        ("idle share", percent(m.time_imbalance), "ranks waiting, of the modeled time"),
         ("padding", percent(m.pr), "of computed positions"),
         ("shared by ranks", percent(m.cr, 1), "of the tokens (context parallelism)"),
         ("micro-batches", f"{plan.num_iterations:,}", f"in {plan.num_steps:,} optimizer steps"),
@@ -87,7 +87,7 @@ def _methods(plan: Plan, compared: Mapping[str, Metrics]) -> str:
     marked = [*compared].index(plan.method)
     return (
         table(heads, rows, marked=[marked])
-        + note("Of DBR, PR, ABR, CR and waiting 0 is best.")
+        + note("Of DBR, PR, ABR, CR and idle share 0 is best.")
         + terms("What the columns and methods mean", meanings)
     )
 
