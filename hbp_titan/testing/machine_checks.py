@@ -160,8 +160,15 @@ def torch_and_gpus() -> list[Check]:
         return [Check("GPU", "ok", f"none; {build}; training runs on the CPU"), _kernel(torch.device("cpu"))]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     peers = [i for i in range(1, torch.cuda.device_count()) if not torch.cuda.can_device_access_peer(0, i)]
+    try:
+        devices = gpus(nvidia_smi(GPU_QUERY))
+    except (OSError, subprocess.SubprocessError) as error:
+        found = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}; nvidia-smi: {format_error(error)}"
+        devices = [
+            Check("GPU", "warn", found, "driver, memory in use and memory errors are unknown: install nvidia-smi")
+        ]
     return [
-        *gpus(nvidia_smi(GPU_QUERY)),
+        *devices,
         verdict_of(
             "CUDA",
             f"{build}, NCCL {nccl}" + (f"; GPU 0 cannot access the memory of GPU {first_n(peers, 8)}" if peers else ""),
@@ -201,9 +208,11 @@ def gpus(rows: list[list[str]]) -> list[Check]:
 
 def _kernel(device: Any) -> Check:
     """Report the attention kernel that model.attention_backend = "auto" chooses, and why not the fastest."""
-    from hbp_titan.models.attention import choose_backend, missing
+    from hbp_titan.models.attention import choose_backend, missing, set_backend
 
     chosen = choose_backend("auto", device, head_dim=128)
+    # It has selected that backend for the whole process.
+    set_backend("auto")
     if device.type != "cuda":
         return Check("attention kernel", "ok", chosen)
     import torch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hbp_titan.testing import doctor, machine_checks
 from hbp_titan.testing.doctor import Row, checks_across_nodes, merge_nodes, table
@@ -84,6 +85,26 @@ def test_folder_is_checked_where_it_will_be_made_and_stays_as_it_was(tmp_path: P
     assert f"{tmp_path}: nfs4, shared" in check.found
     assert check.verdict != "fail"  # a slow or full disk is a warning
     assert [path.name for path in tmp_path.iterdir()] == ["mounts"]
+
+
+@pytest.mark.parametrize("nvidia_smi", [True, False])
+def test_gpus_are_reported_with_their_libraries_and_the_kernel_that_is_missing(
+    nvidia_smi: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What torch reports of two H100 that cannot access each other, on a machine that has none.
+    values = {"is_available": True, "device_count": 2, "get_device_name": "H100", "get_device_capability": (9, 0)}
+    for name, value in (values | {"can_device_access_peer": False}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *words, value=value: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if nvidia_smi:
+        monkeypatch.setattr(machine_checks, "nvidia_smi", lambda query: [GPU, GPU])
+    else:
+        monkeypatch.setenv("PATH", "")
+    gpu, cuda, kernel = machine_checks.torch_and_gpus()
+    assert (gpu.verdict, gpu.found[:8]) == ("ok" if nvidia_smi else "warn", "2 x H100")
+    assert (cuda.verdict, "NCCL 2.29.3" in cuda.found, "GPU 1" in cuda.found) == ("warn", True, True)
+    assert (kernel.verdict, kernel.found[:10]) == ("warn", "torch; fa3")
 
 
 def test_inactive_infiniband_port_is_named(tmp_path: Path) -> None:
