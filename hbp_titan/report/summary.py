@@ -38,7 +38,7 @@ def write_report(folder: Path) -> None:
 
 def summary(run: Run) -> str:
     """Return tables of held-out losses and of the plan next to the baselines, "" if the run has neither."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return "\n".join([*_held_out_lines(run.log), *_plan_lines(run.compared())])
 
 
@@ -46,12 +46,15 @@ def _held_out_lines(log: StepLog) -> list[str]:
     rows = [of for of in held_out(log) if of.group != "source"]
     if not rows:
         return []
-    lines = [f"{'held-out loss (nats per token)':<32}{'before':>10}{'after':>10}{'change':>10}{'tokens':>10}"]
+    title = "held-out loss (nats per token)"
+    lines = [f"{title:<30}{'before':>9}{'after':>9}{'change':>9}{'perplexity':>15}{'tokens':>8}"]
     for of in rows:
         before = "-" if of.before is None else f"{of.before:.4f}"
         change = "-" if of.change is None else f"{of.change:+.4f}"
+        perplexity = " -> ".join(f"{np.exp(loss):.4g}" for loss in (of.before, of.after) if loss is not None)
         name = of.name if of.group == "all" else f"  {of.name}" + " tokens" * (of.group == "length")
-        lines.append(f"{name:<32}{before:>10}{of.after:>10.4f}{change:>10}{human_count(of.tokens):>10}")
+        count = human_count(of.tokens)
+        lines.append(f"{name:<30}{before:>9}{of.after:>9.4f}{change:>9}{perplexity:>15}{count:>8}")
     return lines
 
 

@@ -45,14 +45,14 @@ def test_held_out_loss_goes_from_the_initial_weights_to_the_last_validation(tmp_
         ("source", "chat", 8.0, 5.0, -3.0, 40),
     ]
     lines = summary(run).splitlines()
-    assert lines[1].split() == ["all", "samples", "8.0000", "5.0000", "-3.0000", "40"]
+    assert lines[1].split() == ["all", "samples", "8.0000", "5.0000", "-3.0000", "2981", "->", "148.4", "40"]
     assert max(map(len, lines)) <= 80
 
 
 def test_without_initial_losses_the_last_ones_are_shown(tmp_path: Path) -> None:
     (run,) = read_runs([_trained(tmp_path, at_start=False)])
     assert {of.change for of in held_out(run.log)} == {None}
-    assert summary(run).splitlines()[1].split() == ["all", "samples", "-", "5.0000", "-", "40"]
+    assert summary(run).splitlines()[1].split() == ["all", "samples", "-", "5.0000", "-", "148.4", "40"]  # e^5
 
 
 def test_baselines_plan_the_same_samples_and_the_summary_has_their_metrics(tmp_path: Path) -> None:
