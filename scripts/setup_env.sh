@@ -1,5 +1,5 @@
 # Sourced by run_train.sh and run_tests.sh: creates .venv once, installs this checkout (editable), sets PY to its python.
-# Usage: source scripts/setup_env.sh train|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
+# Usage: source scripts/setup_env.sh train|demo|dev     env PYTHON chooses the interpreter (python3 >= 3.10)
 # A python that already has torch 2.11 to 2.13 is used as it is; otherwise torch is installed by an exact pin.
 
 hbp_setup() {

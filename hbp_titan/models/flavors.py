@@ -103,6 +103,13 @@ _SMOLLM3: dict[str, Any] = {
     "nope_layers": tuple(range(3, 36, 4)),
     "tie_embeddings": True,
 }
+_SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "norm_eps": 1e-5,
+    "tie_embeddings": True,
+}
 _PHI4: dict[str, Any] = {
     "hf_model_type": "phi3",
     "vocab_size": 100352,
@@ -236,6 +243,7 @@ FLAVORS: dict[str, ModelArgs] = {
         _flavor(_MIXTRAL, "mixtral_8x7b", 4096, 14336, 32, 32, 8, 128, **_experts(8, 2, 14336)),
         _flavor(_OLMO2, "olmo2_7b", 4096, 11008, 32, 32, 32, 128),
         _flavor(_OLMO2, "olmo2_32b", 5120, 27648, 64, 40, 8, 128),
+        _flavor(_SMOLLM2, "smollm2_135m", 576, 1536, 30, 9, 3, 64),
         _flavor(_SMOLLM3, "smollm3_3b", 2048, 11008, 36, 16, 4, 128),
         _flavor(_PHI4, "phi4_14b", 5120, 17920, 40, 40, 10, 128),
         _flavor(_GEMMA3, "gemma3_1b", 1152, 6912, 26, 4, 1, 256),

@@ -80,6 +80,11 @@ def main(argv: list[str]) -> None:
     found.check_memory()
 
 
+def awaits_weights(config: JobConfig) -> bool:
+    """Return whether model.hf_path is still to be made from model.weights_package; until then the flavor counts."""
+    return bool(config.model.weights_package) and not Path(config.model.hf_path or "").is_dir()
+
+
 def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
     """Return what a run of `config` on `world_size` such GPUs would be, without a GPU and without allocating the model.
 
@@ -91,6 +96,8 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
             "scripts/select_levels.py --estimate selects without a GPU"
         )
     gpu = torch.device("cuda")
+    if awaits_weights(config):
+        config.model.hf_path = ""
     args = model_args(config)
     # A fake world of GPUs on the CPU: checks and dtypes must be those of a GPU.
     missing = []
@@ -446,6 +453,8 @@ def _time(found: DryRun) -> str:
 def _missing(config: JobConfig) -> str:
     """Return what a start needs, or replaces by a default, that the configuration does not set."""
     lines = []
+    if config.model.weights_package and not config.model.hf_path:
+        return f"a start makes the model from {config.model.weights_package}, by pip"
     if not (config.model.hf_path or config.model.tokenizer_path):
         lines.append("a start needs a tokenizer: set --model.hf_path DIR or --model.tokenizer_path DIR")
     if not (config.weights_path or config.checkpoint.initial_load_path):

@@ -229,6 +229,9 @@ class TracedEngine:
                 *argv,
             ]
         )
+        if self.config.model.weights_package:
+            # Dimensions are enough: the flavor's.
+            self.config.model.hf_path = ""
         if levels is not None:
             self.config.levels = tuple(levels)
         self.args = dataclasses.replace(model_args(self.config).with_layers(layers), **(model or {}))
