@@ -28,6 +28,7 @@ def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sam
         "--validation.enable=true",
         "--validation.share=0.1",
         "--validation.interval=100",
+        "--metrics.report=true",
     ]
     run_distributed(train_until, 4, [*argv, "--levels=128:1,256:2:allgather,256:4,512:2"], 2)
     ended = run_distributed(train_until, 2, [*argv, "--levels=128:1,512:2"], None)[0]
@@ -47,6 +48,10 @@ def test_a_run_of_levels_side_by_side_resumes_on_fewer_ranks_and_trains_each_sam
     ranks = sum(level["positions"] / int(name.split("/")[0]) * int(name[-1]) for name, level in levels.items())
     assert ranks == 4 * step["micro_batches"]
     assert steps[-1]["validation"]["trained_tokens"] > 0
+    # The resumed run keeps the losses of the initial weights, and compares with them.
+    assert [step["step"] for step in steps if "validation_at_start" in step] == [1]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"was {steps[0]['validation_at_start']['loss']:.4f} before step 1" in report
 
 
 @pytest.mark.parametrize(
