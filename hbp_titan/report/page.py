@@ -7,7 +7,7 @@ become a script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,12 @@ from hbp_titan.report.learning import groups_section, loss_section, validation_s
 from hbp_titan.report.run import Floats, Run, StepLog
 from hbp_titan.report.series import (
     applied,
+    edge_means,
     end_figures,
     held_out_loss,
+    last,
     loss_at,
+    mean,
     seconds_so_far,
     tokens_so_far,
     total_seconds_by_rank,
@@ -49,6 +52,7 @@ from hbp_titan.utils import first_n, human_count, human_seconds
 
 MAX_STARTS = 5
 MAX_SOURCES = 4
+MAX_NAMED = 3
 # In the order of the page: what it gained, what was trained and learned, then what it cost.
 SECTIONS = (
     gains_section,
@@ -78,6 +82,10 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "memory": lambda value: f"{value:.2f} GiB",
     "skipped": number,
 }
+
+
+LABELS = {"seconds": "time in steps", "loss": "training loss", "validation loss": "held-out loss", "idle": "idle share"}
+"""Rows of the comparison whose name is not the figure's."""
 
 
 def report_page(runs: Sequence[Run]) -> str:
@@ -282,13 +290,13 @@ def comparison(runs: Sequence[Run]) -> str:
         values = [of[name] for of in figures]
         # A figure that no run recorded, or that is 0 for all, gets no row.
         if any(values):
-            rows.append([text("time in steps" if name == "seconds" else name), *_cells(values, formatted)])
+            rows.append([text(LABELS.get(name, name)), *_cells(values, formatted)])
     trained = {of["tokens"] for of in figures if of["tokens"]}
     if len(trained) > 1:
         # Runs of different length compare at the tokens that all of them have trained.
         fewest = min(filter(None, trained))
         losses = [loss_at(run.log, fewest) for run in runs]
-        rows.append([f"loss at {number(fewest)} tokens", *_cells(losses, FORMATS["loss"])])
+        rows.append([f"training loss at {number(fewest)} tokens", *_cells(losses, FORMATS["loss"])])
     return section(
         "Comparison",
         f"In brackets: the ratio to {runs[0].name}. Curves are smoothed over a 20th of each run.",
@@ -360,7 +368,24 @@ def _plot(
         for index, run in enumerate(runs)
         if len(run.log)
     ]
-    return Plot(title, unit, x_label, np.zeros(0), curves, zero=zero, log=log).figure()
+    plot = Plot(title, unit, x_label, np.zeros(0), curves, zero=zero, log=log)
+    # A rate is summed up by its mean, a loss by its end.
+    values_of = {curve.name: mean(curve.y, curve.weights) if zero else _end(curve) for curve in curves}
+    plot.message = _message(title, values_of, "on average" if zero else "at the end")
+    return plot.figure()
+
+
+def _end(curve: Curve) -> float | None:
+    """Return the mean of the last tenth of a curve."""
+    ends = edge_means(curve.y, np.ones(len(curve.y)) if curve.weights is None else np.nan_to_num(curve.weights))
+    return ends[1] if ends else None
+
+
+def _message(title: str, values: Mapping[str, float | None], when: str) -> str:
+    """Return the figures of up to MAX_NAMED runs as a sentence, "" for more."""
+    known = [f"{name} {value:,.4g}" for name, value in values.items() if value is not None]
+    quantity = title.partition(" over ")[0]
+    return f"{quantity} {when}: {', '.join(known)}" if 0 < len(known) <= MAX_NAMED else ""
 
 
 def _validation(runs: Sequence[Run]) -> str:
@@ -369,4 +394,6 @@ def _validation(runs: Sequence[Run]) -> str:
         for index, run in enumerate(runs)
         if len(run.log)
     ]
-    return Plot("Held-out loss", "nats per token", "tokens", np.zeros(0), [], extra=curves).figure()
+    plot = Plot("Held-out loss", "nats per token", "tokens", np.zeros(0), [], extra=curves)
+    plot.message = _message("Held-out loss", {curve.name: last(curve.y) for curve in curves}, "at the end")
+    return plot.figure()

@@ -193,7 +193,7 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, lines(factor)) for name, factor in (("one", 1.0), ("two", 1.25))]
     page = _page(*runs)
     rows = {row[0]: row[1:] for row in _rows(page, "")}
-    assert rows["loss"] == ["2.0000", "2.5000 (1.250x)"]
+    assert rows["training loss"] == ["2.0000", "2.5000 (1.250x)"]
     assert rows["time in steps"] == ["10 s", "12 s (1.250x)"]
     assert rows["tokens per second"] == ["2,000", "1,600 (0.800x)"]
     assert page.count("<article") == 2
