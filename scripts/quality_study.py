@@ -5,10 +5,11 @@
     python scripts/quality_study.py --launch torchrun --ranks 8 --folder outputs/study_8b \\
         --job.config_file train_configs/llama3_1_8b_hbp.toml --data.max_samples 20000 --data.validation_files V.jsonl
 
-Each variant changes one setting of the default. All have the same samples, tokens per step, learning-rate schedule and,
-seed by seed, initial weights (the seed is packing.seed and training.seed). Plans are made for --ranks; by default one
-process emulates them (study/single_process.py). Without a config file a small model is trained on the debug data: on
-short samples first (FOLDER/base), then by every variant.
+Each variant changes one setting of the default. All have the same samples to choose from, number of optimizer steps,
+tokens per step, learning-rate schedule and, seed by seed, initial weights (the seed is packing.seed and training.seed).
+Plans are made for --ranks; by default one process emulates them (study/single_process.py). Without a config file a
+small model is trained on the embedded corpus and recall documents: up to 128 tokens first (FOLDER/base), then up to
+8,192 tokens by every variant.
 
 A run is an ordinary run in FOLDER/VARIANT/seed-N; finished ones are not repeated, so seeds and variants can be added.
 Prints Markdown tables; writes study.json, tables.md and quality.svg to FOLDER. Further arguments are configuration
@@ -21,16 +22,8 @@ import argparse
 from pathlib import Path
 
 from hbp_titan.errors import exit_on_user_error
-from hbp_titan.experiments.study.quality import (
-    band_table,
-    draw,
-    is_built_in,
-    loss_table,
-    plan_table,
-    run_study,
-    study_config,
-    train_bases,
-)
+from hbp_titan.experiments.study.built_in import is_built_in, study_config, train_bases
+from hbp_titan.experiments.study.quality import band_table, draw, loss_table, plan_table, recall_table, run_study
 from hbp_titan.experiments.study.runs import LAUNCHES, VARIANTS, Launch, parse_variants
 
 
@@ -63,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_built_in(overrides):
         train_bases(options.folder, launch, seeds, options.parallel, report)
     study = run_study(config, options.folder, launch, variants, seeds, options.parallel, report)
-    tables = "\n\n".join([loss_table(study), band_table(study), plan_table(study)])
+    recall = [recall_table(study)] if "recall" in study["runs"][0] else []
+    tables = "\n\n".join([loss_table(study), band_table(study), *recall, plan_table(study)])
     print(f"\n{tables}")
     (options.folder / "tables.md").write_text(tables + "\n", encoding="utf-8")
     if len(seeds) > 1 and len(variants) > 1:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from hbp_titan.experiments.study.built_in import study_config
 from hbp_titan.experiments.study.quality import (
     band_table,
     draw,
     loss_table,
     paired_difference,
     plan_table,
-    study_config,
+    recall_table,
     t_probability,
     t_quantile,
 )
@@ -48,13 +49,14 @@ def test_paired_difference_by_hand() -> None:
     assert paired_difference([2.0, 3.0], [1.0, 2.0]).p == 0
 
 
-def _run(variant: str, seed: int, loss: float, long: float, steps: int = 60) -> dict[str, Any]:
+def _run(variant: str, seed: int, loss: float, long: float, samples: int = 60) -> dict[str, Any]:
     return {
         "variant": variant,
         "seed": seed,
         "loss": loss,
-        "best": loss - 0.5,
-        "steps": steps,
+        "steps": 60,
+        "samples": samples,
+        "recall": {"1024": {"answers": 40, "correct": 10 + seed}, "256": {"answers": 10, "correct": seed}},
         "by_length": {"1024": {"loss": long, "trained_tokens": 900}, "256": {"loss": 1.0, "trained_tokens": 1000}},
         "step_tokens": [4000.0, 100.0],
         "weight_ratio": 2.0,
@@ -80,11 +82,9 @@ STUDY: dict[str, Any] = {
 def test_loss_table_by_hand() -> None:
     rows = loss_table(STUDY).splitlines()
     # Standard deviation of 5, 6, 7 is 1, of 6, 8, 10 is 2; the interval is that of 1, 2, 3: 2 +- 4.303 / sqrt(3).
-    assert rows[2] == "| hbp | 60 | 6.0000 +- 1.0000 | 5.5000 +- 1.0000 |  |  |  |"
-    assert rows[3] == (
-        "| isf | 60-62 | 8.0000 +- 2.0000 | 7.5000 +- 2.0000 | +2.0000 (-0.4841 to +4.4841) | 0.074 | no |"
-    )
-    assert rows[4] == "| sum | 60 | 5.0000 | 4.5000 |  |  |  |"
+    assert rows[2] == "| hbp | 60 | 60 | 6.0000 +- 1.0000 |  |  |  |"
+    assert rows[3] == "| isf | 60 | 60-62 | 8.0000 +- 2.0000 | +2.0000 (-0.4841 to +4.4841) | 0.074 | no |"
+    assert rows[4] == "| sum | 60 | 60 | 5.0000 |  |  |  |"
 
 
 def test_significance_depends_on_the_number_of_comparisons() -> None:
@@ -102,9 +102,17 @@ def test_significance_depends_on_the_number_of_comparisons() -> None:
 
 def test_band_table_by_hand() -> None:
     rows = band_table(STUDY).splitlines()
-    assert rows[0] == "| variant | 1 to 256 tokens (1,000 trained) | 513 to 1K tokens (900 trained) |"
+    assert rows[0] == "| variant | 1 to 256 tokens (1,000 trained) | 257 to 1K tokens (900 trained) |"
     assert rows[2] == "| hbp | 1.0000 +- 0.0000 | 2.0000 +- 0.0000 |"
     assert rows[3] == "| isf | +0.0000 (+0.0000 to +0.0000) | **+0.1000 (+0.1000 to +0.1000)** |"
+
+
+def test_recall_table_by_hand() -> None:
+    rows = recall_table(STUDY).splitlines()
+    assert rows[0] == "| variant | 1 to 256 tokens back (10 answers) | 257 to 1K tokens back (40 answers) |"
+    # 1, 2 and 3 of 10 are 10, 20 and 30%; 11, 12 and 13 of 40 are 27.5, 30 and 32.5%.
+    assert rows[2] == "| hbp | 20.0 +- 10.0 | 30.0 +- 2.5 |"
+    assert rows[3] == "| isf | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |"
 
 
 def test_plan_table_by_hand() -> None:
@@ -122,7 +130,8 @@ def test_chart_has_a_row_per_variant_with_an_interval() -> None:
 
 def test_study_without_a_config_file_is_the_built_in_one(tmp_path: Path) -> None:
     config = study_config(["--optimizer.lr=1e-3"], tmp_path)
-    assert [(level.max_tokens, level.cp_degree) for level in config.levels] == [(256, 1), (1024, 2)]
+    assert [(level.max_tokens, level.cp_degree) for level in config.levels] == [(512, 1), (2048, 2), (8192, 4)]
+    assert [source.name for source in config.data.sources] == ["", "recall"]
     assert (config.optimizer.lr, config.model.hf_path) == (1e-3, f"{tmp_path}/model")
     assert config.checkpoint.initial_load_path == f"{tmp_path}/base/seed-{{seed}}/hf"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hbp_titan.config import load_config
+from hbp_titan.experiments.study import runs as study_runs
 from hbp_titan.experiments.study.runs import (
     VARIANTS,
     Launch,
@@ -18,9 +19,13 @@ from hbp_titan.experiments.study.runs import (
     make_runs,
     parse_variants,
     plan_metrics,
+    plan_of,
     read_outcome,
+    recall_by_distance,
+    scores_recall,
     train_all,
 )
+from hbp_titan.job_config import DataSource
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ folder = pathlib.Path(sys.argv[1]).parent
 with (folder / "starts").open("a") as file:
     file.write("x")
 step = {"loss": 3.0, "tokens": 100, "trained_tokens": 50, "step_seconds": 1.0, "token_weights": [0.5, 2.0]}
-evaluated = {"loss": 2.5, "by_length": {"256": {"loss": 2.5, "trained_tokens": 7}}}
+step["sources"] = {"a": {"samples": 3}, "b": {"samples": 2}}
+bands = {"64": {"loss": 1.0, "trained_tokens": 1}, "128": {"loss": 3.0, "trained_tokens": 3}}
+evaluated = {"loss": 2.5, "by_length": {**bands, "256": {"loss": 5.0, "trained_tokens": 1}}}
 lines = [{**step, "step": 1, "validation": {"loss": 2.25}}, {**step, "step": 2, "tokens": 300, "validation": evaluated}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
@@ -92,6 +99,21 @@ def test_runs_are_ordered_by_seed_which_sets_order_weights_and_base(tmp_path: Pa
     assert runs[-1].folder == tmp_path / "isf" / "seed-7"
 
 
+def test_all_runs_have_the_steps_of_the_shortest_plan(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, 300)
+    store, variants, launch = Lengths(lengths, lengths // 2), parse_variants("isf"), Launch("single_process", 4)
+    runs = make_runs(load_config(SETTINGS), tmp_path, launch, store, variants, (1, 2))
+    plans = [plan_of(run.config, 4, store).num_steps for run in runs]
+    # Padding makes plans of unequal length, or the test shows nothing.
+    assert min(plans) < max(plans)
+    assert {run.config.training.steps for run in runs} == {min(plans)}
+    fewer = load_config([*SETTINGS, "--training.steps=2"])
+    assert {run.config.training.steps for run in make_runs(fewer, tmp_path, launch, store, variants, (1,))} == {2}
+    more = load_config([*SETTINGS, f"--training.steps={min(plans) + 1}"])
+    with pytest.raises(ValueError, match=r"training\.steps"):
+        make_runs(more, tmp_path, launch, store, variants, (1, 2))
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     lines: list[str] = []
     first = train_all(_runs(tmp_path, "isf", (1,)), 1, lines.append)
@@ -130,11 +152,12 @@ def test_failed_run_raises_with_its_last_line(tmp_path: Path) -> None:
 
 def test_outcome_by_hand(tmp_path: Path) -> None:
     train_all(_runs(tmp_path, "isf", (1,)), 1, lambda line: None)
-    outcome = read_outcome(tmp_path / "isf" / "seed-1")
+    outcome = read_outcome(tmp_path / "isf" / "seed-1", (128, 200))
     assert outcome["loss"] == 2.5
     assert (outcome["best"], outcome["best_step"], outcome["course"]) == (2.25, 1, [[1, 2.25], [2, 2.5]])
-    assert outcome["by_length"] == {"256": {"loss": 2.5, "trained_tokens": 7}}
-    assert (outcome["steps"], outcome["tokens"], outcome["trained_tokens"]) == (2, 400, 100)
+    # The bands up to 64 and 128 tokens are those of the first level; (1 + 3 * 3) / 4 = 2.5.
+    assert outcome["by_length"] == {"128": {"loss": 2.5, "trained_tokens": 4}, "200": {"loss": 5, "trained_tokens": 1}}
+    assert (outcome["steps"], outcome["samples"], outcome["tokens"], outcome["trained_tokens"]) == (2, 10, 400, 100)
     assert outcome["step_tokens"] == [200, 100]
     assert outcome["weight_ratio"] == 4
     assert json.loads((tmp_path / "isf" / "seed-1" / "outcome.json").read_text())["loss"] == 2.5
@@ -160,3 +183,14 @@ def test_unknown_choices_raise() -> None:
         parse_variants("interleaved")
     with pytest.raises(ValueError, match="--ranks 0"):
         Launch("single_process", 0)
+
+
+def test_recall_is_counted_by_the_lengths_of_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"distance": [1, 100, 101, 150, 200], "correct": [True, False, True, True, False]}
+    monkeypatch.setattr(study_runs, "open_stores", lambda config, limit: [None, None])
+    monkeypatch.setattr(study_runs, "score_alone", lambda folder, store, config: scores)
+    config = load_config(SETTINGS)
+    assert not scores_recall(config)
+    assert recall_by_distance(config) == {"100": {"answers": 2, "correct": 1}, "200": {"answers": 3, "correct": 2}}
+    config.data.validation_sources = [DataSource("held_out.jsonl", name="recall")]
+    assert scores_recall(config)

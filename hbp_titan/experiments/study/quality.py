@@ -1,13 +1,12 @@
 """The quality study: from a configuration to runs, study.json, Markdown tables and a chart.
 
-Owns the built-in study (a small model on the debug data) and the comparison: the loss after the last step, overall and
-by length band, of each variant against the default with the same seeds, as paired differences with Student's t. That is
-computed with NumPy, because SciPy is not a dependency.
+Owns the comparison of each variant with the default at the same seeds, as paired differences with Student's t: the loss
+after the last step, overall and by length band, and the share of values recalled by distance. Student's t is computed
+with NumPy, because SciPy is not a dependency.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 from collections.abc import Callable, Sequence
@@ -18,100 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hbp_titan.config import JobConfig, check_values, load_config, to_toml
+from hbp_titan.config import JobConfig, to_toml
 from hbp_titan.data.prepare import open_stores
-from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Run, Variant, make_runs, plan_metrics, train_all
-from hbp_titan.models.flavors import DEBUG
-from hbp_titan.models.hf_config import args_to_hf_config
-from hbp_titan.packing.metrics import bucket_name
+from hbp_titan.experiments.study.runs import DEFAULT, Launch, Report, Variant, make_runs, plan_metrics, train_all
+from hbp_titan.packing.level import format_tokens
 from hbp_titan.preflight import max_sample_tokens, model_args
 from hbp_titan.report.charts import DOCUMENT_STYLE, ticks
-
-_COMMON = (
-    "--job.config_file=train_configs/debug_model.toml",
-    "--training.global_batch_tokens=4096",
-    "--validation.max_samples=400",
-    "--checkpoint.enable=false",
-    "--data.num_workers=0",
-    "--metrics.enable_tensorboard=false",
-    "--metrics.log_interval=10",
-)
-BASE = (
-    *_COMMON,
-    "--levels=256:1",
-    "--data.max_samples=4000",
-    "--data.seed=1",
-    "--data.train_on=all",
-    "--validation.interval=1000",
-)
-"""The base model of the built-in study, one per seed: trained on every token of samples up to 256 tokens."""
-
-BUILT_IN = (
-    *_COMMON,
-    # Four ranks: four packs of 256 tokens or two of 1024 in a micro-batch. An optimizer step is four micro-batches of
-    # the first level or two of the second, so that levels can be interleaved.
-    "--levels=256:1,1024:2",
-    "--data.max_samples=1200",
-    "--validation.interval=20",
-    "--optimizer.lr=2e-3",
-)
-"""The settings of the study without a configuration file."""
-
-MODEL = dataclasses.replace(
-    DEBUG,
-    name="debug_small",
-    hf_model_type="llama",
-    hidden_size=64,
-    intermediate_size=176,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-)
-"""The model of the built-in study, 0.35M parameters: a run takes half a minute on one CPU core."""
-
-
-def is_built_in(overrides: Sequence[str]) -> bool:
-    """Return whether the command line has no configuration file."""
-    return not any(word.split("=")[0] == "--job.config_file" for word in overrides)
-
-
-def train_bases(folder: Path, launch: Launch, seeds: Sequence[int], parallel: int, report: Report) -> None:
-    """Train the base models of the built-in study that do not exist yet."""
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(args_to_hf_config(MODEL), indent=1)
-    (folder / "model" / "config.json").write_text(text + "\n", encoding="utf-8")
-    runs = []
-    for seed in seeds:
-        config = load_config([*BASE, f"--model.hf_path={folder / 'model'}", "--checkpoint.initial_load_path=none"])
-        config.packing.seed = config.training.seed = seed
-        # One level has no curriculum.
-        config.packing.curriculum_steps = 0.0
-        config.packing.print_comparison = config.metrics.progress_bar = config.metrics.report = False
-        config.job.dump_folder = str(folder / "base" / f"seed-{seed}")
-        runs.append(Run(Variant("base", "the model that the runs start from"), seed, config, launch))
-    # Prepared once: parallel runs would all prepare it.
-    open_stores(runs[0].config, runs[0].config.levels[-1].max_tokens)
-    train_all(runs, parallel, report)
-
-
-def study_config(overrides: Sequence[str], folder: Path) -> JobConfig:
-    """Return the configuration that the variants change; the built-in one if `overrides` has no file.
-
-    "{seed}" in checkpoint.initial_load_path stands for the seed of the run.
-    """
-    if is_built_in(overrides):
-        base = folder / "base" / "seed-{seed}" / "hf"
-        paths = [f"--model.hf_path={folder / 'model'}", f"--checkpoint.initial_load_path={base}"]
-        overrides = [*BUILT_IN, *paths, *overrides]
-    config = load_config(overrides)
-    if config.packing.auto_levels or not config.levels:
-        raise ValueError("a study compares runs on the same levels; set [[levels]] or --levels")
-    config.validation.enable = True
-    config.checkpoint.export_hf = config.packing.print_comparison = False
-    config.metrics.progress_bar = config.metrics.report = False
-    # Again, because validation was switched on after load_config checked.
-    check_values(config)
-    return config
 
 
 def run_study(
@@ -236,21 +147,24 @@ def band_loss(band: str) -> Callable[[Outcome], float]:
     return lambda run: run["by_length"][band]["loss"]
 
 
+def band_recall(band: str) -> Callable[[Outcome], float]:
+    """Return a function run -> percent of values recalled at the distances of a band."""
+    return lambda run: 100 * run["recall"][band]["correct"] / run["recall"][band]["answers"]
+
+
 def loss_table(study: dict[str, Any]) -> str:
-    """Return one row per variant: final and best loss with deviation, difference to the default, significance.
+    """Return one row per variant: steps, samples, final loss with deviation, difference to the default, significance.
 
     A difference is significant if p times the number of compared variants is below 0.05 (Bonferroni), because among
     several 95% intervals one may miss 0 by chance.
     """
     compared = len(study["variants"]) - 1
     lines = [
-        "| variant | steps | final loss | best loss | final - default (95% interval) | p | significant |",
+        "| variant | steps | samples | final loss | final - default (95% interval) | p | significant |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in study["variants"]:
-        steps = sorted({run["steps"] for run in study["runs"] if run["variant"] == name})
-        cells = [name, str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}"]
-        cells += [_spread(study, name, final_loss), _spread(study, name, lambda run: run["best"])]
+        cells = [name, _range(study, name, "steps"), _range(study, name, "samples"), _spread(study, name, final_loss)]
         found = None if name == DEFAULT else difference(study, name, final_loss)
         if found is None:
             cells += ["", "", ""]
@@ -265,13 +179,38 @@ def band_table(study: dict[str, Any]) -> str:
     """Return one row per variant: loss of the default by length band and the differences to it, bold without 0."""
     bands = bands_of(study)
     counts = study["runs"][0]["by_length"]
-    heads = [f"{bucket_name(int(band))} tokens ({counts[band]['trained_tokens']:,} trained)" for band in bands]
-    lines = [f"| variant | {' | '.join(heads)} |", "|---" * (len(bands) + 1) + "|"]
+    heads = [
+        f"{name} ({counts[band]['trained_tokens']:,} trained)"
+        for band, name in zip(bands, band_names(bands), strict=True)
+    ]
+    return _differences(study, heads, [band_loss(band) for band in bands])
+
+
+def recall_table(study: dict[str, Any]) -> str:
+    """Return one row per variant: share of values recalled by distance, in percent, and differences in points."""
+    bands = sorted(study["runs"][0]["recall"], key=int)
+    counts = study["runs"][0]["recall"]
+    named = zip(bands, band_names(bands), strict=True)
+    heads = [f"{name} back ({counts[band]['answers']} answers)" for band, name in named]
+    return _differences(study, heads, [band_recall(band) for band in bands], digits=1)
+
+
+def band_names(bands: Sequence[str]) -> list[str]:
+    """Return "1 to 512 tokens", "513 to 2K tokens", ... of ascending upper bounds."""
+    lows = [1, *(int(band) + 1 for band in bands[:-1])]
+    return [f"{low:,} to {format_tokens(int(band))} tokens" for low, band in zip(lows, bands, strict=True)]
+
+
+def _differences(
+    study: dict[str, Any], heads: Sequence[str], values: Sequence[Callable[[Outcome], float]], digits: int = 4
+) -> str:
+    """Return a table of the default's values and the variants' differences, bold where the interval excludes 0."""
+    lines = [f"| variant | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in study["variants"]:
         cells = [name]
-        for band in bands:
-            found = None if name == DEFAULT else difference(study, name, band_loss(band))
-            text = _spread(study, name, band_loss(band)) if found is None else _interval(found)
+        for value in values:
+            found = None if name == DEFAULT else difference(study, name, value)
+            text = _spread(study, name, value, digits) if found is None else _interval(found, digits)
             cells.append(f"**{text}**" if found is not None and found.low * found.high > 0 else text)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -294,13 +233,18 @@ def plan_table(study: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(study: dict[str, Any], variant: str, value: Callable[[Outcome], float]) -> str:
+def _range(study: dict[str, Any], variant: str, key: str) -> str:
+    found = sorted({run[key] for run in study["runs"] if run["variant"] == variant})
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}-{found[-1]:,}"
+
+
+def _spread(study: dict[str, Any], variant: str, value: Callable[[Outcome], float], digits: int = 4) -> str:
     mean, deviation = mean_and_deviation(list(values_of(study, variant, value).values()))
-    return f"{mean:.4f} +- {deviation:.4f}" if np.isfinite(deviation) else f"{mean:.4f}"
+    return f"{mean:.{digits}f} +- {deviation:.{digits}f}" if np.isfinite(deviation) else f"{mean:.{digits}f}"
 
 
-def _interval(found: Difference) -> str:
-    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+def _interval(found: Difference, digits: int = 4) -> str:
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM, _ROW, _WIDTH = 96, 16, 30, 40, 22, 420
@@ -323,7 +267,7 @@ def draw(study: dict[str, Any]) -> str:
     """Return the SVG chart of all lengths and of the longest band; at least two seeds of a variant and the default."""
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("all lengths", final_loss)]
     if bands := bands_of(study):
-        panels.append((f"{bucket_name(int(bands[-1]))} tokens", band_loss(bands[-1])))
+        panels.append((band_names(bands)[-1], band_loss(bands[-1])))
     parts = []
     height = 0
     for number, (title, loss) in enumerate(panels):

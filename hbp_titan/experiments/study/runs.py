@@ -24,9 +24,11 @@ import numpy as np
 import hbp_titan
 from hbp_titan.config import JobConfig, to_toml
 from hbp_titan.data.epoch import EpochPlans, SampleLengths
+from hbp_titan.data.prepare import open_stores
+from hbp_titan.experiments.recall.runs import score_alone
 from hbp_titan.packing import Plan, measure
 from hbp_titan.packing.level import check_levels
-from hbp_titan.preflight import cost_model, model_args
+from hbp_titan.preflight import cost_model, max_sample_tokens, model_args
 from hbp_titan.utils import atomic_write, did_you_mean
 
 
@@ -54,6 +56,8 @@ class Variant:
 
 
 DEFAULT = "hbp"
+RECALL = "recall"
+"""Name of the held-out source whose answers are scored."""
 NORMALIZATION = "training.loss_normalization"
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -172,18 +176,50 @@ class Run:
         if status:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             raise RuntimeError(f"{self.folder} failed with exit code {status}: {lines[-1] if lines else ''} ({log})")
-        outcome = read_outcome(self.folder)
+        outcome = read_outcome(self.folder, [level.max_tokens for level in self.config.levels])
+        if scores_recall(self.config):
+            outcome["recall"] = recall_by_distance(self.config)
         # Last and atomically: its existence means that the run is finished.
         atomic_write(self.folder / "outcome.json", json.dumps(outcome) + "\n")
         return outcome
 
 
-def read_outcome(folder: Path) -> dict[str, Any]:
+def scores_recall(config: JobConfig) -> bool:
+    """Return whether a held-out source is named `RECALL`: recall documents, whose answers are scored."""
+    return any(source.name == RECALL for source in config.data.validation_sources)
+
+
+def recall_by_distance(config: JobConfig) -> dict[str, dict[str, int]]:
+    """Return answers and correct ones of a finished run, by the levels' max_tokens as bounds of the distance."""
+    store = open_stores(config, max_sample_tokens(config, model_args(config)))[1]
+    scores = score_alone(config.dump_folder / "hf", store, config)
+    bounds = [level.max_tokens for level in config.levels]
+    band = np.searchsorted(bounds, scores["distance"])
+    answers = np.bincount(band, minlength=len(bounds))
+    correct = np.bincount(band, scores["correct"], minlength=len(bounds))
+    return {
+        str(bound): {"answers": int(answers[k]), "correct": int(correct[k])}
+        for k, bound in enumerate(bounds)
+        if answers[k]
+    }
+
+
+def _by_level_length(by_length: Mapping[str, Mapping[str, Any]], bounds: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Return mean loss and trained tokens by the first of the ascending `bounds` that is at least a band's end."""
+    sums: dict[str, list[float]] = {}
+    for end, mean in by_length.items():
+        total = sums.setdefault(str(bounds[min(int(np.searchsorted(bounds, int(end))), len(bounds) - 1)]), [0.0, 0])
+        total[0] += mean["loss"] * mean["trained_tokens"]
+        total[1] += mean["trained_tokens"]
+    return {bound: {"loss": total / count, "trained_tokens": count} for bound, (total, count) in sums.items()}
+
+
+def read_outcome(folder: Path, bounds: Sequence[int]) -> dict[str, Any]:
     """Return losses of the held-out samples and statistics of the steps of a finished run, from metrics.jsonl.
 
-    loss, by_length: after the last step, per trained token. best: the lowest of all evaluations, after step best_step.
-    step_tokens: mean and standard deviation over the steps. weight_ratio: heaviest / lightest weight of two tokens in a
-    step, median over the steps.
+    loss, by_length: after the last step, per trained token; lengths up to each of `bounds`. best: the lowest of all
+    evaluations, after step best_step. step_tokens: mean and standard deviation over the steps. weight_ratio: heaviest /
+    lightest weight of two tokens in a step, median over the steps.
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
@@ -195,12 +231,13 @@ def read_outcome(folder: Path) -> dict[str, Any]:
     best_step, best = min(curve, key=lambda point: point[1])
     return {
         "loss": last["loss"],
-        "by_length": last.get("by_length", {}),
+        "by_length": _by_level_length(last.get("by_length", {}), bounds),
         "best": best,
         "best_step": best_step,
         "course": curve,
         "train_loss": sum(s["loss"] * s["trained_tokens"] for s in end) / sum(s["trained_tokens"] for s in end),
         "steps": len(steps),
+        "samples": sum(source["samples"] for step in steps for source in step["sources"].values()),
         "tokens": sum(tokens),
         "trained_tokens": sum(step["trained_tokens"] for step in steps),
         "step_tokens": [float(np.mean(tokens)), float(np.std(tokens))],
@@ -223,7 +260,11 @@ def make_runs(
     variants: Sequence[Variant],
     seeds: Sequence[int],
 ) -> list[Run]:
-    """Return all runs, seed by seed: a study that is stopped has all variants of its finished seeds."""
+    """Return all runs, seed by seed: a study that is stopped has all variants of its finished seeds.
+
+    All runs have the same number of optimizer steps: training.steps, or that of the shortest plan of an epoch. Raises
+    ValueError if a plan has fewer than training.steps, because its run would repeat samples.
+    """
     # Before any run starts: levels that do not fit would fail in every one.
     check_levels(base.levels, launch.ranks)
     runs = []
@@ -241,6 +282,14 @@ def make_runs(
             config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))
             config.job.dump_folder = str(folder / variant.name / f"seed-{seed}")
             runs.append(Run(variant, seed, config, launch))
+    steps, name = min((plan_of(run.config, launch.ranks, store).num_steps, run.variant.name) for run in runs)
+    if base.training.steps > steps:
+        raise ValueError(
+            f"training.steps={base.training.steps}: an epoch of {name} has {steps} steps; use at most these"
+        )
+    for run in runs:
+        # The schedule of the learning rate depends on it too.
+        run.config.training.steps = base.training.steps or steps
     return runs
 
 
