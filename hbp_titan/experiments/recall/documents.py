@@ -115,7 +115,7 @@ def _nearest_free(free: NDArray[np.bool_], place: int) -> int:
 
 
 def write_documents(
-    path: Path, lengths: Sequence[int] | NDArray[np.int64], seed: int, questions: int = KEYS, rewritten: float = 0.7
+    path: Path, lengths: Sequence[int] | NDArray[np.int64], seed: int, questions: int = KEYS, rewritten: float = 0.5
 ) -> None:
     """Write one document of each length as JSON lines; the same arguments give the same bytes."""
     generator = np.random.default_rng(seed)

@@ -55,7 +55,7 @@ MODEL = ModelArgs(
     head_dim=32,
     vocab_size=0,
     max_position_embeddings=65536,
-    rope_theta=10000.0,
+    rope_theta=100000.0,
     norm_eps=1e-5,
     initializer_range=0.1,
 )
@@ -70,14 +70,14 @@ SETTINGS = {
     "packing.print_comparison": "false",
     # One micro-batch of the lowest level: the task is learned in many small steps.
     "training.global_batch_tokens": 1024,
-    "optimizer.lr": 5e-3,
+    "optimizer.lr": 4e-3,
     "lr_scheduler.warmup_steps": 40,
     "validation.interval": 1 << 20,
     "metrics.enable_tensorboard": "false",
     "metrics.log_interval": 20,
     "metrics.progress_bar": "false",
 }
-DOCUMENTS = {"train": (6000, 600, 400), "held_out": (120, 60, 60)}
+DOCUMENTS = {"train": (5000, 500, 250), "held_out": (120, 60, 60)}
 """Documents whose length needs each level."""
 
 

@@ -50,11 +50,11 @@ BUILT_IN = (
 
 # Documents up to each bound, and rows of the corpus in all.
 RECALL_DOCUMENTS = {
-    "base": {128: 6000},
+    "base": {128: 4500},
     "train": {512: 200, 2048: 50, 8192: 12},
     "held_out": {512: 60, 2048: 60, 8192: 40},
 }
-CORPUS_ROWS = {"base": 2000, "train": 420, "held_out": 160}
+CORPUS_ROWS = {"base": 1500, "train": 420, "held_out": 160}
 REWRITTEN = 0.3
 
 MODEL = dataclasses.replace(
