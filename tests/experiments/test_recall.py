@@ -120,7 +120,9 @@ def _outcome() -> dict[str, Any]:
     parts = [
         _scores(1.0, 20),
         _scores(0.5, 20, level=1, distance=100, documents_before=1),
-        _scores(0.25, 40, level=1, distance=300, ranks_away=1, rewritten=True),
+        _scores(0.25, 40, level=1, distance=300, ranks_away=1),
+        # Not in the distances' table.
+        _scores(1.0, 11, level=1, distance=300, rewritten=True),
         # Too few for a cell.
         _scores(0.0, 9, level=1, distance=3000, ranks_away=2),
     ]
@@ -140,9 +142,10 @@ def test_tables_by_hand() -> None:
         "| 129 to 256 |  |  |  |",
         "| 257 to 512 |  | 25%* | 25% |",
     ]
-    # 20 + 10 + 10 of 89 are right; 20 + 10 of 40 on the question's rank; 20 + 10 of 69 are first in their pack.
+    # Right: 20 + 10 + 10 + 11 of 100; of 51 on the question's rank 41; of 80 that are first in their pack 41; at cp 2
+    # of 69 keys written once 20.
     row = fault_table({"cp": _outcome()}).splitlines()[2]
-    assert row == "| shards see only themselves | 45% | 75% | 25% |  | 43% | 50% | 34% | 25% | 45% |"
+    assert row == "| shards see only themselves | 51% | 80% | 25% |  | 51% | 50% | 29% | 100% | 51% |"
 
 
 def test_heat_map_frames_what_is_beyond_a_shard() -> None:

@@ -38,11 +38,11 @@ def accuracy(columns: Mapping[str, NDArray[Any]], chosen: NDArray[np.bool_]) -> 
 
 
 def by_distance(scores: Scores, levels: int) -> list[list[tuple[float, int]]]:
-    """Return accuracy and number of answers of each band (row) and level (column)."""
+    """Return accuracy and number of answers of each band (row) and level (column), of keys written once."""
     columns = columns_of(scores)
-    band = np.searchsorted(BANDS, columns["distance"])
+    band, once = np.searchsorted(BANDS, columns["distance"]), ~columns["rewritten"]
     return [
-        [accuracy(columns, (band == row) & (columns["level"] == level)) for level in range(levels)]
+        [accuracy(columns, once & (band == row) & (columns["level"] == level)) for level in range(levels)]
         for row in range(len(BANDS))
     ]
 
@@ -56,7 +56,7 @@ def _percent(found: tuple[float, int]) -> str:
 
 
 def distance_table(outcome: Mapping[str, Any]) -> str:
-    """Return one row per distance, with accuracy and answers of each level, packed and alone.
+    """Return one row per distance with the accuracy of each level, packed, and of all levels alone; keys written once.
 
     An asterisk marks distances above the level's shard: question and value are then on different ranks.
     """
@@ -65,7 +65,7 @@ def distance_table(outcome: Mapping[str, Any]) -> str:
     lines = [f"| tokens between value and question | {' | '.join(heads)} | alone, all levels |"]
     lines.append("|---" * (len(names) + 2) + "|")
     alone = columns_of(outcome["alone"])
-    bands = np.searchsorted(BANDS, alone["distance"])
+    bands = np.where(alone["rewritten"], -1, np.searchsorted(BANDS, alone["distance"]))
     for row, cells in enumerate(by_distance(outcome["packed"], len(names))):
         beyond = ["*" if row and BANDS[row - 1] >= shard else "" for shard in shards]
         texts = [f"{_percent(cell)}{mark}" if _percent(cell) else "" for cell, mark in zip(cells, beyond, strict=True)]
@@ -77,7 +77,7 @@ def fault_table(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one row per run: accuracy of all answers and of those that its fault should break."""
     heads = (
         "run", "all", "value on the rank of the question", "1 rank away", "2 or 3 ranks away", "first in its pack",
-        "after 1 or more documents", "cp > 1: key written once", "cp > 1: written twice", "alone",
+        "after 1 or more documents", "cp > 1: key written once", "cp > 1: written twice", "alone, one process",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for fault, outcome in outcomes.items():
@@ -101,7 +101,9 @@ def draw(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(outcomes.values()))
     panel_width = _CELL * len(first["levels"]) + _GAP
     width, height = _LEFT + panel_width * len(outcomes), _TOP + _ROW * len(BANDS) + _BOTTOM
-    title = "Share of values recalled, by distance and level: each fault breaks what it should"
+    title = (
+        "Values of keys written once: sound training recalls them from other ranks' shards, broken training does not"
+    )
     parts = [f'<text class="title" x="10" y="18">{html.escape(title)}</text>']
     for row in range(len(BANDS)):
         y = _TOP + _ROW * row + 17
@@ -112,8 +114,8 @@ def draw(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
             f'<g transform="translate({_LEFT + number * panel_width} 0)">{"".join(_panel(fault, outcome))}</g>'
         )
     note = (
-        "distance: tokens from value to question; framed: longer than a rank's shard, so the value is on another "
-        f"rank; chance: {100 / VALUES:.0f}%"
+        "keys written once; distance: tokens from value to question; framed: longer than a rank's shard, so the value "
+        f"is on another rank; chance: {100 / VALUES:.0f}%"
     )
     parts.append(f'<text x="10" y="{height - 10}">{html.escape(note)}</text>')
     return (
