@@ -209,13 +209,17 @@ def _answers(store: TokenStore, first_word: int, batch: PackedBatch, correct_L: 
     """Return FIELDS of each answer in the shard of this rank. batch: without the fault."""
     shard, starts, rows = len(batch.input_ids), np.cumsum(batch.lengths) - batch.lengths, []
     numbers, places = batch.document_ids[batch.loss_index].tolist(), batch.position_ids[batch.loss_index].tolist()
+    answers = {
+        (number, answer.place): answer
+        for number in set(numbers)
+        for answer in answers_in(store.sample(int(batch.sample_ids[number]))[0], first_word)
+    }
     for number, place, correct in zip(numbers, places, correct_L.tolist(), strict=True):
         # Turn ends are trained too and are not answers.
-        for answer in answers_in(store.sample(int(batch.sample_ids[number]))[0], first_word):
-            if answer.place == place:
-                asked, written = ((starts[number] + index) // shard for index in (place, answer.written))
-                away = int(asked - written)
-                rows.append((batch.level, place - answer.written, away, number, answer.rewritten, correct))
+        if answer := answers.get((number, place)):
+            asked, written = ((starts[number] + index) // shard for index in (place, answer.written))
+            away = int(asked - written)
+            rows.append((batch.level, place - answer.written, away, number, answer.rewritten, correct))
     return rows
 
 
@@ -230,6 +234,9 @@ def score_alone(model_folder: Path, store: TokenStore, config: JobConfig) -> Sco
     bounds = [level.max_tokens for level in config.levels]
     rows: list[tuple[Any, ...]] = []
     for index, tokens in enumerate(store.lengths.tolist()):
+        # Other text is held out too in a mixture.
+        if not answers_in(store.sample(index)[0], first_word):
+            continue
         batch = make_batch(store, [index], Level(tokens), 0, 1)
 
         def head(hidden_TH: Tensor, weight_VH: Tensor, batch: PackedBatch = batch) -> Tensor:

@@ -52,7 +52,7 @@ BUILT_IN = (
 RECALL_DOCUMENTS = {
     "base": {128: 4500},
     "train": {512: 200, 2048: 50, 8192: 12},
-    "held_out": {512: 60, 2048: 60, 8192: 40},
+    "held_out": {512: 60, 2048: 40, 8192: 24},
 }
 CORPUS_ROWS = {"base": 1500, "train": 420, "held_out": 160}
 REWRITTEN = 0.3
