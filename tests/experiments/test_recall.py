@@ -122,7 +122,7 @@ def _outcome() -> dict[str, Any]:
         _scores(0.5, 20, level=1, distance=100, documents_before=1),
         _scores(0.25, 40, level=1, distance=300, ranks_away=1),
         # Not in the distances' table.
-        _scores(1.0, 11, level=1, distance=300, rewritten=True),
+        _scores(9 / 11, 11, level=1, distance=300, ranks_away=1, rewritten=True),
         # Too few for a cell.
         _scores(0.0, 9, level=1, distance=3000, ranks_away=2),
     ]
@@ -142,19 +142,18 @@ def test_tables_by_hand() -> None:
         "| 129 to 256 |  |  |  |",
         "| 257 to 512 |  | 25%* | 25% |",
     ]
-    # Right: 20 + 10 + 10 + 11 of 100; of 51 on the question's rank 41; of 80 that are first in their pack 41; at cp 2
-    # of 69 keys written once 20.
+    # Right: 20 + 10 + 10 + 9 of 100; of 40 on the question's rank 30; of 69 that are first in their pack 30.
     row = fault_table({"cp": _outcome()}).splitlines()[2]
-    assert row == "| shards see only themselves | 51% | 80% | 25% |  | 51% | 50% | 29% | 100% | 51% |"
+    assert row == "| shards see only themselves | 49% | 75% | 25% |  | 43% | 50% | 82% | 49% |"
 
 
 def test_heat_map_frames_what_is_beyond_a_shard() -> None:
     root = ET.fromstring(draw({"sound": _outcome(), "cp": _outcome()}))
     cells = [node for node in root.iter("{http://www.w3.org/2000/svg}rect") if len(node)]
     framed = [cell for cell in cells if cell.attrib["stroke"] == "var(--ink)"]
-    # Three cells in each of two panels; 257 to 512 tokens are more than a shard.
-    assert (len(cells), len(framed)) == (6, 2)
-    assert "257 to 512" in "".join(framed[0].itertext())
+    # In each of two panels three cells, one of which is beyond a shard, and one of keys written twice.
+    assert (len(cells), len(framed)) == (8, 4)
+    assert ["".join(cell.itertext()) for cell in framed[:2]] == ["40 answers", "11 answers"]
 
 
 @pytest.mark.parametrize("words", [["--faults", "masks"], ["--ranks", "0"]])

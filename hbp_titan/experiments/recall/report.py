@@ -74,18 +74,21 @@ def distance_table(outcome: Mapping[str, Any]) -> str:
 
 
 def fault_table(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one row per run: accuracy of all answers and of those that its fault should break."""
+    """Return one row per run: accuracy of all answers and of those that a fault should break.
+
+    The columns are of keys written once but for all answers and those named twice.
+    """
     heads = (
-        "run", "all", "value on the rank of the question", "1 rank away", "2 or 3 ranks away", "first in its pack",
-        "after 1 or more documents", "cp > 1: key written once", "cp > 1: written twice", "alone, one process",
+        "run", "all answers", "on the question's rank", "1 rank away", "2 or 3 ranks away", "first in its pack",
+        "after other documents", "twice, on another rank", "all answers, alone",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for fault, outcome in outcomes.items():
         columns = columns_of(outcome["packed"])
-        away, before, shared = columns["ranks_away"], columns["documents_before"], columns["level"] > 0
+        away, before, once = columns["ranks_away"], columns["documents_before"], ~columns["rewritten"]
         chosen = (
-            away >= 0, away == 0, away == 1, away > 1, before == 0, before > 0,
-            shared & ~columns["rewritten"], shared & columns["rewritten"],
+            away >= 0, once & (away == 0), once & (away == 1), once & (away > 1), once & (before == 0),
+            once & (before > 0), rewritten_elsewhere(columns),
         )  # fmt: skip
         alone = columns_of(outcome["alone"])
         cells = [*(accuracy(columns, part) for part in chosen), accuracy(alone, alone["distance"] > 0)]
@@ -93,58 +96,73 @@ def fault_table(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_CELL, _ROW, _LEFT, _TOP, _BOTTOM, _GAP = 62, 26, 88, 62, 44, 18
+def rewritten_elsewhere(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Return which answers are of keys written twice, whose later value is on another rank than the question."""
+    return columns["rewritten"] & (columns["ranks_away"] > 0)
+
+
+_CELL, _ROW, _LEFT, _TOP, _BOTTOM, _GAP, _MIN_WIDTH = 62, 26, 96, 74, 48, 18, 800
 
 
 def draw(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the heat maps of all runs as an SVG document: rows are distances, columns levels."""
+    """Return the heat maps of all runs as an SVG document: rows are distances, columns levels.
+
+    The last row is of keys written twice, whose later value is on another rank.
+    """
     first = next(iter(outcomes.values()))
     panel_width = _CELL * len(first["levels"]) + _GAP
-    width, height = _LEFT + panel_width * len(outcomes), _TOP + _ROW * len(BANDS) + _BOTTOM
-    title = (
-        "Values of keys written once: sound training recalls them from other ranks' shards, broken training does not"
-    )
+    width = max(_LEFT + panel_width * len(outcomes), _MIN_WIDTH)
+    height = _y(len(BANDS) + 1) + _BOTTOM
+    title = "Recall by distance and level: sound training reads other ranks' shards, each fault breaks what it should"
     parts = [f'<text class="title" x="10" y="18">{html.escape(title)}</text>']
-    for row in range(len(BANDS)):
-        y = _TOP + _ROW * row + 17
-        parts.append(f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end">{_band_name(row)}</text>')
-    parts.append(f'<text x="{_LEFT - 8}" y="{_TOP - 6}" text-anchor="end">distance</text>')
+    names = ["distance", *map(_band_name, range(len(BANDS))), "written twice"]
+    for row, name in enumerate(names):
+        parts.append(f'<text x="{_LEFT - 8}" y="{_y(row - 1) + 15}" text-anchor="end">{name}</text>')
     for number, (fault, outcome) in enumerate(outcomes.items()):
-        parts.append(
-            f'<g transform="translate({_LEFT + number * panel_width} 0)">{"".join(_panel(fault, outcome))}</g>'
-        )
-    note = (
-        "keys written once; distance: tokens from value to question; framed: longer than a rank's shard, so the value "
-        f"is on another rank; chance: {100 / VALUES:.0f}%"
+        x = _LEFT + number * panel_width
+        parts.append(f'<g transform="translate({x} 0)">{"".join(_panel(fault, outcome))}</g>')
+    notes = (
+        "Distance: tokens from value to question, of keys written once. Framed: longer than a rank's shard, so the "
+        f"value is on another rank. Chance: {100 / VALUES:.0f}%.",
+        "Written twice: of keys with an earlier value, whose later value is on another rank. Taking either: 50%.",
     )
-    parts.append(f'<text x="10" y="{height - 10}">{html.escape(note)}</text>')
+    for line, note in enumerate(notes):
+        parts.append(f'<text x="10" y="{height - 26 + 16 * line}">{html.escape(note)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'{DOCUMENT_STYLE}<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
+def _y(row: int) -> int:
+    # A gap before the row of keys written twice.
+    return _TOP + _ROW * row + (8 if row >= len(BANDS) else 0)
+
+
 def _panel(fault: str, outcome: Mapping[str, Any]) -> list[str]:
     names: Sequence[str] = outcome["levels"]
     parts = [f'<text x="0" y="40" font-weight="600">{html.escape(TITLES[fault])}</text>']
     for column, name in enumerate(names):
-        middle = _CELL * (column + 0.5) - 1
-        parts.append(f'<text x="{middle}" y="{_TOP - 6}" text-anchor="middle">{html.escape(name)}</text>')
-    for row, cells in enumerate(by_distance(outcome["packed"], len(names))):
-        for column, (share, count) in enumerate(cells):
-            if count < MIN_ANSWERS:
-                continue
-            beyond = row > 0 and BANDS[row - 1] >= outcome["shards"][column]
-            x, y = _CELL * column, _TOP + _ROW * row
-            # White at chance and below, the first color of the charts at 1.
-            depth = max(0.0, (share - 1 / VALUES) / (1 - 1 / VALUES))
-            stroke = ' stroke="var(--ink)" stroke-width="1.5"' if beyond else ' stroke="var(--grid)"'
-            ink = ' fill="#fff"' if depth > 0.6 else ""
-            tip = f"{names[column]}, {_band_name(row)} tokens: {count} answers"
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{_CELL - 4}" height="{_ROW - 4}" fill="var(--c0)" '
-                f'fill-opacity="{0.85 * depth:.2f}"{stroke}><title>{html.escape(tip)}</title></rect>'
-                f'<text x="{x + _CELL / 2 - 2}" y="{y + 15}" text-anchor="middle"'
-                f"{ink}>{100 * share:.0f}%</text>"
-            )
+        middle = _CELL * (column + 0.5) - 2
+        parts.append(f'<text x="{middle}" y="{_y(-1) + 15}" text-anchor="middle">{html.escape(name)}</text>')
+    columns = columns_of(outcome["packed"])
+    twice = rewritten_elsewhere(columns)
+    last = [accuracy(columns, twice & (columns["level"] == level)) for level in range(len(names))]
+    for row, cells in enumerate([*by_distance(outcome["packed"], len(names)), last]):
+        for column, cell in enumerate(cells):
+            beyond = row == len(BANDS) or (row > 0 and BANDS[row - 1] >= outcome["shards"][column])
+            if cell[1] >= MIN_ANSWERS:
+                parts.append(_cell(_CELL * column, _y(row), *cell, beyond))
     return parts
+
+
+def _cell(x: int, y: int, share: float, count: int, framed: bool) -> str:
+    # White at chance and below, the first color of the charts at 1.
+    depth = max(0.0, (share - 1 / VALUES) / (1 - 1 / VALUES))
+    stroke = 'stroke="var(--ink)" stroke-width="1.5"' if framed else 'stroke="var(--grid)"'
+    ink = ' fill="#fff"' if depth > 0.6 else ""
+    return (
+        f'<rect x="{x}" y="{y}" width="{_CELL - 4}" height="{_ROW - 4}" fill="var(--c0)" '
+        f'fill-opacity="{0.85 * depth:.2f}" {stroke}><title>{count} answers</title></rect>'
+        f'<text x="{x + _CELL / 2 - 2}" y="{y + 15}" text-anchor="middle"{ink}>{100 * share:.0f}%</text>'
+    )
