@@ -130,7 +130,7 @@ def draw(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
         parts.append(f'<text x="10" y="{height - 26 + 16 * line}">{html.escape(note)}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'{DOCUMENT_STYLE}<rect width="{width}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'{DOCUMENT_STYLE}<rect width="{width}" height="{height}" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
     )
 
 

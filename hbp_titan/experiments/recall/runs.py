@@ -76,6 +76,7 @@ SETTINGS = {
     "metrics.enable_tensorboard": "false",
     "metrics.log_interval": 20,
     "metrics.progress_bar": "false",
+    "metrics.report": "false",
 }
 DOCUMENTS = {"train": (5000, 500, 250), "held_out": (120, 60, 60)}
 """Documents whose length needs each level."""
