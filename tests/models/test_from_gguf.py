@@ -26,7 +26,9 @@ from hbp_titan.preflight import model_args
 from tests.programs import ROOT
 from tests.tiny_run import ARGS, VOCAB_SIZE
 
-gguf = pytest.importorskip("gguf", reason="pip install gguf")
+gguf = pytest.importorskip(
+    "gguf", reason="needs gguf; run: .venv/bin/pip install gguf && scripts/run_tests.sh tests/models"
+)
 
 TEXTS = ["def level(pack): return pack + 2026", "the rank of a token", "a mesh of ranks, a plan of packs"] * 20
 NAMES = {
@@ -143,7 +145,9 @@ def test_digits_are_split_as_the_metadata_say(tmp_path: Path, split: str, expect
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0", "Q4_1"])
 def test_transformers_reads_the_same_model_from_the_gguf_file(tmp_path: Path, quantization: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs transformers; run: .venv/bin/pip install transformers"
+    )
     file, _ = write_gguf(tmp_path, quantization=quantization)
     convert_gguf(file, tmp_path / "hf")
     text = "def level(rank): return the mesh of 31 packs"
