@@ -29,6 +29,8 @@ def expert_section(run: Run) -> str:
     names = {"worst": "worst layer", "mean": "mean of layers", "ranks": "ranks"}
     curves = [Curve(title, loads[name], color) for color, (name, title) in enumerate(names.items())]
     plot = Plot("Most loaded expert", "multiple of the mean; 1 is even", "step", steps, curves)
+    worst = edge_means(loads["worst"], np.ones(len(steps)))
+    plot.message = f"The most loaded expert has {worst[1]:.2f}x its layer's mean at the end" if worst else ""
     rows = []
     for name, title in {**names, "idle": "experts without a token"}.items():
         ends = edge_means(loads[name], np.ones(len(steps)))
@@ -58,6 +60,7 @@ def _experts_by_layer(experts: ExpertTables) -> str:
         f"Experts of each layer at step {step:,}", "experts, most loaded first", "multiple of the layer's mean",
         (0.0, float(max(size, 2))), (0.0, float(loads_LE.max()) * 1.05), bare=True,
     )  # fmt: skip
+    chart.message = f"At step {step:,} the most loaded expert has {loads_LE.max():.2f}x its layer's mean"
     for index, (name, y_E) in enumerate(zip(experts.layers, loads_LE, strict=True)):
         chart.curve(np.arange(size, dtype=np.float64) + 0.5, y_E, index % NUM_COLORS, f"layer {name}")
         if index < NUM_COLORS:
@@ -122,6 +125,7 @@ def _step_map(title: str, steps: Sequence[int], layers: Sequence[str], value_NL:
     edges = [*steps, steps[-1] + width]
     chart = _map_chart(title, "step", (float(edges[0]), float(edges[-1])), layers)
     shade = _Shade(value_NL)
+    chart.message = f"{title}: {shade.high:.4g} at most"
     for at, step in enumerate(steps):
         for index, name in enumerate(layers):
             value = value_NL[at, index]
@@ -136,6 +140,7 @@ def _rank_map(layers: Sequence[str], load_LP: Floats) -> str:
     chart = _map_chart("Load of each rank, mean of the steps", "rank of the expert group", (0.0, float(ranks)), layers)
     chart.x_ticks = [(rank + 0.5, str(rank)) for rank in range(0, ranks, max(1, ranks // 16))]
     shade = _Shade(load_LP)
+    chart.message = f"The most loaded rank has {shade.high:.2f}x its layer's mean"
     for index, name in enumerate(layers):
         for rank in range(ranks):
             value = load_LP[index, rank]

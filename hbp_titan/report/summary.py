@@ -26,7 +26,8 @@ def write_report(folder: Path) -> None:
     path = folder / "report.html"
     try:
         runs = read_runs([folder])
-        print(summary(runs[0]))
+        if gained := summary(runs[0]):
+            print(gained)
         atomic_write(path, report_page(runs))
     # Whatever it is: the run is done, and its files can be read again later.
     except Exception as error:
