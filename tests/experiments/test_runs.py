@@ -107,6 +107,8 @@ def test_all_runs_have_the_steps_of_the_shortest_plan(tmp_path: Path) -> None:
     # Padding makes plans of unequal length, or the test shows nothing.
     assert min(plans) < max(plans)
     assert {run.config.training.steps for run in runs} == {min(plans)}
+    twice = make_runs(load_config([*SETTINGS, "--training.epochs=2"]), tmp_path, launch, store, variants, (1, 2))
+    assert min(plans) * 2 - 2 <= twice[0].config.training.steps <= max(plans) * 2
     fewer = load_config([*SETTINGS, "--training.steps=2"])
     assert {run.config.training.steps for run in make_runs(fewer, tmp_path, launch, store, variants, (1,))} == {2}
     more = load_config([*SETTINGS, f"--training.steps={min(plans) + 1}"])

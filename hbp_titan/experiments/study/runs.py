@@ -246,10 +246,15 @@ def read_outcome(folder: Path, bounds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def plan_of(config: JobConfig, ranks: int, store: SampleLengths) -> Plan:
-    """Return the plan of the first epoch, as the trainer builds it."""
+def plans_of(config: JobConfig, ranks: int, store: SampleLengths) -> EpochPlans:
+    """Return the plans of the epochs, as the trainer builds them."""
     cost = cost_model(model_args(config), frozen=config.lora.rank > 0)
-    return EpochPlans(config, store, ranks, cost).plan_for(0)
+    return EpochPlans(config, store, ranks, cost)
+
+
+def plan_of(config: JobConfig, ranks: int, store: SampleLengths) -> Plan:
+    """Return the plan of the first epoch."""
+    return plans_of(config, ranks, store).plan_for(0)
 
 
 def make_runs(
@@ -262,8 +267,8 @@ def make_runs(
 ) -> list[Run]:
     """Return all runs, seed by seed: a study that is stopped has all variants of its finished seeds.
 
-    All runs have the same number of optimizer steps: training.steps, or that of the shortest plan of an epoch. Raises
-    ValueError if a plan has fewer than training.steps, because its run would repeat samples.
+    All runs have the same number of optimizer steps: training.steps, or the fewest that any run needs for
+    training.epochs. Raises ValueError if one needs fewer than training.steps, because it would repeat samples.
     """
     # Before any run starts: levels that do not fit would fail in every one.
     check_levels(base.levels, launch.ranks)
@@ -282,7 +287,7 @@ def make_runs(
             config.checkpoint.initial_load_path = config.checkpoint.initial_load_path.replace("{seed}", str(seed))
             config.job.dump_folder = str(folder / variant.name / f"seed-{seed}")
             runs.append(Run(variant, seed, config, launch))
-    steps, name = min((plan_of(run.config, launch.ranks, store).num_steps, run.variant.name) for run in runs)
+    steps, name = min((plans_of(run.config, launch.ranks, store).steps_from(0), run.variant.name) for run in runs)
     if base.training.steps > steps:
         raise ValueError(
             f"training.steps={base.training.steps}: an epoch of {name} has {steps} steps; use at most these"
