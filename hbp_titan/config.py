@@ -83,7 +83,7 @@ def load_config(argv: Sequence[str]) -> JobConfig:
     Raises ValueError for an unknown key, a value of the wrong type or keys that contradict each other, OSError for a
     config file that cannot be read.
     """
-    overrides = _parse_overrides(argv)
+    overrides = parse_overrides(argv)
     values: dict[str, Any] = {}
     config_file = overrides.get("job.config_file")
     if config_file is not None:
@@ -142,26 +142,28 @@ def _check_side_by_side(config: JobConfig) -> None:
 def to_toml(config: JobConfig) -> str:
     """Return the resolved configuration as TOML text that `load_config` reads back to the same values."""
 
-    def value(item: Any) -> str:
-        if isinstance(item, dict):
-            return "{" + ", ".join(f"{json.dumps(key)} = {value(entry)}" for key, entry in item.items()) + "}"
-        if isinstance(item, list):
-            return "[" + ", ".join(map(value, item)) + "]"
-        # JSON's strings, numbers and booleans are TOML's.
-        return json.dumps(item)
-
     def tables(header: str, values: Any) -> list[str]:
         if isinstance(values, list):
             return [block for item in values for block in tables(f"[{header}]", item)]
         # Tables of a section come after its keys, or TOML would read the keys as theirs.
         inner = {key: item for key, item in values.items() if _is_tables(item)}
-        lines = [f"{key} = {value(item)}" for key, item in values.items() if key not in ("config_file", *inner)]
+        lines = [f"{key} = {toml_value(item)}" for key, item in values.items() if key not in ("config_file", *inner)]
         name = header.strip("[]")
         return ["\n".join([header, *lines, ""])] + [
             block for key, item in inner.items() for block in tables(f"[{name}.{key}]", item)
         ]
 
     return "\n".join(block for section, values in to_dict(config).items() for block in tables(f"[{section}]", values))
+
+
+def toml_value(item: Any) -> str:
+    """Return a value in TOML."""
+    if isinstance(item, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(entry)}" for key, entry in item.items()) + "}"
+    if isinstance(item, list):
+        return "[" + ", ".join(map(toml_value, item)) + "]"
+    # JSON's strings, numbers and booleans are TOML's.
+    return json.dumps(item)
 
 
 def _is_tables(value: Any) -> bool:
@@ -211,7 +213,8 @@ def _field_docs(section_type: type) -> dict[str, str]:
     return docs
 
 
-def _parse_overrides(argv: Sequence[str]) -> dict[str, str]:
+def parse_overrides(argv: Sequence[str]) -> dict[str, str]:
+    """Return the text of each key that the command line `argv` sets."""
     overrides: dict[str, str] = {}
     words = list(argv)
     while words:

@@ -84,7 +84,7 @@ def _source_stores(
 ) -> list[SourceStore]:
     """Return the store of each source, built if it does not exist."""
     data, seed = request.config.data, request.config.seed_of("data")
-    indexes = _index_files([source.files for source in found.sources], unpacked, workers)
+    indexes = index_files([source.files for source in found.sources], unpacked, workers)
     counts = [sum(map(len, group)) for group in indexes]
     for (key, _), files, count in zip(request.sources, found.sources, counts, strict=True):
         if not count:
@@ -95,7 +95,7 @@ def _source_stores(
     cache = Path(data.cache_folder)
     builds = []
     for number, (key, source) in enumerate(request.sources):
-        settings = _source_settings(request, source, indexes[number], key)
+        settings = source_settings(request, source, indexes[number], key)
         settings = dataclasses.replace(settings, folder=found.sources[number].name)
         # The seed decides which rows a limit leaves.
         rows = [limits[number], seed] if limits[number] < counts[number] else limits[number]
@@ -123,7 +123,7 @@ def _source_stores(
     return stores
 
 
-def _index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) -> list[list[RowIndex]]:
+def index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) -> list[list[RowIndex]]:
     """Return where the rows of each source's files are; each rank reads its share of the files."""
     flat = [file for group in files for file in group]
     cache = unpacked.parent
@@ -149,7 +149,7 @@ def _index_files(files: list[list[Path]], unpacked: Path, workers: WorkerGroup) 
     return [[found[next(numbers)] for _ in group] for group in files]
 
 
-def _source_settings(request: SetRequest, source: DataSource, indexes: list[RowIndex], key: str) -> TokenizeConfig:
+def source_settings(request: SetRequest, source: DataSource, indexes: list[RowIndex], key: str) -> TokenizeConfig:
     chosen = source.format
     if chosen == "auto":
         chosen = _detect_format(indexes, source.columns, request.config.data.max_row_bytes, key)

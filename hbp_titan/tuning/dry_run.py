@@ -85,9 +85,10 @@ def awaits_weights(config: JobConfig) -> bool:
     return bool(config.model.weights_package) and not Path(config.model.hf_path or "").is_dir()
 
 
-def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
+def dry_run(config: JobConfig, world_size: int, hardware: Hardware, samples: Samples | None = None) -> DryRun:
     """Return what a run of `config` on `world_size` such GPUs would be, without a GPU and without allocating the model.
 
+    samples: of an epoch; by default those of the configuration's data, which are prepared for it.
     Raises what a start would raise; missing weights of model.hf_path are a warning.
     """
     if config.measures_levels:
@@ -108,7 +109,7 @@ def dry_run(config: JobConfig, world_size: int, hardware: Hardware) -> DryRun:
         if config.checkpoint.initial_load_path:
             raise
         missing = [f"a start needs weights: {error}"]
-    samples = samples_of(config, args)
+    samples = samples or samples_of(config, args)
     with fake_world(world_size, gpu) as world:
         model, runtime = parallelized_on_meta(config, args, world, torch.device("cpu"))
         # Every level switch must work, as in a start.

@@ -211,7 +211,7 @@ class OOMContext:
         ways = ["set parallelism.dp_replicate = 1"] if self.config.parallelism.dp_replicate > 1 else []
         if more is not None:
             ways.append(more.use_ranks(self.config, level))
-        offloaded = _with_value(self.config, "parallelism.cpu_offload", True)
+        offloaded = with_value(self.config, "parallelism.cpu_offload", True)
         host = replace(self, config=offloaded).estimate(level).host_bytes
         if host <= usable_host_bytes(self.hardware, self.world_size) and self.device_type == "cuda":
             search = self._search(level, self.limit)
@@ -253,8 +253,8 @@ class Change:
 
     def config_settings(self, before: JobConfig) -> list[tuple[str, object]]:
         """Return the keys outside of [[levels]] that change, as section.key, with their new values."""
-        pairs = [(key, _value(self.config, key)) for key in _CONFIG_KEYS]
-        return [(key, value) for key, value in pairs if value != _value(before, key)]
+        pairs = [(key, value_of(self.config, key)) for key in _CONFIG_KEYS]
+        return [(key, value) for key, value in pairs if value != value_of(before, key)]
 
     def instructions(self, before: JobConfig, level: Level) -> str:
         """Return what to set in the TOML file, "" for nothing. before, level: the configuration and the level now."""
@@ -295,11 +295,11 @@ class ChangeSearch:
         configs = [self.config]
         if not self.config.parallelism.cpu_offload and not self.evaluating and self.device_type == "cuda":
             # Tried last, because the compared times do not include the optimizer's step on the CPU.
-            configs.append(_with_value(self.config, "parallelism.cpu_offload", True))
+            configs.append(with_value(self.config, "parallelism.cpu_offload", True))
         for config in configs:
             # The same variants again with the fewest logits at a time.
             for chunk in self._loss_chunks():
-                tried = replace(self, config=_with_value(config, "training.loss_chunk_tokens", chunk))
+                tried = replace(self, config=with_value(config, "training.loss_chunk_tokens", chunk))
                 found = tried._fastest(tried._variants(), self)
                 if found is not None:
                     return found
@@ -318,7 +318,7 @@ class ChangeSearch:
     def more_ranks(self) -> Change | None:
         """Return the smallest power-of-two multiple of the ranks that fits; None up to MAX_RANKS_FACTOR."""
         # A single copy of the parameters has the smallest state per rank.
-        config = _with_value(self.config, "parallelism.dp_replicate", 1)
+        config = with_value(self.config, "parallelism.dp_replicate", 1)
         factor = 2
         while factor <= MAX_RANKS_FACTOR:
             levels = self._policies(self.level)
@@ -399,14 +399,14 @@ class ChangeSearch:
                 yield config, self.world_size, variant
         # If only the logits are too large, no other setting has to change.
         for chunk in self._loss_chunks()[1:]:
-            yield _with_value(self.config, "training.loss_chunk_tokens", chunk), self.world_size, self.level
+            yield with_value(self.config, "training.loss_chunk_tokens", chunk), self.world_size, self.level
 
     def _configs(self) -> Iterator[JobConfig]:
         """Yield the configuration, also with parameters freed after forward and with a single copy of them."""
         for reshard in dict.fromkeys((self.config.parallelism.reshard_after_forward, True)):
             for copies in dict.fromkeys((self.config.parallelism.dp_replicate, 1)):
-                config = _with_value(self.config, "parallelism.reshard_after_forward", reshard)
-                yield _with_value(config, "parallelism.dp_replicate", copies)
+                config = with_value(self.config, "parallelism.reshard_after_forward", reshard)
+                yield with_value(config, "parallelism.dp_replicate", copies)
 
     def _cp_degrees(self) -> Iterator[Level]:
         lowest = self.level.cp_degree
@@ -446,7 +446,7 @@ class ChangeSearch:
                 check_experts(self.args, degree, shards)
             except ValueError:
                 continue
-            yield _with_value(self.config, "parallelism.expert_parallel_degree", degree)
+            yield with_value(self.config, "parallelism.expert_parallel_degree", degree)
 
     def _loss_chunks(self) -> Sequence[int]:
         chunk = self.config.training.loss_chunk_tokens
@@ -464,13 +464,15 @@ def format_settings(settings: Iterable[tuple[str, object]]) -> str:
     return ", ".join(f"{key} = {toml(value)}" for key, value in settings if value is not None)
 
 
-def _value(config: JobConfig, key: str) -> object:
+def value_of(config: JobConfig, key: str) -> object:
+    """Return the value of section.key."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
 
 
-def _with_value(config: JobConfig, key: str, value: object) -> JobConfig:
-    if _value(config, key) == value:
+def with_value(config: JobConfig, key: str, value: object) -> JobConfig:
+    """Return the configuration with another value of section.key."""
+    if value_of(config, key) == value:
         return config
     section, _, name = key.partition(".")
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})

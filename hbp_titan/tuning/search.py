@@ -239,15 +239,16 @@ def describe_level(level: Level) -> str:
     return ", ".join(words)
 
 
-def select_search(candidates: Sequence[Candidate], workload: Workload) -> Selection:
+def select_search(candidates: Sequence[Candidate], workload: Workload, beam_samples: int = BEAM_SAMPLES) -> Selection:
     """Return the one to MAX_LEVELS candidates of different lengths with the least predicted time of the epoch.
 
+    beam_samples: effort, in samples that are planned for the sets of one size.
     Raises ValueError if no candidate that fits in memory holds the longest sample.
     """
     shortest_holding(candidates, workload.max_sample_tokens)
     # Planning every set on all data would take minutes.
     sampled = len(workload.lengths) > SEARCH_SAMPLES
-    search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload)
+    search = _Search(candidates, workload.sampled(SEARCH_SAMPLES) if sampled else workload, beam_samples)
     shapes = search.shapes()
     found = {shape: search.selection(shape) for shape in shapes}
     if sampled:
@@ -269,7 +270,7 @@ def _best_of_each_size(found: dict[Shape, Selection]) -> list[Shape]:
 class _Search:
     """Evaluation of sets of levels on one workload, each once."""
 
-    def __init__(self, candidates: Sequence[Candidate], workload: Workload) -> None:
+    def __init__(self, candidates: Sequence[Candidate], workload: Workload, beam_samples: int = BEAM_SAMPLES) -> None:
         self.workload = workload
         # Candidates by length and cp degree, in the order given.
         self.options: dict[int, dict[int, list[Candidate]]] = {}
@@ -278,7 +279,7 @@ class _Search:
                 of_length = self.options.setdefault(candidate.level.max_tokens, {})
                 of_length.setdefault(candidate.level.cp_degree, []).append(candidate)
         self.found: dict[Shape, Selection] = {}
-        self.beam = max(BEAM, BEAM_SAMPLES // len(workload.lengths))
+        self.beam = max(BEAM, beam_samples // len(workload.lengths))
 
     def shapes(self) -> list[Shape]:
         """Return the best sets of every size, each with its best cp degrees, by predicted seconds."""
