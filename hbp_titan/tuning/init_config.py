@@ -20,7 +20,6 @@ from hbp_titan.components.oom import device_memory
 from hbp_titan.config import JobConfig, check_values, load_config, parse_overrides
 from hbp_titan.data.chat_tokenizer import ChatTokenizer
 from hbp_titan.data.files import chat_template_file
-from hbp_titan.errors import UserError
 from hbp_titan.models.configs import ModelArgs
 from hbp_titan.models.hf_config import args_from_hf
 from hbp_titan.models.registry import num_params
@@ -28,11 +27,11 @@ from hbp_titan.packing.level import level_name
 from hbp_titan.preflight import check, check_vocabulary
 from hbp_titan.tuning.dry_run import DryRun, Samples, dry_run
 from hbp_titan.tuning.hardware import HARDWARE, Hardware, get_hardware
-from hbp_titan.tuning.init_levels import Choice, Machine, choose_levels, holds, least_gpus
+from hbp_titan.tuning.init_levels import LORA_TARGETS, Choice, Machine, choose_levels, does_not_fit
 from hbp_titan.tuning.memory import estimate_memory
 from hbp_titan.tuning.oom_advice import LORA_RANK, value_of, with_value
 from hbp_titan.tuning.sample_lengths import SAMPLE_ROWS, DataLengths, read_lengths
-from hbp_titan.utils import did_you_mean, human_bytes, human_count, human_seconds
+from hbp_titan.utils import did_you_mean, human_bytes, human_seconds
 
 CPU = "cpu"
 """Value of --gpu for a trial without GPUs: the memory of this machine, and no times."""
@@ -222,7 +221,7 @@ def _choose_lora(draft: Draft, args: ModelArgs) -> None:
     draft.choose("lora.rank", LORA_RANK, f"Adapters of rank {LORA_RANK}; the {num_params(args):,} weights are frozen.")
     draft.choose("lora.alpha", 2 * LORA_RANK, "Adapters count alpha / rank = 2.")
     targets = "attention's matrices" if args.moe else "every matrix of the blocks"
-    draft.choose("lora.target_modules", ["all-linear"], f"An adapter for {targets}.")
+    draft.choose("lora.target_modules", LORA_TARGETS, f"An adapter for {targets}.")
 
 
 def _choose_held_out(draft: Draft, data: DataLengths) -> None:
@@ -318,7 +317,7 @@ def _choose_levels(request: Request, draft: Draft, args: ModelArgs, hardware: Ha
                 max_micro_batch=max(before.training.global_batch_tokens, cap),
             )
             if choice is None:
-                raise does_not_fit(request, before, args, hardware, int(samples.lengths.max()))
+                raise does_not_fit(before, args, Machine.of(hardware, request.gpus), int(samples.lengths.max()))
             config = _with_batch(draft, choice, request.gpus)
         found = dry_run(config, request.gpus, hardware, samples)
         missing = (
@@ -378,33 +377,6 @@ def _memory_reasons(args: ModelArgs, found: DryRun) -> dict[str, str]:
             "that fits, than gathering all of them."
         ),
     }
-
-
-def does_not_fit(request: Request, config: JobConfig, args: ModelArgs, hardware: Hardware, longest: int) -> UserError:
-    """Return the error of a model and samples that no setting makes fit, with what would help."""
-    tokens, ways = np.array([longest]), []
-    if least := least_gpus(config, args, hardware, tokens):
-        ways.append(f"--gpus {least} is the smallest number that can")
-    adapters = replace(config, lora=replace(config.lora, rank=LORA_RANK, target_modules=["all-linear"]))
-    if not config.lora.rank and (least := least_gpus(adapters, args, hardware, tokens)):
-        ways.append(f"--lora needs {least} of them")
-    shorter = longest // 2
-    while shorter >= 1024 and not holds(config, args, Machine.of(hardware, request.gpus), np.array([shorter])):
-        shorter //= 2
-    if shorter >= 1024:
-        shorter = 1 << (shorter.bit_length() - 1)
-        ways.append(
-            f"samples of at most {shorter:,} tokens fit: add --packing.max_sample_tokens {shorter} "
-            "--data.max_length_policy truncate (or skip, split)"
-        )
-    return UserError(
-        [
-            f"--gpus {request.gpus}: {request.gpus} x {hardware.name} cannot hold {args.name} "
-            f"({human_count(num_params(args))} parameters) with samples of {longest:,} tokens; "
-            f"{'; '.join(ways) or 'use GPUs with more memory'}; --goal does not help: recomputation, host memory and "
-            "8-bit moments are counted"
-        ]
-    )
 
 
 def _explain_batch(draft: Draft, result: FirstConfig) -> None:

@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from hbp_titan.config import JobConfig
 from hbp_titan.distributed.expert_parallel import check_experts
+from hbp_titan.errors import UserError
 from hbp_titan.models.configs import ModelArgs
+from hbp_titan.models.registry import num_params
 from hbp_titan.packing import Level
 from hbp_titan.packing.ragged import IntArray
 from hbp_titan.preflight import cost_model
@@ -21,9 +25,10 @@ from hbp_titan.tuning.auto import candidate_forms
 from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN, memory_plans, needed_plans, usable_bytes, usable_host_bytes
-from hbp_titan.tuning.oom_advice import with_value
+from hbp_titan.tuning.oom_advice import LORA_RANK, with_value
 from hbp_titan.tuning.search import Candidate, Selection, Workload, select_search
 from hbp_titan.tuning.time_model import estimate_candidates, time_model
+from hbp_titan.utils import human_count
 
 STAGES: tuple[dict[str, Any], ...] = (
     {},
@@ -43,6 +48,7 @@ SEARCH_SAMPLES, BEAM_SAMPLES = 5_000, 40_000
 """Effort of the search, some seconds."""
 MAX_GPUS = 4096
 GOALS = ("fast", "memory")
+LORA_TARGETS = ["all-linear"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,33 @@ def least_gpus(config: JobConfig, args: ModelArgs, hardware: Hardware, longest: 
             return next((n for n in between if holds(config, args, Machine.of(hardware, n), longest)), size)
         before = size
     return None
+
+
+def does_not_fit(config: JobConfig, args: ModelArgs, machine: Machine, longest: int) -> UserError:
+    """Return the error of a model and samples that no setting makes fit, with what would help."""
+    hardware, tokens, ways = machine.hardware, np.array([longest]), []
+    if least := least_gpus(config, args, hardware, tokens):
+        ways.append(f"--gpus {least} is the smallest number that can")
+    adapters = replace(config, lora=replace(config.lora, rank=LORA_RANK, target_modules=LORA_TARGETS))
+    if not config.lora.rank and (least := least_gpus(adapters, args, hardware, tokens)):
+        ways.append(f"--lora needs {least} of them")
+    shorter = longest // 2
+    while shorter >= 1024 and not holds(config, args, machine, np.array([shorter])):
+        shorter //= 2
+    if shorter >= 1024:
+        shorter = 1 << (shorter.bit_length() - 1)
+        ways.append(
+            f"samples of at most {shorter:,} tokens fit: add --packing.max_sample_tokens {shorter} "
+            "--data.max_length_policy truncate (or skip, split)"
+        )
+    return UserError(
+        [
+            f"--gpus {machine.gpus}: {machine.gpus} x {hardware.name} cannot hold {args.name} "
+            f"({human_count(num_params(args))} parameters) with samples of {longest:,} tokens; "
+            f"{'; '.join(ways) or 'use GPUs with more memory'}; --goal does not help: recomputation, host memory and "
+            "8-bit moments are counted"
+        ]
+    )
 
 
 def holds(config: JobConfig, args: ModelArgs, machine: Machine, longest: IntArray) -> bool:

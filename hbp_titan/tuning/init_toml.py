@@ -31,6 +31,7 @@ WIDTH = 118
 PERCENTILES = (50, 90, 99)
 FLOAT8_GAIN = 1.03
 """FP8 products are mentioned from this gain on."""
+FEW_STEPS = 50
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The repository, if run_train.sh is there."""
 
@@ -227,8 +228,18 @@ def report(first: FirstConfig) -> str:
     levels = ", ".join(level_name(level) for level in found.config.levels)
     verdict = "memory is enough for" if first.on_cpu else "dry run: fits; levels"
     lines = [f"wrote {first.request.output}", f"{verdict} {levels}", f"estimate: {estimate_text(first)}"]
-    lines += [f"warning: {warning}" for warning in found.warnings]
+    lines += [f"warning: {warning}" for warning in [*found.warnings, *_few_steps(first)]]
     return "\n".join([*lines, *(f"{label:<8}{command}" for label, command in commands(first.request, first.on_cpu))])
+
+
+def _few_steps(first: FirstConfig) -> list[str]:
+    steps = first.found.total_steps
+    if steps >= FEW_STEPS:
+        return []
+    return [
+        f"only {steps} optimizer steps: the data are few for {first.request.gpus} ranks; use fewer of them, or "
+        "add --training.epochs"
+    ]
 
 
 def write(first: FirstConfig) -> None:
