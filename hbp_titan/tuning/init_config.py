@@ -48,7 +48,7 @@ FULL_LR, LORA_LR = 1e-5, 2e-4
 EPOCH_TOKENS = ((50_000_000, 3), (500_000_000, 2))
 """(tokens, epochs): with fewer tokens than this, so many epochs; else one."""
 STEPS, LEAST_STEPS = 500, 100
-"""Optimizer steps that the batch is chosen for, and that the micro-batches must leave if they can."""
+"""Optimizer steps that the batch is chosen for, and that the micro-batches of the shorter levels leave at least."""
 LEAST_BATCH, LARGEST_BATCH = 1 << 14, 1 << 20
 CHECKPOINT_SECONDS = 1800
 LEAST_CHECKPOINTS, EVALUATIONS = 2, 5
@@ -305,7 +305,7 @@ def _choose_levels(request: Request, draft: Draft, args: ModelArgs, hardware: Ha
         if before.levels:
             config = before
         else:
-            cap = _total_tokens(draft, samples) / LEAST_STEPS
+            most = max(before.training.global_batch_tokens, _total_tokens(draft, samples) / LEAST_STEPS)
             choice = choose_levels(
                 before,
                 args,
@@ -314,11 +314,11 @@ def _choose_levels(request: Request, draft: Draft, args: ModelArgs, hardware: Ha
                 samples.loss_tokens,
                 given=draft.given,
                 goal=request.goal,
-                max_micro_batch=max(before.training.global_batch_tokens, cap),
+                max_micro_batch=most,
             )
             if choice is None:
                 raise does_not_fit(before, args, Machine.of(hardware, request.gpus), int(samples.lengths.max()))
-            config = _with_batch(draft, choice, request.gpus)
+            config = _with_batch(draft, choice, request.gpus, most)
         found = dry_run(config, request.gpus, hardware, samples)
         missing = (
             max(found.peak_bytes(memory.configured) for memory in found.levels)
@@ -336,13 +336,12 @@ def _choose_levels(request: Request, draft: Draft, args: ModelArgs, hardware: Ha
     return found
 
 
-def _with_batch(draft: Draft, choice: Choice, gpus: int) -> JobConfig:
-    """Return the chosen configuration with a batch of at least one micro-batch of each level."""
-    config = choice.config
+def _with_batch(draft: Draft, choice: Choice, gpus: int, most: float) -> JobConfig:
+    """Return the chosen configuration with a batch of at least one micro-batch of each level, up to `most` tokens."""
+    config, key = choice.config, "training.global_batch_tokens"
     largest = max(level.max_tokens * level.dp_degree(gpus) for level in config.levels)
-    if "training.global_batch_tokens" in draft.given or config.training.global_batch_tokens >= largest:
-        return config
-    return with_value(config, "training.global_batch_tokens", largest)
+    batch = max(config.training.global_batch_tokens, min(largest, int(most)))
+    return config if key in draft.given else with_value(config, key, batch)
 
 
 def _check_cpu(config: JobConfig, args: ModelArgs, ranks: int, hardware: Hardware) -> None:
@@ -385,7 +384,8 @@ def _explain_batch(draft: Draft, result: FirstConfig) -> None:
         draft.reasons[key] = (
             f"About {round(len(plan.lengths) / plan.num_steps):,} samples per optimizer step, "
             f"{result.found.total_steps:,} steps in all. Chosen for about {STEPS} steps, with {LEAST_BATCH:,} to "
-            f"{LARGEST_BATCH:,} tokens each, but at least a micro-batch of each level on all GPUs."
+            f"{LARGEST_BATCH:,} tokens each, and a micro-batch of each level on all GPUs if that leaves {LEAST_STEPS} "
+            "steps."
         )
 
 

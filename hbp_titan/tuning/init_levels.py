@@ -113,7 +113,8 @@ def choose_levels(
         machine = replace(machine, limit=min(machine.limit, int(SLACK * min(fitting))))
     stage = next(_stage(config, k) for k, peak in zip(variants, least, strict=True) if peak <= machine.limit)
     smallest = min(_micro_batch(form, machine) for form in top)
-    forms = [form for form in forms if _micro_batch(form, machine) <= max(max_micro_batch, smallest)]
+    most = {form: smallest if form in top else 0 for form in forms}
+    forms = [form for form in forms if _micro_batch(form, machine) <= max(max_micro_batch, most[form])]
     found = [
         _fastest(variant, args, machine, forms, lengths, loss_tokens)
         for variant, peak in zip(variants, least, strict=True)
