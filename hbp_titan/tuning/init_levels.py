@@ -26,7 +26,7 @@ from hbp_titan.tuning.hardware import Hardware
 from hbp_titan.tuning.memory import MemoryEstimate, estimate_memory
 from hbp_titan.tuning.memory_plans import MEMORY_MARGIN, memory_plans, needed_plans, usable_bytes, usable_host_bytes
 from hbp_titan.tuning.oom_advice import LORA_RANK, with_value
-from hbp_titan.tuning.search import Candidate, Selection, Workload, select_search
+from hbp_titan.tuning.search import Candidate, Selection, Workload, select_search, selected
 from hbp_titan.tuning.time_model import estimate_candidates, time_model
 from hbp_titan.utils import human_count
 
@@ -116,7 +116,7 @@ def choose_levels(
     most = {form: smallest if form in top else 0 for form in forms}
     forms = [form for form in forms if _micro_batch(form, machine) <= max(max_micro_batch, most[form])]
     found = [
-        _fastest(variant, args, machine, forms, lengths, loss_tokens)
+        _fastest(variant, args, machine, forms, lengths, loss_tokens, max_micro_batch)
         for variant, peak in zip(variants, least, strict=True)
         if peak <= machine.limit and _stage(config, variant) == stage
     ]
@@ -243,6 +243,7 @@ def _fastest(
     forms: Sequence[Level],
     lengths: IntArray,
     loss_tokens: IntArray,
+    max_micro_batch: float,
 ) -> Choice | None:
     """Return the selection by search; None if nothing that fits holds the longest sample."""
     plans = [plan for form in forms for plan in _plans(form, args, config, machine)]
@@ -268,7 +269,18 @@ def _fastest(
         return None
     few = workload.sampled(SEARCH_SAMPLES) if len(lengths) > SEARCH_SAMPLES else workload
     selection = select_search(candidates, few, BEAM_SAMPLES)
+    if len(selection.levels) == 1 and _micro_batch(selection.levels[0], machine) > max_micro_batch:
+        selection = _with_shorter_level(selection, candidates, few)
     return Choice(dataclasses.replace(config, levels=list(selection.levels)), selection)
+
+
+def _with_shorter_level(selection: Selection, candidates: Sequence[Candidate], workload: Workload) -> Selection:
+    """Return the selection with the shorter level that costs the least time: with the long one alone, a step would have
+    too many tokens."""
+    longest = next(candidate for candidate in candidates if candidate.level == selection.levels[0])
+    pairs = [[c, longest] for c in candidates if c.fits and c.level.max_tokens < longest.level.max_tokens]
+    found = [selected(pair, workload.plan([c.level for c in pair]), workload) for pair in pairs]
+    return min(found, key=lambda pair: pair.predicted.seconds, default=selection)
 
 
 def _plans(form: Level, args: ModelArgs, config: JobConfig, machine: Machine) -> list[Level]:

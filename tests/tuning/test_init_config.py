@@ -151,6 +151,15 @@ def test_choices_follow_the_data_and_the_command_line(tiny: Path) -> None:
     assert "all samples have more than" not in report(first)
 
 
+def test_few_long_samples_do_not_make_every_step_large(tiny: Path) -> None:
+    # 150 tokens each, and one of 1000: a micro-batch of the long level on 64 ranks has 64K tokens or more.
+    lengths = np.array([150] * 4000 + [1000])
+    first = _configure(tiny, DataLengths(lengths, lengths - 1, 4001, 4001, 4001, 0, {}), 64)
+    levels = first.draft.config.levels
+    assert [levels[0].max_tokens < 1000, levels[-1].max_tokens >= 1000] == [True, True]
+    assert first.draft.config.training.global_batch_tokens < 64 * 1000
+
+
 def test_commands_name_nodes_and_gpu(tiny: Path) -> None:
     request = Request(tiny, ["a"], 32, "h200-141gb", Path("X.toml"))
     (_, check), (_, start) = commands(request, on_cpu=False)
