@@ -101,6 +101,9 @@ def unread(store: TokenStore) -> list[str]:
 
 def _source_line(name: str, store: TokenStore, chosen: NDArray[np.bool_], top: int) -> str:
     lengths, trained = store.lengths[chosen], int(store.loss_tokens[chosen].sum())
+    if not len(lengths):
+        # All samples of a small source may be held out, or none.
+        return f"{name[:24]:24} {0:9} {0:13} {0:13}"
     p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
     numbers = f"{len(lengths):9,} {lengths.sum():13,} {trained:13,} {p50:7,.0f} {p90:7,.0f} {p99:7,.0f}"
     # One character per power of two: the darker, the more samples.

@@ -107,7 +107,7 @@ def lengths_text(first: FirstConfig) -> list[str]:
     if data.excluded:
         read += f" Rows not trained: {', '.join(f'{count:,} {reason}' for reason, count in data.excluded.items())}."
     # Without the largest rows, which would count as if they were random ones.
-    random = data.lengths[: data.num_random]
+    random = data.lengths[: data.num_random or None]
     points = ", ".join(f"{p}% of the samples have at most {v:,}" for p, v in percentiles(random).items())
     return [
         f"{read} Tokens: {points}; mean {random.mean():,.0f}, longest {data.lengths.max():,}. "

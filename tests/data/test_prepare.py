@@ -220,6 +220,9 @@ def test_the_summary_counts_each_source_and_the_rows(config_file: Path) -> None:
         "12 samples_made = 12 trained",
         "12 samples = 12 trained",
     ]
+    # As a source whose samples are all held out.
+    store.source_names.append("none")
+    assert summary(store).splitlines()[3].split() == ["none", "0", "0", "0"]
     text = show_samples(store, 1, config_file.parent / "tokenizer")
     prompt = "<|im_start|>user\nqqqqqqqqqq<|im_end|>\n<|im_start|>assistant\n"
     assert text.endswith(f"wide, 41 tokens, 11 trained)\n{prompt}\x1b[32maaaaaaaaaa<|im_end|>\x1b[0m\n")
