@@ -156,8 +156,9 @@ def test_bfloat16_gradients_are_as_exact_as_on_one_rank() -> None:
         for shared, wanted, alone in zip(found, *gradients, strict=True):
             assert shared.dtype == torch.bfloat16
             error = (shared[tokens.argsort()].float() - wanted).norm()
-            # Each part is rounded once by its kernel; sums in bfloat16 of eight parts would round seven times more.
-            assert error <= 1.2 * (alone - wanted).norm()
+            # Parts are rounded once by their kernel and their fp32 sum once, alone the sum only: sqrt(2) times as much.
+            # Sums in bfloat16 of eight parts would round seven times more.
+            assert error <= 1.5 * (alone - wanted).norm()
 
 
 def test_cp_ranks_are_adjacent_and_level_switches_make_no_groups() -> None:

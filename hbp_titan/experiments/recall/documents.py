@@ -3,7 +3,7 @@
     <w4><k7=v2><w0><w0><k3=v9><w6><k7=v5><w1> <k3?> v9 <k7?> v5
 
 Owns the words, a tokenizer in which each is one token, the documents and the reading of answers back from tokens. Every
-document has the same keys, with values drawn anew: only the document itself has the answer, and the documents that
+document has the same keys, with new values: only the document itself has the answer, and the documents that
 share its pack have wrong ones. Without the document one of VALUES is right by chance. Some keys are written twice; the
 later value is the answer, so a model must know which of two tokens is the nearer one.
 """
