@@ -404,7 +404,7 @@ def _choose_intervals(draft: Draft, result: FirstConfig) -> None:
     steps = result.found.total_steps
     often = max(1, steps // LEAST_CHECKPOINTS)
     by_time = often if result.on_cpu else max(1, round(CHECKPOINT_SECONDS / result.step_seconds))
-    interval = nice(min(by_time, often))
+    interval = rounded_down(min(by_time, often))
     each = "" if result.on_cpu else f", one about every {human_seconds(interval * result.step_seconds)}"
     reason = (
         f"{steps // interval} checkpoints of {steps:,} steps{each}: what a failure costs at most. Each takes about "
@@ -412,7 +412,7 @@ def _choose_intervals(draft: Draft, result: FirstConfig) -> None:
     )
     draft.choose("checkpoint.interval", interval, reason)
     if draft.config.validation.enable:
-        every = nice(max(1, steps // EVALUATIONS))
+        every = rounded_down(max(1, steps // EVALUATIONS))
         draft.choose("validation.interval", every, f"{steps // every} evaluations, and one at the end.")
 
 
@@ -423,7 +423,7 @@ def _checkpoint_bytes(result: FirstConfig) -> int:
     return (trained + state.optimizer_bytes) * result.request.gpus // config.parallelism.dp_replicate
 
 
-def nice(number: int) -> int:
+def rounded_down(number: int) -> int:
     """Return the largest number with two digits, of which the last is 0 or 5, and zeros that is not above `number`."""
     if number < 10:
         return number

@@ -327,7 +327,7 @@ def _use_on_gpu(backend: str) -> None:
     try:
         choose_backend(backend, torch.device("cuda", 0), 64)
     except ValueError as error:
-        pytest.skip(f"{error}; run: see docs/models.md, then pytest -m gpu tests/models/test_attention.py")
+        pytest.skip(f"{error} (docs/models.md); run: scripts/run_tests.sh -n 0 -m gpu tests/models/test_attention.py")
 
 
 @pytest.mark.gpu

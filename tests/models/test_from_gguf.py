@@ -130,16 +130,17 @@ def test_a_gguf_file_becomes_an_hf_folder_with_the_same_weights_and_tokens(tmp_p
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
-        ("gpt-2", ["12345", "x"]),
-        ("smollm", ["1", "2", "3", "4", "5", "x"]),
-        ("llama-bpe", ["123", "45", "x"]),
+        ("gpt-2", ["12345", "x", "!", "\n\n"]),
+        ("smollm", ["1", "2", "3", "4", "5", "x", "!", "\n\n"]),
+        ("llama-bpe", ["123", "45", "x", "!\n\n"]),
     ],
 )
-def test_digits_are_split_as_the_metadata_say(tmp_path: Path, split: str, expected: Sequence[str]) -> None:
+def test_text_is_split_as_the_metadata_say(tmp_path: Path, split: str, expected: Sequence[str]) -> None:
     file, _ = write_gguf(tmp_path, split=split)
     convert_gguf(file, tmp_path / "hf")
     splitter = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).pre_tokenizer
-    assert [piece for piece, _ in splitter.pre_tokenize_str("12345x")] == expected
+    # Bytes are written as characters: a line feed as U+010A.
+    assert [piece.replace("\u010a", "\n") for piece, _ in splitter.pre_tokenize_str("12345x!\n\n")] == expected
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hbp_titan.packing import Level, build_plan, measure, replan
+from hbp_titan.packing import CostModel, Level, build_plan, measure, replan
 from hbp_titan.report import read_runs
 from hbp_titan.report.gains import held_out
 from hbp_titan.report.methods import planned_by, with_baselines
@@ -67,6 +67,23 @@ def test_baselines_plan_the_same_samples_and_the_summary_has_their_metrics(tmp_p
     (row,) = [line.split() for line in text.splitlines() if "ISF" in line]
     isf = build_plan(plan.lengths, plan.levels, 4, "isf", global_batch_tokens=4096, curriculum_steps=0)
     assert row[1:3] == [f"{measure(isf).pr:.2%}", f"{measure(isf).time_imbalance:.2%}"]
+
+
+def test_baselines_differ_from_the_plan_in_the_method_alone() -> None:
+    lengths, levels = np.arange(10, 90), [Level(16), Level(96, 2)]
+    settings: dict[str, Any] = {
+        "loss_tokens": lengths // 3,
+        # Squares count far more than by default, so packs are sorted otherwise.
+        "cost": CostModel(alpha=1.0, beta=5.0),
+        "global_batch_tokens": 500,
+        "level_order": "interleave",
+        "epoch": 2,
+    }
+    plan = build_plan(lengths, levels, 4, "hbp", 7, **settings)
+    for method in ("flat_sorted", "isf"):
+        wanted, found = build_plan(lengths, levels, 4, method, 7, **settings), planned_by(plan, method)
+        assert found.fingerprint == wanted.fingerprint
+        assert found.costs == wanted.costs
 
 
 def test_baselines_of_the_rest_of_an_epoch_have_its_samples_only() -> None:

@@ -23,7 +23,7 @@ from hbp_titan.models.hf_families import FAMILIES
 from hbp_titan.preflight import check
 from hbp_titan.tuning.dry_run import dry_run
 from hbp_titan.tuning.hardware import HARDWARE
-from hbp_titan.tuning.init_config import Draft, FirstConfig, Request, configure, nice
+from hbp_titan.tuning.init_config import Draft, FirstConfig, Request, configure, rounded_down
 from hbp_titan.tuning.init_levels import Machine, holds
 from hbp_titan.tuning.init_toml import commands, report, toml_text
 from hbp_titan.tuning.sample_lengths import DataLengths
@@ -147,7 +147,7 @@ def test_choices_follow_the_data_and_the_command_line(tiny: Path) -> None:
     # The model has 1024 positions.
     assert (config.data.max_length_policy, config.levels[-1].max_tokens) == ("truncate", 1024)
     assert (config.lora.rank, config.optimizer.lr) == (16, 2e-4)
-    assert (config.validation.share, config.checkpoint.interval) == (0.05, nice(first.found.total_steps // 2))
+    assert (config.validation.share, config.checkpoint.interval) == (0.05, rounded_down(first.found.total_steps // 2))
     assert "all samples have more than" not in report(first)
 
 
