@@ -35,6 +35,7 @@ from tests.tiny_run import ARGS, write_tiny_run
 
 SHARES = {"short": 0.0, "few long": 0.01, "70% long": 0.7}
 TINY_GPU = dataclasses.replace(HARDWARE["h100-80gb"], name="tiny", memory_bytes=40 << 20, host_memory_bytes=8 << 20)
+WIDE = dataclasses.replace(ARGS, hidden_size=256, intermediate_size=1024, num_layers=8)
 FEWEST = r"--gpus (\d+) is the smallest"
 # Families without a published configuration in the fixture, at the size of one.
 SIZE = {"hidden_size": 4096, "intermediate_size": 12288, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
@@ -119,9 +120,27 @@ def test_every_family_on_any_number_of_gpus(tmp_path_factory: pytest.TempPathFac
     fits()
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "given", "optimizer", "offloaded"),
+    [
+        (160, [], "adamw", False),
+        # 6.6M parameters: moments of 8 bits save 38 MiB.
+        (100, [], "adamw8bit", False),
+        (100, ["--optimizer.name", "adamw"], "adamw", True),
+        (80, [], "adamw", True),
+    ],
+)
+def test_memory_settings_come_in_order_and_leave_given_keys(
+    tiny: Path, mebibytes: int, given: list[str], optimizer: str, offloaded: bool
+) -> None:
+    folder = _write_config(tiny.parent / "wide", args_to_hf_config(WIDE))
+    gpu = dataclasses.replace(TINY_GPU, memory_bytes=mebibytes << 20, host_memory_bytes=64 << 30)
+    found = _configure(folder, _data(0.0, 1000), 1, hardware=gpu, overrides=given).draft.config
+    assert (found.optimizer.name, found.parallelism.cpu_offload) == (optimizer, offloaded)
+
+
 def test_model_that_does_not_fit_gets_the_smallest_number_of_gpus_that_holds_it(tiny: Path) -> None:
-    wide = dataclasses.replace(ARGS, hidden_size=256, intermediate_size=1024, num_layers=8)
-    folder = _write_config(tiny.parent / "wide", args_to_hf_config(wide))
+    folder = _write_config(tiny.parent / "wide", args_to_hf_config(WIDE))
     data = _data(0.3, 1000)
     with pytest.raises(UserError, match="--gpus 1: ") as caught:
         _configure(folder, data, 1, hardware=TINY_GPU)
